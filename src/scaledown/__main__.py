@@ -1,0 +1,6 @@
+"""`python -m scaledown` is `scaledown`."""
+
+from scaledown.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

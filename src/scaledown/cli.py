@@ -1,0 +1,97 @@
+"""`scaledown COMMAND`: prepare, validate, merge. Heavy libraries load only where a command needs them."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import scaledown
+from scaledown.config import underscored
+from scaledown.errors import UsageError, run_command
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line instead of printing the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; gives the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] == "prepare":
+        from scaledown.data.prepare_dataset import main as prepare
+
+        return prepare(words[1:], "scaledown prepare")
+    words = underscored(words)
+    return run_command(lambda: _run(words), debug="--debug" in words)
+
+
+def _run(words: list[str]) -> int:
+    parser = _Parser(
+        prog="scaledown", description="Training data for OSCAR: retrieve, rerank, let a teacher answer."
+    )
+    parser.add_argument("--version", action="version", version=f"scaledown {scaledown.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    commands.add_parser("prepare", help="make training data (scaledown prepare --help)", add_help=False)
+
+    validate = commands.add_parser("validate", help="check a training file, line by line")
+    validate.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".json, .jsonl or .parquet")
+    validate.set_defaults(run=_validate)
+
+    merge = commands.add_parser("merge", help="join training files, dropping queries that come again")
+    merge.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".json, .jsonl or .parquet")
+    merge.add_argument(
+        "--output_file", required=True, type=Path, metavar="FILE", help="where the result goes"
+    )
+    merge.add_argument(
+        "--allow_different_settings", action="store_true", help="join files that were made differently"
+    )
+    merge.set_defaults(run=_merge)
+    for command in (validate, merge):
+        command.add_argument("--log_level", default="info", choices=("debug", "info", "warning", "error"))
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+
+    arguments = parser.parse_args(words)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    from scaledown.progress import start_logging
+
+    start_logging(arguments.log_level)
+    return run(arguments)
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from scaledown.data.formats import validate
+
+    failed = False
+    for path in arguments.files:
+        result = validate(path)
+        for message in result.messages:
+            print(message)
+        failed |= bool(result.bad_records)
+        verdict = f"{result.bad_records:,} with problems" if result.bad_records else "all sound"
+        print(f"{path}: {result.records + result.bad_records:,} records, {verdict}")
+    return 1 if failed else 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from scaledown.data.formats import merge
+    from scaledown.store import check_writable
+
+    check_writable(arguments.output_file)
+    merged = merge(
+        arguments.files,
+        arguments.output_file,
+        allow_different_settings=arguments.allow_different_settings,
+    )
+    print(
+        f"{arguments.output_file}: {merged.records:,} records from {len(arguments.files)} files, "
+        f"{merged.duplicates:,} queries that came again left out"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

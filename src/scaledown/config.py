@@ -1,0 +1,369 @@
+"""One frozen dataclass per command. Each field is documented once; that text is the `--help`.
+
+Precedence, lowest first: defaults, `--preset`, `--config`, flags.
+"""
+
+import argparse
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final, Self
+
+from scaledown.errors import InputError, UsageError
+
+OUTPUT_SUFFIXES: Final = (".json", ".jsonl", ".parquet")
+MS_MARCO_URL: Final = "https://msmarco.z22.web.core.windows.net/msmarcoranking/queries.dev.small.tsv"
+
+
+def option(  # noqa: PLR0917
+    default: Any,
+    group: str,
+    text: str,
+    unit: str = "",
+    choices: Sequence[str] = (),
+    metavar: str = "",
+) -> Any:
+    """Declare a field: its default, the group of the help it stands in, its text and its unit."""
+    metadata = {"group": group, "text": text, "unit": unit, "choices": tuple(choices), "metavar": metavar}
+    return field(default=default, metadata=metadata)
+
+
+DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+PASSAGE_MODES: Final = ("tokens", "paragraph", "article")
+SCORE_SCALES: Final = ("raw", "sigmoid")
+QA_DATASETS: Final = ("natural_questions", "trivia_qa", "squad", "nq_open", "pisco")
+
+# The paper's models and sizes (arXiv 2504.07109, section 4 and table 7) and the bundled ones.
+PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "guide": {},
+    "oscar": {
+        "retriever_model": "naver/splade-v3",
+        "reranker_model": "naver/trecdl22-crossencoder-debertav3",
+        "teacher_model": "mistralai/Mistral-7B-Instruct-v0.2",
+        "passages": "tokens",
+        "passage_tokens": 128,
+        "top_k_retrieval": 20,
+        "top_k_reranking": 5,
+        "enable_reranking": True,
+        "max_new_tokens": 128,
+    },
+    "demo": {
+        "retriever_model": "bundled:splade-tiny",
+        "reranker_model": "ql:bundled:smollm2-135m",
+        "teacher_model": "bundled:smollm2-135m",
+        "top_k_retrieval": 10,
+        "top_k_reranking": 3,
+        "enable_reranking": True,
+        "max_new_tokens": 48,
+    },
+}
+
+QUERIES: Final = "queries (one source, or several of the first three)"
+CORPUS: Final = "corpus and passages"
+RETRIEVAL: Final = "retrieval"
+RERANKING: Final = "reranking (off unless one of the first two is given)"
+TEACHER: Final = "teacher"
+OUTPUT: Final = "output and run"
+MACHINE: Final = "machine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Settings of `scaledown prepare`."""
+
+    queries_file: tuple[str, ...] = option(
+        (),
+        QUERIES,
+        "text (one query a line), TSV (qid<TAB>query), JSONL, CSV or Parquet; may be given several times",
+        metavar="FILE",
+    )
+    download_ms_marco: bool = option(False, QUERIES, "use the 6,980 MS MARCO dev queries, downloaded once")
+    query_dataset: str = option(
+        "",
+        QUERIES,
+        f"{', '.join(QA_DATASETS)}, or any dataset of the hub or a local path",
+        metavar="NAME",
+    )
+    num_synthetic_queries: int = option(
+        0, QUERIES, "let the teacher write this many questions about sampled passages", "queries", metavar="N"
+    )
+    query_column: str = option(
+        "",
+        QUERIES,
+        "column that holds the query in JSONL, CSV, Parquet or a dataset; dots reach into records "
+        "(question.text); found by name when not given",
+        metavar="NAME",
+    )
+    query_split: str = option("train", QUERIES, "split of --query_dataset", metavar="NAME")
+    ms_marco_url: str = option(MS_MARCO_URL, QUERIES, "where --download_ms_marco looks", metavar="URL")
+
+    corpus_path: str = option(
+        "",
+        CORPUS,
+        "KILT JSON lines, JSONL / Parquet / CSV with id, title, text, or a folder of such or of text files; "
+        "plain, gzip, zstd or bzip2; the sample corpus when not given",
+        metavar="PATH",
+    )
+    max_corpus_size: int = option(
+        0, CORPUS, "read only this many articles from the start; 0 reads all", "articles", metavar="N"
+    )
+    passages: str = option("tokens", CORPUS, "what a passage is", choices=PASSAGE_MODES)
+    passage_tokens: int = option(
+        128, CORPUS, "longest passage, title included, by the retriever's tokenizer", "tokens", metavar="N"
+    )
+    max_bad_fraction: float = option(
+        0.05, CORPUS, "stop when more than this share of the input lines is malformed", "0..1", metavar="X"
+    )
+
+    retriever_model: str = option(
+        "naver/splade-cocondenser-ensembledistil",
+        RETRIEVAL,
+        "SPLADE model or sentence-transformers bi-encoder (dense retrieval)",
+        metavar="MODEL",
+    )
+    top_k_retrieval: int = option(20, RETRIEVAL, "passages retrieved per query", "passages", metavar="K")
+    batch_size: int = option(32, RETRIEVAL, "texts encoded at once", "texts", metavar="N")
+
+    enable_reranking: bool = option(False, RERANKING, "rerank, and write reranking_scores")
+    top_k_reranking: int = option(
+        0,
+        RERANKING,
+        "rerank, and keep this many passages per query; 5 when --enable_reranking stands alone",
+        "passages",
+        metavar="K",
+    )
+    reranker_model: str = option(
+        "cross-encoder/ms-marco-MiniLM-L-6-v2",
+        RERANKING,
+        "cross-encoder, or ql:NAME for query likelihood under a causal LM",
+        metavar="MODEL",
+    )
+    reranking_score_scale: str = option(
+        "raw", RERANKING, "reranking_scores as the model gives them, or mapped to 0..1", choices=SCORE_SCALES
+    )
+    reranker_batch_size: int = option(16, RERANKING, "pairs scored at once", "pairs", metavar="N")
+
+    teacher_model: str = option(
+        "mistralai/Mistral-7B-Instruct-v0.2",
+        TEACHER,
+        "causal LM that answers: a name, a folder or a .gguf file",
+        metavar="MODEL",
+    )
+    teacher_8bit: bool = option(False, TEACHER, "load the teacher in 8 bits (extra: quantization)")
+    teacher_4bit: bool = option(False, TEACHER, "load the teacher in 4 bits (extra: quantization)")
+    max_new_tokens: int = option(128, TEACHER, "longest answer", "tokens", metavar="N")
+    temperature: float = option(
+        0.0, TEACHER, "0 decodes greedily; above, answers are sampled, seeded per query", metavar="T"
+    )
+    teacher_batch_size: int = option(8, TEACHER, "prompts answered at once", "prompts", metavar="N")
+
+    output_file: str = option("", OUTPUT, "training data: .json, .jsonl or .parquet", metavar="FILE")
+    work_dir: str = option("", OUTPUT, "run directory; <output_file>.work when not given", metavar="DIR")
+    seed: int = option(0, OUTPUT, "seed of every random choice", metavar="N")
+    passages_per_shard: int = option(
+        8192, OUTPUT, "passages kept in memory and lost at most by a crash", "passages", metavar="N"
+    )
+    queries_per_shard: int = option(
+        256, OUTPUT, "queries kept in memory and lost at most by a crash", "queries", metavar="N"
+    )
+    strict: bool = option(False, OUTPUT, "exit with status 1 when any input line or query was quarantined")
+
+    device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", metavar="DEVICE")
+    dtype: str = option("auto", MACHINE, "auto is bfloat16 on CUDA, float32 elsewhere", choices=DTYPES)
+
+    def __post_init__(self) -> None:
+        self._check_queries()
+        self._check_numbers()
+        if not self.output_file:
+            raise UsageError("no output: give --output_file train_data.json")
+        if Path(self.output_file).suffix not in OUTPUT_SUFFIXES:
+            raise UsageError(
+                f"--output_file {self.output_file}: the ending chooses the format; "
+                f"use one of {', '.join(OUTPUT_SUFFIXES)}"
+            )
+        if self.teacher_8bit and self.teacher_4bit:
+            raise UsageError("--teacher_8bit and --teacher_4bit exclude each other: give one")
+        for name in ("passages", "reranking_score_scale", "dtype"):
+            allowed = _metadata(type(self), name)["choices"]
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"--{name} {getattr(self, name)}: use one of {', '.join(allowed)}")
+
+    def _check_queries(self) -> None:
+        given = [
+            f"--{name}"
+            for name in ("queries_file", "download_ms_marco", "query_dataset", "num_synthetic_queries")
+            if getattr(self, name)
+        ]
+        if not given:
+            raise UsageError(
+                "no queries: give --queries_file, --query_dataset, --download_ms_marco or "
+                "--num_synthetic_queries"
+            )
+        if self.num_synthetic_queries and len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} exclude each other: synthetic queries stand alone")
+
+    def _check_numbers(self) -> None:
+        at_least_one = (
+            "top_k_retrieval",
+            "batch_size",
+            "reranker_batch_size",
+            "teacher_batch_size",
+            "max_new_tokens",
+            "passages_per_shard",
+            "queries_per_shard",
+        )
+        for name in at_least_one:
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("max_corpus_size", "num_synthetic_queries", "top_k_reranking"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name} {getattr(self, name)}: must not be negative")
+        if self.top_k_reranking > self.top_k_retrieval:
+            raise UsageError(
+                f"--top_k_reranking {self.top_k_reranking} is above --top_k_retrieval "
+                f"{self.top_k_retrieval}: reranking can only keep what was retrieved"
+            )
+        if self.passage_tokens < 16:
+            raise UsageError(f"--passage_tokens {self.passage_tokens}: must be at least 16")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UsageError(f"--max_bad_fraction {self.max_bad_fraction}: must lie between 0 and 1")
+        if self.temperature < 0:
+            raise UsageError(f"--temperature {self.temperature}: must not be negative")
+
+    @property
+    def reranks(self) -> bool:
+        """Whether a reranker runs at all."""
+        return self.enable_reranking or self.top_k_reranking > 0
+
+    @property
+    def documents_per_query(self) -> int:
+        """How many documents each training record has."""
+        if not self.reranks:
+            return self.top_k_retrieval
+        return self.top_k_reranking or min(5, self.top_k_retrieval)
+
+    @property
+    def run_directory(self) -> Path:
+        """Where the run keeps its stages."""
+        return Path(self.work_dir) if self.work_dir else Path(self.output_file + ".work")
+
+    @classmethod
+    def preset(cls, name: str, **settings: Any) -> Self:
+        """The settings of `--preset NAME`, with `settings` on top."""
+        if name not in PRESETS:
+            raise UsageError(f"--preset {name}: use one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **settings})
+
+
+def _metadata(cls: type, name: str) -> Mapping[str, Any]:
+    return next(f.metadata for f in fields(cls) if f.name == name)
+
+
+def build_parser(program: str) -> argparse.ArgumentParser:
+    """The parser of `prepare`, its help grouped by stage. Absent flags stay absent from the result."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        description="Make OSCAR training data: retrieve, rerank, let a teacher answer. "
+        "The same command again continues an interrupted run.",
+        epilog="Flags may be written with hyphens or underscores. A flag that is on can be turned off by "
+        "--no_NAME.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+    )
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    hints = typing.get_type_hints(PrepareConfig)
+    for item in fields(PrepareConfig):
+        name = item.metadata["group"]
+        group = groups.setdefault(name, parser.add_argument_group(name))
+        _add_flag(group, item, hints[item.name])
+    run = groups[OUTPUT]
+    run.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="guide: the guide's models (default); oscar: the paper's; demo: small bundled ones on any CPU",
+    )
+    run.add_argument(
+        "--config", metavar="FILE", help="take settings from JSON: a manifest.json repeats its run"
+    )
+    run.add_argument(
+        "--log_level",
+        choices=("debug", "info", "warning", "error"),
+        help="what is logged on standard error [default: info]",
+    )
+    run.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, item: "dataclasses.Field[Any]", hint: Any) -> None:
+    meta = item.metadata
+    flag = f"--{item.name}"
+    if hint is bool:
+        group.add_argument(flag, action="store_true", help=meta["text"])
+        group.add_argument(f"--no_{item.name}", dest=item.name, action="store_false", help=argparse.SUPPRESS)
+        return
+    details = [meta["unit"]] if meta["unit"] else []
+    if item.default not in ("", (), 0) or item.name == "seed":
+        details.append(f"default: {item.default}")
+    text = meta["text"] + (f" [{'; '.join(details)}]" if details else "")
+    arguments: dict[str, Any] = {"help": text.replace("%", "%%")}
+    if meta["choices"]:
+        arguments["choices"] = meta["choices"]
+    else:
+        arguments["metavar"] = meta["metavar"]
+    if isinstance(hint, types.GenericAlias):
+        group.add_argument(flag, action="append", **arguments)
+    else:
+        group.add_argument(flag, type=hint, **arguments)
+
+
+def underscored(argv: Sequence[str]) -> list[str]:
+    """`--top-k-retrieval=5` -> `--top_k_retrieval=5`: both spellings of every flag are one."""
+    result = []
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            flag, equals, value = word.partition("=")
+            result.append("--" + flag[2:].replace("-", "_") + equals + value)
+        else:
+            result.append(word)
+    return result
+
+
+def from_flags(given: Mapping[str, Any]) -> PrepareConfig:
+    """Build the settings from parsed flags.
+
+    Raises `UsageError` for contradictions, `InputError` for a `--config` file that cannot be read.
+    """
+    flags = dict(given)
+    if flags.get("top_k_reranking") == 0:
+        raise UsageError("--top_k_reranking 0: must be at least 1; leave the flag out for no reranking")
+    preset = flags.pop("preset", "guide")
+    settings = read_settings(Path(flags.pop("config"))) if "config" in flags else {}
+    if "queries_file" in flags:
+        flags["queries_file"] = tuple(flags["queries_file"])
+    return PrepareConfig.preset(preset, **{**settings, **flags})
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a JSON file: a flat object, or a manifest's `parameters`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"--config {path}: cannot be read as JSON ({error})") from error
+    settings = content.get("parameters", content) if isinstance(content, dict) else None
+    if not isinstance(settings, dict):
+        raise InputError(f"--config {path}: must hold a JSON object of settings, or be a manifest.json")
+    hints = typing.get_type_hints(PrepareConfig)
+    for name, value in settings.items():
+        if name not in hints:
+            raise UsageError(f"--config {path}: unknown setting {name!r}")
+        hint = hints[name]
+        kind: Any = list if isinstance(hint, types.GenericAlias) else hint
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if not fits or (isinstance(value, bool) and kind is not bool):
+            raise UsageError(f"--config {path}: {name} must be {kind.__name__}, not {value!r}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}

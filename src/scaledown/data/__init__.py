@@ -1,0 +1,1 @@
+"""From queries and a corpus to training data, one file per stage."""

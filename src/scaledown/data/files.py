@@ -1,0 +1,221 @@
+"""Input files as rows: JSON lines, Parquet, CSV, TSV, text; plain or compressed; streamed.
+
+A malformed row is set aside with its line number and reason, never dropped silently.
+"""
+
+import csv
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from scaledown.errors import InputError
+
+log = logging.getLogger("scaledown")
+
+_MAGIC: Final = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
+_COMPRESSED: Final = {".gz", ".zst", ".zstd", ".bz2"}
+_TEXT: Final = {".txt", ".md"}
+_LINES: Final = {".json", ".jsonl", ".ndjson"}
+_TABLES: Final = {".parquet", ".csv", ".tsv"}
+_CHUNK_BYTES: Final = 1 << 22
+_MAX_LINE_BYTES: Final = 1 << 26
+
+
+class Row(NamedTuple):
+    """One row as read: `content` is a line of bytes, or a record with values that may still be bytes."""
+
+    source: str
+    line: int
+    content: bytes | dict[str, Any]
+
+
+class Intake:
+    """Counts the rows of an input, keeps the rejected ones, and stops when too many are bad."""
+
+    def __init__(self, name: str, max_bad_fraction: float, rows: int = 0, bad: int = 0) -> None:
+        self.name = name
+        self.rows = rows
+        self.bad = bad
+        self.rejected: list[dict[str, Any]] = []
+        self._max_bad_fraction = max_bad_fraction
+
+    def reject(self, row: Row, reason: str) -> None:
+        """Set `row` aside. Raises `InputError` as soon as the allowed share is certainly passed."""
+        self.bad += 1
+        content = row.content
+        text = content.decode("utf-8", "backslashreplace") if isinstance(content, bytes) else repr(content)
+        self.rejected.append(
+            {"source": row.source, "line": row.line, "reason": reason, "content": text[:500]}
+        )
+        self._check(max(self.rows, 10_000))
+
+    def take_rejected(self) -> list[dict[str, Any]]:
+        """The rejected rows since the last call."""
+        rejected, self.rejected = self.rejected, []
+        return rejected
+
+    def close(self) -> None:
+        """At the end of the input: raise `InputError` when too many rows were bad."""
+        self._check(self.rows)
+
+    def _check(self, rows: int) -> None:
+        if self.bad > self._max_bad_fraction * rows:
+            first = self.rejected[0] if self.rejected else None
+            example = f"; the first: line {first['line']}: {first['reason']}" if first else ""
+            raise InputError(
+                f"{self.name}: {self.bad:,} of {self.rows:,} lines are malformed, more than "
+                f"--max_bad_fraction {self._max_bad_fraction:g} allows{example}. Mend them or raise the flag"
+            )
+
+
+def inner_suffix(path: Path) -> str:
+    """The ending that names the format, without that of the compression: `a.jsonl.gz` -> `.jsonl`."""
+    return Path(path.stem).suffix.lower() if path.suffix.lower() in _COMPRESSED else path.suffix.lower()
+
+
+def input_files(path: Path, what: str) -> list[Path]:
+    """The files behind a file or folder, sorted. Raises `InputError` when there are none."""
+    if not path.exists():
+        raise InputError(f"{what} {path}: there is no such file; check the path")
+    if path.is_file():
+        return [path]
+    known = _TEXT | _LINES | _TABLES
+    files = sorted(p for p in path.rglob("*") if p.is_file() and inner_suffix(p) in known)
+    if not files:
+        raise InputError(f"{what} {path}: the folder holds none of {', '.join(sorted(known))}")
+    return files
+
+
+def open_stream(path: Path) -> pa.NativeFile:
+    """The bytes of a file, decompressed when its first bytes say so."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+        compression = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
+        return pa.input_stream(str(path), compression=compression)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered non-blank lines. Raises `InputError` where compressed data ends early."""
+    number = 0
+    rest = b""
+    with open_stream(path) as stream:
+        while True:
+            try:
+                chunk = stream.read(_CHUNK_BYTES)
+            except OSError as error:
+                raise InputError(
+                    f"{path}: the compressed data is cut short or damaged after line {number:,} ({error}); "
+                    "fetch the file again"
+                ) from error
+            pieces = (rest + chunk).split(b"\n")
+            rest = pieces.pop() if chunk else b""
+            for piece in pieces:
+                number += 1
+                line = piece.strip()
+                if line:
+                    yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if not chunk:
+                return
+            if len(rest) > _MAX_LINE_BYTES:
+                raise InputError(
+                    f"{path}: line {number + 1:,} is longer than {_MAX_LINE_BYTES >> 20} MB; "
+                    "expected one record a line"
+                )
+
+
+def rows(path: Path) -> Iterator[Row]:
+    """The records of one file, by its ending; an unknown ending is read as JSON lines."""
+    suffix = inner_suffix(path)
+    if suffix == ".parquet":
+        yield from _parquet_rows(path)
+    elif suffix in {".csv", ".tsv"}:
+        yield from _csv_rows(path, "," if suffix == ".csv" else "\t")
+    elif suffix in _TEXT:
+        with open_stream(path) as stream:
+            content = {"id": path.name, "title": path.stem, "text": stream.read()}
+        yield Row(str(path), 1, content)
+    else:
+        yield from _json_rows(path)
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    first = True
+    for number, line in lines(path):
+        if first and line.startswith(b"["):
+            raise InputError(
+                f"{path}: holds one JSON array; expected one record a line. Convert it with "
+                f"`jq -c '.[]' {path.name} > {path.stem}.jsonl`"
+            )
+        first = False
+        yield Row(str(path), number, line)
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    try:
+        number = 0
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+            for record in batch.to_pylist():
+                number += 1
+                yield Row(str(path), number, record)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: is not a whole Parquet file ({error})") from error
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(_MAX_LINE_BYTES)
+    with open_stream(path) as stream:
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.DictReader(text, delimiter=delimiter)
+        try:
+            for record in reader:
+                yield Row(str(path), reader.line_num, dict(record))
+        except (csv.Error, OSError) as error:
+            raise InputError(f"{path}: line {reader.line_num + 1:,} cannot be read ({error})") from error
+
+
+def parse(row: Row) -> dict[str, Any]:
+    """The record in a row. Raises `ValueError` with the reason where it is malformed."""
+    if isinstance(row.content, bytes):
+        try:
+            record = orjson.loads(row.content)
+        except orjson.JSONDecodeError as error:
+            kind = "invalid UTF-8" if not _is_utf8(row.content) else "invalid JSON"
+            raise ValueError(f"{kind} ({error})") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"expected a JSON object, found {type(record).__name__}")
+        return record
+    record = {}
+    for key, value in row.content.items():
+        if key is None:
+            raise ValueError("more fields than the header names")
+        clean = value
+        if isinstance(value, bytes):
+            clean = _decode(value)
+        elif isinstance(value, str) and not value.isascii():
+            clean = _decode(value.encode("utf-8", "surrogateescape"))
+        record[key] = clean
+    return record
+
+
+def _decode(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"invalid UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True

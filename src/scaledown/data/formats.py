@@ -1,0 +1,292 @@
+"""Training files, ours or others': read as a stream, validated line by line, merged."""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TextIO, cast
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from scaledown.config import OUTPUT_SUFFIXES
+from scaledown.data import files
+from scaledown.data.export import write_examples
+from scaledown.errors import InputError, UsageError
+from scaledown.records import Example, document_text
+from scaledown.store import read_json
+
+log = logging.getLogger("scaledown")
+
+_CHUNK_CHARACTERS: Final = 1 << 20
+_MAX_RECORD_CHARACTERS: Final = 1 << 26
+# What two runs may differ in and still be parts of one data set.
+_RUN_OWN: Final = {
+    "queries_file",
+    "download_ms_marco",
+    "query_dataset",
+    "num_synthetic_queries",
+    "query_column",
+    "query_split",
+    "ms_marco_url",
+    "output_file",
+    "work_dir",
+    "device",
+    "queries_per_shard",
+    "strict",
+}
+
+
+class Entry(NamedTuple):
+    """A record of a training file with the line it begins on, or the problem that keeps it from being one."""
+
+    line: int
+    record: Any
+    problem: str = ""
+
+
+def entries(path: Path) -> Iterator[Entry]:
+    """The records of a .json, .jsonl or .parquet file, one at a time, however large the file.
+
+    Raises `InputError` where the file is missing or of another kind.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file; check the path")
+    if path.suffix == ".parquet":
+        yield from _parquet_entries(path)
+    elif path.suffix == ".jsonl":
+        for number, line in files.lines(path):
+            try:
+                yield Entry(number, orjson.loads(line))
+            except orjson.JSONDecodeError as error:
+                yield Entry(number, None, f"invalid JSON: {error}")
+    elif path.suffix == ".json":
+        with path.open(encoding="utf-8") as file:
+            try:
+                yield from _json_entries(file)
+            except UnicodeDecodeError as error:
+                yield Entry(0, None, f"invalid UTF-8: {error.reason}")
+    else:
+        raise InputError(f"{path}: training data is one of {', '.join(OUTPUT_SUFFIXES)}")
+
+
+def _parquet_entries(path: Path) -> Iterator[Entry]:
+    try:
+        number = 0
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
+            for record in batch.to_pylist():
+                number += 1
+                yield Entry(number, {name: value for name, value in record.items() if value is not None})
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: is not a whole Parquet file ({error})") from error
+
+
+def _json_entries(file: TextIO) -> Iterator[Entry]:
+    """The elements of a JSON list, decoded one by one as the text comes in."""
+    decoder = json.JSONDecoder()
+    text, line, ended, size = "", 1, False, _CHUNK_CHARACTERS
+
+    def skip(until: int) -> None:
+        nonlocal text, line
+        line += text.count("\n", 0, until)
+        text = text[until:]
+
+    def fill(characters: int) -> None:
+        nonlocal text, ended
+        more = file.read(characters)
+        text += more
+        ended = not more
+
+    fill(size)
+    skip(len(text) - len(text.lstrip("\ufeff \t\r\n")))
+    if not text.startswith("["):
+        yield Entry(line, None, "expected a JSON list of records (`[` first)")
+        return
+    skip(1)
+    expects_comma = False
+    while True:
+        skip(len(text) - len(text.lstrip(" \t\r\n")))
+        if not text and not ended:
+            fill(size)
+        elif text.startswith("]"):
+            rest = text[1:].strip() or file.read(_CHUNK_CHARACTERS).strip()
+            if rest:
+                yield Entry(line, None, "there is more text after the end of the list")
+            return
+        elif not text:
+            yield Entry(line, None, "the file ends inside the list: it is cut short")
+            return
+        elif expects_comma:
+            if not text.startswith(","):
+                yield Entry(line, None, "expected `,` or `]` after a record")
+                return
+            skip(1)
+            expects_comma = False
+        else:
+            try:
+                record, end = decoder.raw_decode(text)
+            except (json.JSONDecodeError, RecursionError) as error:
+                if ended or len(text) > _MAX_RECORD_CHARACTERS:
+                    yield Entry(line, None, f"invalid JSON: {error}")
+                    return
+                fill(len(text))  # doubling, so that one long record is not decoded too often
+                continue
+            if end == len(text) and not ended:
+                fill(size)  # a number may go on
+                continue
+            yield Entry(line, record)
+            skip(end)
+            expects_comma = True
+
+
+def problems(record: Any) -> list[str]:
+    """Everything that keeps `record` from being a training record of the guide's format."""
+    if not isinstance(record, dict):
+        return [f"is {type(record).__name__}, expected an object with query, documents and answer"]
+    found = []
+    for name in ("query", "answer"):
+        value = record.get(name)
+        if name not in record:
+            found.append(f"has no {name}")
+        elif not isinstance(value, str):
+            found.append(f"{name} is {type(value).__name__}, expected a string")
+        elif not value.strip():
+            found.append(f"{name} is empty")
+    documents = record.get("documents")
+    if not isinstance(documents, list):
+        found.append("has no documents" if documents is None else "documents is not a list")
+        return found
+    if not documents:
+        found.append("documents is empty")
+    for number, document in enumerate(documents, 1):
+        text = document.get("text") if isinstance(document, dict) else document
+        if not isinstance(text, str):
+            found.append(f"document {number} is neither a string nor an object with title and text")
+        elif not text.strip():
+            found.append(f"document {number} is empty")
+    if "reranking_scores" in record:
+        found += _score_problems(record["reranking_scores"], len(documents))
+    return found
+
+
+def _score_problems(scores: Any, documents: int) -> list[str]:
+    if not isinstance(scores, list):
+        return ["reranking_scores is not a list"]
+    found = []
+    if len(scores) != documents:
+        found.append(f"has {len(scores)} reranking_scores for {documents} documents")
+    if not all(
+        isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+        for score in scores
+    ):
+        found.append("reranking_scores holds something that is not a finite number")
+    return found
+
+
+class Validation(NamedTuple):
+    """What validation found: sound records, and lines of the form `file:line: record n: problem`."""
+
+    records: int
+    messages: list[str]
+    bad_records: int
+
+
+def validate(path: Path, max_messages: int = 100) -> Validation:
+    """Check every record of a training file; at most `max_messages` messages are kept."""
+    sound = bad = 0
+    messages: list[str] = []
+    with_scores: bool | None = None
+    for number, entry in enumerate(entries(path), 1):
+        found = [entry.problem] if entry.problem else problems(entry.record)
+        if not found:
+            has_scores = "reranking_scores" in entry.record
+            if with_scores is not None and has_scores != with_scores:
+                found = ["some records have reranking_scores and some have none"]
+            with_scores = has_scores if with_scores is None else with_scores
+        if found:
+            bad += 1
+            place = f"{path}:{entry.line}: record {number}: "
+            messages += [place + problem for problem in found][: max_messages - len(messages)]
+        else:
+            sound += 1
+    if not sound and not bad:
+        bad, messages = 1, [f"{path}: holds no records"]
+    return Validation(sound, messages, bad)
+
+
+class Merged(NamedTuple):
+    """What a merge did."""
+
+    records: int
+    duplicates: int
+
+
+def merge(paths: Sequence[Path], output: Path, *, allow_different_settings: bool = False) -> Merged:
+    """Join training files into one, in the order given, the first record of each query kept.
+
+    Raises `UsageError` when the runs that made them (by their manifests) had different settings, unless
+    allowed; `InputError` for a record that is not one.
+    """
+    if output.suffix not in OUTPUT_SUFFIXES:
+        raise UsageError(f"--output_file {output}: use one of {', '.join(OUTPUT_SUFFIXES)}")
+    if any(path.resolve() == output.resolve() for path in paths):
+        raise UsageError(f"--output_file {output} is one of the files to merge: name another")
+    if not allow_different_settings:
+        _check_same_settings(paths)
+    seen: set[bytes] = set()
+    duplicates = 0
+
+    def records() -> Iterator[Example]:
+        nonlocal duplicates
+        with_scores: bool | None = None
+        for path in paths:
+            for entry in entries(path):
+                found = [entry.problem] if entry.problem else problems(entry.record)
+                if found:
+                    raise InputError(
+                        f"{path}:{entry.line}: {found[0]}; `scaledown validate {path}` lists all"
+                    )
+                has_scores = "reranking_scores" in entry.record
+                if with_scores is not None and has_scores != with_scores:
+                    raise InputError(
+                        f"{path}:{entry.line}: some records have reranking_scores and some have none; "
+                        "merge only files made alike"
+                    )
+                with_scores = has_scores
+                key = hashlib.blake2b(entry.record["query"].strip().encode(), digest_size=12).digest()
+                if key in seen:
+                    duplicates += 1
+                    continue
+                seen.add(key)
+                record = dict(entry.record)
+                record["documents"] = [document_text(document) for document in record["documents"]]
+                yield cast("Example", record)
+
+    written = write_examples(output, records())
+    return Merged(written, duplicates)
+
+
+def _check_same_settings(paths: Sequence[Path]) -> None:
+    first: tuple[Path, dict[str, Any]] | None = None
+    for path in paths:
+        manifest = read_json(Path(f"{path}.work") / "manifest.json")
+        if not manifest:
+            log.info("%s: no manifest beside it, so its settings cannot be compared", path)
+            continue
+        settings = {k: v for k, v in manifest["parameters"].items() if k not in _RUN_OWN}
+        settings |= {f"identity of {name}": identity for name, identity in manifest["models"].items()}
+        settings["identity of the corpus"] = manifest["corpus"]["sha256"]
+        if first is None:
+            first = path, settings
+            continue
+        different = sorted(k for k in settings | first[1] if settings.get(k) != first[1].get(k))
+        if different:
+            name = different[0]
+            raise UsageError(
+                f"{path} and {first[0]} were made with different settings ({', '.join(different)}; {name}: "
+                f"{settings.get(name)!r} and {first[1].get(name)!r}): make them alike, or give "
+                "--allow_different_settings"
+            )

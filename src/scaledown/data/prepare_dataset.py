@@ -1,0 +1,363 @@
+"""The main command: queries + corpus -> train_data.json.
+
+queries ─┐
+         ├─> retrieve ─> rerank ─> teach ─> export ─> train_data.json
+corpus ──┘ (passages, vectors)
+"""
+
+import functools
+import itertools
+import logging
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import scaledown
+from scaledown.config import PrepareConfig, build_parser, from_flags, underscored
+from scaledown.data.corpus import build_passages, sample_corpus
+from scaledown.data.export import examples, write_examples
+from scaledown.data.files import input_files
+from scaledown.data.formats import entries
+from scaledown.data.prompts import VERSION as PROMPT_VERSION
+from scaledown.data.queries import collect_queries, query_files, write_questions
+from scaledown.data.reranker import load_reranker, rerank, resolve_reranker
+from scaledown.data.retrieval import encode_passages, load_encoder, retrieve
+from scaledown.data.teacher import Generation, Teacher, load_teacher, teach
+from scaledown.errors import UsageError, run_command
+from scaledown.models import ModelSource, choose_device, resolve
+from scaledown.progress import duration, start_logging
+from scaledown.records import Example
+from scaledown.store import (
+    SCHEMA,
+    RunDirectory,
+    Stage,
+    StageResult,
+    check_writable,
+    fingerprint,
+    read_json,
+    write_json,
+)
+
+log = logging.getLogger("scaledown")
+
+
+class Result(NamedTuple):
+    """A finished run: its output, how many records that has, what each stage counted, what was set aside."""
+
+    output: Path
+    examples: int
+    stages: dict[str, StageResult]
+    quarantined: int
+    already_done: bool
+
+
+class _Sources(NamedTuple):
+    """Everything a run reads, found but not loaded."""
+
+    retriever: ModelSource
+    reranker: ModelSource | None
+    teacher: ModelSource
+    corpus: Path
+    query_files: list[Path]
+
+    def models(self) -> dict[str, ModelSource]:
+        found = {"retriever": self.retriever, "teacher": self.teacher}
+        return found | ({"reranker": self.reranker} if self.reranker else {})
+
+
+def prepare_dataset(config: PrepareConfig) -> Result:
+    """Make training data as `config` says, or continue a run that was interrupted.
+
+    Each stage leaves its shards in the run directory; what is there is not made again. Raises
+    `ScaleDownError`, each with a message that says what to do.
+    """
+    output = Path(config.output_file)
+    check_writable(output)
+    sources = _find(config)
+    run = RunDirectory(config.run_directory)
+    identities = {name: model.identity(run.content_hash) for name, model in sources.models().items()}
+    inputs = {
+        "corpus": run.content_hash(sources.corpus),
+        "queries": [run.content_hash(path) for path in sources.query_files],
+    }
+    request = fingerprint(
+        {"schema": SCHEMA, "parameters": _compared(config), "models": identities, "inputs": inputs}
+    )
+    with run.claim(request):
+        if finished := _finished(run, request, output):
+            return finished
+        stages = _run_stages(run, config, sources, identities, inputs)
+        score_scale = config.reranking_score_scale if config.enable_reranking else None
+        count = write_examples(output, examples(stages["answers"], stages["passages"], score_scale))
+        results = {name: stage.finished() for name, stage in stages.items()}
+        write_json(
+            run.manifest,
+            {
+                "schema": SCHEMA,
+                "version": scaledown.__version__,
+                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+                "request": request,
+                "parameters": asdict(config),
+                "models": identities,
+                "corpus": {"path": str(sources.corpus), "sha256": inputs["corpus"]},
+                "query_files": [
+                    {"path": str(path), "sha256": digest}
+                    for path, digest in zip(sources.query_files, inputs["queries"], strict=True)
+                ],
+                "stages": {
+                    name: {
+                        "fingerprint": stage.fingerprint,
+                        "settings": stage.settings,
+                        "counts": results[name].counts,
+                        "seconds": results[name].seconds,
+                    }
+                    for name, stage in stages.items()
+                },
+                "output": {
+                    "path": str(output),
+                    "examples": count,
+                    "sha256": run.content_hash(output),
+                },
+                "environment": _environment(),
+            },
+        )
+    return Result(output, count, results, _quarantined(results), already_done=False)
+
+
+def _find(config: PrepareConfig) -> _Sources:
+    """Find inputs and models; whatever is missing fails here, before any work."""
+    corpus = Path(config.corpus_path) if config.corpus_path else sample_corpus()
+    if not config.corpus_path:
+        log.info("no --corpus_path: using the sample corpus of 60 short articles")
+    input_files(corpus, "--corpus_path")
+    return _Sources(
+        retriever=resolve(config.retriever_model),
+        reranker=resolve_reranker(config.reranker_model) if config.reranks else None,
+        teacher=resolve(config.teacher_model),
+        corpus=corpus,
+        query_files=query_files(config),
+    )
+
+
+def _compared(config: PrepareConfig) -> dict[str, Any]:
+    """The settings that two runs in one directory must share; where things lie is not among them."""
+    apart = {"output_file", "work_dir", "corpus_path", "queries_file", "strict"}
+    settings = {name: value for name, value in asdict(config).items() if name not in apart}
+    return settings | {"format": Path(config.output_file).suffix}
+
+
+def _run_stages(
+    run: RunDirectory,
+    config: PrepareConfig,
+    sources: _Sources,
+    identities: Mapping[str, str],
+    inputs: Mapping[str, Any],
+) -> dict[str, Stage]:
+    """The picture at the top, in order. A stage's settings hold all that its shards depend on."""
+    device = choose_device(config.device)
+    machine = {"device": device.partition(":")[0], "dtype": config.dtype}
+    teacher = functools.cache(lambda: _teacher(config, sources, device))
+    encoder = functools.cache(
+        lambda: load_encoder(sources.retriever, device, config.dtype, config.batch_size)
+    )
+
+    passages = Stage(
+        run,
+        "passages",
+        {
+            "corpus": inputs["corpus"],
+            "max_corpus_size": config.max_corpus_size,
+            "max_bad_fraction": config.max_bad_fraction,
+            "passages": config.passages,
+            "passage_tokens": config.passage_tokens,
+            "tokenizer": identities["retriever"],
+            "passages_per_shard": config.passages_per_shard,
+        },
+    )
+    teaching = {
+        "teacher": identities["teacher"],
+        "bits": 8 if config.teacher_8bit else 4 if config.teacher_4bit else 0,
+        "prompt": PROMPT_VERSION,
+        "max_new_tokens": config.max_new_tokens,
+        "batch_size": config.teacher_batch_size,
+        **machine,
+    }
+    stages: dict[str, Stage] = {}
+    questions: dict[str, Any] = {
+        "files": inputs["queries"],
+        "dataset": config.query_dataset,
+        "split": config.query_split,
+        "column": config.query_column,
+        "max_bad_fraction": config.max_bad_fraction,
+        "queries_per_shard": config.queries_per_shard,
+    }
+    if config.num_synthetic_queries:
+        build_passages(passages, config, sources.corpus, sources.retriever)
+        number = {"number": config.num_synthetic_queries, "seed": config.seed}
+        written = Stage(run, "synthetic", {"passages": passages.fingerprint, **teaching, **number})
+        write_questions(written, passages, teacher, config)
+        stages["synthetic"] = written
+        questions["synthetic"] = written.fingerprint
+    queries = Stage(run, "queries", questions)
+    collect_queries(queries, config, stages.get("synthetic"))
+    build_passages(passages, config, sources.corpus, sources.retriever)
+
+    encoding = {"retriever": identities["retriever"], "batch_size": config.batch_size, **machine}
+    vectors = Stage(run, "vectors", {"passages": passages.fingerprint, **encoding})
+    encode_passages(vectors, passages, encoder)
+    candidates = Stage(
+        run,
+        "candidates",
+        {"vectors": vectors.fingerprint, "queries": queries.fingerprint, "top_k": config.top_k_retrieval},
+    )
+    retrieve(candidates, queries, vectors, encoder, config.top_k_retrieval)
+    encoder.cache_clear()
+    stages |= {"queries": queries, "passages": passages, "vectors": vectors, "candidates": candidates}
+
+    ranked = candidates
+    if sources.reranker:
+        source = sources.reranker
+        reranking = {"reranker": identities["reranker"], "likelihood": source.name.startswith("ql:")}
+        ranked = Stage(
+            run,
+            "ranked",
+            {
+                "candidates": candidates.fingerprint,
+                "top_k": config.documents_per_query,
+                "batch_size": config.reranker_batch_size,
+                **reranking,
+                **machine,
+            },
+        )
+        reranker = functools.cache(
+            lambda: load_reranker(source, device, config.dtype, config.reranker_batch_size)
+        )
+        rerank(ranked, candidates, passages, reranker, config.documents_per_query)
+        stages["ranked"] = ranked
+
+    sampling = {"temperature": config.temperature, "seed": config.seed} if config.temperature else {}
+    answers = Stage(run, "answers", {"ranked": ranked.fingerprint, **teaching, **sampling})
+    teach(answers, ranked, passages, teacher, config.temperature)
+    return stages | {"answers": answers}
+
+
+def _teacher(config: PrepareConfig, sources: _Sources, device: str) -> Teacher:
+    generation = Generation(
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        batch_size=config.teacher_batch_size,
+        load_in_8bit=config.teacher_8bit,
+        load_in_4bit=config.teacher_4bit,
+    )
+    return load_teacher(sources.teacher, device, config.dtype, generation)
+
+
+def _finished(run: RunDirectory, request: str, output: Path) -> Result | None:
+    """The result of an earlier run with these settings whose output is still as it was written."""
+    manifest = read_json(run.manifest)
+    if not manifest or manifest["request"] != request or not output.is_file():
+        return None
+    if run.content_hash(output) != manifest["output"]["sha256"]:
+        log.warning("%s was changed since it was written: writing it again", output)
+        return None
+    stages = {
+        name: StageResult([], stage["counts"], stage["seconds"]) for name, stage in manifest["stages"].items()
+    }
+    return Result(output, manifest["output"]["examples"], stages, _quarantined(stages), already_done=True)
+
+
+def _quarantined(stages: Mapping[str, StageResult]) -> int:
+    return sum(result.counts.get("bad", 0) + result.counts.get("refused", 0) for result in stages.values())
+
+
+def _environment() -> dict[str, str | int | None]:
+    from importlib.metadata import version
+
+    libraries = ("torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processors": os.cpu_count(),
+        **{name: version(name) for name in libraries},
+    }
+
+
+def summary(result: Result, config: PrepareConfig) -> str:
+    """What a finished command prints: counts and seconds of each stage, three examples, the next command."""
+    lines = []
+    if result.already_done:
+        lines.append("nothing to do: this run is finished")
+    lines.append(
+        f"{result.output}: {result.examples:,} examples, {config.documents_per_query} documents each"
+    )
+    lines.append("")
+    for name, stage in result.stages.items():
+        counts = ", ".join(f"{count:,} {what}" for what, count in stage.counts.items() if count)
+        lines.append(f"  {name:<11}{duration(stage.seconds):>9}   {counts}")
+    if result.quarantined:
+        where = config.run_directory / "quarantine"
+        lines += ["", f"set aside: {result.quarantined:,} lines or queries, each with its reason, in {where}"]
+    if config.top_k_reranking and not config.enable_reranking:
+        lines += ["", "the reranker's scores are kept: --enable_reranking adds them without scoring again"]
+    lines.append("")
+    records = (entry.record for entry in itertools.islice(entries(result.output), 3))
+    for number, record in enumerate(records, 1):
+        lines += _shown(number, record)
+    lines += [f"next: {_program()} validate {result.output}"]
+    return "\n".join(lines)
+
+
+def _shown(number: int, example: Example) -> list[str]:
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120) - 15
+    rows = [(f"{number}. query", example["query"]), ("   answer", example["answer"])]
+    scores = example.get("reranking_scores")
+    for place, document in enumerate(example["documents"][:3]):
+        score = f"[{scores[place]:.2f}] " if scores else ""
+        rows.append((f"   document {place + 1}", score + document))
+    return [f"{label:<14} {_one_line(text, width)}" for label, text in rows] + [""]
+
+
+def _one_line(text: str, width: int) -> str:
+    text = "".join(c if c.isprintable() else " " for c in text)  # nothing from data drives the terminal
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _program() -> str:
+    if shutil.which("scaledown"):
+        return "scaledown"
+    python = Path(sys.executable)
+    here = Path.cwd()
+    return f"{python.relative_to(here) if python.is_relative_to(here) else python} -m scaledown"
+
+
+def main(argv: Sequence[str] | None = None, program: str = "python -m scaledown.data.prepare_dataset") -> int:
+    """The command line; gives the exit status."""
+    parser = build_parser(program)
+
+    def refuse(message: str) -> None:
+        raise UsageError(f"{message} (see {program} --help)")
+
+    parser.error = refuse  # type: ignore[method-assign, assignment]
+    words = underscored(sys.argv[1:] if argv is None else argv)
+
+    def command() -> int:
+        flags = vars(parser.parse_args(words))
+        flags.pop("debug", None)
+        start_logging(flags.pop("log_level", "info"))
+        config = from_flags(flags)
+        result = prepare_dataset(config)
+        print(summary(result, config))
+        return 1 if config.strict and result.quarantined else 0
+
+    return run_command(command, debug="--debug" in words)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,351 @@
+"""Where queries come from: files, MS MARCO, QA datasets, or the teacher itself."""
+
+import itertools
+import logging
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import pyarrow as pa
+
+from scaledown.config import PrepareConfig
+from scaledown.data import files
+from scaledown.data.corpus import PassageTable
+from scaledown.data.prompts import question_prompt
+from scaledown.data.teacher import Teacher
+from scaledown.errors import InputError
+from scaledown.models import cache_directory, hub_errors
+from scaledown.progress import track
+from scaledown.records import Answer, Query, full_text
+from scaledown.store import Stage, atomic
+
+log = logging.getLogger("scaledown")
+
+QUERY_KEYS: Final = ("query", "question", "queries", "questions", "text")
+ID_KEYS: Final = ("query_id", "qid", "question_id", "id", "_id")
+SCHEMA: Final = pa.schema([("query_id", pa.large_string()), ("query", pa.large_string())])
+MS_MARCO_QUERIES: Final = 6_980
+
+
+class HubDataset(NamedTuple):
+    """A dataset of the hub: repository, configuration, and the column of its queries."""
+
+    repository: str
+    configuration: str | None
+    column: str
+
+
+HUB_DATASETS: Final = {
+    "natural_questions": HubDataset("google-research-datasets/natural_questions", "default", "question.text"),
+    "trivia_qa": HubDataset("mandarjoshi/trivia_qa", "unfiltered.nocontext", "question"),
+    "squad": HubDataset("rajpurkar/squad", None, "question"),
+    "nq_open": HubDataset("google-research-datasets/nq_open", None, "question"),
+    "pisco": HubDataset("maxoul/pisco_finetuning_data", None, ""),
+}
+
+
+def query_files(config: PrepareConfig) -> list[Path]:
+    """The local files that queries are read from, MS MARCO's fetched if need be. Raises `InputError`."""
+    paths = [path for name in config.queries_file for path in files.input_files(Path(name), "--queries_file")]
+    if config.download_ms_marco:
+        paths.append(ms_marco(config.ms_marco_url))
+    if config.query_dataset and Path(config.query_dataset).is_file():
+        paths.append(Path(config.query_dataset))
+    return paths
+
+
+def ms_marco(url: str) -> Path:
+    """MS MARCO's dev queries (`queries.dev.small.tsv`, 6,980 lines), downloaded once and checked."""
+    import requests
+
+    path = cache_directory() / "msmarco" / "queries.dev.small.tsv"
+    by_hand = (
+        "get queries.dev.small.tsv from the MS MARCO passage ranking page and pass it as "
+        "--queries_file queries.dev.small.tsv, or give another --ms_marco_url"
+    )
+    if path.exists() and not _ms_marco_problem(path):
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log.info("downloading the MS MARCO dev queries from %s", url)
+    with atomic(path) as temporary:
+        try:
+            with requests.get(url, stream=True, timeout=60) as response:
+                response.raise_for_status()
+                with temporary.open("wb") as file:
+                    for chunk in response.iter_content(1 << 20):
+                        file.write(chunk)
+        except requests.RequestException as error:
+            reason = type(error).__name__ if error.response is None else f"HTTP {error.response.status_code}"
+            raise InputError(f"MS MARCO queries: download from {url} failed ({reason}); {by_hand}") from error
+        if problem := _ms_marco_problem(temporary):
+            raise InputError(f"MS MARCO queries: {url} gave a file with {problem}; {by_hand}")
+    return path
+
+
+def _ms_marco_problem(path: Path) -> str:
+    """What is wrong with a file of MS MARCO dev queries; empty where nothing is."""
+    try:
+        columns = [len(line.split(b"\t")) for _, line in files.lines(path)]
+    except InputError as error:
+        return str(error)
+    if len(columns) != MS_MARCO_QUERIES:
+        return f"{len(columns):,} lines instead of {MS_MARCO_QUERIES:,}"
+    return "" if set(columns) == {2} else "lines that are not qid<TAB>query"
+
+
+def collect_queries(stage: Stage, config: PrepareConfig, synthetic: Stage | None) -> None:
+    """Read all queries into shards of `queries_per_shard`. Raises `InputError` where there are none."""
+    if stage.done():
+        return
+    with stage.lease("all", wait=True):
+        if stage.done():
+            return
+        intake = files.Intake("the queries", config.max_bad_fraction)
+        if synthetic is None:
+            source = itertools.chain(_from_files(config, intake), _from_dataset(config, intake))
+        else:
+            source = itertools.chain(_written(synthetic, config.num_synthetic_queries))
+        rows: list[int] = []
+        number = 0
+        started = time.perf_counter()
+        while block := list(itertools.islice(source, config.queries_per_shard)):
+            queries = [
+                query._replace(query_id=query.query_id or f"q{i}")
+                for i, query in enumerate(block, number + 1)
+            ]
+            number += len(queries)
+            columns = [list(column) for column in zip(*queries, strict=True)]
+            stage.write(len(rows), pa.table(columns, schema=SCHEMA), time.perf_counter() - started)
+            rows.append(len(queries))
+            started = time.perf_counter()
+        stage.quarantine("all", intake.rejected)
+        intake.close()
+        if not number:
+            raise InputError("there are no queries in what was given: expected one query a line")
+        stage.finish(rows, {"queries": number, "bad": intake.bad})
+
+
+def _from_files(config: PrepareConfig, intake: files.Intake) -> Iterator[Query]:
+    for path in query_files(config):
+        suffix = files.inner_suffix(path)
+        if suffix in {".json", ".jsonl", ".ndjson", ".parquet", ".csv"}:
+            yield from _from_records(files.rows(path), config.query_column, intake)
+        else:
+            yield from _from_lines(path, suffix == ".tsv", intake)
+
+
+def _from_lines(path: Path, is_tsv: bool, intake: files.Intake) -> Iterator[Query]:
+    """One query a line, or qid<TAB>query; a file without the ending .tsv shows by its first line which."""
+    first = True
+    for number, line in files.lines(path):
+        intake.rows += 1
+        row = files.Row(str(path), number, line)
+        if first and not is_tsv and re.fullmatch(rb"[^\t\s]+\t[^\t]+", line):
+            is_tsv = True
+            log.info("%s: read as qid<TAB>query", path)
+        first = False
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            intake.reject(row, f"invalid UTF-8 ({error.reason} at byte {error.start})")
+            continue
+        query_id, tab, query = text.partition("\t") if is_tsv else ("", "", text)
+        if is_tsv and (not tab or "\t" in query):
+            intake.reject(row, "expected two columns, qid<TAB>query")
+        elif query := " ".join(query.split()):
+            yield Query(query_id.strip(), query)
+
+
+def _from_records(rows: Iterator[files.Row], column: str, intake: files.Intake) -> Iterator[Query]:
+    for row in rows:
+        intake.rows += 1
+        try:
+            yield _query(files.parse(row), column)
+        except ValueError as error:
+            intake.reject(row, str(error))
+
+
+def _query(record: dict[str, Any], column: str) -> Query:
+    """The query in a record. `column` may reach into records with dots. Raises `ValueError`."""
+    if column:
+        value: Any = record
+        for name in column.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+    else:
+        value = next((record[key] for key in QUERY_KEYS if record.get(key) is not None), None)
+        if isinstance(value, dict):
+            value = value.get("text")
+    if not isinstance(value, str) or not value.strip():
+        names = ", ".join(map(str, record)) or "none"
+        raise ValueError(
+            f"no text under {column or ' or '.join(QUERY_KEYS)!r}; the columns are {names}: "
+            "name one with --query_column"
+        )
+    query_id = next((record[key] for key in ID_KEYS if isinstance(record.get(key), str | int)), "")
+    return Query(str(query_id), " ".join(value.split()))
+
+
+def _from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query]:
+    """Queries of a dataset of the hub, or of a local folder in any layout that `datasets` reads."""
+    if not config.query_dataset or Path(config.query_dataset).is_file():
+        return
+    import datasets
+
+    name, _, revision = config.query_dataset.partition("@")
+    known = HUB_DATASETS.get(name)
+    path = Path(name)
+    datasets.disable_progress_bars()
+    with hub_errors(name, "dataset"):
+        if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
+            loaded = datasets.load_from_disk(str(path))
+            data = loaded[config.query_split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        elif known and not path.exists():
+            data = datasets.load_dataset(
+                known.repository,
+                known.configuration,
+                split=config.query_split,
+                streaming=True,
+                revision=revision or None,
+            )
+        else:
+            data = datasets.load_dataset(
+                name, split=config.query_split, streaming=True, revision=revision or None
+            )
+        column = config.query_column or (known.column if known else "")
+        if column and data.column_names and column.partition(".")[0] in data.column_names:
+            data = data.select_columns([column.partition(".")[0]])
+        rows = (files.Row(name, number, record) for number, record in enumerate(data, 1))
+        yield from _from_records(rows, column, intake)
+
+
+# Synthetic queries
+
+_ASKS: Final = frozenset(
+    [
+        "who",
+        "whom",
+        "whose",
+        "what",
+        "when",
+        "where",
+        "which",
+        "why",
+        "how",
+        "is",
+        "are",
+        "was",
+        "were",
+        "do",
+        "does",
+        "did",
+        "can",
+        "could",
+        "should",
+        "would",
+        "will",
+        "has",
+        "have",
+        "had",
+    ]
+)
+_ABOUT_THE_TEXT: Final = re.compile(
+    r"\b(the|this|that|given|above) (text|passage|article|paragraph|document|author)\b|\bexample topic\b",
+    re.IGNORECASE,
+)
+_LABEL: Final = re.compile(r"^\s*(?:[-*•]|\d+[.)]|\**(?:question|q)(?: ?\d+)?\**\s*[:.])\s*", re.IGNORECASE)
+PASSES: Final = 4
+LATER_TEMPERATURE: Final = 0.8
+
+
+def as_question(text: str) -> str | None:
+    """The question in what a teacher wrote, or None where there is none that could stand alone."""
+    for line in text.splitlines():
+        question = _LABEL.sub("", line).strip().strip("\"'“”*").strip()
+        head, mark, _ = question.partition("?")
+        question = head + mark
+        words = re.findall(r"\w+", question.lower())
+        if (
+            mark
+            and 3 < len(words) <= 40
+            and (words[0] in _ASKS or not _ASKS.isdisjoint(words[:6]))
+            and not _ABOUT_THE_TEXT.search(question)
+        ):
+            return question
+    return None
+
+
+def normalized(question: str) -> str:
+    """What two questions share when they are the same: words without case or punctuation."""
+    return " ".join(re.findall(r"\w+", question.lower()))
+
+
+def write_questions(
+    stage: Stage, passages: Stage, load: Callable[[], Teacher], config: PrepareConfig
+) -> None:
+    """Let the teacher write questions about sampled passages until there are enough different ones.
+
+    Each pass asks once about each sampled passage: greedily first, then sampled at 0.8.
+    """
+    if stage.done():
+        return
+    wanted = config.num_synthetic_queries
+    total = sum(passages.finished().rows)
+    sample = random.Random(config.seed).sample(range(total), min(total, 8 * wanted))  # noqa: S311
+    turns = [(number, row) for number in range(PASSES) for row in sample]
+    size = min(config.queries_per_shard, wanted)
+    with stage.lease("all", wait=True):
+        seen: set[str] = set()
+        rows: list[int] = []
+        asked = 0
+        table = PassageTable(passages)
+        with track("questions", "questions", wanted) as tracker:
+            while len(seen) < wanted and asked < len(turns):
+                turn = turns[asked : asked + size]
+                if not stage.has(len(rows)):
+                    started = time.perf_counter()
+                    stage.write(len(rows), _ask(turn, table, load()), time.perf_counter() - started)
+                questions = stage.table(len(rows)).column("question").to_pylist()
+                before = len(seen)
+                seen.update(normalized(question) for question in questions if question)
+                tracker.advance(min(len(seen), wanted) - min(before, wanted))
+                rows.append(len(turn))
+                asked += len(turn)
+        if not seen:
+            raise InputError(
+                f"the teacher wrote no usable question about {asked:,} passages: use a larger --teacher_model"
+            )
+        if len(seen) < wanted:
+            log.warning("the corpus gave only %s different questions of %s wanted", len(seen), wanted)
+        stage.finish(rows, {"asked": asked, "questions": min(len(seen), wanted)})
+
+
+def _ask(turns: Sequence[tuple[int, int]], passages: PassageTable, teacher: Teacher) -> pa.Table:
+    prompts = []
+    for number, row in turns:
+        passage = passages[row]
+        temperature = LATER_TEMPERATURE if number else 0.0
+        prompts.append(
+            question_prompt(f"{number}:{row}", full_text(passage.title, passage.text), temperature)
+        )
+    answers = teacher.answer(prompts, lambda _: None)
+    texts = [answer.text if isinstance(answer, Answer) else "" for answer in answers]
+    return pa.table(
+        {
+            "row": pa.array([row for _, row in turns], pa.int64()),
+            "text": pa.array(texts, pa.large_string()),
+            "question": pa.array([as_question(text) for text in texts], pa.large_string()),
+        }
+    )
+
+
+def _written(stage: Stage, wanted: int) -> list[Query]:
+    """The first `wanted` different questions of a finished stage."""
+    different: dict[str, str] = {}
+    for table in stage.tables():
+        for question in table.column("question").to_pylist():
+            if question:
+                different.setdefault(normalized(question), question)
+    return [Query("", question) for question in itertools.islice(different.values(), wanted)]

@@ -1,0 +1,261 @@
+"""Relevance of each document to its query: cross-encoders, and query likelihood under a causal LM."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from scaledown.config import PrepareConfig
+from scaledown.data.corpus import PassageTable
+from scaledown.data.prompts import LIKELIHOOD_AFTER, LIKELIHOOD_BEFORE
+from scaledown.data.splade import by_length
+from scaledown.errors import InputError, ModelError, UsageError
+from scaledown.models import ModelSource, choose_device, choose_dtype, hub_errors, loadable, resolve
+from scaledown.progress import track
+from scaledown.records import QueryWithDocuments, document_text, full_text
+from scaledown.store import Stage
+
+log = logging.getLogger("scaledown")
+
+LIKELIHOOD_PREFIX = "ql:"
+
+
+class Pair(NamedTuple):
+    """A query and the text of a document, title included."""
+
+    query: str
+    document: str
+
+
+class Reranker(Protocol):
+    """Scores pairs; higher is more relevant. Scores are raw: logits, or mean log-probabilities."""
+
+    def score(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
+        """One score a pair, in the order given."""
+
+
+class CrossEncoderReranker:
+    """A sentence-transformers cross-encoder with one output; scores are its logits."""
+
+    def __init__(self, source: ModelSource, device: str, dtype: str, batch_size: int) -> None:
+        import torch
+        from sentence_transformers import CrossEncoder
+
+        name, pinned = loadable(source)
+        arguments: dict[str, Any] = {"model_kwargs": {"dtype": choose_dtype(dtype, device)}}
+        with hub_errors(source.name):
+            self._model = CrossEncoder(name, device=device, **pinned, **arguments)
+        if self._model.num_labels != 1:
+            raise ModelError(
+                f"model {source.name} gives {self._model.num_labels} scores a pair; a reranker gives one"
+            )
+        self._batch_size = batch_size
+        self._raw = torch.nn.Identity()
+
+    def score(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
+        """Logits, in the order of `pairs`."""
+        scores = np.empty(len(pairs), np.float32)
+        order = by_length([pair.document + pair.query for pair in pairs])
+        for start in range(0, len(pairs), self._batch_size):
+            chosen = order[start : start + self._batch_size]
+            scores[chosen] = self._model.predict(
+                [tuple(pairs[i]) for i in chosen],
+                batch_size=self._batch_size,
+                show_progress_bar=False,
+                activation_fn=self._raw,
+            )
+            advance(len(chosen))
+        return [float(score) for score in scores]
+
+
+class QueryLikelihoodReranker:
+    """Mean log-probability of the question's tokens given the passage (UPR, Sachan et al. 2022).
+
+    Works with any causal LM; needs no training for relevance.
+    """
+
+    def __init__(self, source: ModelSource, device: str, dtype: str, batch_size: int) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        name, pinned = loadable(source)
+        with hub_errors(source.name):
+            self._tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=choose_dtype(dtype, device), **pinned)
+            self._model = model.to(device).eval()
+        self._device = device
+        self._batch_size = batch_size
+        self._limit = int(getattr(model.config, "max_position_embeddings", 0) or 2048)
+        self._after = self._ids(LIKELIHOOD_AFTER)
+
+    def _ids(self, text: str, *, special: bool = False) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        return ids
+
+    def score(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
+        """Mean log-probabilities, at most 0, in the order of `pairs`."""
+        questions = [self._ids(" " + pair.query.strip())[: self._limit // 2] for pair in pairs]
+        prompts = []
+        for pair, question in zip(pairs, questions, strict=True):
+            room = self._limit - len(question) - len(self._after)
+            prompts.append(self._ids(LIKELIHOOD_BEFORE + pair.document, special=True)[:room] + self._after)
+        scores = np.empty(len(pairs), np.float32)
+        lengths = [len(prompt) + len(question) for prompt, question in zip(prompts, questions, strict=True)]
+        order = np.argsort([-length for length in lengths], kind="stable")
+        for start in range(0, len(pairs), self._batch_size):
+            chosen = order[start : start + self._batch_size]
+            scores[chosen] = self._batch([prompts[i] for i in chosen], [questions[i] for i in chosen])
+            advance(len(chosen))
+        return [float(score) for score in scores]
+
+    def _batch(self, prompts: list[list[int]], questions: list[list[int]]) -> list[float]:
+        import torch
+
+        sequences = [prompt + question for prompt, question in zip(prompts, questions, strict=True)]
+        length = max(map(len, sequences))
+        longest = max(map(len, questions))
+        ids = torch.zeros(len(sequences), length, dtype=torch.long)  # [batch, length], padded on the left
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            ids[row, length - len(sequence) :] = torch.tensor(sequence)
+            mask[row, length - len(sequence) :] = 1
+        with torch.inference_mode():
+            logits = self._model(
+                input_ids=ids.to(self._device),
+                attention_mask=mask.to(self._device),
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(self._device),
+                logits_to_keep=longest + 1,
+                use_cache=False,
+            ).logits[:, :-1]  # [batch, longest, vocabulary]: each predicts the token after it
+            targets = ids[:, -longest:].to(self._device)  # [batch, longest]
+            chosen = torch.log_softmax(logits.float(), -1).gather(-1, targets[..., None])[..., 0].cpu()
+        return [
+            float(row[-len(question) :].mean()) if question else -math.inf
+            for row, question in zip(chosen, questions, strict=True)
+        ]
+
+
+def load_reranker(source: ModelSource, device: str, dtype: str, batch_size: int) -> Reranker:
+    """The reranker behind `--reranker_model`. `source.name` begins with `ql:` for query likelihood."""
+    likelihood = source.name.startswith(LIKELIHOOD_PREFIX)
+    log.info("reranker: %s, %s", source.name, "query likelihood" if likelihood else "cross-encoder")
+    kind = QueryLikelihoodReranker if likelihood else CrossEncoderReranker
+    return kind(source, device, dtype, batch_size)
+
+
+def resolve_reranker(name: str) -> ModelSource:
+    """`resolve`, for names that may begin with `ql:`."""
+    return resolve(name.removeprefix(LIKELIHOOD_PREFIX))._replace(name=name)
+
+
+def scaled(score: float, scale: str) -> float:
+    """A raw score on the scale asked for: as it is, or through the logistic function to 0..1."""
+    if scale == "raw":
+        return score
+    return 1 / (1 + math.exp(-score)) if score >= 0 else math.exp(score) / (1 + math.exp(score))
+
+
+def best_first(scores: Sequence[float], top_k: int) -> list[int]:
+    """Positions of the `top_k` highest scores, best first; ties keep their order."""
+    return sorted(range(len(scores)), key=lambda i: -scores[i])[:top_k]
+
+
+def add_reranking_scores(
+    queries_with_docs: Sequence[QueryWithDocuments],
+    reranker_model: str = PrepareConfig.reranker_model,
+    *,
+    top_k: int | None = None,
+    score_scale: str = "raw",
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = PrepareConfig.reranker_batch_size,
+) -> list[QueryWithDocuments]:
+    """Add `reranking_scores` to each record, one a document, in the order of its documents.
+
+    Documents stay in their order, or with `top_k` the best so many are kept, best first. Documents are
+    strings or `{"title", "text"}`. The records given are not changed.
+    """
+    if top_k is not None and top_k < 1:
+        raise UsageError(f"top_k {top_k}: must be at least 1")
+    if score_scale not in {"raw", "sigmoid"}:
+        raise UsageError(f"score_scale {score_scale!r}: use raw or sigmoid")
+    check_records(queries_with_docs)
+    reranker = load_reranker(resolve_reranker(reranker_model), choose_device(device), dtype, batch_size)
+    pairs = [
+        Pair(record["query"], document_text(document))
+        for record in queries_with_docs
+        for document in record["documents"]
+    ]
+    with track("rerank", "pairs", len(pairs)) as tracker:
+        scores = iter(reranker.score(pairs, tracker.advance))
+    result = []
+    for record in queries_with_docs:
+        documents: list[Any] = list(record["documents"])
+        own = [next(scores) for _ in documents]
+        kept = range(len(own)) if top_k is None else best_first(own, top_k)
+        changed = {
+            **record,
+            "documents": [documents[i] for i in kept],
+            "reranking_scores": [scaled(own[i], score_scale) for i in kept],
+        }
+        result.append(changed)
+    return result  # type: ignore[return-value]  # the record's own further keys stay
+
+
+def check_records(records: Sequence[QueryWithDocuments]) -> None:
+    """Raise `InputError` naming the first record that lacks a query or documents of a known shape."""
+    for number, record in enumerate(records, 1):
+        if not isinstance(record.get("query"), str) or not isinstance(record.get("documents"), list):
+            raise InputError(f"record {number}: expected a query (string) and documents (list)")
+        for document in record["documents"]:
+            if not isinstance(document, str) and not isinstance(document.get("text"), str):
+                raise InputError(
+                    f"record {number}: a document is neither a string nor a dictionary with a text"
+                )
+
+
+def rerank(
+    stage: Stage, candidates: Stage, passages: Stage, load: Callable[[], Reranker], top_k: int
+) -> None:
+    """Score the candidates of each shard and keep the `top_k` best of each query, best first.
+
+    Adds the column reranking_scores list<float32>, raw.
+    """
+    if stage.done():
+        return
+    rows = candidates.finished().rows
+    per_query = candidates.finished().counts["candidates"] // max(1, sum(rows))
+    done = sum(count for shard, count in enumerate(rows) if stage.has(shard))
+    with track("rerank", "pairs", sum(rows) * per_query, done * per_query) as tracker:
+
+        def work(shard: int) -> pa.Table:
+            texts = PassageTable(passages)
+            table = candidates.table(shard)
+            records = table.to_pylist()
+            pairs = []
+            for record in records:
+                for row in record["rows"]:
+                    passage = texts[row]
+                    pairs.append(Pair(record["query"], full_text(passage.title, passage.text)))
+            scores = iter(load().score(pairs, tracker.advance))
+            columns: dict[str, list[Any]] = {"rows": [], "scores": [], "reranking_scores": []}
+            for record in records:
+                own = [next(scores) for _ in record["rows"]]
+                kept = best_first(own, top_k)
+                columns["rows"].append([record["rows"][i] for i in kept])
+                columns["scores"].append([record["scores"][i] for i in kept])
+                columns["reranking_scores"].append([own[i] for i in kept])
+            return pa.table(
+                {
+                    "query_id": table.column("query_id"),
+                    "query": table.column("query"),
+                    "rows": pa.array(columns["rows"], pa.list_(pa.int64())),
+                    "scores": pa.array(columns["scores"], pa.list_(pa.float32())),
+                    "reranking_scores": pa.array(columns["reranking_scores"], pa.list_(pa.float32())),
+                }
+            )
+
+        stage.complete(len(rows), work)
+    stage.finish(rows, {"queries": sum(rows), "pairs": sum(rows) * per_query})

@@ -1,0 +1,143 @@
+"""The teacher: prompts in, answers out. Engines live in `teachers/`."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import pyarrow as pa
+
+from scaledown.config import PrepareConfig
+from scaledown.data.corpus import PassageTable
+from scaledown.data.prompts import Prompt, answer_prompt
+from scaledown.data.reranker import check_records
+from scaledown.models import ModelSource, choose_device, resolve
+from scaledown.progress import track
+from scaledown.records import Answer, Example, QueryWithDocuments, document_text, full_text
+from scaledown.store import Stage
+
+log = logging.getLogger("scaledown")
+
+
+class Generation(NamedTuple):
+    """How a teacher loads and decodes; `seed` matters where a prompt has a temperature."""
+
+    max_new_tokens: int = PrepareConfig.max_new_tokens
+    seed: int = 0
+    batch_size: int = PrepareConfig.teacher_batch_size
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+
+
+class Refusal(NamedTuple):
+    """A prompt that could not be asked, and why."""
+
+    reason: str
+
+
+class Teacher(Protocol):
+    """Answers prompts."""
+
+    def answer(self, prompts: Sequence[Prompt], advance: Callable[[int], None]) -> list[Answer | Refusal]:
+        """One answer or refusal a prompt, in the order given."""
+
+
+def load_teacher(source: ModelSource, device: str, dtype: str, generation: Generation) -> Teacher:
+    """The teacher behind `--teacher_model`."""
+    from scaledown.data.teachers.transformers import TransformersTeacher
+
+    bits = " in 8 bits" if generation.load_in_8bit else " in 4 bits" if generation.load_in_4bit else ""
+    log.info("teacher: %s%s, transformers on %s", source.name, bits, device)
+    return TransformersTeacher(source, device, dtype, generation)
+
+
+def generate_teacher_answers(
+    queries_with_docs: Sequence[QueryWithDocuments],
+    teacher_model: str = PrepareConfig.teacher_model,
+    *,
+    max_new_tokens: int = PrepareConfig.max_new_tokens,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = PrepareConfig.teacher_batch_size,
+    load_in_8bit: bool = False,
+    load_in_4bit: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> list[Example]:
+    """Training records for queries whose documents are known; `json.dump` writes them as they are.
+
+    Documents are strings or `{"title", "text"}` and come back as strings; `reranking_scores` are kept.
+    A record that cannot be asked (its question alone exceeds the teacher's context) is left out, and
+    a warning names it.
+    """
+    check_records(queries_with_docs)
+    generation = Generation(max_new_tokens, seed, batch_size, load_in_8bit, load_in_4bit)
+    teacher = load_teacher(resolve(teacher_model), choose_device(device), dtype, generation)
+    texts = [[document_text(document) for document in record["documents"]] for record in queries_with_docs]
+    prompts = [
+        answer_prompt(str(number), record["query"], documents, temperature)
+        for number, (record, documents) in enumerate(zip(queries_with_docs, texts, strict=True))
+    ]
+    with track("teach", "answers", len(prompts)) as tracker:
+        answers = teacher.answer(prompts, tracker.advance)
+    examples: list[Example] = []
+    for record, documents, answer in zip(queries_with_docs, texts, answers, strict=True):
+        if isinstance(answer, Refusal):
+            log.warning("left out %r: %s", record["query"][:80], answer.reason)
+            continue
+        example: Example = {"query": record["query"], "documents": documents, "answer": answer.text}
+        if "reranking_scores" in record:
+            example["reranking_scores"] = record["reranking_scores"]
+        examples.append(example)
+    return examples
+
+
+def teach(
+    stage: Stage, ranked: Stage, passages: Stage, load: Callable[[], Teacher], temperature: float
+) -> None:
+    """Let the teacher answer each shard of queries with their documents.
+
+    Adds the columns of `Answer`; queries that could not be asked go to the quarantine.
+    """
+    if stage.done():
+        return
+    rows = ranked.finished().rows
+    done = sum(count for shard, count in enumerate(rows) if stage.has(shard))
+    with track("teach", "answers", sum(rows), done) as tracker:
+
+        def work(shard: int) -> pa.Table:
+            texts = PassageTable(passages)
+            table = ranked.table(shard)
+            prompts = []
+            for record in table.to_pylist():
+                found = [texts[row] for row in record["rows"]]
+                documents = [full_text(passage.title, passage.text) for passage in found]
+                prompts.append(answer_prompt(record["query_id"], record["query"], documents, temperature))
+            answers = load().answer(prompts, tracker.advance)
+            stage.quarantine(
+                f"{shard:06d}",
+                [
+                    {"query_id": prompt.key, "reason": answer.reason}
+                    for prompt, answer in zip(prompts, answers, strict=True)
+                    if isinstance(answer, Refusal)
+                ],
+            )
+            kept = [i for i, answer in enumerate(answers) if isinstance(answer, Answer)]
+            table = table.take(pa.array(kept, pa.int64()))
+            given = [answer for answer in answers if isinstance(answer, Answer)]
+            for name in Answer._fields:
+                kind = pa.large_string() if name in {"text", "finish_reason"} else pa.int64()
+                table = table.append_column(name, pa.array([getattr(a, name) for a in given], kind))
+            return table
+
+        stage.complete(len(rows), work)
+    counts = dict.fromkeys(("answers", "refused", "truncated", "empty", "shortened"), 0)
+    answered = []
+    for shard, asked in enumerate(rows):
+        table = stage.table(shard)
+        answered.append(table.num_rows)
+        counts["answers"] += table.num_rows
+        counts["refused"] += asked - table.num_rows
+        counts["truncated"] += table.column("finish_reason").to_pylist().count("length")
+        counts["empty"] += table.column("text").to_pylist().count("")
+        counts["shortened"] += sum(map(bool, table.column("dropped_tokens").to_pylist()))
+    stage.finish(answered, counts)

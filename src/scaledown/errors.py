@@ -1,0 +1,95 @@
+"""Every error a user can cause, as one tree. Each message ends with what to do next.
+
+ScaleDownError            exit status 1
+├── UsageError            exit status 2: the command line contradicts itself
+├── InputError            queries, corpus or training data cannot be used
+├── ModelError            a model cannot be found, read or run
+├── MissingExtraError     an optional dependency is not installed
+├── OutputError           the output cannot be written
+└── RunDirectoryError     the run directory is busy or belongs to other settings
+"""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+
+class ScaleDownError(Exception):
+    """Base of all errors raised on purpose; printed as one line, without a traceback."""
+
+    exit_status = 1
+
+
+class UsageError(ScaleDownError, ValueError):
+    """Options that contradict each other or lie outside their range."""
+
+    exit_status = 2
+
+
+class InputError(ScaleDownError):
+    """Queries, corpus or training data that are missing, empty or malformed."""
+
+
+class ModelError(ScaleDownError):
+    """A model that is unknown, gated, out of reach, or of the wrong kind."""
+
+
+class MissingExtraError(ScaleDownError):
+    """A feature whose optional dependency is not installed."""
+
+
+class OutputError(ScaleDownError):
+    """An output that cannot be written."""
+
+
+class RunDirectoryError(ScaleDownError):
+    """A run directory that another process uses with other settings, or that is not one."""
+
+
+def run_command(command: Callable[[], int], *, debug: bool) -> int:
+    """Run a command and give its exit status: one line on standard error for whatever goes wrong.
+
+    0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated. `debug` lets exceptions through.
+    """
+    try:
+        with _terminate_like_interrupt():
+            return command()
+    except KeyboardInterrupt as error:
+        print("interrupted; what is finished is kept: the same command continues from here", file=sys.stderr)
+        return 143 if isinstance(error, _Terminated) else 130
+    except ScaleDownError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except Exception as error:
+        if debug:
+            raise
+        text = " ".join(str(error).split())
+        print(
+            f"error: {type(error).__name__}: {text[:500]} (unexpected; --debug shows where. Finished work is "
+            "kept: the same command continues from it)",
+            file=sys.stderr,
+        )
+        return 1
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as a batch queue sends it before it kills."""
+
+
+@contextlib.contextmanager
+def _terminate_like_interrupt() -> Iterator[None]:
+    def stop(_signal: int, _frame: object) -> None:
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

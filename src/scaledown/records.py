@@ -1,0 +1,97 @@
+"""The records that flow through the pipeline, and the dictionaries of the Python API."""
+
+from collections.abc import Mapping
+from typing import NamedTuple, NotRequired, TypedDict
+
+
+class Query(NamedTuple):
+    """A question, with the identifier it had in its source or its line number."""
+
+    query_id: str
+    text: str
+
+
+class Article(NamedTuple):
+    """One entry of a corpus: its paragraphs in reading order, headings as `Block`s of their own."""
+
+    doc_id: str
+    title: str
+    blocks: tuple["Block", ...]
+
+
+class Block(NamedTuple):
+    """A paragraph, list item or heading of an article."""
+
+    text: str
+    is_heading: bool = False
+
+
+class Passage(NamedTuple):
+    """What is retrieved: a piece of one article. `passage_id` is `<doc_id>_<n>`."""
+
+    passage_id: str
+    doc_id: str
+    title: str
+    text: str
+
+
+class Candidate(NamedTuple):
+    """A passage proposed for a query: its row in the passage table and its scores."""
+
+    row: int
+    score: float
+    reranking_score: float | None = None
+
+
+class Answer(NamedTuple):
+    """What the teacher wrote; `finish_reason` is `stop` or `length`."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    answer_tokens: int
+    dropped_tokens: int
+    """Document tokens left out so that the prompt fits the teacher's context."""
+
+
+class DocumentDict(TypedDict):
+    """A document as the guide's Python API takes it. `id` is optional."""
+
+    id: NotRequired[str]
+    title: NotRequired[str]
+    text: str
+
+
+class RetrievedDict(DocumentDict):
+    """A document returned by a retriever."""
+
+    score: float
+
+
+class QueryWithDocuments(TypedDict):
+    """A query and its documents, as strings or as `{"title", "text"}`."""
+
+    query: str
+    documents: list[str] | list[DocumentDict]
+    reranking_scores: NotRequired[list[float]]
+
+
+class Example(TypedDict):
+    """One training record: the format of the guide, exactly."""
+
+    query: str
+    documents: list[str]
+    answer: str
+    reranking_scores: NotRequired[list[float]]
+
+
+def full_text(title: str, text: str) -> str:
+    """The passage as every model and the output see it: its title on a line of its own, then its text."""
+    return f"{title}\n{text}" if title else text
+
+
+def document_text(document: "str | Mapping[str, object]") -> str:
+    """The text of a document given as a string or as `{"title", "text"}`."""
+    if isinstance(document, str):
+        return document
+    return full_text(str(document.get("title") or ""), str(document["text"]))

@@ -1,0 +1,320 @@
+"""The run directory: atomic shards, fingerprints, leases, quarantine, manifest last.
+
+A stage's shards live in `<work_dir>/<stage>/<fingerprint>/`, so a changed setting starts a new folder for
+that stage and those after it, and changing it back finds the old shards again. A shard exists under its
+final name only when it is whole; `done.json` says that a stage has all of its shards.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock, Timeout
+
+from scaledown.errors import InputError, OutputError, RunDirectoryError
+
+log = logging.getLogger("scaledown")
+
+SCHEMA: Final = 1
+STAGES: Final = ("synthetic", "queries", "passages", "vectors", "candidates", "ranked", "answers")
+_OWN_NAMES: Final = {*STAGES, "quarantine", "live", "locks", "manifest.json", "inputs.json"}
+
+Arrays: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
+Shard: TypeAlias = pa.Table | Arrays
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """16 hex digits that change when any of `settings` does."""
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success it becomes `path`, durable, in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OutputError(
+                f"no space left while writing {path}: free some and run the same command again, "
+                "it continues from here"
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` atomically, readable by people."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, or None where there is none or it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+class StageResult(NamedTuple):
+    """What a finished stage says of itself; `rows` has one entry a shard."""
+
+    rows: list[int]
+    counts: dict[str, int]
+    seconds: float
+
+
+class Stage:
+    """The shards of one stage under one set of settings. Shards are Arrow files or NumPy archives."""
+
+    def __init__(self, run: "RunDirectory", name: str, settings: Mapping[str, Any]) -> None:
+        self.name = name
+        self.settings = dict(settings)
+        self.fingerprint = fingerprint({"schema": SCHEMA, "stage": name, **settings})
+        self.folder = run.path / name / self.fingerprint
+        self._run = run
+        earlier = self.folder.parent.exists() and not self.folder.exists()
+        if earlier and any(self.folder.parent.iterdir()):
+            log.info("%s: the settings changed; earlier results stay in %s", name, self.folder.parent)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, shard: int) -> Path:
+        """Where shard number `shard` lies once it is whole."""
+        return self.folder / f"{shard:06d}{'.npz' if self.name == 'vectors' else '.arrow'}"
+
+    def has(self, shard: int) -> bool:
+        """Whether the shard is finished."""
+        return self.path(shard).exists()
+
+    def done(self) -> StageResult | None:
+        """The stage's own account, or None while it is unfinished."""
+        content = read_json(self.folder / "done.json")
+        return StageResult(**content) if content else None
+
+    def finished(self) -> StageResult:
+        """The stage's own account; the stage must be finished."""
+        result = self.done()
+        if result is None:
+            raise RunDirectoryError(f"{self.folder} is unfinished: run the same command again")
+        return result
+
+    def write(self, shard: int, content: Shard, seconds: float = 0.0) -> None:
+        """Write a whole shard atomically and note how long it took."""
+        with atomic(self.path(shard)) as temporary:
+            if isinstance(content, pa.Table):
+                with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, content.schema) as writer:
+                    writer.write_table(content)
+            else:
+                with temporary.open("wb") as file:
+                    np.savez(file, allow_pickle=False, **content)
+        with (self.folder / "timings.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"shard": shard, "seconds": round(seconds, 3)}) + "\n")
+
+    def table(self, shard: int) -> pa.Table:
+        """An Arrow shard, memory-mapped."""
+        return pa.ipc.open_file(pa.memory_map(str(self.path(shard)))).read_all()
+
+    def arrays(self, shard: int) -> dict[str, np.ndarray[Any, Any]]:
+        """A NumPy shard."""
+        with np.load(self.path(shard), allow_pickle=False) as content:
+            return dict(content)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """All shards of a finished stage in order, one at a time."""
+        for shard in range(len(self.finished().rows)):
+            yield self.table(shard)
+
+    def finish(self, rows: list[int], counts: Mapping[str, int]) -> StageResult:
+        """Mark the stage as complete."""
+        result = StageResult(rows, dict(counts), round(self._seconds(), 2))
+        write_json(self.folder / "done.json", result._asdict())
+        return result
+
+    def complete(self, shards: int, work: Callable[[int], Shard]) -> None:
+        """Make every missing shard with `work(number)`, sharing the work with other live processes."""
+        while missing := [shard for shard in range(shards) if not self.has(shard)]:
+            idle = True
+            for shard in missing:
+                with self.lease(f"{shard:06d}") as mine:
+                    if not mine or self.has(shard):
+                        continue
+                    idle = False
+                    started = time.perf_counter()
+                    content = work(shard)
+                    self.write(shard, content, time.perf_counter() - started)
+            if idle:
+                time.sleep(0.5)
+
+    @contextlib.contextmanager
+    def lease(self, what: str, *, wait: bool = False) -> Iterator[bool]:
+        """Hold `what` against other processes; gives False when another holds it. Ends with the process."""
+        locks = self._run.path / "locks"
+        locks.mkdir(exist_ok=True)
+        lock = FileLock(locks / f"{self.name}-{self.fingerprint}-{what}", timeout=-1 if wait else 0)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def quarantine(self, part: str, rejected: list[dict[str, Any]]) -> None:
+        """Keep rejected input with its reason; `part` names the shard it belongs to."""
+        if not rejected:
+            return
+        path = self._run.quarantine / f"{self.name}-{self.fingerprint}-{part}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        with atomic(path) as temporary:
+            lines = (json.dumps(row, ensure_ascii=False) for row in rejected)
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def _seconds(self) -> float:
+        path = self.folder / "timings.jsonl"
+        if not path.exists():
+            return 0.0
+        total = 0.0
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short by a crash
+                total += float(json.loads(line)["seconds"])
+        return total
+
+
+class RunDirectory:
+    """`<output>.work/`: stages, inputs seen, live processes, manifest."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise RunDirectoryError(f"{path} is a file: choose another --work_dir")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot create the run directory {path} ({error.strerror})") from error
+        foreign = [
+            entry.name
+            for entry in path.iterdir()
+            if entry.name not in _OWN_NAMES and not entry.name.endswith(".tmp")
+        ]
+        if foreign:
+            raise RunDirectoryError(
+                f"{path} holds other things ({', '.join(sorted(foreign)[:3])}): "
+                "choose an empty or new --work_dir"
+            )
+
+    @property
+    def quarantine(self) -> Path:
+        """Rejected input, as JSON lines with reasons."""
+        return self.path / "quarantine"
+
+    @property
+    def manifest(self) -> Path:
+        """Everything about the finished run."""
+        return self.path / "manifest.json"
+
+    @contextlib.contextmanager
+    def claim(self, request: str) -> Iterator[None]:
+        """Enter the directory as a live process.
+
+        Processes with the same settings (`request`) help each other; raises `RunDirectoryError` when a
+        live one has other settings. A process that died, however it died, holds nothing.
+        """
+        live = self.path / "live"
+        live.mkdir(exist_ok=True)
+        name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        mine = FileLock(live / f"{name}.lock")
+        with FileLock(self.path / "live" / "entrance.lock"):
+            for note in sorted(live.glob("*.json")):
+                lock = FileLock(note.with_suffix(".lock"), timeout=0)
+                try:
+                    lock.acquire()
+                except Timeout:
+                    other = read_json(note) or {}
+                    if other.get("request") != request:
+                        raise RunDirectoryError(
+                            f"{self.path} is in use by a live run with other settings (process "
+                            f"{other.get('pid')} on {other.get('host')}): wait for it, stop it, or choose "
+                            "another --work_dir"
+                        ) from None
+                else:
+                    note.unlink(missing_ok=True)
+                    note.with_suffix(".lock").unlink(missing_ok=True)
+                    lock.release()
+            mine.acquire()
+            write_json(
+                live / f"{name}.json", {"request": request, "pid": os.getpid(), "host": socket.gethostname()}
+            )
+        try:
+            yield
+        finally:
+            (live / f"{name}.json").unlink(missing_ok=True)
+            (live / f"{name}.lock").unlink(missing_ok=True)
+            mine.release()
+
+    def content_hash(self, path: Path) -> str:
+        """SHA-256 over a file or a folder's files; remembered while size and time stay the same."""
+        seen: dict[str, Any] = read_json(self.path / "inputs.json") or {}
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        parts = []
+        changed = False
+        for file in files:
+            state = file.stat()
+            key = str(file.resolve())
+            known = seen.get(key)
+            if not known or [known["size"], known["mtime_ns"]] != [state.st_size, state.st_mtime_ns]:
+                known = {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": _sha256(file)}
+                seen[key] = known
+                changed = True
+            name = file.relative_to(path).as_posix() if path.is_dir() else ""
+            parts.append(f"{name}:{known['sha256']}")
+        if changed:
+            write_json(self.path / "inputs.json", seen)
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def check_writable(output: Path) -> None:
+    """Find out before any work whether `output` can be written. Raises `OutputError`."""
+    if output.is_dir():
+        raise OutputError(f"--output_file {output} is a folder: name a file in it")
+    probe = output.with_name(f".{output.name}.{os.getpid()}.probe")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"--output_file {output} cannot be written ({error.strerror}): choose another"
+        ) from error
