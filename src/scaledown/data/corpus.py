@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -84,23 +84,21 @@ def sentences(text: str) -> list[tuple[int, int]]:
     return list(itertools.pairwise([0, *ends]))
 
 
-class _Unit:
-    """A sentence or part of one: a span of a block and its number of tokens."""
+class _Span(NamedTuple):
+    """A sentence, part of one, or a heading: where it stands in the article, and its number of tokens."""
 
-    __slots__ = ("block", "end", "glued", "start", "tokens")
-
-    def __init__(self, block: int, start: int, end: int, tokens: int, *, glued: bool = False) -> None:
-        self.block, self.start, self.end, self.tokens = block, start, end, tokens
-        self.glued = glued
-        """Belongs to what follows it (a heading)."""
+    block: int
+    start: int
+    end: int
+    tokens: int
 
 
 class Chunker:
     """Cuts articles into passages. `tokenizer` is a fast transformers tokenizer.
 
     With `mode="tokens"`, title and text of a passage have at most `limit` tokens together; passages end
-    at sentence ends where the text has them, prefer to begin with a paragraph once half full, keep a
-    heading with what follows it, and never span articles. No text is lost.
+    at sentence ends where the text has them, begin with a paragraph where they can, keep a heading with what
+    follows it, and never span articles. No text is lost.
     """
 
     def __init__(self, tokenizer: Any, mode: str, limit: int) -> None:
@@ -155,40 +153,29 @@ class Chunker:
         return " ".join(words)
 
     def _pack(self, article: Article, offsets: list[np.ndarray[Any, Any]], budget: int) -> list[str]:
-        units = self._units(article, offsets, budget)
+        """Fill passages in reading order; a paragraph that does not fit whole begins a passage of its own."""
         texts: list[str] = []
-        current: list[_Unit] = []
+        current: list[_Span] = []
         size = 0
-        index = 0
-        while index < len(units):
-            group = [units[index]]
-            while group[-1].glued and index + len(group) < len(units):
-                group.append(units[index + len(group)])
-            tokens = sum(unit.tokens for unit in group)
-            if tokens > budget:  # heading and sentence do not fit together
-                group, tokens = group[:1], group[0].tokens
-            begins_block = bool(current) and group[0].block != current[-1].block
-            block_tokens = _block_tokens(units, index) if begins_block else 0
-            better_apart = begins_block and size >= budget // 2 and size + block_tokens > budget
-            if current and (size + tokens > budget or better_apart):
-                texts.append(_text(article, current))
-                current, size = [], 0
-            current += group
-            size += tokens
-            index += len(group)
-        if current:
-            texts.append(_text(article, current))
-        return texts
 
-    def _units(self, article: Article, offsets: list[np.ndarray[Any, Any]], budget: int) -> list[_Unit]:
-        units = []
-        for number, (block, starts) in enumerate(zip(article.blocks, offsets, strict=True)):
-            spans = [(0, len(block.text))] if block.is_heading else sentences(block.text)
-            for start, end in spans:
-                low, high = np.searchsorted(starts, (start, end))
-                pieces = _cut_sentence(block.text, start, end, starts[low:high], budget)
-                units += [_Unit(number, *piece, glued=block.is_heading) for piece in pieces]
-        return units
+        def flush() -> None:
+            nonlocal current, size
+            if current:
+                texts.append(_text(article, current))
+            current, size = [], 0
+
+        for paragraph in _paragraphs(article, offsets, budget):
+            tokens = sum(span.tokens for group in paragraph for span in group)
+            if size + tokens > budget and size >= budget // 4:  # a scrap of a passage is not worth it
+                flush()
+            for group in paragraph:
+                more = sum(span.tokens for span in group)
+                if size + more > budget:
+                    flush()
+                current += group
+                size += more
+        flush()
+        return texts
 
     def _split_overlong(self, titles: list[str], pieces: list[list[str]]) -> None:
         """Count the finished passages and halve any that is too long after all.
@@ -212,6 +199,33 @@ class Chunker:
         return [part for half in halves if half for part in self._halve(title, half)]
 
 
+def _paragraphs(
+    article: Article, offsets: list[np.ndarray[Any, Any]], budget: int
+) -> Iterator[list[list[_Span]]]:
+    """Each paragraph as groups of spans that stay together: a sentence, with the headings before it."""
+    headings: list[_Span] = []
+    for number, (block, starts) in enumerate(zip(article.blocks, offsets, strict=True)):
+        spans = [
+            _Span(number, *piece)
+            for start, end in ([(0, len(block.text))] if block.is_heading else sentences(block.text))
+            for piece in _cut_sentence(block.text, start, end, _between(starts, start, end), budget)
+        ]
+        if block.is_heading:
+            headings += spans
+            continue
+        together = sum(span.tokens for span in [*headings, spans[0]]) <= budget
+        groups = [[*headings, spans[0]]] if together else [*([span] for span in headings), [spans[0]]]
+        yield groups + [[span] for span in spans[1:]]
+        headings = []
+    if headings:
+        yield [[span] for span in headings]
+
+
+def _between(starts: np.ndarray[Any, Any], start: int, end: int) -> np.ndarray[Any, Any]:
+    low, high = np.searchsorted(starts, (start, end))
+    return starts[low:high]
+
+
 def _cut_sentence(
     text: str, start: int, end: int, tokens: np.ndarray[Any, Any], budget: int
 ) -> Iterator[tuple[int, int, int]]:
@@ -228,22 +242,9 @@ def _cut_sentence(
     yield start, end, len(tokens) - first
 
 
-def _block_tokens(units: list[_Unit], index: int) -> int:
-    """Tokens of the block that begins at `index`, a heading counted with the block it belongs to."""
-    total = 0
-    block = units[index].block
-    for unit in itertools.islice(units, index, None):
-        if unit.block != block:
-            break
-        total += unit.tokens
-        if unit.glued:
-            block += 1
-    return total
-
-
-def _text(article: Article, units: list[_Unit]) -> str:
+def _text(article: Article, spans: list[_Span]) -> str:
     parts = []
-    for number, group in itertools.groupby(units, key=lambda unit: unit.block):
+    for number, group in itertools.groupby(spans, key=lambda span: span.block):
         members = list(group)
         parts.append(article.blocks[number].text[members[0].start : members[-1].end].strip())
     return "\n".join(part for part in parts if part)

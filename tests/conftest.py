@@ -1,0 +1,123 @@
+"""No network but loopback, a hub cache of tiny models, and the paths tests share."""
+
+import os
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
+
+_CACHE = Path(tempfile.mkdtemp(prefix="scaledown-tests-"))
+# Before any library reads them.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_CACHE=str(_CACHE / "hub"),
+    HF_DATASETS_CACHE=str(_CACHE / "datasets"),
+    TOKENIZERS_PARALLELISM="false",
+    COLUMNS="100",
+)
+
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+
+from scaledown.data import prepare_dataset  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_network() -> None:
+    """Any connection beyond this machine fails the test that makes it."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        local = self.family == socket.AF_UNIX or address[0] in {"127.0.0.1", "::1", "localhost"}
+        if not local:
+            raise AssertionError(f"a test reached for the network: {address}")
+        connect(self, address)
+
+    socket.socket.connect = guarded  # type: ignore[method-assign]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_a_worker() -> None:
+    import torch
+
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _log_reaches_pytest() -> Any:
+    """Commands send the log to standard error; afterwards it belongs to pytest again."""
+    import logging
+
+    logger = logging.getLogger("scaledown")
+    yield
+    logger.handlers[:] = []
+    logger.propagate = True
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny models by kind."""
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        make.__name__: make(folder / make.__name__)
+        for make in (tiny.splade, tiny.dense, tiny.cross_encoder, tiny.causal_lm, tiny.instruct, tiny.phi)
+    }
+
+
+@pytest.fixture(scope="session")
+def hub_cache() -> Path:
+    """A hub cache with a tiny model under every name in the guide."""
+    cache = Path(os.environ["HF_HUB_CACHE"])
+    if not cache.exists():
+        tiny.fill_hub_cache(cache)
+    return cache
+
+
+@pytest.fixture
+def tiny_flags(models: dict[str, Path]) -> list[str]:
+    """Flags that name tiny models for all stages."""
+    return [
+        *("--retriever_model", str(models["splade"])),
+        *("--reranker_model", str(models["cross_encoder"])),
+        *("--teacher_model", str(models["causal_lm"])),
+        *("--max_new_tokens", "8"),
+        *("--device", "cpu"),
+    ]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """The first 12 articles of the sample corpus."""
+    path = tmp_path / "corpus.jsonl"
+    lines = (ROOT / "examples" / "corpus.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(lines[:12]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def queries(tmp_path: Path) -> Path:
+    path = tmp_path / "queries.txt"
+    path.write_text("What is photosynthesis?\nWho wrote it?\nHow tall is the tower?\nWhat causes tides?\n")
+    return path
+
+
+@pytest.fixture
+def prepare(tiny_flags: list[str], corpus: Path, queries: Path, tmp_path: Path) -> Any:
+    """Run the command on tiny models; gives status, standard output and error. Flags given come last."""
+
+    class Outcome:
+        def __init__(self) -> None:
+            self.output = tmp_path / "train_data.json"
+            self.work = tmp_path / "train_data.json.work"
+
+        def __call__(self, *flags: str, inputs: bool = True) -> int:
+            standard = ["--corpus_path", str(corpus), "--queries_file", str(queries)] if inputs else []
+            if not any(flag.startswith(("--output_file", "--output-file")) for flag in flags):
+                standard += ["--output_file", str(self.output)]
+            return prepare_dataset.main([*tiny_flags, *standard, *flags])
+
+    return Outcome()

@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scaledown.data.index import pack, search, unpack
+
+
+def brute_force(queries: np.ndarray, passages: np.ndarray, k: int) -> np.ndarray:
+    """Every score, sorted by score and then by passage order."""
+    scores = queries @ passages.T
+    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, list[int]]:
+    """Small integer vectors, so that ties are common and sums exact."""
+    terms = draw(st.integers(1, 6))
+    passages = draw(st.integers(1, 20))
+    values = st.integers(0, 2)
+    matrix = lambda n: np.array(  # noqa: E731
+        draw(st.lists(st.lists(values, min_size=terms, max_size=terms), min_size=n, max_size=n)), np.float32
+    )
+    cuts = sorted(set(draw(st.lists(st.integers(1, passages), max_size=3)) + [passages]))
+    return matrix(draw(st.integers(1, 4))), matrix(passages), draw(st.integers(1, 25)), cuts
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.booleans())
+def test_equals_brute_force_with_ties_however_the_shards_are_cut(problem, sparse) -> None:
+    queries, passages, k, cuts = problem
+    make = sp.csr_matrix if sparse else np.asarray
+    shards = [make(part) for part in np.split(passages, cuts[:-1])]
+    ranking = search(make(queries), shards, k)
+    np.testing.assert_array_equal(ranking.rows, brute_force(queries, passages, k))
+    np.testing.assert_array_equal(
+        ranking.scores, np.take_along_axis(queries @ passages.T, ranking.rows, axis=1)
+    )
+
+
+def test_equals_brute_force_on_many_random_vectors() -> None:
+    random = np.random.default_rng(0)
+    passages = random.random((3000, 200), np.float32) * (random.random((3000, 200)) < 0.05)
+    passages[1000:2000] = passages[:1000]  # every passage of the first third has a twin
+    passages = passages.astype(np.float16).astype(np.float32)
+    queries = (random.random((40, 200)) < 0.05).astype(np.float32)
+    shards = [sp.csr_matrix(part) for part in np.split(passages, [700, 1500])]
+    ranking = search(sp.csr_matrix(queries), shards, 20)
+    scores = np.asarray((sp.csr_matrix(queries) @ sp.csr_matrix(passages).T).todense())
+    expected = np.argsort(-scores, axis=1, kind="stable")[:, :20]
+    np.testing.assert_array_equal(ranking.rows, expected)
+
+
+@pytest.mark.parametrize("dimensions", [30_522, 70_000])
+def test_stored_vectors_come_back(dimensions: int) -> None:
+    vectors = sp.random(50, dimensions, density=0.002, format="csr", dtype=np.float32, rng=0)
+    arrays = pack(vectors)
+    assert arrays["indices"].dtype == (np.uint16 if dimensions < 1 << 16 else np.uint32)
+    back = unpack(arrays)
+    assert back.shape == vectors.shape
+    np.testing.assert_allclose(back.toarray(), vectors.toarray(), rtol=1e-3)
+
+
+def test_dense_vectors_come_back() -> None:
+    vectors = np.arange(12, dtype=np.float32).reshape(3, 4)
+    np.testing.assert_array_equal(unpack(pack(vectors)), vectors)

@@ -1,0 +1,154 @@
+import json
+import logging
+import math
+
+import numpy as np
+import pytest
+from conftest import SHARED
+
+from scaledown.data.reranker import (
+    Pair,
+    add_reranking_scores,
+    best_first,
+    load_reranker,
+    resolve_reranker,
+    scaled,
+)
+from scaledown.errors import InputError, ModelError, UsageError
+
+RECORDS = [
+    {
+        "query": "what causes tides",
+        "documents": [
+            {"title": "Bread", "text": "Yeast makes dough rise."},
+            {"title": "Tides", "text": "Tides are caused by the pull of the Moon."},
+        ],
+    },
+    {"query": "q", "documents": ["plain text", "another much longer text " * 10, ""], "kept": 1},
+]
+PAIRS = [Pair("what is it", "A text. " * n) for n in (3, 1, 20, 7, 1)]
+
+
+@pytest.mark.parametrize("kind", ["cross_encoder", "causal_lm"])
+def test_scores_do_not_depend_on_batches(kind, models) -> None:
+    prefix = "ql:" if kind == "causal_lm" else ""
+    source = resolve_reranker(prefix + str(models[kind]))
+    one, many = (
+        load_reranker(source, "cpu", "float32", size).score(PAIRS, lambda _: None) for size in (1, 8)
+    )
+    np.testing.assert_allclose(one, many, atol=1e-4)
+    assert one[1] == pytest.approx(one[4], abs=1e-5)
+    assert len(set(np.round(one, 4))) == 4
+
+
+def test_cross_encoder_scores_are_raw_logits(models) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    path = str(models["cross_encoder"])
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    scores = load_reranker(resolve_reranker(path), "cpu", "float32", 2).score(PAIRS, lambda _: None)
+    for pair, score in zip(PAIRS, scores, strict=True):
+        with torch.no_grad():
+            logit = model(**tokenizer(*pair, return_tensors="pt", truncation=True)).logits.item()
+        assert score == pytest.approx(logit, abs=1e-4)
+
+
+def test_query_likelihood_is_the_mean_log_probability_of_the_question(models) -> None:
+    """Against one plain forward pass a pair, Sachan et al. 2022."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = str(models["causal_lm"])
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path).eval()
+    scores = load_reranker(resolve_reranker(f"ql:{path}"), "cpu", "float32", 3).score(PAIRS, lambda _: None)
+    for pair, score in zip(PAIRS, scores, strict=True):
+        context = tokenizer(f"Passage: {pair.document}")["input_ids"]
+        asks = "\nPlease write a question based on this passage.\nQuestion:"
+        context += tokenizer(asks, add_special_tokens=False)["input_ids"]
+        question = tokenizer(" " + pair.query, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([context + question])).logits[0]
+        each = torch.log_softmax(logits, -1)[range(len(context) - 1, len(context + question) - 1), question]
+        assert score == pytest.approx(each.mean().item(), abs=1e-4)
+
+
+def test_a_document_beyond_the_context_loses_its_end(models) -> None:
+    reranker = load_reranker(resolve_reranker(f"ql:{models['causal_lm']}"), "cpu", "float32", 2)
+    (score,) = reranker.score([Pair("what", "word " * 9000)], lambda _: None)
+    assert math.isfinite(score)
+
+
+@pytest.mark.parametrize("scale", ["raw", "sigmoid"])
+def test_add_reranking_scores_keeps_scores_beside_their_documents(scale, models) -> None:
+    before = json.dumps(RECORDS)
+    model = str(models["cross_encoder"])
+    plain = add_reranking_scores(RECORDS, model, score_scale=scale, device="cpu")
+    assert json.dumps(RECORDS) == before
+    assert [record["documents"] for record in plain] == [record["documents"] for record in RECORDS]
+    assert [len(record["reranking_scores"]) for record in plain] == [2, 3]
+    assert plain[1]["kept"] == 1
+    best = add_reranking_scores(RECORDS, model, top_k=2, score_scale=scale, device="cpu")
+    for one, two in zip(plain, best, strict=True):
+        order = best_first(one["reranking_scores"], 2)
+        assert two["documents"] == [one["documents"][i] for i in order]
+        assert two["reranking_scores"] == pytest.approx(sorted(one["reranking_scores"], reverse=True)[:2])
+    if scale == "sigmoid":
+        assert all(0 < score < 1 for record in plain for score in record["reranking_scores"])
+    json.dumps(plain)
+
+
+def test_bundled_query_likelihood_prefers_the_answering_document() -> None:
+    (record,) = add_reranking_scores(RECORDS[:1], "ql:bundled:smollm2-135m", device="cpu")
+    assert record["reranking_scores"][1] > record["reranking_scores"][0]
+
+
+def test_sigmoid_never_overflows() -> None:
+    assert scaled(-800, "sigmoid") == 0
+    assert scaled(800, "sigmoid") == 1
+    assert scaled(0, "sigmoid") == 0.5
+    assert scaled(-3.5, "raw") == -3.5
+
+
+def test_ties_keep_their_order() -> None:
+    assert best_first([1.0, 2.0, 2.0, 1.0], 3) == [1, 2, 0]
+
+
+def test_wrong_use_is_one_clear_error(models) -> None:
+    model = str(models["cross_encoder"])
+    with pytest.raises(UsageError, match="top_k"):
+        add_reranking_scores(RECORDS, model, top_k=0)
+    with pytest.raises(UsageError, match="score_scale"):
+        add_reranking_scores(RECORDS, model, score_scale="percent")
+    with pytest.raises(InputError, match="record 2"):
+        add_reranking_scores([RECORDS[0], {"query": "q"}], model)  # type: ignore[typeddict-item]
+
+
+def test_a_classifier_is_no_reranker(models, tmp_path) -> None:
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    AutoTokenizer.from_pretrained(models["cross_encoder"]).save_pretrained(tmp_path)
+    config = BertConfig.from_pretrained(models["cross_encoder"], num_labels=3)
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="3 scores a pair"):
+        load_reranker(resolve_reranker(str(tmp_path)), "cpu", "float32", 2)
+
+
+@pytest.mark.skipif(not (SHARED / "data" / "xquad-dev").is_dir(), reason="needs ../shared/data/xquad-dev")
+def test_query_likelihood_finds_real_paragraphs(caplog) -> None:
+    """The gold paragraph among five of its article, 12 real questions."""
+    caplog.set_level(logging.INFO, "scaledown")
+    folder = SHARED / "data" / "xquad-dev"
+    articles = {
+        record["wikipedia_id"]: record["text"][1:]
+        for record in map(json.loads, (folder / "kilt.jsonl").read_text().splitlines())
+    }
+    questions = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()][::51]
+    records = [{"query": q["question"], "documents": articles[q["wikipedia_id"]]} for q in questions]
+    scored = add_reranking_scores(records, "ql:bundled:smollm2-135m", device="cpu")
+    hits = [
+        best_first(record["reranking_scores"], 1) == [question["paragraph"] - 1]
+        for record, question in zip(scored, questions, strict=True)
+    ]
+    assert np.mean(hits) >= 0.75
