@@ -17,8 +17,8 @@ os.environ.update(
 )
 
 import pytest  # noqa: E402
-import tiny  # noqa: E402
 
+import tiny  # noqa: E402
 from scaledown.data import prepare_dataset  # noqa: E402
 
 ROOT = Path(__file__).parents[1]

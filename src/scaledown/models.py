@@ -131,12 +131,12 @@ def hub_errors(name: str, kind: str = "model") -> Iterator[None]:
     except (ModelError, MissingExtraError):
         raise
     except Exception as error:  # libraries raise all kinds here; --debug shows the original
-        if _is_out_of_memory(error):
+        causes = list(_causes(error))
+        if any(map(_is_out_of_memory, causes)):
             raise ModelError(
                 f"{kind} {name}: out of memory while loading; use a smaller model, --dtype bfloat16, "
                 "or for a teacher --teacher_8bit or --teacher_4bit"
             ) from error
-        causes = list(_causes(error))
         text = " ".join(str(cause) for cause in causes).lower()
         if any(isinstance(cause, GatedRepoError) for cause in causes) or "gated repo" in text:
             raise ModelError(

@@ -7,10 +7,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from scaledown.config import PrepareConfig
 from scaledown.data import files
 from scaledown.data.corpus import (
@@ -211,7 +211,7 @@ def test_every_kind_of_file(kind: str, tmp_path: Path, models) -> None:
 
 @pytest.mark.parametrize("kind", ["gz", "bz2", "zst", "parquet"])
 def test_a_file_cut_short_is_an_error_and_not_an_end(kind: str, tmp_path: Path, models) -> None:
-    global LINES  # noqa: PLW0603
+    global LINES
     path = _write(tmp_path, kind)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InputError, match="cut short|not a whole Parquet"):

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from conftest import SHARED
 
+from conftest import SHARED
 from scaledown.data.reranker import (
     Pair,
     add_reranking_scores,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED
 
+from conftest import SHARED
 from scaledown.config import PrepareConfig
 from scaledown.data.corpus import PassageTable, build_passages
 from scaledown.data.index import search, unpack

@@ -4,7 +4,8 @@ import logging
 import pytest
 
 from scaledown.data.prompts import ANSWER_SYSTEM, Prompt, answer_prompt
-from scaledown.data.teacher import Generation, Refusal, generate_teacher_answers, load_teacher
+from scaledown.data.teacher import generate_teacher_answers, load_teacher
+from scaledown.data.teachers import Generation, Refusal
 from scaledown.data.teachers.transformers import TransformersTeacher
 from scaledown.errors import InputError, MissingExtraError, ModelError
 from scaledown.models import resolve

@@ -28,7 +28,8 @@ from scaledown.data.prompts import VERSION as PROMPT_VERSION
 from scaledown.data.queries import collect_queries, query_files, write_questions
 from scaledown.data.reranker import load_reranker, rerank, resolve_reranker
 from scaledown.data.retrieval import encode_passages, load_encoder, retrieve
-from scaledown.data.teacher import Generation, Teacher, load_teacher, teach
+from scaledown.data.teacher import load_teacher, teach
+from scaledown.data.teachers import Generation, Teacher
 from scaledown.errors import UsageError, run_command
 from scaledown.models import ModelSource, choose_device, resolve
 from scaledown.progress import duration, start_logging

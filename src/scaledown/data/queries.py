@@ -15,7 +15,7 @@ from scaledown.config import PrepareConfig
 from scaledown.data import files
 from scaledown.data.corpus import PassageTable
 from scaledown.data.prompts import question_prompt
-from scaledown.data.teacher import Teacher
+from scaledown.data.teachers import Teacher
 from scaledown.errors import InputError
 from scaledown.models import cache_directory, hub_errors
 from scaledown.progress import track
@@ -255,7 +255,7 @@ _ABOUT_THE_TEXT: Final = re.compile(
     r"\b(the|this|that|given|above) (text|passage|article|paragraph|document|author)\b|\bexample topic\b",
     re.IGNORECASE,
 )
-_LABEL: Final = re.compile(r"^\s*(?:[-*•]|\d+[.)]|\**(?:question|q)(?: ?\d+)?\**\s*[:.])\s*", re.IGNORECASE)
+_LABEL: Final = re.compile(r"^\s*(?:[-•]|\d+[.)]|(?:question|q)(?: ?\d+)?\s*[:.])\s*", re.IGNORECASE)
 PASSES: Final = 4
 LATER_TEMPERATURE: Final = 0.8
 
@@ -263,7 +263,7 @@ LATER_TEMPERATURE: Final = 0.8
 def as_question(text: str) -> str | None:
     """The question in what a teacher wrote, or None where there is none that could stand alone."""
     for line in text.splitlines():
-        question = _LABEL.sub("", line).strip().strip("\"'“”*").strip()
+        question = _LABEL.sub("", line.replace("*", "")).strip().strip("\"'“”").strip()
         head, mark, _ = question.partition("?")
         question = head + mark
         words = re.findall(r"\w+", question.lower())

@@ -2,43 +2,20 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
 
 import pyarrow as pa
 
 from scaledown.config import PrepareConfig
 from scaledown.data.corpus import PassageTable
-from scaledown.data.prompts import Prompt, answer_prompt
+from scaledown.data.prompts import answer_prompt
 from scaledown.data.reranker import check_records
+from scaledown.data.teachers import Generation, Refusal, Teacher
 from scaledown.models import ModelSource, choose_device, resolve
 from scaledown.progress import track
 from scaledown.records import Answer, Example, QueryWithDocuments, document_text, full_text
 from scaledown.store import Stage
 
 log = logging.getLogger("scaledown")
-
-
-class Generation(NamedTuple):
-    """How a teacher loads and decodes; `seed` matters where a prompt has a temperature."""
-
-    max_new_tokens: int = PrepareConfig.max_new_tokens
-    seed: int = 0
-    batch_size: int = PrepareConfig.teacher_batch_size
-    load_in_8bit: bool = False
-    load_in_4bit: bool = False
-
-
-class Refusal(NamedTuple):
-    """A prompt that could not be asked, and why."""
-
-    reason: str
-
-
-class Teacher(Protocol):
-    """Answers prompts."""
-
-    def answer(self, prompts: Sequence[Prompt], advance: Callable[[int], None]) -> list[Answer | Refusal]:
-        """One answer or refusal a prompt, in the order given."""
 
 
 def load_teacher(source: ModelSource, device: str, dtype: str, generation: Generation) -> Teacher:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scaledown.data.prompts import Prompt
-from scaledown.data.teacher import Generation, Refusal
+from scaledown.data.teachers import Generation, Refusal
 from scaledown.errors import MissingExtraError, ModelError
 from scaledown.models import ModelSource, choose_dtype, hub_errors, loadable
 from scaledown.records import Answer

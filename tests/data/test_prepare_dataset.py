@@ -1,0 +1,484 @@
+"""The main command from end to end on tiny models: results, resuming, and everything a user can get wrong."""
+
+import dataclasses
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scaledown.config import PrepareConfig
+from scaledown.data import prepare_dataset as command
+from scaledown.data import reranker
+from scaledown.data.formats import validate
+
+RERANK = ("--enable_reranking", "--top_k_retrieval", "6", "--top_k_reranking", "3")
+
+
+def records(path: Path) -> list[dict]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_basic_run(prepare, capsys) -> None:
+    assert prepare("--top_k_retrieval", "4") == 0
+    made = records(prepare.output)
+    assert [record["query"] for record in made][0] == "What is photosynthesis?"
+    assert len(made) == 4
+    for record in made:
+        assert set(record) == {"query", "documents", "answer"}
+        assert len(record["documents"]) == 4
+    assert validate(prepare.output).records >= 3
+    out, err = capsys.readouterr()
+    assert f"{prepare.output}: 4 examples, 4 documents each" in out
+    assert out.count("   answer") == 3
+    assert f"validate {prepare.output}" in out.splitlines()[-1]
+    for stage in ("queries", "passages", "vectors", "candidates", "answers"):
+        assert any(line.strip().startswith(stage) and " s " in line for line in out.splitlines())
+    assert "INFO" in err
+    assert "\x1b" not in out + err, "no colours when piped"
+    beside = sorted(path.name for path in prepare.output.parent.glob("*.json"))
+    assert beside == ["train_data.json"]
+
+
+def test_reranked_run_and_its_manifest(prepare, tmp_path) -> None:
+    assert prepare(*RERANK) == 0
+    for record in records(prepare.output):
+        scores = record["reranking_scores"]
+        assert len(scores) == len(record["documents"]) == 3
+        assert scores == sorted(scores, reverse=True)
+    manifest = json.loads((prepare.work / "manifest.json").read_text())
+    assert manifest["parameters"]["top_k_reranking"] == 3
+    assert set(manifest["models"]) == {"retriever", "reranker", "teacher"}
+    assert all(identity.startswith("sha256:") for identity in manifest["models"].values())
+    assert set(manifest["stages"]) == {"queries", "passages", "vectors", "candidates", "ranked", "answers"}
+    assert manifest["stages"]["ranked"]["counts"] == {"queries": 4, "pairs": 24}
+    assert manifest["output"]["examples"] == 4
+    assert manifest["version"]
+    assert not [path for path in prepare.work.rglob("*") if path.suffix in {".pkl", ".pt", ".tmp"}]
+
+
+def test_the_scores_belong_to_their_documents(prepare, models) -> None:
+    prepare(*RERANK)
+    for record in records(prepare.output):
+        pairs = [reranker.Pair(record["query"], document) for document in record["documents"]]
+        source = reranker.resolve_reranker(str(models["cross_encoder"]))
+        scores = reranker.load_reranker(source, "cpu", "float32", 1).score(pairs, lambda _: None)
+        assert scores == pytest.approx(record["reranking_scores"], abs=1e-4)
+
+
+def test_each_reranking_flag_works_without_the_other(prepare, monkeypatch, capsys) -> None:
+    assert prepare("--top_k_retrieval", "6", "--top_k_reranking", "3") == 0
+    filtered = records(prepare.output)
+    assert all("reranking_scores" not in record and len(record["documents"]) == 3 for record in filtered)
+    assert "--enable_reranking adds them without scoring again" in capsys.readouterr().out
+    # The scores are kept: no model loads when they are asked for later.
+    for module, name in ((command, "load_reranker"), (command, "load_teacher"), (command, "load_encoder")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("a model was loaded again"))
+    assert prepare(*RERANK) == 0
+    scored = records(prepare.output)
+    assert [record["documents"] for record in scored] == [record["documents"] for record in filtered]
+    assert all(len(record["reranking_scores"]) == 3 for record in scored)
+
+
+def test_enable_reranking_alone_keeps_five(prepare) -> None:
+    assert prepare("--enable_reranking") == 0
+    assert {len(record["documents"]) for record in records(prepare.output)} == {5}
+    assert {len(record["reranking_scores"]) for record in records(prepare.output)} == {5}
+
+
+def test_sigmoid_changes_only_the_scale(prepare, monkeypatch) -> None:
+    prepare(*RERANK)
+    raw = records(prepare.output)
+    monkeypatch.setattr(command, "load_teacher", lambda *_: pytest.fail("a model was loaded again"))
+    assert prepare(*RERANK, "--reranking_score_scale", "sigmoid") == 0
+    for one, two in zip(raw, records(prepare.output), strict=True):
+        assert two["reranking_scores"] == pytest.approx(
+            [1 / (1 + np.exp(-s)) for s in one["reranking_scores"]]
+        )
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_other_formats_hold_the_same(ending: str, prepare, tmp_path) -> None:
+    import pyarrow.parquet as pq
+
+    prepare(*RERANK)
+    other = tmp_path / f"other{ending}"
+    assert prepare(*RERANK, "--output_file", str(other)) == 0
+    if ending == ".jsonl":
+        found = [json.loads(line) for line in other.read_text().splitlines()]
+    else:
+        found = pq.read_table(other).to_pylist()
+    assert found == records(prepare.output)
+
+
+def test_dense_retrieval_by_naming_a_bi_encoder(prepare, models, capsys) -> None:
+    assert prepare("--retriever_model", str(models["dense"]), "--top_k_retrieval", "3") == 0
+    assert "dense" in capsys.readouterr().err
+    assert len(records(prepare.output)[0]["documents"]) == 3
+
+
+def test_query_likelihood_reranking(prepare, models) -> None:
+    flags = ("--reranker_model", f"ql:{models['causal_lm']}", "--reranking_score_scale", "sigmoid")
+    assert prepare(*RERANK, *flags) == 0
+    assert all(0 < score < 1 for record in records(prepare.output) for score in record["reranking_scores"])
+
+
+def test_no_corpus_uses_the_sample_and_says_so(prepare, queries, capsys) -> None:
+    assert prepare("--queries_file", str(queries), "--top_k_retrieval", "2", inputs=False) == 0
+    assert "using the sample corpus" in capsys.readouterr().err
+    manifest = json.loads((prepare.work / "manifest.json").read_text())
+    assert manifest["stages"]["passages"]["counts"]["articles"] == 60
+
+
+def test_top_k_above_the_corpus_warns_and_gives_all(prepare, corpus, capsys) -> None:
+    corpus.write_text("".join(corpus.read_text().splitlines(keepends=True)[:1]))
+    assert prepare("--top_k_retrieval", "500") == 0
+    assert "every query gets all of them" in capsys.readouterr().err
+    manifest = json.loads((prepare.work / "manifest.json").read_text())
+    passages = manifest["stages"]["passages"]["counts"]["passages"]
+    assert {len(record["documents"]) for record in records(prepare.output)} == {passages}
+
+
+# Resuming
+
+
+def test_a_finished_run_has_nothing_to_do(prepare, monkeypatch, capsys) -> None:
+    prepare(*RERANK)
+    before = prepare.output.stat()
+    for name in ("load_encoder", "load_reranker", "load_teacher", "build_passages", "choose_device"):
+        monkeypatch.setattr(command, name, lambda *_: pytest.fail("work was done"))
+    assert prepare(*RERANK) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert prepare.output.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_a_finished_run_needs_no_heavy_library(prepare, corpus, queries) -> None:
+    prepare(*RERANK)
+    code = (
+        "import sys; from scaledown.data.prepare_dataset import main; "
+        "status = main(sys.argv[1:]); heavy = {'torch', 'transformers', 'datasets'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy else status)"
+    )
+    manifest = prepare.work / "manifest.json"
+    subprocess.run([sys.executable, "-c", code, "--config", str(manifest)], check=True, capture_output=True)
+
+
+def test_a_lost_output_is_written_again_without_any_model(prepare, monkeypatch) -> None:
+    prepare(*RERANK)
+    content = prepare.output.read_bytes()
+    for name in ("load_encoder", "load_reranker", "load_teacher"):
+        monkeypatch.setattr(command, name, lambda *_: pytest.fail("a model was loaded again"))
+    prepare.output.unlink()
+    assert prepare(*RERANK) == 0
+    assert prepare.output.read_bytes() == content
+    prepare.output.write_text("edited")
+    assert prepare(*RERANK) == 0
+    assert prepare.output.read_bytes() == content
+
+
+def test_a_changed_setting_redoes_its_stage_and_those_after_it(prepare, monkeypatch) -> None:
+    prepare(*RERANK)
+    stages = {
+        stage: os.listdir(prepare.work / stage) for stage in ("vectors", "candidates", "ranked", "answers")
+    }
+    assert prepare(*RERANK, "--max_new_tokens", "4") == 0
+    for stage, before in stages.items():
+        now = os.listdir(prepare.work / stage)
+        assert len(now) == (2 if stage == "answers" else 1)
+        assert set(before) <= set(now), "earlier work is kept"
+    monkeypatch.setattr(command, "load_teacher", lambda *_: pytest.fail("a model was loaded again"))
+    assert prepare(*RERANK) == 0, "changing it back finds the earlier shards"
+
+
+def test_a_changed_corpus_redoes_everything_but_the_queries(prepare, corpus) -> None:
+    prepare(*RERANK)
+    corpus.write_text("".join(corpus.read_text().splitlines(keepends=True)[:6]))
+    assert prepare(*RERANK) == 0
+    assert len(os.listdir(prepare.work / "answers")) == 2
+    assert len(os.listdir(prepare.work / "queries")) == 1
+
+
+SHARDS = ("--passages_per_shard", "20", "--queries_per_shard", "2", "--teacher_batch_size", "2")
+
+
+@pytest.mark.parametrize("crash_at", range(9))
+def test_a_crash_anywhere_changes_nothing(crash_at: int, prepare, monkeypatch, tmp_path) -> None:
+    """The process dies after its n-th shard; the same command then gives the bytes of an undisturbed run."""
+    from scaledown.store import Stage
+
+    whole = tmp_path / "whole.json"
+    assert prepare(*RERANK, *SHARDS, "--output_file", str(whole)) == 0
+    write, written = Stage.write, []
+
+    def dying(self, *arguments, **keywords):
+        if len(written) == crash_at:
+            raise KeyboardInterrupt
+        written.append(self.name)
+        write(self, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "write", dying)
+        assert prepare(*RERANK, *SHARDS) == 130
+    assert not prepare.output.exists()
+    kept = list(written)
+    assert len(kept) == crash_at
+
+    def counting(self, *arguments, **keywords):
+        written.append(self.name)
+        write(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Stage, "write", counting)
+    assert prepare(*RERANK, *SHARDS) == 0
+    assert prepare.output.read_bytes() == whole.read_bytes()
+    total = sum(1 for path in (tmp_path / "whole.json.work").rglob("*") if path.suffix in {".arrow", ".npz"})
+    allowed = kept.count("queries")  # queries are read again from the start: they cost nothing
+    assert total <= len(written) <= total + allowed
+
+
+@pytest.mark.slow
+def test_sigkill_then_the_same_command_gives_the_same_bytes(
+    tmp_path, tiny_flags, corpus, queries, prepare
+) -> None:
+    whole = tmp_path / "whole.json"
+    assert prepare(*RERANK, *SHARDS, "--output_file", str(whole)) == 0
+    words = [sys.executable, "-m", "scaledown.data.prepare_dataset", *tiny_flags, *RERANK, *SHARDS]
+    words += [
+        "--corpus_path",
+        str(corpus),
+        "--queries_file",
+        str(queries),
+        "--output_file",
+        str(prepare.output),
+    ]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(prepare.work.glob("vectors/*/*.npz")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not prepare.output.exists()
+    subprocess.run(words, check=True, capture_output=True)
+    assert prepare.output.read_bytes() == whole.read_bytes()
+
+
+def test_a_manifest_repeats_its_run(prepare, tmp_path) -> None:
+    prepare(*RERANK, "--seed", "3")
+    other = tmp_path / "again.json"
+    manifest = prepare.work / "manifest.json"
+    assert command.main(["--config", str(manifest), "--output_file", str(other), "--work_dir", ""]) == 0
+    assert other.read_bytes() == prepare.output.read_bytes()
+
+
+def test_the_function_is_the_command(prepare, models, corpus, queries, tmp_path) -> None:
+    prepare(*RERANK)
+    manifest = json.loads((prepare.work / "manifest.json").read_text())
+    settings = manifest["parameters"] | {"output_file": str(tmp_path / "f.json")}
+    settings["queries_file"] = tuple(settings["queries_file"])
+    result = command.prepare_dataset(PrepareConfig(**settings))
+    assert result.examples == 4
+    assert result.output.read_bytes() == prepare.output.read_bytes()
+    assert dataclasses.asdict(PrepareConfig(**settings))["seed"] == 0
+
+
+# Bad input: one line that says what to do, the right status, nothing half-written
+
+
+def refused(prepare, capsys, *flags: str, status: int = 1, inputs: bool = True) -> str:
+    assert prepare(*flags, inputs=inputs) == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert err.splitlines()[-1] == error
+    assert not prepare.output.exists()
+    return error
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (("--top_k_reranking", "6", "--top_k_retrieval", "5"), "above --top_k_retrieval 5"),
+        (("--top_k_retrieval", "0"), "must be at least 1"),
+        (("--top_k_reranking", "0"), "must be at least 1"),
+        (("--num_synthetic_queries", "3"), "exclude each other"),
+        (("--top_k_retrieval", "many"), "invalid int value"),
+        (("--no_such_flag",), "unrecognized arguments"),
+        (("--preset", "none"), "invalid choice"),
+        (("--output_file", "out.csv"), "ending chooses the format"),
+    ],
+)
+def test_wrong_usage_exits_with_2(flags, match, prepare, capsys) -> None:
+    assert match in refused(prepare, capsys, *flags, status=2)
+    assert not prepare.work.exists()
+
+
+def test_no_queries_flag(prepare, capsys, corpus) -> None:
+    error = refused(prepare, capsys, "--corpus_path", str(corpus), status=2, inputs=False)
+    assert "give --queries_file" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (("--corpus_path", "/no/such.jsonl"), "--corpus_path /no/such.jsonl: there is no such file"),
+        (("--queries_file", "/no/such.txt"), "--queries_file /no/such.txt: there is no such file"),
+        (("--retriever_model", "/no/such/model"), "no such folder"),
+        (("--teacher_model", "org/unknown-model"), "hub cannot be reached"),
+        (("--device", "cuda:77"), "no such device"),
+        (("--config", "/no/such.json"), "cannot be read as JSON"),
+    ],
+)
+def test_what_is_missing_exits_with_1(flags, match, prepare, capsys) -> None:
+    assert match in refused(prepare, capsys, *flags)
+
+
+def test_empty_queries(prepare, queries, capsys) -> None:
+    queries.write_text("\n\n")
+    assert "no queries" in refused(prepare, capsys)
+
+
+def test_a_corpus_with_no_valid_line(prepare, corpus, capsys) -> None:
+    corpus.write_bytes(b"nonsense\n\xff\xfe\n")
+    error = refused(prepare, capsys)
+    assert "2 of 2 lines are malformed" in error
+    assert "line 1" in error
+
+
+def test_a_truncated_gzip(prepare, tmp_path, corpus, capsys) -> None:
+    path = tmp_path / "c.jsonl.gz"
+    path.write_bytes(gzip.compress(corpus.read_bytes())[:-100])
+    assert "cut short" in refused(prepare, capsys, "--corpus_path", str(path))
+
+
+def test_malformed_lines_are_counted_and_the_run_goes_on(prepare, corpus, capsys) -> None:
+    with corpus.open("ab") as file:
+        file.write(b'{"id": "x"\n')
+    flags = ("--top_k_retrieval", "2", "--max_bad_fraction", "0.2")
+    assert prepare(*flags) == 0
+    assert "set aside: 1 lines" in capsys.readouterr().out
+    (file,) = (prepare.work / "quarantine").iterdir()
+    assert json.loads(file.read_text())["line"] == 13
+    assert prepare(*flags, "--strict") == 1
+
+
+@pytest.mark.parametrize("place", ["folder", "under a file", "no permission"])
+def test_an_output_that_cannot_be_written_is_noticed_before_any_model(
+    place, prepare, tmp_path, capsys, monkeypatch
+):
+    for name in ("resolve", "load_encoder"):
+        monkeypatch.setattr(command, name, lambda *_: pytest.fail("a model was looked for"))
+    if place == "folder":
+        output = tmp_path / "o.json"
+        output.mkdir()
+    elif place == "under a file":
+        (tmp_path / "file").touch()
+        output = tmp_path / "file" / "o.json"
+    else:
+        output = Path("/proc/o.json")
+        if not output.parent.exists():
+            pytest.skip("needs /proc")
+    error = refused(prepare, capsys, "--output_file", str(output))
+    assert f"--output_file {output}" in error
+
+
+def test_a_run_directory_of_a_live_run_with_other_settings(prepare, capsys) -> None:
+    from scaledown.store import RunDirectory
+
+    with RunDirectory(prepare.work).claim("other settings"):
+        assert "in use by a live run" in refused(prepare, capsys)
+
+
+def test_an_unexpected_error_is_one_line_and_debug_shows_it(prepare, capsys, monkeypatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a bug\nof two lines")
+
+    monkeypatch.setattr(command, "build_passages", broken)
+    assert "ZeroDivisionError: a bug of two lines (unexpected; --debug" in refused(prepare, capsys)
+    with pytest.raises(ZeroDivisionError):
+        prepare("--debug")
+
+
+def test_a_teacher_that_fails_loses_nothing_before_it(prepare, capsys, monkeypatch) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "load_teacher", no_memory)
+        assert prepare(*RERANK) == 1
+    assert list(prepare.work.glob("ranked/*/done.json"))
+    for name in ("load_encoder", "load_reranker"):
+        monkeypatch.setattr(command, name, lambda *_: pytest.fail("a model was loaded again"))
+    assert prepare(*RERANK) == 0
+
+
+def test_one_impossible_query_does_not_end_the_run(prepare, queries, tmp_path, capsys) -> None:
+    import tiny
+
+    model = tiny.causal_lm(tmp_path / "short", positions=300)
+    with queries.open("a") as file:
+        file.write("why " * 1000 + "\n")
+    flags = ("--teacher_model", str(model), "--top_k_retrieval", "3")
+    assert prepare(*flags) == 0
+    assert len(records(prepare.output)) == 4
+    assert "1 refused" in capsys.readouterr().out
+    (file,) = (prepare.work / "quarantine").iterdir()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["query_id"] for row in rows] == ["q5"]
+    assert prepare(*flags, "--strict") == 1
+
+
+def test_hostile_text_reaches_the_output_as_it_is_and_not_the_terminal(
+    prepare, corpus, queries, capsys
+) -> None:
+    evil = '\x1b[31mred\x1b[0m <script>alert("x")</script> \u202e \x00end'
+    corpus.write_text(json.dumps({"id": "../../x", "title": evil, "text": [evil, evil + "."]}) + "\n")
+    queries.write_text(evil.replace("\n", " ") + "\n")
+    assert prepare("--top_k_retrieval", "1") == 0
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err
+    assert "\u202e" not in out
+    assert "<script>" in records(prepare.output)[0]["documents"][0]
+    assert "\x1b[31m" in records(prepare.output)[0]["documents"][0]
+
+
+def test_synthetic_queries_with_a_scripted_teacher(prepare, corpus, monkeypatch, capsys) -> None:
+    """Deduplicated, checked, as many as asked for, and the same after a crash."""
+    from scaledown.records import Answer
+
+    class Scripted:
+        calls = 0
+
+        def answer(self, prompts, advance):
+            Scripted.calls += 1
+            texts = []
+            for prompt in prompts:
+                number = int.from_bytes(prompt.key.encode(), "little") % 97
+                good = f"What is fact {number} of {prompt.documents[0].splitlines()[0]}?"
+                texts.append(
+                    good
+                    if prompt.after.startswith("\n\nWrite") and number % 3
+                    else "What is example topic 7?"
+                )
+            return [Answer(text, "stop", 1, 1, 0) for text in texts]
+
+    monkeypatch.setattr(command, "load_teacher", lambda *_: Scripted())
+    flags = ("--corpus_path", str(corpus), "--num_synthetic_queries", "9", "--top_k_retrieval", "2")
+    assert prepare(*flags, inputs=False) == 0
+    asked = [record["query"] for record in records(prepare.output)]
+    assert len(asked) == len(set(asked)) == 9
+    assert all(query.startswith("What is fact ") for query in asked)
+    assert prepare(*flags, "--seed", "1", inputs=False) == 0
+    assert [record["query"] for record in records(prepare.output)] != asked
+
+
+def test_a_teacher_without_questions_is_an_error(prepare, corpus, capsys) -> None:
+    flags = ("--corpus_path", str(corpus), "--num_synthetic_queries", "2")
+    assert "no usable question" in refused(prepare, capsys, *flags, inputs=False)

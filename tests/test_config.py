@@ -1,0 +1,136 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from scaledown.config import PRESETS, PrepareConfig, build_parser, from_flags, underscored
+from scaledown.errors import InputError, UsageError
+
+BASE = {"queries_file": ("q.txt",), "output_file": "o.json"}
+
+
+def parsed(*words: str) -> PrepareConfig:
+    return from_flags(vars(build_parser("test").parse_args(underscored(words))))
+
+
+MINIMAL = ("--queries_file", "q.txt", "--output_file", "o.json")
+
+
+def test_defaults_are_the_guides() -> None:
+    config = parsed(*MINIMAL)
+    assert config.retriever_model == "naver/splade-cocondenser-ensembledistil"
+    assert config.reranker_model == "cross-encoder/ms-marco-MiniLM-L-6-v2"
+    assert config.teacher_model == "mistralai/Mistral-7B-Instruct-v0.2"
+    assert (config.top_k_retrieval, config.documents_per_query, config.reranks) == (20, 20, False)
+    assert parsed(*MINIMAL, "--enable_reranking").documents_per_query == 5
+    assert parsed(*MINIMAL, "--top_k_reranking", "3").documents_per_query == 3
+    assert parsed(*MINIMAL, "--enable_reranking", "--top_k_retrieval", "2").documents_per_query == 2
+    assert config == PrepareConfig(**BASE), "the function and the command have one set of defaults"
+
+
+def test_hyphens_and_underscores_are_one() -> None:
+    a = parsed(
+        "--queries-file",
+        "q-a_b.txt",
+        "--output-file=o-x.json",
+        "--top-k-retrieval",
+        "7",
+        "--enable-reranking",
+    )
+    b = parsed(
+        "--queries_file",
+        "q-a_b.txt",
+        "--output_file=o-x.json",
+        "--top_k_retrieval",
+        "7",
+        "--enable_reranking",
+    )
+    assert a == b
+    assert a.queries_file == ("q-a_b.txt",)
+
+
+def test_presets_lie_under_flags() -> None:
+    oscar = parsed(*MINIMAL, "--preset", "oscar")
+    assert oscar.retriever_model == "naver/splade-v3"
+    assert oscar.reranker_model == "naver/trecdl22-crossencoder-debertav3"
+    assert (oscar.passage_tokens, oscar.top_k_retrieval, oscar.top_k_reranking) == (128, 20, 5)
+    assert oscar.enable_reranking
+    assert parsed(*MINIMAL, "--preset", "oscar", "--top_k_reranking", "4").top_k_reranking == 4
+    assert not parsed(*MINIMAL, "--preset", "demo", "--no_enable_reranking").enable_reranking
+    for name in PRESETS:
+        PrepareConfig.preset(name, **BASE)
+
+
+def test_config_file_repeats_a_run(tmp_path: Path) -> None:
+    made = parsed(*MINIMAL, "--preset", "oscar", "--seed", "3", "--temperature", "0.5")
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps({"parameters": dataclasses.asdict(made), "other": 1}))
+    assert parsed("--config", str(path)) == made
+    assert parsed("--config", str(path), "--seed", "4") == dataclasses.replace(made, seed=4)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "match"),
+    [
+        ("{", InputError, "JSON"),
+        ("[1]", InputError, "object"),
+        ('{"top_k": 3}', UsageError, "unknown setting 'top_k'"),
+        ('{"top_k_retrieval": "3"}', UsageError, "must be int"),
+        ('{"top_k_retrieval": true}', UsageError, "must be int"),
+        ('{"queries_file": "q.txt"}', UsageError, "must be list"),
+    ],
+)
+def test_config_files_that_are_none(content, error, match, tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(content)
+    with pytest.raises(error, match=match):
+        parsed(*MINIMAL, "--config", str(path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"top_k_reranking": 6, "top_k_retrieval": 5}, "--top_k_reranking 6 is above --top_k_retrieval 5"),
+        ({"top_k_retrieval": 0}, "--top_k_retrieval 0: must be at least 1"),
+        ({"num_synthetic_queries": 5}, "--queries_file and --num_synthetic_queries exclude"),
+        ({"queries_file": ()}, "no queries"),
+        ({"output_file": ""}, "no output"),
+        ({"output_file": "o.txt"}, "ending chooses the format"),
+        ({"teacher_8bit": True, "teacher_4bit": True}, "exclude each other"),
+        ({"batch_size": 0}, "--batch_size 0"),
+        ({"passage_tokens": 3}, "at least 16"),
+        ({"max_bad_fraction": 1.5}, "between 0 and 1"),
+        ({"temperature": -1.0}, "not be negative"),
+        ({"max_corpus_size": -1}, "not be negative"),
+        ({"dtype": "int3"}, "--dtype int3: use one of"),
+    ],
+)
+def test_contradictions_fail_at_construction_and_name_the_flags(settings, match) -> None:
+    with pytest.raises(UsageError, match=match):
+        PrepareConfig(**{**BASE, **settings})
+
+
+def test_top_k_reranking_of_zero_is_refused_on_the_command_line() -> None:
+    with pytest.raises(UsageError, match="--top_k_reranking 0"):
+        parsed(*MINIMAL, "--top_k_reranking", "0")
+
+
+def test_help_groups_every_flag_with_unit_and_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser("test").parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for item in dataclasses.fields(PrepareConfig):
+        assert f"--{item.name}" in text
+    assert "[passages; default: 20]" in text
+    assert "[tokens; default: 128]" in text
+    for group in (
+        "queries",
+        "corpus and passages",
+        "retrieval",
+        "reranking",
+        "teacher",
+        "output and run",
+        "machine",
+    ):
+        assert f"{group}" in text
