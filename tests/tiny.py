@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -117,10 +118,10 @@ def dense(folder: Path) -> Path:
     from sentence_transformers import SentenceTransformer
 
     torch.manual_seed(2)
-    bare = folder.with_name(folder.name + "-bare")
-    word_pieces(bare)
-    BertModel(_bert()).save_pretrained(bare)
-    SentenceTransformer(str(bare), device="cpu").save(str(folder))
+    with tempfile.TemporaryDirectory() as bare:
+        word_pieces(Path(bare))
+        BertModel(_bert()).save_pretrained(bare)
+        SentenceTransformer(bare, device="cpu").save(str(folder))
     return folder
 
 
@@ -179,6 +180,8 @@ HUB: dict[str, Callable[[Path], Path]] = {
     "cross-encoder/ms-marco-deberta-v3-base": cross_encoder,
     "cross-encoder/ms-marco-deberta-v3-large": cross_encoder,
     "naver/trecdl22-crossencoder-debertav3": cross_encoder,
+    "sentence-transformers/all-MiniLM-L6-v2": dense,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": causal_lm,
     "mistralai/Mistral-7B-Instruct-v0.2": instruct,
     "meta-llama/Meta-Llama-3-8B-Instruct": causal_lm,
     "microsoft/phi-2": phi,

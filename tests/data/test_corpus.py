@@ -211,7 +211,6 @@ def test_every_kind_of_file(kind: str, tmp_path: Path, models) -> None:
 
 @pytest.mark.parametrize("kind", ["gz", "bz2", "zst", "parquet"])
 def test_a_file_cut_short_is_an_error_and_not_an_end(kind: str, tmp_path: Path, models) -> None:
-    global LINES
     path = _write(tmp_path, kind)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InputError, match="cut short|not a whole Parquet"):

@@ -22,7 +22,7 @@ def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, list[int]]:
     matrix = lambda n: np.array(  # noqa: E731
         draw(st.lists(st.lists(values, min_size=terms, max_size=terms), min_size=n, max_size=n)), np.float32
     )
-    cuts = sorted(set(draw(st.lists(st.integers(1, passages), max_size=3)) + [passages]))
+    cuts = sorted({*draw(st.lists(st.integers(1, passages), max_size=3)), passages})
     return matrix(draw(st.integers(1, 4))), matrix(passages), draw(st.integers(1, 25)), cuts
 
 

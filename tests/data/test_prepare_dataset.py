@@ -28,7 +28,7 @@ def records(path: Path) -> list[dict]:
 def test_basic_run(prepare, capsys) -> None:
     assert prepare("--top_k_retrieval", "4") == 0
     made = records(prepare.output)
-    assert [record["query"] for record in made][0] == "What is photosynthesis?"
+    assert made[0]["query"] == "What is photosynthesis?"
     assert len(made) == 4
     for record in made:
         assert set(record) == {"query", "documents", "answer"}

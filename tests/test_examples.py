@@ -1,0 +1,103 @@
+"""The sample data is what it says, and the guide's snippets run as files on the bundled models."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from scaledown.cli import main
+
+EXAMPLES = ROOT / "examples"
+
+
+def lines(name: str) -> list[dict]:
+    return [json.loads(line) for line in (EXAMPLES / name).read_text(encoding="utf-8").splitlines()]
+
+
+def test_sample_corpus_is_kilt_lines() -> None:
+    articles = lines("corpus.jsonl")
+    assert len(articles) == 60
+    assert len({article["wikipedia_id"] for article in articles}) == 60
+    for article in articles:
+        assert article["text"][0] == article["wikipedia_title"] + "\n"
+        assert all(paragraph.endswith("\n") for paragraph in article["text"])
+
+
+def test_three_of_the_sample_queries_have_no_answer_in_the_corpus() -> None:
+    queries = lines("queries.jsonl")
+    articles = {article["wikipedia_id"]: " ".join(article["text"]) for article in lines("corpus.jsonl")}
+    assert [query["query"] for query in queries] == (EXAMPLES / "queries.txt").read_text().splitlines()
+    assert len(queries) == 24
+    unanswerable = [query for query in queries if not query["answers"]]
+    assert len(unanswerable) == 3
+    for query in queries:
+        for answer in query["answers"]:
+            assert answer.lower() in articles[query["wikipedia_id"]].lower()
+
+
+def run(*words: str, cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / words[0]), *words[1:]],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_custom_retrieval(tmp_path: Path) -> None:
+    run("custom_retrieval.py", "made.json", cwd=tmp_path)
+    made = json.loads((tmp_path / "made.json").read_text())
+    assert main(["validate", str(tmp_path / "made.json")]) == 0
+    assert made[0]["reranking_scores"][1] > made[0]["reranking_scores"][0]
+    assert "Sostratus" in made[0]["answer"] or "Ptolemy" in made[0]["answer"]
+
+
+@pytest.mark.slow
+def test_own_corpus(tmp_path: Path) -> None:
+    out = run("own_corpus.py", cwd=tmp_path).splitlines()
+    assert out[1].endswith("1  Tides")
+    assert out[4].endswith("2  Chess")
+
+
+def test_corpus_subset(tmp_path: Path) -> None:
+    run("corpus_subset.py", str(EXAMPLES / "corpus.jsonl"), "small.json", "7", cwd=tmp_path)
+    whole = (EXAMPLES / "corpus.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    assert (tmp_path / "small.json").read_text(encoding="utf-8") == "".join(whole[:7])
+
+
+def test_mock_data(tmp_path: Path) -> None:
+    run("mock_data.py", "mock.json", cwd=tmp_path)
+    assert main(["validate", str(tmp_path / "mock.json")]) == 0
+
+
+@pytest.mark.slow
+def test_the_demo_answers_most_queries(tmp_path: Path) -> None:
+    """The command of `make demo`: nearly all queries get the passage with their answer, and the teacher, a
+    model of 135M parameters, answers most."""
+    output = tmp_path / "train_data.json"
+    flags = [
+        "--preset",
+        "demo",
+        "--queries_file",
+        str(EXAMPLES / "queries.txt"),
+        "--output_file",
+        str(output),
+    ]
+    assert main(["prepare", *flags]) == 0
+    made = {record["query"]: record for record in json.loads(output.read_text(encoding="utf-8"))}
+    found = answered = 0
+    for query in lines("queries.jsonl"):
+        record = made[query["query"]]
+        documents = " ".join(record["documents"]).lower()
+        found += any(answer.lower() in documents for answer in query["answers"])
+        answered += any(answer.lower() in record["answer"].lower() for answer in query["answers"])
+        assert len(record["documents"]) == len(record["reranking_scores"]) == 3
+    assert found >= 20, f"{found} of 21 have the answer among their documents"
+    assert answered >= 13, f"{answered} of 21 are answered"

@@ -1,0 +1,236 @@
+"""Every command and snippet of the guide and the README runs, on tiny models under the guide's names."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, SHARED
+from scaledown import cli
+from scaledown.data import prepare_dataset, queries
+from shell import Fence, commands, fences
+
+GUIDE = ROOT / "docs" / "dataset-preparation-guide.md"
+FIRST_EDITION = SHARED / "dataset-preparation-guide.md"
+PREPARE = ["python", "-m", "scaledown.data.prepare_dataset"]
+# Fetching and installing need a network, and training is not in this version.
+NOT_RUN = {"wget", "pip", "git", "cd"}
+# Everything else stays as written; these only make it small.
+SMALL = ["--max_new_tokens", "4", "--device", "cpu"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub_cache: Path) -> Path:
+    """A folder with the files that the guide's commands name, and loopback in place of MS MARCO's host."""
+    monkeypatch.chdir(tmp_path)
+    articles = (ROOT / "examples" / "corpus.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "kilt_knowledgesource.json").write_text("".join(articles[:8]), encoding="utf-8")
+    (tmp_path / "queries.txt").write_text("What is machine learning?\nHow does photosynthesis work?\nWho?\n")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    return tmp_path
+
+
+def localized(words: list[str], place: Path) -> list[str]:
+    corpus = str(place / "kilt_knowledgesource.json")
+    return [corpus if word.endswith("kilt_knowledgesource.json") else word for word in words]
+
+
+def run(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run one command of a page in this process."""
+    if words[:3] == PREPARE or words[:2] == ["scaledown", "prepare"]:
+        flags = localized(words[3:] if words[0] == "python" else words[2:], place)
+        if "--num_synthetic_queries" in flags:  # random weights write no questions: a real small teacher does
+            flags[flags.index("--num_synthetic_queries") + 1] = "3"
+            flags += [
+                "--teacher_model",
+                "bundled:smollm2-135m",
+                "--max_new_tokens",
+                "40",
+                "--top_k_retrieval",
+                "2",
+            ]
+            flags += ["--corpus_path", str(place / "kilt_knowledgesource.json"), "--device", "cpu"]
+        else:
+            flags += SMALL
+        if "--download_ms_marco" in flags:
+            monkeypatch.setattr(queries, "MS_MARCO_QUERIES", 3)
+            monkeypatch.setenv("SCALEDOWN_CACHE", str(place / "cache"))
+            cached = place / "cache" / "msmarco" / "queries.dev.small.tsv"
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            cached.write_text("1\twhat is it\n2\twho was it\n3\twhere is it\n")
+        if "--query_dataset" in flags:
+            use_local_datasets(monkeypatch)
+        assert prepare_dataset.main(flags) == 0
+    elif words[0] == "scaledown":
+        for word in words[1:]:
+            if word.endswith(".json") and not Path(word).exists() and words[1] == "validate":
+                shutil.copy(place / "mock_data.json", word)
+        assert cli.main(words[1:]) == 0
+    elif words[:1] == ["python"] and words[1].startswith("examples/"):
+        run_python((place / words[1]).read_text(), monkeypatch, words[1:])
+    else:
+        assert words[0] in NOT_RUN, f"nothing runs {words}"
+
+
+def use_local_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets.load_dataset` gives local rows with the columns that the hub's datasets have."""
+    import datasets
+
+    rows = {
+        "google-research-datasets/natural_questions": [{"question": {"text": "who is it"}}],
+        "mandarjoshi/trivia_qa": [{"question": "Who is it?"}],
+        "rajpurkar/squad": [{"question": "What is it?"}],
+    }
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, *_, **__: datasets.Dataset.from_list(rows[name])
+    )
+
+
+def run_python(text: str, monkeypatch: pytest.MonkeyPatch, argv: list[str] | None = None) -> None:
+    use_local_datasets(monkeypatch)
+    monkeypatch.setattr(sys, "argv", argv or ["snippet"])
+    exec(compile(text, "snippet", "exec"), {"__name__": "__main__"})
+
+
+def titled(fence: Fence) -> str:
+    return f"{fence.language}-{fence.line}"
+
+
+def is_options(fence: Fence) -> bool:
+    found = commands(fence.text)
+    return bool(found) and all(words[0].startswith("--") for words in found)
+
+
+GUIDE_FENCES = fences(GUIDE)
+SCRIPTS = [fence for fence in GUIDE_FENCES if "for chunk" in fence.text or "python -c" in fence.text]
+SHELL = [fence for fence in GUIDE_FENCES if fence.language == "bash" and fence not in SCRIPTS]
+COMMANDS = [fence for fence in SHELL if not is_options(fence)]
+
+
+@pytest.mark.parametrize("fence", COMMANDS, ids=titled)
+def test_commands_of_the_guide(fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "mock_data.json").write_text(json.dumps([{"query": "q", "documents": ["d"], "answer": "a"}]))
+    for words in commands(fence.text):
+        run(words, place, monkeypatch)
+
+
+OPTIONS = [words for fence in SHELL if is_options(fence) for words in commands(fence.text)]
+
+
+@pytest.mark.parametrize("words", OPTIONS, ids=" ".join)
+def test_options_of_the_guide(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each option of the configuration chapters, on top of the basic command."""
+    basic = [*PREPARE, "--queries_file", "queries.txt", "--corpus_path", "kilt_knowledgesource.json"]
+    basic += ["--output_file", "train_data.json"]
+    if "--top_k_retrieval" not in words:
+        basic += ["--top_k_retrieval", "2"]
+    if "--reranker_model" in words:
+        basic += ["--enable_reranking"]
+    if words[-1].endswith(".gguf"):
+        from scaledown.models import resolve
+
+        bundled = resolve("bundled:smollm2-135m")
+        words = [words[0], f"{bundled.location}/{bundled.gguf_file}"]
+    run([*basic, *words], place, monkeypatch)
+    made = json.loads((place / "train_data.json").read_text())
+    assert len(made) == 3
+    if "--reranker_model" in words:
+        assert all(len(record["reranking_scores"]) == len(record["documents"]) for record in made)
+
+
+@pytest.mark.slow
+def test_parallel_processing_of_the_guide(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop in a real shell: chunks at once, then both ways to merge."""
+    loop, by_hand = SCRIPTS
+    (place / "queries.txt").write_text("".join(f"What is number {n}?\n" for n in range(4)))
+    (place / "bin").mkdir()
+    for name, module in (("python", ""), ("scaledown", "-m scaledown ")):
+        script = place / "bin" / name
+        script.write_text(f'#!/bin/sh\nexec {sys.executable} {module}"$@"\n')
+        script.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{place / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    text = loop.text.replace("split -l 1000", "split -l 2")
+    done = subprocess.run(
+        ["bash", "-e", "-c", text], cwd=place, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    merged = json.loads((place / "train_data_full.json").read_text())
+    assert [record["query"] for record in merged] == [f"What is number {n}?" for n in range(4)]
+    (place / "train_data_full.json").unlink()
+    subprocess.run(["bash", "-e", "-c", by_hand.text], cwd=place, env=environment, check=True)
+    again = json.loads((place / "train_data_full.json").read_text())
+    assert sorted(record["query"] for record in again) == sorted(record["query"] for record in merged)
+
+
+@pytest.mark.parametrize("fence", [f for f in GUIDE_FENCES if f.language == "python"], ids=titled)
+def test_snippets_of_the_guide(fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        run_python(fence.text, monkeypatch)
+    for name in ("train_data.json", "mock_data.json"):
+        if f'"{name}"' in fence.text:
+            assert (
+                cli.main(["validate", name]) == 0 or name == "train_data.json"
+            )  # random weights may say nothing
+            assert json.loads((place / name).read_text())
+    if "kilt_small" in fence.text:
+        assert (place / "kilt_small.json").read_text() == (place / "kilt_knowledgesource.json").read_text()
+
+
+@pytest.mark.parametrize("fence", [f for f in GUIDE_FENCES if f.language == "json"], ids=titled)
+def test_the_format_that_the_guide_shows_is_sound(fence: Fence, place: Path) -> None:
+    (place / "shown.json").write_text(fence.text)
+    assert cli.main(["validate", "shown.json"]) == 0
+
+
+@pytest.mark.skipif(not FIRST_EDITION.exists(), reason="needs the guide's first edition in ../shared")
+def test_every_command_of_the_first_edition_is_still_in_the_guide() -> None:
+    """As written, comments after a backslash aside."""
+    kept = [words for fence in SHELL for words in commands(fence.text)]
+    kept_flags = {tuple(words) for words in kept if words[0].startswith("--")}
+    for fence in fences(FIRST_EDITION):
+        if fence.language != "bash" or "for chunk" in fence.text:
+            continue
+        for words in commands(fence.text):
+            if words[:3] == PREPARE:
+                assert words in kept, words
+            elif words[0].startswith("--"):
+                assert tuple(words) in kept_flags, words
+
+
+# README
+
+README = fences(ROOT / "README.md")
+
+
+@pytest.mark.parametrize("fence", [f for f in README if f.language == "bash"], ids=titled)
+def test_commands_of_the_readme(fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "mock_data.json").write_text(json.dumps([{"query": "q", "documents": ["d"], "answer": "a"}]))
+    makefile = (ROOT / "Makefile").read_text()
+    for words in commands(fence.text):
+        if words[0] == "make":
+            assert f"\n{words[1]}:" in makefile
+        else:
+            run(words, place, monkeypatch)
+
+
+@pytest.mark.parametrize("fence", [f for f in README if f.language == "python"], ids=titled)
+def test_snippets_of_the_readme(fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        run_python(fence.text, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
+)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    import re
+
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

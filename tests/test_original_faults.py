@@ -1,0 +1,214 @@
+"""What the public original got wrong, each as a test: scaledown-team/soft_compression, `scaledown/data/`."""
+
+import inspect
+import json
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+import tiny
+from scaledown.config import PrepareConfig
+from scaledown.data import files
+from scaledown.data import prepare_dataset as command
+from scaledown.data.corpus import Chunker, parse_article
+from scaledown.data.prompts import answer_prompt
+from scaledown.data.reranker import add_reranking_scores
+from scaledown.data.retrieval import SPLADERetriever
+from scaledown.data.teacher import generate_teacher_answers, load_teacher
+from scaledown.data.teachers import Generation
+from scaledown.models import resolve
+
+
+def records(path: Path) -> list[dict]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_retriever_model_is_a_flag_that_matters(prepare, models) -> None:
+    assert prepare("--top_k_retrieval", "3") == 0
+    sparse = records(prepare.output)
+    assert prepare("--top_k_retrieval", "3", "--retriever_model", str(models["dense"])) == 0
+    assert [r["documents"] for r in records(prepare.output)] != [r["documents"] for r in sparse]
+
+
+def test_teacher_8bit_does_not_crash(prepare) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs the extra: quantization")
+    assert prepare("--teacher_8bit", "--teacher_model", "bundled:smollm2-135m", "--top_k_retrieval", "1") == 0
+    manifest = json.loads((prepare.work / "manifest.json").read_text())
+    assert manifest["stages"]["answers"]["settings"]["bits"] == 8
+
+
+def test_the_whole_article_is_kept_and_not_its_title_alone(prepare, corpus) -> None:
+    prepare("--top_k_retrieval", "1000")
+    documents = " ".join(" ".join(records(prepare.output)[0]["documents"]).split())
+    for line in corpus.read_text(encoding="utf-8").splitlines():
+        for paragraph in json.loads(line)["text"][1:]:
+            words = paragraph.removeprefix("BULLET::::").split()
+            if not paragraph.startswith("Section::::"):
+                assert " ".join(words[:8]) in documents
+
+
+def test_teachers_without_inst_answer(models) -> None:
+    asked = [{"query": "What?", "documents": ["This."]}]
+    for kind in ("causal_lm", "instruct", "phi"):
+        (made,) = generate_teacher_answers(asked, str(models[kind]), max_new_tokens=8, device="cpu")
+        assert made["answer"], kind
+
+
+def test_greedy_unless_asked_otherwise_and_then_seeded(prepare) -> None:
+    assert PrepareConfig.temperature == 0
+    prepare("--top_k_retrieval", "2")
+    greedy = prepare.output.read_bytes()
+    for path in (prepare.output, prepare.work / "manifest.json"):
+        path.unlink()
+    prepare("--top_k_retrieval", "2", "--teacher_batch_size", "1")
+    assert prepare.output.read_bytes() == greedy
+    sampled = []
+    for seed in ("1", "2"):
+        assert prepare("--top_k_retrieval", "2", "--temperature", "1.5", "--seed", seed) == 0
+        sampled.append(prepare.output.read_bytes())
+    assert len({greedy, *sampled}) == 3
+    assert prepare("--top_k_retrieval", "2", "--temperature", "1.5", "--seed", "1") == 0
+    assert prepare.output.read_bytes() == sampled[0]
+
+
+def test_a_long_prompt_keeps_its_instruction_and_question(tmp_path) -> None:
+    teacher = load_teacher(
+        resolve(str(tiny.causal_lm(tmp_path / "m", positions=2048))),
+        "cpu",
+        "float32",
+        Generation(max_new_tokens=8),
+    )
+    prompt = answer_prompt("1", "What is the question at the end?", ["word " * 900] * 5, 0.0)
+    ids, dropped = teacher._fit(prompt)  # type: ignore[attr-defined]
+    text = teacher._tokenizer.decode(ids)  # type: ignore[attr-defined]
+    assert dropped > 0
+    assert len(ids) <= 2040
+    assert "What is the question at the end?" in text
+    assert text.rstrip().endswith("<|im_start|>assistant")
+
+
+def test_the_teacher_answers_in_batches(models, monkeypatch) -> None:
+    from scaledown.data.teachers.transformers import TransformersTeacher
+
+    sizes = []
+    generate = TransformersTeacher._generate
+
+    def counting(self, batch, prompts):
+        sizes.append(len(batch))
+        return generate(self, batch, prompts)
+
+    monkeypatch.setattr(TransformersTeacher, "_generate", counting)
+    asked = [{"query": f"What {n}?", "documents": ["This."]} for n in range(10)]
+    generate_teacher_answers(asked, str(models["causal_lm"]), max_new_tokens=2, batch_size=4, device="cpu")
+    assert sizes == [4, 4, 2]
+
+
+def test_top_k_reranking_alone_does_not_lose_the_scores(prepare) -> None:
+    """They lie in the run directory, and --enable_reranking writes them without scoring again."""
+    import pyarrow as pa
+
+    prepare("--top_k_retrieval", "6", "--top_k_reranking", "3")
+    (shard,) = prepare.work.glob("ranked/*/*.arrow")
+    kept = pa.ipc.open_file(str(shard)).read_all().column("reranking_scores").to_pylist()
+    assert [len(scores) for scores in kept] == [3] * 4
+    prepare("--top_k_retrieval", "6", "--top_k_reranking", "3", "--enable_reranking")
+    assert [r["reranking_scores"] for r in records(prepare.output)] == kept
+
+
+def test_ties_go_to_the_earlier_document(models) -> None:
+    corpus = [{"id": str(n), "title": "T", "text": "The same text."} for n in range(30)]
+    (found,) = SPLADERetriever(str(models["splade"]), device="cpu").retrieve(["same"], corpus, top_k=7)
+    assert [document["id"] for document in found] == [str(n) for n in range(7)]
+
+
+def test_top_k_of_zero_is_refused(prepare) -> None:
+    assert prepare("--top_k_retrieval", "0") == 2
+
+
+@pytest.mark.parametrize("content", ["\n{}\n\n", "", "\n"])
+def test_blank_lines_and_empty_corpora_are_no_traceback(content, prepare, corpus, capsys) -> None:
+    corpus.write_text(content.format(""))
+    assert prepare() == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_blank_line_is_nothing(prepare, corpus) -> None:
+    corpus.write_text("\n" + corpus.read_text() + "\n \n")
+    assert prepare("--top_k_retrieval", "2") == 0
+    assert not (prepare.work / "quarantine").exists()
+
+
+def test_no_network_is_no_traceback(prepare, capsys) -> None:
+    assert prepare("--retriever_model", "org/somewhere-else") == 1
+    error = capsys.readouterr().err
+    assert "hub cannot be reached" in error
+    assert "Traceback" not in error
+
+
+def test_an_unwritable_output_is_noticed_before_the_teacher_runs(prepare, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(command, "load_teacher", lambda *_: pytest.fail("the teacher ran"))
+    (tmp_path / "file").touch()
+    assert prepare("--output_file", str(tmp_path / "file" / "train.json")) == 1
+
+
+def test_a_run_resumes(prepare, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "teach", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert prepare("--top_k_retrieval", "2") == 130
+    monkeypatch.setattr(command, "load_encoder", lambda *_: pytest.fail("the corpus was encoded again"))
+    assert prepare("--top_k_retrieval", "2") == 0
+
+
+def test_neither_corpus_nor_vectors_are_held_in_memory(tmp_path, models, monkeypatch) -> None:
+    """Passages stream: four times the corpus takes no more memory."""
+    monkeypatch.setattr(files, "_CHUNK_BYTES", 1 << 16)
+    from scaledown.data.corpus import build_passages
+    from scaledown.store import RunDirectory, Stage
+
+    line = (tiny.EXAMPLES / "corpus.jsonl").read_text(encoding="utf-8")
+    peaks = []
+    for copies in (5, 5, 20):  # the first run pays for imports
+        path = tmp_path / f"{copies}-{len(peaks)}.jsonl"
+        path.write_text(line * copies, encoding="utf-8")
+        config = PrepareConfig(queries_file=("q",), output_file="o.json", passages_per_shard=500)
+        stage = Stage(RunDirectory(tmp_path / f"w{len(peaks)}"), "passages", {})
+        tracemalloc.start()
+        build_passages(stage, config, path, resolve(str(models["splade"])))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < 1.3 * peaks[1]
+
+
+def test_titles_help_reranking_as_well(models) -> None:
+    """The reranker sees the same text as the retriever: with its title."""
+    with_title = [{"query": "What is it?", "documents": [{"title": "A certain title", "text": "Some text."}]}]
+    written_out = [{"query": "What is it?", "documents": ["A certain title\nSome text."]}]
+    without = [{"query": "What is it?", "documents": ["Some text."]}]
+    scores = [
+        add_reranking_scores(given, str(models["cross_encoder"]), device="cpu")[0]["reranking_scores"]
+        for given in (with_title, written_out, without)
+    ]
+    assert scores[0] == scores[1] != scores[2]
+
+
+def test_function_and_command_have_the_same_defaults() -> None:
+    parameters = inspect.signature(add_reranking_scores).parameters
+    assert parameters["reranker_model"].default == PrepareConfig.reranker_model
+    parameters = inspect.signature(generate_teacher_answers).parameters
+    assert parameters["teacher_model"].default == PrepareConfig.teacher_model
+    assert parameters["max_new_tokens"].default == PrepareConfig.max_new_tokens
+    parameters = inspect.signature(SPLADERetriever).parameters
+    assert parameters["model_name"].default == PrepareConfig.retriever_model
+
+
+def test_no_passage_crosses_articles_or_the_limit(models) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models["splade"])
+    lines = (tiny.EXAMPLES / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
+    articles = [parse_article(json.loads(line), "x") for line in lines]
+    for passages in Chunker(tokenizer, "tokens", 128).passages(articles):
+        for passage in passages:
+            ids = tokenizer(f"{passage.title}\n{passage.text}", add_special_tokens=False)["input_ids"]
+            assert len(ids) <= 128

@@ -1,0 +1,107 @@
+"""What people install: the wheel, the command, the API reference."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import scaledown
+from conftest import ROOT
+from scaledown.cli import main
+
+
+@pytest.mark.slow
+def test_the_wheel_installs_and_is_typed(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for name in ("scaledown/py.typed", "scaledown/examples/corpus.jsonl", "scaledown/cli.py"):
+        assert name in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not [name for name in names if name.startswith("tests/")]
+    target = tmp_path / "installed"
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(target),
+    ]
+    subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
+    code = (
+        "import scaledown.data.corpus as corpus, scaledown; print(scaledown.__file__); "
+        "print(corpus.sample_corpus()); assert corpus.sample_corpus().exists()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(target), "PATH": ""},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert all(line.startswith(str(target)) for line in done.stdout.splitlines())
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"scaledown {scaledown.__version__}\n"
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    for name in ("prepare", "validate", "merge"):
+        assert name in out
+    with pytest.raises(SystemExit):
+        main(["prepare", "--help"])
+    assert "--top_k_retrieval" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["no-such-command"], ["validate"], ["merge", "a.json"]])
+def test_wrong_usage_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_versions_agree() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert f'version = "{scaledown.__version__}"' in text
+    assert f"## {scaledown.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_dependencies_have_reasons() -> None:
+    """Each dependency, its reason in CONTRIBUTING; each pinned in constraints.txt."""
+    import re
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    names = [re.split(r"[><=\[]", requirement)[0] for group in groups for requirement in group]
+    reasons = (ROOT / "CONTRIBUTING.md").read_text()
+    pinned = (ROOT / "constraints.txt").read_text()
+    for name in names:
+        assert f"`{name}`" in reasons, name
+        assert f"\n{name}==" in pinned, name
+
+
+@pytest.mark.slow
+def test_the_api_reference_builds(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pdoc", "-o", str(tmp_path), "scaledown", "!scaledown.__main__"]
+    subprocess.run(command, check=True, capture_output=True)
+    page = (tmp_path / "scaledown" / "data" / "retrieval.html").read_text()
+    assert "SPLADERetriever" in page
+    assert "best first" in page
