@@ -55,7 +55,7 @@ def _response(status: int) -> httpx2.Response:
     [
         (GatedRepoError("403", response=_response(403)), "is gated.*hf auth login"),
         (RepositoryNotFoundError("401", response=_response(401)), "not on the hub, or is private"),
-        (httpx2.ConnectError("refused"), "hub cannot be reached"),
+        (httpx2.ConnectError("rejected"), "hub cannot be reached"),
         (OSError("We couldn't connect to the hub"), "hub cannot be reached"),
         (OSError("You are trying to access a gated repo."), "is gated"),
         (MemoryError(), "out of memory"),

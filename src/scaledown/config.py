@@ -95,7 +95,7 @@ class PrepareConfig:
         "",
         QUERIES,
         "column that holds the query in JSONL, CSV, Parquet or a dataset; dots reach into records "
-        "(question.text); found by name when not given",
+        "(question.text); without it, found by its name",
         metavar="NAME",
     )
     query_split: str = option("train", QUERIES, "split of --query_dataset", metavar="NAME")
@@ -105,11 +105,11 @@ class PrepareConfig:
         "",
         CORPUS,
         "KILT JSON lines, JSONL / Parquet / CSV with id, title, text, or a folder of such or of text files; "
-        "plain, gzip, zstd or bzip2; the sample corpus when not given",
+        "plain, gzip, zstd or bzip2; without it, the sample corpus",
         metavar="PATH",
     )
     max_corpus_size: int = option(
-        0, CORPUS, "read only this many articles from the start; 0 reads all", "articles", metavar="N"
+        0, CORPUS, "read only this many articles from the start", "articles", metavar="N"
     )
     passages: str = option("tokens", CORPUS, "what a passage is", choices=PASSAGE_MODES)
     passage_tokens: int = option(
@@ -132,7 +132,7 @@ class PrepareConfig:
     top_k_reranking: int = option(
         0,
         RERANKING,
-        "rerank, and keep this many passages per query; 5 when --enable_reranking stands alone",
+        "rerank, and keep this many passages per query; without it, 5 with --enable_reranking",
         "passages",
         metavar="K",
     )
@@ -162,7 +162,7 @@ class PrepareConfig:
     teacher_batch_size: int = option(8, TEACHER, "prompts answered at once", "prompts", metavar="N")
 
     output_file: str = option("", OUTPUT, "training data: .json, .jsonl or .parquet", metavar="FILE")
-    work_dir: str = option("", OUTPUT, "run directory; <output_file>.work when not given", metavar="DIR")
+    work_dir: str = option("", OUTPUT, "run directory; without it, <output_file>.work", metavar="DIR")
     seed: int = option(0, OUTPUT, "seed of every random choice", metavar="N")
     passages_per_shard: int = option(
         8192, OUTPUT, "passages kept in memory and lost at most by a crash", "passages", metavar="N"
@@ -269,6 +269,7 @@ def build_parser(program: str) -> argparse.ArgumentParser:
         prog=program,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
+        usage=f"{program} --queries_file FILE --output_file FILE [options]",
         description="Make OSCAR training data: retrieve, rerank, let a teacher answer. "
         "The same command again continues an interrupted run.",
         epilog="Flags may be written with hyphens or underscores. A flag that is on can be turned off by "
@@ -285,31 +286,34 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     run.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help="guide: the guide's models (default); oscar: the paper's; demo: small bundled ones on any CPU",
+        help="guide: the guide's models; oscar: the paper's; demo: small bundled ones on any CPU "
+        "[default: guide]",
     )
     run.add_argument(
-        "--config", metavar="FILE", help="take settings from JSON: a manifest.json repeats its run"
+        "--config",
+        metavar="FILE",
+        help="take settings from JSON: a manifest.json repeats its run [default: none]",
     )
     run.add_argument(
         "--log_level",
         choices=("debug", "info", "warning", "error"),
         help="what is logged on standard error [default: info]",
     )
-    run.add_argument("--debug", action="store_true", help="show tracebacks")
+    run.add_argument("--debug", action="store_true", help="show tracebacks [default: off]")
     return parser
 
 
 def _add_flag(group: argparse._ArgumentGroup, item: "dataclasses.Field[Any]", hint: Any) -> None:
     meta = item.metadata
     flag = f"--{item.name}"
+    absent = item.default in ("", ()) or (item.default == 0 and meta["unit"])
+    default = "off" if item.default is False else "none" if absent else item.default
+    details = [*([meta["unit"]] if meta["unit"] else []), f"default: {default}"]
+    text = f"{meta['text']} [{'; '.join(details)}]"
     if hint is bool:
-        group.add_argument(flag, action="store_true", help=meta["text"])
+        group.add_argument(flag, action="store_true", help=text)
         group.add_argument(f"--no_{item.name}", dest=item.name, action="store_false", help=argparse.SUPPRESS)
         return
-    details = [meta["unit"]] if meta["unit"] else []
-    if item.default not in ("", (), 0) or item.name == "seed":
-        details.append(f"default: {item.default}")
-    text = meta["text"] + (f" [{'; '.join(details)}]" if details else "")
     arguments: dict[str, Any] = {"help": text.replace("%", "%%")}
     if meta["choices"]:
         arguments["choices"] = meta["choices"]

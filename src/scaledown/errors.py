@@ -10,6 +10,7 @@ ScaleDownError            exit status 1
 """
 
 import contextlib
+import errno
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -66,6 +67,12 @@ def run_command(command: Callable[[], int], *, debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            print(
+                "error: no space left on the disk: free some and run the same command again, it continues",
+                file=sys.stderr,
+            )
+            return 1
         text = " ".join(str(error).split())
         print(
             f"error: {type(error).__name__}: {text[:500]} (unexpected; --debug shows where. Finished work is "

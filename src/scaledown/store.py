@@ -173,12 +173,15 @@ class Stage:
         """Hold `what` against other processes; gives False when another holds it. Ends with the process."""
         locks = self._run.path / "locks"
         locks.mkdir(exist_ok=True)
-        lock = FileLock(locks / f"{self.name}-{self.fingerprint}-{what}", timeout=-1 if wait else 0)
+        lock = FileLock(locks / f"{self.name}-{self.fingerprint}-{what}")
         try:
-            lock.acquire()
+            lock.acquire(timeout=0)
         except Timeout:
-            yield False
-            return
+            if not wait:
+                yield False
+                return
+            log.info("%s: waiting for the process that is at it", self.name)
+            lock.acquire()
         try:
             yield True
         finally:
@@ -298,6 +301,8 @@ class RunDirectory:
 
 
 def _sha256(path: Path) -> str:
+    if (size := path.stat().st_size) > 1 << 30:
+        log.info("reading %s once, %.0f GB, to know it again", path, size / 1e9)
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

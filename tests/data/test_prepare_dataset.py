@@ -428,7 +428,7 @@ def test_one_impossible_query_does_not_end_the_run(prepare, queries, tmp_path, c
     flags = ("--teacher_model", str(model), "--top_k_retrieval", "3")
     assert prepare(*flags) == 0
     assert len(records(prepare.output)) == 4
-    assert "1 refused" in capsys.readouterr().out
+    assert "1 rejected" in capsys.readouterr().out
     (file,) = (prepare.work / "quarantine").iterdir()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["query_id"] for row in rows] == ["q5"]

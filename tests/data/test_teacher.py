@@ -5,7 +5,7 @@ import pytest
 
 from scaledown.data.prompts import ANSWER_SYSTEM, Prompt, answer_prompt
 from scaledown.data.teacher import generate_teacher_answers, load_teacher
-from scaledown.data.teachers import Generation, Refusal
+from scaledown.data.teachers import Generation, Rejection
 from scaledown.data.teachers.transformers import TransformersTeacher
 from scaledown.errors import InputError, MissingExtraError, ModelError
 from scaledown.models import resolve
@@ -108,7 +108,7 @@ def test_one_prompt_that_cannot_be_asked_does_not_end_the_others(tmp_path) -> No
     answers = one.answer([prompt("1"), prompt("2", "why " * 500), prompt("3")], lambda _: None)
     assert isinstance(answers[0], Answer)
     assert answers[0] == answers[2]
-    assert isinstance(answers[1], Refusal)
+    assert isinstance(answers[1], Rejection)
     assert "without documents" in answers[1].reason
 
 

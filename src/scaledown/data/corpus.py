@@ -275,7 +275,8 @@ def build_passages(stage: Stage, config: PrepareConfig, corpus: Path, retriever:
 
     Continues after the last whole shard. Raises `InputError` for a corpus that cannot be used.
     """
-    if stage.done():
+    if done := stage.done():
+        files.Intake("the corpus", config.max_bad_fraction, done.counts["lines"], done.counts["bad"]).close()
         return
     with stage.lease("all", wait=True):
         if stage.done():
@@ -283,7 +284,7 @@ def build_passages(stage: Stage, config: PrepareConfig, corpus: Path, retriever:
         paths = files.input_files(corpus, "--corpus_path")
         chunker = Chunker(_tokenizer(retriever), config.passages, config.passage_tokens)
         rows: list[int] = []
-        counts = {"rows": 0, "articles": 0, "passages": 0, "bad": 0, "empty": 0}
+        counts = {"lines": 0, "articles": 0, "passages": 0, "bad": 0, "empty": 0}
         while stage.has(len(rows)):
             table = stage.table(len(rows))
             rows.append(table.num_rows)
@@ -316,14 +317,14 @@ def build_passages(stage: Stage, config: PrepareConfig, corpus: Path, retriever:
 def _shards(
     paths: list[Path], config: PrepareConfig, chunker: Chunker, counts: dict[str, int]
 ) -> Iterator[tuple[list[Passage], dict[str, int], list[dict[str, Any]]]]:
-    intake = files.Intake("the corpus", config.max_bad_fraction, counts["rows"], counts["bad"])
+    intake = files.Intake("the corpus", config.max_bad_fraction, counts["lines"], counts["bad"])
     articles, empty, total = counts["articles"], counts["empty"], counts["passages"]
     limit = config.max_corpus_size or None
     passages: list[Passage] = []
 
     def state() -> dict[str, int]:
         return {
-            "rows": intake.rows,
+            "lines": intake.rows,
             "articles": articles,
             "passages": total,
             "bad": intake.bad,
@@ -331,7 +332,7 @@ def _shards(
         }
 
     every = itertools.chain.from_iterable(files.rows(path) for path in paths)
-    rows = itertools.islice(every, counts["rows"], None)  # skipped rows are not even parsed
+    rows = itertools.islice(every, counts["lines"], None)  # skipped rows are not even parsed
     while True:
         # Batches are cut by rows read, so that a run that continues makes the same ones.
         batch: list[Article] = []

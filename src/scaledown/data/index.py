@@ -4,6 +4,7 @@ Sparse vectors are stored as CSR: term ids in the smallest unsigned type, weight
 exact over what is stored, whatever the sharding; ties go to the earlier passage.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -88,7 +89,7 @@ def _sparse_top(queries: sp.csr_matrix, shard: sp.csr_matrix, k: int) -> Ranking
     # One more than asked: where number k and k+1 tie, which of them came out is arbitrary, and the row is
     # done again in full.
     wanted = min(k + 1, passages)
-    product = sp_matmul_topn(queries, columns, top_n=wanted, sort=True)
+    product = sp_matmul_topn(queries, columns, top_n=wanted, sort=True, n_threads=os.cpu_count())
     rows = np.empty((queries.shape[0], k), np.int64)
     scores = np.zeros((queries.shape[0], k), np.float32)
     for number in range(queries.shape[0]):

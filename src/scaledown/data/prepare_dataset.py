@@ -65,7 +65,7 @@ class _Sources(NamedTuple):
     reranker: ModelSource | None
     teacher: ModelSource
     corpus: Path
-    query_files: list[Path]
+    queries: list[Path]
 
     def models(self) -> dict[str, ModelSource]:
         found = {"retriever": self.retriever, "teacher": self.teacher}
@@ -85,7 +85,7 @@ def prepare_dataset(config: PrepareConfig) -> Result:
     identities = {name: model.identity(run.content_hash) for name, model in sources.models().items()}
     inputs = {
         "corpus": run.content_hash(sources.corpus),
-        "queries": [run.content_hash(path) for path in sources.query_files],
+        "queries": [run.content_hash(path) for path in sources.queries],
     }
     request = fingerprint(
         {"schema": SCHEMA, "parameters": _compared(config), "models": identities, "inputs": inputs}
@@ -107,9 +107,9 @@ def prepare_dataset(config: PrepareConfig) -> Result:
                 "parameters": asdict(config),
                 "models": identities,
                 "corpus": {"path": str(sources.corpus), "sha256": inputs["corpus"]},
-                "query_files": [
+                "queries": [
                     {"path": str(path), "sha256": digest}
-                    for path, digest in zip(sources.query_files, inputs["queries"], strict=True)
+                    for path, digest in zip(sources.queries, inputs["queries"], strict=True)
                 ],
                 "stages": {
                     name: {
@@ -137,12 +137,17 @@ def _find(config: PrepareConfig) -> _Sources:
     if not config.corpus_path:
         log.info("no --corpus_path: using the sample corpus of 60 short articles")
     input_files(corpus, "--corpus_path")
+    queries = query_files(config)
+    if (folder := Path(config.query_dataset)).is_dir() and config.query_dataset:
+        queries.append(folder)
+    if not config.reranks and config.reranker_model != PrepareConfig.reranker_model:
+        log.warning("--reranker_model is not used: add --enable_reranking or --top_k_reranking")
     return _Sources(
         retriever=resolve(config.retriever_model),
         reranker=resolve_reranker(config.reranker_model) if config.reranks else None,
         teacher=resolve(config.teacher_model),
         corpus=corpus,
-        query_files=query_files(config),
+        queries=queries,
     )
 
 
@@ -174,7 +179,6 @@ def _run_stages(
         {
             "corpus": inputs["corpus"],
             "max_corpus_size": config.max_corpus_size,
-            "max_bad_fraction": config.max_bad_fraction,
             "passages": config.passages,
             "passage_tokens": config.passage_tokens,
             "tokenizer": identities["retriever"],
@@ -195,7 +199,6 @@ def _run_stages(
         "dataset": config.query_dataset,
         "split": config.query_split,
         "column": config.query_column,
-        "max_bad_fraction": config.max_bad_fraction,
         "queries_per_shard": config.queries_per_shard,
     }
     if config.num_synthetic_queries:
@@ -240,6 +243,7 @@ def _run_stages(
             lambda: load_reranker(source, device, config.dtype, config.reranker_batch_size)
         )
         rerank(ranked, candidates, passages, reranker, config.documents_per_query)
+        reranker.cache_clear()
         stages["ranked"] = ranked
 
     sampling = {"temperature": config.temperature, "seed": config.seed} if config.temperature else {}
@@ -274,7 +278,7 @@ def _finished(run: RunDirectory, request: str, output: Path) -> Result | None:
 
 
 def _quarantined(stages: Mapping[str, StageResult]) -> int:
-    return sum(result.counts.get("bad", 0) + result.counts.get("refused", 0) for result in stages.values())
+    return sum(result.counts.get("bad", 0) + result.counts.get("rejected", 0) for result in stages.values())
 
 
 def _environment() -> dict[str, str | int | None]:

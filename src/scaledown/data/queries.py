@@ -98,7 +98,9 @@ def _ms_marco_problem(path: Path) -> str:
 
 def collect_queries(stage: Stage, config: PrepareConfig, synthetic: Stage | None) -> None:
     """Read all queries into shards of `queries_per_shard`. Raises `InputError` where there are none."""
-    if stage.done():
+    if done := stage.done():
+        rows_read = done.counts["queries"] + done.counts["bad"]
+        files.Intake("the queries", config.max_bad_fraction, rows_read, done.counts["bad"]).close()
         return
     with stage.lease("all", wait=True):
         if stage.done():

@@ -9,7 +9,7 @@ from scaledown.config import PrepareConfig
 from scaledown.data.corpus import PassageTable
 from scaledown.data.prompts import answer_prompt
 from scaledown.data.reranker import check_records
-from scaledown.data.teachers import Generation, Refusal, Teacher
+from scaledown.data.teachers import Generation, Rejection, Teacher
 from scaledown.models import ModelSource, choose_device, resolve
 from scaledown.progress import track
 from scaledown.records import Answer, Example, QueryWithDocuments, document_text, full_text
@@ -58,7 +58,7 @@ def generate_teacher_answers(
         answers = teacher.answer(prompts, tracker.advance)
     examples: list[Example] = []
     for record, documents, answer in zip(queries_with_docs, texts, answers, strict=True):
-        if isinstance(answer, Refusal):
+        if isinstance(answer, Rejection):
             log.warning("left out %r: %s", record["query"][:80], answer.reason)
             continue
         example: Example = {"query": record["query"], "documents": documents, "answer": answer.text}
@@ -95,7 +95,7 @@ def teach(
                 [
                     {"query_id": prompt.key, "reason": answer.reason}
                     for prompt, answer in zip(prompts, answers, strict=True)
-                    if isinstance(answer, Refusal)
+                    if isinstance(answer, Rejection)
                 ],
             )
             kept = [i for i, answer in enumerate(answers) if isinstance(answer, Answer)]
@@ -107,13 +107,13 @@ def teach(
             return table
 
         stage.complete(len(rows), work)
-    counts = dict.fromkeys(("answers", "refused", "truncated", "empty", "shortened"), 0)
+    counts = dict.fromkeys(("answers", "rejected", "truncated", "empty", "shortened"), 0)
     answered = []
     for shard, asked in enumerate(rows):
         table = stage.table(shard)
         answered.append(table.num_rows)
         counts["answers"] += table.num_rows
-        counts["refused"] += asked - table.num_rows
+        counts["rejected"] += asked - table.num_rows
         counts["truncated"] += table.column("finish_reason").to_pylist().count("length")
         counts["empty"] += table.column("text").to_pylist().count("")
         counts["shortened"] += sum(map(bool, table.column("dropped_tokens").to_pylist()))

@@ -18,7 +18,7 @@ class Generation(NamedTuple):
     load_in_4bit: bool = False
 
 
-class Refusal(NamedTuple):
+class Rejection(NamedTuple):
     """A prompt that could not be asked, and why."""
 
     reason: str
@@ -27,5 +27,5 @@ class Refusal(NamedTuple):
 class Teacher(Protocol):
     """Answers prompts."""
 
-    def answer(self, prompts: Sequence[Prompt], advance: Callable[[int], None]) -> list[Answer | Refusal]:
-        """One answer or refusal a prompt, in the order given."""
+    def answer(self, prompts: Sequence[Prompt], advance: Callable[[int], None]) -> list[Answer | Rejection]:
+        """One answer or rejection a prompt, in the order given."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scaledown.data.prompts import Prompt
-from scaledown.data.teachers import Generation, Refusal
+from scaledown.data.teachers import Generation, Rejection
 from scaledown.errors import MissingExtraError, ModelError
 from scaledown.models import ModelSource, choose_dtype, hub_errors, loadable
 from scaledown.records import Answer
@@ -59,15 +59,15 @@ class TransformersTeacher:
             )
         self._folds_system = self._template_refuses_system()
 
-    def answer(self, prompts: Sequence[Prompt], advance: Callable[[int], None]) -> list[Answer | Refusal]:
-        """Answers in the order of `prompts`; a prompt that cannot be asked gives a `Refusal`."""
-        results: list[Answer | Refusal] = [Refusal("")] * len(prompts)
+    def answer(self, prompts: Sequence[Prompt], advance: Callable[[int], None]) -> list[Answer | Rejection]:
+        """Answers in the order of `prompts`; a prompt that cannot be asked gives a `Rejection`."""
+        results: list[Answer | Rejection] = [Rejection("")] * len(prompts)
         inputs: dict[int, tuple[list[int], int]] = {}
         for number, prompt in enumerate(prompts):
             try:
                 inputs[number] = self._fit(prompt)
             except ValueError as error:
-                results[number] = Refusal(str(error))
+                results[number] = Rejection(str(error))
                 advance(1)
         order = sorted(inputs, key=lambda number: -len(inputs[number][0]))
         size = self._generation.batch_size
