@@ -11,7 +11,8 @@ import tiny
 from scaledown.config import PrepareConfig
 from scaledown.data import files
 from scaledown.data import prepare_dataset as command
-from scaledown.data.corpus import Chunker, parse_article
+from scaledown.data.chunking import Chunker
+from scaledown.data.corpus import parse_article
 from scaledown.data.prompts import answer_prompt
 from scaledown.data.reranker import add_reranking_scores
 from scaledown.data.retrieval import SPLADERetriever

@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 import tiny
 from scaledown.config import PrepareConfig
 from scaledown.data import files
+from scaledown.data.chunking import Chunker, sentences
 from scaledown.data.corpus import (
-    Chunker,
     PassageTable,
     build_passages,
     parse_article,
     parse_block,
     sample_corpus,
-    sentences,
 )
 from scaledown.errors import InputError
 from scaledown.models import resolve
