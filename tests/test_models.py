@@ -1,3 +1,10 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx2
@@ -6,7 +13,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from scaledown import models as loading
 from scaledown.errors import ModelError
-from scaledown.models import choose_device, hub_errors, read_config_file, resolve
+from scaledown.models import ModelSource, choose_device, hub_errors, read_config_file, resolve
 from tiny import COMMIT
 
 
@@ -17,6 +24,79 @@ def test_a_cached_hub_name_is_pinned_to_its_commit(hub_cache: Path) -> None:
     assert source.identity(lambda path: "never asked") == f"commit:{COMMIT}"
     assert read_config_file(source, "config.json")["architectures"] == ["BertForMaskedLM"]
     assert read_config_file(source, "modules.json") is None
+
+
+HUB_FILES = {"config.json": b'{"model_type": "bert"}', "modules.json": b"[]"}
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """Answers as the hub does for the files of one public and one gated model."""
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, *, body: bool) -> None:
+        repository, _, rest = self.path.partition("/resolve/")
+        name = rest.partition("/")[2]
+        gated = repository == "/org/gated"
+        content = HUB_FILES.get(name)
+        self.send_response(403 if gated else 200 if content else 404)
+        if gated:
+            self.send_header("X-Error-Code", "GatedRepo")
+        elif content is None:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{name}"')
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.end_headers()
+        if body and content and not gated:
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_hub_model_is_pinned_and_works_without_the_hub_afterwards(tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = (
+        "import sys; from scaledown.models import *; from scaledown.errors import ModelError\n"
+        "try: source = resolve(sys.argv[1]); print(source.revision, read_config_file(source, 'modules.json'))\n"
+        "except ModelError as error: print(error)"
+    )
+
+    def asked(name: str, **settings: str) -> str:
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_CACHE": str(tmp_path / "hub")}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", **hub, **settings}
+        done = subprocess.run(
+            [sys.executable, "-c", code, name], env=environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    assert "is gated" in asked("org/gated")
+    assert asked("org/model") == f"{COMMIT} []"
+    server.shutdown()
+    server.server_close()
+    assert asked("org/model") == f"{COMMIT} []"
+    assert asked("org/model", HF_HUB_OFFLINE="1") == f"{COMMIT} []"
+    assert "cannot be reached" in asked("org/other")
+
+
+def test_a_model_with_code_of_its_own_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    from scaledown.data.teacher import generate_teacher_answers
+
+    folder = shutil.copytree(models["causal_lm"], tmp_path / "custom")
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "my-own"
+    config["auto_map"] = {"AutoConfig": "conf.Conf", "AutoModelForCausalLM": "conf.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "conf.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ModelError, match="code of its own, which is never run"):
+        generate_teacher_answers([{"query": "q", "documents": ["d"]}], str(folder), device="cpu")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
@@ -32,6 +112,18 @@ def test_a_cached_hub_name_is_pinned_to_its_commit(hub_cache: Path) -> None:
 def test_unknown_models(name: str, match: str) -> None:
     with pytest.raises(ModelError, match=match):
         resolve(name)
+
+
+def test_pickled_weights_are_named_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "pytorch_model.bin").touch()
+    with caplog.at_level("WARNING", "scaledown"), loading.loading(ModelSource("m", str(tmp_path))):
+        pass
+    assert "weights_only" in caplog.text
+    caplog.clear()
+    (tmp_path / "model.safetensors").touch()
+    with caplog.at_level("WARNING", "scaledown"), loading.loading(ModelSource("m", str(tmp_path))):
+        pass
+    assert not caplog.text
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
@@ -55,7 +147,7 @@ def _response(status: int) -> httpx2.Response:
     [
         (GatedRepoError("403", response=_response(403)), "is gated.*hf auth login"),
         (RepositoryNotFoundError("401", response=_response(401)), "not on the hub, or is private"),
-        (httpx2.ConnectError("rejected"), "hub cannot be reached"),
+        (httpx2.ConnectError("refused"), "hub cannot be reached"),
         (OSError("We couldn't connect to the hub"), "hub cannot be reached"),
         (OSError("You are trying to access a gated repo."), "is gated"),
         (MemoryError(), "out of memory"),
@@ -73,21 +165,6 @@ def test_what_libraries_raise_becomes_one_line(error: Exception, match: str) -> 
             raise error
         except Exception as inner:
             raise OSError("wrapped by transformers") from inner
-
-
-def test_a_gated_model_is_noticed_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    class Info:
-        gated, sha = "manual", COMMIT
-
-    def refuse(*_: object, **__: object) -> None:
-        raise GatedRepoError("403", response=_response(403))
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: Info())
-    monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", refuse)
-    with pytest.raises(ModelError, match="gated"):
-        resolve("org/gated-model")
 
 
 def test_devices() -> None:

@@ -112,9 +112,9 @@ def test_top_k_reranking_alone_does_not_lose_the_scores(prepare) -> None:
     prepare("--top_k_retrieval", "6", "--top_k_reranking", "3")
     (shard,) = prepare.work.glob("ranked/*/*.arrow")
     kept = pa.ipc.open_file(str(shard)).read_all().column("reranking_scores").to_pylist()
-    assert [len(scores) for scores in kept] == [3] * 4
+    assert [len(scores) for scores in kept] == [6] * 4
     prepare("--top_k_retrieval", "6", "--top_k_reranking", "3", "--enable_reranking")
-    assert [r["reranking_scores"] for r in records(prepare.output)] == kept
+    assert [r["reranking_scores"] for r in records(prepare.output)] == [scores[:3] for scores in kept]
 
 
 def test_ties_go_to_the_earlier_document(models) -> None:
@@ -155,7 +155,7 @@ def test_an_unwritable_output_is_noticed_before_the_teacher_runs(prepare, tmp_pa
 
 def test_a_run_resumes(prepare, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(command, "teach", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(command, "teach", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         assert prepare("--top_k_retrieval", "2") == 130
     monkeypatch.setattr(command, "load_encoder", lambda *_: pytest.fail("the corpus was encoded again"))
     assert prepare("--top_k_retrieval", "2") == 0

@@ -90,6 +90,19 @@ def test_arrays_are_stored_without_pickle(tmp_path: Path) -> None:
     assert not stage.has(1)
 
 
+@pytest.mark.parametrize(("name", "content"), [("ranked", table(0)), ("vectors", {"a": np.zeros(5)})])
+@pytest.mark.parametrize("kept", [None, 0, 60])
+def test_a_damaged_shard_says_what_to_delete(name, content, kept, tmp_path: Path) -> None:
+    stage = Stage(RunDirectory(tmp_path), name, {})
+    stage.write(0, content)
+    if kept is None:
+        stage.path(0).unlink()
+    else:
+        stage.path(0).write_bytes(stage.path(0).read_bytes()[:kept])
+    with pytest.raises(RunDirectoryError, match=f"delete {stage.folder}"):
+        stage.table(0) if name == "ranked" else stage.arrays(0)
+
+
 def test_timings_survive_a_line_cut_short(tmp_path: Path) -> None:
     stage = Stage(RunDirectory(tmp_path), "ranked", {})
     stage.write(0, table(0), 1.5)
@@ -152,6 +165,18 @@ def test_a_live_run_with_other_settings_is_refused_and_a_dead_one_is_not(tmp_pat
     with RunDirectory(tmp_path).claim("other"):
         assert len(list((tmp_path / "live").glob("*.json"))) == 1
     assert not list((tmp_path / "live").glob("*.json"))
+
+
+def test_a_process_that_is_just_leaving_is_no_obstacle(tmp_path: Path) -> None:
+    """Its note is gone while its lock is still held."""
+    from filelock import FileLock
+
+    run = RunDirectory(tmp_path)
+    (tmp_path / "live").mkdir()
+    leaving = tmp_path / "live" / "1-x"
+    leaving.with_suffix(".json").write_text("")
+    with FileLock(leaving.with_suffix(".lock")), run.claim("mine"):
+        pass
 
 
 def test_a_folder_of_other_things_is_not_a_run_directory(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import scaledown
 from scaledown.config import underscored
-from scaledown.errors import UsageError, run_command
+from scaledown.errors import UsageError, one_line, run_command
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,7 +69,9 @@ def _validate(arguments: argparse.Namespace) -> int:
     for path in arguments.files:
         result = validate(path)
         for message in result.messages:
-            print(message)
+            print(one_line(message))
+        if result.problems > len(result.messages):
+            print(f"… and {result.problems - len(result.messages):,} more")
         failed |= bool(result.bad_records)
         verdict = f"{result.bad_records:,} with problems" if result.bad_records else "all sound"
         print(f"{path}: {result.records + result.bad_records:,} records, {verdict}")

@@ -11,6 +11,7 @@ ScaleDownError            exit status 1
 
 import contextlib
 import errno
+import io
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -48,37 +49,43 @@ class RunDirectoryError(ScaleDownError):
     """A run directory that another process uses with other settings, or that is not one."""
 
 
-def run_command(command: Callable[[], int], *, debug: bool) -> int:
+def one_line(text: str, width: int = 1000) -> str:
+    """Text on one line without control characters, so that nothing from data drives a terminal."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def run_command(command: Callable[[], int], *, debug: bool, resumes: bool = False) -> int:
     """Run a command and give its exit status: one line on standard error for whatever goes wrong.
 
-    0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated. `debug` lets exceptions through.
+    0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated. `debug` lets exceptions through;
+    `resumes` says that the same command continues.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows only ASCII is no reason to fail
+    goes_on = "; finished work is kept, the same command continues from it" if resumes else ""
     try:
         with _terminate_like_interrupt():
             return command()
     except KeyboardInterrupt as error:
-        print("interrupted; what is finished is kept: the same command continues from here", file=sys.stderr)
+        print(f"interrupted{goes_on}", file=sys.stderr)
         return 143 if isinstance(error, _Terminated) else 130
     except ScaleDownError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return error.exit_status
     except Exception as error:
         if debug:
             raise
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            print(
-                "error: no space left on the disk: free some and run the same command again, it continues",
-                file=sys.stderr,
-            )
-            return 1
-        text = " ".join(str(error).split())
-        print(
-            f"error: {type(error).__name__}: {text[:500]} (unexpected; --debug shows where. Finished work is "
-            "kept: the same command continues from it)",
-            file=sys.stderr,
-        )
+            message = f"no space left on the disk: free some{goes_on}"
+        elif isinstance(error, OSError) and error.filename:
+            message = f"{error.filename}: {error.strerror}: check that path and its permissions{goes_on}"
+        else:
+            message = f"{type(error).__name__}: {error} (unexpected; --debug shows where{goes_on})"
+        print(f"error: {one_line(message)}", file=sys.stderr)
         return 1
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from filelock import FileLock
 
-from scaledown.errors import MissingExtraError, ModelError
+from scaledown.errors import ModelError, ScaleDownError
 
 if TYPE_CHECKING:
     import torch
@@ -103,22 +103,17 @@ def _bundled(name: str) -> ModelSource:
 def _commit(repository: str, revision: str | None, file_name: str) -> str:
     """The commit of a hub repository: the cached one where there is one, else the hub's newest.
 
-    A run is thereby pinned to what it started with, and works without a network afterwards.
+    A run is thereby pinned to what it started with, and works without a network afterwards. Fetching the
+    small file shows at once whether a model is gated, not after hours of retrieval.
     """
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    cached = try_to_load_from_cache(repository, file_name, revision=revision)
-    if isinstance(cached, str):
-        return Path(cached).parent.name
-    with hub_errors(repository):
-        hub = HfApi()
-        info = hub.model_info(repository, revision=revision, timeout=20)
-        if info.gated:
-            hub.auth_check(repository)  # now, not after hours of retrieval
-        commit = info.sha
-    if commit is None:
-        raise ModelError(f"model {repository}: the hub gave no revision; name one as {repository}@REVISION")
-    return commit
+    path = try_to_load_from_cache(repository, file_name, revision=revision)
+    if not isinstance(path, str):
+        with hub_errors(repository):
+            path = hf_hub_download(repository, file_name, revision=revision)
+    parts = Path(path).parts
+    return parts[parts.index("snapshots") + 1]
 
 
 @contextlib.contextmanager
@@ -128,7 +123,7 @@ def hub_errors(name: str, kind: str = "model") -> Iterator[None]:
 
     try:
         yield
-    except (ModelError, MissingExtraError):
+    except ScaleDownError:
         raise
     except Exception as error:  # libraries raise all kinds here; --debug shows the original
         causes = list(_causes(error))
@@ -148,6 +143,10 @@ def hub_errors(name: str, kind: str = "model") -> Iterator[None]:
                 f"{kind} {name} is not on the hub, or is private: check the spelling, or log in with "
                 "`hf auth login`"
             ) from error
+        if "trust_remote_code" in text:
+            raise ModelError(
+                f"{kind} {name} needs code of its own, which is never run: use one that the libraries know"
+            ) from error
         unreachable = any(
             isinstance(cause, (OfflineModeIsEnabled, ConnectionError)) or _is_network_error(cause)
             for cause in causes
@@ -159,6 +158,28 @@ def hub_errors(name: str, kind: str = "model") -> Iterator[None]:
             ) from error
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"{kind} {name} cannot be loaded: {first_line}") from error
+
+
+@contextlib.contextmanager
+def loading(source: ModelSource) -> Iterator[None]:
+    """Around the loading of a model: errors as in `hub_errors`, a word where its weights are pickles."""
+    with hub_errors(source.name):
+        yield
+    if source.revision is None:
+        folder = Path(source.location)
+        pickled, safe = any(folder.glob("*.bin")), any(folder.glob("*.safetensors"))
+    else:
+        pickled = _is_cached(source, "pytorch_model.bin", "pytorch_model.bin.index.json")
+        safe = _is_cached(source, "model.safetensors", "model.safetensors.index.json")
+    if pickled and not safe:
+        log.warning("%s has no safetensors: its .bin weights were read with weights_only", source.name)
+
+
+def _is_cached(source: ModelSource, *names: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (try_to_load_from_cache(source.location, name, revision=source.revision) for name in names)
+    return any(isinstance(path, str) for path in found)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -179,15 +200,18 @@ def _is_network_error(error: BaseException) -> bool:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    # CUDA raises OutOfMemoryError; MPS and the CPU's allocator a RuntimeError that says so.
+    named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    said = "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower()
+    return named or (isinstance(error, RuntimeError) and said)
 
 
-def loadable(source: ModelSource) -> tuple[str, dict[str, str]]:
-    """What `from_pretrained` takes: a name or folder, and the keyword that pins its revision."""
+def loadable(source: ModelSource) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` takes: a name or folder, and the keywords that pin it and refuse its code."""
     quiet_libraries()
     if source.gguf_file:
-        return str(_converted(source)), {}
-    return source.location, {"revision": source.revision} if source.revision else {}
+        return str(_converted(source)), {"trust_remote_code": False}
+    return source.location, {"trust_remote_code": False, "revision": source.revision}
 
 
 def _converted(source: ModelSource) -> Path:
@@ -203,7 +227,7 @@ def _converted(source: ModelSource) -> Path:
 
     log.info("reading %s once; ordinary weights are kept in %s", source.gguf_file, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    arguments: dict[str, Any] = {"gguf_file": source.gguf_file}
+    arguments: dict[str, Any] = {"gguf_file": source.gguf_file, "trust_remote_code": False}
     if source.revision:
         arguments["revision"] = source.revision
     with (
@@ -265,6 +289,19 @@ def choose_device(name: str) -> str:
     if missing:
         raise ModelError(f"--device {name}: this machine has no such device; use --device auto")
     return name
+
+
+@contextlib.contextmanager
+def memory_errors(flag: str) -> Iterator[None]:
+    """Turn running out of memory into a `ModelError` that names the flag to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"out of memory: lower {flag}; what was made with the larger value is then made again"
+        ) from error
 
 
 def choose_dtype(name: str, device: str) -> "torch.dtype":

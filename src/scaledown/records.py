@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import NamedTuple, NotRequired, TypedDict
 
+from scaledown.errors import InputError
+
 
 class Query(NamedTuple):
     """A question, with the identifier it had in its source or its line number."""
@@ -33,14 +35,6 @@ class Passage(NamedTuple):
     doc_id: str
     title: str
     text: str
-
-
-class Candidate(NamedTuple):
-    """A passage proposed for a query: its row in the passage table and its scores."""
-
-    row: int
-    score: float
-    reranking_score: float | None = None
 
 
 class Answer(NamedTuple):
@@ -90,8 +84,10 @@ def full_text(title: str, text: str) -> str:
     return f"{title}\n{text}" if title else text
 
 
-def document_text(document: "str | Mapping[str, object]") -> str:
-    """The text of a document given as a string or as `{"title", "text"}`."""
+def document_text(document: object) -> str:
+    """The text of a document given as a string or as `{"title", "text"}`. Raises `InputError`."""
     if isinstance(document, str):
         return document
-    return full_text(str(document.get("title") or ""), str(document["text"]))
+    if not isinstance(document, Mapping) or not isinstance(document.get("text"), str):
+        raise InputError("a document is neither a string nor a dictionary with a text: mend it")
+    return full_text(str(document.get("title") or ""), document["text"])

@@ -14,7 +14,8 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -112,7 +113,10 @@ class Stage:
     def done(self) -> StageResult | None:
         """The stage's own account, or None while it is unfinished."""
         content = read_json(self.folder / "done.json")
-        return StageResult(**content) if content else None
+        try:
+            return StageResult(**content) if content else None
+        except TypeError:
+            return None
 
     def finished(self) -> StageResult:
         """The stage's own account; the stage must be finished."""
@@ -135,12 +139,23 @@ class Stage:
 
     def table(self, shard: int) -> pa.Table:
         """An Arrow shard, memory-mapped."""
-        return pa.ipc.open_file(pa.memory_map(str(self.path(shard)))).read_all()
+        with self._reading(shard) as path:
+            return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
     def arrays(self, shard: int) -> dict[str, np.ndarray[Any, Any]]:
         """A NumPy shard."""
-        with np.load(self.path(shard), allow_pickle=False) as content:
-            return dict(content)
+        with self._reading(shard) as path, path.open("rb") as file:
+            return dict(np.load(file, allow_pickle=False))
+
+    @contextlib.contextmanager
+    def _reading(self, shard: int) -> Iterator[Path]:
+        path = self.path(shard)
+        try:
+            yield path
+        except (pa.ArrowException, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+            raise RunDirectoryError(
+                f"{path} is missing or damaged: delete {path.parent} and run the same command again"
+            ) from error
 
     def tables(self) -> Iterator[pa.Table]:
         """All shards of a finished stage in order, one at a time."""
@@ -222,7 +237,7 @@ class RunDirectory:
         foreign = [
             entry.name
             for entry in path.iterdir()
-            if entry.name not in _OWN_NAMES and not entry.name.endswith(".tmp")
+            if entry.name not in _OWN_NAMES and not entry.name.startswith(".")  # .DS_Store, .nfs*, .*.tmp
         ]
         if foreign:
             raise RunDirectoryError(
@@ -257,8 +272,8 @@ class RunDirectory:
                 try:
                     lock.acquire()
                 except Timeout:
-                    other = read_json(note) or {}
-                    if other.get("request") != request:
+                    other = read_json(note)  # none: that process is just leaving
+                    if other and other["request"] != request:
                         raise RunDirectoryError(
                             f"{self.path} is in use by a live run with other settings (process "
                             f"{other.get('pid')} on {other.get('host')}): wait for it, stop it, or choose "
@@ -268,6 +283,9 @@ class RunDirectory:
                     note.unlink(missing_ok=True)
                     note.with_suffix(".lock").unlink(missing_ok=True)
                     lock.release()
+            if not any(live.glob("*.json")):
+                for half_written in self.path.rglob(".*.tmp"):  # by a process that was killed
+                    half_written.unlink(missing_ok=True)
             mine.acquire()
             write_json(
                 live / f"{name}.json", {"request": request, "pid": os.getpid(), "host": socket.gethostname()}
@@ -279,17 +297,20 @@ class RunDirectory:
             (live / f"{name}.lock").unlink(missing_ok=True)
             mine.release()
 
-    def content_hash(self, path: Path) -> str:
-        """SHA-256 over a file or a folder's files; remembered while size and time stay the same."""
-        seen: dict[str, Any] = read_json(self.path / "inputs.json") or {}
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    def content_hash(self, path: Path, files: Sequence[Path] = ()) -> str:
+        """SHA-256 over a file, or over those of a folder's `files`; remembered while size and time stay."""
+        content = read_json(self.path / "inputs.json")
+        seen: dict[str, Any] = content if isinstance(content, dict) else {}
+        if path.is_dir() and not files:
+            files = sorted(p for p in path.rglob("*") if p.is_file())
+        files = files or [path]
         parts = []
         changed = False
         for file in files:
             state = file.stat()
             key = str(file.resolve())
             known = seen.get(key)
-            if not known or [known["size"], known["mtime_ns"]] != [state.st_size, state.st_mtime_ns]:
+            if not known or (known["size"], known["mtime_ns"]) != (state.st_size, state.st_mtime_ns):
                 known = {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": _sha256(file)}
                 seen[key] = known
                 changed = True

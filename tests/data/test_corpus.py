@@ -224,10 +224,13 @@ def test_max_corpus_size_counts_articles(tmp_path: Path, models) -> None:
     assert len(table) > 7
 
 
-def test_shards_hold_whole_articles_and_survive_a_crash(tmp_path: Path, models) -> None:
+def test_shards_hold_whole_articles(tmp_path: Path, models) -> None:
     whole = passages_of(sample_corpus(), tmp_path / "a", models)
     expected = [tuple(row.values()) for table in whole.tables() for row in table.to_pylist()]
     parts = passages_of(sample_corpus(), tmp_path / "b", models, passages_per_shard=20)
+    assert len(parts.finished().rows) == 4
+    articles = [set(table.column("doc_id").to_pylist()) for table in parts.tables()]
+    assert sum(map(len, articles)) == len(set().union(*articles)) == 60
     assert [tuple(row.values()) for table in parts.tables() for row in table.to_pylist()] == expected
 
 

@@ -125,6 +125,8 @@ def test_validate_says_line_by_line_what_is_wrong(tmp_path: Path, capsys: pytest
         (json.dumps([GOOD]) + "x", "more text after"),
         (json.dumps([GOOD])[:-1] + json.dumps(GOOD) + "]", "expected `,`"),
         ("[]", "holds no records"),
+        (json.dumps([GOOD])[:-1] + ",]", "invalid JSON"),
+        (json.dumps([{**GOOD, "answer": "\ud800"}]), "half of a surrogate pair"),
     ],
 )
 def test_broken_json_is_named(content: str, problem: str, tmp_path: Path) -> None:
@@ -144,6 +146,15 @@ def test_invalid_utf8_and_jsonl_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b'[{"query": "\xff"}]')
     assert "invalid UTF-8" in validate(path).messages[0]
+
+
+def test_more_problems_than_are_shown_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("{}\n" * 50)
+    assert main(["validate", str(path)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 102
+    assert lines[100] == "… and 50 more"
 
 
 def test_some_scored_and_some_not_is_a_problem(tmp_path: Path) -> None:
@@ -182,7 +193,7 @@ def made(path: Path, records: list[dict], **parameters) -> Path:
             **parameters,
         },
         "models": {"teacher": "commit:1"},
-        "corpus": {"sha256": "c"},
+        "inputs": {"corpus": "c"},
     }
     (work / "manifest.json").write_text(json.dumps(manifest))
     return path
@@ -212,6 +223,12 @@ def test_merge_refuses_different_settings_unless_told(tmp_path: Path) -> None:
         merge([first, second], tmp_path / "full.json")
     assert not (tmp_path / "full.json").exists()
     assert merge([first, second], tmp_path / "full.json", allow_different_settings=True).records == 2
+
+
+def test_merge_compares_content_and_not_where_it_lies(tmp_path: Path) -> None:
+    first = made(tmp_path / "a.json", numbered([1]), corpus_path="here.jsonl", teacher_model="org/name")
+    second = made(tmp_path / "b.json", numbered([2]), corpus_path="/there.jsonl", teacher_model="/a/folder")
+    assert merge([first, second], tmp_path / "full.json").records == 2
 
 
 def test_merge_refuses_what_is_not_sound(tmp_path: Path) -> None:

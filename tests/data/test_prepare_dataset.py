@@ -177,9 +177,14 @@ def test_a_lost_output_is_written_again_without_any_model(prepare, monkeypatch) 
     prepare.output.unlink()
     assert prepare(*RERANK) == 0
     assert prepare.output.read_bytes() == content
-    prepare.output.write_text("edited")
+
+
+def test_an_edited_output_is_left_as_it_is(prepare, capsys) -> None:
+    prepare(*RERANK)
+    prepare.output.write_text(json.dumps([{"query": "mine", "documents": ["d"], "answer": "a"}]))
     assert prepare(*RERANK) == 0
-    assert prepare.output.read_bytes() == content
+    assert "was changed since it was written" in capsys.readouterr().err
+    assert records(prepare.output)[0]["query"] == "mine"
 
 
 def test_a_changed_setting_redoes_its_stage_and_those_after_it(prepare, monkeypatch) -> None:
@@ -207,13 +212,18 @@ def test_a_changed_corpus_redoes_everything_but_the_queries(prepare, corpus) -> 
 SHARDS = ("--passages_per_shard", "20", "--queries_per_shard", "2", "--teacher_batch_size", "2")
 
 
-@pytest.mark.parametrize("crash_at", range(9))
+def shards(work: Path) -> list[Path]:
+    return [path for path in work.rglob("*") if path.suffix in {".arrow", ".npz"}]
+
+
+@pytest.mark.parametrize("crash_at", range(11))
 def test_a_crash_anywhere_changes_nothing(crash_at: int, prepare, monkeypatch, tmp_path) -> None:
     """The process dies after its n-th shard; the same command then gives the bytes of an undisturbed run."""
     from scaledown.store import Stage
 
     whole = tmp_path / "whole.json"
     assert prepare(*RERANK, *SHARDS, "--output_file", str(whole)) == 0
+    assert len(shards(tmp_path / "whole.json.work")) == 10
     write, written = Stage.write, []
 
     def dying(self, *arguments, **keywords):
@@ -224,10 +234,11 @@ def test_a_crash_anywhere_changes_nothing(crash_at: int, prepare, monkeypatch, t
 
     with monkeypatch.context() as patch:
         patch.setattr(Stage, "write", dying)
-        assert prepare(*RERANK, *SHARDS) == 130
-    assert not prepare.output.exists()
+        assert prepare(*RERANK, *SHARDS) == (130 if crash_at < 10 else 0)
+    assert prepare.output.exists() == (crash_at == 10)
     kept = list(written)
     assert len(kept) == crash_at
+    written.clear()
 
     def counting(self, *arguments, **keywords):
         written.append(self.name)
@@ -236,9 +247,75 @@ def test_a_crash_anywhere_changes_nothing(crash_at: int, prepare, monkeypatch, t
     monkeypatch.setattr(Stage, "write", counting)
     assert prepare(*RERANK, *SHARDS) == 0
     assert prepare.output.read_bytes() == whole.read_bytes()
-    total = sum(1 for path in (tmp_path / "whole.json.work").rglob("*") if path.suffix in {".arrow", ".npz"})
-    allowed = kept.count("queries")  # queries are read again from the start: they cost nothing
-    assert total <= len(written) <= total + allowed
+    # Queries are read again from the start when their stage is unfinished: they cost nothing.
+    again = kept.count("queries") if crash_at < 2 else 0
+    assert len(written) == 10 - crash_at + again
+
+
+@pytest.mark.parametrize("stage", ["queries", "passages", "vectors", "candidates", "ranked", "answers"])
+@pytest.mark.parametrize("flags", [(), ("--max_corpus_size", "7")], ids=["all", "limited"])
+def test_a_crash_before_a_stage_is_marked_as_done(stage, flags, prepare, monkeypatch, tmp_path) -> None:
+    from scaledown.store import Stage
+
+    whole = tmp_path / "whole.json"
+    assert prepare(*RERANK, *SHARDS, *flags, "--output_file", str(whole)) == 0
+    finish = Stage.finish
+
+    def dying(self, *arguments):
+        if self.name == stage:
+            raise KeyboardInterrupt
+        return finish(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "finish", dying)
+        assert prepare(*RERANK, *SHARDS, *flags) == 130
+    assert prepare(*RERANK, *SHARDS, *flags) == 0
+    assert prepare.output.read_bytes() == whole.read_bytes()
+    counts = [
+        json.loads((work / "manifest.json").read_text())["stages"]
+        for work in (prepare.work, Path(f"{whole}.work"))
+    ]
+    assert {k: v["counts"] for k, v in counts[0].items()} == {k: v["counts"] for k, v in counts[1].items()}
+
+
+def test_a_crash_while_writing_the_output_leaves_no_half_of_it(prepare, monkeypatch) -> None:
+    assert prepare("--top_k_retrieval", "2") == 0
+    content = prepare.output.read_bytes()
+    prepare.output.unlink()
+    (prepare.output.parent / ".train_data.json.99999.tmp").write_text("half")
+    (prepare.work / "answers" / ".x.99999.tmp").write_text("half")
+    assert prepare("--top_k_retrieval", "2") == 0
+    assert prepare.output.read_bytes() == content
+    assert not list(prepare.output.parent.rglob(".*.tmp"))
+
+
+@pytest.mark.slow
+def test_two_commands_in_one_run_directory_share_the_work(
+    tmp_path, tiny_flags, corpus, queries, prepare
+) -> None:
+    queries.write_text("".join(f"What is number {n}?\n" for n in range(24)))
+    whole = tmp_path / "whole.json"
+    assert prepare(*RERANK, *SHARDS, "--output_file", str(whole)) == 0
+    words = [sys.executable, "-m", "scaledown.data.prepare_dataset", *tiny_flags, *RERANK, *SHARDS]
+    words += [
+        "--corpus_path",
+        str(corpus),
+        "--queries_file",
+        str(queries),
+        "--output_file",
+        str(prepare.output),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+        for _ in range(2)
+    ]
+    for process in both:
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err.decode()[-2000:]
+    assert prepare.output.read_bytes() == whole.read_bytes()
+    lines = [path.read_text().splitlines() for path in prepare.work.glob("*/*/timings.jsonl")]
+    assert sum(map(len, lines)) == len(shards(prepare.work)), "no shard was made twice"
 
 
 @pytest.mark.slow
@@ -269,12 +346,47 @@ def test_sigkill_then_the_same_command_gives_the_same_bytes(
     assert prepare.output.read_bytes() == whole.read_bytes()
 
 
-def test_a_manifest_repeats_its_run(prepare, tmp_path) -> None:
-    prepare(*RERANK, "--seed", "3")
+def test_a_manifest_repeats_its_run_from_any_folder(prepare, tmp_path, monkeypatch, corpus, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ("--seed", "3", "--corpus_path", corpus.name, "--output_file", prepare.output.name)
+    assert prepare(*RERANK, *flags) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     other = tmp_path / "again.json"
     manifest = prepare.work / "manifest.json"
-    assert command.main(["--config", str(manifest), "--output_file", str(other), "--work_dir", ""]) == 0
+    assert command.main(["--config", str(manifest), "--output_file", str(other)]) == 0
     assert other.read_bytes() == prepare.output.read_bytes()
+    assert "not a repetition" not in capsys.readouterr().err
+    with corpus.open("a") as file:
+        file.write('{"id": "new", "title": "New", "text": "New text."}\n')
+    assert command.main(["--config", str(manifest), "--output_file", str(other)]) == 0
+    assert "not a repetition" in capsys.readouterr().err
+
+
+def test_a_manifest_pins_the_revisions_of_hub_models(prepare, hub_cache, tiny_flags, corpus, queries) -> None:
+    from tiny import COMMIT
+
+    names = ["--retriever_model", "naver/splade-v3", "--teacher_model", "microsoft/phi-2"]
+    reranker_flags = ["--reranker_model", "ql:HuggingFaceTB/SmolLM2-135M-Instruct"]
+    assert prepare(*RERANK, *names, *reranker_flags) == 0
+    parameters = json.loads((prepare.work / "manifest.json").read_text())["parameters"]
+    assert parameters["retriever_model"] == f"naver/splade-v3@{COMMIT}"
+    assert parameters["reranker_model"] == f"ql:HuggingFaceTB/SmolLM2-135M-Instruct@{COMMIT}"
+    assert command.main(["--config", str(prepare.work / "manifest.json")]) == 0
+
+
+def test_another_number_of_documents_needs_no_scoring(prepare, monkeypatch) -> None:
+    assert prepare("--top_k_retrieval", "6", "--top_k_reranking", "2") == 0
+    monkeypatch.setattr(command, "load_reranker", lambda *_: pytest.fail("a model was loaded again"))
+    assert prepare("--top_k_retrieval", "6", "--top_k_reranking", "4") == 0
+    assert {len(record["documents"]) for record in records(prepare.output)} == {4}
+
+
+def test_one_run_directory_serves_two_gpus() -> None:
+    base = {"queries_file": ("q",), "output_file": "o.json"}
+    assert command._compared(PrepareConfig(**base, device="cuda:0")) == command._compared(
+        PrepareConfig(**base, device="cuda:1")
+    )
 
 
 def test_the_function_is_the_command(prepare, models, corpus, queries, tmp_path) -> None:
@@ -350,6 +462,93 @@ def test_a_corpus_with_no_valid_line(prepare, corpus, capsys) -> None:
     error = refused(prepare, capsys)
     assert "2 of 2 lines are malformed" in error
     assert "line 1" in error
+
+
+def test_lines_that_were_too_many_are_in_the_quarantine(prepare, corpus, capsys) -> None:
+    corpus.write_text(corpus.read_text() + "broken\n" * 3)
+    assert "3 of 15 lines" in refused(prepare, capsys)
+    (file,) = (prepare.work / "quarantine").iterdir()
+    assert len(file.read_text().splitlines()) == 3
+    assert prepare("--max_bad_fraction", "0.5") == 0
+
+
+def test_bad_lines_at_the_start_do_not_stop_a_good_corpus(prepare, corpus, queries) -> None:
+    lines = [json.dumps({"id": str(n), "title": "T", "text": f"Text {n}."}) for n in range(300)]
+    corpus.write_text("broken\n" * 12 + "\n".join(lines) + "\n")
+    assert prepare("--top_k_retrieval", "1") == 0
+
+
+def test_an_output_inside_the_corpus_is_refused(prepare, tmp_path, capsys) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("A text.")
+    flags = ("--corpus_path", str(folder), "--output_file", str(folder / "o.json"))
+    assert "lies in the corpus" in refused(prepare, capsys, *flags, status=2)
+
+
+def test_only_what_is_read_of_a_corpus_folder_counts(prepare, tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "texts"
+    (folder / "deeper").mkdir(parents=True)
+    for name in ("a.txt", "deeper/a.txt"):
+        (folder / name).write_text(f"The text of {name}.")
+    assert prepare("--corpus_path", str(folder), "--top_k_retrieval", "2") == 0
+    assert len(set(records(prepare.output)[0]["documents"])) == 2
+    (folder / "notes.log").touch()
+    (folder / ".DS_Store").touch()
+    (prepare.work / ".DS_Store").touch()
+    monkeypatch.setattr(command, "load_teacher", lambda *_: pytest.fail("a model was loaded again"))
+    assert prepare("--corpus_path", str(folder), "--top_k_retrieval", "2") == 0
+
+
+def test_escapes_in_data_do_not_reach_the_terminal_in_errors(prepare, queries, tmp_path, capsys) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"\x1b[31mEVIL\x07\nline2": "x"}) + "\n")
+    queries.unlink()
+    error = refused(prepare, capsys, "--queries_file", str(path), inputs=False)
+    assert "\x1b" not in error
+
+
+def test_scores_that_are_no_numbers_are_an_error(prepare, models, tmp_path, capsys) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(models["cross_encoder"]).save_pretrained(tmp_path / "nan")
+    model = AutoModelForSequenceClassification.from_pretrained(models["cross_encoder"])
+    torch.nn.init.constant_(model.classifier.weight, float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    assert "not numbers" in refused(prepare, capsys, *RERANK, "--reranker_model", str(tmp_path / "nan"))
+
+
+@pytest.mark.parametrize("stage", ["load_encoder", "load_reranker", "load_teacher"])
+def test_out_of_memory_names_the_flag_to_lower(stage, prepare, capsys, monkeypatch) -> None:
+    import torch
+    from sentence_transformers import CrossEncoder, SparseEncoder
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore")
+
+    flag, place = {
+        "load_encoder": ("--batch_size", (SparseEncoder, "encode")),
+        "load_reranker": ("--reranker_batch_size", (CrossEncoder, "predict")),
+        "load_teacher": ("--teacher_batch_size", (torch.nn.Module, "_unused")),
+    }[stage]
+    if stage == "load_teacher":
+        from transformers import LlamaForCausalLM
+
+        place = (LlamaForCausalLM, "generate")
+    monkeypatch.setattr(*place, full)
+    if stage == "load_encoder":
+        monkeypatch.setattr(SparseEncoder, "encode_document", full)
+    assert f"out of memory: lower {flag}" in refused(prepare, capsys, *RERANK)
+
+
+def test_no_answer_at_all_is_an_error(prepare, queries, tmp_path, capsys) -> None:
+    import tiny
+
+    model = tiny.causal_lm(tmp_path / "short", positions=300)
+    queries.write_text("why " * 1000 + "\n")
+    error = refused(prepare, capsys, "--teacher_model", str(model), "--top_k_retrieval", "1")
+    assert "no query was answered" in error
 
 
 def test_a_truncated_gzip(prepare, tmp_path, corpus, capsys) -> None:
@@ -449,26 +648,22 @@ def test_hostile_text_reaches_the_output_as_it_is_and_not_the_terminal(
     assert "\x1b[31m" in records(prepare.output)[0]["documents"][0]
 
 
-def test_synthetic_queries_with_a_scripted_teacher(prepare, corpus, monkeypatch, capsys) -> None:
-    """Deduplicated, checked, as many as asked for, and the same after a crash."""
-    from scaledown.records import Answer
+class Scripted:
+    """Writes a usable question for two passages of three, and example topics for the rest."""
 
-    class Scripted:
-        calls = 0
+    def answer(self, prompts, advance):
+        from scaledown.records import Answer
 
-        def answer(self, prompts, advance):
-            Scripted.calls += 1
-            texts = []
-            for prompt in prompts:
-                number = int.from_bytes(prompt.key.encode(), "little") % 97
-                good = f"What is fact {number} of {prompt.documents[0].splitlines()[0]}?"
-                texts.append(
-                    good
-                    if prompt.after.startswith("\n\nWrite") and number % 3
-                    else "What is example topic 7?"
-                )
-            return [Answer(text, "stop", 1, 1, 0) for text in texts]
+        texts = []
+        for prompt in prompts:
+            number = int.from_bytes(prompt.key.encode(), "little") % 97
+            good = f"What is fact {number} of {prompt.documents[0].splitlines()[0]}?"
+            asks = prompt.after.startswith("\n\nWrite")
+            texts.append(good if asks and number % 3 else "What is example topic 7?")
+        return [Answer(text, "stop", 1, 1, 0) for text in texts]
 
+
+def test_synthetic_queries_are_checked_and_different(prepare, corpus, monkeypatch) -> None:
     monkeypatch.setattr(command, "load_teacher", lambda *_: Scripted())
     flags = ("--corpus_path", str(corpus), "--num_synthetic_queries", "9", "--top_k_retrieval", "2")
     assert prepare(*flags, inputs=False) == 0
@@ -477,6 +672,47 @@ def test_synthetic_queries_with_a_scripted_teacher(prepare, corpus, monkeypatch,
     assert all(query.startswith("What is fact ") for query in asked)
     assert prepare(*flags, "--seed", "1", inputs=False) == 0
     assert [record["query"] for record in records(prepare.output)] != asked
+
+
+@pytest.mark.parametrize("crash_at", range(1, 5))
+def test_synthetic_queries_survive_a_crash(crash_at: int, prepare, corpus, monkeypatch, tmp_path) -> None:
+    from scaledown.store import Stage
+
+    monkeypatch.setattr(command, "load_teacher", lambda *_: Scripted())
+    flags = ("--corpus_path", str(corpus), "--num_synthetic_queries", "9", "--top_k_retrieval", "2")
+    small = ("--queries_per_shard", "4")
+    whole = tmp_path / "whole.json"
+    assert prepare(*flags, *small, "--output_file", str(whole), inputs=False) == 0
+    write, written = Stage.write, []
+
+    def dying(self, *arguments, **keywords):
+        if len(written) == crash_at:
+            raise KeyboardInterrupt
+        written.append(self.name)
+        write(self, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "write", dying)
+        assert prepare(*flags, *small, inputs=False) == 130
+    other = ("--queries_per_shard", "5")  # shards of another size are not taken for these
+    assert prepare(*flags, *other, inputs=False) == 0
+    assert prepare(*flags, *small, inputs=False) == 0
+    assert prepare.output.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_real_teacher_writes_real_questions(prepare, corpus) -> None:
+    flags = ("--teacher_model", "bundled:smollm2-135m", "--max_new_tokens", "40", "--top_k_retrieval", "1")
+    assert prepare("--corpus_path", str(corpus), "--num_synthetic_queries", "6", *flags, inputs=False) == 0
+    made = records(prepare.output)
+    questions = [record["query"] for record in made]
+    assert len(set(questions)) == len(questions) >= 5
+    assert all(question.endswith("?") and "example topic" not in question for question in questions)
+    titles = [json.loads(line)["wikipedia_title"].lower() for line in corpus.read_text().splitlines()]
+    about = [
+        any(word in question.lower() for title in titles for word in title.split()) for question in questions
+    ]
+    assert sum(about) >= len(questions) / 2, questions
 
 
 def test_a_teacher_without_questions_is_an_error(prepare, corpus, capsys) -> None:

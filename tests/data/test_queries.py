@@ -159,6 +159,23 @@ NAMES = {
 }
 
 
+def test_a_missing_split_names_those_there_are(tmp_path: Path) -> None:
+    import datasets
+
+    data = datasets.Dataset.from_list(ROWS["nq_open"])
+    datasets.DatasetDict({"dev": data, "test": data}).save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(InputError, match="--query_split is one of dev, test"):
+        collected(tmp_path, query_dataset=str(tmp_path / "d"))
+
+
+def test_malformed_rows_of_a_dataset_are_no_fault_of_the_hub(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list([{"other": 1}]).save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(InputError, match="1 of 1 lines are malformed"):
+        collected(tmp_path, query_dataset=str(tmp_path / "d"))
+
+
 def test_a_dataset_out_of_reach_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="dataset squad"):
         collected(tmp_path, query_dataset="squad")

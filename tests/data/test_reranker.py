@@ -121,6 +121,8 @@ def test_wrong_use_is_one_clear_error(models) -> None:
         add_reranking_scores(RECORDS, model, top_k=0)
     with pytest.raises(UsageError, match="score_scale"):
         add_reranking_scores(RECORDS, model, score_scale="percent")
+    with pytest.raises(InputError, match="record 1: a document is neither"):
+        add_reranking_scores([{"query": "q", "documents": [3]}], model)  # type: ignore[list-item]
     with pytest.raises(InputError, match="record 2"):
         add_reranking_scores([RECORDS[0], {"query": "q"}], model)  # type: ignore[typeddict-item]
 

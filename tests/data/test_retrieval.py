@@ -10,7 +10,7 @@ from scaledown.config import PrepareConfig
 from scaledown.data.corpus import PassageTable, build_passages
 from scaledown.data.index import search, unpack
 from scaledown.data.retrieval import DenseRetriever, SPLADERetriever, encode_passages, is_sparse, load_encoder
-from scaledown.errors import ModelError, UsageError
+from scaledown.errors import InputError, ModelError, UsageError
 from scaledown.models import resolve
 from scaledown.store import RunDirectory, Stage
 
@@ -46,6 +46,20 @@ def test_top_k_above_the_corpus_gives_all_and_warns(kind, retriever, models, cap
 def test_top_k_of_zero_is_refused(models) -> None:
     with pytest.raises(UsageError, match="at least 1"):
         SPLADERetriever(str(models["splade"]), device="cpu").retrieve(["a"], CORPUS, top_k=0)
+
+
+@pytest.mark.parametrize(("kind", "retriever"), [("dense", SPLADERetriever), ("splade", DenseRetriever)])
+def test_a_model_of_the_other_kind_is_refused(kind, retriever, models) -> None:
+    with pytest.raises(ModelError, match="use (SPLADE|Dense)Retriever"):
+        retriever(str(models[kind]), device="cpu")
+
+
+def test_wrong_arguments_are_clear_errors(models) -> None:
+    retriever = SPLADERetriever(str(models["splade"]), device="cpu")
+    with pytest.raises(UsageError, match="list of queries"):
+        retriever.retrieve("one string", CORPUS)
+    with pytest.raises(InputError, match="neither a string nor"):
+        retriever.retrieve(["q"], [{"id": "1"}])  # type: ignore[typeddict-item]
 
 
 def test_the_kind_of_retriever_shows_by_its_files(models) -> None:

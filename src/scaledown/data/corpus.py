@@ -15,7 +15,7 @@ from scaledown.config import PrepareConfig
 from scaledown.data import files
 from scaledown.data.chunking import Chunker
 from scaledown.errors import InputError, ModelError
-from scaledown.models import ModelSource, hub_errors, loadable
+from scaledown.models import ModelSource, loadable, loading
 from scaledown.progress import track
 from scaledown.records import Article, Block, Passage
 from scaledown.store import Stage
@@ -26,7 +26,8 @@ ID_KEYS: Final = ("id", "_id", "doc_id", "docid", "wikipedia_id", "kilt_id")
 TITLE_KEYS: Final = ("title", "wikipedia_title")
 TEXT_KEYS: Final = ("text", "contents", "content", "body")
 SCHEMA: Final = pa.schema([(name, pa.large_string()) for name in Passage._fields])
-ARTICLES_AT_ONCE: Final = 128
+ARTICLES_AT_ONCE: Final = 16
+_REJECTED_AT_ONCE: Final = 10_000
 
 
 def sample_corpus() -> Path:
@@ -83,8 +84,8 @@ def build_passages(stage: Stage, config: PrepareConfig, corpus: Path, retriever:
     with stage.lease("all", wait=True):
         if stage.done():
             return
-        paths = files.input_files(corpus, "--corpus_path")
-        chunker = Chunker(_tokenizer(retriever), config.passages, config.passage_tokens)
+        tokenizer = _tokenizer(retriever, config) if config.passages == "tokens" else None
+        chunker = Chunker(tokenizer, config.passages, config.passage_tokens)
         rows: list[int] = []
         counts = {"lines": 0, "articles": 0, "passages": 0, "bad": 0, "empty": 0}
         while stage.has(len(rows)):
@@ -93,9 +94,9 @@ def build_passages(stage: Stage, config: PrepareConfig, corpus: Path, retriever:
             counts = json.loads(table.schema.metadata[b"counts"])
         started = time.perf_counter()
         with track("passages", "passages", None, counts["passages"]) as tracker:
-            for passages, now, rejected in _shards(paths, config, chunker, counts):
+            for passages, now, rejected in _shards(corpus, config, chunker, counts):
                 counts = now
-                stage.quarantine(f"{len(rows):06d}", rejected)
+                stage.quarantine(f"{counts['lines']:012d}", rejected)
                 if not passages:
                     continue
                 columns = [list(column) for column in zip(*passages, strict=True)]
@@ -117,7 +118,7 @@ def build_passages(stage: Stage, config: PrepareConfig, corpus: Path, retriever:
 
 
 def _shards(
-    paths: list[Path], config: PrepareConfig, chunker: Chunker, counts: dict[str, int]
+    corpus: Path, config: PrepareConfig, chunker: Chunker, counts: dict[str, int]
 ) -> Iterator[tuple[list[Passage], dict[str, int], list[dict[str, Any]]]]:
     intake = files.Intake("the corpus", config.max_bad_fraction, counts["lines"], counts["bad"])
     articles, empty, total = counts["articles"], counts["empty"], counts["passages"]
@@ -133,17 +134,18 @@ def _shards(
             "empty": empty,
         }
 
+    paths = files.input_files(corpus, "--corpus_path")
     every = itertools.chain.from_iterable(files.rows(path) for path in paths)
     rows = itertools.islice(every, counts["lines"], None)  # skipped rows are not even parsed
     while True:
         # Batches are cut by rows read, so that a run that continues makes the same ones.
         batch: list[Article] = []
         read = 0
-        for row in rows:
+        for row in () if limit and articles >= limit else rows:
             intake.rows += 1
             read += 1
             try:
-                article = parse_article(files.parse(row), f"{Path(row.source).stem}-{row.line}")
+                article = parse_article(files.parse(row), _name(corpus, row))
             except ValueError as error:
                 intake.reject(row, str(error))
             else:
@@ -158,23 +160,38 @@ def _shards(
             passages += pieces
             total += len(pieces)
         ended = read < ARTICLES_AT_ONCE or bool(limit and articles >= limit)
-        if ended:
-            intake.close()
         if ended or len(passages) >= config.passages_per_shard:
             yield passages, state(), intake.take_rejected()
             passages = []
+        elif len(intake.rejected) >= _REJECTED_AT_ONCE:
+            yield [], state(), intake.take_rejected()
         if ended:
+            intake.close()
             return
 
 
-def _tokenizer(source: ModelSource) -> Any:
+def _name(corpus: Path, row: files.Row) -> str:
+    """An id for an article without one: its file within the corpus, and its line unless it fills the file."""
+    path = Path(row.source)
+    name = path.relative_to(corpus).as_posix() if corpus.is_dir() else path.name
+    return f"{name}:{row.line}" if isinstance(row.content, bytes) or row.line > 1 else name
+
+
+def _tokenizer(source: ModelSource, config: PrepareConfig) -> Any:
     from transformers import AutoTokenizer
 
     name, pinned = loadable(source)
-    with hub_errors(source.name):
+    with loading(source):
         tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
     if not tokenizer.is_fast:
         raise ModelError(f"model {source.name}: has no fast tokenizer, which --passages tokens needs")
+    if config.passage_tokens + tokenizer.num_special_tokens_to_add() > tokenizer.model_max_length:
+        log.warning(
+            "--passage_tokens %s is above the %s tokens that %s reads: it will not see the ends of passages",
+            config.passage_tokens,
+            tokenizer.model_max_length,
+            source.name,
+        )
     tokenizer.model_max_length = 1 << 60  # no warnings about texts that are about to be cut
     return tokenizer
 

@@ -5,7 +5,6 @@ A malformed row is set aside with its line number and reason, never dropped sile
 
 import csv
 import io
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -15,8 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scaledown.errors import InputError
-
-log = logging.getLogger("scaledown")
 
 _MAGIC: Final = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
 _COMPRESSED: Final = {".gz", ".zst", ".zstd", ".bz2"}
@@ -43,17 +40,18 @@ class Intake:
         self.rows = rows
         self.bad = bad
         self.rejected: list[dict[str, Any]] = []
+        self._first = ""
         self._max_bad_fraction = max_bad_fraction
 
     def reject(self, row: Row, reason: str) -> None:
-        """Set `row` aside. Raises `InputError` as soon as the allowed share is certainly passed."""
+        """Set `row` aside, with the reason."""
         self.bad += 1
         content = row.content
         text = content.decode("utf-8", "backslashreplace") if isinstance(content, bytes) else repr(content)
         self.rejected.append(
             {"source": row.source, "line": row.line, "reason": reason, "content": text[:500]}
         )
-        self._check(max(self.rows, 10_000))
+        self._first = self._first or f"{row.source}, line {row.line}: {reason}"
 
     def take_rejected(self) -> list[dict[str, Any]]:
         """The rejected rows since the last call."""
@@ -62,15 +60,12 @@ class Intake:
 
     def close(self) -> None:
         """At the end of the input: raise `InputError` when too many rows were bad."""
-        self._check(self.rows)
-
-    def _check(self, rows: int) -> None:
-        if self.bad > self._max_bad_fraction * rows:
-            first = self.rejected[0] if self.rejected else None
-            example = f"; the first: line {first['line']}: {first['reason']}" if first else ""
+        if self.bad > self._max_bad_fraction * self.rows:
+            example = f" ({self._first})" if self._first else ""
             raise InputError(
-                f"{self.name}: {self.bad:,} of {self.rows:,} lines are malformed, more than "
-                f"--max_bad_fraction {self._max_bad_fraction:g} allows{example}. Mend them or raise the flag"
+                f"{self.name}: {self.bad:,} of {self.rows:,} lines are malformed{example}, more than "
+                f"--max_bad_fraction {self._max_bad_fraction:g} allows: mend them (quarantine/ in the run "
+                "directory lists them) or raise the flag"
             )
 
 
@@ -86,10 +81,19 @@ def input_files(path: Path, what: str) -> list[Path]:
     if path.is_file():
         return [path]
     known = _TEXT | _LINES | _TABLES
-    files = sorted(p for p in path.rglob("*") if p.is_file() and inner_suffix(p) in known)
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if inner_suffix(file) in known and file.is_file() and not _is_hidden(file.relative_to(path))
+    )
     if not files:
         raise InputError(f"{what} {path}: the folder holds none of {', '.join(sorted(known))}")
     return files
+
+
+def _is_hidden(path: Path) -> bool:
+    """Dot files, and run directories that lie among the data."""
+    return any(part.startswith(".") or part.endswith(".work") for part in path.parts)
 
 
 def open_stream(path: Path) -> pa.NativeFile:
@@ -140,8 +144,11 @@ def rows(path: Path) -> Iterator[Row]:
     elif suffix in {".csv", ".tsv"}:
         yield from _csv_rows(path, "," if suffix == ".csv" else "\t")
     elif suffix in _TEXT:
-        with open_stream(path) as stream:
-            content = {"id": path.name, "title": path.stem, "text": stream.read()}
+        try:
+            with open_stream(path) as stream:
+                content = {"title": path.stem.removesuffix(suffix), "text": stream.read()}
+        except OSError as error:
+            raise InputError(f"{path}: the compressed data is cut short or damaged ({error})") from error
         yield Row(str(path), 1, content)
     else:
         yield from _json_rows(path)

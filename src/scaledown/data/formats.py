@@ -23,8 +23,12 @@ log = logging.getLogger("scaledown")
 
 _CHUNK_CHARACTERS: Final = 1 << 20
 _MAX_RECORD_CHARACTERS: Final = 1 << 26
-# What two runs may differ in and still be parts of one data set.
+# What two runs may differ in and still be parts of one data set; corpus and models are compared by content.
 _RUN_OWN: Final = {
+    "corpus_path",
+    "retriever_model",
+    "reranker_model",
+    "teacher_model",
     "queries_file",
     "download_ms_marco",
     "query_dataset",
@@ -106,12 +110,12 @@ def _json_entries(file: TextIO) -> Iterator[Entry]:
         yield Entry(line, None, "expected a JSON list of records (`[` first)")
         return
     skip(1)
-    expects_comma = False
+    expects_comma = after_comma = False
     while True:
         skip(len(text) - len(text.lstrip(" \t\r\n")))
         if not text and not ended:
             fill(size)
-        elif text.startswith("]"):
+        elif text.startswith("]") and not after_comma:
             rest = text[1:].strip() or file.read(_CHUNK_CHARACTERS).strip()
             if rest:
                 yield Entry(line, None, "there is more text after the end of the list")
@@ -124,7 +128,7 @@ def _json_entries(file: TextIO) -> Iterator[Entry]:
                 yield Entry(line, None, "expected `,` or `]` after a record")
                 return
             skip(1)
-            expects_comma = False
+            expects_comma, after_comma = False, True
         else:
             try:
                 record, end = decoder.raw_decode(text)
@@ -139,22 +143,18 @@ def _json_entries(file: TextIO) -> Iterator[Entry]:
                 continue
             yield Entry(line, record)
             skip(end)
-            expects_comma = True
+            expects_comma, after_comma = True, False
 
 
 def problems(record: Any) -> list[str]:
     """Everything that keeps `record` from being a training record of the guide's format."""
     if not isinstance(record, dict):
         return [f"is {type(record).__name__}, expected an object with query, documents and answer"]
-    found = []
-    for name in ("query", "answer"):
-        value = record.get(name)
-        if name not in record:
-            found.append(f"has no {name}")
-        elif not isinstance(value, str):
-            found.append(f"{name} is {type(value).__name__}, expected a string")
-        elif not value.strip():
-            found.append(f"{name} is empty")
+    found = [
+        f"has no {name}" if name not in record else f"{name} {problem}"
+        for name in ("query", "answer")
+        if (problem := _text_problem(record.get(name)))
+    ]
     documents = record.get("documents")
     if not isinstance(documents, list):
         found.append("has no documents" if documents is None else "documents is not a list")
@@ -165,11 +165,28 @@ def problems(record: Any) -> list[str]:
         text = document.get("text") if isinstance(document, dict) else document
         if not isinstance(text, str):
             found.append(f"document {number} is neither a string nor an object with title and text")
-        elif not text.strip():
-            found.append(f"document {number} is empty")
+        elif problem := _text_problem(text):
+            found.append(f"document {number} {problem}")
     if "reranking_scores" in record:
         found += _score_problems(record["reranking_scores"], len(documents))
     return found
+
+
+def _text_problem(value: Any) -> str:
+    """What is wrong with a text; empty where nothing is."""
+    if not isinstance(value, str):
+        return f"is {type(value).__name__}, expected a string"
+    if not value.strip():
+        return "is empty"
+    return "" if _is_unicode(value) else "holds half of a surrogate pair, which is no text"
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _score_problems(scores: Any, documents: int) -> list[str]:
@@ -187,16 +204,17 @@ def _score_problems(scores: Any, documents: int) -> list[str]:
 
 
 class Validation(NamedTuple):
-    """What validation found: sound records, and lines of the form `file:line: record n: problem`."""
+    """What validation found: sound records, bad ones, and `file:line: record n: problem` for each problem."""
 
     records: int
     messages: list[str]
     bad_records: int
+    problems: int
 
 
 def validate(path: Path, max_messages: int = 100) -> Validation:
     """Check every record of a training file; at most `max_messages` messages are kept."""
-    sound = bad = 0
+    sound = bad = total = 0
     messages: list[str] = []
     with_scores: bool | None = None
     for number, entry in enumerate(entries(path), 1):
@@ -208,13 +226,14 @@ def validate(path: Path, max_messages: int = 100) -> Validation:
             with_scores = has_scores if with_scores is None else with_scores
         if found:
             bad += 1
+            total += len(found)
             place = f"{path}:{entry.line}: record {number}: "
             messages += [place + problem for problem in found][: max_messages - len(messages)]
         else:
             sound += 1
     if not sound and not bad:
-        bad, messages = 1, [f"{path}: holds no records"]
-    return Validation(sound, messages, bad)
+        bad, total, messages = 1, 1, [f"{path}: holds no records"]
+    return Validation(sound, messages, bad, total)
 
 
 class Merged(NamedTuple):
@@ -274,11 +293,11 @@ def _check_same_settings(paths: Sequence[Path]) -> None:
     for path in paths:
         manifest = read_json(Path(f"{path}.work") / "manifest.json")
         if not manifest:
-            log.info("%s: no manifest beside it, so its settings cannot be compared", path)
+            log.warning("%s: no manifest beside it, so its settings are not compared", path)
             continue
         settings = {k: v for k, v in manifest["parameters"].items() if k not in _RUN_OWN}
-        settings |= {f"identity of {name}": identity for name, identity in manifest["models"].items()}
-        settings["identity of the corpus"] = manifest["corpus"]["sha256"]
+        settings |= {f"{name} (weights)": identity for name, identity in manifest["models"].items()}
+        settings["corpus (content)"] = manifest["inputs"]["corpus"]
         if first is None:
             first = path, settings
             continue

@@ -1,12 +1,13 @@
 """Vectors on disk and exact top-k over them.
 
 Sparse vectors are stored as CSR: term ids in the smallest unsigned type, weights in float16. Search is
-exact over what is stored, whatever the sharding; ties go to the earlier passage.
+exact over what is stored; ties go to the earlier passage. Sparse scores do not depend on the sharding; dense
+ones do in their last bits, because a matrix product does.
 """
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
@@ -37,6 +38,9 @@ def unpack(arrays: Mapping[str, Array]) -> Vectors:
     shape = (len(arrays["indptr"]) - 1, int(arrays["dimensions"]))
     parts = (arrays["data"].astype(np.float32), arrays["indices"].astype(np.int32), arrays["indptr"])
     return sp.csr_matrix(parts, shape=shape)
+
+
+_THREADS: Final = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 class Ranking(NamedTuple):
@@ -89,7 +93,7 @@ def _sparse_top(queries: sp.csr_matrix, shard: sp.csr_matrix, k: int) -> Ranking
     # One more than asked: where number k and k+1 tie, which of them came out is arbitrary, and the row is
     # done again in full.
     wanted = min(k + 1, passages)
-    product = sp_matmul_topn(queries, columns, top_n=wanted, sort=True, n_threads=os.cpu_count())
+    product = sp_matmul_topn(queries, columns, top_n=wanted, sort=True, n_threads=_THREADS)
     rows = np.empty((queries.shape[0], k), np.int64)
     scores = np.zeros((queries.shape[0], k), np.float32)
     for number in range(queries.shape[0]):

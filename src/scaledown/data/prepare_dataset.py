@@ -26,12 +26,12 @@ from scaledown.data.files import input_files
 from scaledown.data.formats import entries
 from scaledown.data.prompts import VERSION as PROMPT_VERSION
 from scaledown.data.queries import collect_queries, query_files, write_questions
-from scaledown.data.reranker import load_reranker, rerank, resolve_reranker
+from scaledown.data.reranker import LIKELIHOOD_PREFIX, load_reranker, rerank, resolve_reranker
 from scaledown.data.retrieval import encode_passages, load_encoder, retrieve
 from scaledown.data.teacher import load_teacher, teach
 from scaledown.data.teachers import Generation, Teacher
-from scaledown.errors import UsageError, run_command
-from scaledown.models import ModelSource, choose_device, resolve
+from scaledown.errors import UsageError, one_line, run_command
+from scaledown.models import ModelSource, choose_device, choose_dtype, resolve
 from scaledown.progress import duration, start_logging
 from scaledown.records import Example
 from scaledown.store import (
@@ -72,21 +72,24 @@ class _Sources(NamedTuple):
         return found | ({"reranker": self.reranker} if self.reranker else {})
 
 
-def prepare_dataset(config: PrepareConfig) -> Result:
+def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Result:
     """Make training data as `config` says, or continue a run that was interrupted.
 
-    Each stage leaves its shards in the run directory; what is there is not made again. Raises
+    Each stage leaves its shards in the run directory; what is there is not made again. `repeats` is the
+    manifest of a run to be repeated: inputs that differ from its are named in the log. Raises
     `ScaleDownError`, each with a message that says what to do.
     """
     output = Path(config.output_file)
     check_writable(output)
-    sources = _find(config)
+    sources = _find(config, output)
     run = RunDirectory(config.run_directory)
     identities = {name: model.identity(run.content_hash) for name, model in sources.models().items()}
     inputs = {
-        "corpus": run.content_hash(sources.corpus),
+        "corpus": run.content_hash(sources.corpus, input_files(sources.corpus, "--corpus_path")),
         "queries": [run.content_hash(path) for path in sources.queries],
     }
+    if repeats:
+        _name_differences(repeats, identities, inputs)
     request = fingerprint(
         {"schema": SCHEMA, "parameters": _compared(config), "models": identities, "inputs": inputs}
     )
@@ -94,49 +97,76 @@ def prepare_dataset(config: PrepareConfig) -> Result:
         if finished := _finished(run, request, output):
             return finished
         stages = _run_stages(run, config, sources, identities, inputs)
-        score_scale = config.reranking_score_scale if config.enable_reranking else None
-        count = write_examples(output, examples(stages["answers"], stages["passages"], score_scale))
         results = {name: stage.finished() for name, stage in stages.items()}
-        write_json(
-            run.manifest,
-            {
-                "schema": SCHEMA,
-                "version": scaledown.__version__,
-                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-                "request": request,
-                "parameters": asdict(config),
-                "models": identities,
-                "corpus": {"path": str(sources.corpus), "sha256": inputs["corpus"]},
-                "queries": [
-                    {"path": str(path), "sha256": digest}
-                    for path, digest in zip(sources.queries, inputs["queries"], strict=True)
-                ],
-                "stages": {
-                    name: {
-                        "fingerprint": stage.fingerprint,
-                        "settings": stage.settings,
-                        "counts": results[name].counts,
-                        "seconds": results[name].seconds,
-                    }
-                    for name, stage in stages.items()
+        with stages["answers"].lease("export", wait=True):
+            if finished := _finished(run, request, output):  # by a process that helped
+                return finished
+            for half_written in output.parent.glob(f".{output.name}.*.tmp"):  # by a process that was killed
+                half_written.unlink(missing_ok=True)
+            score_scale = config.reranking_score_scale if config.enable_reranking else None
+            count = write_examples(output, examples(stages["answers"], stages["passages"], score_scale))
+            write_json(
+                run.manifest,
+                {
+                    "schema": SCHEMA,
+                    "version": scaledown.__version__,
+                    "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "request": request,
+                    "parameters": _repeatable(config, sources),
+                    "models": identities,
+                    "inputs": inputs,
+                    "stages": {
+                        name: {
+                            "fingerprint": stage.fingerprint,
+                            "settings": stage.settings,
+                            "counts": results[name].counts,
+                            "seconds": results[name].seconds,
+                        }
+                        for name, stage in stages.items()
+                    },
+                    "output": {
+                        "path": str(output.resolve()),
+                        "examples": count,
+                        "sha256": run.content_hash(output),
+                    },
+                    "environment": _environment(),
                 },
-                "output": {
-                    "path": str(output),
-                    "examples": count,
-                    "sha256": run.content_hash(output),
-                },
-                "environment": _environment(),
-            },
-        )
+            )
     return Result(output, count, results, _quarantined(results), already_done=False)
 
 
-def _find(config: PrepareConfig) -> _Sources:
+def _repeatable(config: PrepareConfig, sources: _Sources) -> dict[str, Any]:
+    """The settings such that `--config` repeats the run from any folder: full paths, pinned revisions."""
+    settings = asdict(config)
+    for name in ("corpus_path", "work_dir", "output_file"):
+        settings[name] = str(Path(settings[name]).resolve()) if settings[name] else ""
+    settings["queries_file"] = [str(Path(name).resolve()) for name in config.queries_file]
+    if Path(config.query_dataset).exists() and config.query_dataset:
+        settings["query_dataset"] = str(Path(config.query_dataset).resolve())
+    for name, model in sources.models().items():
+        if model.revision and "@" not in model.name:
+            settings[f"{name}_model"] = f"{model.name}@{model.revision}"
+    return settings
+
+
+def _name_differences(repeats: Path, identities: Mapping[str, str], inputs: Mapping[str, Any]) -> None:
+    manifest = read_json(repeats)
+    before = manifest if isinstance(manifest, dict) else {}
+    then = {**(before.get("models") or {}), **(before.get("inputs") or {})}
+    now = {**identities, **inputs}
+    different = [name for name in sorted(then.keys() & now.keys()) if then[name] != now[name]]
+    if different:
+        log.warning("not a repetition of %s: other %s", repeats, ", ".join(different))
+
+
+def _find(config: PrepareConfig, output: Path) -> _Sources:
     """Find inputs and models; whatever is missing fails here, before any work."""
     corpus = Path(config.corpus_path) if config.corpus_path else sample_corpus()
     if not config.corpus_path:
         log.info("no --corpus_path: using the sample corpus of 60 short articles")
     input_files(corpus, "--corpus_path")
+    if corpus.is_dir() and output.resolve().is_relative_to(corpus.resolve()):
+        raise UsageError(f"--output_file {output} lies in the corpus {corpus}: put it elsewhere")
     queries = query_files(config)
     if (folder := Path(config.query_dataset)).is_dir() and config.query_dataset:
         queries.append(folder)
@@ -154,8 +184,13 @@ def _find(config: PrepareConfig) -> _Sources:
 def _compared(config: PrepareConfig) -> dict[str, Any]:
     """The settings that two runs in one directory must share; where things lie is not among them."""
     apart = {"output_file", "work_dir", "corpus_path", "queries_file", "strict"}
+    apart |= {"retriever_model", "reranker_model", "teacher_model"}  # their identities are compared
     settings = {name: value for name, value in asdict(config).items() if name not in apart}
-    return settings | {"format": Path(config.output_file).suffix}
+    return settings | {
+        "format": Path(config.output_file).suffix,
+        "device": config.device.partition(":")[0],
+        "likelihood": config.reranker_model.startswith(LIKELIHOOD_PREFIX),
+    }
 
 
 def _run_stages(
@@ -167,7 +202,7 @@ def _run_stages(
 ) -> dict[str, Stage]:
     """The picture at the top, in order. A stage's settings hold all that its shards depend on."""
     device = choose_device(config.device)
-    machine = {"device": device.partition(":")[0], "dtype": config.dtype}
+    machine = {"device": device.partition(":")[0], "dtype": str(choose_dtype(config.dtype, device))}
     teacher = functools.cache(lambda: _teacher(config, sources, device))
     encoder = functools.cache(
         lambda: load_encoder(sources.retriever, device, config.dtype, config.batch_size)
@@ -203,9 +238,14 @@ def _run_stages(
     }
     if config.num_synthetic_queries:
         build_passages(passages, config, sources.corpus, sources.retriever)
-        number = {"number": config.num_synthetic_queries, "seed": config.seed}
+        number = {
+            "number": config.num_synthetic_queries,
+            "seed": config.seed,
+            "queries_per_shard": config.queries_per_shard,
+        }
         written = Stage(run, "synthetic", {"passages": passages.fingerprint, **teaching, **number})
         write_questions(written, passages, teacher, config)
+        teacher.cache_clear()  # memory for the retriever and reranker
         stages["synthetic"] = written
         questions["synthetic"] = written.fingerprint
     queries = Stage(run, "queries", questions)
@@ -227,28 +267,36 @@ def _run_stages(
     ranked = candidates
     if sources.reranker:
         source = sources.reranker
-        reranking = {"reranker": identities["reranker"], "likelihood": source.name.startswith("ql:")}
+        likelihood = source.name.startswith(LIKELIHOOD_PREFIX)
         ranked = Stage(
             run,
             "ranked",
             {
                 "candidates": candidates.fingerprint,
-                "top_k": config.documents_per_query,
+                "reranker": identities["reranker"],
+                "likelihood_prompt": PROMPT_VERSION if likelihood else None,
                 "batch_size": config.reranker_batch_size,
-                **reranking,
                 **machine,
             },
         )
         reranker = functools.cache(
             lambda: load_reranker(source, device, config.dtype, config.reranker_batch_size)
         )
-        rerank(ranked, candidates, passages, reranker, config.documents_per_query)
+        rerank(ranked, candidates, passages, reranker)
         reranker.cache_clear()
         stages["ranked"] = ranked
 
     sampling = {"temperature": config.temperature, "seed": config.seed} if config.temperature else {}
-    answers = Stage(run, "answers", {"ranked": ranked.fingerprint, **teaching, **sampling})
-    teach(answers, ranked, passages, teacher, config.temperature)
+    shown = {"ranked": ranked.fingerprint, "documents": config.documents_per_query}
+    answers = Stage(run, "answers", {**shown, **teaching, **sampling})
+    teach(
+        answers,
+        ranked,
+        passages,
+        teacher,
+        documents_per_query=config.documents_per_query,
+        temperature=config.temperature,
+    )
     return stages | {"answers": answers}
 
 
@@ -266,11 +314,13 @@ def _teacher(config: PrepareConfig, sources: _Sources, device: str) -> Teacher:
 def _finished(run: RunDirectory, request: str, output: Path) -> Result | None:
     """The result of an earlier run with these settings whose output is still as it was written."""
     manifest = read_json(run.manifest)
-    if not manifest or manifest["request"] != request or not output.is_file():
+    if not isinstance(manifest, dict) or manifest.get("request") != request or not output.is_file():
         return None
-    if run.content_hash(output) != manifest["output"]["sha256"]:
-        log.warning("%s was changed since it was written: writing it again", output)
-        return None
+    written = manifest["output"]
+    if run.content_hash(output) != written["sha256"]:
+        if written["path"] != str(output.resolve()):
+            return None
+        log.warning("%s was changed since it was written and is left so; delete it to have it again", output)
     stages = {
         name: StageResult([], stage["counts"], stage["seconds"]) for name, stage in manifest["stages"].items()
     }
@@ -325,13 +375,7 @@ def _shown(number: int, example: Example) -> list[str]:
     for place, document in enumerate(example["documents"][:3]):
         score = f"[{scores[place]:.2f}] " if scores else ""
         rows.append((f"   document {place + 1}", score + document))
-    return [f"{label:<14} {_one_line(text, width)}" for label, text in rows] + [""]
-
-
-def _one_line(text: str, width: int) -> str:
-    text = "".join(c if c.isprintable() else " " for c in text)  # nothing from data drives the terminal
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 1] + "…"
+    return [f"{label:<14} {one_line(text, width)}" for label, text in rows] + [""]
 
 
 def _program() -> str:
@@ -356,12 +400,13 @@ def main(argv: Sequence[str] | None = None, program: str = "python -m scaledown.
         flags = vars(parser.parse_args(words))
         flags.pop("debug", None)
         start_logging(flags.pop("log_level", "info"))
+        repeats = Path(flags["config"]) if "config" in flags else None
         config = from_flags(flags)
-        result = prepare_dataset(config)
+        result = prepare_dataset(config, repeats)
         print(summary(result, config))
         return 1 if config.strict and result.quarantined else 0
 
-    return run_command(command, debug="--debug" in words)
+    return run_command(command, debug="--debug" in words, resumes=True)
 
 
 if __name__ == "__main__":

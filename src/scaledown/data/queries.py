@@ -196,14 +196,19 @@ def _from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query
         return
     import datasets
 
-    name, _, revision = config.query_dataset.partition("@")
+    name, revision = config.query_dataset, ""
+    if not Path(name).exists():
+        name, _, revision = name.partition("@")
     known = HUB_DATASETS.get(name)
     path = Path(name)
     datasets.disable_progress_bars()
     with hub_errors(name, "dataset"):
         if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
             loaded = datasets.load_from_disk(str(path))
-            data = loaded[config.query_split] if isinstance(loaded, datasets.DatasetDict) else loaded
+            splits = loaded if isinstance(loaded, datasets.DatasetDict) else {config.query_split: loaded}
+            if config.query_split not in splits:
+                raise InputError(f"dataset {name}: --query_split is one of {', '.join(splits)}")
+            data = splits[config.query_split]
         elif known and not path.exists():
             data = datasets.load_dataset(
                 known.repository,
@@ -218,7 +223,8 @@ def _from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query
             )
         column = config.query_column or (known.column if known else "")
         if column and data.column_names and column.partition(".")[0] in data.column_names:
-            data = data.select_columns([column.partition(".")[0]])
+            ids = [key for key in ID_KEYS if key in data.column_names]
+            data = data.select_columns(list(dict.fromkeys([column.partition(".")[0], *ids])))
         rows = (files.Row(name, number, record) for number, record in enumerate(data, 1))
         yield from _from_records(rows, column, intake)
 
@@ -296,7 +302,6 @@ def write_questions(
     wanted = config.num_synthetic_queries
     total = sum(passages.finished().rows)
     sample = random.Random(config.seed).sample(range(total), min(total, 8 * wanted))  # noqa: S311
-    turns = [(number, row) for number in range(PASSES) for row in sample]
     size = min(config.queries_per_shard, wanted)
     with stage.lease("all", wait=True):
         seen: set[str] = set()
@@ -304,8 +309,9 @@ def write_questions(
         asked = 0
         table = PassageTable(passages)
         with track("questions", "questions", wanted) as tracker:
-            while len(seen) < wanted and asked < len(turns):
-                turn = turns[asked : asked + size]
+            while len(seen) < wanted and asked < PASSES * len(sample):
+                turns = range(asked, min(asked + size, PASSES * len(sample)))
+                turn = [(number // len(sample), sample[number % len(sample)]) for number in turns]
                 if not stage.has(len(rows)):
                     started = time.perf_counter()
                     stage.write(len(rows), _ask(turn, table, load()), time.perf_counter() - started)

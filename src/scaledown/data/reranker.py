@@ -13,7 +13,15 @@ from scaledown.data.corpus import PassageTable
 from scaledown.data.prompts import LIKELIHOOD_AFTER, LIKELIHOOD_BEFORE
 from scaledown.data.splade import by_length
 from scaledown.errors import InputError, ModelError, UsageError
-from scaledown.models import ModelSource, choose_device, choose_dtype, hub_errors, loadable, resolve
+from scaledown.models import (
+    ModelSource,
+    choose_device,
+    choose_dtype,
+    loadable,
+    loading,
+    memory_errors,
+    resolve,
+)
 from scaledown.progress import track
 from scaledown.records import QueryWithDocuments, document_text, full_text
 from scaledown.store import Stage
@@ -46,12 +54,13 @@ class CrossEncoderReranker:
 
         name, pinned = loadable(source)
         arguments: dict[str, Any] = {"model_kwargs": {"dtype": choose_dtype(dtype, device)}}
-        with hub_errors(source.name):
+        with loading(source):
             self._model = CrossEncoder(name, device=device, **pinned, **arguments)
         if self._model.num_labels != 1:
             raise ModelError(
                 f"model {source.name} gives {self._model.num_labels} scores a pair; a reranker gives one"
             )
+        self._name = source.name
         self._batch_size = batch_size
         self._raw = torch.nn.Identity()
 
@@ -61,14 +70,15 @@ class CrossEncoderReranker:
         order = by_length([pair.document + pair.query for pair in pairs])
         for start in range(0, len(pairs), self._batch_size):
             chosen = order[start : start + self._batch_size]
-            scores[chosen] = self._model.predict(
-                [tuple(pairs[i]) for i in chosen],
-                batch_size=self._batch_size,
-                show_progress_bar=False,
-                activation_fn=self._raw,
-            )
+            with memory_errors("--reranker_batch_size"):
+                scores[chosen] = self._model.predict(
+                    [tuple(pairs[i]) for i in chosen],
+                    batch_size=self._batch_size,
+                    show_progress_bar=False,
+                    activation_fn=self._raw,
+                )
             advance(len(chosen))
-        return [float(score) for score in scores]
+        return _numbers(scores, self._name)
 
 
 class QueryLikelihoodReranker:
@@ -81,10 +91,11 @@ class QueryLikelihoodReranker:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         name, pinned = loadable(source)
-        with hub_errors(source.name):
+        with loading(source):
             self._tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
             model = AutoModelForCausalLM.from_pretrained(name, dtype=choose_dtype(dtype, device), **pinned)
             self._model = model.to(device).eval()
+        self._name = source.name
         self._device = device
         self._batch_size = batch_size
         self._limit = int(getattr(model.config, "max_position_embeddings", 0) or 2048)
@@ -106,9 +117,10 @@ class QueryLikelihoodReranker:
         order = np.argsort([-length for length in lengths], kind="stable")
         for start in range(0, len(pairs), self._batch_size):
             chosen = order[start : start + self._batch_size]
-            scores[chosen] = self._batch([prompts[i] for i in chosen], [questions[i] for i in chosen])
+            with memory_errors("--reranker_batch_size"):
+                scores[chosen] = self._batch([prompts[i] for i in chosen], [questions[i] for i in chosen])
             advance(len(chosen))
-        return [float(score) for score in scores]
+        return _numbers(scores, self._name)
 
     def _batch(self, prompts: list[list[int]], questions: list[list[int]]) -> list[float]:
         import torch
@@ -135,6 +147,12 @@ class QueryLikelihoodReranker:
             float(row[-len(question) :].mean()) if question else -math.inf
             for row, question in zip(chosen, questions, strict=True)
         ]
+
+
+def _numbers(scores: np.ndarray[Any, Any], name: str) -> list[float]:
+    if not np.isfinite(scores).all():
+        raise ModelError(f"model {name} gave scores that are not numbers: try --dtype float32")
+    return [float(score) for score in scores]
 
 
 def load_reranker(source: ModelSource, device: str, dtype: str, batch_size: int) -> Reranker:
@@ -207,21 +225,22 @@ def add_reranking_scores(
 def check_records(records: Sequence[QueryWithDocuments]) -> None:
     """Raise `InputError` naming the first record that lacks a query or documents of a known shape."""
     for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise InputError(f"record {number}: is {type(record).__name__}, expected a dictionary")
         if not isinstance(record.get("query"), str) or not isinstance(record.get("documents"), list):
             raise InputError(f"record {number}: expected a query (string) and documents (list)")
         for document in record["documents"]:
-            if not isinstance(document, str) and not isinstance(document.get("text"), str):
-                raise InputError(
-                    f"record {number}: a document is neither a string nor a dictionary with a text"
-                )
+            try:
+                document_text(document)
+            except InputError as error:
+                raise InputError(f"record {number}: {error}") from None
 
 
-def rerank(
-    stage: Stage, candidates: Stage, passages: Stage, load: Callable[[], Reranker], top_k: int
-) -> None:
-    """Score the candidates of each shard and keep the `top_k` best of each query, best first.
+def rerank(stage: Stage, candidates: Stage, passages: Stage, load: Callable[[], Reranker]) -> None:
+    """Score the candidates of each shard and sort them, best first.
 
-    Adds the column reranking_scores list<float32>, raw.
+    All are kept, so that another `--top_k_reranking` needs no scoring. Adds the column reranking_scores
+    list<float32>, raw.
     """
     if stage.done():
         return
@@ -243,7 +262,7 @@ def rerank(
             columns: dict[str, list[Any]] = {"rows": [], "scores": [], "reranking_scores": []}
             for record in records:
                 own = [next(scores) for _ in record["rows"]]
-                kept = best_first(own, top_k)
+                kept = best_first(own, len(own))
                 columns["rows"].append([record["rows"][i] for i in kept])
                 columns["scores"].append([record["scores"][i] for i in kept])
                 columns["reranking_scores"].append([own[i] for i in kept])

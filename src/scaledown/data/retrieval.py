@@ -15,8 +15,9 @@ from scaledown.models import (
     ModelSource,
     choose_device,
     choose_dtype,
-    hub_errors,
     loadable,
+    loading,
+    memory_errors,
     read_config_file,
     resolve,
 )
@@ -47,7 +48,7 @@ class DenseEncoder:
 
         name, pinned = loadable(source)
         arguments: dict[str, Any] = {"model_kwargs": {"dtype": choose_dtype(dtype, device)}}
-        with hub_errors(source.name):
+        with loading(source):
             self._model = SentenceTransformer(name, device=device, **pinned, **arguments)
         similarity = self._model.similarity_fn_name
         if similarity not in {"cosine", "dot"}:
@@ -69,13 +70,14 @@ class DenseEncoder:
         order, parts = by_length(texts), []
         for start in range(0, len(texts), self._batch_size):
             batch = [texts[i] for i in order[start : start + self._batch_size]]
-            vectors = encode(
-                batch,
-                batch_size=self._batch_size,
-                show_progress_bar=False,
-                convert_to_tensor=True,
-                normalize_embeddings=self._normalize,
-            )
+            with memory_errors("--batch_size"):
+                vectors = encode(
+                    batch,
+                    batch_size=self._batch_size,
+                    show_progress_bar=False,
+                    convert_to_tensor=True,
+                    normalize_embeddings=self._normalize,
+                )
             parts.append(vectors.float().cpu().numpy())
             advance(len(batch))
         return cast("Array", np.concatenate(parts)[np.argsort(order)])
@@ -113,9 +115,11 @@ class DenseRetriever:
         dtype: str = "auto",
         batch_size: int = PrepareConfig.batch_size,
     ) -> None:
-        self._encoder: Encoder = self._encoder_type(
-            resolve(model_name), choose_device(device), dtype, batch_size
-        )
+        source = resolve(model_name)
+        if is_sparse(source) != (self._encoder_type is SpladeEncoder):
+            kind, right = ("SPLADE", "SPLADERetriever") if is_sparse(source) else ("dense", "DenseRetriever")
+            raise ModelError(f"model {model_name} is a {kind} model: use {right}")
+        self._encoder: Encoder = self._encoder_type(source, choose_device(device), dtype, batch_size)
 
     def retrieve(
         self, queries: Sequence[str], corpus: Sequence[DocumentDict], top_k: int = 5
@@ -127,6 +131,8 @@ class DenseRetriever:
         """
         if top_k < 1:
             raise UsageError(f"top_k {top_k}: must be at least 1")
+        if isinstance(queries, str):
+            raise UsageError("queries is one string: give a list of queries")
         if not corpus or not queries:
             return [[] for _ in queries]
         warn_about_top_k(top_k, len(corpus))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from scaledown.models import ModelSource, choose_dtype, hub_errors, loadable
+from scaledown.models import ModelSource, choose_dtype, loadable, loading, memory_errors
 
 
 class SpladeEncoder:
@@ -20,7 +20,7 @@ class SpladeEncoder:
 
         name, pinned = loadable(source)
         arguments: dict[str, Any] = {"model_kwargs": {"dtype": choose_dtype(dtype, device)}}
-        with hub_errors(source.name):
+        with loading(source):
             self._model = SparseEncoder(name, device=device, **pinned, **arguments)
         self._batch_size = batch_size
 
@@ -38,14 +38,15 @@ class SpladeEncoder:
         order, parts = by_length(texts), []
         for start in range(0, len(texts), self._batch_size):
             batch = [texts[i] for i in order[start : start + self._batch_size]]
-            coo = encode(
-                batch,
-                batch_size=self._batch_size,
-                show_progress_bar=False,
-                convert_to_tensor=True,
-                convert_to_sparse_tensor=True,
-                save_to_cpu=True,
-            ).coalesce()
+            with memory_errors("--batch_size"):
+                coo = encode(
+                    batch,
+                    batch_size=self._batch_size,
+                    show_progress_bar=False,
+                    convert_to_tensor=True,
+                    convert_to_sparse_tensor=True,
+                    save_to_cpu=True,
+                ).coalesce()
             row, column = coo.indices().numpy()
             parts.append(sp.csr_matrix((coo.values().float().numpy(), (row, column)), shape=coo.shape))
             advance(len(batch))

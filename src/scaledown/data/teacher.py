@@ -10,6 +10,7 @@ from scaledown.data.corpus import PassageTable
 from scaledown.data.prompts import answer_prompt
 from scaledown.data.reranker import check_records
 from scaledown.data.teachers import Generation, Rejection, Teacher
+from scaledown.errors import InputError
 from scaledown.models import ModelSource, choose_device, resolve
 from scaledown.progress import track
 from scaledown.records import Answer, Example, QueryWithDocuments, document_text, full_text
@@ -43,8 +44,8 @@ def generate_teacher_answers(
     """Training records for queries whose documents are known; `json.dump` writes them as they are.
 
     Documents are strings or `{"title", "text"}` and come back as strings; `reranking_scores` are kept.
-    A record that cannot be asked (its question alone exceeds the teacher's context) is left out, and
-    a warning names it.
+    A record that cannot be asked (its question alone exceeds the teacher's context) or whose answer is
+    empty is left out, and a warning names it.
     """
     check_records(queries_with_docs)
     generation = Generation(max_new_tokens, seed, batch_size, load_in_8bit, load_in_4bit)
@@ -55,7 +56,7 @@ def generate_teacher_answers(
         for number, (record, documents) in enumerate(zip(queries_with_docs, texts, strict=True))
     ]
     with track("teach", "answers", len(prompts)) as tracker:
-        answers = teacher.answer(prompts, tracker.advance)
+        answers = [not_empty(answer) for answer in teacher.answer(prompts, tracker.advance)]
     examples: list[Example] = []
     for record, documents, answer in zip(queries_with_docs, texts, answers, strict=True):
         if isinstance(answer, Rejection):
@@ -69,11 +70,18 @@ def generate_teacher_answers(
 
 
 def teach(
-    stage: Stage, ranked: Stage, passages: Stage, load: Callable[[], Teacher], temperature: float
+    stage: Stage,
+    ranked: Stage,
+    passages: Stage,
+    load: Callable[[], Teacher],
+    *,
+    documents_per_query: int,
+    temperature: float,
 ) -> None:
-    """Let the teacher answer each shard of queries with their documents.
+    """Let the teacher answer each shard of queries with the first `documents_per_query` documents.
 
-    Adds the columns of `Answer`; queries that could not be asked go to the quarantine.
+    Adds the columns of `Answer`. Queries that could not be asked, or whose answer is empty, go to the
+    quarantine. Raises `InputError` when no query at all was answered.
     """
     if stage.done():
         return
@@ -83,13 +91,13 @@ def teach(
 
         def work(shard: int) -> pa.Table:
             texts = PassageTable(passages)
-            table = ranked.table(shard)
+            table = _first_documents(ranked.table(shard), documents_per_query)
             prompts = []
             for record in table.to_pylist():
                 found = [texts[row] for row in record["rows"]]
                 documents = [full_text(passage.title, passage.text) for passage in found]
                 prompts.append(answer_prompt(record["query_id"], record["query"], documents, temperature))
-            answers = load().answer(prompts, tracker.advance)
+            answers = [not_empty(answer) for answer in load().answer(prompts, tracker.advance)]
             stage.quarantine(
                 f"{shard:06d}",
                 [
@@ -107,7 +115,7 @@ def teach(
             return table
 
         stage.complete(len(rows), work)
-    counts = dict.fromkeys(("answers", "rejected", "truncated", "empty", "shortened"), 0)
+    counts = dict.fromkeys(("answers", "rejected", "truncated", "shortened"), 0)
     answered = []
     for shard, asked in enumerate(rows):
         table = stage.table(shard)
@@ -115,6 +123,24 @@ def teach(
         counts["answers"] += table.num_rows
         counts["rejected"] += asked - table.num_rows
         counts["truncated"] += table.column("finish_reason").to_pylist().count("length")
-        counts["empty"] += table.column("text").to_pylist().count("")
         counts["shortened"] += sum(map(bool, table.column("dropped_tokens").to_pylist()))
+    if not counts["answers"]:
+        raise InputError("no query was answered: quarantine/ in the run directory says why, one by one")
     stage.finish(answered, counts)
+
+
+def not_empty(answer: Answer | Rejection) -> Answer | Rejection:
+    """An answer, or the rejection of an empty one: nothing can be learnt from it."""
+    if isinstance(answer, Answer) and not answer.text:
+        return Rejection("the teacher's answer is empty")
+    return answer
+
+
+def _first_documents(table: pa.Table, count: int) -> pa.Table:
+    """The table with its lists cut to their first `count` entries."""
+    for name in ("rows", "scores", "reranking_scores"):
+        if name in table.column_names:
+            lists = [entries[:count] for entries in table.column(name).to_pylist()]
+            place = table.column_names.index(name)
+            table = table.set_column(place, name, pa.array(lists, table.schema.field(name).type))
+    return table

@@ -1,7 +1,6 @@
 """The teacher on transformers: any causal LM, batched, padded on the left."""
 
 import hashlib
-import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +9,11 @@ import numpy as np
 from scaledown.data.prompts import Prompt
 from scaledown.data.teachers import Generation, Rejection
 from scaledown.errors import MissingExtraError, ModelError
-from scaledown.models import ModelSource, choose_dtype, hub_errors, loadable
+from scaledown.models import ModelSource, choose_dtype, loadable, loading, memory_errors
 from scaledown.records import Answer
 
 if TYPE_CHECKING:
     import torch
-
-log = logging.getLogger("scaledown")
 
 
 class TransformersTeacher:
@@ -30,7 +27,7 @@ class TransformersTeacher:
         arguments: dict[str, Any] = {"quantization_config": quantization} if quantization else {}
         if quantization:
             arguments["device_map"] = {"": device}
-        with hub_errors(source.name):
+        with loading(source):
             self._tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **pinned)
             model = AutoModelForCausalLM.from_pretrained(
                 name, dtype=choose_dtype(dtype, device), **pinned, **arguments
@@ -39,9 +36,11 @@ class TransformersTeacher:
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         stops = model.generation_config.eos_token_id
-        if stops is None:
-            stops = self._tokenizer.eos_token_id
-        self._stops: list[int] = stops if isinstance(stops, list) else [stops]
+        stops = stops if isinstance(stops, list) else [stops]
+        # A chat model's turn may end with a token that only its tokenizer calls the end.
+        self._stops = sorted({stop for stop in [*stops, self._tokenizer.eos_token_id] if stop is not None})
+        added = self._tokenizer.added_tokens_decoder.values()
+        self._special = [str(token) for token in added if token.special]
         # Greedy, whatever decoding the model's authors prefer; only the stop tokens are theirs.
         model.generation_config = GenerationConfig(
             do_sample=False,
@@ -101,18 +100,12 @@ class TransformersTeacher:
         processors = LogitsProcessorList()
         if any(prompt.temperature for prompt in prompts):
             processors.append(GumbelSampling(prompts, self._generation.seed))
-        try:
-            with torch.inference_mode():
-                output = self._model.generate(
-                    input_ids=ids.to(self._device),
-                    attention_mask=mask.to(self._device),
-                    logits_processor=processors,
-                )
-        except torch.OutOfMemoryError as error:
-            raise ModelError(
-                f"out of memory with {len(batch)} prompts of {length} tokens: lower --teacher_batch_size, or "
-                "use --teacher_8bit; the same command continues from here"
-            ) from error
+        with torch.inference_mode(), memory_errors("--teacher_batch_size, or use --teacher_8bit"):
+            output = self._model.generate(
+                input_ids=ids.to(self._device),
+                attention_mask=mask.to(self._device),
+                logits_processor=processors,
+            )
         generated: list[list[int]] = output[:, length:].tolist()
         return generated
 
@@ -122,7 +115,8 @@ class TransformersTeacher:
         The lowest-ranked documents lose their ends first; question and instruction stay whole. Raises
         `ValueError` where even without documents the prompt is too long.
         """
-        documents = list(prompt.documents)
+        documents = [self._plain(document) for document in prompt.documents]
+        prompt = prompt._replace(after=self._plain(prompt.after))
         ids = self._ids(prompt, documents)
         dropped = 0
         while len(ids) > self._limit and documents:
@@ -142,6 +136,13 @@ class TransformersTeacher:
                 f"the prompt without documents has {len(ids):,} tokens; the teacher takes {self._limit:,}"
             )
         return ids, dropped
+
+    def _plain(self, text: str) -> str:
+        """Text from data with any special token in it spelled apart, so that it cannot end a turn."""
+        for token in self._special:
+            if token in text:
+                text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
 
     def _ids(self, prompt: Prompt, documents: Sequence[str]) -> list[int]:
         user = prompt.user(documents)
