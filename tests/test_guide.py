@@ -55,7 +55,7 @@ def run(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 "--top_k_retrieval",
                 "2",
             ]
-            flags += ["--corpus_path", str(place / "kilt_knowledgesource.json"), "--device", "cpu"]
+            flags += ["--device", "cpu"]
         else:
             flags += SMALL
         if "--download_ms_marco" in flags:
@@ -174,10 +174,7 @@ def test_snippets_of_the_guide(fence: Fence, place: Path, monkeypatch: pytest.Mo
         run_python(fence.text, monkeypatch)
     for name in ("train_data.json", "mock_data.json"):
         if f'"{name}"' in fence.text:
-            assert (
-                cli.main(["validate", name]) == 0 or name == "train_data.json"
-            )  # random weights may say nothing
-            assert json.loads((place / name).read_text())
+            assert cli.main(["validate", name]) == 0
     if "kilt_small" in fence.text:
         assert (place / "kilt_small.json").read_text() == (place / "kilt_knowledgesource.json").read_text()
 

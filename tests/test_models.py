@@ -64,7 +64,8 @@ def test_a_hub_model_is_pinned_and_works_without_the_hub_afterwards(tmp_path: Pa
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = (
         "import sys; from scaledown.models import *; from scaledown.errors import ModelError\n"
-        "try: source = resolve(sys.argv[1]); print(source.revision, read_config_file(source, 'modules.json'))\n"
+        "try:\n source = resolve(sys.argv[1])\n"
+        " print(source.revision, read_config_file(source, 'modules.json'))\n"
         "except ModelError as error: print(error)"
     )
 

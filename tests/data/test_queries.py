@@ -260,6 +260,9 @@ def test_no_network_for_ms_marco(tmp_path: Path, monkeypatch) -> None:
         ("1. In which year did Apollo 11 land? The answer is 1969.", "In which year did Apollo 11 land?"),
         ("**Question:** How do bees make honey?", "How do bees make honey?"),
         ("Here is one:\nWhy do tides rise twice a day?", "Why do tides rise twice a day?"),
+        ("What causes tides?", "What causes tides?"),
+        ("What is the answer to this question?", None),
+        ("Who painted the ceiling of the Sistine Chapel?", None),  # not in the passage
         ("What is this passage about?", None),
         ("According to the text, who was first?", None),
         ("What is example topic 7?", None),
@@ -271,4 +274,9 @@ def test_no_network_for_ms_marco(tmp_path: Path, monkeypatch) -> None:
     ],
 )
 def test_only_questions_that_stand_alone_pass(text: str, question: str | None) -> None:
-    assert as_question(text) == question
+    passage = (
+        "Reykjavík is the capital of Iceland. The violin was invented in Italy; Apollo 11 did land in "
+        "the year 1969. Bees make honey. The Moon causes tides, which rise twice a day. "
+        "Towers everywhere are long."
+    )
+    assert as_question(text, passage) == question

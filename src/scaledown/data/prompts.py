@@ -31,13 +31,9 @@ ANSWER_SYSTEM: Final = (
 ANSWER_BEFORE: Final = "Background:\n"
 ANSWER_AFTER: Final = "\n\nQuestion: "
 
-# Written for this project.
-QUESTION_SYSTEM: Final = "You write questions for a quiz. Each question is short, clear and has one answer."
-QUESTION_BEFORE: Final = "Text:\n"
-QUESTION_AFTER: Final = (
-    "\n\nWrite one question that a person could type into a search engine and that this text answers. "
-    "Name the subject; do not mention the text. Write only the question."
-)
+# Written for this project; a longer instruction makes small models write about the instruction.
+QUESTION_SYSTEM: Final = "You write quiz questions."
+QUESTION_AFTER: Final = "\n\nWrite a question that this answers."
 
 # After UPR (Sachan et al. 2022, arXiv 2204.07496).
 LIKELIHOOD_BEFORE: Final = "Passage: "
@@ -51,4 +47,4 @@ def answer_prompt(key: str, query: str, documents: Sequence[str], temperature: f
 
 def question_prompt(key: str, passage: str, temperature: float) -> Prompt:
     """How a question about a passage is asked for."""
-    return Prompt(key, QUESTION_SYSTEM, QUESTION_BEFORE, (passage,), QUESTION_AFTER, temperature)
+    return Prompt(key, QUESTION_SYSTEM, "", (passage,), QUESTION_AFTER, temperature)

@@ -233,34 +233,15 @@ def _from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query
 
 _ASKS: Final = frozenset(
     [
-        "who",
-        "whom",
-        "whose",
-        "what",
-        "when",
-        "where",
-        "which",
-        "why",
-        "how",
-        "is",
-        "are",
-        "was",
-        "were",
-        "do",
-        "does",
-        "did",
-        "can",
-        "could",
-        "should",
-        "would",
-        "will",
-        "has",
-        "have",
-        "had",
+        *("who", "whom", "whose", "what", "when", "where", "which", "why", "how"),
+        *("is", "are", "was", "were", "do", "does", "did", "has", "have", "had"),
+        *("can", "could", "should", "would", "will"),
     ]
 )
 _ABOUT_THE_TEXT: Final = re.compile(
-    r"\b(the|this|that|given|above) (text|passage|article|paragraph|document|author)\b|\bexample topic\b",
+    r"\b(?:the|this|that|given|above) "
+    r"(?:text|passage|article|paragraph|document|author|question|answer|subject)\b"
+    r"|\bexample topic\b",
     re.IGNORECASE,
 )
 _LABEL: Final = re.compile(r"^\s*(?:[-•]|\d+[.)]|(?:question|q)(?: ?\d+)?\s*[:.])\s*", re.IGNORECASE)
@@ -268,18 +249,25 @@ PASSES: Final = 4
 LATER_TEMPERATURE: Final = 0.8
 
 
-def as_question(text: str) -> str | None:
-    """The question in what a teacher wrote, or None where there is none that could stand alone."""
+def as_question(text: str, passage: str) -> str | None:
+    """The question in what a teacher wrote, or None where there is none that could stand alone.
+
+    It asks something, in 3 to 40 words, does not speak of the text, and has at least half of its longer
+    words from the passage.
+    """
+    known = set(re.findall(r"\w+", passage.lower()))
     for line in text.splitlines():
         question = _LABEL.sub("", line.replace("*", "")).strip().strip("\"'“”").strip()
         head, mark, _ = question.partition("?")
         question = head + mark
         words = re.findall(r"\w+", question.lower())
+        longer = [word for word in words if len(word) > 3 and word not in _ASKS]
         if (
             mark
-            and 3 < len(words) <= 40
+            and 3 <= len(words) <= 40
             and (words[0] in _ASKS or not _ASKS.isdisjoint(words[:6]))
             and not _ABOUT_THE_TEXT.search(question)
+            and sum(word in known for word in longer) * 2 >= max(1, len(longer))
         ):
             return question
     return None
@@ -344,7 +332,10 @@ def _ask(turns: Sequence[tuple[int, int]], passages: PassageTable, teacher: Teac
         {
             "row": pa.array([row for _, row in turns], pa.int64()),
             "text": pa.array(texts, pa.large_string()),
-            "question": pa.array([as_question(text) for text in texts], pa.large_string()),
+            "question": pa.array(
+                [as_question(text, prompt.documents[0]) for text, prompt in zip(texts, prompts, strict=True)],
+                pa.large_string(),
+            ),
         }
     )
 
