@@ -37,23 +37,36 @@ class Tracker:
         self.name, self.unit, self.total = name, unit, total
         self.done = done
         self._first = done
+        self._guess = 0
         self._started = self._spoke = time.monotonic()
 
-    def advance(self, count: int = 1) -> None:
-        """Say that `count` more are done."""
-        self.done += count
+    def advance(self, count: int = 1, fraction: float | None = None) -> None:
+        """Say that `count` more are done; without a total, what `fraction` of the whole that makes."""
+        self._add(count, fraction)
         if time.monotonic() - self._spoke >= LINE_EVERY_SECONDS:
             self._spoke = time.monotonic()
             log.info("%s", self.line())
 
+    def _add(self, count: int, fraction: float | None) -> None:
+        self.done += count
+        if self.total is None and fraction:
+            self._guess = max(self.done, round(self.done / fraction))
+
+    def counts(self) -> str:
+        """`3,000/24,000 passages`, with `~` before a total that is an estimate."""
+        total = f"/{self.total:,}" if self.total is not None else f"/~{self._guess:,}" if self._guess else ""
+        return f"{self.done:,}{total} {self.unit}"
+
+    def rate(self) -> float:
+        """How many a second, in this process."""
+        return (self.done - self._first) / max(time.monotonic() - self._started, 1e-9)
+
     def line(self) -> str:
         """`retrieve: 3,000/24,000 passages, 85.1/s, 4 min left`."""
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        rate = (self.done - self._first) / seconds
-        of_total = f"/{self.total:,}" if self.total is not None else ""
-        text = f"{self.name}: {self.done:,}{of_total} {self.unit}, {rate:,.1f}/s"
-        if self.total is not None and rate > 0 and self.done < self.total:
-            text += f", {duration((self.total - self.done) / rate)} left"
+        text = f"{self.name}: {self.counts()}, {self.rate():,.1f}/s"
+        left = (self.total or self._guess) - self.done
+        if left > 0 and self.rate() > 0:
+            text += f", {duration(left / self.rate())} left"
         return text
 
 
@@ -65,12 +78,13 @@ class _Bar(Tracker):
         self._progress = progress
         self._task = progress.add_task(name, total=total, completed=done, rate="")
 
-    def advance(self, count: int = 1) -> None:
-        self.done += count
-        rate = (self.done - self._first) / max(time.monotonic() - self._started, 1e-9)
-        of_total = f"/{self.total:,}" if self.total is not None else ""
+    def advance(self, count: int = 1, fraction: float | None = None) -> None:
+        self._add(count, fraction)
         self._progress.update(
-            self._task, completed=self.done, rate=f"{self.done:,}{of_total} {self.unit}  {rate:,.1f}/s"
+            self._task,
+            completed=self.done,
+            total=self.total or self._guess or None,
+            rate=f"{self.counts()}  {self.rate():,.1f}/s",
         )
 
 

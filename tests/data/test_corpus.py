@@ -300,3 +300,15 @@ def test_lines_are_numbered_across_chunks(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\n\ntwo is long enough\nlast")
     assert list(files.lines(path)) == [(1, b"one"), (3, b"two is long enough"), (4, b"last")]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "gz", "parquet", "csv", "folder"])
+def test_the_share_that_was_read_grows_to_the_whole(kind: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(files, "_CHUNK_BYTES", 64)
+    meter = files.Meter(files.input_files(_write(tmp_path, kind), "corpus"))
+    seen = [meter.fraction()]
+    for path in meter.paths:
+        seen += [meter.fraction() for _ in files.rows(path, meter)]
+    assert seen == sorted(seen)
+    assert seen[0] == 0
+    assert 0.5 < seen[-1] <= 1

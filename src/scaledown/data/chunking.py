@@ -98,8 +98,8 @@ class Chunker:
 
         def flush() -> None:
             nonlocal current, size
-            if current:
-                texts.append(_text(article, current))
+            if text := _text(article, current):  # exotic spaces alone are no passage
+                texts.append(text)
             current, size = [], 0
 
         for paragraph in _paragraphs(article, offsets, budget):

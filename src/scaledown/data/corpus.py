@@ -93,8 +93,10 @@ def build_passages(stage: Stage, config: PrepareConfig, corpus: Path, retriever:
             rows.append(table.num_rows)
             counts = json.loads(table.schema.metadata[b"counts"])
         started = time.perf_counter()
+        meter = files.Meter(files.input_files(corpus, "--corpus_path"))
+        limit = config.max_corpus_size
         with track("passages", "passages", None, counts["passages"]) as tracker:
-            for passages, now, rejected in _shards(corpus, config, chunker, counts):
+            for passages, now, rejected in _shards(corpus, meter, config, chunker, counts):
                 counts = now
                 stage.quarantine(f"{counts['lines']:012d}", rejected)
                 if not passages:
@@ -106,7 +108,8 @@ def build_passages(stage: Stage, config: PrepareConfig, corpus: Path, retriever:
                     pa.table(columns, schema=SCHEMA.with_metadata(metadata)),
                     time.perf_counter() - started,
                 )
-                tracker.advance(len(passages))
+                read = meter.fraction()
+                tracker.advance(len(passages), max(read, counts["articles"] / limit) if limit else read)
                 rows.append(len(passages))
                 started = time.perf_counter()
         if not counts["passages"]:
@@ -118,7 +121,7 @@ def build_passages(stage: Stage, config: PrepareConfig, corpus: Path, retriever:
 
 
 def _shards(
-    corpus: Path, config: PrepareConfig, chunker: Chunker, counts: dict[str, int]
+    corpus: Path, meter: files.Meter, config: PrepareConfig, chunker: Chunker, counts: dict[str, int]
 ) -> Iterator[tuple[list[Passage], dict[str, int], list[dict[str, Any]]]]:
     intake = files.Intake("the corpus", config.max_bad_fraction, counts["lines"], counts["bad"])
     articles, empty, total = counts["articles"], counts["empty"], counts["passages"]
@@ -134,8 +137,7 @@ def _shards(
             "empty": empty,
         }
 
-    paths = files.input_files(corpus, "--corpus_path")
-    every = itertools.chain.from_iterable(files.rows(path) for path in paths)
+    every = itertools.chain.from_iterable(files.rows(path, meter) for path in meter.paths)
     rows = itertools.islice(every, counts["lines"], None)  # skipped rows are not even parsed
     while True:
         # Batches are cut by rows read, so that a run that continues makes the same ones.

@@ -5,7 +5,7 @@ A malformed row is set aside with its line number and reason, never dropped sile
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -96,22 +96,47 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") or part.endswith(".work") for part in path.parts)
 
 
-def open_stream(path: Path) -> pa.NativeFile:
+class Meter:
+    """How far reading `paths`, one after the other, has come."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+        self._sizes = {path: path.stat().st_size for path in paths}
+        self._total = max(1, sum(self._sizes.values()))
+        self._before = 0
+        self._size = 0
+        self._share: Callable[[], float] = float
+
+    def watch(self, path: Path, share: Callable[[], float]) -> None:
+        """From now on `path` is read, and `share` tells how much of it was, 0..1."""
+        self._before += self._size
+        self._size, self._share = self._sizes[path], share
+
+    def fraction(self) -> float:
+        """The share of all bytes that was read, 0..1."""
+        return (self._before + self._share() * self._size) / self._total
+
+
+def open_stream(path: Path, meter: Meter | None = None) -> pa.NativeFile:
     """The bytes of a file, decompressed when its first bytes say so."""
     try:
         with path.open("rb") as file:
             head = file.read(4)
         compression = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
-        return pa.input_stream(str(path), compression=compression)
+        raw = pa.OSFile(str(path))
+        if meter:
+            size = max(1, path.stat().st_size)
+            meter.watch(path, lambda: 1.0 if raw.closed else raw.tell() / size)
+        return pa.CompressedInputStream(raw, compression) if compression else raw
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def lines(path: Path, meter: Meter | None = None) -> Iterator[tuple[int, bytes]]:
     """Numbered non-blank lines. Raises `InputError` where compressed data ends early."""
     number = 0
     rest = b""
-    with open_stream(path) as stream:
+    with open_stream(path, meter) as stream:
         while True:
             try:
                 chunk = stream.read(_CHUNK_BYTES)
@@ -136,27 +161,27 @@ def lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 )
 
 
-def rows(path: Path) -> Iterator[Row]:
+def rows(path: Path, meter: Meter | None = None) -> Iterator[Row]:
     """The records of one file, by its ending; an unknown ending is read as JSON lines."""
     suffix = inner_suffix(path)
     if suffix == ".parquet":
-        yield from _parquet_rows(path)
+        yield from _parquet_rows(path, meter)
     elif suffix in {".csv", ".tsv"}:
-        yield from _csv_rows(path, "," if suffix == ".csv" else "\t")
+        yield from _csv_rows(path, "," if suffix == ".csv" else "\t", meter)
     elif suffix in _TEXT:
         try:
-            with open_stream(path) as stream:
+            with open_stream(path, meter) as stream:
                 content = {"title": path.stem.removesuffix(suffix), "text": stream.read()}
         except OSError as error:
             raise InputError(f"{path}: the compressed data is cut short or damaged ({error})") from error
         yield Row(str(path), 1, content)
     else:
-        yield from _json_rows(path)
+        yield from _json_rows(path, meter)
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def _json_rows(path: Path, meter: Meter | None) -> Iterator[Row]:
     first = True
-    for number, line in lines(path):
+    for number, line in lines(path, meter):
         if first and line.startswith(b"["):
             raise InputError(
                 f"{path}: holds one JSON array; expected one record a line. Convert it with "
@@ -166,10 +191,14 @@ def _json_rows(path: Path) -> Iterator[Row]:
         yield Row(str(path), number, line)
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path, meter: Meter | None) -> Iterator[Row]:
     try:
         number = 0
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+        file = pq.ParquetFile(path)
+        total = max(1, file.metadata.num_rows)
+        if meter:
+            meter.watch(path, lambda: number / total)
+        for batch in file.iter_batches(batch_size=1024):
             for record in batch.to_pylist():
                 number += 1
                 yield Row(str(path), number, record)
@@ -177,9 +206,9 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise InputError(f"{path}: is not a whole Parquet file ({error})") from error
 
 
-def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
+def _csv_rows(path: Path, delimiter: str, meter: Meter | None) -> Iterator[Row]:
     csv.field_size_limit(_MAX_LINE_BYTES)
-    with open_stream(path) as stream:
+    with open_stream(path, meter) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.DictReader(text, delimiter=delimiter)
         try:
