@@ -60,12 +60,14 @@ class TransformersTeacher:
 
     def answer(self, prompts: Sequence[Prompt], advance: Callable[[int], None]) -> list[Answer | Rejection]:
         """Answers in the order of `prompts`; a prompt that cannot be asked gives a `Rejection`."""
+        from jinja2 import TemplateError
+
         results: list[Answer | Rejection] = [Rejection("")] * len(prompts)
         inputs: dict[int, tuple[list[int], int]] = {}
         for number, prompt in enumerate(prompts):
             try:
                 inputs[number] = self._fit(prompt)
-            except ValueError as error:
+            except (ValueError, TemplateError) as error:  # too long, or refused by the chat template
                 results[number] = Rejection(str(error))
                 advance(1)
         order = sorted(inputs, key=lambda number: -len(inputs[number][0]))
