@@ -13,19 +13,19 @@ class Query(NamedTuple):
     text: str
 
 
-class Article(NamedTuple):
-    """One entry of a corpus: its paragraphs in reading order, headings as `Block`s of their own."""
-
-    doc_id: str
-    title: str
-    blocks: tuple["Block", ...]
-
-
 class Block(NamedTuple):
     """A paragraph, list item or heading of an article."""
 
     text: str
     is_heading: bool = False
+
+
+class Article(NamedTuple):
+    """One entry of a corpus: its paragraphs in reading order, headings as `Block`s of their own."""
+
+    doc_id: str
+    title: str
+    blocks: tuple[Block, ...]
 
 
 class Passage(NamedTuple):
