@@ -89,6 +89,12 @@ def test_bad_lines_are_set_aside(tmp_path: Path) -> None:
     assert "invalid UTF-8" in row["reason"]
 
 
+def test_utf_16_says_how_to_convert_it(tmp_path: Path) -> None:
+    file = write(tmp_path / "q.txt", "What is it?\n".encode("utf-16") * 100)
+    with pytest.raises(InputError, match="iconv"):
+        collected(tmp_path, queries_file=(file,))
+
+
 def test_a_wrong_column_names_the_columns_there_are(tmp_path: Path) -> None:
     file = write(tmp_path / "q.jsonl", '{"asked": "What?"}\n')
     with pytest.raises(InputError, match=r"no text under 'title'; the columns are asked"):

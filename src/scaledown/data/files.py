@@ -145,6 +145,8 @@ def lines(path: Path, meter: Meter | None = None) -> Iterator[tuple[int, bytes]]
                     f"{path}: the compressed data is cut short or damaged after line {number:,} ({error}); "
                     "fetch the file again"
                 ) from error
+            if number == 0 and not rest and chunk.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise InputError(f"{path}: is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {path.name}")
             pieces = (rest + chunk).split(b"\n")
             rest = pieces.pop() if chunk else b""
             for piece in pieces:
