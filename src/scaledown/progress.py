@@ -110,8 +110,10 @@ def track(name: str, unit: str, total: int | None, done: int = 0) -> Iterator[Tr
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: `3.2 s`, `4 min`, `2 h 05 min`."""
+    """Seconds as people say them: `3.2 s`, `4 min 10 s`, `25 min`, `2 h 05 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
+    if seconds < 599.5:
+        return "{} min {:02d} s".format(*divmod(round(seconds), 60))
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -354,7 +354,7 @@ def summary(result: Result, config: PrepareConfig) -> str:
     lines.append("")
     for name, stage in result.stages.items():
         counts = ", ".join(f"{count:,} {what}" for what, count in stage.counts.items() if count)
-        lines.append(f"  {name:<11}{duration(stage.seconds):>9}   {counts}")
+        lines.append(f"  {name:<11}{duration(stage.seconds):>11}   {counts}")
     if result.quarantined:
         where = config.run_directory / "quarantine"
         lines += ["", f"set aside: {result.quarantined:,} lines or queries, each with its reason, in {where}"]
