@@ -98,6 +98,15 @@ def test_dependencies_have_reasons() -> None:
         assert f"\n{name}==" in pinned, name
 
 
+def test_a_reader_that_stops_early_is_no_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("{}\n" * 20000)
+    words = f"{sys.executable} -m scaledown validate {' '.join([str(path)] * 40)} | head -1"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith(f"{path}:1: record 1")
+    assert done.stderr == ""
+
+
 @pytest.mark.slow
 def test_the_api_reference_builds(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pdoc", "-o", str(tmp_path), "scaledown", "!scaledown.__main__"]

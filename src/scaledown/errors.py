@@ -12,6 +12,7 @@ ScaleDownError            exit status 1
 import contextlib
 import errno
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -67,7 +68,12 @@ def run_command(command: Callable[[], int], *, debug: bool, resumes: bool = Fals
     goes_on = "; finished work is kept, the same command continues from it" if resumes else ""
     try:
         with _terminate_like_interrupt():
-            return command()
+            status = command()
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt as error:
         print(f"interrupted{goes_on}", file=sys.stderr)
         return 143 if isinstance(error, _Terminated) else 130
