@@ -6,6 +6,7 @@ Precedence, lowest first: defaults, `--preset`, `--config`, flags.
 import argparse
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -176,6 +177,9 @@ class PrepareConfig:
     dtype: str = option("auto", MACHINE, "auto is bfloat16 on CUDA, float32 elsewhere", choices=DTYPES)
 
     def __post_init__(self) -> None:
+        given: object = self.queries_file
+        if not isinstance(given, tuple) or "" in given:
+            raise UsageError(f"--queries_file {self.queries_file!r}: expected a tuple of file names")
         self._check_queries()
         self._check_numbers()
         if not self.output_file:
@@ -231,8 +235,8 @@ class PrepareConfig:
             raise UsageError(f"--passage_tokens {self.passage_tokens}: must be at least 16")
         if not 0 <= self.max_bad_fraction <= 1:
             raise UsageError(f"--max_bad_fraction {self.max_bad_fraction}: must lie between 0 and 1")
-        if self.temperature < 0:
-            raise UsageError(f"--temperature {self.temperature}: must not be negative")
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(f"--temperature {self.temperature}: must not be negative, and finite")
 
     @property
     def reranks(self) -> bool:

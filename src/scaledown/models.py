@@ -81,6 +81,8 @@ def resolve(name: str) -> ModelSource:
     gguf_file = None
     if repository.endswith(".gguf") and repository.count("/") == 2:
         repository, gguf_file = repository.rsplit("/", 1)
+    if gguf_file is None and repository.endswith(".gguf"):
+        raise ModelError(f"model {name!r}: there is no such file; on the hub it is org/name/file.gguf")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or repository.startswith("."):
         raise ModelError(f"model {name!r}: there is no such folder or file, and it is no hub name")
     commit = _commit(repository, revision or None, gguf_file or "config.json")

@@ -38,7 +38,7 @@ Shard: TypeAlias = pa.Table | Arrays
 def fingerprint(settings: Mapping[str, Any]) -> str:
     """16 hex digits that change when any of `settings` does."""
     text = json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -69,13 +69,14 @@ def atomic(path: Path) -> Iterator[Path]:
 def write_json(path: Path, content: Any) -> None:
     """Write `content` atomically, readable by people."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")  # file names are bytes
 
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file, or None where there is none or it is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
     except (FileNotFoundError, ValueError):
         return None
 
@@ -210,7 +211,7 @@ class Stage:
         path.parent.mkdir(exist_ok=True)
         with atomic(path) as temporary:
             lines = (json.dumps(row, ensure_ascii=False) for row in rejected)
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
 
     def _seconds(self) -> float:
         path = self.folder / "timings.jsonl"
@@ -318,7 +319,7 @@ class RunDirectory:
             parts.append(f"{name}:{known['sha256']}")
         if changed:
             write_json(self.path / "inputs.json", seen)
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
 
 
 def _sha256(path: Path) -> str:

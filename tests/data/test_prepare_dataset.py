@@ -486,6 +486,30 @@ def test_an_output_inside_the_corpus_is_refused(prepare, tmp_path, capsys) -> No
     assert "lies in the corpus" in refused(prepare, capsys, *flags, status=2)
 
 
+@pytest.mark.parametrize("place", ["corpus", "queries", "run directory"])
+def test_an_output_over_an_input_is_refused(place, prepare, corpus, queries, tmp_path, capsys) -> None:
+    content = corpus.read_bytes()
+    queries.rename(tmp_path / "q.jsonl")
+    (tmp_path / "q.jsonl").write_text('{"query": "What?"}\n')
+    output = {"corpus": corpus, "queries": tmp_path / "q.jsonl", "run directory": tmp_path / "w" / "o.json"}[
+        place
+    ]
+    flags = ("--queries_file", str(tmp_path / "q.jsonl"), "--corpus_path", str(corpus))
+    flags += ("--output_file", str(output), "--work_dir", str(tmp_path / "w"))
+    error = refused(prepare, capsys, *flags, status=2, inputs=False)
+    assert "is also read" in error or "lies in the run directory" in error
+    assert corpus.read_bytes() == content
+
+
+def test_a_file_name_that_is_no_unicode(prepare, corpus, tmp_path, capsys) -> None:
+    name = os.fsdecode(b"caf\xe9.jsonl")
+    try:
+        corpus = corpus.rename(tmp_path / name)
+    except OSError:
+        pytest.skip("this file system has only Unicode names")
+    assert "rename it" in refused(prepare, capsys, "--corpus_path", str(corpus))
+
+
 def test_only_what_is_read_of_a_corpus_folder_counts(prepare, tmp_path, monkeypatch) -> None:
     folder = tmp_path / "texts"
     (folder / "deeper").mkdir(parents=True)

@@ -89,6 +89,11 @@ def test_bad_lines_are_set_aside(tmp_path: Path) -> None:
     assert "invalid UTF-8" in row["reason"]
 
 
+def test_a_text_that_begins_like_a_bzip2_file_is_a_text(tmp_path: Path) -> None:
+    file = write(tmp_path / "q.txt", "BZhang: who is it?\n")
+    assert collected(tmp_path, queries_file=(file,)) == [("q1", "BZhang: who is it?")]
+
+
 def test_utf_16_says_how_to_convert_it(tmp_path: Path) -> None:
     file = write(tmp_path / "q.txt", "What is it?\n".encode("utf-16") * 100)
     with pytest.raises(InputError, match="iconv"):

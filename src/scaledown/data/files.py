@@ -5,6 +5,7 @@ A malformed row is set aside with its line number and reason, never dropped sile
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -15,7 +16,8 @@ import pyarrow.parquet as pq
 
 from scaledown.errors import InputError
 
-_MAGIC: Final = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
+# bzip2: its three letters, a digit, and how a block begins (text may begin with the letters)
+_MAGIC: Final = ((rb"\x1f\x8b", "gzip"), (rb"\x28\xb5\x2f\xfd", "zstd"), (rb"BZh[1-9]1AY&SY", "bz2"))
 _COMPRESSED: Final = {".gz", ".zst", ".zstd", ".bz2"}
 _TEXT: Final = {".txt", ".md"}
 _LINES: Final = {".json", ".jsonl", ".ndjson"}
@@ -78,6 +80,10 @@ def input_files(path: Path, what: str) -> list[Path]:
     """The files behind a file or folder, sorted. Raises `InputError` when there are none."""
     if not path.exists():
         raise InputError(f"{what} {path}: there is no such file; check the path")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{what} {path!a}: the name is not valid Unicode; rename it") from None
     if path.is_file():
         return [path]
     known = _TEXT | _LINES | _TABLES
@@ -121,8 +127,8 @@ def open_stream(path: Path, meter: Meter | None = None) -> pa.NativeFile:
     """The bytes of a file, decompressed when its first bytes say so."""
     try:
         with path.open("rb") as file:
-            head = file.read(4)
-        compression = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
+            head = file.read(16)
+        compression = next((name for magic, name in _MAGIC if re.match(magic, head)), None)
         raw = pa.OSFile(str(path))
         if meter:
             size = max(1, path.stat().st_size)
@@ -246,7 +252,7 @@ def parse(row: Row) -> dict[str, Any]:
 
 def _decode(content: bytes) -> str:
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"invalid UTF-8 ({error.reason} at byte {error.start})") from error
 

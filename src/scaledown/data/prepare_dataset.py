@@ -168,6 +168,10 @@ def _find(config: PrepareConfig, output: Path) -> _Sources:
     if corpus.is_dir() and output.resolve().is_relative_to(corpus.resolve()):
         raise UsageError(f"--output_file {output} lies in the corpus {corpus}: put it elsewhere")
     queries = query_files(config)
+    if any(output.resolve() == path.resolve() for path in (corpus, *queries)):
+        raise UsageError(f"--output_file {output} is also read: name another, it would be overwritten")
+    if output.resolve().is_relative_to(config.run_directory.resolve()):
+        raise UsageError(f"--output_file {output} lies in the run directory: put it elsewhere")
     if (folder := Path(config.query_dataset)).is_dir() and config.query_dataset:
         queries.append(folder)
     if not config.reranks and config.reranker_model != PrepareConfig.reranker_model:

@@ -197,6 +197,9 @@ def add_reranking_scores(
     """
     if top_k is not None and top_k < 1:
         raise UsageError(f"top_k {top_k}: must be at least 1")
+    if batch_size < 1:
+        raise UsageError(f"batch_size {batch_size}: must be at least 1")
+    queries_with_docs = list(queries_with_docs)
     if score_scale not in {"raw", "sigmoid"}:
         raise UsageError(f"score_scale {score_scale!r}: use raw or sigmoid")
     check_records(queries_with_docs)

@@ -10,7 +10,7 @@ from scaledown.data.corpus import PassageTable
 from scaledown.data.prompts import answer_prompt
 from scaledown.data.reranker import check_records
 from scaledown.data.teachers import Generation, Rejection, Teacher
-from scaledown.errors import InputError
+from scaledown.errors import InputError, UsageError
 from scaledown.models import ModelSource, choose_device, resolve
 from scaledown.progress import track
 from scaledown.records import Answer, Example, QueryWithDocuments, document_text, full_text
@@ -47,6 +47,9 @@ def generate_teacher_answers(
     A record that cannot be asked (its question alone exceeds the teacher's context) or whose answer is
     empty is left out, and a warning names it.
     """
+    if batch_size < 1 or max_new_tokens < 1:
+        raise UsageError("batch_size and max_new_tokens must be at least 1")
+    queries_with_docs = list(queries_with_docs)
     check_records(queries_with_docs)
     generation = Generation(max_new_tokens, seed, batch_size, load_in_8bit, load_in_4bit)
     teacher = load_teacher(resolve(teacher_model), choose_device(device), dtype, generation)
