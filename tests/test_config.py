@@ -98,6 +98,7 @@ def test_config_files_that_are_none(content, error, match, tmp_path: Path) -> No
         ({"queries_file": ()}, "no queries"),
         ({"output_file": ""}, "no output"),
         ({"output_file": "o.txt"}, "ending chooses the format"),
+        ({"output_file": "o.json/"}, "is a folder"),
         ({"teacher_8bit": True, "teacher_4bit": True}, "exclude each other"),
         ({"batch_size": 0}, "--batch_size 0"),
         ({"passage_tokens": 3}, "at least 16"),

@@ -184,6 +184,8 @@ class PrepareConfig:
         self._check_numbers()
         if not self.output_file:
             raise UsageError("no output: give --output_file train_data.json")
+        if str(self.output_file).endswith("/"):
+            raise UsageError(f"--output_file {self.output_file} is a folder: name a file in it")
         if Path(self.output_file).suffix not in OUTPUT_SUFFIXES:
             raise UsageError(
                 f"--output_file {self.output_file}: the ending chooses the format; "

@@ -90,6 +90,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
         ({**GOOD, "reranking_scores": [1.0]}, "has 1 reranking_scores for 2 documents"),
         ({**GOOD, "reranking_scores": [1.0, float("nan")]}, "not a finite number"),
         ({**GOOD, "reranking_scores": 1}, "reranking_scores is not a list"),
+        ({**GOOD, "reranking_scores": [1.0, float("-inf")]}, "not a finite number"),
     ],
 )
 def test_problems_are_named(record, problem) -> None:
@@ -223,6 +224,13 @@ def test_merge_refuses_different_settings_unless_told(tmp_path: Path) -> None:
         merge([first, second], tmp_path / "full.json")
     assert not (tmp_path / "full.json").exists()
     assert merge([first, second], tmp_path / "full.json", allow_different_settings=True).records == 2
+
+
+def test_merge_does_not_trip_over_a_manifest_of_another_kind(tmp_path: Path) -> None:
+    path = made(tmp_path / "a.json", numbered([1]))
+    for content in ("12", '{"parameters": {}}'):
+        (tmp_path / "a.json.work" / "manifest.json").write_text(content)
+        assert merge([path], tmp_path / "full.json").records == 1
 
 
 def test_merge_compares_content_and_not_where_it_lies(tmp_path: Path) -> None:

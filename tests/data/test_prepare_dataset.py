@@ -187,6 +187,15 @@ def test_an_edited_output_is_left_as_it_is(prepare, capsys) -> None:
     assert records(prepare.output)[0]["query"] == "mine"
 
 
+@pytest.mark.parametrize("content", ["", "garbage", "[{}]", '[{"query": "a"'])
+def test_a_damaged_output_is_written_again(content, prepare) -> None:
+    prepare(*RERANK)
+    whole = prepare.output.read_bytes()
+    prepare.output.write_text(content)
+    assert prepare(*RERANK) == 0
+    assert prepare.output.read_bytes() == whole
+
+
 def test_a_changed_setting_redoes_its_stage_and_those_after_it(prepare, monkeypatch) -> None:
     prepare(*RERANK)
     stages = {

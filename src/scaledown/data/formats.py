@@ -196,7 +196,7 @@ def _score_problems(scores: Any, documents: int) -> list[str]:
     if len(scores) != documents:
         found.append(f"has {len(scores)} reranking_scores for {documents} documents")
     if not all(
-        isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+        isinstance(score, float | int) and not isinstance(score, bool) and abs(score) < math.inf
         for score in scores
     ):
         found.append("reranking_scores holds something that is not a finite number")
@@ -292,7 +292,7 @@ def _check_same_settings(paths: Sequence[Path]) -> None:
     first: tuple[Path, dict[str, Any]] | None = None
     for path in paths:
         manifest = read_json(Path(f"{path}.work") / "manifest.json")
-        if not manifest:
+        if not isinstance(manifest, dict) or not {"parameters", "models", "inputs"} <= manifest.keys():
             log.warning("%s: no manifest beside it, so its settings are not compared", path)
             continue
         settings = {k: v for k, v in manifest["parameters"].items() if k not in _RUN_OWN}

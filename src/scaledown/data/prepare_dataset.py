@@ -23,7 +23,7 @@ from scaledown.config import PrepareConfig, build_parser, from_flags, underscore
 from scaledown.data.corpus import build_passages, sample_corpus
 from scaledown.data.export import examples, write_examples
 from scaledown.data.files import input_files
-from scaledown.data.formats import entries
+from scaledown.data.formats import entries, validate
 from scaledown.data.prompts import VERSION as PROMPT_VERSION
 from scaledown.data.queries import collect_queries, query_files, write_questions
 from scaledown.data.reranker import LIKELIHOOD_PREFIX, load_reranker, rerank, resolve_reranker
@@ -323,6 +323,9 @@ def _finished(run: RunDirectory, request: str, output: Path) -> Result | None:
     written = manifest["output"]
     if run.content_hash(output) != written["sha256"]:
         if written["path"] != str(output.resolve()):
+            return None
+        if validate(output).bad_records:
+            log.warning("%s is damaged: writing it again", output)
             return None
         log.warning("%s was changed since it was written and is left so; delete it to have it again", output)
     stages = {
