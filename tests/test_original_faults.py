@@ -209,7 +209,7 @@ def test_no_passage_crosses_articles_or_the_limit(models) -> None:
     tokenizer = AutoTokenizer.from_pretrained(models["splade"])
     lines = (tiny.EXAMPLES / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
     articles = [parse_article(json.loads(line), "x") for line in lines]
-    for passages in Chunker(tokenizer, "tokens", 128).passages(articles):
-        for passage in passages:
+    for passages in Chunker(tokenizer.backend_tokenizer, "tokens", 128).passages(articles):
+        for passage, _ in passages:
             ids = tokenizer(f"{passage.title}\n{passage.text}", add_special_tokens=False)["input_ids"]
             assert len(ids) <= 128

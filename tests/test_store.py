@@ -7,13 +7,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
 
-from scaledown.errors import OutputError, RunDirectoryError
+from scaledown.errors import ModelError, OutputError, RunDirectoryError
+from scaledown.models import Halving
 from scaledown.store import RunDirectory, Stage, atomic, check_writable, fingerprint, read_json, write_json
 
 
@@ -81,35 +82,98 @@ def test_only_missing_shards_are_made(tmp_path: Path) -> None:
     assert stage.table(1).to_pydict() == {"n": [10]}
 
 
-def test_arrays_are_stored_without_pickle(tmp_path: Path) -> None:
-    stage = Stage(RunDirectory(tmp_path), "vectors", {})
-    stage.write(0, {"a": np.arange(3, dtype=np.uint16)})
-    assert stage.arrays(0)["a"].dtype == np.uint16
-    with pytest.raises(ValueError, match=r"[Pp]ickle|object"):
-        stage.write(1, {"a": np.array([object()])})
-    assert not stage.has(1)
-
-
-@pytest.mark.parametrize(("name", "content"), [("ranked", table(0)), ("vectors", {"a": np.zeros(5)})])
 @pytest.mark.parametrize("kept", [None, 0, 60])
-def test_a_damaged_shard_says_what_to_delete(name, content, kept, tmp_path: Path) -> None:
-    stage = Stage(RunDirectory(tmp_path), name, {})
-    stage.write(0, content)
+def test_a_damaged_shard_says_what_to_delete(kept, tmp_path: Path) -> None:
+    stage = Stage(RunDirectory(tmp_path), "ranked", {})
+    stage.write(0, table(0))
     if kept is None:
         stage.path(0).unlink()
     else:
         stage.path(0).write_bytes(stage.path(0).read_bytes()[:kept])
     with pytest.raises(RunDirectoryError, match=f"delete {stage.folder}"):
-        stage.table(0) if name == "ranked" else stage.arrays(0)
+        stage.table(0)
 
 
-def test_timings_survive_a_line_cut_short(tmp_path: Path) -> None:
+def test_one_changed_bit_is_noticed(tmp_path: Path) -> None:
+    stage = Stage(RunDirectory(tmp_path), "vectors", {})
+    stage.write(0, pa.table({"n": list(range(1000))}))
+    assert stage.table(0, check=True).num_rows == 1000
+    content = bytearray(stage.path(0).read_bytes())
+    content[len(content) // 2] ^= 1
+    stage.path(0).write_bytes(content)
+    with pytest.raises(RunDirectoryError, match="damaged"):
+        stage.table(0, check=True)
+
+
+def test_shards_made_together_are_made_once(tmp_path: Path) -> None:
+    stage = Stage(RunDirectory(tmp_path), "candidates", {})
+    stage.write(4, table(40))
+    groups = []
+
+    def work(group: range) -> list[pa.Table]:
+        groups.append(group)
+        return [table(shard) for shard in group]
+
+    stage.complete_together(7, 3, work)
+    assert groups == [range(3), range(3, 6), range(6, 7)]
+    assert [stage.table(n).to_pydict()["n"] for n in range(7)] == [[0], [1], [2], [3], [40], [5], [6]]
+
+
+def test_work_behind_another_stage_starts_before_that_ends(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    source, stage = Stage(run, "passages", {}), Stage(run, "vectors", {})
+    source.write(0, table(0))
+
+    def work(shard: int) -> pa.Table:
+        if shard == 0:  # only now does the source go on
+            source.write(1, table(1))
+            source.finish([1, 1], {})
+        return source.table(shard)
+
+    stage.complete_behind(source, work, lambda: None)
+    assert [stage.table(n).to_pydict()["n"] for n in range(2)] == [[0], [1]]
+
+
+def test_work_behind_a_stage_that_failed_fails_with_it(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+
+    def check() -> None:
+        raise ValueError("the corpus ended")
+
+    with pytest.raises(ValueError, match="the corpus ended"):
+        Stage(run, "vectors", {}).complete_behind(Stage(run, "passages", {}), lambda _: table(0), check)
+
+
+def test_the_journal_survives_a_line_cut_short(tmp_path: Path) -> None:
     stage = Stage(RunDirectory(tmp_path), "ranked", {})
     stage.write(0, table(0), 1.5)
-    with (stage.folder / "timings.jsonl").open("a") as file:
+    with (stage.folder / "journal.jsonl").open("a") as file:
         file.write('{"shard": 1, "sec\n')
     stage.write(1, table(1), 2.0)
     assert stage.finish([1, 1], {}).seconds == 3.5
+
+
+def test_halved_batches_are_counted(tmp_path: Path) -> None:
+    stage = Stage(RunDirectory(tmp_path), "vectors", {})
+    halving = Halving("--batch_size")
+
+    def work(batch: Sequence[int]) -> int:
+        if len(batch) > 2:
+            raise MemoryError
+        return sum(batch)
+
+    with stage.noting(0, lambda: halving.count):
+        assert halving(work, [1, 2, 3, 4, 5]) == [3, 3, 9]
+    stage.write(0, table(0))
+    assert stage.finish([1], {"rows": 1}).counts == {"rows": 1, "halved_batches": 2}
+
+
+def test_one_text_that_does_not_fit_says_so() -> None:
+    def work(_: Sequence[int]) -> int:
+        raise RuntimeError("CUDA out of memory")
+
+    with pytest.raises(ModelError, match="one text at a time"):
+        Halving("--batch_size")(work, [1, 2])
 
 
 def _complete(path: Path, made: Path) -> None:
@@ -139,6 +203,7 @@ def test_two_processes_share_the_shards(tmp_path: Path) -> None:
 
 CLAIM = """
 import sys, time
+from collections.abc import Sequence
 from pathlib import Path
 from scaledown.store import RunDirectory
 with RunDirectory(Path(sys.argv[1])).claim("mine"):

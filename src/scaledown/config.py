@@ -34,6 +34,8 @@ def option(  # noqa: PLR0917
 
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+WEIGHTS: Final = ("float16", "uint8", "float32")
+SEARCHES: Final = ("exact", "approximate")
 PASSAGE_MODES: Final = ("tokens", "paragraph", "article")
 SCORE_SCALES: Final = ("raw", "sigmoid")
 QA_DATASETS: Final = ("natural_questions", "trivia_qa", "squad", "nq_open", "pisco")
@@ -126,6 +128,24 @@ class PrepareConfig:
         "SPLADE model or sentence-transformers bi-encoder (dense retrieval)",
         metavar="MODEL",
     )
+    weights: str = option(
+        "float16", RETRIEVAL, "how the weights of sparse vectors are stored", choices=WEIGHTS
+    )
+    search: str = option(
+        "exact",
+        RETRIEVAL,
+        "exact, or approximate: Seismic, for sparse vectors, where exact search would take days "
+        "(extra: approximate)",
+        choices=SEARCHES,
+    )
+    min_recall: float = option(
+        0.99,
+        RETRIEVAL,
+        "stop when --search approximate finds less than this share of the exact top k on a sample",
+        "0..1",
+        metavar="X",
+    )
+    search_memory: float = option(1.0, RETRIEVAL, "what a search may hold at once", "GB", metavar="GB")
     top_k_retrieval: int = option(20, RETRIEVAL, "passages retrieved per query", "passages", metavar="K")
     batch_size: int = option(32, RETRIEVAL, "texts encoded at once", "texts", metavar="N")
 
@@ -164,6 +184,12 @@ class PrepareConfig:
 
     output_file: str = option("", OUTPUT, "training data: .json, .jsonl or .parquet", metavar="FILE")
     work_dir: str = option("", OUTPUT, "run directory; without it, <output_file>.work", metavar="DIR")
+    index_dir: str = option(
+        "",
+        OUTPUT,
+        "keep passages and vectors here, for many runs (scaledown index); without it, in the run directory",
+        metavar="DIR",
+    )
     seed: int = option(0, OUTPUT, "seed of every random choice", metavar="N")
     passages_per_shard: int = option(
         8192, OUTPUT, "passages kept in memory and lost at most by a crash", "passages", metavar="N"
@@ -175,6 +201,9 @@ class PrepareConfig:
 
     device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", metavar="DEVICE")
     dtype: str = option("auto", MACHINE, "auto is bfloat16 on CUDA, float32 elsewhere", choices=DTYPES)
+    workers: int = option(
+        0, MACHINE, "that parse, cut and tokenise a large corpus; 0 is one a core", "processes", metavar="N"
+    )
 
     def __post_init__(self) -> None:
         given: object = self.queries_file
@@ -193,7 +222,7 @@ class PrepareConfig:
             )
         if self.teacher_8bit and self.teacher_4bit:
             raise UsageError("--teacher_8bit and --teacher_4bit exclude each other: give one")
-        for name in ("passages", "reranking_score_scale", "dtype"):
+        for name in ("passages", "weights", "search", "reranking_score_scale", "dtype"):
             allowed = _metadata(type(self), name)["choices"]
             if getattr(self, name) not in allowed:
                 raise UsageError(f"--{name} {getattr(self, name)}: use one of {', '.join(allowed)}")
@@ -225,7 +254,7 @@ class PrepareConfig:
         for name in at_least_one:
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("max_corpus_size", "num_synthetic_queries", "top_k_reranking"):
+        for name in ("max_corpus_size", "num_synthetic_queries", "top_k_reranking", "workers"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name} {getattr(self, name)}: must not be negative")
         if self.top_k_reranking > self.top_k_retrieval:
@@ -235,8 +264,11 @@ class PrepareConfig:
             )
         if self.passage_tokens < 16:
             raise UsageError(f"--passage_tokens {self.passage_tokens}: must be at least 16")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise UsageError(f"--max_bad_fraction {self.max_bad_fraction}: must lie between 0 and 1")
+        for name in ("max_bad_fraction", "min_recall"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"--{name} {getattr(self, name)}: must lie between 0 and 1")
+        if not 0 < self.search_memory < math.inf:
+            raise UsageError(f"--search_memory {self.search_memory}: must be above 0, and finite")
         if not 0 <= self.temperature < math.inf:
             raise UsageError(f"--temperature {self.temperature}: must not be negative, and finite")
 

@@ -13,9 +13,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from filelock import FileLock
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("scaledown")
+
+Item = TypeVar("Item")
+Done = TypeVar("Done")
 
 
 class _Bundle(NamedTuple):
@@ -304,6 +307,47 @@ def memory_errors(flag: str) -> Iterator[None]:
         raise ModelError(
             f"out of memory: lower {flag}; what was made with the larger value is then made again"
         ) from error
+
+
+class Halving:
+    """Runs batches; one that runs out of memory is halved until its parts fit. `count` says how often."""
+
+    def __init__(self, flag: str) -> None:
+        self.flag = flag
+        self.count = 0
+
+    def __call__(self, work: Callable[[Sequence[Item]], Done], batch: Sequence[Item]) -> list[Done]:
+        """`work(batch)`, or its results for the parts of the batch, in order.
+
+        Raises `ModelError` when even one item does not fit.
+        """
+        try:
+            return [work(batch)]
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise ModelError(
+                    f"out of memory with one text at a time ({self.flag} 1): use a smaller model, shorter "
+                    "texts or a larger machine"
+                ) from error
+        self.count += 1
+        middle = (len(batch) + 1) // 2
+        log.warning(
+            "out of memory: %s texts at once were halved; a lower %s avoids this", len(batch), self.flag
+        )
+        _free_memory()
+        return self(work, batch[:middle]) + self(work, batch[middle:])
+
+
+def _free_memory() -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def choose_dtype(name: str, device: str) -> "torch.dtype":

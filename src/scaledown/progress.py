@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from typing import Final
@@ -98,6 +99,17 @@ def track(name: str, unit: str, total: int | None, done: int = 0) -> Iterator[Tr
         yield tracker
         log.info("%s", tracker.line())
         return
+    with _drawing() as progress:
+        yield _Bar(name, unit, total, done, progress)
+
+
+_drawn: list[Progress] = []
+_drawing_lock: Final = threading.RLock()
+
+
+@contextlib.contextmanager
+def _drawing() -> Iterator[Progress]:
+    """The bars on the terminal: stages that run at once share them."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description:<10}"),
@@ -105,8 +117,18 @@ def track(name: str, unit: str, total: int | None, done: int = 0) -> Iterator[Tr
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
-        yield _Bar(name, unit, total, done, progress)
+    with _drawing_lock:
+        progress = _drawn[0] if _drawn else Progress(*columns, console=console)
+        if not _drawn:
+            progress.start()
+        _drawn.append(progress)
+    try:
+        yield progress
+    finally:
+        with _drawing_lock:
+            _drawn.pop()
+            if not _drawn:
+                progress.stop()
 
 
 def duration(seconds: float) -> str:

@@ -14,12 +14,11 @@ import os
 import socket
 import time
 import uuid
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
@@ -27,12 +26,12 @@ from scaledown.errors import InputError, OutputError, RunDirectoryError
 
 log = logging.getLogger("scaledown")
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 STAGES: Final = ("synthetic", "queries", "passages", "vectors", "candidates", "ranked", "answers")
 _OWN_NAMES: Final = {*STAGES, "quarantine", "live", "locks", "manifest.json", "inputs.json"}
 
-Arrays: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
-Shard: TypeAlias = pa.Table | Arrays
+_CHECKSUM_BYTES: Final = 4
+_WAIT_SECONDS: Final = 0.1
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -42,8 +41,11 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success it becomes `path`, durable, in one step."""
+def atomic(path: Path, room: int = 0) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success it becomes `path`, durable, in one step.
+
+    `room`, in bytes, is what a full disk is said to need.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -57,8 +59,9 @@ def atomic(path: Path) -> Iterator[Path]:
             os.close(directory)
     except OSError as error:
         if error.errno == errno.ENOSPC:
+            needed = f"about {max(room, 1 << 20) / 1e6:,.0f} MB" if room else "some"
             raise OutputError(
-                f"no space left while writing {path}: free some and run the same command again, "
+                f"no space left while writing {path}: free {needed} and run the same command again, "
                 "it continues from here"
             ) from error
         raise
@@ -90,7 +93,10 @@ class StageResult(NamedTuple):
 
 
 class Stage:
-    """The shards of one stage under one set of settings. Shards are Arrow files or NumPy archives."""
+    """The shards of one stage under one set of settings.
+
+    A shard is an Arrow IPC stream, read memory-mapped, followed by the CRC-32 of its bytes.
+    """
 
     def __init__(self, run: "RunDirectory", name: str, settings: Mapping[str, Any]) -> None:
         self.name = name
@@ -105,7 +111,7 @@ class Stage:
 
     def path(self, shard: int) -> Path:
         """Where shard number `shard` lies once it is whole."""
-        return self.folder / f"{shard:06d}{'.npz' if self.name == 'vectors' else '.arrow'}"
+        return self.folder / f"{shard:06d}.arrow"
 
     def has(self, shard: int) -> bool:
         """Whether the shard is finished."""
@@ -126,34 +132,52 @@ class Stage:
             raise RunDirectoryError(f"{self.folder} is unfinished: run the same command again")
         return result
 
-    def write(self, shard: int, content: Shard, seconds: float = 0.0) -> None:
-        """Write a whole shard atomically and note how long it took."""
-        with atomic(self.path(shard)) as temporary:
-            if isinstance(content, pa.Table):
-                with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, content.schema) as writer:
-                    writer.write_table(content)
-            else:
-                with temporary.open("wb") as file:
-                    np.savez(file, allow_pickle=False, **content)
-        with (self.folder / "timings.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"shard": shard, "seconds": round(seconds, 3)}) + "\n")
+    def write(self, shard: int, content: pa.Table, seconds: float = 0.0, left: float = 0.0) -> None:
+        """Write a whole shard atomically and note how long it took.
 
-    def table(self, shard: int) -> pa.Table:
-        """An Arrow shard, memory-mapped."""
-        with self._reading(shard) as path:
-            return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        `left` is how many more shards of this size are to come: a full disk is told what the stage needs.
+        """
+        with atomic(self.path(shard), room=int((left + 1) * content.nbytes)) as temporary:
+            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, content.schema) as writer:
+                writer.write_table(content.combine_chunks())
+            checksum = _checksum(pa.memory_map(str(temporary)).read_buffer())
+            with temporary.open("ab") as file:
+                file.write(checksum)
+        self.note({"shard": shard, "seconds": round(seconds, 3)})
 
-    def arrays(self, shard: int) -> dict[str, np.ndarray[Any, Any]]:
-        """A NumPy shard."""
-        with self._reading(shard) as path, path.open("rb") as file:
-            return dict(np.load(file, allow_pickle=False))
+    def note(self, event: Mapping[str, Any]) -> None:
+        """Append to the stage's journal: seconds of a shard, or a batch that had to be halved."""
+        with (self.folder / "journal.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
 
     @contextlib.contextmanager
-    def _reading(self, shard: int) -> Iterator[Path]:
+    def noting(self, shard: int, count: Callable[[], int]) -> Iterator[None]:
+        """Note by how much the number of halved batches grows inside, if it does."""
+        before = count()
+        yield
+        if more := count() - before:
+            self.note({"shard": shard, "halved": more})
+
+    def journal(self) -> list[dict[str, Any]]:
+        """What was noted, in order."""
+        path = self.folder / "journal.jsonl"
+        notes = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):  # a line cut short by a crash
+                if isinstance(event := json.loads(line), dict):
+                    notes.append(event)
+        return notes
+
+    def table(self, shard: int, *, check: bool = False) -> pa.Table:
+        """A shard, memory-mapped; with `check`, all of it is read and compared with its checksum."""
         path = self.path(shard)
         try:
-            yield path
-        except (pa.ArrowException, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+            mapped = pa.memory_map(str(path)).read_buffer()
+            body = mapped[: mapped.size - _CHECKSUM_BYTES]
+            if check and _checksum(body) != mapped[body.size :].to_pybytes():
+                raise ValueError("the checksum differs")  # noqa: TRY301
+            return pa.ipc.open_stream(body).read_all()
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise RunDirectoryError(
                 f"{path} is missing or damaged: delete {path.parent} and run the same command again"
             ) from error
@@ -165,24 +189,64 @@ class Stage:
 
     def finish(self, rows: list[int], counts: Mapping[str, int]) -> StageResult:
         """Mark the stage as complete."""
-        result = StageResult(rows, dict(counts), round(self._seconds(), 2))
+        journal = self.journal()
+        halved = sum(int(event.get("halved", 0)) for event in journal)
+        seconds = sum(float(event.get("seconds", 0)) for event in journal)
+        result = StageResult(
+            rows, {**counts, **({"halved_batches": halved} if halved else {})}, round(seconds, 2)
+        )
         write_json(self.folder / "done.json", result._asdict())
         return result
 
-    def complete(self, shards: int, work: Callable[[int], Shard]) -> None:
+    def complete(self, shards: int, work: Callable[[int], pa.Table]) -> None:
         """Make every missing shard with `work(number)`, sharing the work with other live processes."""
-        while missing := [shard for shard in range(shards) if not self.has(shard)]:
-            idle = True
-            for shard in missing:
-                with self.lease(f"{shard:06d}") as mine:
-                    if not mine or self.has(shard):
-                        continue
-                    idle = False
+        self.complete_together(shards, 1, lambda group: [work(group.start)])
+
+    def complete_together(
+        self, shards: int, at_once: int, work: Callable[[range], Iterable[pa.Table]]
+    ) -> None:
+        """Like `complete`, for work that gives `at_once` consecutive shards, in their order."""
+        groups = [range(first, min(first + at_once, shards)) for first in range(0, shards, at_once)]
+        waited = False
+        while missing := [group for group in groups if not all(map(self.has, group))]:
+            made = [self._make(group, shards, work) for group in missing]
+            if not any(made):
+                if not waited:
+                    log.info("%s: waiting for the process that makes the last %s", self.name, len(missing))
+                waited = True
+                time.sleep(_WAIT_SECONDS)
+
+    def complete_behind(
+        self, source: "Stage", work: Callable[[int], pa.Table], check: Callable[[], None]
+    ) -> None:
+        """Like `complete`, one shard for each of `source`, which is still being made meanwhile.
+
+        `check` is called while waiting and raises when nobody makes `source` any longer.
+        """
+        number = 0
+        while source.done() is None:
+            if source.has(number):
+                if not self.has(number):
+                    self._make(range(number, number + 1), number + 1, lambda group: [work(group.start)])
+                number += 1
+            else:
+                check()
+                time.sleep(_WAIT_SECONDS)
+        self.complete(len(source.finished().rows), work)
+
+    def _make(self, group: range, shards: int, work: Callable[[range], Iterable[pa.Table]]) -> bool:
+        """Make the missing shards of `group` unless another process is at it."""
+        with self.lease(f"{group.start:06d}") as mine:
+            if not mine:
+                return False
+            if all(map(self.has, group)):
+                return True
+            started = time.perf_counter()
+            for shard, content in zip(group, work(group), strict=True):
+                if not self.has(shard):
+                    self.write(shard, content, time.perf_counter() - started, left=shards - shard - 1)
                     started = time.perf_counter()
-                    content = work(shard)
-                    self.write(shard, content, time.perf_counter() - started)
-            if idle:
-                time.sleep(0.5)
+        return True
 
     @contextlib.contextmanager
     def lease(self, what: str, *, wait: bool = False) -> Iterator[bool]:
@@ -213,15 +277,9 @@ class Stage:
             lines = (json.dumps(row, ensure_ascii=False) for row in rejected)
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
 
-    def _seconds(self) -> float:
-        path = self.folder / "timings.jsonl"
-        if not path.exists():
-            return 0.0
-        total = 0.0
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short by a crash
-                total += float(json.loads(line)["seconds"])
-        return total
+
+def _checksum(buffer: pa.Buffer) -> bytes:
+    return zlib.crc32(buffer).to_bytes(_CHECKSUM_BYTES, "little")
 
 
 class RunDirectory:

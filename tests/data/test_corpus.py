@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 import tiny
 from scaledown.config import PrepareConfig
 from scaledown.data import files
-from scaledown.data.chunking import Chunker, sentences
+from scaledown.data.chunking import Chunker, Words, sentences, splits_at_spaces
 from scaledown.data.corpus import (
     PassageTable,
     build_passages,
@@ -23,24 +24,27 @@ from scaledown.data.corpus import (
 )
 from scaledown.errors import InputError
 from scaledown.models import resolve
-from scaledown.records import Article, Block, full_text
+from scaledown.records import Article, Block, Passage, full_text
 from scaledown.store import RunDirectory, Stage
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory):
     word_pieces = tiny.word_pieces(tmp_path_factory.mktemp("tokenizer"))
-    word_pieces.model_max_length = 10**9
-    return word_pieces
+    return word_pieces.backend_tokenizer
 
 
 @pytest.fixture(scope="module")
 def byte_pairs(tmp_path_factory: pytest.TempPathFactory):
-    return tiny.bytes_pairs(tmp_path_factory.mktemp("pairs"), None)
+    return tiny.bytes_pairs(tmp_path_factory.mktemp("pairs"), None).backend_tokenizer
 
 
 def squeezed(text: str) -> str:
     return re.sub(r"\s+", "", text)
+
+
+def cut(chunker: Chunker, batch: list[Article]) -> list[list[Passage]]:
+    return [[passage for passage, _ in pieces] for pieces in chunker.passages(batch)]
 
 
 words = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), min_size=1, max_size=12)
@@ -63,19 +67,47 @@ def test_passages_lose_nothing_and_keep_the_limit(kind, batch, limit, request) -
     found = Chunker(tokenizer, "tokens", limit).passages(batch)
     assert len(found) == len(batch)
     for article, passages in zip(batch, found, strict=True):
-        text = "".join(passage.text for passage in passages)
+        text = "".join(passage.text for passage, _ in passages)
         assert squeezed(text) == squeezed("".join(block.text for block in article.blocks))
-        for number, passage in enumerate(passages):
+        for number, (passage, ids) in enumerate(passages):
             assert passage.passage_id == f"a_{number}"
             assert passage.doc_id == "a"
             assert passage.text.strip()
-            tokens = tokenizer(full_text(passage.title, passage.text), add_special_tokens=False)["input_ids"]
-            assert len(tokens) <= limit or len(passage.text) == 1
+            assert list(ids) == tokens(tokenizer, full_text(passage.title, passage.text))
+            assert len(ids) <= limit or len(passage.text) == 1
+
+
+def tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.text(
+        st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \t\n\x0b\x1c\x85\u2028.,'東京é́"),
+        max_size=80,
+    )
+)
+def test_words_one_by_one_have_the_tokens_of_the_text(tokenizer, text) -> None:
+    assert Words(tokenizer).ids(text) == tokens(tokenizer, text)
+
+
+def test_only_word_pieces_are_taken_word_by_word(tokenizer, byte_pairs) -> None:
+    assert splits_at_spaces(tokenizer)
+    assert not splits_at_spaces(byte_pairs)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "byte_pairs"])
+def test_a_million_characters_without_a_space_become_many_passages(kind, request) -> None:
+    article = Article("1", "T", (Block("x" * 1_000_000),))
+    passages = cut(Chunker(request.getfixturevalue(kind), "tokens", 128), [article])[0]
+    assert "".join(passage.text for passage in passages) == "x" * 1_000_000
+    assert max(len(passage.text) for passage in passages) <= 64 * 128
 
 
 def test_passages_never_cross_articles(tokenizer) -> None:
     batch = [Article(str(i), f"Title {i}", (Block(f"Only article {i}. " * 30),)) for i in range(3)]
-    for article, passages in zip(batch, Chunker(tokenizer, "tokens", 32).passages(batch), strict=True):
+    for article, passages in zip(batch, cut(Chunker(tokenizer, "tokens", 32), batch), strict=True):
         assert len(passages) > 1
         for passage in passages:
             assert passage.doc_id == article.doc_id
@@ -85,7 +117,7 @@ def test_passages_never_cross_articles(tokenizer) -> None:
 
 def test_passages_end_at_sentence_ends(tokenizer) -> None:
     text = "The tower is tall. It was built in 1889. Many people visit it each year. " * 6
-    passages = Chunker(tokenizer, "tokens", 40).passages([Article("1", "Tower", (Block(text.strip()),))])[0]
+    passages = cut(Chunker(tokenizer, "tokens", 40), [Article("1", "Tower", (Block(text.strip()),))])[0]
     assert len(passages) > 2
     assert all(passage.text.endswith(".") for passage in passages)
 
@@ -96,7 +128,7 @@ def test_heading_stays_with_what_follows(tokenizer) -> None:
         Block("History", is_heading=True),
         Block("It began early. " * 5),
     )
-    passages = Chunker(tokenizer, "tokens", 40).passages([Article("1", "T", blocks)])[0]
+    passages = cut(Chunker(tokenizer, "tokens", 40), [Article("1", "T", blocks)])[0]
     assert not any(passage.text.endswith("History") for passage in passages)
     assert any("History\nIt began early." in passage.text for passage in passages)
 
@@ -104,9 +136,9 @@ def test_heading_stays_with_what_follows(tokenizer) -> None:
 def test_other_passage_modes(tokenizer) -> None:
     blocks = (Block("One."), Block("Head", is_heading=True), Block("Two."), Block("Three."))
     article = Article("7", "T", blocks)
-    by_paragraph = Chunker(tokenizer, "paragraph", 128).passages([article])[0]
+    by_paragraph = cut(Chunker(tokenizer, "paragraph", 128), [article])[0]
     assert [passage.text for passage in by_paragraph] == ["One.", "Head\nTwo.", "Three."]
-    whole = Chunker(tokenizer, "article", 128).passages([article])[0]
+    whole = cut(Chunker(tokenizer, "article", 128), [article])[0]
     assert [passage.text for passage in whole] == ["One.\nHead\nTwo.\nThree."]
 
 

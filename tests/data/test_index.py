@@ -1,10 +1,18 @@
 import numpy as np
+import pyarrow as pa
 import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaledown.data.index import pack, search, unpack
+from scaledown.data.index import Ranking, pack, search, unpack
+from scaledown.store import RunDirectory, Stage
+
+
+def search_all(queries, vectors, k: int) -> Ranking:
+    """Search shards given as vectors."""
+    packed = [pack(part, "float32") for part in vectors]
+    return search(queries, [lambda table=table: table for table in packed], [len(t) for t in packed], k)
 
 
 def brute_force(queries: np.ndarray, passages: np.ndarray, k: int) -> np.ndarray:
@@ -32,7 +40,7 @@ def test_equals_brute_force_with_ties_however_the_shards_are_cut(problem, sparse
     queries, passages, k, cuts = problem
     make = sp.csr_matrix if sparse else np.asarray
     shards = [make(part) for part in np.split(passages, cuts[:-1])]
-    ranking = search(make(queries), shards, k)
+    ranking = search_all(make(queries), shards, k)
     np.testing.assert_array_equal(ranking.rows, brute_force(queries, passages, k))
     np.testing.assert_array_equal(
         ranking.scores, np.take_along_axis(queries @ passages.T, ranking.rows, axis=1)
@@ -46,22 +54,37 @@ def test_equals_brute_force_on_many_random_vectors() -> None:
     passages = passages.astype(np.float16).astype(np.float32)
     queries = (random.random((40, 200)) < 0.05).astype(np.float32)
     shards = [sp.csr_matrix(part) for part in np.split(passages, [700, 1500])]
-    ranking = search(sp.csr_matrix(queries), shards, 20)
+    ranking = search_all(sp.csr_matrix(queries), shards, 20)
     scores = np.asarray((sp.csr_matrix(queries) @ sp.csr_matrix(passages).T).todense())
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :20]
     np.testing.assert_array_equal(ranking.rows, expected)
 
 
+@pytest.mark.parametrize(("weights", "error"), [("float16", 1e-3), ("uint8", 4e-3), ("float32", 0)])
 @pytest.mark.parametrize("dimensions", [30_522, 70_000])
-def test_stored_vectors_come_back(dimensions: int) -> None:
+def test_stored_vectors_come_back(dimensions: int, weights: str, error: float) -> None:
     vectors = sp.random(50, dimensions, density=0.002, format="csr", dtype=np.float32, rng=0)
-    arrays = pack(vectors)
-    assert arrays["indices"].dtype == (np.uint16 if dimensions < 1 << 16 else np.uint32)
-    back = unpack(arrays)
+    table = pack(vectors, weights)
+    assert table.column("terms").type.value_type == (pa.uint16() if dimensions < 1 << 16 else pa.uint32())
+    assert table.column("weights").type.value_type.to_pandas_dtype() == np.dtype(weights)
+    back = unpack(table)
     assert back.shape == vectors.shape
-    np.testing.assert_allclose(back.toarray(), vectors.toarray(), rtol=1e-3)
+    np.testing.assert_allclose(back.toarray(), vectors.toarray(), atol=error, rtol=error)
+
+
+def test_a_slice_of_a_shard_is_its_own_shard() -> None:
+    vectors = sp.random(50, 300, density=0.05, format="csr", dtype=np.float32, rng=0)
+    part = pack(vectors, "float32").slice(10, 20)
+    assert (unpack(part) != vectors[10:30]).nnz == 0
 
 
 def test_dense_vectors_come_back() -> None:
     vectors = np.arange(12, dtype=np.float32).reshape(3, 4)
     np.testing.assert_array_equal(unpack(pack(vectors)), vectors)
+
+
+def test_a_posting_takes_at_most_four_and_a_half_bytes(tmp_path) -> None:
+    vectors = sp.random(2000, 30_522, density=120 / 30_522, format="csr", dtype=np.float32, rng=0)
+    stage = Stage(RunDirectory(tmp_path / "run"), "vectors", {})
+    stage.write(0, pack(vectors))
+    assert stage.path(0).stat().st_size / vectors.nnz <= 4.5

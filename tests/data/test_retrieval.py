@@ -1,3 +1,4 @@
+import functools
 import json
 import logging
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from conftest import SHARED
 from scaledown.config import PrepareConfig
 from scaledown.data.corpus import PassageTable, build_passages
-from scaledown.data.index import search, unpack
+from scaledown.data.index import search
 from scaledown.data.retrieval import DenseRetriever, SPLADERetriever, encode_passages, is_sparse, load_encoder
 from scaledown.errors import InputError, ModelError, UsageError
 from scaledown.models import resolve
@@ -110,17 +111,23 @@ def test_quality_on_real_questions(tmp_path: Path) -> None:
     source = resolve("bundled:splade-tiny")
     run = RunDirectory(tmp_path / "w")
     passages, vectors = Stage(run, "passages", {}), Stage(run, "vectors", {})
-    build_passages(passages, config, folder / "kilt.jsonl", source)
     encoder = load_encoder(source, "cpu", "float32", 32)
-    encode_passages(vectors, passages, lambda: encoder)
+    encode_passages(
+        vectors,
+        passages,
+        lambda: encoder,
+        "float16",
+        lambda check: build_passages(passages, config, folder / "kilt.jsonl", source, check),
+    )
     articles = [json.loads(line) for line in (folder / "kilt.jsonl").read_text().splitlines()]
     paragraphs = {article["wikipedia_id"]: article["text"] for article in articles}
     questions = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
 
     table = PassageTable(passages)
     gold = [_of_gold_paragraph(table, question, paragraphs) for question in questions]
-    shards = [unpack(vectors.arrays(shard)) for shard in range(len(vectors.finished().rows))]
-    ranking = search(encoder.queries([q["question"] for q in questions], lambda _: None), shards, 20)
+    rows = vectors.finished().rows
+    shards = [functools.partial(vectors.table, shard, check=True) for shard in range(len(rows))]
+    ranking = search(encoder.queries([q["question"] for q in questions], lambda _: None), shards, rows, 20)
     recall = {
         k: np.mean(
             [not own.isdisjoint(rows[:k].tolist()) for own, rows in zip(gold, ranking.rows, strict=True)]

@@ -1,17 +1,27 @@
-"""Articles -> passages: cut at sentence ends, never across articles, nothing lost."""
+"""Articles -> passages with their token ids: cut at sentence ends, never across articles, nothing lost."""
 
 import itertools
+import json
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from scaledown.records import Article, Passage, full_text
 
 # A sentence ends at . ! ? … (and their full-width forms), with closing quotes or brackets, before white
 # space. An abbreviation only adds a place where a passage may end; no text depends on it.
 _SENTENCE_END: Final = re.compile(r"[.!?…]+[\"'”’»)\]]*\s+|[。！？]+[」』”’)]*\s*")
+# What BERT's tokenizers take for white space; str.split() knows more, so texts with _ODD are split by this.
+_WORD: Final = re.compile(r"[^\t\n\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
+_ODD: Final = re.compile(r"[\x0b\x0c\x1c-\x1f\x85]")
+_CACHED_WORDS: Final = 1 << 18
+_LONGEST_CACHED: Final = 32  # characters; longer ones do not come again
+_MOST_CHARACTERS_A_TOKEN: Final = 64  # an unbroken string of a million characters can be a single [UNK]
+
+Ids: TypeAlias = Sequence[int]
 
 
 def sentences(text: str) -> list[tuple[int, int]]:
@@ -22,162 +32,223 @@ def sentences(text: str) -> list[tuple[int, int]]:
     return list(itertools.pairwise([0, *ends]))
 
 
+class Words(dict[str, Ids]):
+    """Token ids of words, remembered: a few words make up most of a text.
+
+    Only for tokenizers whose tokens never cross white space (`splits_at_spaces`).
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, word: str) -> Ids:
+        ids: Ids = tuple(self._tokenizer.encode(word, add_special_tokens=False).ids)
+        if len(word) <= _LONGEST_CACHED and len(self) < _CACHED_WORDS:
+            self[word] = ids
+        return ids
+
+    def ids(self, text: str) -> list[int]:
+        """The token ids of a text, without special tokens."""
+        words = _WORD.findall(text) if _ODD.search(text) else text.split()
+        return list(itertools.chain.from_iterable(map(self.__getitem__, words)))
+
+
+def splits_at_spaces(tokenizer: Tokenizer) -> bool:
+    """Whether a text's tokens are those of its words one after the other: word pieces as BERT makes them."""
+    state = json.loads(tokenizer.to_str())
+    return (
+        state["model"]["type"] == "WordPiece"
+        and (state["normalizer"] or {}).get("type") == "BertNormalizer"
+        and (state["pre_tokenizer"] or {}).get("type") == "BertPreTokenizer"
+        and state["normalizer"]["clean_text"]
+        and not any(re.search(r"\s", token["content"]) for token in state["added_tokens"])
+    )
+
+
+class Piece(NamedTuple):
+    """A passage's text before it has a name, and its token ids, title included."""
+
+    text: str
+    ids: Ids
+
+
 class _Span(NamedTuple):
-    """A sentence, part of one, or a heading: where it stands in the article, and its number of tokens."""
+    """A sentence, part of one, or a heading: where it stands in the article, and its token ids."""
 
     block: int
     start: int
     end: int
-    tokens: int
+    ids: Ids
 
 
 class Chunker:
-    """Cuts articles into passages. `tokenizer` is a fast transformers tokenizer.
+    """Cuts articles into passages and tokenises them.
 
     With `mode="tokens"`, title and text of a passage have at most `limit` tokens together; passages end
     at sentence ends where the text has them, begin with a paragraph where they can, keep a heading with what
-    follows it, and never span articles. No text is lost.
+    follows it, and never span articles. No text is lost. `paragraph` and `article` take those whole, and
+    `tokenizer` may be None, which leaves the ids empty.
     """
 
-    def __init__(self, tokenizer: Any, mode: str, limit: int) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, mode: str, limit: int) -> None:
         self._tokenizer = tokenizer
+        self.token_type = np.uint16 if not tokenizer or tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
         self._mode = mode
         self._limit = limit
+        self._words = Words(tokenizer) if tokenizer and splits_at_spaces(tokenizer) else None
+        self._exact = False  # whether the ids of a passage's parts are those of the passage
 
-    def passages(self, articles: Sequence[Article]) -> list[list[Passage]]:
-        """The passages of each article, in reading order."""
-        if self._mode != "tokens":
-            return [_number(article, article.title, _whole(article, self._mode)) for article in articles]
-        titles = [self._carried_title(article.title) for article in articles]
-        offsets = iter(self._offsets([block.text for article in articles for block in article.blocks]))
-        pieces: list[list[str]] = []
-        for article, title in zip(articles, titles, strict=True):
-            spans = [next(offsets) for _ in article.blocks]
-            pieces.append(self._pack(article, spans, self._limit - self._count([title])[0]))
-        self._split_overlong(titles, pieces)
+    def passages(self, articles: Sequence[Article]) -> list[list[tuple[Passage, Ids]]]:
+        """The passages of each article in reading order, with their token ids."""
+        self._exact = self._words is not None and self._mode == "tokens"
+        if self._mode == "tokens":
+            titles = [self._carried_title(article.title) for article in articles]
+            ids = iter(self._ids([block.text for article in articles for block in article.blocks]))
+            packed = []
+            for article, title in zip(articles, titles, strict=True):
+                blocks = [next(ids) for _ in article.blocks]
+                packed.append(self._pack(article, blocks, self._ids([title])[0]))
+        else:
+            titles = [article.title for article in articles]
+            packed = [[Piece(text, ()) for text in _whole(article, self._mode)] for article in articles]
+        if not self._exact:
+            packed = self._tokenised(titles, packed)
         return [
-            _number(article, title, texts)
-            for article, title, texts in zip(articles, titles, pieces, strict=True)
+            [
+                (Passage(f"{article.doc_id}_{number}", article.doc_id, title, piece.text), piece.ids)
+                for number, piece in enumerate(pieces)
+            ]
+            for article, title, pieces in zip(articles, titles, packed, strict=True)
         ]
 
-    def _count(self, texts: list[str]) -> list[int]:
-        if not texts:
-            return []
-        encoded = self._tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, truncation=False, padding=False
-        )
-        return [len(ids) for ids in encoded["input_ids"]]
-
-    def _offsets(self, texts: list[str]) -> list[np.ndarray[Any, Any]]:
-        if not texts:
-            return []
-        encoded = self._tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_offsets_mapping=True,
-            truncation=False,
-            padding=False,
-        )
-        return [
-            np.array([start for start, _ in spans], dtype=np.int64) for spans in encoded["offset_mapping"]
-        ]
+    def _ids(self, texts: list[str]) -> list[Ids]:
+        if self._words is not None:
+            return [self._words.ids(text) for text in texts]
+        if not self._tokenizer:
+            return [()] * len(texts)
+        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
 
     def _carried_title(self, title: str) -> str:
         """The title, shortened where it would take more than half of the passage."""
         words = title.split()
-        while words and self._count([" ".join(words)])[0] > self._limit // 2:
+        while words and len(self._ids([" ".join(words)])[0]) > self._limit // 2:
             words = words[: max(1, len(words) * 3 // 4)] if len(words) > 1 else []
         return " ".join(words)
 
-    def _pack(self, article: Article, offsets: list[np.ndarray[Any, Any]], budget: int) -> list[str]:
+    def _pack(self, article: Article, blocks: list[Ids], title: Ids) -> list[Piece]:
         """Fill passages in reading order; a paragraph that does not fit whole begins a passage of its own."""
-        texts: list[str] = []
+        budget = self._limit - len(title)
+        pieces: list[Piece] = []
         current: list[_Span] = []
         size = 0
 
         def flush() -> None:
             nonlocal current, size
             if text := _text(article, current):  # exotic spaces alone are no passage
-                texts.append(text)
+                pieces.append(Piece(text, [*title, *itertools.chain.from_iterable(s.ids for s in current)]))
             current, size = [], 0
 
-        for paragraph in _paragraphs(article, offsets, budget):
-            tokens = sum(span.tokens for group in paragraph for span in group)
+        for paragraph in _paragraphs(article, blocks):
+            tokens = sum(len(span.ids) for span in paragraph)
             if size + tokens > budget and size >= budget // 4:  # a scrap of a passage is not worth it
                 flush()
-            for group in paragraph:
-                more = sum(span.tokens for span in group)
+            length = sum(span.end for span in paragraph)
+            whole = size + tokens <= budget and length <= budget * _MOST_CHARACTERS_A_TOKEN
+            for group in [paragraph] if whole else self._groups(article, paragraph, budget):
+                more = sum(len(span.ids) for span in group)
                 if size + more > budget:
                     flush()
                 current += group
                 size += more
         flush()
-        return texts
+        return pieces
 
-    def _split_overlong(self, titles: list[str], pieces: list[list[str]]) -> None:
-        """Count the finished passages and halve any that is too long after all.
+    def _groups(self, article: Article, paragraph: list[_Span], budget: int) -> Iterator[list[_Span]]:
+        """A paragraph as groups of spans that stay together: a sentence, with the headings before it."""
+        *headings, body = paragraph
+        text = article.blocks[body.block].text
+        is_heading = article.blocks[body.block].is_heading
+        parts = [body] if is_heading else self._spans(body.block, text, sentences(text))
+        first, *rest = [small for part in parts for small in self._cut(text, part, budget)]
+        together = [*headings, first]
+        if sum(len(span.ids) for span in together) <= budget:
+            yield together
+        else:
+            for span in headings:
+                for small in self._cut(article.blocks[span.block].text, span, budget):
+                    yield [small]
+            yield [first]
+        for span in rest:
+            yield [span]
 
-        Tokens can merge or part differently once the text is cut: never with word pieces cut between
-        words, seldom elsewhere.
+    def _spans(self, block: int, text: str, places: Iterable[tuple[int, int]]) -> list[_Span]:
+        places = list(places)
+        ids = self._ids([text[start:end] for start, end in places])
+        return [_Span(block, *place, own) for place, own in zip(places, ids, strict=True)]
+
+    def _cut(self, text: str, span: _Span, budget: int) -> list[_Span]:
+        """Parts of at most `budget` tokens: cut before words, and within those that are longer still."""
+        if len(span.ids) <= budget and span.end - span.start <= budget * _MOST_CHARACTERS_A_TOKEN:
+            return [span]
+        middle = (span.start + span.end) // 2
+        starts = [match.start() for match in _WORD.finditer(text, span.start, span.end)]
+        ends = [*starts[1:], span.end]
+        if len(starts) < 2:
+            self._exact = False  # the halves of a word have other tokens
+            places = [(span.start, middle), (middle, span.end)]
+            halves = self._spans(span.block, text, places)
+            return [small for half in halves for small in self._cut(text, half, budget)]
+        words = self._spans(span.block, text, zip([span.start, *starts[1:]], ends, strict=True))
+        parts: list[_Span] = []
+        for part in itertools.chain.from_iterable(self._cut(text, word, budget) for word in words):
+            if parts and len(parts[-1].ids) + len(part.ids) <= budget:
+                parts[-1] = parts[-1]._replace(end=part.end, ids=[*parts[-1].ids, *part.ids])
+            else:
+                parts.append(part)
+        return parts
+
+    def _tokenised(self, titles: list[str], packed: list[list[Piece]]) -> list[list[Piece]]:
+        """The pieces with the ids of their whole text; any that is too long after all is halved.
+
+        Tokens can merge or part differently once the text is cut, where they cross white space.
         """
-        todo = [(a, p) for a, texts in enumerate(pieces) for p in range(len(texts))]
-        counts = self._count([full_text(titles[a], pieces[a][p]) for a, p in todo])
-        for (article, piece), count in reversed(list(zip(todo, counts, strict=True))):
-            if count > self._limit:
-                pieces[article][piece : piece + 1] = self._halve(titles[article], pieces[article][piece])
+        texts = [
+            full_text(t, piece.text) for t, pieces in zip(titles, packed, strict=True) for piece in pieces
+        ]
+        ids = iter(self._ids(texts))
+        return [
+            [small for piece in pieces for small in self._halved(title, piece.text, next(ids))]
+            for title, pieces in zip(titles, packed, strict=True)
+        ]
 
-    def _halve(self, title: str, text: str) -> list[str]:
-        if self._count([full_text(title, text)])[0] <= self._limit or len(text) < 2:
-            return [text]
+    def _halved(self, title: str, text: str, ids: Ids) -> list[Piece]:
+        short = len(ids) <= self._limit and len(text) <= self._limit * _MOST_CHARACTERS_A_TOKEN
+        if self._mode != "tokens" or short or len(text) < 2:
+            return [Piece(text, ids)]
         middle = len(text) // 2
         space = text.rfind(" ", 1, middle)
         cut = space if space > 0 else middle
         halves = (text[:cut].strip(), text[cut:].strip())
-        return [part for half in halves if half for part in self._halve(title, half)]
-
-
-def _paragraphs(
-    article: Article, offsets: list[np.ndarray[Any, Any]], budget: int
-) -> Iterator[list[list[_Span]]]:
-    """Each paragraph as groups of spans that stay together: a sentence, with the headings before it."""
-    headings: list[_Span] = []
-    for number, (block, starts) in enumerate(zip(article.blocks, offsets, strict=True)):
-        spans = [
-            _Span(number, *piece)
-            for start, end in ([(0, len(block.text))] if block.is_heading else sentences(block.text))
-            for piece in _cut_sentence(block.text, start, end, _between(starts, start, end), budget)
+        return [
+            part
+            for half in halves
+            if half
+            for part in self._halved(title, half, self._ids([full_text(title, half)])[0])
         ]
-        if block.is_heading:
-            headings += spans
-            continue
-        together = sum(span.tokens for span in [*headings, spans[0]]) <= budget
-        groups = [[*headings, spans[0]]] if together else [*([span] for span in headings), [spans[0]]]
-        yield groups + [[span] for span in spans[1:]]
-        headings = []
-    if headings:
-        yield [[span] for span in headings]
 
 
-def _between(starts: np.ndarray[Any, Any], start: int, end: int) -> np.ndarray[Any, Any]:
-    low, high = np.searchsorted(starts, (start, end))
-    return starts[low:high]
-
-
-def _cut_sentence(
-    text: str, start: int, end: int, tokens: np.ndarray[Any, Any], budget: int
-) -> Iterator[tuple[int, int, int]]:
-    """Spans of at most `budget` tokens, cut before a word where there is one. Yields (start, end, tokens)."""
-    first = 0
-    while len(tokens) - first > budget:
-        last = first + budget
-        for back in range(last, first + budget // 2, -1):
-            if text[tokens[back] - 1].isspace():
-                last = back
-                break
-        yield start, int(tokens[last]), last - first
-        start, first = int(tokens[last]), last
-    yield start, end, len(tokens) - first
+def _paragraphs(article: Article, blocks: list[Ids]) -> Iterator[list[_Span]]:
+    """Each paragraph as one span, after the headings that stand before it."""
+    spans: list[_Span] = []
+    for number, (block, ids) in enumerate(zip(article.blocks, blocks, strict=True)):
+        spans.append(_Span(number, 0, len(block.text), ids))
+        if not block.is_heading:
+            yield spans
+            spans = []
+    if spans:
+        yield spans
 
 
 def _text(article: Article, spans: list[_Span]) -> str:
@@ -199,10 +270,3 @@ def _whole(article: Article, mode: str) -> list[str]:
             texts.append("\n".join(headings))
             headings = []
     return [*texts, "\n".join(headings)] if headings else texts
-
-
-def _number(article: Article, title: str, texts: list[str]) -> list[Passage]:
-    return [
-        Passage(f"{article.doc_id}_{number}", article.doc_id, title, text)
-        for number, text in enumerate(texts)
-    ]

@@ -1,20 +1,25 @@
 """Corpus -> passages: KILT lines, JSONL, Parquet, CSV or text, read as a stream and cut into passages."""
 
+import functools
 import itertools
 import json
 import logging
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from tokenizers import Tokenizer
 
 from scaledown.config import PrepareConfig
 from scaledown.data import files
 from scaledown.data.chunking import Chunker
 from scaledown.errors import InputError, ModelError
+from scaledown.executor import cores, in_order
 from scaledown.models import ModelSource, loadable, loading
 from scaledown.progress import track
 from scaledown.records import Article, Block, Passage
@@ -25,8 +30,9 @@ log = logging.getLogger("scaledown")
 ID_KEYS: Final = ("id", "_id", "doc_id", "docid", "wikipedia_id", "kilt_id")
 TITLE_KEYS: Final = ("title", "wikipedia_title")
 TEXT_KEYS: Final = ("text", "contents", "content", "body")
-SCHEMA: Final = pa.schema([(name, pa.large_string()) for name in Passage._fields])
-ARTICLES_AT_ONCE: Final = 16
+_TEXTS: Final = tuple((name, pa.large_string()) for name in Passage._fields)
+ROWS_AT_ONCE: Final = 16
+_BYTES_WORTH_A_PROCESS: Final = 1 << 25
 _REJECTED_AT_ONCE: Final = 10_000
 
 
@@ -73,10 +79,27 @@ def parse_block(paragraph: str) -> Block:
     return Block(text.removeprefix("BULLET::::").strip())
 
 
-def build_passages(stage: Stage, config: PrepareConfig, corpus: Path, retriever: ModelSource) -> None:
+class Cut(NamedTuple):
+    """A batch of rows as passages: those of each article are `pieces` rows of the table."""
+
+    passages: pa.Table
+    pieces: list[int]
+    rejected: list[tuple[files.Row, str]]
+    rows: int
+
+
+def build_passages(
+    stage: Stage,
+    config: PrepareConfig,
+    corpus: Path,
+    retriever: ModelSource,
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Cut the corpus into shards of about `passages_per_shard` passages, each of whole articles.
 
-    Continues after the last whole shard. Raises `InputError` for a corpus that cannot be used.
+    Rows are parsed, cut and tokenised by `config.workers` processes. Continues after the last whole shard.
+    `check` is called between batches and may raise, to stop. Raises `InputError` for a corpus that cannot
+    be used.
     """
     if done := stage.done():
         files.Intake("the corpus", config.max_bad_fraction, done.counts["lines"], done.counts["bad"]).close()
@@ -84,8 +107,6 @@ def build_passages(stage: Stage, config: PrepareConfig, corpus: Path, retriever:
     with stage.lease("all", wait=True):
         if stage.done():
             return
-        tokenizer = _tokenizer(retriever, config) if config.passages == "tokens" else None
-        chunker = Chunker(tokenizer, config.passages, config.passage_tokens)
         rows: list[int] = []
         counts = {"lines": 0, "articles": 0, "passages": 0, "bad": 0, "empty": 0}
         while stage.has(len(rows)):
@@ -96,21 +117,22 @@ def build_passages(stage: Stage, config: PrepareConfig, corpus: Path, retriever:
         meter = files.Meter(files.input_files(corpus, "--corpus_path"))
         limit = config.max_corpus_size
         with track("passages", "passages", None, counts["passages"]) as tracker:
-            for passages, now, rejected in _shards(corpus, meter, config, chunker, counts):
-                counts = now
-                stage.quarantine(f"{counts['lines']:012d}", rejected)
-                if not passages:
+            for passages, now, rejected in _shards(corpus, meter, config, retriever, counts):
+                check()
+                stage.quarantine(f"{now['lines']:012d}", rejected)
+                if not passages.num_rows:
+                    counts = now
                     continue
-                columns = [list(column) for column in zip(*passages, strict=True)]
-                metadata = {"counts": json.dumps(counts)}
-                stage.write(
-                    len(rows),
-                    pa.table(columns, schema=SCHEMA.with_metadata(metadata)),
-                    time.perf_counter() - started,
-                )
                 read = meter.fraction()
-                tracker.advance(len(passages), max(read, counts["articles"] / limit) if limit else read)
-                rows.append(len(passages))
+                share = max(read, now["articles"] / limit) if limit else read
+                left = (now["passages"] / share - now["passages"]) / passages.num_rows if share else 0
+                metadata = {"counts": json.dumps(now)}
+                stage.write(
+                    len(rows), passages.replace_schema_metadata(metadata), time.perf_counter() - started, left
+                )
+                counts = now
+                tracker.advance(passages.num_rows, share)
+                rows.append(passages.num_rows)
                 started = time.perf_counter()
         if not counts["passages"]:
             raise InputError(
@@ -121,12 +143,14 @@ def build_passages(stage: Stage, config: PrepareConfig, corpus: Path, retriever:
 
 
 def _shards(
-    corpus: Path, meter: files.Meter, config: PrepareConfig, chunker: Chunker, counts: dict[str, int]
-) -> Iterator[tuple[list[Passage], dict[str, int], list[dict[str, Any]]]]:
+    corpus: Path, meter: files.Meter, config: PrepareConfig, retriever: ModelSource, counts: dict[str, int]
+) -> Iterator[tuple[pa.Table, dict[str, int], list[dict[str, Any]]]]:
+    """Passages of each shard, the counts after it, and rows rejected; an empty table passes those on."""
     intake = files.Intake("the corpus", config.max_bad_fraction, counts["lines"], counts["bad"])
     articles, empty, total = counts["articles"], counts["empty"], counts["passages"]
-    limit = config.max_corpus_size or None
-    passages: list[Passage] = []
+    limit = config.max_corpus_size
+    waiting: list[pa.Table] = []
+    nothing = pa.schema(_TEXTS).empty_table()
 
     def state() -> dict[str, int]:
         return {
@@ -137,65 +161,117 @@ def _shards(
             "empty": empty,
         }
 
+    def shard() -> pa.Table:
+        table = pa.concat_tables(waiting) if waiting else nothing
+        waiting.clear()
+        return table
+
     every = itertools.chain.from_iterable(files.rows(path, meter) for path in meter.paths)
     rows = itertools.islice(every, counts["lines"], None)  # skipped rows are not even parsed
-    while True:
-        # Batches are cut by rows read, so that a run that continues makes the same ones.
-        batch: list[Article] = []
-        read = 0
-        for row in () if limit and articles >= limit else rows:
-            intake.rows += 1
-            read += 1
-            try:
-                article = parse_article(files.parse(row), _name(corpus, row))
-            except ValueError as error:
-                intake.reject(row, str(error))
-            else:
-                articles += 1
-                if article.blocks:
-                    batch.append(article)
-                else:
-                    empty += 1
-            if read == ARTICLES_AT_ONCE or (limit and articles >= limit):
+    # Batches are cut by rows read, so that a run that continues makes the same ones.
+    batches = iter(lambda: list(itertools.islice(rows, ROWS_AT_ONCE)), [])
+    processes = min(config.workers or cores(), 1 + meter.size // _BYTES_WORTH_A_PROCESS)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = Path(folder) / "tokenizer.json"
+        _tokenizer(retriever, config).save(str(tokenizer))
+        cutter = _Cutter(tokenizer, config, str(corpus), corpus.is_dir())
+        for cut in in_order(cutter, batches, processes):
+            table, pieces = cut.passages, cut.pieces
+            if limit and articles + len(pieces) >= limit:
+                pieces = pieces[: limit - articles]
+                table = table.slice(0, sum(pieces))
+            articles += len(pieces)
+            empty += pieces.count(0)
+            total += table.num_rows
+            intake.rows += cut.rows
+            for row, reason in cut.rejected:
+                intake.reject(row, reason)
+            waiting.append(table)
+            if limit and articles >= limit:
                 break
-        for pieces in chunker.passages(batch):
-            passages += pieces
-            total += len(pieces)
-        ended = read < ARTICLES_AT_ONCE or bool(limit and articles >= limit)
-        if ended or len(passages) >= config.passages_per_shard:
-            yield passages, state(), intake.take_rejected()
-            passages = []
-        elif len(intake.rejected) >= _REJECTED_AT_ONCE:
-            yield [], state(), intake.take_rejected()
-        if ended:
-            intake.close()
-            return
+            if sum(part.num_rows for part in waiting) >= config.passages_per_shard:
+                yield shard(), state(), intake.take_rejected()
+            elif len(intake.rejected) >= _REJECTED_AT_ONCE:
+                yield nothing, state(), intake.take_rejected()
+    yield shard(), state(), intake.take_rejected()
+    intake.close()
 
 
-def _name(corpus: Path, row: files.Row) -> str:
+@dataclass(frozen=True)
+class _Cutter:
+    """What cutting a batch of rows needs, small enough to send along; the chunker is made once a process."""
+
+    tokenizer: Path
+    config: PrepareConfig
+    corpus: str
+    is_folder: bool
+
+    def __call__(self, rows: list[files.Row]) -> Cut:
+        chunker = _chunker(self.tokenizer, self.config.passages, self.config.passage_tokens)
+        return cut_rows(rows, chunker, self.corpus, self.is_folder)
+
+
+@functools.lru_cache(maxsize=1)
+def _chunker(tokenizer: Path, mode: str, limit: int) -> Chunker:
+    return Chunker(Tokenizer.from_file(str(tokenizer)), mode, limit)
+
+
+def cut_rows(rows: list[files.Row], chunker: Chunker, corpus: str, is_folder: bool) -> Cut:
+    """Parse rows and cut their articles into passages."""
+    articles: list[Article] = []
+    rejected: list[tuple[files.Row, str]] = []
+    for row in rows:
+        try:
+            articles.append(parse_article(files.parse(row), _name(corpus, is_folder, row)))
+        except ValueError as error:
+            rejected.append((row, str(error)))
+    cut = chunker.passages(articles)
+    every = [piece for pieces in cut for piece in pieces]
+    columns: list[Any] = list(zip(*(passage for passage, _ in every), strict=True)) or [()] * 4
+    lengths = np.array([0, *(len(ids) for _, ids in every)])
+    flat = np.fromiter(
+        itertools.chain.from_iterable(ids for _, ids in every), chunker.token_type, lengths.sum()
+    )
+    tokens = pa.LargeListArray.from_arrays(np.cumsum(lengths), pa.array(flat))
+    arrays = [*(pa.array(column, pa.large_string()) for column in columns), tokens]
+    return Cut(
+        pa.Table.from_arrays(arrays, schema=pa.schema([*_TEXTS, ("tokens", tokens.type)])),
+        [len(pieces) for pieces in cut],
+        rejected,
+        len(rows),
+    )
+
+
+def _name(corpus: str, is_folder: bool, row: files.Row) -> str:
     """An id for an article without one: its file within the corpus, and its line unless it fills the file."""
     path = Path(row.source)
-    name = path.relative_to(corpus).as_posix() if corpus.is_dir() else path.name
+    name = path.relative_to(corpus).as_posix() if is_folder else path.name
     return f"{name}:{row.line}" if isinstance(row.content, bytes) or row.line > 1 else name
 
 
-def _tokenizer(source: ModelSource, config: PrepareConfig) -> Any:
+def _tokenizer(source: ModelSource, config: PrepareConfig) -> Tokenizer:
+    """The retriever's tokenizer, without truncation or padding."""
     from transformers import AutoTokenizer
 
     name, pinned = loadable(source)
     with loading(source):
         tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
     if not tokenizer.is_fast:
-        raise ModelError(f"model {source.name}: has no fast tokenizer, which --passages tokens needs")
-    if config.passage_tokens + tokenizer.num_special_tokens_to_add() > tokenizer.model_max_length:
+        raise ModelError(f"model {source.name}: has no fast tokenizer, which cutting passages needs")
+    if (
+        config.passages == "tokens"
+        and config.passage_tokens + tokenizer.num_special_tokens_to_add() > tokenizer.model_max_length
+    ):
         log.warning(
             "--passage_tokens %s is above the %s tokens that %s reads: it will not see the ends of passages",
             config.passage_tokens,
             tokenizer.model_max_length,
             source.name,
         )
-    tokenizer.model_max_length = 1 << 60  # no warnings about texts that are about to be cut
-    return tokenizer
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 class PassageTable:

@@ -108,7 +108,8 @@ class Meter:
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
         self._sizes = {path: path.stat().st_size for path in paths}
-        self._total = max(1, sum(self._sizes.values()))
+        self.size = sum(self._sizes.values())
+        self._total = max(1, self.size)
         self._before = 0
         self._size = 0
         self._share: Callable[[], float] = float

@@ -1,46 +1,72 @@
 """Vectors on disk and exact top-k over them.
 
-Sparse vectors are stored as CSR: term ids in the smallest unsigned type, weights in float16. Search is
-exact over what is stored; ties go to the earlier passage. Sparse scores do not depend on the sharding; dense
-ones do in their last bits, because a matrix product does.
+Sparse vectors are stored row by row (CSR): term ids in the smallest unsigned type, weights in float16, 8 bits
+or float32. Search is exact over what is stored; ties go to the earlier passage. Sparse scores do not depend
+on the sharding; dense ones do in their last bits, because a matrix product does.
 """
 
-import os
-from collections.abc import Iterable, Mapping
+import json
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 import scipy.sparse as sp
+
+from scaledown.executor import cores
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Vectors: TypeAlias = sp.csr_matrix | Array
 
+_BLOCK: Final = 4096  # passages whose scores stay in the processor's nearest cache
 
-def pack(vectors: Vectors) -> dict[str, Array]:
-    """Vectors [n, dimensions] as the arrays of a shard: CSR for sparse ones, a matrix for dense ones."""
+
+def pack(vectors: Vectors, weights: str = "float16") -> pa.Table:
+    """Vectors [n, dimensions] as a shard: lists of terms and weights, or rows of float32 for dense ones.
+
+    With `weights="uint8"` a weight is the nearest of 255 steps up to the shard's largest; what rounds to
+    nothing is left out.
+    """
     if not sp.issparse(vectors):
-        return {"dense": np.ascontiguousarray(vectors, dtype=np.float32)}
-    csr = sp.csr_matrix(vectors)
+        values = pa.array(np.ascontiguousarray(vectors, dtype=np.float32).ravel())
+        return pa.table({"dense": pa.FixedSizeListArray.from_arrays(values, vectors.shape[1])})
+    csr = sp.csr_matrix(vectors, copy=True)
+    step = 1.0
+    if weights == "uint8":
+        step = float(csr.data.max(initial=0)) / 255 or 1.0
+        csr = sp.csr_matrix((np.rint(csr.data / step), csr.indices, csr.indptr), shape=csr.shape)
+        csr.eliminate_zeros()
     csr.sort_indices()
     terms = np.uint16 if csr.shape[1] <= 1 << 16 else np.uint32
-    return {
-        "indptr": csr.indptr.astype(np.int64),
-        "indices": csr.indices.astype(terms),
-        "data": csr.data.astype(np.float16),
-        "dimensions": np.array(csr.shape[1], dtype=np.int64),
+    starts = pa.array(csr.indptr, pa.int64())
+    columns = {
+        "terms": pa.LargeListArray.from_arrays(starts, pa.array(csr.indices.astype(terms))),
+        "weights": pa.LargeListArray.from_arrays(starts, pa.array(csr.data.astype(weights))),
     }
+    return pa.table(columns).replace_schema_metadata({"dimensions": str(csr.shape[1]), "step": repr(step)})
 
 
-def unpack(arrays: Mapping[str, Array]) -> Vectors:
+def unpack(shard: pa.Table) -> Vectors:
     """The inverse of `pack`, in float32."""
-    if "dense" in arrays:
-        return arrays["dense"]
-    shape = (len(arrays["indptr"]) - 1, int(arrays["dimensions"]))
-    parts = (arrays["data"].astype(np.float32), arrays["indices"].astype(np.int32), arrays["indptr"])
-    return sp.csr_matrix(parts, shape=shape)
+    if "dense" in shard.column_names:
+        column = shard.column("dense").combine_chunks()
+        return column.flatten().to_numpy().reshape(len(column), column.type.list_size)
+    starts, terms, weights = _postings(shard)
+    parts = (weights, terms.astype(np.int32), starts)
+    return sp.csr_matrix(parts, shape=(len(starts) - 1, int(shard.schema.metadata[b"dimensions"])))
 
 
-_THREADS: Final = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def _postings(shard: pa.Table) -> tuple[Array, Array, Array]:
+    """Starts int64 [n + 1], terms and weights float32 [postings] of a sparse shard; terms are not copied."""
+    terms, weights = (shard.column(name).combine_chunks() for name in ("terms", "weights"))
+    starts = terms.offsets.to_numpy()
+    step = np.float32(json.loads(shard.schema.metadata[b"step"]))
+    values = weights.values.to_numpy()[starts[0] : starts[-1]].astype(np.float32)
+    if step != 1:
+        values *= step
+    return starts - starts[0], terms.values.to_numpy()[starts[0] : starts[-1]], values
 
 
 class Ranking(NamedTuple):
@@ -50,66 +76,91 @@ class Ranking(NamedTuple):
     scores: Array
 
 
-def search(queries: Vectors, shards: Iterable[Vectors], k: int) -> Ranking:
+def search(
+    queries: Vectors,
+    shards: Sequence[Callable[[], pa.Table]],
+    sizes: Sequence[int],
+    k: int,
+    *,
+    threads: int = 0,
+    advance: Callable[[float], None] = lambda _: None,
+) -> Ranking:
     """The `k` best passages of each query by inner product, over shards in passage order.
 
     Gives min(k, passages) columns; where fewer passages share a term with the query, the rest follow with
-    score 0 in passage order. One shard is in memory at a time.
+    score 0 in passage order. `shards` load the packed vectors of `sizes` passages; each of `threads` (0: one
+    a core) holds one at a time. `advance` is told the share of the passages that was searched, as it grows.
     """
-    count = queries.shape[0]
-    best = Ranking(np.empty((count, 0), np.int64), np.empty((count, 0), np.float32))
-    total = 0
-    for shard in shards:
-        found = _sparse_top(queries, shard, k) if sp.issparse(shard) else _dense_top(queries, shard, k)
-        best = _merge(best, Ranking(found.rows + total, found.scores), k)
-        total += shard.shape[0]
-    return best
+    queries = _canonical(queries)
+    k = min(k, sum(sizes))
+    firsts = np.concatenate([[0], np.cumsum(sizes)])
+    numbers = iter(range(len(shards)))
+    lock = threading.Lock()
+    searched = 0
+
+    def work(_: int) -> Ranking:
+        nonlocal searched
+        best = _nothing(queries.shape[0], k)
+        while True:
+            with lock:
+                number = next(numbers, None)
+            if number is None:
+                return best
+            shard = shards[number]()
+            if "dense" in shard.column_names:
+                best = _dense(queries, unpack(shard), int(firsts[number]), best)
+            else:
+                _sparse(queries, shard, int(firsts[number]), best)
+            with lock:
+                searched += sizes[number]
+                advance(searched / firsts[-1])
+
+    # A dense product uses all cores by itself.
+    threads = min(threads or cores(), len(shards)) if sp.issparse(queries) else 1
+    with ThreadPoolExecutor(threads) as executor:
+        found = list(executor.map(work, range(threads)))
+    return best_of(found, k)
 
 
-def _merge(a: Ranking, b: Ranking, k: int) -> Ranking:
-    rows = np.concatenate([a.rows, b.rows], axis=1)
-    scores = np.concatenate([a.scores, b.scores], axis=1)
+def _canonical(queries: Vectors) -> Vectors:
+    """Sparse queries with the types that the compiled loops are made for."""
+    if isinstance(queries, np.ndarray):
+        return queries
+    types = ((queries.data, np.float32), (queries.indices, np.int32), (queries.indptr, np.int64))
+    return sp.csr_matrix(tuple(array.astype(kind) for array, kind in types), shape=queries.shape)
+
+
+def _nothing(queries: int, k: int) -> Ranking:
+    return Ranking(np.full((queries, k), -1, np.int64), np.full((queries, k), -np.inf, np.float32))
+
+
+def best_of(rankings: Sequence[Ranking], k: int) -> Ranking:
+    """The `k` best of several rankings of the same queries; ties in passage order."""
+    rows = np.concatenate([ranking.rows for ranking in rankings], axis=1)
+    scores = np.concatenate([ranking.scores for ranking in rankings], axis=1)
     order = np.lexsort((rows, -scores), axis=1)[:, :k]
     return Ranking(np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1))
 
 
-def _dense_top(queries: Array, shard: Array, k: int) -> Ranking:
+def _dense(queries: Array, shard: Array, first: int, best: Ranking) -> Ranking:
     scores = queries @ shard.T  # [queries, passages]
-    k = min(k, scores.shape[1])
+    k = min(best.rows.shape[1], scores.shape[1])
     rows = np.empty((len(scores), k), np.int64)
     threshold = np.partition(scores, -k, axis=1)[:, -k]
     for number, row in enumerate(scores):
         candidates = np.flatnonzero(row >= threshold[number])  # all of a tie, so that the earlier ones win
         rows[number] = candidates[np.argsort(-row[candidates], kind="stable")[:k]]
-    return Ranking(rows, np.take_along_axis(scores, rows, 1))
+    found = Ranking(rows + first, np.take_along_axis(scores, rows, 1))
+    return best_of([best, found], best.rows.shape[1])
 
 
-def _sparse_top(queries: sp.csr_matrix, shard: sp.csr_matrix, k: int) -> Ranking:
-    from sparse_dot_topn import sp_matmul, sp_matmul_topn
+def _sparse(queries: sp.csr_matrix, shard: pa.Table, first: int, best: Ranking) -> None:
+    """Search a shard of sparse vectors that follow those in `best`, which changes."""
+    from scaledown.data.search import invert, search_block
 
-    passages = shard.shape[0]
-    k = min(k, passages)
-    columns = shard.T.tocsr()
-    # One more than asked: where number k and k+1 tie, which of them came out is arbitrary, and the row is
-    # done again in full.
-    wanted = min(k + 1, passages)
-    product = sp_matmul_topn(queries, columns, top_n=wanted, sort=True, n_threads=_THREADS)
-    rows = np.empty((queries.shape[0], k), np.int64)
-    scores = np.zeros((queries.shape[0], k), np.float32)
-    for number in range(queries.shape[0]):
-        low, high = product.indptr[number], product.indptr[number + 1]
-        found, values = product.indices[low:high], product.data[low:high]
-        if len(values) > k and values[k] == values[k - 1]:
-            full = sp_matmul(queries[number], columns)
-            found, values = full.indices, full.data
-        order = np.lexsort((found, -values))[:k]
-        rows[number, : len(order)] = found[order]
-        scores[number, : len(order)] = values[order]
-        if len(order) < k:
-            rows[number, len(order) :] = _first_without(found, k - len(order))
-    return Ranking(rows, scores)
-
-
-def _first_without(taken: Array, count: int) -> Array:
-    """The `count` smallest row numbers that are not in `taken`."""
-    return np.setdiff1d(np.arange(len(taken) + count), taken)[:count]
+    starts, terms, weights = _postings(shard)
+    dimensions = int(shard.schema.metadata[b"dimensions"])
+    for low in range(0, shard.num_rows, _BLOCK):
+        high = min(low + _BLOCK, shard.num_rows)
+        inverted = invert(starts, terms, weights, low, high, dimensions)
+        search_block(queries.indptr, queries.indices, queries.data, *inverted, high - low, first + low, *best)

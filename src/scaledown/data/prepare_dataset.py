@@ -254,17 +254,22 @@ def _run_stages(
         questions["synthetic"] = written.fingerprint
     queries = Stage(run, "queries", questions)
     collect_queries(queries, config, stages.get("synthetic"))
-    build_passages(passages, config, sources.corpus, sources.retriever)
 
     encoding = {"retriever": identities["retriever"], "batch_size": config.batch_size, **machine}
-    vectors = Stage(run, "vectors", {"passages": passages.fingerprint, **encoding})
-    encode_passages(vectors, passages, encoder)
+    vectors = Stage(run, "vectors", {"passages": passages.fingerprint, "weights": config.weights, **encoding})
+    encode_passages(
+        vectors,
+        passages,
+        encoder,
+        config.weights,
+        lambda check: build_passages(passages, config, sources.corpus, sources.retriever, check),
+    )
     candidates = Stage(
         run,
         "candidates",
         {"vectors": vectors.fingerprint, "queries": queries.fingerprint, "top_k": config.top_k_retrieval},
     )
-    retrieve(candidates, queries, vectors, encoder, config.top_k_retrieval)
+    retrieve(candidates, queries, vectors, encoder, config)
     encoder.cache_clear()
     stages |= {"queries": queries, "passages": passages, "vectors": vectors, "candidates": candidates}
 

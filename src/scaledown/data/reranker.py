@@ -14,12 +14,12 @@ from scaledown.data.prompts import LIKELIHOOD_AFTER, LIKELIHOOD_BEFORE
 from scaledown.data.splade import by_length
 from scaledown.errors import InputError, ModelError, UsageError
 from scaledown.models import (
+    Halving,
     ModelSource,
     choose_device,
     choose_dtype,
     loadable,
     loading,
-    memory_errors,
     resolve,
 )
 from scaledown.progress import track
@@ -41,6 +41,8 @@ class Pair(NamedTuple):
 class Reranker(Protocol):
     """Scores pairs; higher is more relevant. Scores are raw: logits, or mean log-probabilities."""
 
+    halving: Halving
+
     def score(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
         """One score a pair, in the order given."""
 
@@ -60,25 +62,24 @@ class CrossEncoderReranker:
             raise ModelError(
                 f"model {source.name} gives {self._model.num_labels} scores a pair; a reranker gives one"
             )
-        self._name = source.name
+        self.name = source.name
         self._batch_size = batch_size
         self._raw = torch.nn.Identity()
+        self.halving = Halving("--reranker_batch_size")
 
     def score(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
         """Logits, in the order of `pairs`."""
-        scores = np.empty(len(pairs), np.float32)
+
+        def score(batch: Sequence[int]) -> Any:
+            return self._model.predict(
+                [tuple(pairs[i]) for i in batch],
+                batch_size=len(batch),
+                show_progress_bar=False,
+                activation_fn=self._raw,
+            )
+
         order = by_length([pair.document + pair.query for pair in pairs])
-        for start in range(0, len(pairs), self._batch_size):
-            chosen = order[start : start + self._batch_size]
-            with memory_errors("--reranker_batch_size"):
-                scores[chosen] = self._model.predict(
-                    [tuple(pairs[i]) for i in chosen],
-                    batch_size=self._batch_size,
-                    show_progress_bar=False,
-                    activation_fn=self._raw,
-                )
-            advance(len(chosen))
-        return _numbers(scores, self._name)
+        return _in_batches(self, score, order, self._batch_size, advance)
 
 
 class QueryLikelihoodReranker:
@@ -95,9 +96,10 @@ class QueryLikelihoodReranker:
             self._tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
             model = AutoModelForCausalLM.from_pretrained(name, dtype=choose_dtype(dtype, device), **pinned)
             self._model = model.to(device).eval()
-        self._name = source.name
+        self.name = source.name
         self._device = device
         self._batch_size = batch_size
+        self.halving = Halving("--reranker_batch_size")
         self._limit = int(getattr(model.config, "max_position_embeddings", 0) or 2048)
         self._after = self._ids(LIKELIHOOD_AFTER)
 
@@ -112,15 +114,12 @@ class QueryLikelihoodReranker:
         for pair, question in zip(pairs, questions, strict=True):
             room = self._limit - len(question) - len(self._after)
             prompts.append(self._ids(LIKELIHOOD_BEFORE + pair.document, special=True)[:room] + self._after)
-        scores = np.empty(len(pairs), np.float32)
-        lengths = [len(prompt) + len(question) for prompt, question in zip(prompts, questions, strict=True)]
-        order = np.argsort([-length for length in lengths], kind="stable")
-        for start in range(0, len(pairs), self._batch_size):
-            chosen = order[start : start + self._batch_size]
-            with memory_errors("--reranker_batch_size"):
-                scores[chosen] = self._batch([prompts[i] for i in chosen], [questions[i] for i in chosen])
-            advance(len(chosen))
-        return _numbers(scores, self._name)
+
+        def score(batch: Sequence[int]) -> list[float]:
+            return self._batch([prompts[i] for i in batch], [questions[i] for i in batch])
+
+        order = by_length([prompt + question for prompt, question in zip(prompts, questions, strict=True)])
+        return _in_batches(self, score, order, self._batch_size, advance)
 
     def _batch(self, prompts: list[list[int]], questions: list[list[int]]) -> list[float]:
         import torch
@@ -149,10 +148,33 @@ class QueryLikelihoodReranker:
         ]
 
 
-def _numbers(scores: np.ndarray[Any, Any], name: str) -> list[float]:
+def _in_batches(
+    reranker: "CrossEncoderReranker | QueryLikelihoodReranker",
+    score: Callable[[Sequence[int]], Any],
+    order: np.ndarray[Any, Any],
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> list[float]:
+    """Scores of pairs, in their order, by batches of similar length."""
+    parts: list[Any] = []
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size].tolist()
+        parts += reranker.halving(score, batch)
+        advance(len(batch))
+    scores = np.empty(len(order), np.float32)
+    if parts:
+        scores[order] = np.concatenate(parts)
     if not np.isfinite(scores).all():
-        raise ModelError(f"model {name} gave scores that are not numbers: try --dtype float32")
-    return [float(score) for score in scores]
+        raise ModelError(f"model {reranker.name} gave scores that are not numbers: try --dtype float32")
+    return [float(value) for value in scores]
+
+
+def score_once(reranker: Reranker, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
+    """`reranker.score`, with pairs that come again scored once."""
+    unique = list(dict.fromkeys(pairs))
+    scores = dict(zip(unique, reranker.score(unique, advance), strict=True))
+    advance(len(pairs) - len(unique))
+    return [scores[pair] for pair in pairs]
 
 
 def load_reranker(source: ModelSource, device: str, dtype: str, batch_size: int) -> Reranker:
@@ -210,7 +232,7 @@ def add_reranking_scores(
         for document in record["documents"]
     ]
     with track("rerank", "pairs", len(pairs)) as tracker:
-        scores = iter(reranker.score(pairs, tracker.advance))
+        scores = iter(score_once(reranker, pairs, tracker.advance))
     result = []
     for record in queries_with_docs:
         documents: list[Any] = list(record["documents"])
@@ -261,7 +283,9 @@ def rerank(stage: Stage, candidates: Stage, passages: Stage, load: Callable[[], 
                 for row in record["rows"]:
                     passage = texts[row]
                     pairs.append(Pair(record["query"], full_text(passage.title, passage.text)))
-            scores = iter(load().score(pairs, tracker.advance))
+            reranker = load()
+            with stage.noting(shard, lambda: reranker.halving.count):
+                scores = iter(score_once(reranker, pairs, tracker.advance))
             columns: dict[str, list[Any]] = {"rows": [], "scores": [], "reranking_scores": []}
             for record in records:
                 own = [next(scores) for _ in record["rows"]]

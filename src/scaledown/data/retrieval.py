@@ -1,23 +1,29 @@
 """Queries + corpus -> ranked passages, by SPLADE or by a dense bi-encoder."""
 
+import contextlib
+import functools
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeAlias, cast
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias, cast
 
 import numpy as np
 import pyarrow as pa
+import scipy.sparse as sp
 
 from scaledown.config import PrepareConfig
-from scaledown.data.index import Array, Ranking, Vectors, pack, search, unpack
+from scaledown.data.index import Array, Ranking, Vectors, pack, search
 from scaledown.data.splade import SpladeEncoder, by_length
 from scaledown.errors import ModelError, UsageError
+from scaledown.executor import cores
 from scaledown.models import (
+    Halving,
     ModelSource,
     choose_device,
     choose_dtype,
     loadable,
     loading,
-    memory_errors,
     read_config_file,
     resolve,
 )
@@ -28,13 +34,23 @@ from scaledown.store import Stage
 log = logging.getLogger("scaledown")
 
 Advance: TypeAlias = Callable[[int], None]
+Check: TypeAlias = Callable[[], None]
+
+_QUERIES_AT_ONCE: Final = 4096
+_BYTES_A_QUERY: Final = 2048  # some hundred terms, twice
+_BYTES_A_RESULT: Final = 12  # a row and a score
+_UNPACKED: Final = 5  # a shard in memory, against its size on disk: terms, float32 weights, and both by term
 
 
 class Encoder(Protocol):
     """Turns texts into vectors whose inner product is their similarity."""
 
-    def documents(self, texts: Sequence[str], advance: Advance) -> Vectors:
-        """Vectors of documents [texts, dimensions]."""
+    halving: Halving
+
+    def documents(
+        self, texts: Sequence[str], advance: Advance, tokens: Sequence[Array] | None = None
+    ) -> Vectors:
+        """Vectors of documents [texts, dimensions]; `tokens` are their token ids where they are known."""
 
     def queries(self, texts: Sequence[str], advance: Advance) -> Vectors:
         """Vectors of queries [texts, dimensions]."""
@@ -56,10 +72,13 @@ class DenseEncoder:
                 f"model {source.name}: similarity {similarity!r} is not supported; use cosine or dot"
             )
         self._normalize = similarity == "cosine"
+        self.halving = Halving("--batch_size")
         self._batch_size = batch_size
 
-    def documents(self, texts: Sequence[str], advance: Advance) -> Array:
-        """Vectors of documents, float32 [texts, dimensions]."""
+    def documents(
+        self, texts: Sequence[str], advance: Advance, tokens: Sequence[Array] | None = None
+    ) -> Array:
+        """Vectors of documents, float32 [texts, dimensions]; its model tokenises by itself."""
         return self._encode(self._model.encode_document, texts, advance)
 
     def queries(self, texts: Sequence[str], advance: Advance) -> Array:
@@ -67,18 +86,20 @@ class DenseEncoder:
         return self._encode(self._model.encode_query, texts, advance)
 
     def _encode(self, encode: Callable[..., Any], texts: Sequence[str], advance: Advance) -> Array:
+        def encode_batch(batch: Sequence[int]) -> Array:
+            vectors = encode(
+                [texts[i] for i in batch],
+                batch_size=len(batch),
+                show_progress_bar=False,
+                convert_to_tensor=True,
+                normalize_embeddings=self._normalize,
+            )
+            return cast("Array", vectors.float().cpu().numpy())
+
         order, parts = by_length(texts), []
         for start in range(0, len(texts), self._batch_size):
-            batch = [texts[i] for i in order[start : start + self._batch_size]]
-            with memory_errors("--batch_size"):
-                vectors = encode(
-                    batch,
-                    batch_size=self._batch_size,
-                    show_progress_bar=False,
-                    convert_to_tensor=True,
-                    normalize_embeddings=self._normalize,
-                )
-            parts.append(vectors.float().cpu().numpy())
+            batch = order[start : start + self._batch_size].tolist()
+            parts += self.halving(encode_batch, batch)
             advance(len(batch))
         return cast("Array", np.concatenate(parts)[np.argsort(order)])
 
@@ -137,8 +158,8 @@ class DenseRetriever:
             return [[] for _ in queries]
         warn_about_top_k(top_k, len(corpus))
         texts = [document_text(document) for document in corpus]
-        documents = unpack(pack(self._encoder.documents(texts, _ignore)))
-        ranking = search(self._encoder.queries(queries, _ignore), [documents], top_k)
+        documents = pack(self._encoder.documents(texts, _ignore))
+        ranking = search(self._encoder.queries(queries, _ignore), [lambda: documents], [len(texts)], top_k)
         return [
             [
                 cast("RetrievedDict", {**corpus[row], "score": float(score)})
@@ -179,42 +200,132 @@ def warn_about_top_k(top_k: int, passages: int) -> None:
         )
 
 
-def encode_passages(stage: Stage, passages: Stage, load: Callable[[], Encoder]) -> None:
-    """Encode each shard of passages into a shard of vectors."""
+def encode_passages(
+    stage: Stage, passages: Stage, load: Callable[[], Encoder], weights: str, make: Callable[[Check], None]
+) -> None:
+    """Encode each shard of passages into a shard of vectors, while `make` still makes further passages.
+
+    `make` runs in a thread of its own and calls the `Check` it is given, which raises when it shall stop.
+    """
     if stage.done():
         return
-    rows = passages.finished().rows
-    done = sum(count for shard, count in enumerate(rows) if stage.has(shard))
-    with track("vectors", "passages", sum(rows), done) as tracker:
+    with track("vectors", "passages", _total(passages) if passages.done() else None) as tracker:
 
-        def work(shard: int) -> dict[str, Array]:
-            table = passages.table(shard).select(["title", "text"]).to_pylist()
-            texts = [full_text(row["title"], row["text"]) for row in table]
-            return pack(load().documents(texts, tracker.advance))
+        def work(shard: int) -> pa.Table:
+            table = passages.table(shard)
+            rows = table.select(["title", "text"]).to_pylist()
+            texts = [full_text(row["title"], row["text"]) for row in rows]
+            encoder = load()
+            with stage.noting(shard, lambda: encoder.halving.count):
+                vectors = encoder.documents(texts, tracker.advance, TokenLists(table.column("tokens")))
+            return pack(vectors, weights)
 
-        stage.complete(len(rows), work)
-    stage.finish(rows, {"passages": sum(rows)})
+        with _behind(make) as check:
+            stage.complete_behind(passages, work, check)
+        tracker.total = _total(passages)
+    vector_rows = [stage.table(shard) for shard in range(len(passages.finished().rows))]
+    counts = {"passages": _total(passages)}
+    if "terms" in vector_rows[0].column_names:
+        counts["postings"] = sum(len(table.column("terms").combine_chunks().values) for table in vector_rows)
+    stage.finish(passages.finished().rows, counts)
 
 
-def retrieve(stage: Stage, queries: Stage, vectors: Stage, load: Callable[[], Encoder], top_k: int) -> None:
-    """Rank the passages for each shard of queries: query, rows of passages and scores, best first."""
+class TokenLists(Sequence[Array]):
+    """A column of lists as NumPy arrays, without copies."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        lists = column.combine_chunks()
+        self._starts = lists.offsets.to_numpy()
+        self._values = lists.values.to_numpy()
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._values[self._starts[row] : self._starts[row + 1]]
+
+
+@contextlib.contextmanager
+def _behind(make: Callable[[Check], None]) -> Iterator[Check]:
+    """Run `make` in a thread; gives a function that raises what went wrong there."""
+    leave = threading.Event()
+
+    def check() -> None:
+        if leave.is_set():
+            raise _Left
+
+    with ThreadPoolExecutor(1) as executor:
+        making = executor.submit(make, check)
+        try:
+            yield lambda: making.result() if making.done() else None
+            making.result()
+        finally:
+            leave.set()
+
+
+class _Left(Exception):  # noqa: N818
+    """Whoever needed this work has gone."""
+
+
+def retrieve(
+    stage: Stage, queries: Stage, vectors: Stage, load: Callable[[], Encoder], config: PrepareConfig
+) -> None:
+    """Rank the passages for each shard of queries: query, rows of passages and scores, best first.
+
+    So many shards of queries are searched together as `--search_memory` allows, at most 4,096 queries:
+    that is what a crash can cost, and reading the vectors is then a small part of searching them.
+    """
     if stage.done():
         return
     rows = queries.finished().rows
-    shards = len(vectors.finished().rows)
-    warn_about_top_k(top_k, sum(vectors.finished().rows))
+    top_k = config.top_k_retrieval
+    found = vectors.finished()
+    warn_about_top_k(top_k, sum(found.rows))
     done = sum(count for shard, count in enumerate(rows) if stage.has(shard))
+    plan = SearchPlan.of(vectors, config)
     with track("retrieve", "queries", sum(rows), done) as tracker:
 
-        def work(shard: int) -> pa.Table:
-            table = queries.table(shard)
-            encoded = load().queries(table.column("query").to_pylist(), _ignore)
-            ranking = search(encoded, _shards(vectors, shards), top_k)
-            tracker.advance(table.num_rows)
-            return candidates_table(table, ranking)
+        def work(group: range) -> list[pa.Table]:
+            tables = [queries.table(shard) for shard in group]
+            encoded = [load().queries(table.column("query").to_pylist(), _ignore) for table in tables]
+            count = sum(table.num_rows for table in tables)
+            before = tracker.done
+            ranking = search(
+                sp.vstack(encoded, format="csr") if sp.issparse(encoded[0]) else np.concatenate(encoded),
+                [functools.partial(vectors.table, shard, check=True) for shard in range(len(found.rows))],
+                found.rows,
+                top_k,
+                threads=plan.threads,
+                advance=lambda share: tracker.advance(before + int(share * count) - tracker.done),
+            )
+            ends = np.cumsum([table.num_rows for table in tables])[:-1]
+            parts = zip(np.split(ranking.rows, ends), np.split(ranking.scores, ends), strict=True)
+            return [
+                candidates_table(table, Ranking(*part)) for table, part in zip(tables, parts, strict=True)
+            ]
 
-        stage.complete(len(rows), work)
+        stage.complete_together(len(rows), plan.shards_at_once, work)
     stage.finish(rows, {"queries": sum(rows), "candidates": sum(rows) * min(top_k, _total(vectors))})
+
+
+class SearchPlan(NamedTuple):
+    """How a search keeps within `--search_memory`."""
+
+    threads: int
+    shards_at_once: int
+
+    @classmethod
+    def of(cls, vectors: Stage, config: PrepareConfig) -> "SearchPlan":
+        """Half of the memory for the vectors of one shard per thread, half for queries and their top k."""
+        half = config.search_memory * 1e9 / 2
+        rows = vectors.finished().rows
+        shard = max(vectors.path(number).stat().st_size for number in range(len(rows)))
+        threads = int(max(1, min(cores(), len(rows), half // (_UNPACKED * shard))))
+        dense = "dense" in vectors.table(0).column_names
+        per_query = config.top_k_retrieval * _BYTES_A_RESULT * (threads + 2) + _BYTES_A_QUERY
+        per_query += max(rows) * 4 if dense else 0
+        queries = min(_QUERIES_AT_ONCE, half / per_query)
+        return cls(threads, int(max(1, queries // config.queries_per_shard)))
 
 
 def candidates_table(queries: pa.Table, ranking: Ranking) -> pa.Table:
@@ -231,8 +342,3 @@ def candidates_table(queries: pa.Table, ranking: Ranking) -> pa.Table:
 
 def _total(stage: Stage) -> int:
     return sum(stage.finished().rows)
-
-
-def _shards(vectors: Stage, count: int) -> Iterator[Vectors]:
-    for shard in range(count):
-        yield unpack(vectors.arrays(shard))

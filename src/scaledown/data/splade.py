@@ -1,19 +1,36 @@
 """Text -> sparse vectors over the vocabulary: SPLADE (Formal et al. 2021, arXiv 2109.10086).
 
-A term's weight is max over the text's tokens of log(1 + relu(logit)).
+A term's weight is max over the text's tokens of log(1 + relu(logit)). Both functions are monotone, so the
+maximum is taken of the raw logits, in tiles of the vocabulary: batch x length x vocabulary never exists.
 """
 
+import functools
+import importlib.util
+import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 
-from scaledown.models import ModelSource, choose_dtype, loadable, loading, memory_errors
+from scaledown.models import Halving, ModelSource, choose_dtype, loadable, loading
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("scaledown")
+
+_TILE_ELEMENTS: Final = 1 << 22  # logits in a tile: they stay in the processor's cache
+_CHECKED_ON: Final = ("How tall is the tower?", "The tower is 330 metres tall. It was built in 1889.")
+_TOLERANCE: Final = {"torch.float32": 1e-3, "torch.bfloat16": 0.2, "torch.float16": 0.05}
 
 
 class SpladeEncoder:
-    """A masked language model with SPLADE pooling, on sentence-transformers' `SparseEncoder`."""
+    """A masked language model with SPLADE pooling.
+
+    sentence-transformers loads it; the head is ours wherever it is a linear layer over the vocabulary with
+    max pooling, else sentence-transformers' own, which the log says.
+    """
 
     def __init__(self, source: ModelSource, device: str, dtype: str, batch_size: int) -> None:
         from sentence_transformers import SparseEncoder
@@ -23,36 +40,211 @@ class SpladeEncoder:
         with loading(source):
             self._model = SparseEncoder(name, device=device, **pinned, **arguments)
         self._batch_size = batch_size
+        self.halving = Halving("--batch_size")
+        reason, self._fast = _fast(self._model)
+        if reason:
+            log.info("retriever: the fast SPLADE head does not serve it (%s)", reason)
 
-    def documents(self, texts: Sequence[str], advance: Callable[[int], None]) -> sp.csr_matrix:
-        """Vectors of documents, float32 [texts, vocabulary]."""
+    def documents(
+        self,
+        texts: Sequence[str],
+        advance: Callable[[int], None],
+        tokens: Sequence[np.ndarray[Any, Any]] | None = None,
+    ) -> sp.csr_matrix:
+        """Vectors of documents, float32 [texts, vocabulary]; `tokens` are their ids where they are known."""
+        if self._fast:
+            return self._encode_fast(texts, advance, tokens)
         return self._encode(self._model.encode_document, texts, advance)
 
     def queries(self, texts: Sequence[str], advance: Callable[[int], None]) -> sp.csr_matrix:
         """Vectors of queries, float32 [texts, vocabulary]."""
+        if self._fast:
+            return self._encode_fast(texts, advance, None)
         return self._encode(self._model.encode_query, texts, advance)
+
+    def _encode_fast(
+        self,
+        texts: Sequence[str],
+        advance: Callable[[int], None],
+        tokens: Sequence[np.ndarray[Any, Any]] | None,
+    ) -> sp.csr_matrix:
+        fast = self._fast
+        assert fast is not None  # noqa: S101  # for the type checker
+        ids = fast.tokenised(texts) if tokens is None else tokens
+        order = by_length(ids)
+
+        def encode(batch: Sequence[int]) -> sp.csr_matrix:
+            return fast.encode([ids[i] for i in batch])
+
+        return self._batches(encode, order, advance)
 
     def _encode(
         self, encode: Callable[..., Any], texts: Sequence[str], advance: Callable[[int], None]
     ) -> sp.csr_matrix:
-        order, parts = by_length(texts), []
-        for start in range(0, len(texts), self._batch_size):
-            batch = [texts[i] for i in order[start : start + self._batch_size]]
-            with memory_errors("--batch_size"):
-                coo = encode(
-                    batch,
-                    batch_size=self._batch_size,
-                    show_progress_bar=False,
-                    convert_to_tensor=True,
-                    convert_to_sparse_tensor=True,
-                    save_to_cpu=True,
-                ).coalesce()
+        def encode_batch(batch: Sequence[int]) -> sp.csr_matrix:
+            coo = encode(
+                [texts[i] for i in batch],
+                batch_size=len(batch),
+                show_progress_bar=False,
+                convert_to_tensor=True,
+                convert_to_sparse_tensor=True,
+                save_to_cpu=True,
+            ).coalesce()
             row, column = coo.indices().numpy()
-            parts.append(sp.csr_matrix((coo.values().float().numpy(), (row, column)), shape=coo.shape))
+            return sp.csr_matrix((coo.values().float().numpy(), (row, column)), shape=coo.shape)
+
+        return self._batches(encode_batch, by_length(texts), advance)
+
+    def _batches(
+        self,
+        encode: Callable[[Sequence[int]], sp.csr_matrix],
+        order: np.ndarray[Any, Any],
+        advance: Callable[[int], None],
+    ) -> sp.csr_matrix:
+        parts = []
+        for start in range(0, len(order), self._batch_size):
+            batch = order[start : start + self._batch_size]
+            parts += self.halving(encode, batch)  # type: ignore[arg-type]
             advance(len(batch))
         return sp.vstack(parts, format="csr")[np.argsort(order)]
 
 
-def by_length(texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
+class _Fast(NamedTuple):
+    """A masked language model whose decoder passes its input on, and that decoder's weights."""
+
+    model: Any
+    tokenizer: Any
+    weight: "torch.Tensor"  # [vocabulary, hidden]
+    bias: "torch.Tensor | None"  # [vocabulary]
+    before: list[int]  # special tokens around a text
+    after: list[int]
+    longest: int
+    twice: bool  # a second log1p, as in OpenSearch's models (arXiv 2504.14839)
+
+    def tokenised(self, texts: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+        """Token ids of each text, without special tokens."""
+        encoded = self.tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        return [np.asarray(ids, np.int64) for ids in encoded["input_ids"]]
+
+    def encode(self, tokens: Sequence[np.ndarray[Any, Any]]) -> sp.csr_matrix:
+        """Vectors, float32 [texts, vocabulary], of texts given by their token ids."""
+        import torch
+
+        room = self.longest - len(self.before) - len(self.after)
+        lengths = [min(len(ids), room) + len(self.before) + len(self.after) for ids in tokens]
+        padded = np.full((len(tokens), max(lengths)), self.tokenizer.pad_token_id or 0, np.int64)
+        for row, (ids, length) in enumerate(zip(tokens, lengths, strict=True)):
+            padded[row, :length] = [*self.before, *ids[:room].tolist(), *self.after]
+        device = self.weight.device
+        with torch.inference_mode():
+            real = torch.tensor(lengths, device=device)
+            batch = torch.from_numpy(padded).to(device)  # [batch, longest]
+            mask = torch.arange(batch.shape[1], device=device) < real[:, None]  # [batch, longest]
+            hidden = self.model(input_ids=batch, attention_mask=mask.long()).logits  # [batch, longest, width]
+            logits = max_logits(hidden, real, self.weight, self.bias)  # [batch, vocabulary]
+            weights = logits.relu_().log1p_()
+            if self.twice:
+                weights = weights.log1p_()
+            sparse = weights.to_sparse_csr().cpu()
+        parts = (sparse.values().numpy(), sparse.col_indices().numpy(), sparse.crow_indices().numpy())
+        return sp.csr_matrix(parts, shape=sparse.shape)
+
+
+def max_logits(
+    hidden: "torch.Tensor", length: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor | None"
+) -> "torch.Tensor":
+    """max over tokens of `hidden @ weight.T + bias`, float32 [batch, vocabulary].
+
+    `hidden` is [batch, longest, width], of which `length` [batch] tokens are real; `weight` is
+    [vocabulary, width]. On CUDA with Triton the logits are never written to memory (after Sparton, arXiv
+    2603.25011).
+    """
+    if hidden.is_cuda and _has_triton():
+        from scaledown.data.splade_triton import max_logits_fused
+
+        return max_logits_fused(hidden, length, weight, bias)
+    return max_logits_tiled(hidden, length, weight, bias)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    found = importlib.util.find_spec("triton") is not None
+    if not found:
+        log.info("no Triton: the SPLADE head runs in tiles instead of one kernel")
+    return found
+
+
+def max_logits_tiled(
+    hidden: "torch.Tensor", length: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor | None"
+) -> "torch.Tensor":
+    """`max_logits` by plain products, a tile of the vocabulary at a time; padding repeats the first token."""
+    import torch
+
+    batch, longest, width = hidden.shape
+    padding = torch.arange(longest, device=hidden.device) >= length[:, None]  # [batch, longest]
+    rows = torch.where(padding[..., None], hidden[:, :1], hidden).view(-1, width)  # [batch * longest, width]
+    result = torch.empty(batch, len(weight), dtype=torch.float32, device=hidden.device)
+    tile = min(4096, max(256, _TILE_ELEMENTS // len(rows) // 64 * 64))
+    for start in range(0, len(weight), tile):
+        product = rows @ weight[start : start + tile].T  # [batch * longest, tile]
+        result[:, start : start + tile] = product.view(batch, longest, -1).amax(1)
+    return result if bias is None else result.add_(bias)
+
+
+def _fast(model: Any) -> tuple[str, _Fast | None]:
+    """Why the fast head does not serve a `SparseEncoder`, or the head. Its decoder is then switched off."""
+    if reason := _unsuited(model):
+        return reason, None
+    tokenizer, masked = model.tokenizer, model[0].auto_model
+    decoder = masked.get_output_embeddings()
+    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    place = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)
+    if place is None or tokenizer.padding_side != "right":
+        return "its tokenizer adds more than tokens around the text", None
+    fast = _Fast(
+        model=masked,
+        tokenizer=tokenizer,
+        weight=decoder.weight.detach(),
+        bias=None if decoder.bias is None else decoder.bias.detach(),
+        before=whole[:place],
+        after=whole[place + len(bare) :],
+        longest=model.max_seq_length or tokenizer.model_max_length,
+        twice=model[1].activation_function == "log1p_relu",
+    )
+    expected = model.encode(list(_CHECKED_ON), convert_to_sparse_tensor=False, show_progress_bar=False)
+    decoder.forward = lambda hidden: hidden
+    try:
+        found = fast.encode(fast.tokenised(_CHECKED_ON)).toarray()
+        difference = abs(expected.float().cpu().numpy() - found).max()
+        if difference <= _TOLERANCE[str(decoder.weight.dtype)]:
+            return "", fast
+        reason = f"its vectors differ by {difference:.2g}"
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    del decoder.forward
+    return reason, None
+
+
+def _unsuited(model: Any) -> str:
+    """What about a `SparseEncoder` the fast head is not made for; empty when nothing is."""
+    from sentence_transformers.sparse_encoder.modules import SpladePooling
+
+    modules = list(model)
+    if len(modules) != 2 or not isinstance(modules[1], SpladePooling):
+        return "its modules are not a masked language model and SPLADE pooling"
+    if modules[1].pooling_strategy != "max":
+        return f"its pooling is {modules[1].pooling_strategy}"
+    if any(model.prompts.values()) or model.max_active_dims:
+        return "it has prompts or a limit of active terms"
+    find = getattr(getattr(modules[0], "auto_model", None), "get_output_embeddings", lambda: None)
+    weight = getattr(find(), "weight", None)
+    if weight is None or weight.ndim != 2:
+        return "its last layer is not a linear one over the vocabulary"
+    return ""
+
+
+def by_length(texts: Sequence[Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The order from longest to shortest: batches of similar length, and too little memory shows early."""
     return np.argsort([-len(text) for text in texts], kind="stable")
