@@ -175,7 +175,7 @@ def _query(record: dict[str, Any], column: str) -> Query:
     if column:
         value: Any = record
         for name in column.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
+            value = value.get(name, value.get(name.lower())) if isinstance(value, dict) else None
     else:
         value = next((record[key] for key in QUERY_KEYS if record.get(key) is not None), None)
         if isinstance(value, dict):
