@@ -72,10 +72,16 @@ def _validate(arguments: argparse.Namespace) -> int:
             print(one_line(message))
         if result.problems > len(result.messages):
             print(f"… and {result.problems - len(result.messages):,} more")
-        failed |= bool(result.bad_records)
-        verdict = f"{result.bad_records:,} with problems" if result.bad_records else "all sound"
-        print(f"{path}: {result.records + result.bad_records:,} records, {verdict}")
+        failed |= bool(result.problems)
+        verdict = f"{result.bad_records:,} with problems" if result.problems else "all sound"
+        if result.duplicates:
+            verdict += f", {_counted(result.duplicates, 'query', 'queries')} again (merge leaves those out)"
+        print(f"{path}: {_counted(result.records + result.bad_records, 'record', 'records')}, {verdict}")
     return 1 if failed else 0
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
 
 
 def _merge(arguments: argparse.Namespace) -> int:
@@ -89,8 +95,9 @@ def _merge(arguments: argparse.Namespace) -> int:
         allow_different_settings=arguments.allow_different_settings,
     )
     print(
-        f"{arguments.output_file}: {merged.records:,} records from {len(arguments.files)} files, "
-        f"{merged.duplicates:,} queries that came again left out"
+        f"{arguments.output_file}: {_counted(merged.records, 'record', 'records')} from "
+        f"{_counted(len(arguments.files), 'file', 'files')}, "
+        f"{_counted(merged.duplicates, 'query', 'queries')} that came again left out"
     )
     return 0
 

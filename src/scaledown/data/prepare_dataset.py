@@ -324,7 +324,7 @@ def _finished(run: RunDirectory, request: str, output: Path) -> Result | None:
     if run.content_hash(output) != written["sha256"]:
         if written["path"] != str(output.resolve()):
             return None
-        if validate(output).bad_records:
+        if validate(output).problems:
             log.warning("%s is damaged: writing it again", output)
             return None
         log.warning("%s was changed since it was written and is left so; delete it to have it again", output)
