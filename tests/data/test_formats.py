@@ -283,6 +283,15 @@ def test_merge_joins_in_order_and_drops_duplicates(
     assert "9 records from 2 files, 2 queries that came again left out" in capsys.readouterr().out
 
 
+def test_merge_writes_through_a_link(tmp_path: Path) -> None:
+    output, target = tmp_path / "full.json", tmp_path / "target"
+    output.symlink_to(target)
+    path = made(tmp_path / "a.json", numbered([1]))
+    assert main(["merge", str(path), "--output_file", str(output)]) == 0
+    assert output.is_symlink()
+    assert json.loads(target.read_text()) == numbered([1])
+
+
 def test_merge_refuses_different_settings_unless_told(tmp_path: Path) -> None:
     first = made(tmp_path / "a.json", numbered([1]))
     second = made(tmp_path / "b.json", numbered([2]), top_k_retrieval=20)

@@ -96,7 +96,7 @@ def input_files(path: Path, what: str) -> list[Path]:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise InputError(f"{what} {path!a}: the name is not valid Unicode; rename it") from None
+        raise InputError(f"{what} {str(path)!a}: the name is not valid Unicode; rename it") from None
     if path.is_file():
         return [path]
     known = _TEXT | _LINES | _TABLES

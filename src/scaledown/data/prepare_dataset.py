@@ -5,13 +5,23 @@ queries ─┐
 corpus ──┘ (passages, vectors)
 """
 
+import sys
+from functools import partial
+from importlib import import_module
+
+from scaledown.errors import OutputError, UsageError, one_line, run_command
+
+if __name__ == "__main__":  # before the imports that take long: Ctrl-C is one line during them, too
+    start = partial(run_command, debug="--debug" in sys.argv, resumes=True)
+    raise SystemExit(start(lambda: import_module("scaledown.data.prepare_dataset").main()))
+
 import functools
 import itertools
 import logging
 import os
 import platform
+import shlex
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -30,7 +40,6 @@ from scaledown.data.reranker import LIKELIHOOD_PREFIX, load_reranker, rerank, re
 from scaledown.data.retrieval import encode_passages, load_encoder, retrieve
 from scaledown.data.teacher import load_teacher, teach
 from scaledown.data.teachers import Generation, Teacher
-from scaledown.errors import UsageError, one_line, run_command
 from scaledown.models import ModelSource, choose_device, choose_dtype, resolve
 from scaledown.progress import duration, start_logging
 from scaledown.records import Example
@@ -80,7 +89,7 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Resul
     `ScaleDownError`, each with a message that says what to do.
     """
     output = Path(config.output_file)
-    check_writable(output)
+    check_writable(output.resolve() if output.is_symlink() else output)
     sources = _find(config, output)
     run = RunDirectory(config.run_directory)
     identities = {name: model.identity(run.content_hash) for name, model in sources.models().items()}
@@ -96,12 +105,14 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Resul
     with run.claim(request):
         if finished := _finished(run, request, output):
             return finished
+        _check_ours(run, output)
         stages = _run_stages(run, config, sources, identities, inputs)
         results = {name: stage.finished() for name, stage in stages.items()}
         with stages["answers"].lease("export", wait=True):
             if finished := _finished(run, request, output):  # by a process that helped
                 return finished
-            for half_written in output.parent.glob(f".{output.name}.*.tmp"):  # by a process that was killed
+            target = output.resolve()
+            for half_written in target.parent.glob(f".{target.name}.*.tmp"):  # by a process that was killed
                 half_written.unlink(missing_ok=True)
             score_scale = config.reranking_score_scale if config.enable_reranking else None
             count = write_examples(output, examples(stages["answers"], stages["passages"], score_scale))
@@ -165,8 +176,11 @@ def _find(config: PrepareConfig, output: Path) -> _Sources:
     if not config.corpus_path:
         log.info("no --corpus_path: using the sample corpus of 60 short articles")
     input_files(corpus, "--corpus_path")
-    if corpus.is_dir() and output.resolve().is_relative_to(corpus.resolve()):
-        raise UsageError(f"--output_file {output} lies in the corpus {corpus}: put it elsewhere")
+    written = {"--output_file": output, "the run directory": config.run_directory}
+    for folder in (corpus, *map(Path, config.queries_file)):
+        for what, path in written.items():
+            if folder.is_dir() and path.resolve().is_relative_to(folder.resolve()):
+                raise UsageError(f"{what} {path} lies in {folder}, which is read: put it elsewhere")
     queries = query_files(config)
     if any(output.resolve() == path.resolve() for path in (corpus, *queries)):
         raise UsageError(f"--output_file {output} is also read: name another, it would be overwritten")
@@ -334,6 +348,23 @@ def _finished(run: RunDirectory, request: str, output: Path) -> Result | None:
     return Result(output, manifest["output"]["examples"], stages, _quarantined(stages), already_done=True)
 
 
+def _check_ours(run: RunDirectory, output: Path) -> None:
+    """Raise `OutputError` where `output` exists and was not written by a run of this directory."""
+    if not output.exists():
+        return
+    manifest = read_json(run.manifest)
+    if isinstance(manifest, dict):
+        written = manifest["output"]
+        ours = written["path"] == str(output.resolve()) or written["sha256"] == run.content_hash(output)
+    else:  # a run that was killed after it wrote the output and before the manifest
+        ours = any(run.path.glob("answers/*/done.json"))
+    if not ours:
+        raise OutputError(
+            f"--output_file {output} exists, and {run.path} does not know it: delete or rename it, or "
+            "choose another"
+        )
+
+
 def _quarantined(stages: Mapping[str, StageResult]) -> int:
     return sum(result.counts.get("bad", 0) + result.counts.get("rejected", 0) for result in stages.values())
 
@@ -371,7 +402,7 @@ def summary(result: Result, config: PrepareConfig) -> str:
     records = (entry.record for entry in itertools.islice(entries(result.output), 3))
     for number, record in enumerate(records, 1):
         lines += _shown(number, record)
-    lines += [f"next: {_program()} validate {result.output}"]
+    lines += [f"next: {_program()} validate {shlex.quote(str(result.output))}"]
     return "\n".join(lines)
 
 
@@ -407,14 +438,19 @@ def main(argv: Sequence[str] | None = None, program: str = "python -m scaledown.
         flags = vars(parser.parse_args(words))
         flags.pop("debug", None)
         start_logging(flags.pop("log_level", "info"))
-        repeats = Path(flags["config"]) if "config" in flags else None
+        repeats = Path(flags["config"]).expanduser() if "config" in flags else None
         config = from_flags(flags)
         result = prepare_dataset(config, repeats)
         print(summary(result, config))
-        return 1 if config.strict and result.quarantined else 0
+        if not config.strict or not result.quarantined:
+            return 0
+        number = (
+            "1 line or query is"
+            if result.quarantined == 1
+            else f"{result.quarantined:,} lines or queries are"
+        )
+        where = config.run_directory / "quarantine"
+        print(f"error: --strict: {number} in {where}, each with its reason: mend them", file=sys.stderr)
+        return 1
 
     return run_command(command, debug="--debug" in words, resumes=True)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
