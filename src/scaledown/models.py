@@ -154,9 +154,15 @@ def hub_errors(name: str, kind: str = "model") -> Iterator[None]:
             for cause in causes
         )
         if unreachable or "couldn't connect" in text or "offline mode" in text:
+            instead = (
+                "give a local copy, a folder as --query_dataset or a file as --queries_file "
+                "(HF_HUB_OFFLINE=1 finds what `datasets` has cached)"
+                if kind == "dataset"
+                else "name a local folder (`--preset demo` has models that need no hub)"
+            )
             raise ModelError(
                 f"{kind} {name} is not on this machine and the hub cannot be reached: check the network, or "
-                "name a local folder (`--preset demo` has models that need no hub)"
+                f"{instead}"
             ) from error
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"{kind} {name} cannot be loaded: {first_line}") from error

@@ -493,6 +493,20 @@ def test_what_is_missing_exits_with_1(flags, match, prepare, capsys) -> None:
     assert match in refused(prepare, capsys, *flags)
 
 
+def test_a_teacher_that_cannot_answer_is_noticed_before_any_work(
+    prepare, models, capsys, monkeypatch
+) -> None:
+    import importlib.util
+
+    model = ("--teacher_model", str(models["splade"]))
+    assert "is BertForMaskedLM: a teacher is a causal LM" in refused(prepare, capsys, *model)
+    find = importlib.util.find_spec
+    absent = {"bitsandbytes": None}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: absent.get(name, name) and find(name))
+    assert "pip install 'scaledown[quantization]'" in refused(prepare, capsys, "--teacher_4bit")
+    assert not prepare.work.exists()
+
+
 def test_empty_queries(prepare, queries, capsys) -> None:
     queries.write_text("\n\n")
     assert "no queries" in refused(prepare, capsys)

@@ -257,8 +257,25 @@ def test_malformed_rows_of_a_dataset_are_no_fault_of_the_hub(tmp_path: Path) -> 
 
 
 def test_a_dataset_out_of_reach_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="dataset squad"):
+    with pytest.raises(ModelError, match=r"dataset squad .*give a local copy, a folder as --query_dataset"):
         collected(tmp_path, query_dataset="squad")
+
+
+@pytest.mark.parametrize("name", ["squad", "org/unknown"])
+def test_without_a_network_no_dataset_is_tried_again_and_again(
+    name: str, tmp_path: Path, monkeypatch
+) -> None:
+    import datasets
+    import huggingface_hub
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "dataset_info", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("was tried"))
+    with pytest.raises(ModelError, match=f"dataset {name} .*the hub cannot be reached"):
+        collected(tmp_path, query_dataset=name)
 
 
 # MS MARCO

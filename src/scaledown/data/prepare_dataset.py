@@ -38,7 +38,7 @@ from scaledown.data.prompts import VERSION as PROMPT_VERSION
 from scaledown.data.queries import collect_queries, query_files, write_questions
 from scaledown.data.reranker import LIKELIHOOD_PREFIX, load_reranker, rerank, resolve_reranker
 from scaledown.data.retrieval import encode_passages, load_encoder, retrieve
-from scaledown.data.teacher import load_teacher, teach
+from scaledown.data.teacher import check_teacher, load_teacher, teach
 from scaledown.data.teachers import Generation, Teacher
 from scaledown.models import ModelSource, choose_device, choose_dtype, resolve
 from scaledown.progress import duration, start_logging
@@ -190,10 +190,12 @@ def _find(config: PrepareConfig, output: Path) -> _Sources:
         queries.append(folder)
     if not config.reranks and config.reranker_model != PrepareConfig.reranker_model:
         log.warning("--reranker_model is not used: add --enable_reranking or --top_k_reranking")
+    teacher = resolve(config.teacher_model)
+    check_teacher(teacher, load_in_8bit=config.teacher_8bit, load_in_4bit=config.teacher_4bit)
     return _Sources(
         retriever=resolve(config.retriever_model),
         reranker=resolve_reranker(config.reranker_model) if config.reranks else None,
-        teacher=resolve(config.teacher_model),
+        teacher=teacher,
         corpus=corpus,
         queries=queries,
     )
@@ -353,9 +355,11 @@ def _check_ours(run: RunDirectory, output: Path) -> None:
     if not output.exists():
         return
     manifest = read_json(run.manifest)
-    if isinstance(manifest, dict):
-        written = manifest["output"]
-        ours = written["path"] == str(output.resolve()) or written["sha256"] == run.content_hash(output)
+    written = manifest.get("output") if isinstance(manifest, dict) else None
+    if isinstance(written, dict):
+        ours = str(output.resolve()) == written.get("path") or run.content_hash(output) == written.get(
+            "sha256"
+        )
     else:  # a run that was killed after it wrote the output and before the manifest
         ours = any(run.path.glob("answers/*/done.json"))
     if not ours:

@@ -195,6 +195,7 @@ def _from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query
     if not config.query_dataset or Path(config.query_dataset).is_file():
         return
     import datasets
+    from huggingface_hub import constants, dataset_info
 
     name, revision = config.query_dataset, ""
     if not Path(name).exists():
@@ -209,17 +210,17 @@ def _from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query
             if config.query_split not in splits:
                 raise InputError(f"dataset {name}: --query_split is one of {', '.join(splits)}")
             data = splits[config.query_split]
-        elif known and not path.exists():
+        else:
+            repository, configuration = known[:2] if known and not path.exists() else (name, None)
+            if not path.exists() and not constants.HF_HUB_OFFLINE:
+                # Fails at once without a network; loading tries for half a minute.
+                dataset_info(repository, revision=revision or None, timeout=10)
             data = datasets.load_dataset(
-                known.repository,
-                known.configuration,
+                repository,
+                configuration,
                 split=config.query_split,
                 streaming=True,
                 revision=revision or None,
-            )
-        else:
-            data = datasets.load_dataset(
-                name, split=config.query_split, streaming=True, revision=revision or None
             )
         column = config.query_column or (known.column if known else "")
         if column and data.column_names and column.partition(".")[0] in data.column_names:
