@@ -280,7 +280,7 @@ def _csv_records(text: Iterable[str], delimiter: str) -> Iterator[tuple[int, str
 
     Where a quote is not closed, only its line is lost: those read in search of the end are read again.
     """
-    csv.field_size_limit(_MAX_LINE_BYTES)
+    csv.field_size_limit(_MAX_LINE_BYTES >> 2)  # the reader takes several times as much
     lines = enumerate(text, 1)
     again: deque[tuple[int, str]] = deque()
     taken: list[tuple[int, str]] = []
