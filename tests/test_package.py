@@ -70,7 +70,9 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--top_k_retrieval" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [[], ["no-such-command"], ["validate"], ["merge", "a.json"]])
+@pytest.mark.parametrize(
+    "words", [[], ["no-such-command"], ["validate"], ["validate", ""], ["merge", "a.json"]]
+)
 def test_wrong_usage_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     err = capsys.readouterr().err

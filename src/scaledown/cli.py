@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _path(text: str) -> Path:
     if not text:
-        raise UsageError("a file name is empty: give it, or leave it out")
+        raise argparse.ArgumentTypeError("is empty: name a file")
     return Path(text).expanduser() if text.startswith("~/") else Path(text)
 
 

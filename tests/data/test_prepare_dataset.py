@@ -539,8 +539,9 @@ def test_an_output_inside_the_corpus_is_refused(prepare, tmp_path, capsys) -> No
     (folder / "a.txt").write_text("A text.")
     flags = ("--corpus_path", str(folder), "--output_file", str(folder / "o.json"))
     assert f"lies in {folder}, which is read" in refused(prepare, capsys, *flags, status=2)
-    flags = ("--queries_file", str(folder), "--output_file", str(folder / "o.json"))
-    assert f"lies in {folder}, which is read" in refused(prepare, capsys, *flags, status=2)
+    for flag in ("--queries_file", "--query_dataset"):
+        flags = (flag, str(folder), "--output_file", str(folder / "o.json"))
+        assert f"lies in {folder}, which is read" in refused(prepare, capsys, *flags, status=2)
     flags = ("--corpus_path", str(folder), "--work_dir", str(folder / "run"))
     assert f"run directory {folder / 'run'} lies in {folder}" in refused(prepare, capsys, *flags, status=2)
     assert len(os.listdir(folder)) == 1
@@ -567,7 +568,9 @@ def test_a_file_name_that_is_no_unicode(prepare, corpus, tmp_path, capsys) -> No
         corpus = corpus.rename(tmp_path / name)
     except OSError:
         pytest.skip("this file system has only Unicode names")
-    assert "rename it" in refused(prepare, capsys, "--corpus_path", str(corpus))
+    error = refused(prepare, capsys, "--corpus_path", str(corpus))
+    assert "rename it" in error
+    assert "PosixPath" not in error
 
 
 def test_only_what_is_read_of_a_corpus_folder_counts(prepare, tmp_path, monkeypatch) -> None:

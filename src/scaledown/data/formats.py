@@ -57,10 +57,11 @@ def entries(path: Path) -> Iterator[Entry]:
 
     Raises `InputError` where the file is missing or of another kind.
     """
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; name a file in it")
-    if not path.exists():
-        raise InputError(f"{path}: there is no such file; check the path")
+    if not path.is_file():
+        problem = (
+            "is a folder; name a file in it" if path.is_dir() else "there is no such file; check the path"
+        )
+        raise InputError(f"{path}: {problem}")
     if path.suffix == ".parquet":
         yield from _parquet_entries(path)
     elif path.suffix == ".jsonl":
@@ -76,7 +77,7 @@ def entries(path: Path) -> Iterator[Entry]:
             except UnicodeDecodeError as error:
                 yield Entry(0, None, f"invalid UTF-8: {error.reason}")
     else:
-        raise InputError(f"{path}: training data is one of {', '.join(OUTPUT_SUFFIXES)}")
+        raise InputError(f"{path}: training data ends in {', '.join(OUTPUT_SUFFIXES)}; name such a file")
 
 
 def _parquet_entries(path: Path) -> Iterator[Entry]:

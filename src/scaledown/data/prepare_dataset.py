@@ -177,7 +177,7 @@ def _find(config: PrepareConfig, output: Path) -> _Sources:
         log.info("no --corpus_path: using the sample corpus of 60 short articles")
     input_files(corpus, "--corpus_path")
     written = {"--output_file": output, "the run directory": config.run_directory}
-    for folder in (corpus, *map(Path, config.queries_file)):
+    for folder in (corpus, *map(Path, filter(None, (*config.queries_file, config.query_dataset)))):
         for what, path in written.items():
             if folder.is_dir() and path.resolve().is_relative_to(folder.resolve()):
                 raise UsageError(f"{what} {path} lies in {folder}, which is read: put it elsewhere")
