@@ -113,9 +113,18 @@ def _commit(repository: str, revision: str | None, file_name: str) -> str:
     path = try_to_load_from_cache(repository, file_name, revision=revision)
     if not isinstance(path, str):
         with hub_errors(repository):
+            reach_hub()
             path = hf_hub_download(repository, file_name, revision=revision)
     parts = Path(path).parts
     return parts[parts.index("snapshots") + 1]
+
+
+def reach_hub() -> None:
+    """Fail at once where the hub is out of reach: its libraries try for half a minute, with much noise."""
+    from huggingface_hub import constants, get_session
+
+    if not constants.HF_HUB_OFFLINE:
+        get_session().head(constants.ENDPOINT, timeout=10)
 
 
 @contextlib.contextmanager

@@ -266,13 +266,10 @@ def test_without_a_network_no_dataset_is_tried_again_and_again(
     name: str, tmp_path: Path, monkeypatch
 ) -> None:
     import datasets
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    def unreachable(*_: object, **__: object) -> None:
-        raise ConnectionError
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub, "dataset_info", unreachable)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("was tried"))
     with pytest.raises(ModelError, match=f"dataset {name} .*the hub cannot be reached"):
         collected(tmp_path, query_dataset=name)

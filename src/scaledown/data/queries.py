@@ -17,7 +17,7 @@ from scaledown.data.corpus import PassageTable
 from scaledown.data.prompts import question_prompt
 from scaledown.data.teachers import Teacher
 from scaledown.errors import InputError
-from scaledown.models import cache_directory, hub_errors
+from scaledown.models import cache_directory, hub_errors, reach_hub
 from scaledown.progress import track
 from scaledown.records import Answer, Query, full_text
 from scaledown.store import Stage, atomic
@@ -195,7 +195,6 @@ def _from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query
     if not config.query_dataset or Path(config.query_dataset).is_file():
         return
     import datasets
-    from huggingface_hub import constants, dataset_info
 
     name, revision = config.query_dataset, ""
     if not Path(name).exists():
@@ -212,9 +211,8 @@ def _from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query
             data = splits[config.query_split]
         else:
             repository, configuration = known[:2] if known and not path.exists() else (name, None)
-            if not path.exists() and not constants.HF_HUB_OFFLINE:
-                # Fails at once without a network; loading tries for half a minute.
-                dataset_info(repository, revision=revision or None, timeout=10)
+            if not path.exists():
+                reach_hub()
             data = datasets.load_dataset(
                 repository,
                 configuration,
