@@ -51,6 +51,28 @@ def test_hyphens_and_underscores_are_one() -> None:
     assert a.queries_file == ("q-a_b.txt",)
 
 
+def test_what_follows_two_hyphens_is_no_flag() -> None:
+    assert underscored(["--a-b", "--", "--c-d", "--"]) == ["--a_b", "--", "--c-d", "--"]
+
+
+def test_the_home_folder_is_found_in_flags_and_config(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.json").write_text(json.dumps({"queries_file": ["~/a.txt"], "work_dir": "~/w"}))
+    config = parsed("--config=~/c.json", "--output_file=~/o.json", "--corpus_path=~/c", "--query_dataset=~/d")
+    assert (config.queries_file, config.work_dir) == ((f"{tmp_path}/a.txt",), f"{tmp_path}/w")
+    assert (config.output_file, config.corpus_path) == (f"{tmp_path}/o.json", f"{tmp_path}/c")
+    assert config.query_dataset == f"{tmp_path}/d"
+    assert parsed(*MINIMAL, "--queries_file=~/q.txt").queries_file == ("q.txt", f"{tmp_path}/q.txt")
+
+
+@pytest.mark.parametrize(
+    "name", ["corpus_path", "output_file", "queries_file", "work_dir", "config", "device"]
+)
+def test_an_empty_flag_is_refused_by_its_name(name: str) -> None:
+    with pytest.raises(UsageError, match=f"--{name} is empty"):
+        parsed(*MINIMAL, f"--{name}", "")
+
+
 def test_presets_lie_under_flags() -> None:
     oscar = parsed(*MINIMAL, "--preset", "oscar")
     assert oscar.retriever_model == "naver/splade-v3"
@@ -61,6 +83,17 @@ def test_presets_lie_under_flags() -> None:
     assert not parsed(*MINIMAL, "--preset", "demo", "--no_enable_reranking").enable_reranking
     for name in PRESETS:
         PrepareConfig.preset(name, **BASE)
+
+
+def test_presets_lie_under_config_files_and_one_without_effect_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text('{"top_k_retrieval": 9}')
+    config = parsed(*MINIMAL, "--preset", "demo", "--config", str(path), "--max_new_tokens", "5")
+    assert config.teacher_model == PRESETS["demo"]["teacher_model"]
+    assert (config.top_k_retrieval, config.top_k_reranking, config.max_new_tokens) == (9, 3, 5)
+    path.write_text(json.dumps(dataclasses.asdict(config)))
+    with pytest.raises(UsageError, match="--preset oscar changes nothing"):
+        parsed("--config", str(path), "--preset", "oscar")
 
 
 def test_config_file_repeats_a_run(tmp_path: Path) -> None:
@@ -80,6 +113,8 @@ def test_config_file_repeats_a_run(tmp_path: Path) -> None:
         ('{"top_k_retrieval": "3"}', UsageError, "must be int"),
         ('{"top_k_retrieval": true}', UsageError, "must be int"),
         ('{"queries_file": "q.txt"}', UsageError, "must be list"),
+        ('{"queries_file": ["q.txt", 3]}', UsageError, "queries_file must be a list of file names"),
+        ('{"queries_file": [""]}', UsageError, "queries_file must be a list of file names"),
     ],
 )
 def test_config_files_that_are_none(content, error, match, tmp_path: Path) -> None:

@@ -115,6 +115,16 @@ def test_unknown_models(name: str, match: str) -> None:
         resolve(name)
 
 
+def test_without_a_network_no_model_is_tried_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("was tried"))
+    with pytest.raises(ModelError, match="hub cannot be reached"):
+        resolve("org/never-heard-of")
+
+
 def test_pickled_weights_are_named_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "pytorch_model.bin").touch()
     with caplog.at_level("WARNING", "scaledown"), loading.loading(ModelSource("m", str(tmp_path))):

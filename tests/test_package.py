@@ -1,5 +1,6 @@
 """What people install: the wheel, the command, the API reference."""
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -69,12 +70,38 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--top_k_retrieval" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [[], ["no-such-command"], ["validate"], ["merge", "a.json"]])
+@pytest.mark.parametrize(
+    "words", [[], ["no-such-command"], ["validate"], ["validate", ""], ["merge", "a.json"]]
+)
 def test_wrong_usage_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+
+
+def test_a_file_may_be_named_like_a_flag(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("--my-data.json").write_text("[]")
+    assert main(["validate", "--", "--my-data.json"]) == 1
+    assert "--my-data.json: holds no records" in capsys.readouterr().out
+    assert main(["merge", "a.json", "--output_file", ""]) == 2
+
+
+@pytest.mark.parametrize(
+    "words", [["scaledown", "prepare"], ["scaledown", "validate", "x"], ["scaledown.data.prepare_dataset"]]
+)
+def test_ctrl_c_during_imports_is_one_line(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "pyarrow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", *words],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT / 'src'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (130, 1), done.stderr
+    assert done.stderr.startswith("interrupted")
 
 
 def test_versions_agree() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import scaledown
-from scaledown.config import underscored
 from scaledown.errors import UsageError, one_line, run_command
 
 
@@ -21,12 +20,24 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; gives the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0] == "prepare":
-        from scaledown.data.prepare_dataset import main as prepare
+    prepares = words[:1] == ["prepare"]
 
-        return prepare(words[1:], "scaledown prepare")
-    words = underscored(words)
-    return run_command(lambda: _run(words), debug="--debug" in words)
+    def command() -> int:  # imports here, so that Ctrl-C is one line during them, too
+        if prepares:
+            from scaledown.data.prepare_dataset import main as prepare
+
+            return prepare(words[1:], "scaledown prepare")
+        from scaledown.config import underscored
+
+        return _run(underscored(words))
+
+    return run_command(command, debug="--debug" in words, resumes=prepares)
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: name a file")
+    return Path(text).expanduser() if text.startswith("~/") else Path(text)
 
 
 def _run(words: list[str]) -> int:
@@ -38,13 +49,13 @@ def _run(words: list[str]) -> int:
     commands.add_parser("prepare", help="make training data (scaledown prepare --help)", add_help=False)
 
     validate = commands.add_parser("validate", help="check a training file, line by line")
-    validate.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".json, .jsonl or .parquet")
+    validate.add_argument("files", nargs="+", type=_path, metavar="FILE", help=".json, .jsonl or .parquet")
     validate.set_defaults(run=_validate)
 
     merge = commands.add_parser("merge", help="join training files, dropping queries that come again")
-    merge.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".json, .jsonl or .parquet")
+    merge.add_argument("files", nargs="+", type=_path, metavar="FILE", help=".json, .jsonl or .parquet")
     merge.add_argument(
-        "--output_file", required=True, type=Path, metavar="FILE", help="where the result goes"
+        "--output_file", required=True, type=_path, metavar="FILE", help="where the result goes"
     )
     merge.add_argument(
         "--allow_different_settings", action="store_true", help="join files that were made differently"
@@ -72,25 +83,33 @@ def _validate(arguments: argparse.Namespace) -> int:
             print(one_line(message))
         if result.problems > len(result.messages):
             print(f"… and {result.problems - len(result.messages):,} more")
-        failed |= bool(result.bad_records)
-        verdict = f"{result.bad_records:,} with problems" if result.bad_records else "all sound"
-        print(f"{path}: {result.records + result.bad_records:,} records, {verdict}")
+        failed |= bool(result.problems)
+        verdict = f"{result.bad_records:,} with problems" if result.problems else "all sound"
+        if result.duplicates:
+            verdict += f", {_counted(result.duplicates, 'query', 'queries')} again (merge leaves those out)"
+        print(f"{path}: {_counted(result.records + result.bad_records, 'record', 'records')}, {verdict}")
     return 1 if failed else 0
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
 
 
 def _merge(arguments: argparse.Namespace) -> int:
     from scaledown.data.formats import merge
     from scaledown.store import check_writable
 
-    check_writable(arguments.output_file)
+    output: Path = arguments.output_file
+    check_writable(output.resolve() if output.is_symlink() else output)
     merged = merge(
         arguments.files,
-        arguments.output_file,
+        output,
         allow_different_settings=arguments.allow_different_settings,
     )
     print(
-        f"{arguments.output_file}: {merged.records:,} records from {len(arguments.files)} files, "
-        f"{merged.duplicates:,} queries that came again left out"
+        f"{output}: {_counted(merged.records, 'record', 'records')} from "
+        f"{_counted(len(arguments.files), 'file', 'files')}, "
+        f"{_counted(merged.duplicates, 'query', 'queries')} that came again left out"
     )
     return 0
 

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -64,6 +65,8 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
         "max_new_tokens": 48,
     },
 }
+
+_PATHS: Final = {"corpus_path", "output_file", "work_dir", "query_dataset", "queries_file"}
 
 QUERIES: Final = "queries (one source, or several of the first three)"
 CORPUS: Final = "corpus and passages"
@@ -365,9 +368,12 @@ def _add_flag(group: argparse._ArgumentGroup, item: "dataclasses.Field[Any]", hi
 
 def underscored(argv: Sequence[str]) -> list[str]:
     """`--top-k-retrieval=5` -> `--top_k_retrieval=5`: both spellings of every flag are one."""
-    result = []
-    for word in argv:
-        if word.startswith("--") and len(word) > 2:
+    result: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == "--":  # what follows are no flags
+            return [*result, word, *words]
+        if word.startswith("--"):
             flag, equals, value = word.partition("=")
             result.append("--" + flag[2:].replace("-", "_") + equals + value)
         else:
@@ -381,13 +387,26 @@ def from_flags(given: Mapping[str, Any]) -> PrepareConfig:
     Raises `UsageError` for contradictions, `InputError` for a `--config` file that cannot be read.
     """
     flags = dict(given)
+    for name, value in flags.items():
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise UsageError(f"--{name} is empty: give it a value, or leave it out")
     if flags.get("top_k_reranking") == 0:
         raise UsageError("--top_k_reranking 0: must be at least 1; leave the flag out for no reranking")
     preset = flags.pop("preset", "guide")
-    settings = read_settings(Path(flags.pop("config"))) if "config" in flags else {}
-    if "queries_file" in flags:
-        flags["queries_file"] = tuple(flags["queries_file"])
-    return PrepareConfig.preset(preset, **{**settings, **flags})
+    settings: dict[str, Any] = {}
+    if "config" in flags:
+        path = Path(flags.pop("config")).expanduser()
+        settings = read_settings(path)
+        if "preset" in given and PRESETS[preset].keys() <= settings.keys():
+            raise UsageError(f"--preset {preset} changes nothing: --config {path} comes after it; give one")
+    settings |= flags
+    for name in _PATHS & settings.keys():
+        value = settings[name]
+        if name == "queries_file":
+            settings[name] = tuple(map(os.path.expanduser, value))
+        else:
+            settings[name] = os.path.expanduser(value)  # noqa: PTH111 (a Path would lose a final slash)
+    return PrepareConfig.preset(preset, **settings)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -408,4 +427,6 @@ def read_settings(path: Path) -> dict[str, Any]:
         fits = isinstance(value, (int, float) if kind is float else kind)
         if not fits or (isinstance(value, bool) and kind is not bool):
             raise UsageError(f"--config {path}: {name} must be {kind.__name__}, not {value!r}")
+        if kind is list and not all(isinstance(item, str) and item for item in value):
+            raise UsageError(f"--config {path}: {name} must be a list of file names, not {value!r}")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}

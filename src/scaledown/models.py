@@ -116,9 +116,18 @@ def _commit(repository: str, revision: str | None, file_name: str) -> str:
     path = try_to_load_from_cache(repository, file_name, revision=revision)
     if not isinstance(path, str):
         with hub_errors(repository):
+            reach_hub()
             path = hf_hub_download(repository, file_name, revision=revision)
     parts = Path(path).parts
     return parts[parts.index("snapshots") + 1]
+
+
+def reach_hub() -> None:
+    """Fail at once where the hub is out of reach: its libraries try for half a minute, with much noise."""
+    from huggingface_hub import constants, get_session
+
+    if not constants.HF_HUB_OFFLINE:
+        get_session().head(constants.ENDPOINT, timeout=10)
 
 
 @contextlib.contextmanager
@@ -157,9 +166,15 @@ def hub_errors(name: str, kind: str = "model") -> Iterator[None]:
             for cause in causes
         )
         if unreachable or "couldn't connect" in text or "offline mode" in text:
+            instead = (
+                "give a local copy, a folder as --query_dataset or a file as --queries_file "
+                "(HF_HUB_OFFLINE=1 finds what `datasets` has cached)"
+                if kind == "dataset"
+                else "name a local folder (`--preset demo` has models that need no hub)"
+            )
             raise ModelError(
                 f"{kind} {name} is not on this machine and the hub cannot be reached: check the network, or "
-                "name a local folder (`--preset demo` has models that need no hub)"
+                f"{instead}"
             ) from error
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"{kind} {name} cannot be loaded: {first_line}") from error

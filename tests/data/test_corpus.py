@@ -321,9 +321,11 @@ def test_a_corpus_without_text_is_an_error(content: bytes, tmp_path: Path, model
 
 
 def test_a_json_array_says_how_to_convert_it(tmp_path: Path, models) -> None:
-    path = tmp_path / "c.json"
+    path = tmp_path / "my corpus.json"
     path.write_text(json.dumps(RECORDS))
-    with pytest.raises(InputError, match="jq"):
+    with pytest.raises(
+        InputError, match=rf"`jq -c '\.\[\]' '{path}' > '{tmp_path}/my corpus\.lines\.jsonl'`"
+    ):
         passages_of(path, tmp_path / "w", models)
 
 

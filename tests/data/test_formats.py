@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaledown.cli import main
+from scaledown.config import PrepareConfig
 from scaledown.data import formats
 from scaledown.data.export import write_examples
 from scaledown.data.formats import entries, merge, problems, validate
@@ -89,6 +91,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
         ({**GOOD, "documents": [""]}, "document 1 is empty"),
         ({**GOOD, "reranking_scores": [1.0]}, "has 1 reranking_scores for 2 documents"),
         ({**GOOD, "reranking_scores": [1.0, float("nan")]}, "not a finite number"),
+        ({**GOOD, "reranking_scores": [1.0, 10**400]}, "not a finite number"),
         ({**GOOD, "reranking_scores": 1}, "reranking_scores is not a list"),
         ({**GOOD, "reranking_scores": [1.0, float("-inf")]}, "not a finite number"),
     ],
@@ -110,10 +113,10 @@ def test_validate_says_line_by_line_what_is_wrong(tmp_path: Path, capsys: pytest
     assert out[0] == f"{path}:10: record 2: answer is empty"
     assert out[1] == f"{path}:26: record 4: has no answer"
     assert out[2] == f"{path}:26: record 4: has no documents"
-    assert out[3] == f"{path}: 4 records, 2 with problems"
+    assert out[3].startswith(f"{path}: 4 records, 2 with problems")
     path.write_text(json.dumps([GOOD]))
     assert main(["validate", str(path)]) == 0
-    assert "1 records, all sound" in capsys.readouterr().out
+    assert "1 record, all sound" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -125,7 +128,6 @@ def test_validate_says_line_by_line_what_is_wrong(tmp_path: Path, capsys: pytest
         (json.dumps([GOOD])[:-20], "invalid JSON"),
         (json.dumps([GOOD]) + "x", "more text after"),
         (json.dumps([GOOD])[:-1] + json.dumps(GOOD) + "]", "expected `,`"),
-        ("[]", "holds no records"),
         (json.dumps([GOOD])[:-1] + ",]", "invalid JSON"),
         (json.dumps([{**GOOD, "answer": "\ud800"}]), "half of a surrogate pair"),
     ],
@@ -136,6 +138,70 @@ def test_broken_json_is_named(content: str, problem: str, tmp_path: Path) -> Non
     result = validate(path)
     assert result.bad_records == 1
     assert problem in result.messages[-1]
+
+
+@pytest.mark.parametrize(("ending", "content"), [(".json", "[]"), (".jsonl", "\n")])
+def test_a_file_without_records_has_none(ending: str, content: str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / f"a{ending}"
+    path.write_text(content)
+    assert main(["validate", str(path)]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"{path}: holds no records",
+        f"{path}: 0 records, 0 with problems",
+    ]
+
+
+def test_queries_that_come_again_are_counted_and_no_problem(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([GOOD, {**GOOD, "answer": "That."}, {**GOOD, "query": "Who?"}]))
+    assert main(["validate", str(path)]) == 0
+    assert "3 records, all sound, 1 query again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "match"), [("", "is a folder; name"), ("none.json", "no such file")])
+def test_what_cannot_be_validated_is_one_line(name: str, match: str, tmp_path: Path, capsys) -> None:
+    assert main(["validate", str(tmp_path / name)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {tmp_path / name}: ")
+    assert match in err
+    assert err.count("\n") == 1
+
+
+HOSTILE = [
+    ("1" + "0" * 30, "more than 64 bits"),
+    ('"\\ud800"', "half of a surrogate pair"),
+    ('{"\\udfff": 1}', "half of a surrogate pair"),
+    ("[NaN]", "not finite"),
+    ("-Infinity", "not finite"),
+    ("[" * 300 + "]" * 300, "nested too deep"),
+]
+
+
+@pytest.mark.parametrize(("value", "problem"), HOSTILE)
+@pytest.mark.parametrize("column", ["extra", "title"])
+def test_what_json_cannot_hold_is_refused_by_name(
+    value: str, problem: str, column: str, tmp_path: Path
+) -> None:
+    path, output = tmp_path / "my a.json", tmp_path / "full.json"
+    record = (
+        {**GOOD, "documents": [{"text": "One.", "title": "!"}]}
+        if column == "title"
+        else {**GOOD, "extra": "!"}
+    )
+    path.write_text(json.dumps([GOOD, record]).replace('"!"', value))
+    assert problem in validate(path).messages[0]
+    with pytest.raises(
+        InputError, match=rf"a\.json:1: record 2: .* {problem}.*; `scaledown validate '{path}'`"
+    ):
+        merge([path], output)
+    assert not output.exists()
+
+
+def test_parquet_columns_that_json_cannot_hold(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([{**GOOD, "extra": b"bytes"}]), path)
+    with pytest.raises(InputError, match="extra holds bytes"):
+        merge([path], tmp_path / "full.json")
 
 
 def test_invalid_utf8_and_jsonl_lines(tmp_path: Path) -> None:
@@ -217,6 +283,15 @@ def test_merge_joins_in_order_and_drops_duplicates(
     assert "9 records from 2 files, 2 queries that came again left out" in capsys.readouterr().out
 
 
+def test_merge_writes_through_a_link(tmp_path: Path) -> None:
+    output, target = tmp_path / "full.json", tmp_path / "target"
+    output.symlink_to(target)
+    path = made(tmp_path / "a.json", numbered([1]))
+    assert main(["merge", str(path), "--output_file", str(output)]) == 0
+    assert output.is_symlink()
+    assert json.loads(target.read_text()) == numbered([1])
+
+
 def test_merge_refuses_different_settings_unless_told(tmp_path: Path) -> None:
     first = made(tmp_path / "a.json", numbered([1]))
     second = made(tmp_path / "b.json", numbered([2]), top_k_retrieval=20)
@@ -226,9 +301,36 @@ def test_merge_refuses_different_settings_unless_told(tmp_path: Path) -> None:
     assert merge([first, second], tmp_path / "full.json", allow_different_settings=True).records == 2
 
 
+def test_merge_compares_only_what_changes_the_examples(tmp_path: Path, caplog) -> None:
+    own = {
+        "max_bad_fraction": 0.5,
+        "passages_per_shard": 9,
+        "queries_per_shard": 9,
+        "strict": True,
+        "seed": 4,
+    }
+    first, second = made(tmp_path / "a.json", numbered([1])), made(tmp_path / "b.json", numbered([2]), **own)
+    assert merge([first, second], tmp_path / "full.json").records == 2
+    assert not caplog.records
+    assert set(formats._COMPARED) <= {field.name for field in dataclasses.fields(PrepareConfig)}
+
+
+def test_merge_finds_the_manifest_of_a_run_directory_of_another_name(tmp_path: Path, caplog) -> None:
+    first = made(tmp_path / "a.json", numbered([1]))
+    second = made(tmp_path / "b.json", numbered([2]), top_k_retrieval=20)
+    place = Path(f"{second}.work").rename(tmp_path / "run") / "manifest.json"
+    manifest = json.loads(place.read_text())
+    place.write_text(json.dumps(manifest | {"output": {"path": str(second)}}))
+    with pytest.raises(UsageError, match="top_k_retrieval: 20 and 5"):
+        merge([first, second], tmp_path / "full.json")
+    place.write_text(json.dumps(manifest | {"output": {"path": "/another.json"}}))
+    assert merge([first, second], tmp_path / "full.json").records == 2
+    assert f"{second}: no run directory beside it, so its settings are not compared" in caplog.text
+
+
 def test_merge_does_not_trip_over_a_manifest_of_another_kind(tmp_path: Path) -> None:
     path = made(tmp_path / "a.json", numbered([1]))
-    for content in ("12", '{"parameters": {}}'):
+    for content in ("12", '{"parameters": {}}', '{"parameters": 1, "models": 2, "inputs": 3}'):
         (tmp_path / "a.json.work" / "manifest.json").write_text(content)
         assert merge([path], tmp_path / "full.json").records == 1
 
@@ -245,7 +347,7 @@ def test_merge_refuses_what_is_not_sound(tmp_path: Path) -> None:
         merge([plain, scored], tmp_path / "full.json")
     broken = tmp_path / "c.json"
     broken.write_text(json.dumps([{"query": "x"}]))
-    with pytest.raises(InputError, match=r"c\.json:1: has no answer; `scaledown validate"):
+    with pytest.raises(InputError, match=r"c\.json:1: record 1: has no answer; `scaledown validate"):
         merge([plain, broken], tmp_path / "full.json")
     with pytest.raises(UsageError, match="one of the files"):
         merge([plain], plain)

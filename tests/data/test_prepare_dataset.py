@@ -196,6 +196,38 @@ def test_a_damaged_output_is_written_again(content, prepare) -> None:
     assert prepare.output.read_bytes() == whole
 
 
+def test_a_linked_output_stays_a_link(prepare, tmp_path) -> None:
+    target = tmp_path / "disk" / "data"
+    prepare.output.symlink_to(target)
+    assert prepare("--top_k_retrieval", "2") == 0
+    assert prepare.output.is_symlink()
+    (target.parent / ".data.99999.tmp").write_text("half")
+    assert prepare("--top_k_retrieval", "3") == 0
+    assert prepare.output.is_symlink()
+    assert os.listdir(target.parent) == ["data"]
+    assert len(records(target)[0]["documents"]) == 3
+
+
+def test_an_output_that_no_run_made_is_left_alone(prepare, tmp_path, capsys) -> None:
+    prepare.output.write_text("mine")
+    assert prepare("--top_k_retrieval", "2") == 1
+    assert f"error: --output_file {prepare.output} exists" in capsys.readouterr().err
+    assert prepare.output.read_text() == "mine"
+    prepare.output.unlink()
+    assert prepare("--top_k_retrieval", "2") == 0
+    (prepare.work / "manifest.json").unlink()  # killed between the output and the manifest
+    assert prepare("--top_k_retrieval", "2") == 0
+    other = tmp_path / "my other.json"
+    other.write_text("mine")
+    flags = ("--output_file", str(other), "--work_dir", str(prepare.work))
+    assert prepare("--top_k_retrieval", "2", *flags) == 1
+    assert other.read_text() == "mine"
+    other.unlink()
+    capsys.readouterr()
+    assert prepare("--top_k_retrieval", "2", *flags) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"validate '{other}'")
+
+
 def test_a_changed_setting_redoes_its_stage_and_those_after_it(prepare, monkeypatch) -> None:
     prepare(*RERANK)
     stages = {
@@ -461,6 +493,20 @@ def test_what_is_missing_exits_with_1(flags, match, prepare, capsys) -> None:
     assert match in refused(prepare, capsys, *flags)
 
 
+def test_a_teacher_that_cannot_answer_is_noticed_before_any_work(
+    prepare, models, capsys, monkeypatch
+) -> None:
+    import importlib.util
+
+    model = ("--teacher_model", str(models["splade"]))
+    assert "is BertForMaskedLM: a teacher is a causal LM" in refused(prepare, capsys, *model)
+    find = importlib.util.find_spec
+    absent = {"bitsandbytes": None}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: absent.get(name, name) and find(name))
+    assert "pip install 'scaledown[quantization]'" in refused(prepare, capsys, "--teacher_4bit")
+    assert not prepare.work.exists()
+
+
 def test_empty_queries(prepare, queries, capsys) -> None:
     queries.write_text("\n\n")
     assert "no queries" in refused(prepare, capsys)
@@ -492,7 +538,13 @@ def test_an_output_inside_the_corpus_is_refused(prepare, tmp_path, capsys) -> No
     folder.mkdir()
     (folder / "a.txt").write_text("A text.")
     flags = ("--corpus_path", str(folder), "--output_file", str(folder / "o.json"))
-    assert "lies in the corpus" in refused(prepare, capsys, *flags, status=2)
+    assert f"lies in {folder}, which is read" in refused(prepare, capsys, *flags, status=2)
+    for flag in ("--queries_file", "--query_dataset"):
+        flags = (flag, str(folder), "--output_file", str(folder / "o.json"))
+        assert f"lies in {folder}, which is read" in refused(prepare, capsys, *flags, status=2)
+    flags = ("--corpus_path", str(folder), "--work_dir", str(folder / "run"))
+    assert f"run directory {folder / 'run'} lies in {folder}" in refused(prepare, capsys, *flags, status=2)
+    assert len(os.listdir(folder)) == 1
 
 
 @pytest.mark.parametrize("place", ["corpus", "queries", "run directory"])
@@ -516,7 +568,9 @@ def test_a_file_name_that_is_no_unicode(prepare, corpus, tmp_path, capsys) -> No
         corpus = corpus.rename(tmp_path / name)
     except OSError:
         pytest.skip("this file system has only Unicode names")
-    assert "rename it" in refused(prepare, capsys, "--corpus_path", str(corpus))
+    error = refused(prepare, capsys, "--corpus_path", str(corpus))
+    assert "rename it" in error
+    assert "PosixPath" not in error
 
 
 def test_only_what_is_read_of_a_corpus_folder_counts(prepare, tmp_path, monkeypatch) -> None:
@@ -598,7 +652,11 @@ def test_malformed_lines_are_counted_and_the_run_goes_on(prepare, corpus, capsys
     assert "set aside: 1 lines" in capsys.readouterr().out
     (file,) = (prepare.work / "quarantine").iterdir()
     assert json.loads(file.read_text())["line"] == 13
+    capsys.readouterr()
     assert prepare(*flags, "--strict") == 1
+    quarantine = prepare.work / "quarantine"
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"error: --strict: 1 line or query is in {quarantine}, each with its reason: mend them"
 
 
 @pytest.mark.parametrize("place", ["folder", "under a file", "no permission"])

@@ -1,6 +1,10 @@
 import gzip
+import io
 import json
+import lzma
+import tarfile
 import threading
+import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from scaledown.config import PrepareConfig
+from scaledown.data import files
 from scaledown.data.queries import as_question, collect_queries, ms_marco, query_files
 from scaledown.errors import InputError, ModelError
 from scaledown.store import RunDirectory, Stage
@@ -94,10 +99,74 @@ def test_a_text_that_begins_like_a_bzip2_file_is_a_text(tmp_path: Path) -> None:
     assert collected(tmp_path, queries_file=(file,)) == [("q1", "BZhang: who is it?")]
 
 
-def test_utf_16_says_how_to_convert_it(tmp_path: Path) -> None:
-    file = write(tmp_path / "q.txt", "What is it?\n".encode("utf-16") * 100)
-    with pytest.raises(InputError, match="iconv"):
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["q.txt", "q.csv", "q.jsonl.gz"])
+def test_utf_16_says_how_to_convert_it(encoding: str, name: str, tmp_path: Path) -> None:
+    content = "query\nWhat is naïve?\n".encode(encoding)
+    path = tmp_path / "my data" / name
+    path.parent.mkdir()
+    file = write(path, gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(InputError, match=rf"`iconv -f UTF-16\w* -t UTF-8 '{file}' >"):
         collected(tmp_path, queries_file=(file,))
+
+
+def packed(kind: str) -> bytes:
+    file = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("q.txt", "What?\n")
+    elif kind == "xz":
+        file.write(lzma.compress(b"What?\n"))
+    else:
+        with tarfile.open(fileobj=file, mode="w:gz" if kind == "tar.gz" else "w") as tar:
+            tar.addfile(tarfile.TarInfo("q.txt"))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "command"), [("zip", "unzip"), ("xz", "xz -dk"), ("tar", "tar -xf"), ("tar.gz", "tar -xf")]
+)
+def test_archives_say_how_to_unpack_them(kind: str, command: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "q.jsonl", packed(kind))
+    with pytest.raises(InputError, match=f"`{command} {file}`"):
+        collected(tmp_path, queries_file=(file,))
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+def test_an_unclosed_quote_costs_its_own_line_only(ending: str, tmp_path: Path) -> None:
+    good = [f'{n},"What is ""{n}"",{ending}in two lines?"' for n in range(40)]
+    bad = ['x,"Who opened', 'y,"Who opened again']
+    lines = ["id,query", *good[:20], bad[0], *good[20:30], bad[1], *good[30:35], "", *good[35:]]
+    file = write(tmp_path / "q.csv", ending.join(lines) + ending)
+    found = collected(tmp_path, queries_file=(file,))
+    assert found == [(str(n), f'What is "{n}", in two lines?') for n in range(40)]
+    (quarantined,) = (tmp_path / "work" / "quarantine").iterdir()
+    rows = [json.loads(line) for line in quarantined.read_text().splitlines()]
+    assert [(row["line"], row["content"]) for row in rows] == [(42, bad[0]), (63, bad[1])]
+    assert all("quote is not closed" in row["reason"] for row in rows)
+
+
+def test_a_quote_that_is_never_closed_is_looked_for_no_further_than_a_record_is_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_MAX_LINE_BYTES", 1000)
+    lines = ["id,query", 'x,"Who', *(f"{n},What is {n}?" for n in range(3000))]
+    file = write(tmp_path / "q.csv", "\n".join(lines))
+    assert len(collected(tmp_path, queries_file=(file,))) == 3000
+
+
+@pytest.mark.parametrize("content", ["ID,Query\n7,What?\n", '{"ID": 7, "Query": "What?"}\n'])
+@pytest.mark.parametrize("column", ["", "Query", "query"])
+def test_names_match_in_any_case(content: str, column: str, tmp_path: Path) -> None:
+    file = write(tmp_path / ("q.jsonl" if content.startswith("{") else "q.csv"), content)
+    assert collected(tmp_path, queries_file=(file,), query_column=column) == [("7", "What?")]
+
+
+def test_names_that_differ_only_in_case_are_kept_apart(tmp_path: Path) -> None:
+    file = write(tmp_path / "q.csv", "QUERY,query\nUpper?,Lower?\n")
+    assert collected(tmp_path, queries_file=(file,)) == [("q1", "Lower?")]
+    found = collected(tmp_path, queries_file=(file,), query_column="QUERY")
+    assert found == [("q1", "Upper?")]
 
 
 def test_a_wrong_column_names_the_columns_there_are(tmp_path: Path) -> None:
@@ -188,8 +257,22 @@ def test_malformed_rows_of_a_dataset_are_no_fault_of_the_hub(tmp_path: Path) -> 
 
 
 def test_a_dataset_out_of_reach_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="dataset squad"):
+    with pytest.raises(ModelError, match=r"dataset squad .*give a local copy, a folder as --query_dataset"):
         collected(tmp_path, query_dataset="squad")
+
+
+@pytest.mark.parametrize("name", ["squad", "org/unknown"])
+def test_without_a_network_no_dataset_is_tried_again_and_again(
+    name: str, tmp_path: Path, monkeypatch
+) -> None:
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("was tried"))
+    with pytest.raises(ModelError, match=f"dataset {name} .*the hub cannot be reached"):
+        collected(tmp_path, query_dataset=name)
 
 
 # MS MARCO

@@ -1,10 +1,11 @@
+import contextlib
 import json
 import logging
 
 import pytest
 
 from scaledown.data.prompts import ANSWER_SYSTEM, Prompt, answer_prompt
-from scaledown.data.teacher import generate_teacher_answers, load_teacher
+from scaledown.data.teacher import check_teacher, generate_teacher_answers, load_teacher
 from scaledown.data.teachers import Generation, Rejection
 from scaledown.data.teachers.transformers import TransformersTeacher
 from scaledown.errors import InputError, MissingExtraError, ModelError
@@ -99,6 +100,38 @@ def test_an_overlong_prompt_loses_its_lowest_documents_and_never_its_question(tm
     assert "Document 4." not in text
     assert text.rstrip().endswith("assistant")
     assert "What is the name of the tower?" in text
+
+
+def test_hundreds_of_documents_are_cut_in_a_few_rounds(tmp_path, monkeypatch) -> None:
+    import tiny
+
+    one = teacher(tiny.causal_lm(tmp_path / "short", positions=2000))
+    documents = [f"Document {n}. " + f"word{n} " * 12 for n in range(400)]
+    rounds = []
+    render = one._ids
+    monkeypatch.setattr(one, "_ids", lambda *given: rounds.append(1) or render(*given))
+    ids, dropped = one._fit(prompt(documents=documents))
+    assert 2000 - 8 - 20 < len(ids) <= 2000 - 8, "what fits is kept"
+    assert dropped > 10_000
+    assert len(rounds) < 8
+
+
+@pytest.mark.parametrize(
+    ("config", "sound"),
+    [
+        ({"architectures": ["MistralForCausalLM"]}, True),
+        ({"architectures": ["GPT2LMHeadModel"]}, True),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, True),
+        ({"model_type": "llama"}, True),
+        ({"architectures": ["BertForMaskedLM"]}, False),
+        ({"architectures": ["BertModel"]}, False),
+        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, False),
+    ],
+)
+def test_a_model_that_does_not_write_is_no_teacher(config, sound, tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with contextlib.nullcontext() if sound else pytest.raises(ModelError, match="a teacher is a causal LM"):
+        check_teacher(resolve(str(tmp_path)), load_in_8bit=False, load_in_4bit=False)
 
 
 def test_one_prompt_that_cannot_be_asked_does_not_end_the_others(tmp_path) -> None:

@@ -38,8 +38,11 @@ def examples(answers: Stage, passages: Stage, score_scale: str | None) -> Iterat
 
 
 def write_examples(path: Path, records: Iterable[Example]) -> int:
-    """Write `records` atomically in the format that the ending of `path` names; gives their number."""
-    with atomic(path) as temporary:
+    """Write `records` atomically in the format that the ending of `path` names; gives their number.
+
+    A symbolic link stays one: what it points to is written.
+    """
+    with atomic(path.resolve()) as temporary:
         if path.suffix == ".parquet":
             return _write_parquet(temporary, records)
         if path.suffix == ".jsonl":

@@ -6,7 +6,9 @@ A malformed row is set aside with its line number and reason, never dropped sile
 import csv
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+import shlex
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -18,6 +20,13 @@ from scaledown.errors import InputError
 
 # bzip2: its three letters, a digit, and how a block begins (text may begin with the letters)
 _MAGIC: Final = ((rb"\x1f\x8b", "gzip"), (rb"\x28\xb5\x2f\xfd", "zstd"), (rb"BZh[1-9]1AY&SY", "bz2"))
+# Archives by their first bytes, and what unpacks them. An archive may itself be compressed.
+_ARCHIVES: Final = (
+    (rb".{257}ustar", "tar archive", "tar -xf"),
+    (rb"PK\x03\x04|PK\x05\x06", "zip archive", "unzip"),
+    (rb"\xfd7zXZ\x00", "xz file", "xz -dk"),
+    (rb"7z\xbc\xaf\x27\x1c", "7z archive", "7z x"),
+)
 _COMPRESSED: Final = {".gz", ".zst", ".zstd", ".bz2"}
 _TEXT: Final = {".txt", ".md"}
 _LINES: Final = {".json", ".jsonl", ".ndjson"}
@@ -27,11 +36,15 @@ _MAX_LINE_BYTES: Final = 1 << 26
 
 
 class Row(NamedTuple):
-    """One row as read: `content` is a line of bytes, or a record with values that may still be bytes."""
+    """One row as read: `content` is a line of bytes, or a record with values that may still be bytes.
+
+    `problem` says why it cannot be parsed, where reading showed that already.
+    """
 
     source: str
     line: int
     content: bytes | dict[str, Any]
+    problem: str = ""
 
 
 class Intake:
@@ -83,7 +96,7 @@ def input_files(path: Path, what: str) -> list[Path]:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise InputError(f"{what} {path!a}: the name is not valid Unicode; rename it") from None
+        raise InputError(f"{what} {str(path)!a}: the name is not valid Unicode; rename it") from None
     if path.is_file():
         return [path]
     known = _TEXT | _LINES | _TABLES
@@ -124,8 +137,8 @@ class Meter:
         return (self._before + self._share() * self._size) / self._total
 
 
-def open_stream(path: Path, meter: Meter | None = None) -> pa.NativeFile:
-    """The bytes of a file, decompressed when its first bytes say so."""
+def open_stream(path: Path, meter: Meter | None = None) -> io.BufferedReader:
+    """The bytes of a file, decompressed when its first bytes say so; `InputError` where they are no text."""
     try:
         with path.open("rb") as file:
             head = file.read(16)
@@ -134,9 +147,38 @@ def open_stream(path: Path, meter: Meter | None = None) -> pa.NativeFile:
         if meter:
             size = max(1, path.stat().st_size)
             meter.watch(path, lambda: 1.0 if raw.closed else raw.tell() / size)
-        return pa.CompressedInputStream(raw, compression) if compression else raw
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check that path") from error
+    stream = io.BufferedReader(pa.CompressedInputStream(raw, compression) if compression else raw)
+    try:
+        _check_text(path, stream.peek(512)[:512])
+    except OSError as error:
+        raise _damaged(path, 0, error) from error
+    return stream
+
+
+def _check_text(path: Path, head: bytes) -> None:
+    """Refuse archives and UTF-16 by the first bytes of a file, saying how to convert them."""
+    quoted = shlex.quote(str(path))
+    for magic, kind, command in _ARCHIVES:
+        if re.match(magic, head, re.DOTALL):
+            raise InputError(f"{path}: is a {kind}; unpack it (`{command} {quoted}`) and give what was in it")
+    encoding = "UTF-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
+    for name, high in (("UTF-16LE", head[1::2]), ("UTF-16BE", head[::2])):
+        if high.count(0) * 2 > len(high):  # without a mark, Latin text shows by its NULs
+            encoding = encoding or name
+    if encoding:
+        converted = shlex.quote(str(path.with_name(f"{path.stem}.utf8{path.suffix}")))
+        raise InputError(
+            f"{path}: is UTF-16; convert it: `iconv -f {encoding} -t UTF-8 {quoted} > {converted}`"
+        )
+
+
+def _damaged(path: Path, line: int, error: OSError) -> InputError:
+    return InputError(
+        f"{path}: the compressed data is cut short or damaged after line {line:,} ({error}); "
+        "fetch the file again"
+    )
 
 
 def lines(path: Path, meter: Meter | None = None) -> Iterator[tuple[int, bytes]]:
@@ -148,12 +190,7 @@ def lines(path: Path, meter: Meter | None = None) -> Iterator[tuple[int, bytes]]
             try:
                 chunk = stream.read(_CHUNK_BYTES)
             except OSError as error:
-                raise InputError(
-                    f"{path}: the compressed data is cut short or damaged after line {number:,} ({error}); "
-                    "fetch the file again"
-                ) from error
-            if number == 0 and not rest and chunk.startswith((b"\xff\xfe", b"\xfe\xff")):
-                raise InputError(f"{path}: is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {path.name}")
+                raise _damaged(path, number, error) from error
             pieces = (rest + chunk).split(b"\n")
             rest = pieces.pop() if chunk else b""
             for piece in pieces:
@@ -182,7 +219,7 @@ def rows(path: Path, meter: Meter | None = None) -> Iterator[Row]:
             with open_stream(path, meter) as stream:
                 content = {"title": path.stem.removesuffix(suffix), "text": stream.read()}
         except OSError as error:
-            raise InputError(f"{path}: the compressed data is cut short or damaged ({error})") from error
+            raise _damaged(path, 0, error) from error
         yield Row(str(path), 1, content)
     else:
         yield from _json_rows(path, meter)
@@ -192,9 +229,10 @@ def _json_rows(path: Path, meter: Meter | None) -> Iterator[Row]:
     first = True
     for number, line in lines(path, meter):
         if first and line.startswith(b"["):
+            array, result = (shlex.quote(str(p)) for p in (path, path.with_suffix(".lines.jsonl")))
             raise InputError(
                 f"{path}: holds one JSON array; expected one record a line. Convert it with "
-                f"`jq -c '.[]' {path.name} > {path.stem}.jsonl`"
+                f"`jq -c '.[]' {array} > {result}`"
             )
         first = False
         yield Row(str(path), number, line)
@@ -216,19 +254,72 @@ def _parquet_rows(path: Path, meter: Meter | None) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path, delimiter: str, meter: Meter | None) -> Iterator[Row]:
-    csv.field_size_limit(_MAX_LINE_BYTES)
     with open_stream(path, meter) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.DictReader(text, delimiter=delimiter)
+        header: list[str] | None = None
+        number = 0
         try:
-            for record in reader:
-                yield Row(str(path), reader.line_num, dict(record))
-        except (csv.Error, OSError) as error:
-            raise InputError(f"{path}: line {reader.line_num + 1:,} cannot be read ({error})") from error
+            for number, line, fields in _csv_records(text, delimiter):
+                if isinstance(fields, csv.Error):
+                    if header is None:
+                        raise InputError(f"{path}: the header cannot be read ({fields}); mend its quotes")
+                    content = line.encode("utf-8", "surrogateescape").strip()
+                    yield Row(str(path), number, content, f"a quote is not closed properly ({fields})")
+                elif header is None:
+                    header = fields
+                else:
+                    record: dict[Any, Any] = dict(zip(header, fields, strict=False))
+                    if len(fields) > len(header):
+                        record[None] = fields[len(header) :]
+                    yield Row(str(path), number, record)
+        except OSError as error:
+            raise _damaged(path, number, error) from error
+
+
+def _csv_records(text: Iterable[str], delimiter: str) -> Iterator[tuple[int, str, list[str] | csv.Error]]:
+    """Records with the number and text of the line they begin on.
+
+    Where a quote is not closed, only its line is lost: those read in search of the end are read again.
+    """
+    csv.field_size_limit(_MAX_LINE_BYTES >> 2)  # the reader takes several times as much
+    lines = enumerate(text, 1)
+    again: deque[tuple[int, str]] = deque()
+    taken: list[tuple[int, str]] = []
+
+    def take() -> Iterator[str]:
+        while line := again.popleft() if again else next(lines, None):
+            taken.append(line)
+            yield line[1]
+
+    reader = csv.reader(take(), delimiter=delimiter, strict=True)
+    while True:
+        taken.clear()
+        fields: list[str] | csv.Error | None
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            fields = error
+            again.extendleft(reversed(taken[1:]))
+            reader = csv.reader(take(), delimiter=delimiter, strict=True)
+        if fields is None:
+            return
+        if fields:
+            yield *taken[0], fields
 
 
 def parse(row: Row) -> dict[str, Any]:
-    """The record in a row. Raises `ValueError` with the reason where it is malformed."""
+    """The record in a row, its names in lower case unless two would become one.
+
+    Raises `ValueError` with the reason where it is malformed.
+    """
+    if row.problem:
+        raise ValueError(row.problem)
+    record = _record(row)
+    lower = {name.lower(): value for name, value in record.items()}
+    return lower if len(lower) == len(record) else record
+
+
+def _record(row: Row) -> dict[str, Any]:
     if isinstance(row.content, bytes):
         try:
             record = orjson.loads(row.content)

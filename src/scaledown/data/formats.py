@@ -1,9 +1,11 @@
 """Training files, ours or others': read as a stream, validated line by line, merged."""
 
+import datetime
 import hashlib
 import json
 import logging
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TextIO, cast
@@ -23,25 +25,23 @@ log = logging.getLogger("scaledown")
 
 _CHUNK_CHARACTERS: Final = 1 << 20
 _MAX_RECORD_CHARACTERS: Final = 1 << 26
-# What two runs may differ in and still be parts of one data set; corpus and models are compared by content.
-_RUN_OWN: Final = {
-    "corpus_path",
-    "retriever_model",
-    "reranker_model",
-    "teacher_model",
-    "queries_file",
-    "download_ms_marco",
-    "query_dataset",
-    "num_synthetic_queries",
-    "query_column",
-    "query_split",
-    "ms_marco_url",
-    "output_file",
-    "work_dir",
-    "device",
-    "queries_per_shard",
-    "strict",
-}
+# What two runs must share to be parts of one data set, besides the contents of their corpus and models.
+_COMPARED: Final = (
+    "max_corpus_size",
+    "passages",
+    "passage_tokens",
+    "top_k_retrieval",
+    "enable_reranking",
+    "top_k_reranking",
+    "reranking_score_scale",
+    "teacher_8bit",
+    "teacher_4bit",
+    "max_new_tokens",
+    "temperature",
+    "dtype",
+)
+_WRITABLE: Final = (type(None), datetime.date, datetime.time)
+_MAX_DEPTH: Final = 100  # of what is nested in a record
 
 
 class Entry(NamedTuple):
@@ -58,7 +58,10 @@ def entries(path: Path) -> Iterator[Entry]:
     Raises `InputError` where the file is missing or of another kind.
     """
     if not path.is_file():
-        raise InputError(f"{path}: there is no such file; check the path")
+        problem = (
+            "is a folder; name a file in it" if path.is_dir() else "there is no such file; check the path"
+        )
+        raise InputError(f"{path}: {problem}")
     if path.suffix == ".parquet":
         yield from _parquet_entries(path)
     elif path.suffix == ".jsonl":
@@ -74,7 +77,7 @@ def entries(path: Path) -> Iterator[Entry]:
             except UnicodeDecodeError as error:
                 yield Entry(0, None, f"invalid UTF-8: {error.reason}")
     else:
-        raise InputError(f"{path}: training data is one of {', '.join(OUTPUT_SUFFIXES)}")
+        raise InputError(f"{path}: training data ends in {', '.join(OUTPUT_SUFFIXES)}; name such a file")
 
 
 def _parquet_entries(path: Path) -> Iterator[Entry]:
@@ -165,10 +168,12 @@ def problems(record: Any) -> list[str]:
         text = document.get("text") if isinstance(document, dict) else document
         if not isinstance(text, str):
             found.append(f"document {number} is neither a string nor an object with title and text")
-        elif problem := _text_problem(text):
+        elif problem := _text_problem(text) or _unwritable(document):
             found.append(f"document {number} {problem}")
     if "reranking_scores" in record:
         found += _score_problems(record["reranking_scores"], len(documents))
+    others = ((name, value) for name, value in record.items() if name not in Example.__annotations__)
+    found += [f"{name} {problem}" for name, value in others if (problem := _unwritable([name, value]))]
     return found
 
 
@@ -178,7 +183,24 @@ def _text_problem(value: Any) -> str:
         return f"is {type(value).__name__}, expected a string"
     if not value.strip():
         return "is empty"
-    return "" if _is_unicode(value) else "holds half of a surrogate pair, which is no text"
+    return _unwritable(value)
+
+
+def _unwritable(value: Any, depth: int = 0) -> str:
+    """What keeps a value from being written as JSON; empty where nothing does."""
+    if depth > _MAX_DEPTH:
+        return "is nested too deep"
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list):
+        return next(filter(None, (_unwritable(item, depth + 1) for item in value)), "")
+    if isinstance(value, str):
+        return "" if _is_unicode(value) else "holds half of a surrogate pair, which is no text"
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else "holds a number that is not finite"
+    if isinstance(value, int):
+        return "" if -(1 << 63) <= value < 1 << 64 else "holds a number of more than 64 bits"
+    return "" if isinstance(value, _WRITABLE) else f"holds {type(value).__name__}, which JSON has not"
 
 
 def _is_unicode(text: str) -> bool:
@@ -196,7 +218,7 @@ def _score_problems(scores: Any, documents: int) -> list[str]:
     if len(scores) != documents:
         found.append(f"has {len(scores)} reranking_scores for {documents} documents")
     if not all(
-        isinstance(score, float | int) and not isinstance(score, bool) and abs(score) < math.inf
+        isinstance(score, float | int) and not isinstance(score, bool) and not _unwritable(score)
         for score in scores
     ):
         found.append("reranking_scores holds something that is not a finite number")
@@ -204,12 +226,16 @@ def _score_problems(scores: Any, documents: int) -> list[str]:
 
 
 class Validation(NamedTuple):
-    """What validation found: sound records, bad ones, and `file:line: record n: problem` for each problem."""
+    """What validation found: sound records, bad ones, and `file:line: record n: problem` for each problem.
+
+    `duplicates` counts the sound records whose query an earlier one has; that is no problem.
+    """
 
     records: int
     messages: list[str]
     bad_records: int
     problems: int
+    duplicates: int
 
 
 def validate(path: Path, max_messages: int = 100) -> Validation:
@@ -217,6 +243,7 @@ def validate(path: Path, max_messages: int = 100) -> Validation:
     sound = bad = total = 0
     messages: list[str] = []
     with_scores: bool | None = None
+    seen: set[bytes] = set()
     for number, entry in enumerate(entries(path), 1):
         found = [entry.problem] if entry.problem else problems(entry.record)
         if not found:
@@ -231,9 +258,15 @@ def validate(path: Path, max_messages: int = 100) -> Validation:
             messages += [place + problem for problem in found][: max_messages - len(messages)]
         else:
             sound += 1
+            seen.add(_key(entry.record))
     if not sound and not bad:
-        bad, total, messages = 1, 1, [f"{path}: holds no records"]
-    return Validation(sound, messages, bad, total)
+        total, messages = 1, [f"{path}: holds no records"]
+    return Validation(sound, messages, bad, total, sound - len(seen))
+
+
+def _key(record: Any) -> bytes:
+    """What two records for the same query share."""
+    return hashlib.blake2b(record["query"].strip().encode(), digest_size=12).digest()
 
 
 class Merged(NamedTuple):
@@ -262,11 +295,12 @@ def merge(paths: Sequence[Path], output: Path, *, allow_different_settings: bool
         nonlocal duplicates
         with_scores: bool | None = None
         for path in paths:
-            for entry in entries(path):
+            for number, entry in enumerate(entries(path), 1):
                 found = [entry.problem] if entry.problem else problems(entry.record)
                 if found:
                     raise InputError(
-                        f"{path}:{entry.line}: {found[0]}; `scaledown validate {path}` lists all"
+                        f"{path}:{entry.line}: record {number}: {found[0]}; "
+                        f"`scaledown validate {shlex.quote(str(path))}` lists all"
                     )
                 has_scores = "reranking_scores" in entry.record
                 if with_scores is not None and has_scores != with_scores:
@@ -275,7 +309,7 @@ def merge(paths: Sequence[Path], output: Path, *, allow_different_settings: bool
                         "merge only files made alike"
                     )
                 with_scores = has_scores
-                key = hashlib.blake2b(entry.record["query"].strip().encode(), digest_size=12).digest()
+                key = _key(entry.record)
                 if key in seen:
                     duplicates += 1
                     continue
@@ -291,13 +325,13 @@ def merge(paths: Sequence[Path], output: Path, *, allow_different_settings: bool
 def _check_same_settings(paths: Sequence[Path]) -> None:
     first: tuple[Path, dict[str, Any]] | None = None
     for path in paths:
-        manifest = read_json(Path(f"{path}.work") / "manifest.json")
-        if not isinstance(manifest, dict) or not {"parameters", "models", "inputs"} <= manifest.keys():
-            log.warning("%s: no manifest beside it, so its settings are not compared", path)
+        manifest = _manifest(path)
+        if not manifest:
+            log.warning("%s: no run directory beside it, so its settings are not compared", path)
             continue
-        settings = {k: v for k, v in manifest["parameters"].items() if k not in _RUN_OWN}
+        settings = {name: manifest["parameters"].get(name) for name in _COMPARED}
         settings |= {f"{name} (weights)": identity for name, identity in manifest["models"].items()}
-        settings["corpus (content)"] = manifest["inputs"]["corpus"]
+        settings["corpus (content)"] = manifest["inputs"].get("corpus")
         if first is None:
             first = path, settings
             continue
@@ -309,3 +343,18 @@ def _check_same_settings(paths: Sequence[Path]) -> None:
                 f"{settings.get(name)!r} and {first[1].get(name)!r}): make them alike, or give "
                 "--allow_different_settings"
             )
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of the run that made `path`: in `<path>.work`, or in a folder beside that names it."""
+    own = Path(f"{path}.work") / "manifest.json"
+    for place in (own, *sorted(path.resolve().parent.glob("*/manifest.json"))):
+        manifest = read_json(place)
+        if not isinstance(manifest, dict):
+            continue
+        whole = all(isinstance(manifest.get(name), dict) for name in ("parameters", "models", "inputs"))
+        written = manifest.get("output")
+        named = isinstance(written, dict) and written.get("path") == str(path.resolve())
+        if whole and (place == own or named):
+            return manifest
+    return None

@@ -5,13 +5,23 @@ queries ─┐
 corpus ──┘ (passages, vectors)
 """
 
+import sys
+from functools import partial
+from importlib import import_module
+
+from scaledown.errors import OutputError, UsageError, one_line, run_command
+
+if __name__ == "__main__":  # before the imports that take long: Ctrl-C is one line during them, too
+    start = partial(run_command, debug="--debug" in sys.argv, resumes=True)
+    raise SystemExit(start(lambda: import_module("scaledown.data.prepare_dataset").main()))
+
 import functools
 import itertools
 import logging
 import os
 import platform
+import shlex
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -28,9 +38,8 @@ from scaledown.data.prompts import VERSION as PROMPT_VERSION
 from scaledown.data.queries import collect_queries, query_files, write_questions
 from scaledown.data.reranker import LIKELIHOOD_PREFIX, load_reranker, rerank, resolve_reranker
 from scaledown.data.retrieval import encode_passages, load_encoder, retrieve
-from scaledown.data.teacher import load_teacher, teach
+from scaledown.data.teacher import check_teacher, load_teacher, teach
 from scaledown.data.teachers import Generation, Teacher
-from scaledown.errors import UsageError, one_line, run_command
 from scaledown.models import ModelSource, choose_device, choose_dtype, resolve
 from scaledown.progress import duration, start_logging
 from scaledown.records import Example
@@ -80,7 +89,7 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Resul
     `ScaleDownError`, each with a message that says what to do.
     """
     output = Path(config.output_file)
-    check_writable(output)
+    check_writable(output.resolve() if output.is_symlink() else output)
     sources = _find(config, output)
     run = RunDirectory(config.run_directory)
     identities = {name: model.identity(run.content_hash) for name, model in sources.models().items()}
@@ -96,12 +105,14 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Resul
     with run.claim(request):
         if finished := _finished(run, request, output):
             return finished
+        _check_ours(run, output)
         stages = _run_stages(run, config, sources, identities, inputs)
         results = {name: stage.finished() for name, stage in stages.items()}
         with stages["answers"].lease("export", wait=True):
             if finished := _finished(run, request, output):  # by a process that helped
                 return finished
-            for half_written in output.parent.glob(f".{output.name}.*.tmp"):  # by a process that was killed
+            target = output.resolve()
+            for half_written in target.parent.glob(f".{target.name}.*.tmp"):  # by a process that was killed
                 half_written.unlink(missing_ok=True)
             score_scale = config.reranking_score_scale if config.enable_reranking else None
             count = write_examples(output, examples(stages["answers"], stages["passages"], score_scale))
@@ -165,8 +176,11 @@ def _find(config: PrepareConfig, output: Path) -> _Sources:
     if not config.corpus_path:
         log.info("no --corpus_path: using the sample corpus of 60 short articles")
     input_files(corpus, "--corpus_path")
-    if corpus.is_dir() and output.resolve().is_relative_to(corpus.resolve()):
-        raise UsageError(f"--output_file {output} lies in the corpus {corpus}: put it elsewhere")
+    written = {"--output_file": output, "the run directory": config.run_directory}
+    for folder in (corpus, *map(Path, filter(None, (*config.queries_file, config.query_dataset)))):
+        for what, path in written.items():
+            if folder.is_dir() and path.resolve().is_relative_to(folder.resolve()):
+                raise UsageError(f"{what} {path} lies in {folder}, which is read: put it elsewhere")
     queries = query_files(config)
     if any(output.resolve() == path.resolve() for path in (corpus, *queries)):
         raise UsageError(f"--output_file {output} is also read: name another, it would be overwritten")
@@ -176,10 +190,12 @@ def _find(config: PrepareConfig, output: Path) -> _Sources:
         queries.append(folder)
     if not config.reranks and config.reranker_model != PrepareConfig.reranker_model:
         log.warning("--reranker_model is not used: add --enable_reranking or --top_k_reranking")
+    teacher = resolve(config.teacher_model)
+    check_teacher(teacher, load_in_8bit=config.teacher_8bit, load_in_4bit=config.teacher_4bit)
     return _Sources(
         retriever=resolve(config.retriever_model),
         reranker=resolve_reranker(config.reranker_model) if config.reranks else None,
-        teacher=resolve(config.teacher_model),
+        teacher=teacher,
         corpus=corpus,
         queries=queries,
     )
@@ -329,7 +345,7 @@ def _finished(run: RunDirectory, request: str, output: Path) -> Result | None:
     if run.content_hash(output) != written["sha256"]:
         if written["path"] != str(output.resolve()):
             return None
-        if validate(output).bad_records:
+        if validate(output).problems:
             log.warning("%s is damaged: writing it again", output)
             return None
         log.warning("%s was changed since it was written and is left so; delete it to have it again", output)
@@ -337,6 +353,25 @@ def _finished(run: RunDirectory, request: str, output: Path) -> Result | None:
         name: StageResult([], stage["counts"], stage["seconds"]) for name, stage in manifest["stages"].items()
     }
     return Result(output, manifest["output"]["examples"], stages, _quarantined(stages), already_done=True)
+
+
+def _check_ours(run: RunDirectory, output: Path) -> None:
+    """Raise `OutputError` where `output` exists and was not written by a run of this directory."""
+    if not output.exists():
+        return
+    manifest = read_json(run.manifest)
+    written = manifest.get("output") if isinstance(manifest, dict) else None
+    if isinstance(written, dict):
+        ours = str(output.resolve()) == written.get("path") or run.content_hash(output) == written.get(
+            "sha256"
+        )
+    else:  # a run that was killed after it wrote the output and before the manifest
+        ours = any(run.path.glob("answers/*/done.json"))
+    if not ours:
+        raise OutputError(
+            f"--output_file {output} exists, and {run.path} does not know it: delete or rename it, or "
+            "choose another"
+        )
 
 
 def _quarantined(stages: Mapping[str, StageResult]) -> int:
@@ -376,7 +411,7 @@ def summary(result: Result, config: PrepareConfig) -> str:
     records = (entry.record for entry in itertools.islice(entries(result.output), 3))
     for number, record in enumerate(records, 1):
         lines += _shown(number, record)
-    lines += [f"next: {_program()} validate {result.output}"]
+    lines += [f"next: {_program()} validate {shlex.quote(str(result.output))}"]
     return "\n".join(lines)
 
 
@@ -412,14 +447,19 @@ def main(argv: Sequence[str] | None = None, program: str = "python -m scaledown.
         flags = vars(parser.parse_args(words))
         flags.pop("debug", None)
         start_logging(flags.pop("log_level", "info"))
-        repeats = Path(flags["config"]) if "config" in flags else None
+        repeats = Path(flags["config"]).expanduser() if "config" in flags else None
         config = from_flags(flags)
         result = prepare_dataset(config, repeats)
         print(summary(result, config))
-        return 1 if config.strict and result.quarantined else 0
+        if not config.strict or not result.quarantined:
+            return 0
+        number = (
+            "1 line or query is"
+            if result.quarantined == 1
+            else f"{result.quarantined:,} lines or queries are"
+        )
+        where = config.run_directory / "quarantine"
+        print(f"error: --strict: {number} in {where}, each with its reason: mend them", file=sys.stderr)
+        return 1
 
     return run_command(command, debug="--debug" in words, resumes=True)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -17,7 +17,7 @@ from scaledown.data.corpus import PassageTable
 from scaledown.data.prompts import question_prompt
 from scaledown.data.teachers import Teacher
 from scaledown.errors import InputError
-from scaledown.models import cache_directory, hub_errors
+from scaledown.models import cache_directory, hub_errors, reach_hub
 from scaledown.progress import track
 from scaledown.records import Answer, Query, full_text
 from scaledown.store import Stage, atomic
@@ -175,7 +175,7 @@ def _query(record: dict[str, Any], column: str) -> Query:
     if column:
         value: Any = record
         for name in column.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
+            value = value.get(name, value.get(name.lower())) if isinstance(value, dict) else None
     else:
         value = next((record[key] for key in QUERY_KEYS if record.get(key) is not None), None)
         if isinstance(value, dict):
@@ -209,17 +209,16 @@ def _from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query
             if config.query_split not in splits:
                 raise InputError(f"dataset {name}: --query_split is one of {', '.join(splits)}")
             data = splits[config.query_split]
-        elif known and not path.exists():
+        else:
+            repository, configuration = known[:2] if known and not path.exists() else (name, None)
+            if not path.exists():
+                reach_hub()
             data = datasets.load_dataset(
-                known.repository,
-                known.configuration,
+                repository,
+                configuration,
                 split=config.query_split,
                 streaming=True,
                 revision=revision or None,
-            )
-        else:
-            data = datasets.load_dataset(
-                name, split=config.query_split, streaming=True, revision=revision or None
             )
         column = config.query_column or (known.column if known else "")
         if column and data.column_names and column.partition(".")[0] in data.column_names:

@@ -1,7 +1,9 @@
 """The teacher: prompts in, answers out. Engines live in `teachers/`."""
 
+import importlib.util
 import logging
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import pyarrow as pa
 
@@ -10,8 +12,8 @@ from scaledown.data.corpus import PassageTable
 from scaledown.data.prompts import answer_prompt
 from scaledown.data.reranker import check_records
 from scaledown.data.teachers import Generation, Rejection, Teacher
-from scaledown.errors import InputError, UsageError
-from scaledown.models import ModelSource, choose_device, resolve
+from scaledown.errors import InputError, MissingExtraError, ModelError, UsageError
+from scaledown.models import ModelSource, choose_device, hub_errors, read_config_file, resolve
 from scaledown.progress import track
 from scaledown.records import Answer, Example, QueryWithDocuments, document_text, full_text
 from scaledown.store import Stage
@@ -19,10 +21,38 @@ from scaledown.store import Stage
 log = logging.getLogger("scaledown")
 
 
+_WRITERS: Final = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "ForConditionalGeneration")
+
+
+def check_teacher(source: ModelSource, *, load_in_8bit: bool, load_in_4bit: bool) -> None:
+    """Find out before any work, without loading it, whether a model can answer.
+
+    Raises `ModelError` for one that does not write, `MissingExtraError` for bits that need one.
+    """
+    if load_in_8bit or load_in_4bit:
+        flag = "--teacher_8bit" if load_in_8bit else "--teacher_4bit"
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise MissingExtraError(
+                f"{flag} needs bitsandbytes: pip install 'scaledown[quantization]' "
+                "(or pip install bitsandbytes)"
+            )
+    if source.gguf_file:
+        return
+    with hub_errors(source.name):
+        config = read_config_file(source, "config.json") or {}
+    kinds = config.get("architectures") or ["LMHeadModel"]  # who does not say may be one
+    if config.get("is_encoder_decoder") or not any(kind.endswith(_WRITERS) for kind in kinds):
+        raise ModelError(
+            f"--teacher_model {source.name} is {kinds[0]}: a teacher is a causal LM (...ForCausalLM), "
+            f"such as {PrepareConfig.teacher_model}"
+        )
+
+
 def load_teacher(source: ModelSource, device: str, dtype: str, generation: Generation) -> Teacher:
     """The teacher behind `--teacher_model`."""
     from scaledown.data.teachers.transformers import TransformersTeacher
 
+    check_teacher(source, load_in_8bit=generation.load_in_8bit, load_in_4bit=generation.load_in_4bit)
     bits = " in 8 bits" if generation.load_in_8bit else " in 4 bits" if generation.load_in_4bit else ""
     log.info("teacher: %s%s, transformers on %s", source.name, bits, device)
     return TransformersTeacher(source, device, dtype, generation)

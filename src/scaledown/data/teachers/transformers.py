@@ -2,18 +2,21 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from scaledown.data.prompts import Prompt
 from scaledown.data.teachers import Generation, Rejection
-from scaledown.errors import MissingExtraError, ModelError
+from scaledown.errors import ModelError
 from scaledown.models import ModelSource, choose_dtype, loadable, loading, memory_errors
 from scaledown.records import Answer
 
 if TYPE_CHECKING:
     import torch
+
+
+_SEPARATOR_TOKENS: Final = 4  # at most, between two documents; fewer leave the rest to the next time round
 
 
 class TransformersTeacher:
@@ -123,16 +126,18 @@ class TransformersTeacher:
         dropped = 0
         while len(ids) > self._limit and documents:
             overflow = len(ids) - self._limit
-            tokens = self._tokenizer(documents[-1], add_special_tokens=False, verbose=False)["input_ids"]
-            kept = tokens[: max(0, len(tokens) - overflow)]
-            # Cut tokens may come back as more of them, so at least one more goes each time round.
-            shortened = self._tokenizer.decode(kept, skip_special_tokens=True).rstrip()
-            if kept and len(shortened) < len(documents[-1]):
-                documents[-1] = shortened
-            else:
+            while documents and overflow > 0:
+                tokens = self._tokenizer(documents[-1], add_special_tokens=False, verbose=False)["input_ids"]
+                kept = tokens[: max(0, len(tokens) - overflow)]
+                dropped += len(tokens) - len(kept)
+                # Cut tokens may come back as more of them, so at least one more goes each time round.
+                shortened = self._tokenizer.decode(kept, skip_special_tokens=True).rstrip()
+                if kept and len(shortened) < len(documents[-1]):
+                    documents[-1] = shortened
+                    break
                 documents.pop()
-            ids = self._ids(prompt, documents)
-            dropped += len(tokens) - len(kept)
+                overflow -= len(tokens) + _SEPARATOR_TOKENS
+            ids = self._ids(prompt, documents)  # a sum of parts is not quite the whole
         if len(ids) > self._limit:
             raise ValueError(
                 f"the prompt without documents has {len(ids):,} tokens; the teacher takes {self._limit:,}"
@@ -225,12 +230,6 @@ def _quantization(generation: Generation, device: str, dtype: str) -> Any:
     if device == "mps":
         raise ModelError(
             f"{flag}: bitsandbytes has no support for mps; use --device cpu or leave the flag out"
-        )
-    import importlib.util
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingExtraError(
-            f"{flag} needs bitsandbytes: pip install 'scaledown[quantization]' (or pip install bitsandbytes)"
         )
     from transformers import BitsAndBytesConfig
 
