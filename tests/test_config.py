@@ -12,7 +12,7 @@ BASE = {"queries_file": ("q.txt",), "output_file": "o.json"}
 
 
 def parsed(*words: str) -> PrepareConfig:
-    return from_flags(vars(build_parser("test").parse_args(underscored(words))))
+    return from_flags(vars(build_parser("test", PrepareConfig).parse_args(underscored(words))), PrepareConfig)
 
 
 MINIMAL = ("--queries_file", "q.txt", "--output_file", "o.json")
@@ -158,7 +158,7 @@ def test_top_k_reranking_of_zero_is_refused_on_the_command_line() -> None:
 
 def test_help_groups_every_flag_with_unit_and_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        build_parser("test").parse_args(["--help"])
+        build_parser("test", PrepareConfig).parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for item in dataclasses.fields(PrepareConfig):
         assert re.search(

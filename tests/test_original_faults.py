@@ -111,7 +111,7 @@ def test_top_k_reranking_alone_does_not_lose_the_scores(prepare) -> None:
 
     prepare("--top_k_retrieval", "6", "--top_k_reranking", "3")
     (shard,) = prepare.work.glob("ranked/*/*.arrow")
-    kept = pa.ipc.open_file(str(shard)).read_all().column("reranking_scores").to_pylist()
+    kept = pa.ipc.open_stream(str(shard)).read_all().column("reranking_scores").to_pylist()
     assert [len(scores) for scores in kept] == [6] * 4
     prepare("--top_k_retrieval", "6", "--top_k_reranking", "3", "--enable_reranking")
     assert [r["reranking_scores"] for r in records(prepare.output)] == [scores[:3] for scores in kept]

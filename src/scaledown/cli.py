@@ -1,4 +1,4 @@
-"""`scaledown COMMAND`: prepare, validate, merge. Heavy libraries load only where a command needs them."""
+"""`scaledown COMMAND`: prepare, index, plan, validate, merge. Heavy libraries load where a command needs them."""
 
 import argparse
 import sys
@@ -20,18 +20,22 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; gives the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    prepares = words[:1] == ["prepare"]
+    resumes = words[:1] in (["prepare"], ["index"])
 
     def command() -> int:  # imports here, so that Ctrl-C is one line during them, too
-        if prepares:
+        if words[:1] == ["prepare"]:
             from scaledown.data.prepare_dataset import main as prepare
 
             return prepare(words[1:], "scaledown prepare")
+        if words[:1] == ["index"]:
+            from scaledown.data.build_index import main as index
+
+            return index(words[1:])
         from scaledown.config import underscored
 
         return _run(underscored(words))
 
-    return run_command(command, debug="--debug" in words, resumes=prepares)
+    return run_command(command, debug="--debug" in words, resumes=resumes)
 
 
 def _path(text: str) -> Path:
@@ -47,6 +51,7 @@ def _run(words: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"scaledown {scaledown.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     commands.add_parser("prepare", help="make training data (scaledown prepare --help)", add_help=False)
+    commands.add_parser("index", help="make passages and vectors once, for many runs", add_help=False)
 
     validate = commands.add_parser("validate", help="check a training file, line by line")
     validate.add_argument("files", nargs="+", type=_path, metavar="FILE", help=".json, .jsonl or .parquet")

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 from scaledown.errors import InputError, UsageError
 
@@ -66,7 +66,7 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
     },
 }
 
-_PATHS: Final = {"corpus_path", "output_file", "work_dir", "query_dataset", "queries_file"}
+_PATHS: Final = {"corpus_path", "index_dir", "output_file", "work_dir", "query_dataset", "queries_file"}
 
 QUERIES: Final = "queries (one source, or several of the first three)"
 CORPUS: Final = "corpus and passages"
@@ -75,10 +75,89 @@ RERANKING: Final = "reranking (off unless one of the first two is given)"
 TEACHER: Final = "teacher"
 OUTPUT: Final = "output and run"
 MACHINE: Final = "machine"
+GROUPS: Final = (QUERIES, CORPUS, RETRIEVAL, RERANKING, TEACHER, OUTPUT, MACHINE)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
+class IndexConfig:
+    """Settings of `scaledown index`, and of `scaledown prepare` as far as it makes passages and vectors."""
+
+    corpus_path: str = option(
+        "",
+        CORPUS,
+        "KILT JSON lines, JSONL / Parquet / CSV with id, title, text, or a folder of such or of text files; "
+        "plain, gzip, zstd or bzip2; without it, the sample corpus",
+        metavar="PATH",
+    )
+    max_corpus_size: int = option(
+        0, CORPUS, "read only this many articles from the start", "articles", metavar="N"
+    )
+    passages: str = option("tokens", CORPUS, "what a passage is", choices=PASSAGE_MODES)
+    passage_tokens: int = option(
+        128, CORPUS, "longest passage, title included, by the retriever's tokenizer", "tokens", metavar="N"
+    )
+    max_bad_fraction: float = option(
+        0.05, CORPUS, "stop when more than this share of the input lines is malformed", "0..1", metavar="X"
+    )
+    retriever_model: str = option(
+        "naver/splade-cocondenser-ensembledistil",
+        RETRIEVAL,
+        "SPLADE model or sentence-transformers bi-encoder (dense retrieval)",
+        metavar="MODEL",
+    )
+    batch_size: int = option(32, RETRIEVAL, "texts encoded at once", "texts", metavar="N")
+    weights: str = option(
+        "float16", RETRIEVAL, "how the weights of sparse vectors are stored", choices=WEIGHTS
+    )
+    index_dir: str = option(
+        "",
+        OUTPUT,
+        "keep passages and vectors here, for many runs (scaledown index); without it, in the run directory",
+        metavar="DIR",
+    )
+    passages_per_shard: int = option(
+        8192, OUTPUT, "passages kept in memory and lost at most by a crash", "passages", metavar="N"
+    )
+    device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", metavar="DEVICE")
+    dtype: str = option("auto", MACHINE, "auto is bfloat16 on CUDA, float32 elsewhere", choices=DTYPES)
+    workers: int = option(
+        0, MACHINE, "that parse, cut and tokenise a large corpus; 0 is one a core", "processes", metavar="N"
+    )
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_at_least(1, "batch_size", "passages_per_shard")
+        self._check_at_least(0, "max_corpus_size", "workers")
+        self._check_at_least(16, "passage_tokens")
+        self._check_share("max_bad_fraction")
+
+    def _check_choices(self) -> None:
+        for item in fields(self):
+            allowed = item.metadata["choices"]
+            if allowed and getattr(self, item.name) not in allowed:
+                raise UsageError(f"--{item.name} {getattr(self, item.name)}: use one of {', '.join(allowed)}")
+
+    def _check_at_least(self, least: int, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < least:
+                rule = f"be at least {least}" if least else "not be negative"
+                raise UsageError(f"--{name} {getattr(self, name)}: must {rule}")
+
+    def _check_share(self, name: str) -> None:
+        if not 0 <= getattr(self, name) <= 1:
+            raise UsageError(f"--{name} {getattr(self, name)}: must lie between 0 and 1")
+
+    @classmethod
+    def preset(cls, name: str, **settings: Any) -> Self:
+        """The settings of `--preset NAME`, as far as this command has them, with `settings` on top."""
+        if name not in PRESETS:
+            raise UsageError(f"--preset {name}: use one of {', '.join(PRESETS)}")
+        own = {item.name for item in fields(cls)}
+        return cls(**{key: value for key, value in PRESETS[name].items() if key in own} | settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(IndexConfig):
     """Settings of `scaledown prepare`."""
 
     queries_file: tuple[str, ...] = option(
@@ -106,34 +185,6 @@ class PrepareConfig:
     )
     query_split: str = option("train", QUERIES, "split of --query_dataset", metavar="NAME")
     ms_marco_url: str = option(MS_MARCO_URL, QUERIES, "where --download_ms_marco looks", metavar="URL")
-
-    corpus_path: str = option(
-        "",
-        CORPUS,
-        "KILT JSON lines, JSONL / Parquet / CSV with id, title, text, or a folder of such or of text files; "
-        "plain, gzip, zstd or bzip2; without it, the sample corpus",
-        metavar="PATH",
-    )
-    max_corpus_size: int = option(
-        0, CORPUS, "read only this many articles from the start", "articles", metavar="N"
-    )
-    passages: str = option("tokens", CORPUS, "what a passage is", choices=PASSAGE_MODES)
-    passage_tokens: int = option(
-        128, CORPUS, "longest passage, title included, by the retriever's tokenizer", "tokens", metavar="N"
-    )
-    max_bad_fraction: float = option(
-        0.05, CORPUS, "stop when more than this share of the input lines is malformed", "0..1", metavar="X"
-    )
-
-    retriever_model: str = option(
-        "naver/splade-cocondenser-ensembledistil",
-        RETRIEVAL,
-        "SPLADE model or sentence-transformers bi-encoder (dense retrieval)",
-        metavar="MODEL",
-    )
-    weights: str = option(
-        "float16", RETRIEVAL, "how the weights of sparse vectors are stored", choices=WEIGHTS
-    )
     search: str = option(
         "exact",
         RETRIEVAL,
@@ -150,8 +201,6 @@ class PrepareConfig:
     )
     search_memory: float = option(1.0, RETRIEVAL, "what a search may hold at once", "GB", metavar="GB")
     top_k_retrieval: int = option(20, RETRIEVAL, "passages retrieved per query", "passages", metavar="K")
-    batch_size: int = option(32, RETRIEVAL, "texts encoded at once", "texts", metavar="N")
-
     enable_reranking: bool = option(False, RERANKING, "rerank, and write reranking_scores")
     top_k_reranking: int = option(
         0,
@@ -170,7 +219,6 @@ class PrepareConfig:
         "raw", RERANKING, "reranking_scores as the model gives them, or mapped to 0..1", choices=SCORE_SCALES
     )
     reranker_batch_size: int = option(16, RERANKING, "pairs scored at once", "pairs", metavar="N")
-
     teacher_model: str = option(
         "mistralai/Mistral-7B-Instruct-v0.2",
         TEACHER,
@@ -184,31 +232,16 @@ class PrepareConfig:
         0.0, TEACHER, "0 decodes greedily; above, answers are sampled, seeded per query", metavar="T"
     )
     teacher_batch_size: int = option(8, TEACHER, "prompts answered at once", "prompts", metavar="N")
-
     output_file: str = option("", OUTPUT, "training data: .json, .jsonl or .parquet", metavar="FILE")
     work_dir: str = option("", OUTPUT, "run directory; without it, <output_file>.work", metavar="DIR")
-    index_dir: str = option(
-        "",
-        OUTPUT,
-        "keep passages and vectors here, for many runs (scaledown index); without it, in the run directory",
-        metavar="DIR",
-    )
     seed: int = option(0, OUTPUT, "seed of every random choice", metavar="N")
-    passages_per_shard: int = option(
-        8192, OUTPUT, "passages kept in memory and lost at most by a crash", "passages", metavar="N"
-    )
     queries_per_shard: int = option(
         256, OUTPUT, "queries kept in memory and lost at most by a crash", "queries", metavar="N"
     )
     strict: bool = option(False, OUTPUT, "exit with status 1 when any input line or query was quarantined")
 
-    device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", metavar="DEVICE")
-    dtype: str = option("auto", MACHINE, "auto is bfloat16 on CUDA, float32 elsewhere", choices=DTYPES)
-    workers: int = option(
-        0, MACHINE, "that parse, cut and tokenise a large corpus; 0 is one a core", "processes", metavar="N"
-    )
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         given: object = self.queries_file
         if not isinstance(given, tuple) or "" in given:
             raise UsageError(f"--queries_file {self.queries_file!r}: expected a tuple of file names")
@@ -225,10 +258,6 @@ class PrepareConfig:
             )
         if self.teacher_8bit and self.teacher_4bit:
             raise UsageError("--teacher_8bit and --teacher_4bit exclude each other: give one")
-        for name in ("passages", "weights", "search", "reranking_score_scale", "dtype"):
-            allowed = _metadata(type(self), name)["choices"]
-            if getattr(self, name) not in allowed:
-                raise UsageError(f"--{name} {getattr(self, name)}: use one of {', '.join(allowed)}")
 
     def _check_queries(self) -> None:
         given = [
@@ -245,31 +274,21 @@ class PrepareConfig:
             raise UsageError(f"{' and '.join(given)} exclude each other: synthetic queries stand alone")
 
     def _check_numbers(self) -> None:
-        at_least_one = (
+        self._check_at_least(
+            1,
             "top_k_retrieval",
-            "batch_size",
             "reranker_batch_size",
             "teacher_batch_size",
             "max_new_tokens",
-            "passages_per_shard",
             "queries_per_shard",
         )
-        for name in at_least_one:
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("max_corpus_size", "num_synthetic_queries", "top_k_reranking", "workers"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"--{name} {getattr(self, name)}: must not be negative")
+        self._check_at_least(0, "num_synthetic_queries", "top_k_reranking")
         if self.top_k_reranking > self.top_k_retrieval:
             raise UsageError(
                 f"--top_k_reranking {self.top_k_reranking} is above --top_k_retrieval "
                 f"{self.top_k_retrieval}: reranking can only keep what was retrieved"
             )
-        if self.passage_tokens < 16:
-            raise UsageError(f"--passage_tokens {self.passage_tokens}: must be at least 16")
-        for name in ("max_bad_fraction", "min_recall"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"--{name} {getattr(self, name)}: must lie between 0 and 1")
+        self._check_share("min_recall")
         if not 0 < self.search_memory < math.inf:
             raise UsageError(f"--search_memory {self.search_memory}: must be above 0, and finite")
         if not 0 <= self.temperature < math.inf:
@@ -292,37 +311,31 @@ class PrepareConfig:
         """Where the run keeps its stages."""
         return Path(self.work_dir) if self.work_dir else Path(self.output_file + ".work")
 
-    @classmethod
-    def preset(cls, name: str, **settings: Any) -> Self:
-        """The settings of `--preset NAME`, with `settings` on top."""
-        if name not in PRESETS:
-            raise UsageError(f"--preset {name}: use one of {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **settings})
+
+Config = TypeVar("Config", bound=IndexConfig)
 
 
-def _metadata(cls: type, name: str) -> Mapping[str, Any]:
-    return next(f.metadata for f in fields(cls) if f.name == name)
-
-
-def build_parser(program: str) -> argparse.ArgumentParser:
-    """The parser of `prepare`, its help grouped by stage. Absent flags stay absent from the result."""
+def build_parser(program: str, config: type[IndexConfig]) -> argparse.ArgumentParser:
+    """A command's parser, its help grouped by stage. Absent flags stay absent from the result."""
+    prepares = issubclass(config, PrepareConfig)
+    needed = "--queries_file FILE --output_file FILE" if prepares else "--corpus_path PATH --index_dir DIR"
+    what = "Make OSCAR training data: retrieve, rerank, let a teacher answer."
     parser = argparse.ArgumentParser(
         prog=program,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        usage=f"{program} --queries_file FILE --output_file FILE [options]",
-        description="Make OSCAR training data: retrieve, rerank, let a teacher answer. "
+        usage=f"{program} {needed} [options]",
+        description=f"{what if prepares else 'Make passages and their vectors once, for many runs.'} "
         "The same command again continues an interrupted run.",
         epilog="Flags may be written with hyphens or underscores. A flag that is on can be turned off by "
         "--no_NAME.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
     )
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    hints = typing.get_type_hints(PrepareConfig)
-    for item in fields(PrepareConfig):
-        name = item.metadata["group"]
-        group = groups.setdefault(name, parser.add_argument_group(name))
-        _add_flag(group, item, hints[item.name])
+    used = {item.metadata["group"] for item in fields(config)}
+    groups = {name: parser.add_argument_group(name) for name in GROUPS if name in used}
+    hints = typing.get_type_hints(config)
+    for item in fields(config):
+        _add_flag(groups[item.metadata["group"]], item, hints[item.name])
     run = groups[OUTPUT]
     run.add_argument(
         "--preset",
@@ -381,7 +394,7 @@ def underscored(argv: Sequence[str]) -> list[str]:
     return result
 
 
-def from_flags(given: Mapping[str, Any]) -> PrepareConfig:
+def from_flags(given: Mapping[str, Any], config: type[Config]) -> Config:
     """Build the settings from parsed flags.
 
     Raises `UsageError` for contradictions, `InputError` for a `--config` file that cannot be read.
@@ -396,7 +409,7 @@ def from_flags(given: Mapping[str, Any]) -> PrepareConfig:
     settings: dict[str, Any] = {}
     if "config" in flags:
         path = Path(flags.pop("config")).expanduser()
-        settings = read_settings(path)
+        settings = read_settings(path, config)
         if "preset" in given and PRESETS[preset].keys() <= settings.keys():
             raise UsageError(f"--preset {preset} changes nothing: --config {path} comes after it; give one")
     settings |= flags
@@ -406,10 +419,10 @@ def from_flags(given: Mapping[str, Any]) -> PrepareConfig:
             settings[name] = tuple(map(os.path.expanduser, value))
         else:
             settings[name] = os.path.expanduser(value)  # noqa: PTH111 (a Path would lose a final slash)
-    return PrepareConfig.preset(preset, **settings)
+    return config.preset(preset, **settings)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path, config: type[IndexConfig]) -> dict[str, Any]:
     """The settings in a JSON file: a flat object, or a manifest's `parameters`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -429,4 +442,9 @@ def read_settings(path: Path) -> dict[str, Any]:
             raise UsageError(f"--config {path}: {name} must be {kind.__name__}, not {value!r}")
         if kind is list and not all(isinstance(item, str) and item for item in value):
             raise UsageError(f"--config {path}: {name} must be a list of file names, not {value!r}")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    own = {item.name for item in fields(config)}  # a manifest of `prepare` serves `index` as well
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in settings.items()
+        if name in own
+    }

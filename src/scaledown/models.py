@@ -311,19 +311,6 @@ def choose_device(name: str) -> str:
     return name
 
 
-@contextlib.contextmanager
-def memory_errors(flag: str) -> Iterator[None]:
-    """Turn running out of memory into a `ModelError` that names the flag to lower."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise ModelError(
-            f"out of memory: lower {flag}; what was made with the larger value is then made again"
-        ) from error
-
-
 class Halving:
     """Runs batches; one that runs out of memory is halved until its parts fit. `count` says how often."""
 

@@ -355,7 +355,7 @@ def test_two_commands_in_one_run_directory_share_the_work(
         _, err = process.communicate(timeout=200)
         assert process.returncode == 0, err.decode()[-2000:]
     assert prepare.output.read_bytes() == whole.read_bytes()
-    lines = [path.read_text().splitlines() for path in prepare.work.glob("*/*/timings.jsonl")]
+    lines = [path.read_text().splitlines() for path in prepare.work.glob("*/*/journal.jsonl")]
     assert sum(map(len, lines)) == len(shards(prepare.work)), "no shard was made twice"
 
 
@@ -376,7 +376,7 @@ def test_sigkill_then_the_same_command_gives_the_same_bytes(
     ]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(prepare.work.glob("vectors/*/*.npz")):
+    while not list(prepare.work.glob("vectors/*/*.arrow")):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.02)
@@ -606,27 +606,45 @@ def test_scores_that_are_no_numbers_are_an_error(prepare, models, tmp_path, caps
     assert "not numbers" in refused(prepare, capsys, *RERANK, "--reranker_model", str(tmp_path / "nan"))
 
 
-@pytest.mark.parametrize("stage", ["load_encoder", "load_reranker", "load_teacher"])
-def test_out_of_memory_names_the_flag_to_lower(stage, prepare, capsys, monkeypatch) -> None:
+def too_little_memory(monkeypatch: pytest.MonkeyPatch, stage: str, fits: int) -> str:
+    """Let the model of a stage run out of memory with more than `fits` texts; gives the stage's flag."""
     import torch
     from sentence_transformers import CrossEncoder, SparseEncoder
+    from transformers import LlamaForCausalLM
 
-    def full(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore")
+    from scaledown.data import splade
 
-    flag, place = {
-        "load_encoder": ("--batch_size", (SparseEncoder, "encode")),
-        "load_reranker": ("--reranker_batch_size", (CrossEncoder, "predict")),
-        "load_teacher": ("--teacher_batch_size", (torch.nn.Module, "_unused")),
+    flag, owner, name = {
+        "vectors": ("--batch_size", SparseEncoder, "encode_document"),
+        "ranked": ("--reranker_batch_size", CrossEncoder, "predict"),
+        "answers": ("--teacher_batch_size", LlamaForCausalLM, "generate"),
     }[stage]
-    if stage == "load_teacher":
-        from transformers import LlamaForCausalLM
+    if stage == "vectors":
+        monkeypatch.setattr(splade, "_fast", lambda _: ("in this test", None))
+    original = getattr(owner, name)
 
-        place = (LlamaForCausalLM, "generate")
-    monkeypatch.setattr(*place, full)
-    if stage == "load_encoder":
-        monkeypatch.setattr(SparseEncoder, "encode_document", full)
-    assert f"out of memory: lower {flag}" in refused(prepare, capsys, *RERANK)
+    def full(self: object, *texts: object, **keywords: object) -> object:
+        if len(texts[0] if texts else keywords["input_ids"]) > fits:  # type: ignore[arg-type]
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore")
+        return original(self, *texts, **keywords)
+
+    monkeypatch.setattr(owner, name, full)
+    return flag
+
+
+@pytest.mark.parametrize("stage", ["vectors", "ranked", "answers"])
+def test_a_batch_that_runs_out_of_memory_is_halved_and_recorded(stage, prepare, monkeypatch) -> None:
+    too_little_memory(monkeypatch, stage, fits=2)
+    assert prepare(*RERANK) == 0
+    counts = json.loads((prepare.work / "manifest.json").read_text())["stages"]
+    assert counts[stage]["counts"]["halved_batches"] > 0
+    assert all("halved_batches" not in counts[other]["counts"] for other in counts if other != stage)
+
+
+@pytest.mark.parametrize("stage", ["vectors", "ranked", "answers"])
+def test_no_room_for_a_single_text_names_the_flag(stage, prepare, monkeypatch, capsys) -> None:
+    flag = too_little_memory(monkeypatch, stage, fits=0)
+    assert f"out of memory with one text at a time ({flag} 1)" in refused(prepare, capsys, *RERANK)
 
 
 def test_no_answer_at_all_is_an_error(prepare, queries, tmp_path, capsys) -> None:

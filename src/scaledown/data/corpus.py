@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
-from scaledown.config import PrepareConfig
+from scaledown.config import IndexConfig
 from scaledown.data import files
 from scaledown.data.chunking import Chunker
 from scaledown.errors import InputError, ModelError
@@ -90,7 +90,7 @@ class Cut(NamedTuple):
 
 def build_passages(
     stage: Stage,
-    config: PrepareConfig,
+    config: IndexConfig,
     corpus: Path,
     retriever: ModelSource,
     check: Callable[[], None] = lambda: None,
@@ -143,7 +143,7 @@ def build_passages(
 
 
 def _shards(
-    corpus: Path, meter: files.Meter, config: PrepareConfig, retriever: ModelSource, counts: dict[str, int]
+    corpus: Path, meter: files.Meter, config: IndexConfig, retriever: ModelSource, counts: dict[str, int]
 ) -> Iterator[tuple[pa.Table, dict[str, int], list[dict[str, Any]]]]:
     """Passages of each shard, the counts after it, and rows rejected; an empty table passes those on."""
     intake = files.Intake("the corpus", config.max_bad_fraction, counts["lines"], counts["bad"])
@@ -202,7 +202,7 @@ class _Cutter:
     """What cutting a batch of rows needs, small enough to send along; the chunker is made once a process."""
 
     tokenizer: Path
-    config: PrepareConfig
+    config: IndexConfig
     corpus: str
     is_folder: bool
 
@@ -249,7 +249,7 @@ def _name(corpus: str, is_folder: bool, row: files.Row) -> str:
     return f"{name}:{row.line}" if isinstance(row.content, bytes) or row.line > 1 else name
 
 
-def _tokenizer(source: ModelSource, config: PrepareConfig) -> Tokenizer:
+def _tokenizer(source: ModelSource, config: IndexConfig) -> Tokenizer:
     """The retriever's tokenizer, without truncation or padding."""
     from transformers import AutoTokenizer
 

@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before the imports that take long: Ctrl-C is one l
     start = partial(run_command, debug="--debug" in sys.argv, resumes=True)
     raise SystemExit(start(lambda: import_module("scaledown.data.prepare_dataset").main()))
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -30,18 +31,18 @@ from typing import Any, NamedTuple
 
 import scaledown
 from scaledown.config import PrepareConfig, build_parser, from_flags, underscored
-from scaledown.data.corpus import build_passages, sample_corpus
+from scaledown.data.build_index import Index, find_corpus, machine, open_index, stage_line
 from scaledown.data.export import examples, write_examples
 from scaledown.data.files import input_files
 from scaledown.data.formats import entries, validate
 from scaledown.data.prompts import VERSION as PROMPT_VERSION
 from scaledown.data.queries import collect_queries, query_files, write_questions
 from scaledown.data.reranker import LIKELIHOOD_PREFIX, load_reranker, rerank, resolve_reranker
-from scaledown.data.retrieval import encode_passages, load_encoder, retrieve
+from scaledown.data.retrieval import load_encoder, retrieve
 from scaledown.data.teacher import check_teacher, load_teacher, teach
 from scaledown.data.teachers import Generation, Teacher
-from scaledown.models import ModelSource, choose_device, choose_dtype, resolve
-from scaledown.progress import duration, start_logging
+from scaledown.models import ModelSource, choose_device, resolve
+from scaledown.progress import start_logging
 from scaledown.records import Example
 from scaledown.store import (
     SCHEMA,
@@ -92,9 +93,10 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Resul
     check_writable(output.resolve() if output.is_symlink() else output)
     sources = _find(config, output)
     run = RunDirectory(config.run_directory)
+    home = RunDirectory(Path(config.index_dir)) if config.index_dir else run
     identities = {name: model.identity(run.content_hash) for name, model in sources.models().items()}
     inputs = {
-        "corpus": run.content_hash(sources.corpus, input_files(sources.corpus, "--corpus_path")),
+        "corpus": home.content_hash(sources.corpus, input_files(sources.corpus, "--corpus_path")),
         "queries": [run.content_hash(path) for path in sources.queries],
     }
     if repeats:
@@ -102,11 +104,12 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Resul
     request = fingerprint(
         {"schema": SCHEMA, "parameters": _compared(config), "models": identities, "inputs": inputs}
     )
-    with run.claim(request):
+    with run.claim(request), home.claim("index") if config.index_dir else contextlib.nullcontext():
         if finished := _finished(run, request, output):
             return finished
         _check_ours(run, output)
-        stages = _run_stages(run, config, sources, identities, inputs)
+        index = open_index(home, config, sources.corpus, sources.retriever, identities["retriever"])
+        stages = _run_stages(run, config, index=index, sources=sources, identities=identities, inputs=inputs)
         results = {name: stage.finished() for name, stage in stages.items()}
         with stages["answers"].lease("export", wait=True):
             if finished := _finished(run, request, output):  # by a process that helped
@@ -149,7 +152,7 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Resul
 def _repeatable(config: PrepareConfig, sources: _Sources) -> dict[str, Any]:
     """The settings such that `--config` repeats the run from any folder: full paths, pinned revisions."""
     settings = asdict(config)
-    for name in ("corpus_path", "work_dir", "output_file"):
+    for name in ("corpus_path", "work_dir", "index_dir", "output_file"):
         settings[name] = str(Path(settings[name]).resolve()) if settings[name] else ""
     settings["queries_file"] = [str(Path(name).resolve()) for name in config.queries_file]
     if Path(config.query_dataset).exists() and config.query_dataset:
@@ -172,11 +175,10 @@ def _name_differences(repeats: Path, identities: Mapping[str, str], inputs: Mapp
 
 def _find(config: PrepareConfig, output: Path) -> _Sources:
     """Find inputs and models; whatever is missing fails here, before any work."""
-    corpus = Path(config.corpus_path) if config.corpus_path else sample_corpus()
-    if not config.corpus_path:
-        log.info("no --corpus_path: using the sample corpus of 60 short articles")
-    input_files(corpus, "--corpus_path")
+    corpus = find_corpus(config)
     written = {"--output_file": output, "the run directory": config.run_directory}
+    if config.index_dir:
+        written["--index_dir"] = Path(config.index_dir)
     for folder in (corpus, *map(Path, filter(None, (*config.queries_file, config.query_dataset)))):
         for what, path in written.items():
             if folder.is_dir() and path.resolve().is_relative_to(folder.resolve()):
@@ -203,7 +205,7 @@ def _find(config: PrepareConfig, output: Path) -> _Sources:
 
 def _compared(config: PrepareConfig) -> dict[str, Any]:
     """The settings that two runs in one directory must share; where things lie is not among them."""
-    apart = {"output_file", "work_dir", "corpus_path", "queries_file", "strict"}
+    apart = {"output_file", "work_dir", "index_dir", "corpus_path", "queries_file", "strict", "workers"}
     apart |= {"retriever_model", "reranker_model", "teacher_model"}  # their identities are compared
     settings = {name: value for name, value in asdict(config).items() if name not in apart}
     return settings | {
@@ -216,37 +218,27 @@ def _compared(config: PrepareConfig) -> dict[str, Any]:
 def _run_stages(
     run: RunDirectory,
     config: PrepareConfig,
+    *,
+    index: Index,
     sources: _Sources,
     identities: Mapping[str, str],
     inputs: Mapping[str, Any],
 ) -> dict[str, Stage]:
     """The picture at the top, in order. A stage's settings hold all that its shards depend on."""
     device = choose_device(config.device)
-    machine = {"device": device.partition(":")[0], "dtype": str(choose_dtype(config.dtype, device))}
+    machine_kind = machine(config)
     teacher = functools.cache(lambda: _teacher(config, sources, device))
     encoder = functools.cache(
         lambda: load_encoder(sources.retriever, device, config.dtype, config.batch_size)
     )
 
-    passages = Stage(
-        run,
-        "passages",
-        {
-            "corpus": inputs["corpus"],
-            "max_corpus_size": config.max_corpus_size,
-            "passages": config.passages,
-            "passage_tokens": config.passage_tokens,
-            "tokenizer": identities["retriever"],
-            "passages_per_shard": config.passages_per_shard,
-        },
-    )
     teaching = {
         "teacher": identities["teacher"],
         "bits": 8 if config.teacher_8bit else 4 if config.teacher_4bit else 0,
         "prompt": PROMPT_VERSION,
         "max_new_tokens": config.max_new_tokens,
         "batch_size": config.teacher_batch_size,
-        **machine,
+        **machine_kind,
     }
     stages: dict[str, Stage] = {}
     questions: dict[str, Any] = {
@@ -257,29 +249,22 @@ def _run_stages(
         "queries_per_shard": config.queries_per_shard,
     }
     if config.num_synthetic_queries:
-        build_passages(passages, config, sources.corpus, sources.retriever)
+        index.cut()
         number = {
             "number": config.num_synthetic_queries,
             "seed": config.seed,
             "queries_per_shard": config.queries_per_shard,
         }
-        written = Stage(run, "synthetic", {"passages": passages.fingerprint, **teaching, **number})
-        write_questions(written, passages, teacher, config)
+        written = Stage(run, "synthetic", {"passages": index.passages.fingerprint, **teaching, **number})
+        write_questions(written, index.passages, teacher, config)
         teacher.cache_clear()  # memory for the retriever and reranker
         stages["synthetic"] = written
         questions["synthetic"] = written.fingerprint
     queries = Stage(run, "queries", questions)
     collect_queries(queries, config, stages.get("synthetic"))
 
-    encoding = {"retriever": identities["retriever"], "batch_size": config.batch_size, **machine}
-    vectors = Stage(run, "vectors", {"passages": passages.fingerprint, "weights": config.weights, **encoding})
-    encode_passages(
-        vectors,
-        passages,
-        encoder,
-        config.weights,
-        lambda check: build_passages(passages, config, sources.corpus, sources.retriever, check),
-    )
+    index.fill(encoder)
+    passages, vectors = index.passages, index.vectors
     candidates = Stage(
         run,
         "candidates",
@@ -301,7 +286,7 @@ def _run_stages(
                 "reranker": identities["reranker"],
                 "likelihood_prompt": PROMPT_VERSION if likelihood else None,
                 "batch_size": config.reranker_batch_size,
-                **machine,
+                **machine_kind,
             },
         )
         reranker = functools.cache(
@@ -399,9 +384,7 @@ def summary(result: Result, config: PrepareConfig) -> str:
         f"{result.output}: {result.examples:,} examples, {config.documents_per_query} documents each"
     )
     lines.append("")
-    for name, stage in result.stages.items():
-        counts = ", ".join(f"{count:,} {what}" for what, count in stage.counts.items() if count)
-        lines.append(f"  {name:<11}{duration(stage.seconds):>11}   {counts}")
+    lines += [stage_line(name, stage) for name, stage in result.stages.items()]
     if result.quarantined:
         where = config.run_directory / "quarantine"
         lines += ["", f"set aside: {result.quarantined:,} lines or queries, each with its reason, in {where}"]
@@ -435,7 +418,7 @@ def _program() -> str:
 
 def main(argv: Sequence[str] | None = None, program: str = "python -m scaledown.data.prepare_dataset") -> int:
     """The command line; gives the exit status."""
-    parser = build_parser(program)
+    parser = build_parser(program, PrepareConfig)
 
     def refuse(message: str) -> None:
         raise UsageError(f"{message} (see {program} --help)")
@@ -448,7 +431,7 @@ def main(argv: Sequence[str] | None = None, program: str = "python -m scaledown.
         flags.pop("debug", None)
         start_logging(flags.pop("log_level", "info"))
         repeats = Path(flags["config"]).expanduser() if "config" in flags else None
-        config = from_flags(flags)
+        config = from_flags(flags, PrepareConfig)
         result = prepare_dataset(config, repeats)
         print(summary(result, config))
         if not config.strict or not result.quarantined:

@@ -147,9 +147,11 @@ class _Fast(NamedTuple):
             weights = logits.relu_().log1p_()
             if self.twice:
                 weights = weights.log1p_()
-            sparse = weights.to_sparse_csr().cpu()
-        parts = (sparse.values().numpy(), sparse.col_indices().numpy(), sparse.crow_indices().numpy())
-        return sp.csr_matrix(parts, shape=sparse.shape)
+            places = weights.nonzero(as_tuple=True)
+            column, values = places[1].cpu().numpy(), weights[places].cpu().numpy()
+            counts = torch.bincount(places[0], minlength=len(tokens)).cpu().numpy()
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        return sp.csr_matrix((values, column.astype(np.int32), starts), shape=weights.shape)
 
 
 def max_logits(

@@ -130,7 +130,9 @@ def teach(
                 found = [texts[row] for row in record["rows"]]
                 documents = [full_text(passage.title, passage.text) for passage in found]
                 prompts.append(answer_prompt(record["query_id"], record["query"], documents, temperature))
-            answers = [not_empty(answer) for answer in load().answer(prompts, tracker.advance)]
+            teacher = load()
+            with stage.noting(shard, lambda: teacher.halving.count):
+                answers = [not_empty(answer) for answer in teacher.answer(prompts, tracker.advance)]
             stage.quarantine(
                 f"{shard:06d}",
                 [

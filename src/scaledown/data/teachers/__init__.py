@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 
 from scaledown.config import PrepareConfig
 from scaledown.data.prompts import Prompt
+from scaledown.models import Halving
 from scaledown.records import Answer
 
 
@@ -26,6 +27,8 @@ class Rejection(NamedTuple):
 
 class Teacher(Protocol):
     """Answers prompts."""
+
+    halving: Halving
 
     def answer(self, prompts: Sequence[Prompt], advance: Callable[[int], None]) -> list[Answer | Rejection]:
         """One answer or rejection a prompt, in the order given."""

@@ -1,6 +1,7 @@
 """The teacher on transformers: any causal LM, batched, padded on the left."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -9,7 +10,7 @@ import numpy as np
 from scaledown.data.prompts import Prompt
 from scaledown.data.teachers import Generation, Rejection
 from scaledown.errors import ModelError
-from scaledown.models import ModelSource, choose_dtype, loadable, loading, memory_errors
+from scaledown.models import Halving, ModelSource, choose_dtype, loadable, loading
 from scaledown.records import Answer
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class TransformersTeacher:
                 f"few for --max_new_tokens {generation.max_new_tokens}: lower it"
             )
         self._folds_system = self._template_refuses_system()
+        self.halving = Halving("--teacher_batch_size")
 
     def answer(self, prompts: Sequence[Prompt], advance: Callable[[int], None]) -> list[Answer | Rejection]:
         """Answers in the order of `prompts`; a prompt that cannot be asked gives a `Rejection`."""
@@ -75,11 +77,15 @@ class TransformersTeacher:
                 advance(1)
         order = sorted(inputs, key=lambda number: -len(inputs[number][0]))
         size = self._generation.batch_size
+
+        def generate(batch: Sequence[int]) -> list[list[int]]:
+            return self._generate(
+                [inputs[number][0] for number in batch], [prompts[number] for number in batch]
+            )
+
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
-            generated = self._generate(
-                [inputs[number][0] for number in chosen], [prompts[number] for number in chosen]
-            )
+            generated = itertools.chain.from_iterable(self.halving(generate, chosen))
             for number, tokens in zip(chosen, generated, strict=True):
                 ids, dropped = inputs[number]
                 results[number] = self._answer(tokens, len(ids), dropped)
@@ -105,7 +111,7 @@ class TransformersTeacher:
         processors = LogitsProcessorList()
         if any(prompt.temperature for prompt in prompts):
             processors.append(GumbelSampling(prompts, self._generation.seed))
-        with torch.inference_mode(), memory_errors("--teacher_batch_size, or use --teacher_8bit"):
+        with torch.inference_mode():
             output = self._model.generate(
                 input_ids=ids.to(self._device),
                 attention_mask=mask.to(self._device),

@@ -1,0 +1,133 @@
+"""Corpus -> passages and their vectors, once for many runs: `scaledown index`, and a part of `prepare`."""
+
+import functools
+import logging
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scaledown.config import IndexConfig, build_parser, from_flags, underscored
+from scaledown.data.corpus import build_passages, sample_corpus
+from scaledown.data.files import input_files
+from scaledown.data.retrieval import Encoder, encode_passages, load_encoder
+from scaledown.errors import UsageError
+from scaledown.models import ModelSource, choose_device, choose_dtype, resolve
+from scaledown.progress import duration, start_logging
+from scaledown.store import RunDirectory, Stage, StageResult
+
+log = logging.getLogger("scaledown")
+
+
+class Index(NamedTuple):
+    """The two stages of an index, finished or not, and all that filling them needs."""
+
+    passages: Stage
+    vectors: Stage
+    config: IndexConfig
+    corpus: Path
+    retriever: ModelSource
+
+    def cut(self, check: Callable[[], None] = lambda: None) -> None:
+        """Make the missing passages."""
+        build_passages(self.passages, self.config, self.corpus, self.retriever, check)
+
+    def fill(self, encoder: Callable[[], Encoder]) -> None:
+        """Make the missing passages and vectors, both at the same time."""
+        encode_passages(self.vectors, self.passages, encoder, self.config.weights, self.cut)
+
+
+def find_corpus(config: IndexConfig) -> Path:
+    """The corpus, which must be there; without `--corpus_path` the sample."""
+    if not config.corpus_path:
+        log.info("no --corpus_path: using the sample corpus of 60 short articles")
+    corpus = Path(config.corpus_path) if config.corpus_path else sample_corpus()
+    input_files(corpus, "--corpus_path")
+    return corpus
+
+
+def open_index(
+    home: RunDirectory, config: IndexConfig, corpus: Path, retriever: ModelSource, identity: str
+) -> Index:
+    """The index of `corpus` in `home`. The settings of its stages hold all that their shards depend on."""
+    passages = Stage(
+        home,
+        "passages",
+        {
+            "corpus": home.content_hash(corpus, input_files(corpus, "--corpus_path")),
+            "max_corpus_size": config.max_corpus_size,
+            "passages": config.passages,
+            "passage_tokens": config.passage_tokens,
+            "tokenizer": identity,
+            "passages_per_shard": config.passages_per_shard,
+        },
+    )
+    encoding = {"retriever": identity, "batch_size": config.batch_size, "weights": config.weights}
+    vectors = Stage(home, "vectors", {"passages": passages.fingerprint, **encoding, **machine(config)})
+    return Index(passages, vectors, config, corpus, retriever)
+
+
+def machine(config: IndexConfig) -> dict[str, str]:
+    """What the last bits of a model's output depend on besides its weights: device kind and dtype."""
+    device = choose_device(config.device)
+    return {"device": device.partition(":")[0], "dtype": str(choose_dtype(config.dtype, device))}
+
+
+def stage_line(name: str, stage: StageResult) -> str:
+    """A stage in a summary: its name, how long it took, what it counted."""
+    counts = ", ".join(f"{count:,} {what}" for what, count in stage.counts.items() if count)
+    return f"  {name:<11}{duration(stage.seconds):>11}   {counts}"
+
+
+class IndexResult(NamedTuple):
+    """A finished index: what its stages counted, and its size on disk in bytes."""
+
+    stages: dict[str, StageResult]
+    size: int
+
+
+def build_index(config: IndexConfig) -> IndexResult:
+    """Build the index that `config` describes in its `index_dir`, or continue one that was interrupted."""
+    if not config.index_dir:
+        raise UsageError("no index: give --index_dir DIR")
+    corpus = find_corpus(config)
+    home_path = Path(config.index_dir)
+    if corpus.is_dir() and home_path.resolve().is_relative_to(corpus.resolve()):
+        raise UsageError(f"--index_dir {home_path} lies in {corpus}, which is read: put it elsewhere")
+    retriever = resolve(config.retriever_model)
+    home = RunDirectory(home_path)
+    with home.claim("index"):
+        index = open_index(home, config, corpus, retriever, retriever.identity(home.content_hash))
+        device = choose_device(config.device)
+        index.fill(functools.cache(lambda: load_encoder(retriever, device, config.dtype, config.batch_size)))
+    stages: dict[str, Any] = {"passages": index.passages, "vectors": index.vectors}
+    return IndexResult(
+        {name: stage.finished() for name, stage in stages.items()},
+        sum(file.stat().st_size for stage in stages.values() for file in stage.folder.iterdir()),
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line; gives the exit status."""
+    parser = build_parser("scaledown index", IndexConfig)
+
+    def refuse(message: str) -> None:
+        raise UsageError(f"{message} (see scaledown index --help)")
+
+    parser.error = refuse  # type: ignore[method-assign, assignment]
+    flags = vars(parser.parse_args(underscored(argv)))
+    flags.pop("debug", None)
+    start_logging(flags.pop("log_level", "info"))
+    config = from_flags(flags, IndexConfig)
+    result = build_index(config)
+    print(f"{config.index_dir}: {result.size / 1e6:,.1f} MB")
+    print()
+    for name, stage in result.stages.items():
+        print(stage_line(name, stage))
+    corpus = f" --corpus_path {shlex.quote(config.corpus_path)}" if config.corpus_path else ""
+    print()
+    print(
+        f"next: scaledown prepare --index_dir {shlex.quote(config.index_dir)}{corpus} "
+        "--queries_file FILE --output_file FILE, with the same settings"
+    )
+    return 0
