@@ -117,7 +117,7 @@ def test_dependencies_have_reasons() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
-    names = [re.split(r"[><=\[]", requirement)[0] for group in groups for requirement in group]
+    names = [re.split(r"[><=\[;]", requirement)[0] for group in groups for requirement in group]
     reasons = (ROOT / "CONTRIBUTING.md").read_text()
     pinned = (ROOT / "constraints.txt").read_text()
     for name in names:

@@ -15,8 +15,9 @@ import pytest
 
 from scaledown.config import PrepareConfig
 from scaledown.data import prepare_dataset as command
-from scaledown.data import reranker
+from scaledown.data import build_index, reranker
 from scaledown.data.formats import validate
+from scaledown.models import Halving
 
 RERANK = ("--enable_reranking", "--top_k_retrieval", "6", "--top_k_reranking", "3")
 
@@ -151,7 +152,7 @@ def test_top_k_above_the_corpus_warns_and_gives_all(prepare, corpus, capsys) -> 
 def test_a_finished_run_has_nothing_to_do(prepare, monkeypatch, capsys) -> None:
     prepare(*RERANK)
     before = prepare.output.stat()
-    for name in ("load_encoder", "load_reranker", "load_teacher", "build_passages", "choose_device"):
+    for name in ("load_encoder", "load_reranker", "load_teacher", "open_index", "choose_device"):
         monkeypatch.setattr(command, name, lambda *_: pytest.fail("work was done"))
     assert prepare(*RERANK) == 0
     assert "nothing to do" in capsys.readouterr().out
@@ -708,7 +709,7 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_it(prepare, capsys, mon
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a bug\nof two lines")
 
-    monkeypatch.setattr(command, "build_passages", broken)
+    monkeypatch.setattr(build_index, "build_passages", broken)
     assert "ZeroDivisionError: a bug of two lines (unexpected; --debug" in refused(prepare, capsys)
     with pytest.raises(ZeroDivisionError):
         prepare("--debug")
@@ -759,6 +760,8 @@ def test_hostile_text_reaches_the_output_as_it_is_and_not_the_terminal(
 
 class Scripted:
     """Writes a usable question for two passages of three, and example topics for the rest."""
+
+    halving = Halving("--teacher_batch_size")
 
     def answer(self, prompts, advance):
         from scaledown.records import Answer
