@@ -1,4 +1,4 @@
-"""`scaledown COMMAND`: prepare, index, plan, validate, merge. Heavy libraries load where a command needs them."""
+"""`scaledown COMMAND`: prepare, index, plan, validate, merge. Heavy libraries load where they are needed."""
 
 import argparse
 import sys

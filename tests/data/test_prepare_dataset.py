@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from scaledown.config import PrepareConfig
-from scaledown.data import prepare_dataset as command
 from scaledown.data import build_index, reranker
+from scaledown.data import prepare_dataset as command
 from scaledown.data.formats import validate
 from scaledown.models import Halving
 
