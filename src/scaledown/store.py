@@ -27,7 +27,16 @@ from scaledown.errors import InputError, OutputError, RunDirectoryError
 log = logging.getLogger("scaledown")
 
 SCHEMA: Final = 2
-STAGES: Final = ("synthetic", "queries", "passages", "vectors", "candidates", "ranked", "answers")
+STAGES: Final = (
+    "synthetic",
+    "queries",
+    "passages",
+    "vectors",
+    "approximate",
+    "candidates",
+    "ranked",
+    "answers",
+)
 _OWN_NAMES: Final = {*STAGES, "quarantine", "live", "locks", "manifest.json", "inputs.json"}
 
 _CHECKSUM_BYTES: Final = 4
@@ -90,6 +99,7 @@ class StageResult(NamedTuple):
     rows: list[int]
     counts: dict[str, int]
     seconds: float
+    measured: dict[str, float] = {}  # noqa: RUF012 (never changed)
 
 
 class Stage:
@@ -192,8 +202,12 @@ class Stage:
         journal = self.journal()
         halved = sum(int(event.get("halved", 0)) for event in journal)
         seconds = sum(float(event.get("seconds", 0)) for event in journal)
+        recall = [float(event["recall"]) for event in journal if "recall" in event]
         result = StageResult(
-            rows, {**counts, **({"halved_batches": halved} if halved else {})}, round(seconds, 2)
+            rows,
+            {**counts, **({"halved_batches": halved} if halved else {})},
+            round(seconds, 2),
+            {"recall": recall[-1]} if recall else {},
         )
         write_json(self.folder / "done.json", result._asdict())
         return result

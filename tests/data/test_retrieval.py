@@ -9,8 +9,9 @@ import pytest
 from conftest import SHARED
 from scaledown.config import PrepareConfig
 from scaledown.data.corpus import PassageTable, build_passages
+from scaledown.data.encoders import is_sparse, load_encoder
 from scaledown.data.index import search
-from scaledown.data.retrieval import DenseRetriever, SPLADERetriever, encode_passages, is_sparse, load_encoder
+from scaledown.data.retrieval import DenseRetriever, SPLADERetriever, encode_passages
 from scaledown.errors import InputError, ModelError, UsageError
 from scaledown.models import resolve
 from scaledown.store import RunDirectory, Stage

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scaledown.config import IndexConfig, build_parser, from_flags, underscored
+from scaledown.data.approximate import SeismicIndex
 from scaledown.data.corpus import build_passages, sample_corpus
+from scaledown.data.encoders import Encoder, load_encoder
 from scaledown.data.files import input_files
-from scaledown.data.retrieval import Encoder, encode_passages, load_encoder
+from scaledown.data.retrieval import encode_passages
 from scaledown.errors import UsageError
 from scaledown.models import ModelSource, choose_device, choose_dtype, resolve
 from scaledown.progress import duration, start_logging
@@ -22,6 +24,7 @@ log = logging.getLogger("scaledown")
 class Index(NamedTuple):
     """The two stages of an index, finished or not, and all that filling them needs."""
 
+    home: RunDirectory
     passages: Stage
     vectors: Stage
     config: IndexConfig
@@ -35,6 +38,15 @@ class Index(NamedTuple):
     def fill(self, encoder: Callable[[], Encoder]) -> None:
         """Make the missing passages and vectors, both at the same time."""
         encode_passages(self.vectors, self.passages, encoder, self.config.weights, self.cut)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the finished vectors are those of a dense bi-encoder."""
+        return "dense" in self.vectors.table(0).column_names
+
+    def approximate(self, memory: float) -> SeismicIndex:
+        """The index for approximate search over the finished vectors, in groups of `memory` GB."""
+        return SeismicIndex(self.home, self.vectors, memory)
 
 
 def find_corpus(config: IndexConfig) -> Path:
@@ -64,7 +76,7 @@ def open_index(
     )
     encoding = {"retriever": identity, "batch_size": config.batch_size, "weights": config.weights}
     vectors = Stage(home, "vectors", {"passages": passages.fingerprint, **encoding, **machine(config)})
-    return Index(passages, vectors, config, corpus, retriever)
+    return Index(home, passages, vectors, config, corpus, retriever)
 
 
 def machine(config: IndexConfig) -> dict[str, str]:
@@ -75,7 +87,10 @@ def machine(config: IndexConfig) -> dict[str, str]:
 
 def stage_line(name: str, stage: StageResult) -> str:
     """A stage in a summary: its name, how long it took, what it counted."""
-    counts = ", ".join(f"{count:,} {what}" for what, count in stage.counts.items() if count)
+    counts = ", ".join(
+        [f"{count:,} {what}" for what, count in stage.counts.items() if count]
+        + [f"{what} {value:.4f}" for what, value in stage.measured.items()]
+    )
     return f"  {name:<11}{duration(stage.seconds):>11}   {counts}"
 
 

@@ -31,14 +31,16 @@ from typing import Any, NamedTuple
 
 import scaledown
 from scaledown.config import PrepareConfig, build_parser, from_flags, underscored
+from scaledown.data.approximate import seismic
 from scaledown.data.build_index import Index, find_corpus, machine, open_index, stage_line
+from scaledown.data.encoders import is_sparse, load_encoder
 from scaledown.data.export import examples, write_examples
 from scaledown.data.files import input_files
 from scaledown.data.formats import entries, validate
 from scaledown.data.prompts import VERSION as PROMPT_VERSION
 from scaledown.data.queries import collect_queries, query_files, write_questions
 from scaledown.data.reranker import LIKELIHOOD_PREFIX, load_reranker, rerank, resolve_reranker
-from scaledown.data.retrieval import load_encoder, retrieve
+from scaledown.data.retrieval import retrieve
 from scaledown.data.teacher import check_teacher, load_teacher, teach
 from scaledown.data.teachers import Generation, Teacher
 from scaledown.models import ModelSource, choose_device, resolve
@@ -135,6 +137,7 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Resul
                             "settings": stage.settings,
                             "counts": results[name].counts,
                             "seconds": results[name].seconds,
+                            "measured": results[name].measured,
                         }
                         for name, stage in stages.items()
                     },
@@ -192,10 +195,14 @@ def _find(config: PrepareConfig, output: Path) -> _Sources:
         queries.append(folder)
     if not config.reranks and config.reranker_model != PrepareConfig.reranker_model:
         log.warning("--reranker_model is not used: add --enable_reranking or --top_k_reranking")
-    teacher = resolve(config.teacher_model)
+    retriever, teacher = resolve(config.retriever_model), resolve(config.teacher_model)
+    if config.search == "approximate":
+        seismic()
+        if not is_sparse(retriever):
+            raise UsageError("--search approximate is for sparse vectors: use --search exact")
     check_teacher(teacher, load_in_8bit=config.teacher_8bit, load_in_4bit=config.teacher_4bit)
     return _Sources(
-        retriever=resolve(config.retriever_model),
+        retriever=retriever,
         reranker=resolve_reranker(config.reranker_model) if config.reranks else None,
         teacher=teacher,
         corpus=corpus,
@@ -265,12 +272,17 @@ def _run_stages(
 
     index.fill(encoder)
     passages, vectors = index.passages, index.vectors
+    searching: dict[str, Any] = {"top_k": config.top_k_retrieval}
+    if config.search == "approximate":
+        searching |= {"search": config.search, "min_recall": config.min_recall}
+    if index.is_dense or config.search == "approximate":  # memory decides on what is searched together
+        searching["search_memory"] = config.search_memory
     candidates = Stage(
         run,
         "candidates",
-        {"vectors": vectors.fingerprint, "queries": queries.fingerprint, "top_k": config.top_k_retrieval},
+        {"vectors": vectors.fingerprint, "queries": queries.fingerprint, **searching},
     )
-    retrieve(candidates, queries, vectors, encoder, config)
+    retrieve(candidates, queries, vectors, encoder, config=config, approximate=index.approximate)
     encoder.cache_clear()
     stages |= {"queries": queries, "passages": passages, "vectors": vectors, "candidates": candidates}
 
@@ -335,7 +347,8 @@ def _finished(run: RunDirectory, request: str, output: Path) -> Result | None:
             return None
         log.warning("%s was changed since it was written and is left so; delete it to have it again", output)
     stages = {
-        name: StageResult([], stage["counts"], stage["seconds"]) for name, stage in manifest["stages"].items()
+        name: StageResult([], stage["counts"], stage["seconds"], stage["measured"])
+        for name, stage in manifest["stages"].items()
     }
     return Result(output, manifest["output"]["examples"], stages, _quarantined(stages), already_done=True)
 

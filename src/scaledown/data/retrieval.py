@@ -6,118 +6,34 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, NamedTuple, Protocol, TypeAlias, cast
+from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
 
 from scaledown.config import PrepareConfig
+from scaledown.data.approximate import CARES, Care, SeismicIndex, recall
+from scaledown.data.encoders import DenseEncoder, Encoder, is_sparse
 from scaledown.data.index import Array, Ranking, Vectors, pack, search
-from scaledown.data.splade import SpladeEncoder, by_length
-from scaledown.errors import ModelError, UsageError
+from scaledown.data.splade import SpladeEncoder
+from scaledown.errors import InputError, ModelError, UsageError
 from scaledown.executor import cores
-from scaledown.models import (
-    Halving,
-    ModelSource,
-    choose_device,
-    choose_dtype,
-    loadable,
-    loading,
-    read_config_file,
-    resolve,
-)
+from scaledown.models import choose_device, resolve
 from scaledown.progress import track
 from scaledown.records import DocumentDict, RetrievedDict, document_text, full_text
 from scaledown.store import Stage
 
 log = logging.getLogger("scaledown")
 
-Advance: TypeAlias = Callable[[int], None]
 Check: TypeAlias = Callable[[], None]
+Find: TypeAlias = Callable[[Vectors, Callable[[float], None]], Ranking]
 
 _QUERIES_AT_ONCE: Final = 4096
+_SAMPLED: Final = 256  # queries on which the recall of approximate search is measured
 _BYTES_A_QUERY: Final = 2048  # some hundred terms, twice
 _BYTES_A_RESULT: Final = 12  # a row and a score
 _UNPACKED: Final = 5  # a shard in memory, against its size on disk: terms, float32 weights, and both by term
-
-
-class Encoder(Protocol):
-    """Turns texts into vectors whose inner product is their similarity."""
-
-    halving: Halving
-
-    def documents(
-        self, texts: Sequence[str], advance: Advance, tokens: Sequence[Array] | None = None
-    ) -> Vectors:
-        """Vectors of documents [texts, dimensions]; `tokens` are their token ids where they are known."""
-
-    def queries(self, texts: Sequence[str], advance: Advance) -> Vectors:
-        """Vectors of queries [texts, dimensions]."""
-
-
-class DenseEncoder:
-    """A sentence-transformers bi-encoder with cosine or inner-product similarity."""
-
-    def __init__(self, source: ModelSource, device: str, dtype: str, batch_size: int) -> None:
-        from sentence_transformers import SentenceTransformer
-
-        name, pinned = loadable(source)
-        arguments: dict[str, Any] = {"model_kwargs": {"dtype": choose_dtype(dtype, device)}}
-        with loading(source):
-            self._model = SentenceTransformer(name, device=device, **pinned, **arguments)
-        similarity = self._model.similarity_fn_name
-        if similarity not in {"cosine", "dot"}:
-            raise ModelError(
-                f"model {source.name}: similarity {similarity!r} is not supported; use cosine or dot"
-            )
-        self._normalize = similarity == "cosine"
-        self.halving = Halving("--batch_size")
-        self._batch_size = batch_size
-
-    def documents(
-        self, texts: Sequence[str], advance: Advance, tokens: Sequence[Array] | None = None
-    ) -> Array:
-        """Vectors of documents, float32 [texts, dimensions]; its model tokenises by itself."""
-        return self._encode(self._model.encode_document, texts, advance)
-
-    def queries(self, texts: Sequence[str], advance: Advance) -> Array:
-        """Vectors of queries, float32 [texts, dimensions]."""
-        return self._encode(self._model.encode_query, texts, advance)
-
-    def _encode(self, encode: Callable[..., Any], texts: Sequence[str], advance: Advance) -> Array:
-        def encode_batch(batch: Sequence[int]) -> Array:
-            vectors = encode(
-                [texts[i] for i in batch],
-                batch_size=len(batch),
-                show_progress_bar=False,
-                convert_to_tensor=True,
-                normalize_embeddings=self._normalize,
-            )
-            return cast("Array", vectors.float().cpu().numpy())
-
-        order, parts = by_length(texts), []
-        for start in range(0, len(texts), self._batch_size):
-            batch = order[start : start + self._batch_size].tolist()
-            parts += self.halving(encode_batch, batch)
-            advance(len(batch))
-        return cast("Array", np.concatenate(parts)[np.argsort(order)])
-
-
-def is_sparse(source: ModelSource) -> bool:
-    """Whether a retriever is SPLADE-like: a sparse sentence-transformers model or a bare masked LM."""
-    modules = read_config_file(source, "modules.json")
-    if modules:
-        return any("sparse_encoder" in module["type"] for module in modules)
-    config = read_config_file(source, "config.json") or {}
-    return any(name.endswith("ForMaskedLM") for name in config.get("architectures") or ())
-
-
-def load_encoder(source: ModelSource, device: str, dtype: str, batch_size: int) -> Encoder:
-    """The encoder behind `--retriever_model`, sparse or dense by what the model is."""
-    kind = SpladeEncoder if is_sparse(source) else DenseEncoder
-    log.info("retriever: %s, %s", source.name, "SPLADE" if kind is SpladeEncoder else "dense")
-    return kind(source, device, dtype, batch_size)
 
 
 class DenseRetriever:
@@ -268,7 +184,13 @@ class _Left(Exception):  # noqa: N818
 
 
 def retrieve(
-    stage: Stage, queries: Stage, vectors: Stage, load: Callable[[], Encoder], config: PrepareConfig
+    stage: Stage,
+    queries: Stage,
+    vectors: Stage,
+    load: Callable[[], Encoder],
+    *,
+    config: PrepareConfig,
+    approximate: Callable[[float], SeismicIndex],
 ) -> None:
     """Rank the passages for each shard of queries: query, rows of passages and scores, best first.
 
@@ -278,11 +200,16 @@ def retrieve(
     if stage.done():
         return
     rows = queries.finished().rows
-    top_k = config.top_k_retrieval
-    found = vectors.finished()
-    warn_about_top_k(top_k, sum(found.rows))
+    warn_about_top_k(config.top_k_retrieval, _total(vectors))
     done = sum(count for shard, count in enumerate(rows) if stage.has(shard))
     plan = SearchPlan.of(vectors, config)
+    exact = functools.partial(_exact, vectors, config.top_k_retrieval, plan.threads)
+    find: Find = exact
+    if config.search == "approximate":
+        index = approximate(config.search_memory)
+        sample = functools.cache(lambda: _sample(queries, load))
+        care = _care(stage, index, exact, sample, config)
+        find = functools.partial(_approximate, index, care, config.top_k_retrieval, exact)
     with track("retrieve", "queries", sum(rows), done) as tracker:
 
         def work(group: range) -> list[pa.Table]:
@@ -290,13 +217,8 @@ def retrieve(
             encoded = [load().queries(table.column("query").to_pylist(), _ignore) for table in tables]
             count = sum(table.num_rows for table in tables)
             before = tracker.done
-            ranking = search(
-                sp.vstack(encoded, format="csr") if sp.issparse(encoded[0]) else np.concatenate(encoded),
-                [functools.partial(vectors.table, shard, check=True) for shard in range(len(found.rows))],
-                found.rows,
-                top_k,
-                threads=plan.threads,
-                advance=lambda share: tracker.advance(before + int(share * count) - tracker.done),
+            ranking = find(
+                _stacked(encoded), lambda share: tracker.advance(before + int(share * count) - tracker.done)
             )
             ends = np.cumsum([table.num_rows for table in tables])[:-1]
             parts = zip(np.split(ranking.rows, ends), np.split(ranking.scores, ends), strict=True)
@@ -305,7 +227,82 @@ def retrieve(
             ]
 
         stage.complete_together(len(rows), plan.shards_at_once, work)
-    stage.finish(rows, {"queries": sum(rows), "candidates": sum(rows) * min(top_k, _total(vectors))})
+    stage.finish(
+        rows, {"queries": sum(rows), "candidates": sum(rows) * min(config.top_k_retrieval, _total(vectors))}
+    )
+
+
+def _stacked(parts: Sequence[Vectors]) -> Vectors:
+    return sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
+
+
+def _exact(
+    vectors: Stage, top_k: int, threads: int, encoded: Vectors, advance: Callable[[float], None]
+) -> Ranking:
+    rows = vectors.finished().rows
+    shards = [functools.partial(vectors.table, shard, check=True) for shard in range(len(rows))]
+    return search(encoded, shards, rows, top_k, threads=threads, advance=advance)
+
+
+def _care(
+    stage: Stage, index: SeismicIndex, exact: Find, sample: Callable[[], Vectors], config: PrepareConfig
+) -> Care:
+    """The least care with which approximate search reaches `--min_recall` on a sample of the queries.
+
+    What was measured is in the stage's journal. Raises `InputError` when no care is enough.
+    """
+    index.build()
+    top_k = config.top_k_retrieval
+    with stage.lease("recall", wait=True):
+        known = [event for event in stage.journal() if "recall" in event]
+        if known and known[-1]["recall"] >= config.min_recall:
+            return Care(known[-1]["query_cut"], known[-1]["heap_factor"])
+        best = exact(sample(), lambda _: None)
+        count = len(best.rows)
+        for care in CARES:
+            found = recall(index.search(sample(), top_k, care), best)
+            if found >= config.min_recall:
+                log.info("approximate search: recall@%s %.4f on %s queries", top_k, found, count)
+                stage.note({"recall": round(found, 6), "sample": count, **care._asdict()})
+                return care
+    raise InputError(
+        f"--search approximate: recall@{top_k} is {found:.4f} on {count} queries, below --min_recall "
+        f"{config.min_recall:g}: use --search exact, or lower the flag"
+    )
+
+
+def _approximate(  # noqa: PLR0917
+    index: SeismicIndex,
+    care: Care,
+    top_k: int,
+    exact: Find,
+    encoded: Vectors,
+    advance: Callable[[float], None],
+) -> Ranking:
+    ranking = index.search(encoded, top_k, care)
+    # Where few passages share a term with the query, the rest follow as in exact search.
+    short = np.flatnonzero((ranking.rows < 0).any(axis=1))
+    if len(short):
+        filled = exact(encoded[short], lambda _: None)
+        width = filled.rows.shape[1]
+        ranking = Ranking(ranking.rows[:, :width], ranking.scores[:, :width])
+        ranking.rows[short], ranking.scores[short] = filled
+    advance(1.0)
+    return ranking
+
+
+def _sample(queries: Stage, load: Callable[[], Encoder]) -> Vectors:
+    """Vectors of queries evenly spread over all."""
+    rows = queries.finished().rows
+    wanted = np.unique(np.linspace(0, sum(rows) - 1, min(sum(rows), _SAMPLED)).astype(int))
+    ends = np.cumsum(rows)
+    texts = []
+    for shard in range(len(rows)):
+        first = ends[shard] - rows[shard]
+        own = wanted[(wanted >= first) & (wanted < ends[shard])] - first
+        if len(own):
+            texts += queries.table(shard).column("query").take(pa.array(own)).to_pylist()
+    return load().queries(texts, _ignore)
 
 
 class SearchPlan(NamedTuple):
@@ -324,7 +321,8 @@ class SearchPlan(NamedTuple):
         dense = "dense" in vectors.table(0).column_names
         per_query = config.top_k_retrieval * _BYTES_A_RESULT * (threads + 2) + _BYTES_A_QUERY
         per_query += max(rows) * 4 if dense else 0
-        queries = min(_QUERIES_AT_ONCE, half / per_query)
+        most = _QUERIES_AT_ONCE * (16 if config.search == "approximate" else 1)  # loading costs more
+        queries = min(most, half / per_query)
         return cls(threads, int(max(1, queries // config.queries_per_shard)))
 
 

@@ -1,0 +1,161 @@
+"""What the benchmarks share: real and synthetic data, paired timing, and the closing line."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+VOCABULARY = 30_522
+SHARD = 8192
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """`--quick`: less of the same, within 180 s on two cores."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="do less of the same")
+    return parser.parse_args()
+
+
+def machine() -> str:
+    """Processor, cores and versions, to be printed above the figures."""
+    import torch
+
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} cores of {model}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def close(name: str, ratio: float, bar: float, *, passed: bool | None = None) -> None:
+    """Print the last line and leave: with status 1 when the bar is missed."""
+    print(f"{name}: ratio {ratio:.2f} (bar {bar})")
+    sys.exit(0 if (ratio >= bar if passed is None else passed and ratio >= bar) else 1)
+
+
+class Timed(NamedTuple):
+    """Median seconds of several runs, and the result of the last."""
+
+    seconds: float
+    result: Any
+
+
+def paired(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Timed]:
+    """Run each side once to warm up, then all sides in turn, `repeats` times."""
+    results = {name: side() for name, side in sides.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            results[name] = side()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: Timed(statistics.median(seconds[name]), results[name]) for name in sides}
+
+
+def real_texts(folders: Sequence[str] = ("xquad-dev",), least: int = 200) -> list[str]:
+    """Paragraphs of real articles, with their titles, of at least so many characters."""
+    texts = []
+    for folder in folders:
+        for line in (SHARED / folder / "kilt.jsonl").read_text(encoding="utf-8").splitlines():
+            article = json.loads(line)
+            texts += [f"{article['wikipedia_title']}\n{text.strip()}" for text in article["text"][1:]]
+    return [text for text in texts if len(text) >= least]
+
+
+def synthetic(passages: int, seed: int = 0) -> Iterator[sp.csr_matrix]:
+    """Shards of sparse vectors that look like SPLADE's: about 120 non-zeros a passage.
+
+    Each passage is about one of 512 topics, touches two others and has some terms of no topic; terms are
+    distributed as in text (Zipf). The spread of a query's scores is that of real questions over real
+    articles: the 2nd, 5th, 20th, 100th and 1,000th of 8,192 passages score 0.78, 0.60, 0.49, 0.38 and 0.21
+    of the first (SPLADE-tiny, medians), here 0.79, 0.66, 0.52, 0.37 and 0.15. A shard depends only on
+    `seed` and its number.
+    """
+    topics = _topics(np.random.default_rng(seed))
+    for number, first in enumerate(range(0, passages, SHARD)):
+        random = np.random.default_rng((seed, number))
+        yield _mixtures(random, topics, min(SHARD, passages - first), _DRAWS)
+
+
+def synthetic_queries(count: int, seed: int = 0) -> sp.csr_matrix:
+    """Queries about passages of the first shard: some 20 of a passage's strongest terms, reweighted."""
+    random = np.random.default_rng((seed, 1 << 30))
+    first = next(synthetic(SHARD, seed))
+    chosen = first[random.choice(first.shape[0], count, replace=count > SHARD)].tocoo()
+    strength = chosen.data * random.random(chosen.nnz)
+    order = np.lexsort((-strength, chosen.row))
+    rank = np.arange(chosen.nnz) - np.searchsorted(chosen.row[order], chosen.row[order])
+    kept = order[rank < random.integers(12, 28, count)[chosen.row[order]]]
+    weights = (chosen.data[kept] * (0.5 + random.random(len(kept)))).astype(np.float32)
+    return sp.csr_matrix((weights, (chosen.row[kept], chosen.col[kept])), shape=chosen.shape)
+
+
+_TOPICS, _TERMS, _DRAWS = 128, 512, 180
+
+
+def _topics(random: np.random.Generator) -> np.ndarray:
+    """Terms of each topic, [topics, terms], the topic's own first."""
+    frequency = 1 / (np.arange(VOCABULARY) + 15.0)
+    steps = np.cumsum(frequency / frequency.sum())
+    return np.searchsorted(steps, random.random((_TOPICS, _TERMS))).clip(max=VOCABULARY - 1)
+
+
+def _mixtures(random: np.random.Generator, topics: np.ndarray, count: int, draws: int) -> sp.csr_matrix:
+    mixed = random.integers(0, _TOPICS, (count, 3))
+    part = np.searchsorted([0.72, 0.82, 0.9], random.random((count, draws)))  # 3: no topic
+    share = random.random((count, draws)) ** 3
+    place = (share * _TERMS).astype(np.int64)
+    own = topics[mixed[np.arange(count)[:, None], part.clip(max=2)], place]
+    background = topics[random.integers(0, _TOPICS, (count, draws)), place]
+    drawn = np.where(part < 3, own, background)
+    strength = np.where(part < 3, 0.2 + 2.2 * (1 - share) ** 3, 0.3) * random.gamma(6.0, 1 / 6, drawn.shape)
+    order = np.lexsort((-strength, drawn), axis=1)
+    terms = np.take_along_axis(drawn, order, 1)
+    first = np.ones_like(terms, bool)
+    first[:, 1:] = terms[:, 1:] != terms[:, :-1]
+    weights = np.take_along_axis(strength, order, 1)[first].clip(max=3.5).astype(np.float16)
+    starts = np.concatenate([[0], np.cumsum(first.sum(1))])
+    return sp.csr_matrix((weights.astype(np.float32), terms[first], starts), shape=(count, VOCABULARY))
+
+
+class Memory:
+    """Peak resident memory of this process while a block runs, in bytes, sampled every 10 ms."""
+
+    def __enter__(self) -> "Memory":
+        self.peak = 0
+        self._leave = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        import psutil
+
+        process = psutil.Process()
+        while not self._leave.wait(0.01):
+            self.peak = max(self.peak, process.memory_info().rss)
+
+    def __exit__(self, *_: object) -> None:
+        self._leave.set()
+        self._thread.join()
+
+
+def child(words: Sequence[str]) -> dict[str, Any]:
+    """Run a benchmark's own file again as a process of its own; its last line of output is JSON."""
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
