@@ -40,10 +40,16 @@ def machine() -> str:
     return f"{cores} cores of {model}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def close(name: str, ratio: float, bar: float, *, passed: bool | None = None) -> None:
-    """Print the last line and leave: with status 1 when the bar is missed."""
-    print(f"{name}: ratio {ratio:.2f} (bar {bar})")
-    sys.exit(0 if (ratio >= bar if passed is None else passed and ratio >= bar) else 1)
+def close(name: str, ratio: float, bar: float, *, also: bool = True, lower: bool = False) -> None:
+    """Print the last line and leave: with status 1 when the bar, or one of those printed above, is missed."""
+    print(f"{name}: ratio {ratio:.2f} (bar {bar}{', at most' if lower else ''})")
+    sys.exit(0 if also and (ratio <= bar if lower else ratio >= bar) else 1)
+
+
+def verdict(what: str, value: str, bar: str, *, met: bool) -> bool:
+    """Print a figure that has a bar of its own; gives whether it was met."""
+    print(f"  {what}: {value} (bar {bar}) {'' if met else 'MISSED'}".rstrip())
+    return met
 
 
 class Timed(NamedTuple):
@@ -63,6 +69,30 @@ def paired(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Timed
             results[name] = side()
             seconds[name].append(time.perf_counter() - started)
     return {name: Timed(statistics.median(seconds[name]), results[name]) for name in sides}
+
+
+def peak_gflops(dtype: Any) -> float:
+    """The machine's best rate of a large matrix product, GFLOP/s."""
+    import torch
+
+    size = 4096
+    left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
+    left @ right
+    seconds = []
+    for _ in range(8):
+        started = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds) / 1e9
+
+
+def questions(folders: Sequence[str] = ("xquad-dev",)) -> list[str]:
+    """Real questions over the articles of `real_texts`."""
+    found = []
+    for folder in folders:
+        lines = (SHARED / folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+        found += [json.loads(line)["question"] for line in lines]
+    return found
 
 
 def real_texts(folders: Sequence[str] = ("xquad-dev",), least: int = 200) -> list[str]:

@@ -45,7 +45,7 @@ def test_it_finds_nearly_what_exact_search_finds_in_one_group_or_many(stage, tmp
     best = exact(stage, queries, 10)
     found = index.search(queries, 10, CARES[-1])
     assert recall(found, best) > 0.8  # many scores are nearly the same
-    assert found.scores.sum() > 0.999 * best.scores.sum()
+    assert found.scores.sum() > 0.98 * best.scores.sum()
     same = found.rows == best.rows
     np.testing.assert_allclose(found.scores[same], best.scores[same], rtol=1e-3)
 

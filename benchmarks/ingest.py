@@ -1,0 +1,61 @@
+"""Passages from KILT lines: MB/s on one core, and with several processes."""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from common import SHARED, arguments, close, machine
+
+from scaledown.config import IndexConfig
+from scaledown.data.corpus import build_passages
+from scaledown.executor import cores
+from scaledown.models import resolve
+from scaledown.store import RunDirectory, Stage
+
+
+def passages(corpus: Path, folder: str, workers: int) -> tuple[float, int]:
+    """Seconds, and passages made."""
+    config = IndexConfig(corpus_path=str(corpus), workers=workers)
+    stage = Stage(RunDirectory(Path(folder)), "passages", {"workers": workers})
+    started = time.perf_counter()
+    build_passages(stage, config, corpus, resolve("bundled:splade-tiny"))
+    return time.perf_counter() - started, sum(stage.finished().rows)
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    print(machine())
+    lines = b"".join(
+        (SHARED / name / "kilt.jsonl").read_bytes() for name in ("cmu-dev", "qed-dev", "xquad-dev")
+    )
+    copies = 25 if options.quick else 75  # above the size from which several processes are used
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = Path(folder) / "kilt.jsonl"
+        corpus.write_bytes(lines * copies)
+        size = corpus.stat().st_size / 1e6
+        print(f"{size:.0f} MB of KILT lines (real articles, {copies} times), passages of 128 tokens")
+        passages(_first(corpus, len(lines)), f"{folder}/warm", 1)
+        rates = {}
+        for workers in sorted({1, 2, cores()}):
+            own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+            if own and workers == 1:
+                os.sched_setaffinity(0, {min(own)})
+            seconds, count = passages(corpus, f"{folder}/{workers}", workers)
+            if own:
+                os.sched_setaffinity(0, own)
+            rates[workers] = size / seconds
+            print(f"  {workers} process(es): {rates[workers]:.1f} MB/s, {count / seconds:,.0f} passages/s")
+        hours = {workers: 35_000 / rate / 3600 for workers, rate in rates.items()}
+        print("  35 GB of KILT: " + ", ".join(f"{h:.1f} h with {workers}" for workers, h in hours.items()))
+    close("ingest", rates[max(rates)] / rates[1], 0)
+
+
+def _first(corpus: Path, size: int) -> Path:
+    part = corpus.with_name("first.jsonl")
+    part.write_bytes(corpus.read_bytes()[:size])
+    return part
+
+
+if __name__ == "__main__":
+    main()
