@@ -286,7 +286,12 @@ def test_a_file_of_a_folder_that_changes_is_noticed(memory) -> None:
     assert identity("memory://b/") != before
 
 
-def test_a_file_that_changes_between_finding_and_reading_is_refused(server: Server) -> None:
+def test_a_file_that_changes_between_finding_and_reading_is_refused(server: Server, memory) -> None:
+    memory.pipe("/b/c.jsonl", LINES)
+    source = files.locate("memory://b/c.jsonl", "--corpus_path")
+    memory.pipe("/b/c.jsonl", LINES)
+    with pytest.raises(InputError, match="was changed meanwhile; run the same command again"):
+        contents(source)
     server.files["c.jsonl"] = LINES
     source = files.locate(server.url("c.jsonl"), "--corpus_path")
     server.headers = {"ETag": '"2"'}
@@ -339,10 +344,10 @@ def test_compressed_data_that_ends_early_is_noticed_without_a_length(kind: str, 
     assert re.search("cut short or damaged.*put a whole file there", failure(server.url(f"c.{kind}")))
 
 
-def test_another_file_system_that_ends_early_is_noticed(memory, monkeypatch) -> None:
+def test_another_file_system_that_ends_early_is_noticed(memory) -> None:
     memory.pipe("/b/c.jsonl", LINES)
     source = files.locate("memory://b/c.jsonl", "--corpus_path")
-    memory.pipe("/b/c.jsonl", LINES[:100])
+    memory.store["/b/c.jsonl"].truncate(100)
     with pytest.raises(InputError, match="the connection broke after 100 bytes"):
         contents(source)
 

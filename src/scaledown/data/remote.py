@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 from urllib.parse import unquote
@@ -122,17 +123,11 @@ def find(url: str, what: str) -> Remote:
         if info["type"] != "directory":
             return Remote(url, label, info.get("size"), _state(info), _system=system)
         root = system._strip_protocol(url).rstrip("/")
-        found = sorted(system.find(url, detail=True).items())
-        names = [(name.removeprefix(root), info) for name, info in found]
+        base, shown_base = url.rstrip("/"), label.rstrip("/")
+        found = [(name.removeprefix(root), info) for name, info in system.find(url, detail=True).items()]
         files = tuple(
-            Remote(
-                url.rstrip("/") + name,
-                label.rstrip("/") + name,
-                info.get("size"),
-                _state(info),
-                _system=system,
-            )
-            for name, info in names
+            Remote(base + name, shown_base + name, info.get("size"), _state(info), _system=system)
+            for name, info in sorted(found, key=lambda item: item[0])
             if info["type"] == "file"
         )
         return Remote(url, label, files=files)
@@ -155,7 +150,8 @@ def _file_system(url: str, shown: str) -> Any:
 
 
 def _state(info: Mapping[str, Any]) -> str:
-    return next((str(info[name]) for name in _STATES if info.get(name)), "")
+    state = next((info[name] for name in _STATES if info.get(name)), "")
+    return str(state.timestamp() if isinstance(state, datetime) else state)  # listings may have either
 
 
 def _size(headers: Mapping[str, str]) -> int | None:
@@ -171,6 +167,10 @@ def _get(session: "requests.Session", url: str, headers: Mapping[str, str]) -> "
         response.close()
     response.raise_for_status()
     return response
+
+
+def _changed(source: Remote) -> InputError:
+    return InputError(f"{source}: was changed meanwhile; run the same command again")
 
 
 class _Http:
@@ -204,7 +204,7 @@ class _Http:
         response = _get(self._session, self._source.url, headers)
         if _state(response.headers) != self._source.state:
             response.close()
-            raise InputError(f"{self._source}: was changed meanwhile; run the same command again")
+            raise _changed(self._source)
         return response
 
     def close(self) -> None:
@@ -218,6 +218,8 @@ class _Opened:
 
     def __init__(self, source: Remote) -> None:
         with _failures(str(source), source.url):
+            if _state(source._system.info(source.url)) != source.state:
+                raise _changed(source)
             self._file = source._system.open(source.url, "rb")
         self.close: Callable[[], None] = self._file.close
 
