@@ -15,7 +15,7 @@ from scaledown.models import loadable, resolve
 MODEL = "bundled:splade-tiny"
 
 
-def rival(dtype: torch.dtype) -> "SparseEncoder":  # noqa: F821
+def rival(dtype: torch.dtype) -> "SparseEncoder":
     from sentence_transformers import SparseEncoder
 
     name, pinned = loadable(resolve(MODEL))
@@ -114,7 +114,8 @@ def run(dtype_name: str, name: str, bar: float) -> None:
             met=overlap >= 0.98,
         )
         print(
-            f"  share of the matmul peak: {share:.0%} of {peak:.0f} GFLOP/s; largest difference {difference:.2f}"
+            f"  share of the matmul peak: {share:.0%} of {peak:.0f} GFLOP/s; largest difference "
+            f"{difference:.2f}"
         )
     close(name, ratio, bar, also=met)
 

@@ -1,4 +1,4 @@
-"""A run killed at random moments (SIGKILL) and started again, against one that was left alone: equal bytes."""
+"""A run killed at random moments (SIGKILL) and started again, against one left alone: equal bytes."""
 
 import os
 import random

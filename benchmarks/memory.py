@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import arguments, child, close, machine, synthetic, synthetic_queries, verdict
+from common import arguments, child, close, machine, synthetic_queries, verdict
 
 QUERIES = 1000
 KILT_PASSAGES = 30_000_000
@@ -20,7 +20,7 @@ KILT_QUERIES = 893_000
 
 def measure(passages: int) -> None:
     """In a process of its own: build, search, print what it took."""
-    import torch  # as in a real run, whose memory it is part of  # noqa: F401
+    import torch  # noqa: F401  (as in a real run, whose memory it is part of)
     from search import ours, stored
 
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +51,7 @@ def main() -> None:
             f"{row['disk'] / 1e6:>6,.0f} MB"
         )
     print(
-        f"Fitted to {KILT_PASSAGES:,} passages of the same kind, and {KILT_QUERIES:,} queries in blocks of 4,096:"
+        f"Fitted to {KILT_PASSAGES:,} passages of the same kind, {KILT_QUERIES:,} queries in blocks of 4,096:"
     )
     for what, unit, factor in (("searched", "h", KILT_QUERIES / QUERIES / 3600), ("disk", "GB", 1e-9)):
         slope, start = np.polyfit(list(found), [row[what] for row in found.values()], 1)

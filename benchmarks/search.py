@@ -87,7 +87,8 @@ def main() -> None:
         )
         rate = {side: few.shape[0] / result.seconds for side, result in timed.items()}
         print(
-            f"  20,000 passages: dense product {rate['dense']:,.0f} queries/s, exact search {rate['ours']:,.0f}"
+            f"  20,000 passages: dense product {rate['dense']:,.0f} queries/s, exact search "
+            f"{rate['ours']:,.0f}"
         )
         same = agreement(timed["ours"].result.rows, timed["dense"].result)
         met &= verdict("identical top 20", f"{same:.4f}", "1", met=same == 1)

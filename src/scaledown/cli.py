@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import scaledown
+from scaledown.config import is_url
 from scaledown.errors import UsageError, one_line, run_command
 
 
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("is empty: name a file")
+    if is_url(text):
+        raise argparse.ArgumentTypeError("is a URL: fetch the file and give its path")
     return Path(text).expanduser() if text.startswith("~/") else Path(text)
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -66,6 +67,12 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
     },
 }
 
+
+def is_url(text: str) -> bool:
+    """Whether `text` is a URL and not a local path."""
+    return re.match(r"[a-z][a-z0-9+.-]*://", text, re.IGNORECASE) is not None
+
+
 _PATHS: Final = {"corpus_path", "index_dir", "output_file", "work_dir", "query_dataset", "queries_file"}
 
 QUERIES: Final = "queries (one source, or several of the first three)"
@@ -86,7 +93,8 @@ class IndexConfig:
         "",
         CORPUS,
         "KILT JSON lines, JSONL / Parquet / CSV with id, title, text, or a folder of such or of text files; "
-        "plain, gzip, zstd or bzip2; without it, the sample corpus",
+        "plain, gzip, zstd or bzip2; also a URL (https://, s3://), read as a stream; without it, the sample "
+        "corpus",
         metavar="PATH",
     )
     max_corpus_size: int = option(
@@ -130,6 +138,9 @@ class IndexConfig:
         self._check_at_least(0, "max_corpus_size", "workers")
         self._check_at_least(16, "passage_tokens")
         self._check_share("max_bad_fraction")
+        for name in ("index_dir", "output_file", "work_dir"):
+            if is_url(getattr(self, name, "")):
+                raise UsageError(f"--{name} is a URL: give a local path, only input is read from elsewhere")
 
     def _check_choices(self) -> None:
         for item in fields(self):
@@ -163,7 +174,8 @@ class PrepareConfig(IndexConfig):
     queries_file: tuple[str, ...] = option(
         (),
         QUERIES,
-        "text (one query a line), TSV (qid<TAB>query), JSONL, CSV or Parquet; may be given several times",
+        "text (one query a line), TSV (qid<TAB>query), JSONL, CSV or Parquet; a path or URL; "
+        "may be given several times",
         metavar="FILE",
     )
     download_ms_marco: bool = option(False, QUERIES, "use the 6,980 MS MARCO dev queries, downloaded once")

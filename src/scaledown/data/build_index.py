@@ -11,7 +11,8 @@ from scaledown.config import IndexConfig, build_parser, from_flags, underscored
 from scaledown.data.approximate import SeismicIndex
 from scaledown.data.corpus import build_passages, sample_corpus
 from scaledown.data.encoders import Encoder, load_encoder
-from scaledown.data.files import input_files
+from scaledown.data.files import Source, input_files, locate
+from scaledown.data.remote import Remote, redacted
 from scaledown.data.retrieval import encode_passages
 from scaledown.errors import UsageError
 from scaledown.models import ModelSource, choose_device, choose_dtype, resolve
@@ -28,7 +29,7 @@ class Index(NamedTuple):
     passages: Stage
     vectors: Stage
     config: IndexConfig
-    corpus: Path
+    corpus: Source
     retriever: ModelSource
 
     def cut(self, check: Callable[[], None] = lambda: None) -> None:
@@ -49,24 +50,29 @@ class Index(NamedTuple):
         return SeismicIndex(self.home, self.vectors, memory)
 
 
-def find_corpus(config: IndexConfig) -> Path:
+def find_corpus(config: IndexConfig) -> Source:
     """The corpus, which must be there; without `--corpus_path` the sample."""
     if not config.corpus_path:
         log.info("no --corpus_path: using the sample corpus of 60 short articles")
-    corpus = Path(config.corpus_path) if config.corpus_path else sample_corpus()
-    input_files(corpus, "--corpus_path")
-    return corpus
+    return locate(config.corpus_path or str(sample_corpus()), "--corpus_path")
+
+
+def corpus_identity(home: RunDirectory, corpus: Source) -> str:
+    """What changes with the corpus: a hash of its content, or of what a server says of it."""
+    if isinstance(corpus, Remote):
+        return corpus.identity()
+    return home.content_hash(corpus, input_files(corpus, "--corpus_path"))
 
 
 def open_index(
-    home: RunDirectory, config: IndexConfig, corpus: Path, retriever: ModelSource, identity: str
+    home: RunDirectory, config: IndexConfig, corpus: Source, retriever: ModelSource, identity: str
 ) -> Index:
     """The index of `corpus` in `home`. The settings of its stages hold all that their shards depend on."""
     passages = Stage(
         home,
         "passages",
         {
-            "corpus": home.content_hash(corpus, input_files(corpus, "--corpus_path")),
+            "corpus": corpus_identity(home, corpus),
             "max_corpus_size": config.max_corpus_size,
             "passages": config.passages,
             "passage_tokens": config.passage_tokens,
@@ -107,7 +113,7 @@ def build_index(config: IndexConfig) -> IndexResult:
         raise UsageError("no index: give --index_dir DIR")
     corpus = find_corpus(config)
     home_path = Path(config.index_dir)
-    if corpus.is_dir() and home_path.resolve().is_relative_to(corpus.resolve()):
+    if isinstance(corpus, Path) and corpus.is_dir() and home_path.resolve().is_relative_to(corpus.resolve()):
         raise UsageError(f"--index_dir {home_path} lies in {corpus}, which is read: put it elsewhere")
     retriever = resolve(config.retriever_model)
     home = RunDirectory(home_path)
@@ -139,7 +145,7 @@ def main(argv: Sequence[str]) -> int:
     print()
     for name, stage in result.stages.items():
         print(stage_line(name, stage))
-    corpus = f" --corpus_path {shlex.quote(config.corpus_path)}" if config.corpus_path else ""
+    corpus = f" --corpus_path {shlex.quote(redacted(config.corpus_path))}" if config.corpus_path else ""
     print()
     print(
         f"next: scaledown prepare --index_dir {shlex.quote(config.index_dir)}{corpus} "

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from scaledown.config import IndexConfig
 from scaledown.data import files
 from scaledown.data.chunking import Chunker
+from scaledown.data.remote import without_query
 from scaledown.errors import InputError, ModelError
 from scaledown.executor import cores, in_order
 from scaledown.models import ModelSource, loadable, loading
@@ -91,7 +92,7 @@ class Cut(NamedTuple):
 def build_passages(
     stage: Stage,
     config: IndexConfig,
-    corpus: Path,
+    corpus: files.Source,
     retriever: ModelSource,
     check: Callable[[], None] = lambda: None,
 ) -> None:
@@ -114,7 +115,7 @@ def build_passages(
             rows.append(table.num_rows)
             counts = json.loads(table.schema.metadata[b"counts"])
         started = time.perf_counter()
-        meter = files.Meter(files.input_files(corpus, "--corpus_path"))
+        meter = files.Meter(files.sources(corpus, "--corpus_path"))
         limit = config.max_corpus_size
         with track("passages", "passages", None, counts["passages"]) as tracker:
             for passages, now, rejected in _shards(corpus, meter, config, retriever, counts):
@@ -143,7 +144,11 @@ def build_passages(
 
 
 def _shards(
-    corpus: Path, meter: files.Meter, config: IndexConfig, retriever: ModelSource, counts: dict[str, int]
+    corpus: files.Source,
+    meter: files.Meter,
+    config: IndexConfig,
+    retriever: ModelSource,
+    counts: dict[str, int],
 ) -> Iterator[tuple[pa.Table, dict[str, int], list[dict[str, Any]]]]:
     """Passages of each shard, the counts after it, and rows rejected; an empty table passes those on."""
     intake = files.Intake("the corpus", config.max_bad_fraction, counts["lines"], counts["bad"])
@@ -244,7 +249,7 @@ def cut_rows(rows: list[files.Row], chunker: Chunker, corpus: str, is_folder: bo
 
 def _name(corpus: str, is_folder: bool, row: files.Row) -> str:
     """An id for an article without one: its file within the corpus, and its line unless it fills the file."""
-    path = Path(row.source)
+    path = Path(without_query(row.source))
     name = path.relative_to(corpus).as_posix() if is_folder else path.name
     return f"{name}:{row.line}" if isinstance(row.content, bytes) or row.line > 1 else name
 

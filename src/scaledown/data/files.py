@@ -9,13 +9,17 @@ import re
 import shlex
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Final, NamedTuple
+from dataclasses import replace
+from pathlib import Path, PurePath
+from typing import Any, Final, NamedTuple, NoReturn
+from urllib.parse import unquote, urlsplit
 
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from scaledown.config import is_url
+from scaledown.data.remote import Remote, find
 from scaledown.errors import InputError
 
 # bzip2: its three letters, a digit, and how a block begins (text may begin with the letters)
@@ -33,6 +37,8 @@ _LINES: Final = {".json", ".jsonl", ".ndjson"}
 _TABLES: Final = {".parquet", ".csv", ".tsv"}
 _CHUNK_BYTES: Final = 1 << 22
 _MAX_LINE_BYTES: Final = 1 << 26
+
+Source = Path | Remote
 
 
 class Row(NamedTuple):
@@ -84,13 +90,40 @@ class Intake:
             )
 
 
-def inner_suffix(path: Path) -> str:
+def _pure(source: Source | PurePath) -> PurePath:
+    return source.path if isinstance(source, Remote) else source
+
+
+def inner_suffix(source: Source | PurePath) -> str:
     """The ending that names the format, without that of the compression: `a.jsonl.gz` -> `.jsonl`."""
+    path = _pure(source)
     return Path(path.stem).suffix.lower() if path.suffix.lower() in _COMPRESSED else path.suffix.lower()
 
 
+def locate(name: str, what: str) -> Source:
+    """The file or folder that a path or URL names. Raises `InputError` when there is no input in it."""
+    if not is_url(name):
+        path = Path(name)
+    elif name.lower().startswith("file://"):
+        path = Path(unquote(urlsplit(name).path))
+    else:
+        remote = find(name, what)
+        if remote.files is None:
+            return remote
+        base = remote.path
+        files = tuple(file for file in remote.files if _is_data(file.path.relative_to(base)))
+        return replace(remote, files=files) if files else _no_data(remote, what)
+    input_files(path, what)
+    return path
+
+
+def sources(source: Source, what: str) -> Sequence[Source]:
+    """The files behind what was located, sorted."""
+    return source.files or [source] if isinstance(source, Remote) else input_files(source, what)
+
+
 def input_files(path: Path, what: str) -> list[Path]:
-    """The files behind a file or folder, sorted. Raises `InputError` when there are none."""
+    """The files behind a local file or folder, sorted. Raises `InputError` when there are none."""
     if not path.exists():
         raise InputError(f"{what} {path}: there is no such file; check the path")
     try:
@@ -99,35 +132,36 @@ def input_files(path: Path, what: str) -> list[Path]:
         raise InputError(f"{what} {str(path)!a}: the name is not valid Unicode; rename it") from None
     if path.is_file():
         return [path]
-    known = _TEXT | _LINES | _TABLES
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if inner_suffix(file) in known and file.is_file() and not _is_hidden(file.relative_to(path))
-    )
-    if not files:
-        raise InputError(f"{what} {path}: the folder holds none of {', '.join(sorted(known))}")
-    return files
+    files = sorted(file for file in path.rglob("*") if _is_data(file.relative_to(path)) and file.is_file())
+    return files or _no_data(path, what)
 
 
-def _is_hidden(path: Path) -> bool:
-    """Dot files, and run directories that lie among the data."""
-    return any(part.startswith(".") or part.endswith(".work") for part in path.parts)
+_KNOWN: Final = _TEXT | _LINES | _TABLES
+
+
+def _no_data(folder: Source, what: str) -> NoReturn:
+    raise InputError(f"{what} {folder}: the folder holds none of {', '.join(sorted(_KNOWN))}")
+
+
+def _is_data(path: PurePath) -> bool:
+    """By the ending; no dot files, and no run directories that lie among the data."""
+    hidden = any(part.startswith(".") or part.endswith(".work") for part in path.parts)
+    return inner_suffix(path) in _KNOWN and not hidden
 
 
 class Meter:
     """How far reading `paths`, one after the other, has come."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Source]) -> None:
         self.paths = paths
-        self._sizes = {path: path.stat().st_size for path in paths}
+        self._sizes = {path: _size(path) for path in paths}
         self.size = sum(self._sizes.values())
         self._total = max(1, self.size)
         self._before = 0
         self._size = 0
         self._share: Callable[[], float] = float
 
-    def watch(self, path: Path, share: Callable[[], float]) -> None:
+    def watch(self, path: Source, share: Callable[[], float]) -> None:
         """From now on `path` is read, and `share` tells how much of it was, 0..1."""
         self._before += self._size
         self._size, self._share = self._sizes[path], share
@@ -137,15 +171,24 @@ class Meter:
         return (self._before + self._share() * self._size) / self._total
 
 
-def open_stream(path: Path, meter: Meter | None = None) -> io.BufferedReader:
+def _size(source: Source) -> int:
+    return source.size or 0 if isinstance(source, Remote) else source.stat().st_size
+
+
+def open_stream(path: Source, meter: Meter | None = None) -> io.BufferedReader:
     """The bytes of a file, decompressed when its first bytes say so; `InputError` where they are no text."""
+    raw: Any
     try:
-        with path.open("rb") as file:
-            head = file.read(16)
+        if isinstance(path, Remote):
+            raw = path.open()
+            head = raw.peek(16)
+        else:
+            with path.open("rb") as file:
+                head = file.read(16)
+            raw = pa.OSFile(str(path))
         compression = next((name for magic, name in _MAGIC if re.match(magic, head)), None)
-        raw = pa.OSFile(str(path))
         if meter:
-            size = max(1, path.stat().st_size)
+            size = max(1, _size(path))
             meter.watch(path, lambda: 1.0 if raw.closed else raw.tell() / size)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check that path") from error
@@ -157,12 +200,20 @@ def open_stream(path: Path, meter: Meter | None = None) -> io.BufferedReader:
     return stream
 
 
-def _check_text(path: Path, head: bytes) -> None:
+def _fetched(source: Source) -> tuple[Path, str]:
+    """What a file is called on this machine, once it was fetched, and the words for doing that."""
+    return (Path(source.path.name), "fetch it and ") if isinstance(source, Remote) else (source, "")
+
+
+def _check_text(source: Source, head: bytes) -> None:
     """Refuse archives and UTF-16 by the first bytes of a file, saying how to convert them."""
+    path, fetch = _fetched(source)
     quoted = shlex.quote(str(path))
     for magic, kind, command in _ARCHIVES:
         if re.match(magic, head, re.DOTALL):
-            raise InputError(f"{path}: is a {kind}; unpack it (`{command} {quoted}`) and give what was in it")
+            raise InputError(
+                f"{source}: is a {kind}; {fetch}unpack it (`{command} {quoted}`) and give what was in it"
+            )
     encoding = "UTF-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
     for name, high in (("UTF-16LE", head[1::2]), ("UTF-16BE", head[::2])):
         if high.count(0) * 2 > len(high):  # without a mark, Latin text shows by its NULs
@@ -170,18 +221,18 @@ def _check_text(path: Path, head: bytes) -> None:
     if encoding:
         converted = shlex.quote(str(path.with_name(f"{path.stem}.utf8{path.suffix}")))
         raise InputError(
-            f"{path}: is UTF-16; convert it: `iconv -f {encoding} -t UTF-8 {quoted} > {converted}`"
+            f"{source}: is UTF-16; {fetch}convert it: `iconv -f {encoding} -t UTF-8 {quoted} > {converted}`"
         )
 
 
-def _damaged(path: Path, line: int, error: OSError) -> InputError:
+def _damaged(path: Source, line: int, error: OSError) -> InputError:
     return InputError(
         f"{path}: the compressed data is cut short or damaged after line {line:,} ({error}); "
-        "fetch the file again"
+        + ("put a whole file there" if isinstance(path, Remote) else "fetch the file again")
     )
 
 
-def lines(path: Path, meter: Meter | None = None) -> Iterator[tuple[int, bytes]]:
+def lines(path: Source, meter: Meter | None = None) -> Iterator[tuple[int, bytes]]:
     """Numbered non-blank lines. Raises `InputError` where compressed data ends early."""
     number = 0
     rest = b""
@@ -207,7 +258,7 @@ def lines(path: Path, meter: Meter | None = None) -> Iterator[tuple[int, bytes]]
                 )
 
 
-def rows(path: Path, meter: Meter | None = None) -> Iterator[Row]:
+def rows(path: Source, meter: Meter | None = None) -> Iterator[Row]:
     """The records of one file, by its ending; an unknown ending is read as JSON lines."""
     suffix = inner_suffix(path)
     if suffix == ".parquet":
@@ -217,7 +268,7 @@ def rows(path: Path, meter: Meter | None = None) -> Iterator[Row]:
     elif suffix in _TEXT:
         try:
             with open_stream(path, meter) as stream:
-                content = {"title": path.stem.removesuffix(suffix), "text": stream.read()}
+                content = {"title": _pure(path).stem.removesuffix(suffix), "text": stream.read()}
         except OSError as error:
             raise _damaged(path, 0, error) from error
         yield Row(str(path), 1, content)
@@ -225,35 +276,37 @@ def rows(path: Path, meter: Meter | None = None) -> Iterator[Row]:
         yield from _json_rows(path, meter)
 
 
-def _json_rows(path: Path, meter: Meter | None) -> Iterator[Row]:
+def _json_rows(path: Source, meter: Meter | None) -> Iterator[Row]:
     first = True
     for number, line in lines(path, meter):
         if first and line.startswith(b"["):
-            array, result = (shlex.quote(str(p)) for p in (path, path.with_suffix(".lines.jsonl")))
+            file, fetch = _fetched(path)
+            array, result = (shlex.quote(str(p)) for p in (file, file.with_suffix(".lines.jsonl")))
             raise InputError(
-                f"{path}: holds one JSON array; expected one record a line. Convert it with "
-                f"`jq -c '.[]' {array} > {result}`"
+                f"{path}: holds one JSON array; expected one record a line. "
+                f"{(fetch + 'convert it').capitalize()} with `jq -c '.[]' {array} > {result}`"
             )
         first = False
         yield Row(str(path), number, line)
 
 
-def _parquet_rows(path: Path, meter: Meter | None) -> Iterator[Row]:
+def _parquet_rows(path: Source, meter: Meter | None) -> Iterator[Row]:
     try:
         number = 0
-        file = pq.ParquetFile(path)
-        total = max(1, file.metadata.num_rows)
-        if meter:
-            meter.watch(path, lambda: number / total)
-        for batch in file.iter_batches(batch_size=1024):
-            for record in batch.to_pylist():
-                number += 1
-                yield Row(str(path), number, record)
+        with path.open() if isinstance(path, Remote) else pa.OSFile(str(path)) as raw:
+            file = pq.ParquetFile(raw)
+            total = max(1, file.metadata.num_rows)
+            if meter:
+                meter.watch(path, lambda: number / total)
+            for batch in file.iter_batches(batch_size=1024):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield Row(str(path), number, record)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: is not a whole Parquet file ({error})") from error
 
 
-def _csv_rows(path: Path, delimiter: str, meter: Meter | None) -> Iterator[Row]:
+def _csv_rows(path: Source, delimiter: str, meter: Meter | None) -> Iterator[Row]:
     with open_stream(path, meter) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
         header: list[str] | None = None

@@ -30,15 +30,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import scaledown
-from scaledown.config import PrepareConfig, build_parser, from_flags, underscored
+from scaledown.config import PrepareConfig, build_parser, from_flags, is_url, underscored
 from scaledown.data.approximate import seismic
-from scaledown.data.build_index import Index, find_corpus, machine, open_index, stage_line
+from scaledown.data.build_index import Index, corpus_identity, find_corpus, machine, open_index, stage_line
 from scaledown.data.encoders import is_sparse, load_encoder
 from scaledown.data.export import examples, write_examples
-from scaledown.data.files import input_files
+from scaledown.data.files import Source
 from scaledown.data.formats import entries, validate
 from scaledown.data.prompts import VERSION as PROMPT_VERSION
 from scaledown.data.queries import collect_queries, query_files, write_questions
+from scaledown.data.remote import Remote, redacted
 from scaledown.data.reranker import LIKELIHOOD_PREFIX, load_reranker, rerank, resolve_reranker
 from scaledown.data.retrieval import retrieve
 from scaledown.data.teacher import check_teacher, load_teacher, teach
@@ -76,8 +77,8 @@ class _Sources(NamedTuple):
     retriever: ModelSource
     reranker: ModelSource | None
     teacher: ModelSource
-    corpus: Path
-    queries: list[Path]
+    corpus: Source
+    queries: list[Source]
 
     def models(self) -> dict[str, ModelSource]:
         found = {"retriever": self.retriever, "teacher": self.teacher}
@@ -98,8 +99,11 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Resul
     home = RunDirectory(Path(config.index_dir)) if config.index_dir else run
     identities = {name: model.identity(run.content_hash) for name, model in sources.models().items()}
     inputs = {
-        "corpus": home.content_hash(sources.corpus, input_files(sources.corpus, "--corpus_path")),
-        "queries": [run.content_hash(path) for path in sources.queries],
+        "corpus": corpus_identity(home, sources.corpus),
+        "queries": [
+            path.identity() if isinstance(path, Remote) else run.content_hash(path)
+            for path in sources.queries
+        ],
     }
     if repeats:
         _name_differences(repeats, identities, inputs)
@@ -153,17 +157,24 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Resul
 
 
 def _repeatable(config: PrepareConfig, sources: _Sources) -> dict[str, Any]:
-    """The settings such that `--config` repeats the run from any folder: full paths, pinned revisions."""
+    """The settings such that `--config` repeats the run from any folder: full paths, pinned revisions.
+
+    A URL loses its secrets: with `--config` it has to be given again.
+    """
     settings = asdict(config)
     for name in ("corpus_path", "work_dir", "index_dir", "output_file"):
-        settings[name] = str(Path(settings[name]).resolve()) if settings[name] else ""
-    settings["queries_file"] = [str(Path(name).resolve()) for name in config.queries_file]
+        settings[name] = _full(settings[name]) if settings[name] else ""
+    settings["queries_file"] = [_full(name) for name in config.queries_file]
     if Path(config.query_dataset).exists() and config.query_dataset:
         settings["query_dataset"] = str(Path(config.query_dataset).resolve())
     for name, model in sources.models().items():
         if model.revision and "@" not in model.name:
             settings[f"{name}_model"] = f"{model.name}@{model.revision}"
     return settings
+
+
+def _full(name: str) -> str:
+    return redacted(name) if is_url(name) else str(Path(name).resolve())
 
 
 def _name_differences(repeats: Path, identities: Mapping[str, str], inputs: Mapping[str, Any]) -> None:
@@ -184,10 +195,15 @@ def _find(config: PrepareConfig, output: Path) -> _Sources:
         written["--index_dir"] = Path(config.index_dir)
     for folder in (corpus, *map(Path, filter(None, (*config.queries_file, config.query_dataset)))):
         for what, path in written.items():
-            if folder.is_dir() and path.resolve().is_relative_to(folder.resolve()):
+            if (
+                isinstance(folder, Path)
+                and folder.is_dir()
+                and path.resolve().is_relative_to(folder.resolve())
+            ):
                 raise UsageError(f"{what} {path} lies in {folder}, which is read: put it elsewhere")
     queries = query_files(config)
-    if any(output.resolve() == path.resolve() for path in (corpus, *queries)):
+    local = [path for path in (corpus, *queries) if isinstance(path, Path)]
+    if any(output.resolve() == path.resolve() for path in local):
         raise UsageError(f"--output_file {output} is also read: name another, it would be overwritten")
     if output.resolve().is_relative_to(config.run_directory.resolve()):
         raise UsageError(f"--output_file {output} lies in the run directory: put it elsewhere")

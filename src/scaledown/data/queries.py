@@ -47,9 +47,10 @@ HUB_DATASETS: Final = {
 }
 
 
-def query_files(config: PrepareConfig) -> list[Path]:
-    """The local files that queries are read from, MS MARCO's fetched if need be. Raises `InputError`."""
-    paths = [path for name in config.queries_file for path in files.input_files(Path(name), "--queries_file")]
+def query_files(config: PrepareConfig) -> list[files.Source]:
+    """The files that queries are read from, MS MARCO's fetched if need be. Raises `InputError`."""
+    flag = "--queries_file"
+    paths = [path for name in config.queries_file for path in files.sources(files.locate(name, flag), flag)]
     if config.download_ms_marco:
         paths.append(ms_marco(config.ms_marco_url))
     if config.query_dataset and Path(config.query_dataset).is_file():
@@ -139,7 +140,7 @@ def _from_files(config: PrepareConfig, intake: files.Intake) -> Iterator[Query]:
             yield from _from_lines(path, suffix == ".tsv", intake)
 
 
-def _from_lines(path: Path, is_tsv: bool, intake: files.Intake) -> Iterator[Query]:
+def _from_lines(path: files.Source, is_tsv: bool, intake: files.Intake) -> Iterator[Query]:
     """One query a line, or qid<TAB>query; a file without the ending .tsv shows by its first line which."""
     first = True
     for number, line in files.lines(path):

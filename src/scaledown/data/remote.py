@@ -1,0 +1,307 @@
+"""Input behind a URL, read as a stream: http and https by `requests`, s3 and others by fsspec.
+
+Secrets in a URL (a login, a signed query) are used to read and are never shown or stored.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+from urllib.parse import unquote
+
+from scaledown.errors import InputError, MissingExtraError, ScaleDownError, one_line
+
+if TYPE_CHECKING:
+    import requests
+
+log = logging.getLogger("scaledown")
+
+_HTTP: Final = re.compile(r"https?://", re.IGNORECASE)
+# Up to the last @ of the authority, or to the first @ where a key with a slash stands before it.
+_LOGIN: Final = re.compile(r"://(?:[^/?#]*@|[^/?#@:]*:(?!\d+(?:/|$))[^@?]*@)")
+_HIDDEN: Final = "…"
+_HIDDEN_QUERY: Final = f"?{_HIDDEN}"
+_TIMEOUT_SECONDS: Final = 60
+_BUFFER_BYTES: Final = 1 << 20
+# What file systems call that which changes with a file, the surest first.
+_STATES: Final = (
+    "ETag",
+    "etag",
+    "VersionId",
+    "Last-Modified",
+    "LastModified",
+    "last_modified",
+    "mtime",
+    "created",
+)
+
+
+def redacted(url: str) -> str:
+    """A URL without its login and its query, which may be secrets."""
+    address, query, _ = _LOGIN.sub(f"://{_HIDDEN}@", url, count=1).partition("?")
+    return address + (_HIDDEN_QUERY if query else "")
+
+
+def without_query(source: str) -> str:
+    """What a redacted URL names; anything else as it is."""
+    return source.removesuffix(_HIDDEN_QUERY)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file or folder behind a URL, as it was when found. Its `state` changes with it, if servers tell."""
+
+    url: str = field(repr=False)
+    label: str
+    size: int | None = None
+    state: str = ""
+    files: tuple["Remote", ...] | None = None
+    _system: Any = field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return self.label
+
+    @property
+    def path(self) -> PurePosixPath:
+        """The part of the URL that names the file."""
+        name = without_query(self.label)
+        return PurePosixPath(unquote(name) if _HTTP.match(name) else name)
+
+    def is_dir(self) -> bool:
+        """Whether it is a folder."""
+        return self.files is not None
+
+    def identity(self) -> str:
+        """Changes when the server says that a file is another; nothing is read for it.
+
+        Where it has a state, a renewed signature of the same URL changes nothing.
+        """
+        parts = []
+        for file in self.files or (self,):
+            if not file.state:
+                _warn_once(str(self))
+            address = file.label if file.state else _LOGIN.sub("://", file.url, count=1)
+            parts.append(f"{address} {file.size} {file.state}")
+        return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
+
+    def open(self) -> io.BufferedReader:
+        """Its bytes, in order or not. Whatever fails while they are read is an `InputError`."""
+        fetch = _Http(self) if _HTTP.match(self.url) else _Opened(self)
+        return io.BufferedReader(_Raw(self, fetch), _BUFFER_BYTES)
+
+
+@functools.cache
+def _warn_once(label: str) -> None:
+    log.warning("%s: the server gives neither ETag nor time; a file changed there is not noticed", label)
+
+
+def find(url: str, what: str) -> Remote:
+    """The file or folder behind `url`, which `what` names. Raises `InputError` where there is none."""
+    label = redacted(url)
+    if url == label and (url.endswith(_HIDDEN_QUERY) or f"://{_HIDDEN}@" in url):
+        raise InputError(
+            f"{what} {label}: was kept without its secrets; give the flag again with the whole URL"
+        )
+    shown = f"{what} {label}"
+    if _HTTP.match(url):
+        if without_query(label).endswith("/") or without_query(label).count("/") < 3:
+            raise InputError(f"{shown}: a folder cannot be listed over http; give the URL of one file")
+        import requests
+
+        with _failures(shown, url), requests.Session() as session, _get(session, url, {}) as response:
+            return Remote(url, label, _size(response.headers), _state(response.headers))
+    with _failures(shown, url):
+        system = _file_system(url, shown)
+        info = system.info(url)
+        if info["type"] != "directory":
+            return Remote(url, label, info.get("size"), _state(info), _system=system)
+        root = system._strip_protocol(url).rstrip("/")
+        base, shown_base = url.rstrip("/"), label.rstrip("/")
+        found = [(name.removeprefix(root), info) for name, info in system.find(url, detail=True).items()]
+        files = tuple(
+            Remote(base + name, shown_base + name, info.get("size"), _state(info), _system=system)
+            for name, info in sorted(found, key=lambda item: item[0])
+            if info["type"] == "file"
+        )
+        return Remote(url, label, files=files)
+
+
+def _file_system(url: str, shown: str) -> Any:
+    import fsspec
+
+    scheme = url.partition("://")[0].lower()
+    try:
+        return fsspec.filesystem(scheme, skip_instance_cache=True)  # a cached one remembers old listings
+    except ImportError as error:
+        if scheme in {"s3", "s3a"}:
+            raise MissingExtraError(f"{shown} needs s3fs: pip install 'scaledown[s3]'") from None
+        raise MissingExtraError(f"{shown} needs another package: {error}") from None
+    except (ValueError, TypeError):  # unknown, or one that a URL alone does not describe
+        raise InputError(
+            f"{shown}: {scheme}:// cannot be read; use https://, s3:// or a local path"
+        ) from None
+
+
+def _state(info: Mapping[str, Any]) -> str:
+    state = next((info[name] for name in _STATES if info.get(name)), "")
+    return str(state.timestamp() if isinstance(state, datetime) else state)  # listings may have either
+
+
+def _size(headers: Mapping[str, str]) -> int | None:
+    length = headers.get("Content-Length", "")
+    return int(length) if length.isdigit() else None
+
+
+def _get(session: "requests.Session", url: str, headers: Mapping[str, str]) -> "requests.Response":
+    """An answer whose body is not read yet. No HEAD: a signed URL is often good for GET alone."""
+    identity = {"Accept-Encoding": "identity"}  # positions and sizes are those of the file itself
+    response = session.get(url, headers={**identity, **headers}, stream=True, timeout=_TIMEOUT_SECONDS)
+    if not response.ok:
+        response.close()
+    response.raise_for_status()
+    return response
+
+
+def _changed(source: Remote) -> InputError:
+    return InputError(f"{source}: was changed meanwhile; run the same command again")
+
+
+class _Http:
+    """A file over http: one request while it is read in order, one for each piece elsewhere."""
+
+    def __init__(self, source: Remote) -> None:
+        import requests
+
+        self._source = source
+        self._session = requests.Session()
+        self._response: requests.Response | None = None
+        self._next = 0
+
+    def __call__(self, start: int, length: int) -> bytes:
+        if start == self._next:
+            if self._response is None:
+                self._response = self._get({})
+            data: bytes = self._response.raw.read(length)
+            self._next += len(data)
+            return data
+        with self._get({"Range": f"bytes={start}-{start + length - 1}"}) as response:
+            if response.status_code != 206:
+                raise InputError(
+                    f"{self._source}: the server gives no parts of files, which reading Parquet needs; "
+                    "fetch the file and give its path"
+                )
+            piece: bytes = response.raw.read(length)
+            return piece
+
+    def _get(self, headers: Mapping[str, str]) -> "requests.Response":
+        response = _get(self._session, self._source.url, headers)
+        if _state(response.headers) != self._source.state:
+            response.close()
+            raise _changed(self._source)
+        return response
+
+    def close(self) -> None:
+        if self._response:
+            self._response.close()
+        self._session.close()
+
+
+class _Opened:
+    """A file that fsspec opened."""
+
+    def __init__(self, source: Remote) -> None:
+        with _failures(str(source), source.url):
+            if _state(source._system.info(source.url)) != source.state:
+                raise _changed(source)
+            self._file = source._system.open(source.url, "rb")
+        self.close: Callable[[], None] = self._file.close
+
+    def __call__(self, start: int, length: int) -> bytes:
+        self._file.seek(start)
+        data: bytes = self._file.read(length)
+        return data
+
+
+class _Raw(io.RawIOBase):
+    """A remote file as Python's own readers want it. An end before the known size is an error."""
+
+    def __init__(self, source: Remote, fetch: _Http | _Opened) -> None:
+        self._source = source
+        self._fetch = fetch
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_END and self._source.size is None:
+            raise InputError(
+                f"{self._source}: the server does not tell the size, which reading Parquet needs; "
+                "fetch the file and give its path"
+            )
+        self._at = offset + {io.SEEK_CUR: self._at, io.SEEK_END: self._source.size or 0}.get(whence, 0)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        size = self._source.size
+        wanted = len(buffer) if size is None else min(len(buffer), size - self._at)
+        if wanted <= 0:
+            return 0
+        with _failures(str(self._source), self._source.url, self._at):
+            data = self._fetch(self._at, wanted)
+            if not data and size is not None:
+                raise EOFError(f"the file has {size:,} bytes")
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._fetch.close()
+        super().close()
+
+
+@contextlib.contextmanager
+def _failures(shown: str, url: str, read: int | None = None) -> Iterator[None]:
+    """Make any failure of a file system an `InputError`, in words without the secrets of `url`.
+
+    `read` is how many bytes came before it. The cause is left out: its text, and its cause's, may have them.
+    """
+    try:
+        yield
+    except ScaleDownError:
+        raise
+    except Exception as error:
+        _fail(shown, url, read, error)
+
+
+def _fail(shown: str, url: str, read: int | None, error: Exception) -> NoReturn:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    kind = type(error).__name__
+    detail = f"{kind}: {one_line(str(error), 200)}" if redacted(url) == url else kind
+    if isinstance(error, FileNotFoundError) or status in {404, 410}:
+        problem = "there is no such file; check the URL"
+    elif isinstance(error, PermissionError) or status in {401, 403} or kind == "NoCredentialsError":
+        keys = "the login or signature in it" if _HTTP.match(url) else "the keys in the environment"
+        problem = f"access is refused; check the URL and {keys}"
+    elif isinstance(status, int):
+        problem = f"the server answers HTTP {status}; try again later"
+    elif read is not None:
+        problem = (
+            f"the connection broke after {read:,} bytes ({detail}); run the same command again, it continues"
+        )
+    elif "NameResolutionError" in str(error):
+        problem = "the host is not found; check the URL"
+    else:
+        problem = f"cannot be reached ({detail}); check the URL and the network"
+    raise InputError(f"{shown}: {problem}") from None
