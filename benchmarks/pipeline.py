@@ -79,9 +79,7 @@ def main() -> None:
     options = arguments(__doc__)
     dtype = "bfloat16"
     passages, asked = data(options.quick)
-    print(
-        f"{machine()}\n{len(passages):,} passages, {len(asked)} queries, {TOP} reranked to {KEEP}, {dtype}"
-    )
+    print(f"{machine()}\n{len(passages):,} passages, {len(asked)} queries, {TOP} reranked to {KEEP}, {dtype}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         minilm(folder / "minilm")

@@ -67,6 +67,8 @@ def run(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if "--query_dataset" in flags:
             use_local_datasets(monkeypatch)
         assert prepare_dataset.main(flags) == 0
+    elif words[:2] == ["scaledown", "index"]:
+        assert cli.main(["index", *localized(words[2:], place), "--device", "cpu"]) == 0
     elif words[0] == "scaledown":
         for word in words[1:]:
             if word.endswith(".json") and not Path(word).exists() and words[1] == "validate":
