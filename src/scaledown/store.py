@@ -28,7 +28,7 @@ log = logging.getLogger("scaledown")
 
 SCHEMA: Final = 2
 STAGES: Final = ("synthetic", "queries", "passages", "vectors", "candidates", "ranked", "answers")
-_OWN_NAMES: Final = {*STAGES, "quarantine", "live", "locks", "manifest.json", "inputs.json"}
+_OWN_NAMES: Final = {*STAGES, "quarantine", "live", "locks", "manifest.json", "inputs.json", "plan.json"}
 
 _CHECKSUM_BYTES: Final = 4
 _WAIT_SECONDS: Final = 0.1
