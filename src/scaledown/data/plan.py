@@ -116,58 +116,61 @@ def make_plan(config: PrepareConfig, corpus: Path) -> Plan:
     """Plan a run. Raises `InputError` for inputs that a run would refuse; missing models are listed."""
     missing: list[str] = []
     queries = _count_queries(config, missing)
-    queries_memory = _peak("cpu")
+    reading = _Cost(math.inf if queries.seconds is None else queries.seconds, 0, _peak("cpu"))
     tokenizer = _words()
     with _listed(missing):
         tokenizer = load_tokenizer(resolve(config.retriever_model), config)
     sample = sample_corpus(config, corpus, tokenizer)
     table = sample.cut.passages
     passages = round(table.num_rows * sample.whole)
-    records = table.select(Passage._fields).to_pylist()
-    # A query for the trials where the queries are not known yet.
-    texts = queries.texts or [f"What is {record['title'] or record['text'][:40]}?" for record in records]
+    size = sum(path.stat().st_size for path in files.input_files(corpus, "--corpus_path"))
+    processes = cutting_processes(config, size)
+    workers = processes * _BYTES_A_WORKER if processes > 1 else 0
+    cutting = _Cost(0, sample.seconds / table.num_rows / processes, _peak("cpu") + workers)
+    found = [Passage(**record) for record in table.select(Passage._fields).to_pylist()]
+    trials = _Trials(
+        config=config,
+        texts=queries.texts
+        or [f"What is {passage.title or passage.text[:40]}?" for passage in found[:_TEXTS]],
+        passages=found,
+        tokens=TokenLists(table.column("tokens")),
+        top_k=min(config.top_k_retrieval, passages),
+        documents_per_query=min(config.documents_per_query, passages),
+        most=_TEXTS if queries.number is None else queries.number,
+        missing=missing,
+    )
     device = "cpu"
     with _listed(missing):
         device = choose_device(config.device)
-    trials = _Trials(config, texts, records, table, missing, min(config.top_k_retrieval, passages))
-    stages = []
-    count = queries.number
 
+    def of_queries(name: str, like: pa.Table, cost: _Cost) -> StagePlan:
+        return _stage(name, queries.number, config.queries_per_shard, like, cost)
+
+    stages = []
     if wanted := config.num_synthetic_queries:
         written, cost = trials.questions()
         usable = sum(map(bool, written.column("question").to_pylist())) if written else 0
         asked = round(wanted * len(written) / usable) if written and usable else None
         stages.append(_stage("synthetic", asked, min(config.queries_per_shard, wanted), written, cost))
-    reading = _Cost(math.inf if queries.seconds is None else queries.seconds, 0, queries_memory)
-    stages.append(_stage("queries", count, config.queries_per_shard, trials.queries(), reading))
-
-    size = sum(path.stat().st_size for path in files.input_files(corpus, "--corpus_path"))
-    processes = cutting_processes(config, size)
-    workers = processes * _BYTES_A_WORKER if processes > 1 else 0
-    cutting = _Cost(0, sample.seconds / table.num_rows / processes, _peak("cpu") + workers)
+    stages.append(of_queries("queries", trials.queries(), reading))
     per_shard = _passages_a_shard(config, sample)
     stages.append(_stage("passages", passages, per_shard, table, cutting))
-
     vectors, encoding, searching = trials.vectors(math.ceil(passages / per_shard))
     stages.append(_stage("vectors", passages, per_shard, vectors, encoding))
     searching = searching._replace(each=searching.each * passages)
-    stages.append(_stage("candidates", count, config.queries_per_shard, trials.candidates(), searching))
+    stages.append(of_queries("candidates", trials.candidates(trials.top_k), searching))
     if config.reranks:
-        ranked, cost = trials.ranked()
-        stages.append(_stage("ranked", count, config.queries_per_shard, ranked, cost))
+        stages.append(of_queries("ranked", *trials.ranked()))
     answers, cost = trials.answers()
-    stages.append(_stage("answers", count, config.queries_per_shard, answers, cost))
-    record = trials.record(answers)
-    stages.append(
-        StagePlan("output", count, 1, None if count is None else count * len(orjson.dumps(record)), 0, 0.0)
-    )
+    stages.append(of_queries("answers", answers, cost))
+    output = None if queries.number is None else queries.number * trials.record_bytes(answers)
+    stages.append(StagePlan("output", queries.number, 1, output, 0, 0.0))
     missing += _missing_disk(config, stages)
     missing += _missing_gpu(stages, device)
-    share = (
-        f", {len(sample.cut.rejected) / sample.cut.rows:.1%} of them malformed" if sample.cut.rejected else ""
-    )
-    of = "all" if sample.whole == 1 else f"{1 / sample.whole:.2%} of the corpus:"
-    sampled = f"{of} {sample.cut.rows:,} rows{share}; models tried on {device}, {cores()} cores"
+    bad = len(sample.cut.rejected)
+    share = "all" if sample.whole == 1 else f"{1 / sample.whole:.2%} of the corpus:"
+    malformed = f" ({bad / sample.cut.rows:.1%} malformed)" if bad else ""
+    sampled = f"{share} {sample.cut.rows:,} rows{malformed}; models tried on {device}, {cores()} cores"
     return Plan(stages, missing, sampled, device)
 
 
@@ -281,22 +284,21 @@ def _sample_rows(paths: Sequence[Path], limit: int) -> tuple[list[files.Row], fl
     """
     ends = list(itertools.accumulate(path.stat().st_size for path in paths))
     size = span = ends[-1]
-    enough = _PLACES * _BYTES_A_PLACE
-    if limit and size > enough:
-        head, length = _first_rows(paths[0], _BYTES_A_PLACE)
-        span = min(size, round(limit * length / max(1, len(head))))
-    if span <= enough:
-        every = itertools.chain.from_iterable(map(files.rows, paths))
-        return list(itertools.islice(every, limit or None)), 1.0
-    places = [span * place // _PLACES for place in range(_PLACES)]
     rows: list[files.Row] = []
-    read = 0.0
-    for path, start, end in zip(paths, [0, *ends], ends, strict=False):
-        if here := [place - start for place in places if start <= place < end]:
-            found, length = _rows_of_file(path, here)
-            rows += found
-            read += length
-    return rows, size / max(1.0, read)
+    read = 1.0
+    for _ in range(3 if limit else 1):  # how far `limit` rows reach is found out by looking
+        if span <= _PLACES * _BYTES_A_PLACE:
+            every = itertools.chain.from_iterable(map(files.rows, paths))
+            return list(itertools.islice(every, limit or None)), 1.0
+        places = [span * place // _PLACES for place in range(_PLACES)]
+        rows, read = [], 1.0
+        for path, start, end in zip(paths, [0, *ends], ends, strict=False):
+            if here := [place - start for place in places if start <= place < end]:
+                found, length = _rows_of_file(path, here)
+                rows += found
+                read += length
+        span = min(size, round(limit * read / max(1, len(rows))))
+    return rows, size / read
 
 
 def _rows_of_file(path: Path, offsets: Sequence[int]) -> tuple[list[files.Row], float]:
@@ -344,59 +346,42 @@ def _passages_a_shard(config: PrepareConfig, sample: Sample) -> int:
 # Trying the models
 
 
-class _Trials:
+class _Trials(NamedTuple):
     """Short trials of each stage on real texts: tables with rows as the stage will have, and costs."""
 
-    def __init__(  # noqa: PLR0917
-        self,
-        config: PrepareConfig,
-        texts: list[str],
-        records: list[dict[str, str]],
-        table: pa.Table,
-        missing: list[str],
-        top_k: int,
-    ) -> None:
-        self.config = config
-        self.texts = texts
-        self.records = records
-        self.table = table
-        self.missing = missing
-        self.top_k = top_k
-        self._documents = [full_text(record["title"], record["text"]) for record in records]
-        self._random = random.Random(config.seed)  # noqa: S311
+    config: PrepareConfig
+    texts: list[str]  # queries
+    passages: list[Passage]
+    tokens: TokenLists
+    top_k: int
+    documents_per_query: int
+    most: int  # queries in the run
+    missing: list[str]
 
     def queries(self) -> pa.Table:
         """Queries as a shard has them."""
-        names = [f"q{number}" for number in range(len(self.texts))]
-        return pa.table([names, self.texts], schema=SCHEMA)
+        return pa.table([[f"q{n}" for n in range(len(self.texts))], self.texts], schema=SCHEMA)
 
-    def candidates(self) -> pa.Table:
+    def candidates(self, top_k: int, *, ranked: bool = False) -> pa.Table:
         """Candidates as a shard has them."""
-        shape = (len(self.texts), self.top_k)
-        return candidates_table(
-            self.queries(), Ranking(np.zeros(shape, np.int64), np.zeros(shape, np.float32))
-        )
+        nothing = np.zeros((len(self.texts), top_k))
+        table = candidates_table(self.queries(), Ranking(nothing, nothing))
+        return table.append_column("reranking_scores", table.column("scores")) if ranked else table
 
     def questions(self) -> tuple[pa.Table | None, _Cost]:
         """Let the teacher write questions about sampled passages."""
-        passages = [Passage(**record) for record in self.records]
-        rows = sorted(range(len(passages)), key=lambda row: len(passages[row].text))
+        rows = self._by_length()
 
         def write(teacher: Teacher) -> tuple[float, list[pa.Table]]:
-            return _timed(
-                rows,
-                self.config.teacher_batch_size,
-                lambda batch: ask([(0, row) for row in batch], passages, teacher),
-            )
+            size = self.config.teacher_batch_size
+            return _timed(rows, size, lambda batch: ask([(0, row) for row in batch], self.passages, teacher))
 
         cost, made = self._try(self._load_teacher, write)
         return pa.concat_tables(made) if made else None, cost
 
     def vectors(self, shards: int) -> tuple[pa.Table | None, _Cost, _Cost]:
         """Encode sampled passages, and search them; the second cost is of a query and one passage."""
-        config = self.config
-        tokens = TokenLists(self.table.column("tokens"))
-        rows = sorted(range(len(self.records)), key=lambda row: len(self._documents[row]))
+        config, rows = self.config, self._by_length()
 
         def load(device: str) -> Encoder:
             return load_encoder(resolve(config.retriever_model), device, config.dtype, config.batch_size)
@@ -404,74 +389,62 @@ class _Trials:
         def encode(encoder: Encoder) -> tuple[float, tuple[Vectors, _Cost]]:
             def documents(batch: Sequence[int]) -> Vectors:
                 return encoder.documents(
-                    [self._documents[i] for i in batch], _ignore, [tokens[i] for i in batch]
+                    [self._document(row) for row in batch], _ignore, [self.tokens[row] for row in batch]
                 )
 
             each, parts = _timed(rows, config.batch_size, documents)
+            vectors = _stacked(parts)
             # What an approximate search will take nobody knows before its index.
-            exact = config.search == "exact"
-            return each, (
-                _stacked(parts),
-                self._search(encoder, _stacked(parts), shards) if exact else _UNKNOWN,
-            )
+            searching = self._search(encoder, vectors, shards) if config.search == "exact" else _UNKNOWN
+            return each, (vectors, searching)
 
         cost, made = self._try(load, encode)
-        if not made:
-            return None, cost, _UNKNOWN
-        vectors, searching = made
-        return pack(vectors, config.weights), cost, searching
+        return (pack(made[0], config.weights), cost, made[1]) if made else (None, cost, _UNKNOWN)
 
     def _search(self, encoder: Encoder, vectors: Vectors, shards: int) -> _Cost:
-        config = self.config
-        queries, encoding = _clocked(lambda: encoder.queries(self.texts[:_QUERIES_SEARCHED], _ignore))
-        per_shard = min(config.passages_per_shard, _PASSAGES_SEARCHED)
-        many = pack(_stacked([vectors] * math.ceil(per_shard / vectors.shape[0])), config.weights)
-        at_once = max(1, min(cores(), shards))
-        rounds = max(1, _PASSAGES_SEARCHED // (at_once * many.num_rows)) * at_once
+        texts = self.texts[:_QUERIES_SEARCHED]
+        queries, encoding = _clocked(lambda: encoder.queries(texts, _ignore))
+        copies = math.ceil(min(self.config.passages_per_shard, _PASSAGES_SEARCHED) / vectors.shape[0])
+        shard = pack(_stacked([vectors] * copies), self.config.weights)
+        threads = min(cores(), shards)
+        count = threads * math.ceil(_PASSAGES_SEARCHED / shard.num_rows / threads)
 
-        def look(count: int) -> Any:
-            tables = [lambda: many] * count
-            return search(queries, tables, [many.num_rows] * count, self.top_k, threads=at_once)
+        def look(times: int) -> Ranking:
+            sizes = [shard.num_rows] * times
+            return search(queries, [lambda: shard] * times, sizes, self.top_k, threads=threads)
 
         look(1)  # compiles
-        _, seconds = _clocked(lambda: look(rounds))
-        passages, asked = rounds * many.num_rows, queries.shape[0]
-        each = seconds / asked / passages + encoding / asked / max(passages, 1)
-        return _Cost(0, each, _peak("cpu") + round(config.search_memory * 1e9))
+        _, searching = _clocked(lambda: look(count))
+        each = (searching + encoding) / len(texts) / (count * shard.num_rows)
+        return _Cost(0, each, _peak("cpu") + round(self.config.search_memory * 1e9))
 
     def ranked(self) -> tuple[pa.Table, _Cost]:
-        """Score pairs of queries and sampled passages."""
-        config = self.config
+        """Score pairs of queries and sampled passages; the cost is of a query with all of its passages."""
+        config, chance = self.config, random.Random(self.config.seed)  # noqa: S311
         size = config.reranker_batch_size
-        pairs = [
-            Pair(self._random.choice(self.texts), self._random.choice(self._documents))
-            for _ in range(6 * size)
-        ]
-        pairs.sort(key=lambda pair: len(pair.document) + len(pair.query))
+        rows = [chance.randrange(len(self.passages)) for _ in range(min(3 * size, self.most * self.top_k))]
+        pairs = [Pair(chance.choice(self.texts), self._document(row)) for row in rows]
+        pairs.sort(key=lambda pair: len(pair.document + pair.query))
 
         def load(device: str) -> Reranker:
             return load_reranker(resolve_reranker(config.reranker_model), device, config.dtype, size)
 
-        def score(reranker: Reranker) -> tuple[float, Any]:
+        def score(reranker: Reranker) -> tuple[float, list[list[float]]]:
             return _timed(pairs, size, lambda batch: reranker.score(batch, _ignore))
 
         cost, _ = self._try(load, score)
-        candidates = self.candidates()
-        scores = pa.array([[0.0] * self.top_k] * len(candidates), pa.list_(pa.float32()))
-        return candidates.append_column("reranking_scores", scores), cost._replace(
-            each=cost.each * self.top_k
-        )
+        return self.candidates(self.top_k, ranked=True), cost._replace(each=cost.each * self.top_k)
 
     def answers(self) -> tuple[pa.Table, _Cost]:
         """Let the teacher answer queries with sampled documents."""
-        config = self.config
+        config, chance = self.config, random.Random(self.config.seed)  # noqa: S311
         size = config.teacher_batch_size
         prompts = []
-        for number, text in enumerate(itertools.islice(itertools.cycle(self.texts), 3 * size)):
-            shown = self._random.sample(
-                self._documents, min(config.documents_per_query, len(self._documents))
-            )
-            prompts.append(answer_prompt(str(number), text, shown, config.temperature))
+        for number in range(min(3 * size, self.most)):
+            rows = chance.sample(range(len(self.passages)), min(self.documents_per_query, len(self.passages)))
+            documents = [self._document(row) for row in rows]
+            query = self.texts[number % len(self.texts)]
+            prompts.append(answer_prompt(str(number), query, documents, config.temperature))
         prompts.sort(key=lambda prompt: sum(map(len, prompt.documents)))
 
         def answer(teacher: Teacher) -> tuple[float, list[list[Answer | Rejection]]]:
@@ -479,33 +452,34 @@ class _Trials:
 
         cost, made = self._try(self._load_teacher, answer)
         given = [answer for batch in made or () for answer in batch if isinstance(answer, Answer)]
-        if not given:
-            given = [Answer("x" * 4 * config.max_new_tokens, "length", 0, 0, 0)]  # four letters a token
-        self.top_k = min(self.top_k, config.documents_per_query)
-        table = self.candidates().slice(0, _TEXTS)
-        if config.reranks:
-            scores = pa.array([[0.0] * self.top_k] * len(table), pa.list_(pa.float32()))
-            table = table.append_column("reranking_scores", scores)
+        given = given or [Answer("x" * 4 * config.max_new_tokens, "length", 0, 0, 0)]  # four letters a token
+        table = self.candidates(self.documents_per_query, ranked=config.reranks)
         for name in Answer._fields:
             values = [getattr(given[row % len(given)], name) for row in range(len(table))]
-            kind = pa.large_string() if name in {"text", "finish_reason"} else pa.int64()
-            table = table.append_column(name, pa.array(values, kind))
+            table = table.append_column(name, pa.array(values))
         return table, cost
 
-    def record(self, answers: pa.Table) -> dict[str, Any]:
-        """A training record of average length."""
+    def record_bytes(self, answers: pa.Table) -> int:
+        """Bytes of an average training record."""
 
         def average(texts: Sequence[str]) -> str:
             return "x" * round(sum(len(text.encode()) for text in texts) / len(texts))
 
+        document = average([self._document(row) for row in range(len(self.passages))])
         record: dict[str, Any] = {
             "query": average(self.texts),
-            "documents": [average(self._documents)] * self.top_k,
+            "documents": [document] * self.documents_per_query,
             "answer": average(answers.column("text").to_pylist()),
         }
         if self.config.enable_reranking:
-            record["reranking_scores"] = [-1.2345678] * self.top_k
-        return record
+            record["reranking_scores"] = [-1.2345678901] * self.documents_per_query
+        return len(orjson.dumps(record, option=orjson.OPT_INDENT_2))
+
+    def _document(self, row: int) -> str:
+        return full_text(self.passages[row].title, self.passages[row].text)
+
+    def _by_length(self) -> list[int]:
+        return sorted(range(len(self.passages)), key=lambda row: len(self.passages[row].text))
 
     def _load_teacher(self, device: str) -> Teacher:
         config = self.config
