@@ -271,9 +271,15 @@ def sample_corpus(config: PrepareConfig, corpus: Path, tokenizer: Tokenizer) -> 
             f"{corpus}: no article with text among {cut.rows:,} rows; expected KILT lines, or id, title and "
             "text in each record"
         )
-    if config.max_corpus_size and whole > 1:
-        whole = min(whole, config.max_corpus_size / len(cut.pieces))
     return Sample(cut, whole, seconds)
+
+
+class _Place(NamedTuple):
+    """Rows read at a place of the corpus, the bytes they take there, and the bytes that they stand for."""
+
+    rows: list[files.Row]
+    read: float
+    width: float
 
 
 def _sample_rows(paths: Sequence[Path], limit: int) -> tuple[list[files.Row], float]:
@@ -283,43 +289,55 @@ def _sample_rows(paths: Sequence[Path], limit: int) -> tuple[list[files.Row], fl
     spread over its bytes; from files that cannot be entered midway, the first ones.
     """
     ends = list(itertools.accumulate(path.stat().st_size for path in paths))
-    size = span = ends[-1]
-    rows: list[files.Row] = []
-    read = 1.0
-    for _ in range(3 if limit else 1):  # how far `limit` rows reach is found out by looking
+    span = ends[-1]
+    places: list[_Place] = []
+    for last in (False, False, True) if limit else (True,):
         if span <= _PLACES * _BYTES_A_PLACE:
             every = itertools.chain.from_iterable(map(files.rows, paths))
             return list(itertools.islice(every, limit or None)), 1.0
-        places = [span * place // _PLACES for place in range(_PLACES)]
-        rows, read = [], 1.0
+        offsets = [span * place // _PLACES for place in range(_PLACES)]
+        places = []
         for path, start, end in zip(paths, [0, *ends], ends, strict=False):
-            if here := [place - start for place in places if start <= place < end]:
-                found, length = _rows_of_file(path, here)
-                rows += found
-                read += length
-        span = min(size, round(limit * read / max(1, len(rows))))
-    return rows, size / read
+            if here := [offset - start for offset in offsets if start <= offset < end]:
+                places += _places(path, here, span / _PLACES)
+        if not last:
+            span = min(ends[-1], round(_reach(places, limit)))
+    return [row for place in places for row in place.rows], span / max(1.0, sum(p.read for p in places))
 
 
-def _rows_of_file(path: Path, offsets: Sequence[int]) -> tuple[list[files.Row], float]:
-    """Some rows of a file from each of `offsets` on, and how many of its bytes they take."""
+def _reach(places: Sequence[_Place], rows: int) -> float:
+    """How many bytes the first `rows` rows take, by what was read at places in order."""
+    left, reach, each = float(rows), 0.0, 0.0
+    for place in places:
+        each = place.read / max(1, len(place.rows))
+        if left * each <= place.width:
+            break
+        left -= place.width / each
+        reach += place.width
+    return reach + left * each
+
+
+def _places(path: Path, offsets: Sequence[int], width: float) -> list[_Place]:
+    """Some rows of a file from each of `offsets` on."""
     first, length = _first_rows(path, _BYTES_A_PLACE * len(offsets))
+    head = [_Place(first, length, width * len(offsets))]
     if not isinstance(first[0].content if first else None, bytes):  # not lines
-        return first, length
+        return head
+    places = []
     with files.open_stream(path) as stream:
         if isinstance(stream.raw, pa.CompressedInputStream):
-            return first, length
-        lines: list[bytes] = []
+            return head
         for offset in offsets:
             stream.seek(offset)
             if offset:
                 stream.readline()  # the rest of a line
-            room = _BYTES_A_PLACE
-            while room > 0 and (line := stream.readline()):
-                lines.append(line)
-                room -= len(line)
-    rows = [files.Row(str(path), n, text) for n, line in enumerate(lines, 1) if (text := line.strip())]
-    return rows, float(sum(map(len, lines)))
+            begin = stream.tell()
+            rows = []
+            while stream.tell() - begin < _BYTES_A_PLACE and (line := stream.readline()):
+                if line.strip():
+                    rows.append(files.Row(str(path), 0, line.strip()))
+            places.append(_Place(rows, stream.tell() - begin, width))
+    return places
 
 
 def _first_rows(path: Path, enough: int) -> tuple[list[files.Row], float]:
