@@ -43,7 +43,7 @@ def localized(words: list[str], place: Path) -> list[str]:
 
 def run(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run one command of a page in this process."""
-    if words[:3] == PREPARE or words[:2] == ["scaledown", "prepare"]:
+    if words[:3] == PREPARE or words[:2] in (["scaledown", "prepare"], ["scaledown", "plan"]):
         flags = localized(words[3:] if words[0] == "python" else words[2:], place)
         if "--num_synthetic_queries" in flags:  # random weights write no questions: a real small teacher does
             flags[flags.index("--num_synthetic_queries") + 1] = "3"
@@ -66,7 +66,8 @@ def run(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             cached.write_text("1\twhat is it\n2\twho was it\n3\twhere is it\n")
         if "--query_dataset" in flags:
             use_local_datasets(monkeypatch)
-        assert prepare_dataset.main(flags) == 0
+        plans = words[1] == "plan"
+        assert (cli.main(["plan", *flags]) if plans else prepare_dataset.main(flags)) == 0
     elif words[:2] == ["scaledown", "index"]:
         assert cli.main(["index", *localized(words[2:], place), "--device", "cpu"]) == 0
     elif words[0] == "scaledown":

@@ -1,4 +1,4 @@
-"""`scaledown COMMAND`: prepare, index, plan, validate, merge. Heavy libraries load where they are needed."""
+"""`scaledown COMMAND`: prepare, plan, index, validate, merge. Heavy libraries load where they are needed."""
 
 import argparse
 import sys
@@ -28,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from scaledown.data.prepare_dataset import main as prepare
 
             return prepare(words[1:], "scaledown prepare")
+        if words[:1] == ["plan"]:
+            from scaledown.data.prepare_dataset import main as prepare
+
+            return prepare(["--dry_run", *words[1:]], "scaledown plan")
         if words[:1] == ["index"]:
             from scaledown.data.build_index import main as index
 
@@ -54,6 +58,7 @@ def _run(words: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"scaledown {scaledown.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     commands.add_parser("prepare", help="make training data (scaledown prepare --help)", add_help=False)
+    commands.add_parser("plan", help="what prepare would take, and what is missing", add_help=False)
     commands.add_parser("index", help="make passages and vectors once, for many runs", add_help=False)
 
     validate = commands.add_parser("validate", help="check a training file, line by line")

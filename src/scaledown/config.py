@@ -360,6 +360,12 @@ def build_parser(program: str, config: type[IndexConfig]) -> argparse.ArgumentPa
         metavar="FILE",
         help="take settings from JSON: a manifest.json repeats its run [default: none]",
     )
+    if prepares:
+        run.add_argument(
+            "--dry_run",
+            action="store_true",
+            help="only say what the run will take and what is missing, like scaledown plan [default: off]",
+        )
     run.add_argument(
         "--log_level",
         choices=("debug", "info", "warning", "error"),

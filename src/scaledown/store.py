@@ -37,7 +37,7 @@ STAGES: Final = (
     "ranked",
     "answers",
 )
-_OWN_NAMES: Final = {*STAGES, "quarantine", "live", "locks", "manifest.json", "inputs.json"}
+_OWN_NAMES: Final = {*STAGES, "quarantine", "live", "locks", "manifest.json", "inputs.json", "plan.json"}
 
 _CHECKSUM_BYTES: Final = 4
 _WAIT_SECONDS: Final = 0.1

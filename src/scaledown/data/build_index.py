@@ -91,13 +91,13 @@ def machine(config: IndexConfig) -> dict[str, str]:
     return {"device": device.partition(":")[0], "dtype": str(choose_dtype(config.dtype, device))}
 
 
-def stage_line(name: str, stage: StageResult) -> str:
-    """A stage in a summary: its name, how long it took, what it counted."""
+def stage_line(name: str, stage: StageResult, planned: str = "") -> str:
+    """A stage in a summary: its name, how long it took, what was planned, what it counted."""
     counts = ", ".join(
         [f"{count:,} {what}" for what, count in stage.counts.items() if count]
         + [f"{what} {value:.4f}" for what, value in stage.measured.items()]
     )
-    return f"  {name:<11}{duration(stage.seconds):>11}   {counts}"
+    return f"  {name:<11}{duration(stage.seconds):>11}{planned}   {counts}"
 
 
 class IndexResult(NamedTuple):

@@ -175,10 +175,10 @@ def _shards(
     rows = itertools.islice(every, counts["lines"], None)  # skipped rows are not even parsed
     # Batches are cut by rows read, so that a run that continues makes the same ones.
     batches = iter(lambda: list(itertools.islice(rows, ROWS_AT_ONCE)), [])
-    processes = min(config.workers or cores(), 1 + meter.size // _BYTES_WORTH_A_PROCESS)
+    processes = cutting_processes(config, meter.size)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = Path(folder) / "tokenizer.json"
-        _tokenizer(retriever, config).save(str(tokenizer))
+        load_tokenizer(retriever, config).save(str(tokenizer))
         cutter = _Cutter(tokenizer, config, str(corpus), corpus.is_dir())
         for cut in in_order(cutter, batches, processes):
             table, pieces = cut.passages, cut.pieces
@@ -200,6 +200,11 @@ def _shards(
                 yield nothing, state(), intake.take_rejected()
     yield shard(), state(), intake.take_rejected()
     intake.close()
+
+
+def cutting_processes(config: IndexConfig, size: int) -> int:
+    """How many processes cut a corpus of `size` bytes."""
+    return min(config.workers or cores(), 1 + size // _BYTES_WORTH_A_PROCESS)
 
 
 @dataclass(frozen=True)
@@ -254,7 +259,7 @@ def _name(corpus: str, is_folder: bool, row: files.Row) -> str:
     return f"{name}:{row.line}" if isinstance(row.content, bytes) or row.line > 1 else name
 
 
-def _tokenizer(source: ModelSource, config: IndexConfig) -> Tokenizer:
+def load_tokenizer(source: ModelSource, config: IndexConfig) -> Tokenizer:
     """The retriever's tokenizer, without truncation or padding."""
     from transformers import AutoTokenizer
 

@@ -154,7 +154,7 @@ class Meter:
 
     def __init__(self, paths: Sequence[Source]) -> None:
         self.paths = paths
-        self._sizes = {path: _size(path) for path in paths}
+        self._sizes = {path: size_of(path) for path in paths}
         self.size = sum(self._sizes.values())
         self._total = max(1, self.size)
         self._before = 0
@@ -171,7 +171,8 @@ class Meter:
         return (self._before + self._share() * self._size) / self._total
 
 
-def _size(source: Source) -> int:
+def size_of(source: Source) -> int:
+    """Bytes of a file as it lies there; 0 where a server does not tell."""
     return source.size or 0 if isinstance(source, Remote) else source.stat().st_size
 
 
@@ -188,7 +189,7 @@ def open_stream(path: Source, meter: Meter | None = None) -> io.BufferedReader:
             raw = pa.OSFile(str(path))
         compression = next((name for magic, name in _MAGIC if re.match(magic, head)), None)
         if meter:
-            size = max(1, _size(path))
+            size = max(1, size_of(path))
             meter.watch(path, lambda: 1.0 if raw.closed else raw.tell() / size)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check that path") from error

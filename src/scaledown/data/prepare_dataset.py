@@ -37,6 +37,7 @@ from scaledown.data.encoders import is_sparse, load_encoder
 from scaledown.data.export import examples, write_examples
 from scaledown.data.files import Source
 from scaledown.data.formats import entries, validate
+from scaledown.data.plan import Plan, compared, keep, make_plan, planned_seconds, report
 from scaledown.data.prompts import VERSION as PROMPT_VERSION
 from scaledown.data.queries import collect_queries, query_files, write_questions
 from scaledown.data.remote import Remote, redacted
@@ -45,7 +46,7 @@ from scaledown.data.retrieval import retrieve
 from scaledown.data.teacher import check_teacher, load_teacher, teach
 from scaledown.data.teachers import Generation, Teacher
 from scaledown.models import ModelSource, choose_device, resolve
-from scaledown.progress import start_logging
+from scaledown.progress import duration, start_logging
 from scaledown.records import Example
 from scaledown.store import (
     SCHEMA,
@@ -187,28 +188,23 @@ def _name_differences(repeats: Path, identities: Mapping[str, str], inputs: Mapp
         log.warning("not a repetition of %s: other %s", repeats, ", ".join(different))
 
 
+def plan_dataset(config: PrepareConfig) -> Plan:
+    """Plan the run that `config` describes, and keep the plan in the run directory for its summary.
+
+    Makes nothing else. Models that are missing are in the plan; raises `ScaleDownError` for all else that
+    `prepare_dataset` refuses before its work.
+    """
+    output = Path(config.output_file)
+    check_writable(output.resolve() if output.is_symlink() else output)
+    corpus, _ = _find_inputs(config, output, fetch=False)
+    plan = make_plan(config, corpus)
+    keep(plan, config)
+    return plan
+
+
 def _find(config: PrepareConfig, output: Path) -> _Sources:
     """Find inputs and models; whatever is missing fails here, before any work."""
-    corpus = find_corpus(config)
-    written = {"--output_file": output, "the run directory": config.run_directory}
-    if config.index_dir:
-        written["--index_dir"] = Path(config.index_dir)
-    for folder in (corpus, *map(Path, filter(None, (*config.queries_file, config.query_dataset)))):
-        for what, path in written.items():
-            if (
-                isinstance(folder, Path)
-                and folder.is_dir()
-                and path.resolve().is_relative_to(folder.resolve())
-            ):
-                raise UsageError(f"{what} {path} lies in {folder}, which is read: put it elsewhere")
-    queries = query_files(config)
-    local = [path for path in (corpus, *queries) if isinstance(path, Path)]
-    if any(output.resolve() == path.resolve() for path in local):
-        raise UsageError(f"--output_file {output} is also read: name another, it would be overwritten")
-    if output.resolve().is_relative_to(config.run_directory.resolve()):
-        raise UsageError(f"--output_file {output} lies in the run directory: put it elsewhere")
-    if (folder := Path(config.query_dataset)).is_dir() and config.query_dataset:
-        queries.append(folder)
+    corpus, queries = _find_inputs(config, output)
     if not config.reranks and config.reranker_model != PrepareConfig.reranker_model:
         log.warning("--reranker_model is not used: add --enable_reranking or --top_k_reranking")
     retriever, teacher = resolve(config.retriever_model), resolve(config.teacher_model)
@@ -224,6 +220,29 @@ def _find(config: PrepareConfig, output: Path) -> _Sources:
         corpus=corpus,
         queries=queries,
     )
+
+
+def _find_inputs(config: PrepareConfig, output: Path, *, fetch: bool = True) -> tuple[Source, list[Source]]:
+    """The corpus, and what queries are read from; MS MARCO's only with `fetch`."""
+    corpus = find_corpus(config)
+    written = {"--output_file": output, "the run directory": config.run_directory}
+    if config.index_dir:
+        written["--index_dir"] = Path(config.index_dir)
+    for folder in (corpus, *map(Path, filter(None, (*config.queries_file, config.query_dataset)))):
+        if not isinstance(folder, Path) or not folder.is_dir():
+            continue
+        for what, path in written.items():
+            if path.resolve().is_relative_to(folder.resolve()):
+                raise UsageError(f"{what} {path} lies in {folder}, which is read: put it elsewhere")
+    queries = query_files(config, fetch=fetch)
+    local = [path for path in (corpus, *queries) if isinstance(path, Path)]
+    if any(output.resolve() == path.resolve() for path in local):
+        raise UsageError(f"--output_file {output} is also read: name another, it would be overwritten")
+    if output.resolve().is_relative_to(config.run_directory.resolve()):
+        raise UsageError(f"--output_file {output} lies in the run directory: put it elsewhere")
+    if (folder := Path(config.query_dataset)).is_dir() and config.query_dataset:
+        queries.append(folder)
+    return corpus, queries
 
 
 def _compared(config: PrepareConfig) -> dict[str, Any]:
@@ -339,14 +358,7 @@ def _run_stages(
 
 
 def _teacher(config: PrepareConfig, sources: _Sources, device: str) -> Teacher:
-    generation = Generation(
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        batch_size=config.teacher_batch_size,
-        load_in_8bit=config.teacher_8bit,
-        load_in_4bit=config.teacher_4bit,
-    )
-    return load_teacher(sources.teacher, device, config.dtype, generation)
+    return load_teacher(sources.teacher, device, config.dtype, Generation.of(config))
 
 
 def _finished(run: RunDirectory, request: str, output: Path) -> Result | None:
@@ -413,7 +425,12 @@ def summary(result: Result, config: PrepareConfig) -> str:
         f"{result.output}: {result.examples:,} examples, {config.documents_per_query} documents each"
     )
     lines.append("")
-    lines += [stage_line(name, stage) for name, stage in result.stages.items()]
+    planned = planned_seconds(config)
+    for name, stage in result.stages.items():
+        said = duration(planned[name]) if name in planned else "unknown"
+        lines.append(stage_line(name, stage, f"   planned {said:>10}" if planned else ""))
+    if planned:
+        lines += ["", compared(planned, result.stages)]
     if result.quarantined:
         where = config.run_directory / "quarantine"
         lines += ["", f"set aside: {result.quarantined:,} lines or queries, each with its reason, in {where}"]
@@ -460,7 +477,13 @@ def main(argv: Sequence[str] | None = None, program: str = "python -m scaledown.
         flags.pop("debug", None)
         start_logging(flags.pop("log_level", "info"))
         repeats = Path(flags["config"]).expanduser() if "config" in flags else None
+        dry_run = flags.pop("dry_run", False)
         config = from_flags(flags, PrepareConfig)
+        if dry_run:
+            plan = plan_dataset(config)
+            same = shlex.join(word for word in words if word != "--dry_run")
+            print(f"{report(plan)}\n\nnext: {_program()} prepare {same}")
+            return 1 if plan.missing else 0
         result = prepare_dataset(config, repeats)
         print(summary(result, config))
         if not config.strict or not result.quarantined:
@@ -474,4 +497,4 @@ def main(argv: Sequence[str] | None = None, program: str = "python -m scaledown.
         print(f"error: --strict: {number} in {where}, each with its reason: mend them", file=sys.stderr)
         return 1
 
-    return run_command(command, debug="--debug" in words, resumes=True)
+    return run_command(command, debug="--debug" in words, resumes="--dry_run" not in words)

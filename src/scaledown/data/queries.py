@@ -19,7 +19,7 @@ from scaledown.data.teachers import Teacher
 from scaledown.errors import InputError
 from scaledown.models import cache_directory, hub_errors, reach_hub
 from scaledown.progress import track
-from scaledown.records import Answer, Query, full_text
+from scaledown.records import Answer, Passage, Query, full_text
 from scaledown.store import Stage, atomic
 
 log = logging.getLogger("scaledown")
@@ -47,11 +47,14 @@ HUB_DATASETS: Final = {
 }
 
 
-def query_files(config: PrepareConfig) -> list[files.Source]:
-    """The files that queries are read from, MS MARCO's fetched if need be. Raises `InputError`."""
+def query_files(config: PrepareConfig, *, fetch: bool = True) -> list[files.Source]:
+    """The files that queries are read from, MS MARCO's fetched if need be. Raises `InputError`.
+
+    Without `fetch`, MS MARCO's are left out.
+    """
     flag = "--queries_file"
     paths = [path for name in config.queries_file for path in files.sources(files.locate(name, flag), flag)]
-    if config.download_ms_marco:
+    if config.download_ms_marco and fetch:
         paths.append(ms_marco(config.ms_marco_url))
     if config.query_dataset and Path(config.query_dataset).is_file():
         paths.append(Path(config.query_dataset))
@@ -108,7 +111,7 @@ def collect_queries(stage: Stage, config: PrepareConfig, synthetic: Stage | None
             return
         intake = files.Intake("the queries", config.max_bad_fraction)
         if synthetic is None:
-            source = itertools.chain(_from_files(config, intake), _from_dataset(config, intake))
+            source = itertools.chain(from_files(config, intake), from_dataset(config, intake))
         else:
             source = itertools.chain(_written(synthetic, config.num_synthetic_queries))
         rows: list[int] = []
@@ -131,8 +134,9 @@ def collect_queries(stage: Stage, config: PrepareConfig, synthetic: Stage | None
         stage.finish(rows, {"queries": number, "bad": intake.bad})
 
 
-def _from_files(config: PrepareConfig, intake: files.Intake) -> Iterator[Query]:
-    for path in query_files(config):
+def from_files(config: PrepareConfig, intake: files.Intake, *, fetch: bool = True) -> Iterator[Query]:
+    """Queries of the local files and, with `fetch`, of MS MARCO."""
+    for path in query_files(config, fetch=fetch):
         suffix = files.inner_suffix(path)
         if suffix in {".json", ".jsonl", ".ndjson", ".parquet", ".csv"}:
             yield from _from_records(files.rows(path), config.query_column, intake)
@@ -191,7 +195,7 @@ def _query(record: dict[str, Any], column: str) -> Query:
     return Query(str(query_id), " ".join(value.split()))
 
 
-def _from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query]:
+def from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query]:
     """Queries of a dataset of the hub, or of a local folder in any layout that `datasets` reads."""
     if not config.query_dataset or Path(config.query_dataset).is_file():
         return
@@ -227,6 +231,20 @@ def _from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query
             data = data.select_columns(list(dict.fromkeys([column.partition(".")[0], *ids])))
         rows = (files.Row(name, number, record) for number, record in enumerate(data, 1))
         yield from _from_records(rows, column, intake)
+
+
+def dataset_size(config: PrepareConfig) -> int | None:
+    """How many rows the hub says that `--query_dataset` has, or None where it does not say."""
+    import datasets
+
+    name, _, revision = config.query_dataset.partition("@")
+    known = HUB_DATASETS.get(name)
+    repository, configuration = known[:2] if known else (name, None)
+    with hub_errors(name, "dataset"):
+        reach_hub()
+        builder = datasets.load_dataset_builder(repository, configuration, revision=revision or None)
+    split = (builder.info.splits or {}).get(config.query_split)
+    return split.num_examples if split else None
 
 
 # Synthetic queries
@@ -302,7 +320,7 @@ def write_questions(
                 turn = [(number // len(sample), sample[number % len(sample)]) for number in turns]
                 if not stage.has(len(rows)):
                     started = time.perf_counter()
-                    stage.write(len(rows), _ask(turn, table, load()), time.perf_counter() - started)
+                    stage.write(len(rows), ask(turn, table, load()), time.perf_counter() - started)
                 questions = stage.table(len(rows)).column("question").to_pylist()
                 before = len(seen)
                 seen.update(normalized(question) for question in questions if question)
@@ -318,7 +336,10 @@ def write_questions(
         stage.finish(rows, {"asked": asked, "questions": min(len(seen), wanted)})
 
 
-def _ask(turns: Sequence[tuple[int, int]], passages: PassageTable, teacher: Teacher) -> pa.Table:
+def ask(
+    turns: Sequence[tuple[int, int]], passages: PassageTable | Sequence[Passage], teacher: Teacher
+) -> pa.Table:
+    """What the teacher writes about passages: each turn is the number of a pass and the passage's row."""
     prompts = []
     for number, row in turns:
         passage = passages[row]

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("scaledown")
 
-_TILE_ELEMENTS: Final = 1 << 22  # logits in a tile: they stay in the processor's cache
+_TEXTS_AT_ONCE: Final = 8
+_TILE_ELEMENTS: Final = 1 << 20  # logits in a tile: they stay in the processor's cache
 _CHECKED_ON: Final = ("How tall is the tower?", "The tower is 330 metres tall. It was built in 1889.")
 _TOLERANCE: Final = {"torch.float32": 1e-3, "torch.bfloat16": 0.2, "torch.float16": 0.05}
 
@@ -181,17 +182,33 @@ def _has_triton() -> bool:
 def max_logits_tiled(
     hidden: "torch.Tensor", length: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor | None"
 ) -> "torch.Tensor":
-    """`max_logits` by plain products, a tile of the vocabulary at a time; padding repeats the first token."""
+    """`max_logits` by plain products: some texts and a tile of the vocabulary at a time.
+
+    Texts are best sorted by length: the padding that they do not share is left out, the rest repeats the
+    first token.
+    """
     import torch
 
-    batch, longest, width = hidden.shape
-    padding = torch.arange(longest, device=hidden.device) >= length[:, None]  # [batch, longest]
-    rows = torch.where(padding[..., None], hidden[:, :1], hidden).view(-1, width)  # [batch * longest, width]
-    result = torch.empty(batch, len(weight), dtype=torch.float32, device=hidden.device)
-    tile = min(4096, max(256, _TILE_ELEMENTS // len(rows) // 64 * 64))
-    for start in range(0, len(weight), tile):
-        product = rows @ weight[start : start + tile].T  # [batch * longest, tile]
-        result[:, start : start + tile] = product.view(batch, longest, -1).amax(1)
+    width = hidden.shape[2]
+    result = torch.empty(len(hidden), len(weight), dtype=torch.float32, device=hidden.device)
+    space = hidden.new_empty(0)  # kept for all tiles: fresh memory costs as much as the product
+    for low in range(0, len(hidden), _TEXTS_AT_ONCE):
+        real = length[low : low + _TEXTS_AT_ONCE]
+        longest = int(real.max())
+        texts = hidden[low : low + _TEXTS_AT_ONCE, :longest]
+        padding = torch.arange(longest, device=hidden.device) >= real[:, None]  # [texts, longest]
+        rows = torch.where(padding[..., None], texts[:, :1], texts).view(
+            -1, width
+        )  # [texts * longest, width]
+        tile = min(4096, max(256, _TILE_ELEMENTS // len(rows) // 64 * 64))
+        if len(space) < len(rows) * tile:
+            space = hidden.new_empty(len(rows) * tile)
+        for start in range(0, len(weight), tile):
+            terms = weight[start : start + tile]
+            product = space[: len(rows) * len(terms)].view(len(rows), len(terms))
+            torch.mm(rows, terms.T, out=product)
+            best = product.view(len(texts), longest, -1).amax(1)  # [texts, tile]
+            result[low : low + _TEXTS_AT_ONCE, start : start + tile] = best
     return result if bias is None else result.add_(bias)
 
 

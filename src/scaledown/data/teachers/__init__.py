@@ -18,6 +18,17 @@ class Generation(NamedTuple):
     load_in_8bit: bool = False
     load_in_4bit: bool = False
 
+    @classmethod
+    def of(cls, config: PrepareConfig) -> "Generation":
+        """As the settings of a run say."""
+        return cls(
+            max_new_tokens=config.max_new_tokens,
+            seed=config.seed,
+            batch_size=config.teacher_batch_size,
+            load_in_8bit=config.teacher_8bit,
+            load_in_4bit=config.teacher_4bit,
+        )
+
 
 class Rejection(NamedTuple):
     """A prompt that could not be asked, and why."""

@@ -1,0 +1,550 @@
+"""What a run will take here, before it starts: its inputs are counted or sampled, its models tried briefly.
+
+A plan is of a whole run: what an earlier one left in the run directory or the index is not looked at.
+"""
+
+import contextlib
+import itertools
+import math
+import platform
+import random
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import scipy.sparse as sp
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from scaledown.config import PrepareConfig
+from scaledown.data import files
+from scaledown.data.corpus import ROWS_AT_ONCE, cutting_processes, load_tokenizer
+from scaledown.data.encoders import Encoder, load_encoder
+from scaledown.data.index import Ranking, Vectors, pack, search
+from scaledown.data.prompts import answer_prompt
+from scaledown.data.queries import MS_MARCO_QUERIES, SCHEMA, ask, dataset_size, from_dataset, from_files
+from scaledown.data.reranker import Pair, Reranker, load_reranker, resolve_reranker
+from scaledown.data.retrieval import TokenLists, candidates_table
+from scaledown.data.sample import Sample, sample_corpus
+from scaledown.data.teacher import load_teacher
+from scaledown.data.teachers import Generation, Rejection, Teacher
+from scaledown.errors import InputError, MissingExtraError, ModelError
+from scaledown.executor import cores
+from scaledown.models import choose_device, resolve
+from scaledown.progress import duration
+from scaledown.records import Answer, Passage, full_text
+from scaledown.store import RunDirectory, StageResult, fingerprint, read_json, write_json
+
+_TEXTS: Final = 1000  # queries that are looked at
+_TRIAL_SECONDS: Final = 5.0  # after as many, no further batch
+_QUERIES_SEARCHED: Final = 256
+_PASSAGES_SEARCHED: Final = 20_000
+_BYTES_A_WORKER: Final = 200_000_000  # a process that cuts: libraries and its cache of words
+_COPIES_OF_A_SHARD: Final = 3  # texts or vectors as read, as worked on, as packed
+_LONG_SECONDS: Final = 24 * 3600.0
+_SHOWN_AS: Final = {
+    "synthetic": "prompts",
+    "passages": "passages",
+    "vectors": "passages",
+    "output": "records",
+}
+_ON_DEVICE: Final = {"synthetic", "vectors", "ranked", "answers"}
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+Used = TypeVar("Used")
+
+
+class StagePlan(NamedTuple):
+    """A stage of a run to come; None is what cannot be told. `disk` and `memory` (at its peak) are bytes."""
+
+    name: str
+    rows: int | None
+    shards: int | None
+    disk: int | None
+    memory: int | None
+    seconds: float | None
+
+
+class Plan(NamedTuple):
+    """What a run will take, by stage, on `device`, and what is missing for it."""
+
+    stages: list[StagePlan]
+    missing: list[str]
+    sampled: str
+    device: str
+
+
+class Queries(NamedTuple):
+    """How many queries there are, if that can be told; the first of them; seconds that reading took."""
+
+    number: int | None
+    texts: list[str]
+    seconds: float | None
+
+
+class _Cost(NamedTuple):
+    """Seconds before the first row and for each, and bytes of memory; infinite seconds are unknown ones."""
+
+    start: float
+    each: float
+    memory: int
+
+
+_UNKNOWN: Final = _Cost(math.inf, math.inf, 0)
+
+
+def make_plan(config: PrepareConfig, corpus: files.Source) -> Plan:
+    """Plan a run. Raises `InputError` for inputs that a run would refuse; missing models are listed."""
+    missing: list[str] = []
+    queries = _count_queries(config, missing)
+    reading = _Cost(math.inf if queries.seconds is None else queries.seconds, 0, _peak("cpu"))
+    tokenizer = _words()
+    with _listed(missing):
+        tokenizer = load_tokenizer(resolve(config.retriever_model), config)
+    sample = sample_corpus(config, corpus, tokenizer)
+    table = sample.cut.passages
+    passages = round(table.num_rows * sample.whole)
+    size = sum(map(files.size_of, files.sources(corpus, "--corpus_path")))
+    processes = cutting_processes(config, size)
+    workers = processes * _BYTES_A_WORKER if processes > 1 else 0
+    cutting = _Cost(0, sample.seconds / table.num_rows / processes, _peak("cpu") + workers)
+    found = [Passage(**record) for record in table.select(Passage._fields).to_pylist()]
+    trials = _Trials(
+        config=config,
+        texts=queries.texts
+        or [f"What is {passage.title or passage.text[:40]}?" for passage in found[:_TEXTS]],
+        passages=found,
+        tokens=TokenLists(table.column("tokens")),
+        top_k=min(config.top_k_retrieval, passages),
+        documents_per_query=min(config.documents_per_query, passages),
+        most=_TEXTS if queries.number is None else queries.number,
+        missing=missing,
+    )
+    device = "cpu"
+    with _listed(missing):
+        device = choose_device(config.device)
+
+    def of_queries(name: str, like: pa.Table, cost: _Cost) -> StagePlan:
+        return _stage(name, queries.number, config.queries_per_shard, like, cost)
+
+    stages = []
+    if wanted := config.num_synthetic_queries:
+        written, cost = trials.questions()
+        usable = sum(map(bool, written.column("question").to_pylist())) if written else 0
+        asked = round(wanted * len(written) / usable) if written and usable else None
+        stages.append(_stage("synthetic", asked, min(config.queries_per_shard, wanted), written, cost))
+    stages.append(of_queries("queries", trials.queries(), reading))
+    per_shard = _passages_a_shard(config, sample)
+    stages.append(_stage("passages", passages, per_shard, table, cutting))
+    vectors, encoding, searching = trials.vectors(math.ceil(passages / per_shard))
+    stages.append(_stage("vectors", passages, per_shard, vectors, encoding))
+    searching = searching._replace(each=searching.each * passages)
+    stages.append(of_queries("candidates", trials.candidates(trials.top_k), searching))
+    if config.reranks:
+        stages.append(of_queries("ranked", *trials.ranked()))
+    answers, cost = trials.answers()
+    stages.append(of_queries("answers", answers, cost))
+    output = None if queries.number is None else queries.number * trials.record_bytes(answers)
+    stages.append(StagePlan("output", queries.number, 1, output, 0, 0.0))
+    missing += _missing_disk(config, stages)
+    missing += _missing_gpu(stages, device)
+    bad = len(sample.cut.rejected)
+    share = "all" if sample.whole == 1 else f"{1 / sample.whole:.2%} of the corpus:"
+    malformed = f" ({bad / sample.cut.rows:.1%} malformed)" if bad else ""
+    sampled = f"{share} {sample.cut.rows:,} rows{malformed}; models tried on {device}, {cores()} cores"
+    return Plan(stages, missing, sampled, device)
+
+
+def _stage(name: str, rows: int | None, per_shard: int, like: pa.Table | None, cost: _Cost) -> StagePlan:
+    """A stage of `rows` rows that resemble those of `like`."""
+    if rows is None:
+        return StagePlan(name, None, None, None, cost.memory or None, None)
+    shards = math.ceil(rows / per_shard)
+    disk = memory = None
+    if like is not None:
+        frame = _stored(like.slice(0, 0))
+        each = (_stored(like) - frame) / max(1, like.num_rows)
+        disk = round(each * rows + frame * shards)
+        memory = (
+            cost.memory + round(each * min(rows, per_shard) * _COPIES_OF_A_SHARD) if cost.memory else None
+        )
+    seconds = cost.start + cost.each * rows
+    return StagePlan(name, rows, shards, disk, memory, seconds if math.isfinite(seconds) else None)
+
+
+def _stored(table: pa.Table) -> int:
+    """Bytes of a table as a shard."""
+    sink = pa.MockOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return int(sink.size())
+
+
+def _peak(device: str) -> int:
+    """The most memory that was in use so far, in bytes: the GPU's, or this process's."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+@contextlib.contextmanager
+def _listed(missing: list[str]) -> Iterator[None]:
+    """Put a model that is missing on the list, once, and go on."""
+    try:
+        yield
+    except (ModelError, MissingExtraError) as error:
+        if str(error) not in missing:
+            missing.append(str(error))
+
+
+# Counting and sampling
+
+
+def _count_queries(config: PrepareConfig, missing: list[str]) -> Queries:
+    """Count the queries, by reading those that are on this machine. Raises `InputError` like a run."""
+    if config.num_synthetic_queries:
+        return Queries(config.num_synthetic_queries, [], 0.0)
+    started = time.perf_counter()
+    intake = files.Intake("the queries", config.max_bad_fraction)
+    source = from_files(config, intake, fetch=False)
+    elsewhere = config.query_dataset and not Path(config.query_dataset).exists()
+    if not elsewhere:
+        source = itertools.chain(source, from_dataset(config, intake))
+    texts = [query.text for query in itertools.islice(source, _TEXTS)]
+    number = len(texts) + sum(1 for _ in source) + (MS_MARCO_QUERIES if config.download_ms_marco else 0)
+    intake.close()
+    if elsewhere:
+        size = None
+        with _listed(missing):
+            size = dataset_size(config)
+        return Queries(None if size is None else number + size, texts, None)
+    if not number:
+        raise InputError("there are no queries in what was given: expected one query a line")
+    return Queries(number, texts, time.perf_counter() - started)
+
+
+def _words() -> Tokenizer:
+    """Counts words and marks, in place of a tokenizer that is missing."""
+    words = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))  # noqa: S106
+    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return words
+
+
+def _passages_a_shard(config: PrepareConfig, sample: Sample) -> int:
+    """Passages of a shard: a shard is whole batches of rows, and ends with the one that fills it."""
+    batch = float(sample.cut.passages.num_rows / sample.cut.rows * ROWS_AT_ONCE)
+    return max(1, round(math.ceil(config.passages_per_shard / batch) * batch))
+
+
+# Trying the models
+
+
+class _Trials(NamedTuple):
+    """Short trials of each stage on real texts: tables with rows as the stage will have, and costs."""
+
+    config: PrepareConfig
+    texts: list[str]  # queries
+    passages: list[Passage]
+    tokens: TokenLists
+    top_k: int
+    documents_per_query: int
+    most: int  # queries in the run
+    missing: list[str]
+
+    def queries(self) -> pa.Table:
+        """Queries as a shard has them."""
+        return pa.table([[f"q{n}" for n in range(len(self.texts))], self.texts], schema=SCHEMA)
+
+    def candidates(self, top_k: int, *, ranked: bool = False) -> pa.Table:
+        """Candidates as a shard has them."""
+        nothing = np.zeros((len(self.texts), top_k))
+        table = candidates_table(self.queries(), Ranking(nothing, nothing))
+        return table.append_column("reranking_scores", table.column("scores")) if ranked else table
+
+    def questions(self) -> tuple[pa.Table | None, _Cost]:
+        """Let the teacher write questions about sampled passages."""
+        rows = self._by_length()
+
+        def write(teacher: Teacher) -> tuple[float, list[pa.Table]]:
+            size = self.config.teacher_batch_size
+            return _timed(rows, size, lambda batch: ask([(0, row) for row in batch], self.passages, teacher))
+
+        cost, made = self._try(self._load_teacher, write)
+        return pa.concat_tables(made) if made else None, cost
+
+    def vectors(self, shards: int) -> tuple[pa.Table | None, _Cost, _Cost]:
+        """Encode sampled passages, and search them; the second cost is of a query and one passage."""
+        config, rows = self.config, self._by_length()
+
+        def load(device: str) -> Encoder:
+            return load_encoder(resolve(config.retriever_model), device, config.dtype, config.batch_size)
+
+        def encode(encoder: Encoder) -> tuple[float, tuple[Vectors, _Cost]]:
+            def documents(batch: Sequence[int]) -> Vectors:
+                return encoder.documents(
+                    [self._document(row) for row in batch], _ignore, [self.tokens[row] for row in batch]
+                )
+
+            each, parts = _timed(rows, config.batch_size, documents)
+            vectors = _stacked(parts)
+            # What an approximate search will take nobody knows before its index.
+            searching = self._search(encoder, vectors, shards) if config.search == "exact" else _UNKNOWN
+            return each, (vectors, searching)
+
+        cost, made = self._try(load, encode)
+        return (pack(made[0], config.weights), cost, made[1]) if made else (None, cost, _UNKNOWN)
+
+    def _search(self, encoder: Encoder, vectors: Vectors, shards: int) -> _Cost:
+        texts = self.texts[:_QUERIES_SEARCHED]
+        queries, encoding = _clocked(lambda: encoder.queries(texts, _ignore))
+        copies = math.ceil(min(self.config.passages_per_shard, _PASSAGES_SEARCHED) / vectors.shape[0])
+        shard = pack(_stacked([vectors] * copies), self.config.weights)
+        threads = min(cores(), shards)
+        count = threads * math.ceil(_PASSAGES_SEARCHED / shard.num_rows / threads)
+
+        def look(times: int) -> Ranking:
+            sizes = [shard.num_rows] * times
+            return search(queries, [lambda: shard] * times, sizes, self.top_k, threads=threads)
+
+        look(1)  # compiles
+        _, searching = _clocked(lambda: look(count))
+        each = (searching + encoding) / len(texts) / (count * shard.num_rows)
+        return _Cost(0, each, _peak("cpu") + round(self.config.search_memory * 1e9))
+
+    def ranked(self) -> tuple[pa.Table, _Cost]:
+        """Score pairs of queries and sampled passages; the cost is of a query with all of its passages."""
+        config, chance = self.config, random.Random(self.config.seed)  # noqa: S311
+        size = config.reranker_batch_size
+        rows = [chance.randrange(len(self.passages)) for _ in range(min(3 * size, self.most * self.top_k))]
+        pairs = [Pair(chance.choice(self.texts), self._document(row)) for row in rows]
+        pairs.sort(key=lambda pair: len(pair.document + pair.query))
+
+        def load(device: str) -> Reranker:
+            return load_reranker(resolve_reranker(config.reranker_model), device, config.dtype, size)
+
+        def score(reranker: Reranker) -> tuple[float, list[list[float]]]:
+            return _timed(pairs, size, lambda batch: reranker.score(batch, _ignore))
+
+        cost, _ = self._try(load, score)
+        return self.candidates(self.top_k, ranked=True), cost._replace(each=cost.each * self.top_k)
+
+    def answers(self) -> tuple[pa.Table, _Cost]:
+        """Let the teacher answer queries with sampled documents."""
+        config, chance = self.config, random.Random(self.config.seed)  # noqa: S311
+        size = config.teacher_batch_size
+        prompts = []
+        for number in range(min(3 * size, self.most)):
+            rows = chance.sample(range(len(self.passages)), min(self.documents_per_query, len(self.passages)))
+            documents = [self._document(row) for row in rows]
+            query = self.texts[number % len(self.texts)]
+            prompts.append(answer_prompt(str(number), query, documents, config.temperature))
+        prompts.sort(key=lambda prompt: sum(map(len, prompt.documents)))
+
+        def answer(teacher: Teacher) -> tuple[float, list[list[Answer | Rejection]]]:
+            return _timed(prompts, size, lambda batch: teacher.answer(batch, _ignore))
+
+        cost, made = self._try(self._load_teacher, answer)
+        given = [answer for batch in made or () for answer in batch if isinstance(answer, Answer)]
+        given = given or [Answer("x" * 4 * config.max_new_tokens, "length", 0, 0, 0)]  # four letters a token
+        table = self.candidates(self.documents_per_query, ranked=config.reranks)
+        for name in Answer._fields:
+            values = [getattr(given[row % len(given)], name) for row in range(len(table))]
+            table = table.append_column(name, pa.array(values))
+        return table, cost
+
+    def record_bytes(self, answers: pa.Table) -> int:
+        """Bytes of an average training record."""
+
+        def average(texts: Sequence[str]) -> str:
+            return "x" * round(sum(len(text.encode()) for text in texts) / len(texts))
+
+        document = average([self._document(row) for row in range(len(self.passages))])
+        record: dict[str, Any] = {
+            "query": average(self.texts),
+            "documents": [document] * self.documents_per_query,
+            "answer": average(answers.column("text").to_pylist()),
+        }
+        if self.config.enable_reranking:
+            record["reranking_scores"] = [-1.2345678901] * self.documents_per_query
+        return len(orjson.dumps(record, option=orjson.OPT_INDENT_2))
+
+    def _document(self, row: int) -> str:
+        return full_text(self.passages[row].title, self.passages[row].text)
+
+    def _by_length(self) -> list[int]:
+        return sorted(range(len(self.passages)), key=lambda row: len(self.passages[row].text))
+
+    def _load_teacher(self, device: str) -> Teacher:
+        config = self.config
+        return load_teacher(resolve(config.teacher_model), device, config.dtype, Generation.of(config))
+
+    def _try(
+        self, load: Callable[[str], Made], use: Callable[[Made], tuple[float, Used]]
+    ) -> tuple[_Cost, Used | None]:
+        """Load a model and let `use` tell its seconds a row; one that is missing is listed."""
+        cost: _Cost = _UNKNOWN
+        made: Used | None = None
+        with _listed(self.missing):
+            device = choose_device(self.config.device)
+            if device.startswith("cuda"):
+                import torch
+
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            model, start = _clocked(lambda: load(device))
+            each, made = use(model)
+            cost = _Cost(start, each, _peak(device))
+        return cost, made
+
+
+def _timed(
+    items: Sequence[Item], batch_size: int, work: Callable[[Sequence[Item]], Made]
+) -> tuple[float, list[Made]]:
+    """Seconds an item takes, and what was made: batches of middling, short and long ones of sorted `items`.
+
+    One item goes before, untimed: libraries get ready.
+    """
+    work(items[len(items) // 2 :][:1])
+    made: list[Made] = []
+    seconds, done = 0.0, 0
+    for place in (1 / 2, 1 / 6, 5 / 6):
+        first = max(0, min(len(items) - batch_size, round(place * len(items) - batch_size / 2)))
+        batch = items[first : first + batch_size]
+        result, took = _clocked(lambda batch=batch: work(batch))  # type: ignore[misc]
+        made.append(result)
+        seconds += took
+        done += len(batch)
+        if done == len(items) or seconds > _TRIAL_SECONDS:
+            break
+    return seconds / done, made
+
+
+def _clocked(work: Callable[[], Made]) -> tuple[Made, float]:
+    started = time.perf_counter()
+    return work(), time.perf_counter() - started
+
+
+def _stacked(parts: Sequence[Vectors]) -> Vectors:
+    return sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
+
+
+def _ignore(_: int) -> None:
+    pass
+
+
+# What is missing besides models
+
+
+def _missing_disk(config: PrepareConfig, stages: Sequence[StagePlan]) -> list[str]:
+    """File systems with less room than the stages on them need."""
+    places = {stage.name: config.run_directory for stage in stages}
+    places["output"] = Path(config.output_file)
+    if config.index_dir:
+        places |= dict.fromkeys(("passages", "vectors"), Path(config.index_dir))
+    needed: dict[int, int] = {}
+    where: dict[int, Path] = {}
+    for stage in stages:
+        path = places[stage.name].resolve()
+        there = next(folder for folder in (path, *path.parents) if folder.exists())
+        system = there.stat().st_dev
+        needed[system] = needed.get(system, 0) + (stage.disk or 0)
+        where.setdefault(system, there)
+    return [
+        f"disk: {_size(needed[system])} needed in {folder}, {_size(free)} free: free some, or put "
+        "--work_dir, --index_dir or --output_file elsewhere"
+        for system, folder in where.items()
+        if (free := shutil.disk_usage(folder).free) < needed[system]
+    ]
+
+
+def _missing_gpu(stages: Sequence[StagePlan], device: str) -> list[str]:
+    seconds = {stage.name: stage.seconds for stage in stages if stage.seconds is not None}
+    if device != "cpu" or total_seconds(seconds) < _LONG_SECONDS:
+        return []
+    slowest = max(seconds, key=lambda name: seconds[name])
+    return [f"a GPU: {slowest} alone takes {duration(seconds[slowest])} here"]
+
+
+def total_seconds(seconds: Mapping[str, float]) -> float:
+    """Seconds of a run by those of its stages: passages are made while vectors are."""
+    return sum(seconds.values()) - min(seconds.get("passages", 0.0), seconds.get("vectors", 0.0))
+
+
+# Telling
+
+
+def report(plan: Plan) -> str:
+    """The plan as a table, and what is missing."""
+    rows = [("stage", "rows", "shards", "disk", "peak memory", "time")]
+    for stage in plan.stages:
+        gpu = " GPU" if plan.device.startswith("cuda") and stage.name in _ON_DEVICE else ""
+        output = stage.name == "output"
+        rows.append(
+            (
+                stage.name,
+                "unknown" if stage.rows is None else f"{stage.rows:,} {_SHOWN_AS.get(stage.name, 'queries')}",
+                "" if output else "unknown" if stage.shards is None else f"{stage.shards:,}",
+                "unknown" if stage.disk is None else _size(stage.disk),
+                "" if output else "unknown" if stage.memory is None else _size(stage.memory) + gpu,
+                "" if output else "unknown" if stage.seconds is None else duration(stage.seconds),
+            )
+        )
+    known = {stage.name: stage.seconds for stage in plan.stages if stage.seconds is not None}
+    disk = sum(stage.disk or 0 for stage in plan.stages)
+    at_least = "" if len(known) == len(plan.stages) else "at least "
+    rows.append(("total", "", "", _size(disk), "", at_least + duration(total_seconds(known))))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"from {plan.sampled}", ""]
+    for name, *cells in rows:
+        right = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        lines.append(f"  {name.ljust(widths[0])}  {right}".rstrip())
+    lines += ["", *(f"missing: {item}" for item in plan.missing)]
+    return "\n".join(lines if plan.missing else lines[:-1])
+
+
+def _size(count: int) -> str:
+    unit, name = next(
+        ((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if count >= unit), (1e3, "kB")
+    )
+    return f"{count / unit:,.1f} {name}"
+
+
+def keep(plan: Plan, config: PrepareConfig) -> None:
+    """Leave the plan in the run directory, where the run's summary finds it."""
+    run = RunDirectory(config.run_directory)
+    content = plan._asdict() | {"stages": [stage._asdict() for stage in plan.stages]}
+    write_json(run.path / "plan.json", {"command": _command(config), **content})
+
+
+def planned_seconds(config: PrepareConfig) -> dict[str, float]:
+    """Seconds of each stage by the plan that was made of the same command, as far as it could tell."""
+    content = read_json(config.run_directory / "plan.json")
+    if not isinstance(content, dict) or content.get("command") != _command(config):
+        return {}
+    return {stage["name"]: stage["seconds"] for stage in content["stages"] if stage["seconds"] is not None}
+
+
+def _command(config: PrepareConfig) -> str:
+    """Names the settings. Unlike a run's request it needs no look into the inputs, which may be huge."""
+    return fingerprint({name: value for name, value in asdict(config).items() if name != "strict"})
+
+
+def compared(planned: Mapping[str, float], stages: Mapping[str, StageResult]) -> str:
+    """How far a plan was off, as a sentence; stages that it could not tell do not count."""
+    both = planned.keys() & stages.keys()
+    said = total_seconds({name: planned[name] for name in both})
+    took = total_seconds({name: stages[name].seconds for name in both})
+    off = f"{abs(took / said - 1):.0%} {'more' if took > said else 'less'}" if said else "more"
+    untold = [name for name in stages if name not in both]
+    without = f", without {', '.join(untold)}" if untold else ""
+    return f"the plan said {duration(said)}, it took {duration(took)} ({off}){without}"
