@@ -53,34 +53,46 @@ def by_dense_product(matrix: torch.Tensor, queries: torch.Tensor) -> np.ndarray:
     return torch.topk(queries @ matrix.T, TOP, dim=1).indices.numpy()
 
 
-def agreement(found: np.ndarray, expected: np.ndarray) -> float:
-    return float((found == expected).mean())
+def agreement(
+    found: np.ndarray, expected: np.ndarray, queries: sp.csr_matrix, passages: sp.csr_matrix
+) -> float:
+    """The share of places with the same passage, or one whose float64 score is the same but for rounding."""
+    same = found == expected
+    for query, place in zip(*np.nonzero(~same), strict=True):
+        own, other = (
+            (queries[query].astype(float) @ passages[rows[query, place]].T.astype(float))[0, 0]
+            for rows in (found, expected)
+        )
+        same[query, place] = abs(own - other) <= 1e-5 * abs(other)
+    return float(same.mean())
 
 
 def main() -> None:
     options = arguments(__doc__)
     print(machine())
-    queries = synthetic_queries(500 if options.quick else 2000)
+    queries = synthetic_queries(2000)
     few = synthetic_queries(200)
     repeats = 3 if options.quick else 5
 
     with tempfile.TemporaryDirectory() as folder:
         stage = stored(folder, 200_000)
-        columns = sp.vstack([sp.csr_matrix(shard) for shard in synthetic(200_000)], format="csr").T.tocsr()
+        matrix = sp.vstack(list(synthetic(200_000)), format="csr")
+        columns = matrix.T.tocsr()
         small = queries[:200]
         timed = paired(
             {"SciPy": lambda: by_scipy(columns, small), "ours": lambda: ours(stage, queries)}, repeats
         )
         rate = {"SciPy": 200 / timed["SciPy"].seconds, "ours": queries.shape[0] / timed["ours"].seconds}
         print(f"  200,000 passages: SciPy {rate['SciPy']:,.0f} queries/s, exact search {rate['ours']:,.0f}")
-        same = agreement(timed["ours"].result.rows[:200], timed["SciPy"].result)
+        same = agreement(timed["ours"].result.rows[:200], timed["SciPy"].result, small, matrix)
         ratio = rate["ours"] / rate["SciPy"]
         met = verdict("identical top 20", f"{same:.4f}", "1", met=same == 1)
-    del columns
+    del columns, matrix
 
     with tempfile.TemporaryDirectory() as folder:
         stage = stored(folder, 20_000)
-        dense = torch.from_numpy(sp.vstack(list(synthetic(20_000)), format="csr").toarray())
+        matrix = sp.vstack(list(synthetic(20_000)), format="csr")
+        dense = torch.from_numpy(matrix.toarray())
         asked = torch.from_numpy(few.toarray())
         timed = paired(
             {"dense": lambda: by_dense_product(dense, asked), "ours": lambda: ours(stage, few)}, repeats
@@ -90,7 +102,7 @@ def main() -> None:
             f"  20,000 passages: dense product {rate['dense']:,.0f} queries/s, exact search "
             f"{rate['ours']:,.0f}"
         )
-        same = agreement(timed["ours"].result.rows, timed["dense"].result)
+        same = agreement(timed["ours"].result.rows, timed["dense"].result, few, matrix)
         met &= verdict("identical top 20", f"{same:.4f}", "1", met=same == 1)
         faster = rate["ours"] / rate["dense"]
         met &= verdict("against the dense product", f"{faster:.1f}x", "20x", met=faster >= 20)
@@ -110,12 +122,15 @@ def main() -> None:
             found = recall(index.search(queries, TOP, care), best)
             if found >= 0.99:
                 break
+        loading = _seconds(
+            lambda: SeismicIndex(RunDirectory(Path(folder)), stage, 8.0).search(few[:1], TOP, care)
+        )
         approximate = [_seconds(lambda: index.search(queries, TOP, care)) for _ in range(3)]
         count = queries.shape[0]
         print(
             f"  exact {count / statistics.median(exact):,.0f} queries/s, approximate "
             f"{count / statistics.median(approximate):,.0f} (query_cut {care.query_cut}, heap_factor "
-            f"{care.heap_factor}; loading the index included)"
+            f"{care.heap_factor}; the index loaded, once in {loading:.1f} s)"
         )
         met &= verdict("recall@20", f"{found:.4f}", "0.99", met=found >= 0.99)
         faster = statistics.median(exact) / statistics.median(approximate)

@@ -56,6 +56,8 @@ class SeismicIndex:
         self._stage = Stage(home, "approximate", {"vectors": vectors.fingerprint, "search_memory": memory})
         self._rows = vectors.finished().rows
         self._groups = list(self._grouped(memory * 1e9))
+        self._wide = int(vectors.table(0).schema.metadata[b"dimensions"]) > 1 << 16
+        self._loaded: tuple[int, Any] = (-1, None)
 
     def _grouped(self, memory: float) -> Iterator[range]:
         first, held = 0, 0.0
@@ -89,8 +91,7 @@ class SeismicIndex:
         shards = self._groups[group]
         tables = [self._vectors.table(shard, check=True) for shard in shards]
         dimensions = int(tables[0].schema.metadata[b"dimensions"])
-        wide = dimensions > 1 << 16
-        dataset = (library.SeismicDatasetLV if wide else library.SeismicDataset)(dim=dimensions)
+        dataset = (library.SeismicDatasetLV if self._wide else library.SeismicDataset)(dim=dimensions)
         row = sum(self._rows[: shards.start])
         for table in tables:
             part = sp.csr_matrix(unpack(table))
@@ -99,13 +100,14 @@ class SeismicIndex:
                 names, part.indices.astype(np.int64), part.data, part.indptr.astype(np.int64)
             )
             row += part.shape[0]
-        kind = library.SeismicIndexLV if wide else library.SeismicIndex
+        kind = library.SeismicIndexLV if self._wide else library.SeismicIndex
         with _silence():
             index = kind.build_from_dataset(dataset)
         with atomic(self._path(group)) as temporary:
             written = temporary.with_name(temporary.name + _ENDING)
             try:
-                index.save(str(temporary))
+                with _silence():
+                    index.save(str(temporary))
                 written.replace(temporary)
             except OSError as error:
                 raise OutputError(f"{temporary} cannot be written ({error}): free some room") from error
@@ -122,13 +124,19 @@ class SeismicIndex:
         terms = [queries.indices[low:high].astype(text) for low, high in spans]
         weights = [queries.data[low:high].astype(np.float32) for low, high in spans]
         found = []
-        wide = queries.shape[1] > 1 << 16
-        kind = library.SeismicIndexLV if wide else library.SeismicIndex
         for group in range(len(self._groups)):
-            index = kind.load(str(self._path(group)))
-            answers = index.batch_search(names, terms, weights, k=k, **care._asdict())
+            answers = self._load(group).batch_search(names, terms, weights, k=k, **care._asdict())
             found.append(_ranking(answers, queries.shape[0], k))
         return best_of(found, k)
+
+    def _load(self, group: int) -> Any:
+        """A group's index; one is in memory at a time, and stays for the next search."""
+        if self._loaded[0] != group:
+            self._loaded = (-1, None)  # let the other go first
+            kind = seismic().SeismicIndexLV if self._wide else seismic().SeismicIndex
+            with _silence():
+                self._loaded = (group, kind.load(str(self._path(group))))
+        return self._loaded[1]
 
 
 def _ranking(answers: Sequence[Sequence[tuple[str, float, str]]], queries: int, k: int) -> Ranking:
