@@ -164,9 +164,11 @@ class Stage:
     def noting(self, shard: int, count: Callable[[], int]) -> Iterator[None]:
         """Note by how much the number of halved batches grows inside, if it does."""
         before = count()
-        yield
-        if more := count() - before:
-            self.note({"shard": shard, "halved": more})
+        try:
+            yield
+        finally:
+            if more := count() - before:
+                self.note({"shard": shard, "halved": more})
 
     def journal(self) -> list[dict[str, Any]]:
         """What was noted, in order."""
@@ -235,16 +237,16 @@ class Stage:
     ) -> None:
         """Like `complete`, one shard for each of `source`, which is still being made meanwhile.
 
-        `check` is called while waiting and raises when nobody makes `source` any longer.
+        `check` is called between shards and while waiting; it raises when `source` cannot be finished.
         """
         number = 0
         while source.done() is None:
+            check()
             if source.has(number):
                 if not self.has(number):
                     self._make(range(number, number + 1), number + 1, lambda group: [work(group.start)])
                 number += 1
             else:
-                check()
                 time.sleep(_WAIT_SECONDS)
         self.complete(len(source.finished().rows), work)
 
@@ -263,8 +265,13 @@ class Stage:
         return True
 
     @contextlib.contextmanager
-    def lease(self, what: str, *, wait: bool = False) -> Iterator[bool]:
-        """Hold `what` against other processes; gives False when another holds it. Ends with the process."""
+    def lease(
+        self, what: str, *, wait: bool = False, check: Callable[[], None] = lambda: None
+    ) -> Iterator[bool]:
+        """Hold `what` against other processes; gives False when another holds it. Ends with the process.
+
+        With `wait` until it is free; `check` is called meanwhile and may raise.
+        """
         locks = self._run.path / "locks"
         locks.mkdir(exist_ok=True)
         lock = FileLock(locks / f"{self.name}-{self.fingerprint}-{what}")
@@ -275,7 +282,10 @@ class Stage:
                 yield False
                 return
             log.info("%s: waiting for the process that is at it", self.name)
-            lock.acquire()
+            while not lock.is_locked:
+                check()
+                with contextlib.suppress(Timeout):
+                    lock.acquire(timeout=_WAIT_SECONDS)
         try:
             yield True
         finally:
@@ -357,7 +367,7 @@ class RunDirectory:
                     note.with_suffix(".lock").unlink(missing_ok=True)
                     lock.release()
             if not any(live.glob("*.json")):
-                for half_written in self.path.rglob(".*.tmp"):  # by a process that was killed
+                for half_written in self.path.rglob(".*.tmp*"):  # by a process that was killed
                     half_written.unlink(missing_ok=True)
             mine.acquire()
             write_json(

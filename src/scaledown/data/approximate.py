@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -53,7 +54,8 @@ class SeismicIndex:
 
     def __init__(self, home: RunDirectory, vectors: Stage, memory: float) -> None:
         self._vectors = vectors
-        self._stage = Stage(home, "approximate", {"vectors": vectors.fingerprint, "search_memory": memory})
+        settings = {"vectors": vectors.fingerprint, "search_memory": memory}
+        self._stage = Stage(home, "approximate", {**settings, "seismic": version("pyseismic-lsr")})
         self._rows = vectors.finished().rows
         self._groups = list(self._grouped(memory * 1e9))
         self._wide = int(vectors.table(0).schema.metadata[b"dimensions"]) > 1 << 16
@@ -123,11 +125,11 @@ class SeismicIndex:
         names = np.arange(queries.shape[0]).astype(text)
         terms = [queries.indices[low:high].astype(text) for low, high in spans]
         weights = [queries.data[low:high].astype(np.float32) for low, high in spans]
-        found = []
+        best = Ranking(np.empty((len(spans), 0), np.int64), np.empty((len(spans), 0), np.float32))
         for group in range(len(self._groups)):
             answers = self._load(group).batch_search(names, terms, weights, k=k, **care._asdict())
-            found.append(_ranking(answers, queries.shape[0], k))
-        return best_of(found, k)
+            best = best_of([best, _ranking(answers, len(spans), k)], k)
+        return best
 
     def _load(self, group: int) -> Any:
         """A group's index; one is in memory at a time, and stays for the next search."""

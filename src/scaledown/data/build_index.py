@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from scaledown.config import IndexConfig, build_parser, from_flags, underscored
 from scaledown.data.approximate import SeismicIndex
 from scaledown.data.corpus import build_passages, sample_corpus
-from scaledown.data.encoders import Encoder, load_encoder
-from scaledown.data.files import Source, input_files, locate
+from scaledown.data.encoders import Encoder, is_sparse, load_encoder
+from scaledown.data.files import Source, inner_suffix, input_files, locate
 from scaledown.data.remote import Remote, redacted
 from scaledown.data.retrieval import encode_passages
 from scaledown.errors import UsageError
@@ -61,7 +61,14 @@ def corpus_identity(home: RunDirectory, corpus: Source) -> str:
     """What changes with the corpus: a hash of its content, or of what a server says of it."""
     if isinstance(corpus, Remote):
         return corpus.identity()
-    return home.content_hash(corpus, input_files(corpus, "--corpus_path"))
+    return file_identity(home, corpus, input_files(corpus, "--corpus_path"))
+
+
+def file_identity(home: RunDirectory, path: Path, files: Sequence[Path] = ()) -> str:
+    """A hash of content, and of a file's ending, which says how it is read; a text's name is its title."""
+    kind = inner_suffix(path)
+    name = path.name if kind in {".txt", ".md"} else kind
+    return f"{name if path.is_file() else ''}:{home.content_hash(path, files)}"
 
 
 def open_index(
@@ -75,12 +82,13 @@ def open_index(
             "corpus": corpus_identity(home, corpus),
             "max_corpus_size": config.max_corpus_size,
             "passages": config.passages,
-            "passage_tokens": config.passage_tokens,
+            "passage_tokens": config.passage_tokens if config.passages == "tokens" else None,
             "tokenizer": identity,
             "passages_per_shard": config.passages_per_shard,
         },
     )
-    encoding = {"retriever": identity, "batch_size": config.batch_size, "weights": config.weights}
+    weights = config.weights if is_sparse(retriever) else None
+    encoding = {"retriever": identity, "batch_size": config.batch_size, "weights": weights}
     vectors = Stage(home, "vectors", {"passages": passages.fingerprint, **encoding, **machine(config)})
     return Index(home, passages, vectors, config, corpus, retriever)
 

@@ -105,7 +105,7 @@ def build_passages(
     if done := stage.done():
         files.Intake("the corpus", config.max_bad_fraction, done.counts["lines"], done.counts["bad"]).close()
         return
-    with stage.lease("all", wait=True):
+    with stage.lease("all", wait=True, check=check):
         if stage.done():
             return
         rows: list[int] = []
@@ -118,8 +118,7 @@ def build_passages(
         meter = files.Meter(files.sources(corpus, "--corpus_path"))
         limit = config.max_corpus_size
         with track("passages", "passages", None, counts["passages"]) as tracker:
-            for passages, now, rejected in _shards(corpus, meter, config, retriever, counts):
-                check()
+            for passages, now, rejected in _shards(corpus, meter, config, retriever, counts, check):
                 stage.quarantine(f"{now['lines']:012d}", rejected)
                 if not passages.num_rows:
                     counts = now
@@ -143,12 +142,13 @@ def build_passages(
         stage.finish(rows, counts)
 
 
-def _shards(
+def _shards(  # noqa: PLR0917
     corpus: files.Source,
     meter: files.Meter,
     config: IndexConfig,
     retriever: ModelSource,
     counts: dict[str, int],
+    check: Callable[[], None],
 ) -> Iterator[tuple[pa.Table, dict[str, int], list[dict[str, Any]]]]:
     """Passages of each shard, the counts after it, and rows rejected; an empty table passes those on."""
     intake = files.Intake("the corpus", config.max_bad_fraction, counts["lines"], counts["bad"])
@@ -180,7 +180,9 @@ def _shards(
         tokenizer = Path(folder) / "tokenizer.json"
         load_tokenizer(retriever, config).save(str(tokenizer))
         cutter = _Cutter(tokenizer, config, str(corpus), corpus.is_dir())
-        for cut in in_order(cutter, batches, processes):
+        enough = bool(limit) and articles >= limit  # a run that ended just before it said so
+        for cut in in_order(cutter, () if enough else batches, processes):
+            check()
             table, pieces = cut.passages, cut.pieces
             if limit and articles + len(pieces) >= limit:
                 pieces = pieces[: limit - articles]

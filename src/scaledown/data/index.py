@@ -2,7 +2,8 @@
 
 Sparse vectors are stored row by row (CSR): term ids in the smallest unsigned type, weights in float16, 8 bits
 or float32. Search is exact over what is stored; ties go to the earlier passage. Sparse scores do not depend
-on the sharding; dense ones do in their last bits, because a matrix product does.
+on the sharding, but for 8-bit weights, whose step is a shard's; dense ones do in their last bits, because a
+matrix product does.
 """
 
 import json
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
 
+from scaledown.errors import ModelError
 from scaledown.executor import cores
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -29,6 +31,7 @@ def pack(vectors: Vectors, weights: str = "float16") -> pa.Table:
     With `weights="uint8"` a weight is the nearest of 255 steps up to the shard's largest; what rounds to
     nothing is left out.
     """
+    check_finite(vectors)
     if not sp.issparse(vectors):
         values = pa.array(np.ascontiguousarray(vectors, dtype=np.float32).ravel())
         return pa.table({"dense": pa.FixedSizeListArray.from_arrays(values, vectors.shape[1])})
@@ -46,6 +49,13 @@ def pack(vectors: Vectors, weights: str = "float16") -> pa.Table:
         "weights": pa.LargeListArray.from_arrays(starts, pa.array(csr.data.astype(weights))),
     }
     return pa.table(columns).replace_schema_metadata({"dimensions": str(csr.shape[1]), "step": repr(step)})
+
+
+def check_finite(vectors: Vectors) -> None:
+    """Raise `ModelError` for vectors that are not numbers, which no search could rank."""
+    values = vectors if isinstance(vectors, np.ndarray) else vectors.data
+    if not np.isfinite(values).all():
+        raise ModelError("the retriever gave vectors that are not numbers: try --dtype float32")
 
 
 def unpack(shard: pa.Table) -> Vectors:
@@ -95,7 +105,7 @@ def search(
     k = min(k, sum(sizes))
     firsts = np.concatenate([[0], np.cumsum(sizes)])
     numbers = iter(range(len(shards)))
-    lock = threading.Lock()
+    lock, failed = threading.Lock(), threading.Event()
     searched = 0
 
     def work(_: int) -> Ranking:
@@ -104,7 +114,7 @@ def search(
         while True:
             with lock:
                 number = next(numbers, None)
-            if number is None:
+            if number is None or failed.is_set():
                 return best
             shard = shards[number]()
             if "dense" in shard.column_names:
@@ -118,7 +128,11 @@ def search(
     # A dense product uses all cores by itself.
     threads = min(threads or cores(), len(shards)) if sp.issparse(queries) else 1
     with ThreadPoolExecutor(threads) as executor:
-        found = list(executor.map(work, range(threads)))
+        try:
+            found = list(executor.map(work, range(threads)))
+        except BaseException:
+            failed.set()  # the others end with the shard they are at
+            raise
     return best_of(found, k)
 
 

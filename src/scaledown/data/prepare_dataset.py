@@ -32,7 +32,15 @@ from typing import Any, NamedTuple
 import scaledown
 from scaledown.config import PrepareConfig, build_parser, from_flags, is_url, underscored
 from scaledown.data.approximate import seismic
-from scaledown.data.build_index import Index, corpus_identity, find_corpus, machine, open_index, stage_line
+from scaledown.data.build_index import (
+    Index,
+    corpus_identity,
+    file_identity,
+    find_corpus,
+    machine,
+    open_index,
+    stage_line,
+)
 from scaledown.data.encoders import is_sparse, load_encoder
 from scaledown.data.export import examples, write_examples
 from scaledown.data.files import Source
@@ -102,7 +110,7 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Resul
     inputs = {
         "corpus": corpus_identity(home, sources.corpus),
         "queries": [
-            path.identity() if isinstance(path, Remote) else run.content_hash(path)
+            path.identity() if isinstance(path, Remote) else file_identity(run, path)
             for path in sources.queries
         ],
     }
@@ -248,6 +256,8 @@ def _find_inputs(config: PrepareConfig, output: Path, *, fetch: bool = True) -> 
 def _compared(config: PrepareConfig) -> dict[str, Any]:
     """The settings that two runs in one directory must share; where things lie is not among them."""
     apart = {"output_file", "work_dir", "index_dir", "corpus_path", "queries_file", "strict", "workers"}
+    if config.search == "exact":
+        apart |= {"search_memory", "min_recall"}
     apart |= {"retriever_model", "reranker_model", "teacher_model"}  # their identities are compared
     settings = {name: value for name, value in asdict(config).items() if name not in apart}
     return settings | {

@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from scaledown.config import PrepareConfig
 from scaledown.data.approximate import CARES, Care, SeismicIndex, recall
 from scaledown.data.encoders import DenseEncoder, Encoder, is_sparse
-from scaledown.data.index import Array, Ranking, Vectors, pack, search
+from scaledown.data.index import Array, Ranking, Vectors, check_finite, pack, search
 from scaledown.data.splade import SpladeEncoder
 from scaledown.errors import InputError, ModelError, UsageError
 from scaledown.executor import cores
@@ -139,11 +139,16 @@ def encode_passages(
         with _behind(make) as check:
             stage.complete_behind(passages, work, check)
         tracker.total = _total(passages)
-    vector_rows = [stage.table(shard) for shard in range(len(passages.finished().rows))]
-    counts = {"passages": _total(passages)}
-    if "terms" in vector_rows[0].column_names:
-        counts["postings"] = sum(len(table.column("terms").combine_chunks().values) for table in vector_rows)
-    stage.finish(passages.finished().rows, counts)
+    rows = passages.finished().rows
+    counts = {"passages": sum(rows)}
+    if "terms" in stage.table(0).column_names:
+        counts["postings"] = sum(_postings(stage.table(shard)) for shard in range(len(rows)))
+    stage.finish(rows, counts)
+
+
+def _postings(shard: pa.Table) -> int:
+    ends = shard.column("terms").chunk(0).offsets
+    return int(ends[-1].as_py() - ends[0].as_py())
 
 
 class TokenLists(Sequence[Array]):
@@ -194,8 +199,9 @@ def retrieve(
 ) -> None:
     """Rank the passages for each shard of queries: query, rows of passages and scores, best first.
 
-    So many shards of queries are searched together as `--search_memory` allows, at most 4,096 queries:
-    that is what a crash can cost, and reading the vectors is then a small part of searching them.
+    So many shards of queries are searched together as `--search_memory` allows, at most 4,096 queries (of
+    approximate search, 65,536): that is what a crash can cost, and reading the vectors is then a small part
+    of searching them.
     """
     if stage.done():
         return
@@ -214,7 +220,9 @@ def retrieve(
 
         def work(group: range) -> list[pa.Table]:
             tables = [queries.table(shard) for shard in group]
-            encoded = [load().queries(table.column("query").to_pylist(), _ignore) for table in tables]
+            encoder = load()
+            with stage.noting(group.start, lambda: encoder.halving.count):
+                encoded = [encoder.queries(table.column("query").to_pylist(), _ignore) for table in tables]
             count = sum(table.num_rows for table in tables)
             before = tracker.done
             ranking = find(
@@ -233,6 +241,8 @@ def retrieve(
 
 
 def _stacked(parts: Sequence[Vectors]) -> Vectors:
+    for part in parts:
+        check_finite(part)
     return sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
 
 
@@ -260,7 +270,7 @@ def _care(
         best = exact(sample(), lambda _: None)
         count = len(best.rows)
         for care in CARES:
-            found = recall(index.search(sample(), top_k, care), best)
+            found = recall(_approximate(index, care, top_k, exact, sample(), lambda _: None), best)
             if found >= config.min_recall:
                 log.info("approximate search: recall@%s %.4f on %s queries", top_k, found, count)
                 stage.note({"recall": round(found, 6), "sample": count, **care._asdict()})
@@ -317,8 +327,8 @@ class SearchPlan(NamedTuple):
         half = config.search_memory * 1e9 / 2
         rows = vectors.finished().rows
         shard = max(vectors.path(number).stat().st_size for number in range(len(rows)))
-        threads = int(max(1, min(cores(), len(rows), half // (_UNPACKED * shard))))
-        dense = "dense" in vectors.table(0).column_names
+        dense = "dense" in vectors.table(0).column_names  # whose products use all cores by themselves
+        threads = 1 if dense else int(max(1, min(cores(), len(rows), half // (_UNPACKED * shard))))
         per_query = config.top_k_retrieval * _BYTES_A_RESULT * (threads + 2) + _BYTES_A_QUERY
         per_query += max(rows) * 4 if dense else 0
         most = _QUERIES_AT_ONCE * (16 if config.search == "approximate" else 1)  # loading costs more

@@ -5,7 +5,6 @@ maximum is taken of the raw logits, in tiles of the vocabulary: batch x length x
 """
 
 import functools
-import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -164,19 +163,24 @@ def max_logits(
     [vocabulary, width]. On CUDA with Triton the logits are never written to memory (after Sparton, arXiv
     2603.25011).
     """
-    if hidden.is_cuda and _has_triton():
-        from scaledown.data.splade_triton import max_logits_fused
-
-        return max_logits_fused(hidden, length, weight, bias)
-    return max_logits_tiled(hidden, length, weight, bias)
+    fused = _fused() if hidden.is_cuda else None
+    return (fused or max_logits_tiled)(hidden, length, weight, bias)
 
 
 @functools.cache
-def _has_triton() -> bool:
-    found = importlib.util.find_spec("triton") is not None
-    if not found:
-        log.info("no Triton: the SPLADE head runs in tiles instead of one kernel")
-    return found
+def _fused() -> Callable[..., "torch.Tensor"] | None:
+    """The CUDA kernel, if Triton is there and can compile it on this machine."""
+    import torch
+
+    try:
+        from scaledown.data.splade_triton import max_logits_fused
+
+        probe = torch.ones(1, 1, 16, device="cuda")
+        max_logits_fused(probe, torch.ones(1, device="cuda"), probe[0], None)
+    except Exception as error:
+        log.info("the SPLADE head runs in tiles instead of one kernel (%s: %s)", type(error).__name__, error)
+        return None
+    return max_logits_fused
 
 
 def max_logits_tiled(
@@ -226,7 +230,7 @@ def _fast(model: Any) -> tuple[str, _Fast | None]:
         model=masked,
         tokenizer=tokenizer,
         weight=decoder.weight.detach(),
-        bias=None if decoder.bias is None else decoder.bias.detach(),
+        bias=None if getattr(decoder, "bias", None) is None else decoder.bias.detach(),
         before=whole[:place],
         after=whole[place + len(bare) :],
         longest=model.max_seq_length or tokenizer.model_max_length,
@@ -240,7 +244,7 @@ def _fast(model: Any) -> tuple[str, _Fast | None]:
         if difference <= _TOLERANCE[str(decoder.weight.dtype)]:
             return "", fast
         reason = f"its vectors differ by {difference:.2g}"
-    except (RuntimeError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever a foreign model does
         reason = f"{type(error).__name__}: {error}"
     del decoder.forward
     return reason, None
