@@ -26,7 +26,6 @@ check: .venv/ready
 BENCHMARKS := encode encode_bf16 search memory rerank ingest pipeline kill
 
 bench: .venv/ready
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[approximate]'
 	@failed=; for name in $(BENCHMARKS); do \
 	  $(BIN)/python benchmarks/$$name.py $(if $(QUICK),--quick) || failed="$$failed $$name"; done; \
 	  test -z "$$failed" || { echo "missed:$$failed"; exit 1; }
@@ -41,7 +40,7 @@ docs: .venv/ready
 	@echo "setting up .venv (a few minutes the first time)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,quantization]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,quantization,approximate]'
 	$(BIN)/python -m pip install --quiet --no-deps $(BUNDLED)
 	@touch $@
 
