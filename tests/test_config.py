@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from scaledown.config import PRESETS, PrepareConfig, build_parser, from_flags, underscored
+from scaledown.config import PRESETS, PrepareConfig
 from scaledown.errors import InputError, UsageError
+from scaledown.flags import build_parser, from_flags, underscored
 
 BASE = {"queries_file": ("q.txt",), "output_file": "o.json"}
 

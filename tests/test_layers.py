@@ -11,7 +11,7 @@ LAYERS = [
     {"evaluation"},
     {"student"},
     {"data"},
-    {"report", "metrics", "progress", "executor", "models"},
+    {"report", "metrics", "progress", "executor", "models", "flags"},
     {"config", "store", "records", "errors"},
 ]
 

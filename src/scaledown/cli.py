@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from scaledown.data.build_index import main as index
 
             return index(words[1:])
-        from scaledown.config import underscored
+        from scaledown.flags import underscored
 
         return _run(underscored(words))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scaledown.config import IndexConfig, build_parser, from_flags, underscored
+from scaledown.config import IndexConfig
 from scaledown.data.approximate import SeismicIndex
 from scaledown.data.corpus import build_passages, sample_corpus
 from scaledown.data.encoders import Encoder, is_sparse, load_encoder
@@ -15,6 +15,7 @@ from scaledown.data.files import Source, inner_suffix, input_files, locate
 from scaledown.data.remote import Remote, redacted
 from scaledown.data.retrieval import encode_passages
 from scaledown.errors import UsageError
+from scaledown.flags import build_parser, from_flags, underscored
 from scaledown.models import ModelSource, choose_device, choose_dtype, resolve
 from scaledown.progress import duration, start_logging
 from scaledown.store import RunDirectory, Stage, StageResult

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import scaledown
-from scaledown.config import PrepareConfig, build_parser, from_flags, is_url, underscored
+from scaledown.config import PrepareConfig, is_url
 from scaledown.data.approximate import seismic
 from scaledown.data.build_index import (
     Index,
@@ -53,6 +53,7 @@ from scaledown.data.reranker import LIKELIHOOD_PREFIX, load_reranker, rerank, re
 from scaledown.data.retrieval import retrieve
 from scaledown.data.teacher import check_teacher, load_teacher, teach
 from scaledown.data.teachers import Generation, Teacher
+from scaledown.flags import build_parser, from_flags, underscored
 from scaledown.models import ModelSource, choose_device, resolve
 from scaledown.progress import duration, start_logging
 from scaledown.records import Example

@@ -1,0 +1,163 @@
+"""A command's settings from its flags and `--config` file; each field of the dataclass is a flag.
+
+Precedence, lowest first: defaults, `--preset`, `--config`, flags.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from scaledown.config import GROUPS, OUTPUT, PRESETS, IndexConfig, PrepareConfig
+from scaledown.errors import InputError, UsageError
+
+_PATHS: Final = {"corpus_path", "index_dir", "output_file", "work_dir", "query_dataset", "queries_file"}
+
+Config = TypeVar("Config", bound=IndexConfig)
+
+
+def build_parser(program: str, config: type[IndexConfig]) -> argparse.ArgumentParser:
+    """A command's parser, its help grouped by stage. Absent flags stay absent from the result."""
+    prepares = issubclass(config, PrepareConfig)
+    needed = "--queries_file FILE --output_file FILE" if prepares else "--corpus_path PATH --index_dir DIR"
+    what = "Make OSCAR training data: retrieve, rerank, let a teacher answer."
+    parser = argparse.ArgumentParser(
+        prog=program,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        usage=f"{program} {needed} [options]",
+        description=f"{what if prepares else 'Make passages and their vectors once, for many runs.'} "
+        "The same command again continues an interrupted run.",
+        epilog="Flags may be written with hyphens or underscores. A flag that is on can be turned off by "
+        "--no_NAME.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+    )
+    used = {item.metadata["group"] for item in fields(config)}
+    groups = {name: parser.add_argument_group(name) for name in GROUPS if name in used}
+    hints = typing.get_type_hints(config)
+    for item in fields(config):
+        _add_flag(groups[item.metadata["group"]], item, hints[item.name])
+    run = groups[OUTPUT]
+    run.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="guide: the guide's models; oscar: the paper's; demo: small bundled ones on any CPU "
+        "[default: guide]",
+    )
+    run.add_argument(
+        "--config",
+        metavar="FILE",
+        help="take settings from JSON: a manifest.json repeats its run [default: none]",
+    )
+    if prepares:
+        run.add_argument(
+            "--dry_run",
+            action="store_true",
+            help="only say what the run will take and what is missing, like scaledown plan [default: off]",
+        )
+    run.add_argument(
+        "--log_level",
+        choices=("debug", "info", "warning", "error"),
+        help="what is logged on standard error [default: info]",
+    )
+    run.add_argument("--debug", action="store_true", help="show tracebacks [default: off]")
+    return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, item: "dataclasses.Field[Any]", hint: Any) -> None:
+    meta = item.metadata
+    flag = f"--{item.name}"
+    absent = item.default in ("", ()) or (item.default == 0 and meta["unit"])
+    default = "off" if item.default is False else "none" if absent else item.default
+    details = [*([meta["unit"]] if meta["unit"] else []), f"default: {default}"]
+    text = f"{meta['text']} [{'; '.join(details)}]"
+    if hint is bool:
+        group.add_argument(flag, action="store_true", help=text)
+        group.add_argument(f"--no_{item.name}", dest=item.name, action="store_false", help=argparse.SUPPRESS)
+        return
+    arguments: dict[str, Any] = {"help": text.replace("%", "%%")}
+    if meta["choices"]:
+        arguments["choices"] = meta["choices"]
+    else:
+        arguments["metavar"] = meta["metavar"]
+    if isinstance(hint, types.GenericAlias):
+        group.add_argument(flag, action="append", **arguments)
+    else:
+        group.add_argument(flag, type=hint, **arguments)
+
+
+def underscored(argv: Sequence[str]) -> list[str]:
+    """`--top-k-retrieval=5` -> `--top_k_retrieval=5`: both spellings of every flag are one."""
+    result: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == "--":  # what follows are no flags
+            return [*result, word, *words]
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            result.append("--" + flag[2:].replace("-", "_") + equals + value)
+        else:
+            result.append(word)
+    return result
+
+
+def from_flags(given: Mapping[str, Any], config: type[Config]) -> Config:
+    """Build the settings from parsed flags.
+
+    Raises `UsageError` for contradictions, `InputError` for a `--config` file that cannot be read.
+    """
+    flags = dict(given)
+    for name, value in flags.items():
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise UsageError(f"--{name} is empty: give it a value, or leave it out")
+    if flags.get("top_k_reranking") == 0:
+        raise UsageError("--top_k_reranking 0: must be at least 1; leave the flag out for no reranking")
+    preset = flags.pop("preset", "guide")
+    settings: dict[str, Any] = {}
+    if "config" in flags:
+        path = Path(flags.pop("config")).expanduser()
+        settings = read_settings(path, config)
+        if "preset" in given and PRESETS[preset].keys() <= settings.keys():
+            raise UsageError(f"--preset {preset} changes nothing: --config {path} comes after it; give one")
+    settings |= flags
+    for name in _PATHS & settings.keys():
+        value = settings[name]
+        if name == "queries_file":
+            settings[name] = tuple(map(os.path.expanduser, value))
+        else:
+            settings[name] = os.path.expanduser(value)  # noqa: PTH111 (a Path would lose a final slash)
+    return config.preset(preset, **settings)
+
+
+def read_settings(path: Path, config: type[IndexConfig]) -> dict[str, Any]:
+    """The settings in a JSON file: a flat object, or a manifest's `parameters`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"--config {path}: cannot be read as JSON ({error})") from error
+    settings = content.get("parameters", content) if isinstance(content, dict) else None
+    if not isinstance(settings, dict):
+        raise InputError(f"--config {path}: must hold a JSON object of settings, or be a manifest.json")
+    hints = typing.get_type_hints(PrepareConfig)
+    for name, value in settings.items():
+        if name not in hints:
+            raise UsageError(f"--config {path}: unknown setting {name!r}")
+        hint = hints[name]
+        kind: Any = list if isinstance(hint, types.GenericAlias) else hint
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if not fits or (isinstance(value, bool) and kind is not bool):
+            raise UsageError(f"--config {path}: {name} must be {kind.__name__}, not {value!r}")
+        if kind is list and not all(isinstance(item, str) and item for item in value):
+            raise UsageError(f"--config {path}: {name} must be a list of file names, not {value!r}")
+    own = {item.name for item in fields(config)}  # a manifest of `prepare` serves `index` as well
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in settings.items()
+        if name in own
+    }
