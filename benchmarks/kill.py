@@ -25,6 +25,17 @@ def words(folder: Path, model: Path, name: str) -> list[str]:
     ]
 
 
+def differing(whole: Path, other: Path) -> Path | None:
+    """The first shard, in the order of the stages, that two runs do not share."""
+    works = [output.with_name(output.name + ".work") for output in (whole, other)]
+    for stage in ("queries", "passages", "vectors", "candidates", "ranked", "answers"):
+        for shard in sorted(works[0].glob(f"{stage}/*/*.arrow")):
+            twin = works[1] / shard.relative_to(works[0])
+            if not twin.exists() or twin.read_bytes() != shard.read_bytes():
+                return shard.relative_to(works[0])
+    return None
+
+
 def main() -> None:
     options = arguments(__doc__)
     kills = 5 if options.quick else 20
@@ -57,6 +68,9 @@ def main() -> None:
             equal &= same
             print(f"  run {runs}: finished after {killed} kills in all, {'equal' if same else 'DIFFERENT'}")
             if not equal:
+                print(
+                    f"  first shard that differs: {differing(folder / 'whole.json', folder / f'{runs}.json')}"
+                )
                 break
     close("kill", killed if equal else 0, kills)
 

@@ -416,6 +416,10 @@ def _sha256(path: Path) -> str:
 
 def check_writable(output: Path) -> None:
     """Find out before any work whether `output` can be written. Raises `OutputError`."""
+    try:
+        output = output.resolve() if output.is_symlink() else output
+    except (OSError, RuntimeError) as error:  # Python 3.13 changed the one to the other
+        raise OutputError(f"--output_file {output} is a link to itself: delete it") from error
     if output.is_dir():
         raise OutputError(f"--output_file {output} is a folder: name a file in it")
     probe = output.with_name(f".{output.name}.{os.getpid()}.probe")

@@ -9,10 +9,11 @@ from scaledown.data.index import Ranking, pack, search, unpack
 from scaledown.store import RunDirectory, Stage
 
 
-def search_all(queries, vectors, k: int) -> Ranking:
+def search_all(queries, vectors, k: int, threads: int = 0) -> Ranking:
     """Search shards given as vectors."""
     packed = [pack(part, "float32") for part in vectors]
-    return search(queries, [lambda table=table: table for table in packed], [len(t) for t in packed], k)
+    shards = [lambda table=table: table for table in packed]
+    return search(queries, shards, [len(t) for t in packed], k, threads=threads)
 
 
 def brute_force(queries: np.ndarray, passages: np.ndarray, k: int) -> np.ndarray:
@@ -35,12 +36,12 @@ def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, list[int]]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(problems(), st.booleans())
-def test_equals_brute_force_with_ties_however_the_shards_are_cut(problem, sparse) -> None:
+@given(problems(), st.booleans(), st.integers(1, 7))
+def test_equals_brute_force_with_ties_however_the_shards_are_cut(problem, sparse, threads) -> None:
     queries, passages, k, cuts = problem
     make = sp.csr_matrix if sparse else np.asarray
     shards = [make(part) for part in np.split(passages, cuts[:-1])]
-    ranking = search_all(make(queries), shards, k)
+    ranking = search_all(make(queries), shards, k, threads)
     np.testing.assert_array_equal(ranking.rows, brute_force(queries, passages, k))
     np.testing.assert_array_equal(
         ranking.scores, np.take_along_axis(queries @ passages.T, ranking.rows, axis=1)

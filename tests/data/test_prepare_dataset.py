@@ -633,6 +633,15 @@ def too_little_memory(monkeypatch: pytest.MonkeyPatch, stage: str, fits: int) ->
     return flag
 
 
+def test_an_index_in_the_run_directory_is_refused(prepare, capsys) -> None:
+    assert "name another folder" in refused(prepare, capsys, "--index_dir", str(prepare.work), status=2)
+
+
+def test_an_output_that_links_to_itself_is_refused(prepare, capsys) -> None:
+    prepare.output.symlink_to(prepare.output)
+    assert "link to itself" in refused(prepare, capsys)
+
+
 @pytest.mark.parametrize("stage", ["vectors", "ranked", "answers"])
 def test_a_batch_that_runs_out_of_memory_is_halved_and_recorded(stage, prepare, monkeypatch) -> None:
     too_little_memory(monkeypatch, stage, fits=2)
@@ -784,6 +793,19 @@ def test_synthetic_queries_are_checked_and_different(prepare, corpus, monkeypatc
     assert all(query.startswith("What is ") for query in asked)
     assert prepare(*flags, "--seed", "1", inputs=False) == 0
     assert [record["query"] for record in records(prepare.output)] != asked
+
+
+def test_halved_batches_of_synthetic_queries_are_recorded(prepare, corpus, monkeypatch) -> None:
+    class Halved(Scripted):
+        def answer(self, prompts, advance):
+            self.halving.count += 1
+            return super().answer(prompts, advance)
+
+    monkeypatch.setattr(command, "load_teacher", lambda *_: Halved())
+    flags = ("--corpus_path", str(corpus), "--num_synthetic_queries", "9", "--top_k_retrieval", "2")
+    assert prepare(*flags, inputs=False) == 0
+    stages = json.loads((prepare.work / "manifest.json").read_text())["stages"]
+    assert stages["synthetic"]["counts"]["halved_batches"] > 0
 
 
 @pytest.mark.parametrize("crash_at", range(1, 5))

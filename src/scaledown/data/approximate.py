@@ -1,10 +1,11 @@
 """Approximate top-k over sparse vectors: Seismic (Bruch et al. 2024, arXiv 2404.18812), group by group.
 
-A group is as many consecutive shards of vectors as `--search_memory` holds; each becomes one Seismic index.
+A group is as many consecutive shards of vectors as half of `--search_memory` holds; each becomes one Seismic
+index.
 """
 
 import contextlib
-import itertools
+import functools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from scaledown.store import RunDirectory, Stage, atomic
 log = logging.getLogger("scaledown")
 
 _BYTES_A_POSTING: Final = 24  # while building: the vectors as integers and floats, and the index
+_QUERIES_AT_ONCE: Final = 1024  # Seismic takes a query's terms as strings of 120 bytes each
 _ENDING: Final = ".index.seismic"
 
 
@@ -57,8 +59,9 @@ class SeismicIndex:
         settings = {"vectors": vectors.fingerprint, "search_memory": memory}
         self._stage = Stage(home, "approximate", {**settings, "seismic": version("pyseismic-lsr")})
         self._rows = vectors.finished().rows
-        self._groups = list(self._grouped(memory * 1e9))
-        self._wide = int(vectors.table(0).schema.metadata[b"dimensions"]) > 1 << 16
+        self._groups = list(self._grouped(memory * 1e9 / 2))
+        self._dimensions = int(vectors.table(0).schema.metadata[b"dimensions"])
+        self._wide = self._dimensions > 1 << 16
         self._loaded: tuple[int, Any] = (-1, None)
 
     def _grouped(self, memory: float) -> Iterator[range]:
@@ -92,8 +95,7 @@ class SeismicIndex:
         library = seismic()
         shards = self._groups[group]
         tables = [self._vectors.table(shard, check=True) for shard in shards]
-        dimensions = int(tables[0].schema.metadata[b"dimensions"])
-        dataset = (library.SeismicDatasetLV if self._wide else library.SeismicDataset)(dim=dimensions)
+        dataset = (library.SeismicDatasetLV if self._wide else library.SeismicDataset)(dim=self._dimensions)
         row = sum(self._rows[: shards.start])
         for table in tables:
             part = sp.csr_matrix(unpack(table))
@@ -118,18 +120,28 @@ class SeismicIndex:
 
     def search(self, queries: sp.csr_matrix, k: int, care: Care) -> Ranking:
         """About the `k` best passages of each query; where fewer were found, rows are -1 at the end."""
-        library = seismic()
-        text = library.get_seismic_string()
-        starts = queries.indptr
-        spans = list(itertools.pairwise(starts))
-        names = np.arange(queries.shape[0]).astype(text)
-        terms = [queries.indices[low:high].astype(text) for low, high in spans]
-        weights = [queries.data[low:high].astype(np.float32) for low, high in spans]
-        best = Ranking(np.empty((len(spans), 0), np.int64), np.empty((len(spans), 0), np.float32))
+        count = queries.shape[0]
+        best = Ranking(np.empty((count, 0), np.int64), np.empty((count, 0), np.float32))
         for group in range(len(self._groups)):
-            answers = self._load(group).batch_search(names, terms, weights, k=k, **care._asdict())
-            best = best_of([best, _ranking(answers, len(spans), k)], k)
+            index = self._load(group)
+            parts = [
+                self._search(index, queries[first : first + _QUERIES_AT_ONCE], k, care)
+                for first in range(0, count, _QUERIES_AT_ONCE)
+            ]
+            best = best_of([best, Ranking(*map(np.concatenate, zip(*parts, strict=True)))], k)
         return best
+
+    def _search(self, index: Any, queries: sp.csr_matrix, k: int, care: Care) -> Ranking:
+        names, ends = self._words[: queries.shape[0]], queries.indptr[1:-1]
+        terms = np.split(self._words[queries.indices], ends)
+        weights = np.split(queries.data.astype(np.float32), ends)
+        answers = index.batch_search(names, terms, weights, k=k, **care._asdict())
+        return _ranking(answers, queries.shape[0], k)
+
+    @functools.cached_property
+    def _words(self) -> Array:
+        """Numbers as Seismic's strings: terms, and places of queries."""
+        return np.arange(max(self._dimensions, _QUERIES_AT_ONCE)).astype(seismic().get_seismic_string())
 
     def _load(self, group: int) -> Any:
         """A group's index; one is in memory at a time, and stays for the next search."""

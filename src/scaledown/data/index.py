@@ -7,6 +7,7 @@ matrix product does.
 """
 
 import json
+import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -99,12 +100,22 @@ def search(
 
     Gives min(k, passages) columns; where fewer passages share a term with the query, the rest follow with
     score 0 in passage order. `shards` load the packed vectors of `sizes` passages; each of `threads` (0: one
-    a core) holds one at a time. `advance` is told the share of the passages that was searched, as it grows.
+    a core) holds one at a time, or a part of one where there are more threads than shards. `advance` is told
+    the share of the passages that was searched, as it grows.
     """
     queries = _canonical(queries)
     k = min(k, sum(sizes))
     firsts = np.concatenate([[0], np.cumsum(sizes)])
-    numbers = iter(range(len(shards)))
+    # A dense product uses all cores by itself.
+    threads = (threads or cores()) if sp.issparse(queries) else 1
+    parts = math.ceil(threads / len(shards))
+    spans = iter(
+        [
+            (number, size * part // parts, size * (part + 1) // parts)
+            for number, size in enumerate(sizes)
+            for part in range(parts)
+        ]
+    )
     lock, failed = threading.Lock(), threading.Event()
     searched = 0
 
@@ -113,20 +124,19 @@ def search(
         best = _nothing(queries.shape[0], k)
         while True:
             with lock:
-                number = next(numbers, None)
+                number, low, high = next(spans, (None, 0, 0))
             if number is None or failed.is_set():
                 return best
-            shard = shards[number]()
+            shard = shards[number]().slice(low, high - low)
+            first = int(firsts[number]) + low
             if "dense" in shard.column_names:
-                best = _dense(queries, unpack(shard), int(firsts[number]), best)
+                best = _dense(queries, unpack(shard), first, best)
             else:
-                _sparse(queries, shard, int(firsts[number]), best)
+                _sparse(queries, shard, first, best)
             with lock:
-                searched += sizes[number]
+                searched += high - low
                 advance(searched / firsts[-1])
 
-    # A dense product uses all cores by itself.
-    threads = min(threads or cores(), len(shards)) if sp.issparse(queries) else 1
     with ThreadPoolExecutor(threads) as executor:
         try:
             found = list(executor.map(work, range(threads)))

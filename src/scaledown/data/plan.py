@@ -3,48 +3,33 @@
 A plan is of a whole run: what an earlier one left in the run directory or the index is not looked at.
 """
 
-import contextlib
 import itertools
 import math
-import platform
-import random
-import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple
 
-import numpy as np
-import orjson
 import pyarrow as pa
-import scipy.sparse as sp
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from scaledown.config import PrepareConfig
 from scaledown.data import files
 from scaledown.data.corpus import ROWS_AT_ONCE, cutting_processes, load_tokenizer
-from scaledown.data.encoders import Encoder, load_encoder
-from scaledown.data.index import Ranking, Vectors, pack, search
-from scaledown.data.prompts import answer_prompt
-from scaledown.data.queries import MS_MARCO_QUERIES, SCHEMA, ask, dataset_size, from_dataset, from_files
-from scaledown.data.reranker import Pair, Reranker, load_reranker, resolve_reranker
-from scaledown.data.retrieval import TokenLists, candidates_table
+from scaledown.data.queries import MS_MARCO_QUERIES, dataset_size, from_dataset, from_files
+from scaledown.data.retrieval import TokenLists
 from scaledown.data.sample import Sample, sample_corpus
-from scaledown.data.teacher import load_teacher
-from scaledown.data.teachers import Generation, Rejection, Teacher
-from scaledown.errors import InputError, MissingExtraError, ModelError
+from scaledown.data.trial import Cost, Trials, listed, peak
+from scaledown.errors import InputError
 from scaledown.executor import cores
 from scaledown.models import choose_device, resolve
 from scaledown.progress import duration
-from scaledown.records import Answer, Passage, full_text
+from scaledown.records import Passage
 from scaledown.store import RunDirectory, StageResult, fingerprint, read_json, write_json
 
 _TEXTS: Final = 1000  # queries that are looked at
-_TRIAL_SECONDS: Final = 5.0  # after as many, no further batch
-_QUERIES_SEARCHED: Final = 256
-_PASSAGES_SEARCHED: Final = 20_000
 _BYTES_A_WORKER: Final = 200_000_000  # a process that cuts: libraries and its cache of words
 _COPIES_OF_A_SHARD: Final = 3  # texts or vectors as read, as worked on, as packed
 _LONG_SECONDS: Final = 24 * 3600.0
@@ -55,10 +40,6 @@ _SHOWN_AS: Final = {
     "output": "records",
 }
 _ON_DEVICE: Final = {"synthetic", "vectors", "ranked", "answers"}
-
-Item = TypeVar("Item")
-Made = TypeVar("Made")
-Used = TypeVar("Used")
 
 
 class StagePlan(NamedTuple):
@@ -89,24 +70,13 @@ class Queries(NamedTuple):
     seconds: float | None
 
 
-class _Cost(NamedTuple):
-    """Seconds before the first row and for each, and bytes of memory; infinite seconds are unknown ones."""
-
-    start: float
-    each: float
-    memory: int
-
-
-_UNKNOWN: Final = _Cost(math.inf, math.inf, 0)
-
-
 def make_plan(config: PrepareConfig, corpus: files.Source) -> Plan:
     """Plan a run. Raises `InputError` for inputs that a run would refuse; missing models are listed."""
     missing: list[str] = []
     queries = _count_queries(config, missing)
-    reading = _Cost(math.inf if queries.seconds is None else queries.seconds, 0, _peak("cpu"))
+    reading = Cost(math.inf if queries.seconds is None else queries.seconds, 0, peak("cpu"))
     tokenizer = _words()
-    with _listed(missing):
+    with listed(missing):
         tokenizer = load_tokenizer(resolve(config.retriever_model), config)
     sample = sample_corpus(config, corpus, tokenizer)
     table = sample.cut.passages
@@ -114,9 +84,9 @@ def make_plan(config: PrepareConfig, corpus: files.Source) -> Plan:
     size = sum(map(files.size_of, files.sources(corpus, "--corpus_path")))
     processes = cutting_processes(config, size)
     workers = processes * _BYTES_A_WORKER if processes > 1 else 0
-    cutting = _Cost(0, sample.seconds / table.num_rows / processes, _peak("cpu") + workers)
+    cutting = Cost(0, sample.seconds / table.num_rows / processes, peak("cpu") + workers)
     found = [Passage(**record) for record in table.select(Passage._fields).to_pylist()]
-    trials = _Trials(
+    trials = Trials(
         config=config,
         texts=queries.texts
         or [f"What is {passage.title or passage.text[:40]}?" for passage in found[:_TEXTS]],
@@ -128,10 +98,10 @@ def make_plan(config: PrepareConfig, corpus: files.Source) -> Plan:
         missing=missing,
     )
     device = "cpu"
-    with _listed(missing):
+    with listed(missing):
         device = choose_device(config.device)
 
-    def of_queries(name: str, like: pa.Table, cost: _Cost) -> StagePlan:
+    def of_queries(name: str, like: pa.Table, cost: Cost) -> StagePlan:
         return _stage(name, queries.number, config.queries_per_shard, like, cost)
 
     stages = []
@@ -162,7 +132,7 @@ def make_plan(config: PrepareConfig, corpus: files.Source) -> Plan:
     return Plan(stages, missing, sampled, device)
 
 
-def _stage(name: str, rows: int | None, per_shard: int, like: pa.Table | None, cost: _Cost) -> StagePlan:
+def _stage(name: str, rows: int | None, per_shard: int, like: pa.Table | None, cost: Cost) -> StagePlan:
     """A stage of `rows` rows that resemble those of `like`."""
     if rows is None:
         return StagePlan(name, None, None, None, cost.memory or None, None)
@@ -187,26 +157,6 @@ def _stored(table: pa.Table) -> int:
     return int(sink.size())
 
 
-def _peak(device: str) -> int:
-    """The most memory that was in use so far, in bytes: the GPU's, or this process's."""
-    if device.startswith("cuda"):
-        import torch
-
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-
-
-@contextlib.contextmanager
-def _listed(missing: list[str]) -> Iterator[None]:
-    """Put a model that is missing on the list, once, and go on."""
-    try:
-        yield
-    except (ModelError, MissingExtraError) as error:
-        if str(error) not in missing:
-            missing.append(str(error))
-
-
 # Counting and sampling
 
 
@@ -225,7 +175,7 @@ def _count_queries(config: PrepareConfig, missing: list[str]) -> Queries:
     intake.close()
     if elsewhere:
         size = None
-        with _listed(missing):
+        with listed(missing):
             size = dataset_size(config)
         return Queries(None if size is None else number + size, texts, None)
     if not number:
@@ -244,202 +194,6 @@ def _passages_a_shard(config: PrepareConfig, sample: Sample) -> int:
     """Passages of a shard: a shard is whole batches of rows, and ends with the one that fills it."""
     batch = float(sample.cut.passages.num_rows / sample.cut.rows * ROWS_AT_ONCE)
     return max(1, round(math.ceil(config.passages_per_shard / batch) * batch))
-
-
-# Trying the models
-
-
-class _Trials(NamedTuple):
-    """Short trials of each stage on real texts: tables with rows as the stage will have, and costs."""
-
-    config: PrepareConfig
-    texts: list[str]  # queries
-    passages: list[Passage]
-    tokens: TokenLists
-    top_k: int
-    documents_per_query: int
-    most: int  # queries in the run
-    missing: list[str]
-
-    def queries(self) -> pa.Table:
-        """Queries as a shard has them."""
-        return pa.table([[f"q{n}" for n in range(len(self.texts))], self.texts], schema=SCHEMA)
-
-    def candidates(self, top_k: int, *, ranked: bool = False) -> pa.Table:
-        """Candidates as a shard has them."""
-        nothing = np.zeros((len(self.texts), top_k))
-        table = candidates_table(self.queries(), Ranking(nothing, nothing))
-        return table.append_column("reranking_scores", table.column("scores")) if ranked else table
-
-    def questions(self) -> tuple[pa.Table | None, _Cost]:
-        """Let the teacher write questions about sampled passages."""
-        rows = self._by_length()
-
-        def write(teacher: Teacher) -> tuple[float, list[pa.Table]]:
-            size = self.config.teacher_batch_size
-            return _timed(rows, size, lambda batch: ask([(0, row) for row in batch], self.passages, teacher))
-
-        cost, made = self._try(self._load_teacher, write)
-        return pa.concat_tables(made) if made else None, cost
-
-    def vectors(self, shards: int) -> tuple[pa.Table | None, _Cost, _Cost]:
-        """Encode sampled passages, and search them; the second cost is of a query and one passage."""
-        config, rows = self.config, self._by_length()
-
-        def load(device: str) -> Encoder:
-            return load_encoder(resolve(config.retriever_model), device, config.dtype, config.batch_size)
-
-        def encode(encoder: Encoder) -> tuple[float, tuple[Vectors, _Cost]]:
-            def documents(batch: Sequence[int]) -> Vectors:
-                return encoder.documents(
-                    [self._document(row) for row in batch], _ignore, [self.tokens[row] for row in batch]
-                )
-
-            each, parts = _timed(rows, config.batch_size, documents)
-            vectors = _stacked(parts)
-            # What an approximate search will take nobody knows before its index.
-            searching = self._search(encoder, vectors, shards) if config.search == "exact" else _UNKNOWN
-            return each, (vectors, searching)
-
-        cost, made = self._try(load, encode)
-        return (pack(made[0], config.weights), cost, made[1]) if made else (None, cost, _UNKNOWN)
-
-    def _search(self, encoder: Encoder, vectors: Vectors, shards: int) -> _Cost:
-        texts = self.texts[:_QUERIES_SEARCHED]
-        queries, encoding = _clocked(lambda: encoder.queries(texts, _ignore))
-        copies = math.ceil(min(self.config.passages_per_shard, _PASSAGES_SEARCHED) / vectors.shape[0])
-        shard = pack(_stacked([vectors] * copies), self.config.weights)
-        threads = min(cores(), shards)
-        count = threads * math.ceil(_PASSAGES_SEARCHED / shard.num_rows / threads)
-
-        def look(times: int) -> Ranking:
-            sizes = [shard.num_rows] * times
-            return search(queries, [lambda: shard] * times, sizes, self.top_k, threads=threads)
-
-        look(1)  # compiles
-        _, searching = _clocked(lambda: look(count))
-        each = (searching + encoding) / len(texts) / (count * shard.num_rows)
-        return _Cost(0, each, _peak("cpu") + round(self.config.search_memory * 1e9))
-
-    def ranked(self) -> tuple[pa.Table, _Cost]:
-        """Score pairs of queries and sampled passages; the cost is of a query with all of its passages."""
-        config, chance = self.config, random.Random(self.config.seed)  # noqa: S311
-        size = config.reranker_batch_size
-        rows = [chance.randrange(len(self.passages)) for _ in range(min(3 * size, self.most * self.top_k))]
-        pairs = [Pair(chance.choice(self.texts), self._document(row)) for row in rows]
-        pairs.sort(key=lambda pair: len(pair.document + pair.query))
-
-        def load(device: str) -> Reranker:
-            return load_reranker(resolve_reranker(config.reranker_model), device, config.dtype, size)
-
-        def score(reranker: Reranker) -> tuple[float, list[list[float]]]:
-            return _timed(pairs, size, lambda batch: reranker.score(batch, _ignore))
-
-        cost, _ = self._try(load, score)
-        return self.candidates(self.top_k, ranked=True), cost._replace(each=cost.each * self.top_k)
-
-    def answers(self) -> tuple[pa.Table, _Cost]:
-        """Let the teacher answer queries with sampled documents."""
-        config, chance = self.config, random.Random(self.config.seed)  # noqa: S311
-        size = config.teacher_batch_size
-        prompts = []
-        for number in range(min(3 * size, self.most)):
-            rows = chance.sample(range(len(self.passages)), min(self.documents_per_query, len(self.passages)))
-            documents = [self._document(row) for row in rows]
-            query = self.texts[number % len(self.texts)]
-            prompts.append(answer_prompt(str(number), query, documents, config.temperature))
-        prompts.sort(key=lambda prompt: sum(map(len, prompt.documents)))
-
-        def answer(teacher: Teacher) -> tuple[float, list[list[Answer | Rejection]]]:
-            return _timed(prompts, size, lambda batch: teacher.answer(batch, _ignore))
-
-        cost, made = self._try(self._load_teacher, answer)
-        given = [answer for batch in made or () for answer in batch if isinstance(answer, Answer)]
-        given = given or [Answer("x" * 4 * config.max_new_tokens, "length", 0, 0, 0)]  # four letters a token
-        table = self.candidates(self.documents_per_query, ranked=config.reranks)
-        for name in Answer._fields:
-            values = [getattr(given[row % len(given)], name) for row in range(len(table))]
-            table = table.append_column(name, pa.array(values))
-        return table, cost
-
-    def record_bytes(self, answers: pa.Table) -> int:
-        """Bytes of an average training record."""
-
-        def average(texts: Sequence[str]) -> str:
-            return "x" * round(sum(len(text.encode()) for text in texts) / len(texts))
-
-        document = average([self._document(row) for row in range(len(self.passages))])
-        record: dict[str, Any] = {
-            "query": average(self.texts),
-            "documents": [document] * self.documents_per_query,
-            "answer": average(answers.column("text").to_pylist()),
-        }
-        if self.config.enable_reranking:
-            record["reranking_scores"] = [-1.2345678901] * self.documents_per_query
-        return len(orjson.dumps(record, option=orjson.OPT_INDENT_2))
-
-    def _document(self, row: int) -> str:
-        return full_text(self.passages[row].title, self.passages[row].text)
-
-    def _by_length(self) -> list[int]:
-        return sorted(range(len(self.passages)), key=lambda row: len(self.passages[row].text))
-
-    def _load_teacher(self, device: str) -> Teacher:
-        config = self.config
-        return load_teacher(resolve(config.teacher_model), device, config.dtype, Generation.of(config))
-
-    def _try(
-        self, load: Callable[[str], Made], use: Callable[[Made], tuple[float, Used]]
-    ) -> tuple[_Cost, Used | None]:
-        """Load a model and let `use` tell its seconds a row; one that is missing is listed."""
-        cost: _Cost = _UNKNOWN
-        made: Used | None = None
-        with _listed(self.missing):
-            device = choose_device(self.config.device)
-            if device.startswith("cuda"):
-                import torch
-
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            model, start = _clocked(lambda: load(device))
-            each, made = use(model)
-            cost = _Cost(start, each, _peak(device))
-        return cost, made
-
-
-def _timed(
-    items: Sequence[Item], batch_size: int, work: Callable[[Sequence[Item]], Made]
-) -> tuple[float, list[Made]]:
-    """Seconds an item takes, and what was made: batches of middling, short and long ones of sorted `items`.
-
-    One item goes before, untimed: libraries get ready.
-    """
-    work(items[len(items) // 2 :][:1])
-    made: list[Made] = []
-    seconds, done = 0.0, 0
-    for place in (1 / 2, 1 / 6, 5 / 6):
-        first = max(0, min(len(items) - batch_size, round(place * len(items) - batch_size / 2)))
-        batch = items[first : first + batch_size]
-        result, took = _clocked(lambda batch=batch: work(batch))  # type: ignore[misc]
-        made.append(result)
-        seconds += took
-        done += len(batch)
-        if done == len(items) or seconds > _TRIAL_SECONDS:
-            break
-    return seconds / done, made
-
-
-def _clocked(work: Callable[[], Made]) -> tuple[Made, float]:
-    started = time.perf_counter()
-    return work(), time.perf_counter() - started
-
-
-def _stacked(parts: Sequence[Vectors]) -> Vectors:
-    return sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
-
-
-def _ignore(_: int) -> None:
-    pass
 
 
 # What is missing besides models

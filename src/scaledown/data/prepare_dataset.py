@@ -9,7 +9,7 @@ import sys
 from functools import partial
 from importlib import import_module
 
-from scaledown.errors import OutputError, UsageError, one_line, run_command
+from scaledown.errors import OutputError, UsageError, run_command
 
 if __name__ == "__main__":  # before the imports that take long: Ctrl-C is one line during them, too
     start = partial(run_command, debug="--debug" in sys.argv, resumes=True)
@@ -17,46 +17,41 @@ if __name__ == "__main__":  # before the imports that take long: Ctrl-C is one l
 
 import contextlib
 import functools
-import itertools
 import logging
 import os
 import platform
 import shlex
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import scaledown
 from scaledown.config import PrepareConfig, is_url
-from scaledown.data.approximate import seismic
 from scaledown.data.build_index import (
     Index,
     corpus_identity,
     file_identity,
-    find_corpus,
     machine,
     open_index,
-    stage_line,
 )
-from scaledown.data.encoders import is_sparse, load_encoder
+from scaledown.data.encoders import load_encoder
 from scaledown.data.export import examples, write_examples
-from scaledown.data.files import Source
-from scaledown.data.formats import entries, validate
-from scaledown.data.plan import Plan, compared, keep, make_plan, planned_seconds, report
+from scaledown.data.formats import validate
+from scaledown.data.inputs import Sources, find, find_inputs
+from scaledown.data.plan import Plan, keep, make_plan, report
 from scaledown.data.prompts import VERSION as PROMPT_VERSION
-from scaledown.data.queries import collect_queries, query_files, write_questions
+from scaledown.data.queries import collect_queries, write_questions
 from scaledown.data.remote import Remote, redacted
-from scaledown.data.reranker import LIKELIHOOD_PREFIX, load_reranker, rerank, resolve_reranker
+from scaledown.data.reranker import LIKELIHOOD_PREFIX, load_reranker, rerank
 from scaledown.data.retrieval import retrieve
-from scaledown.data.teacher import check_teacher, load_teacher, teach
+from scaledown.data.summary import Result, program_name, summary
+from scaledown.data.teacher import load_teacher, teach
 from scaledown.data.teachers import Generation, Teacher
 from scaledown.flags import build_parser, from_flags, underscored
-from scaledown.models import ModelSource, choose_device, resolve
-from scaledown.progress import duration, start_logging
-from scaledown.records import Example
+from scaledown.models import choose_device
+from scaledown.progress import start_logging
 from scaledown.store import (
     SCHEMA,
     RunDirectory,
@@ -71,30 +66,6 @@ from scaledown.store import (
 log = logging.getLogger("scaledown")
 
 
-class Result(NamedTuple):
-    """A finished run: its output, how many records that has, what each stage counted, what was set aside."""
-
-    output: Path
-    examples: int
-    stages: dict[str, StageResult]
-    quarantined: int
-    already_done: bool
-
-
-class _Sources(NamedTuple):
-    """Everything a run reads, found but not loaded."""
-
-    retriever: ModelSource
-    reranker: ModelSource | None
-    teacher: ModelSource
-    corpus: Source
-    queries: list[Source]
-
-    def models(self) -> dict[str, ModelSource]:
-        found = {"retriever": self.retriever, "teacher": self.teacher}
-        return found | ({"reranker": self.reranker} if self.reranker else {})
-
-
 def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Result:
     """Make training data as `config` says, or continue a run that was interrupted.
 
@@ -103,8 +74,8 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Resul
     `ScaleDownError`, each with a message that says what to do.
     """
     output = Path(config.output_file)
-    check_writable(output.resolve() if output.is_symlink() else output)
-    sources = _find(config, output)
+    check_writable(output)
+    sources = find(config, output)
     run = RunDirectory(config.run_directory)
     home = RunDirectory(Path(config.index_dir)) if config.index_dir else run
     identities = {name: model.identity(run.content_hash) for name, model in sources.models().items()}
@@ -166,7 +137,7 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Resul
     return Result(output, count, results, _quarantined(results), already_done=False)
 
 
-def _repeatable(config: PrepareConfig, sources: _Sources) -> dict[str, Any]:
+def _repeatable(config: PrepareConfig, sources: Sources) -> dict[str, Any]:
     """The settings such that `--config` repeats the run from any folder: full paths, pinned revisions.
 
     A URL loses its secrets: with `--config` it has to be given again.
@@ -204,54 +175,11 @@ def plan_dataset(config: PrepareConfig) -> Plan:
     `prepare_dataset` refuses before its work.
     """
     output = Path(config.output_file)
-    check_writable(output.resolve() if output.is_symlink() else output)
-    corpus, _ = _find_inputs(config, output, fetch=False)
+    check_writable(output)
+    corpus, _ = find_inputs(config, output, fetch=False)
     plan = make_plan(config, corpus)
     keep(plan, config)
     return plan
-
-
-def _find(config: PrepareConfig, output: Path) -> _Sources:
-    """Find inputs and models; whatever is missing fails here, before any work."""
-    corpus, queries = _find_inputs(config, output)
-    if not config.reranks and config.reranker_model != PrepareConfig.reranker_model:
-        log.warning("--reranker_model is not used: add --enable_reranking or --top_k_reranking")
-    retriever, teacher = resolve(config.retriever_model), resolve(config.teacher_model)
-    if config.search == "approximate":
-        seismic()
-        if not is_sparse(retriever):
-            raise UsageError("--search approximate is for sparse vectors: use --search exact")
-    check_teacher(teacher, load_in_8bit=config.teacher_8bit, load_in_4bit=config.teacher_4bit)
-    return _Sources(
-        retriever=retriever,
-        reranker=resolve_reranker(config.reranker_model) if config.reranks else None,
-        teacher=teacher,
-        corpus=corpus,
-        queries=queries,
-    )
-
-
-def _find_inputs(config: PrepareConfig, output: Path, *, fetch: bool = True) -> tuple[Source, list[Source]]:
-    """The corpus, and what queries are read from; MS MARCO's only with `fetch`."""
-    corpus = find_corpus(config)
-    written = {"--output_file": output, "the run directory": config.run_directory}
-    if config.index_dir:
-        written["--index_dir"] = Path(config.index_dir)
-    for folder in (corpus, *map(Path, filter(None, (*config.queries_file, config.query_dataset)))):
-        if not isinstance(folder, Path) or not folder.is_dir():
-            continue
-        for what, path in written.items():
-            if path.resolve().is_relative_to(folder.resolve()):
-                raise UsageError(f"{what} {path} lies in {folder}, which is read: put it elsewhere")
-    queries = query_files(config, fetch=fetch)
-    local = [path for path in (corpus, *queries) if isinstance(path, Path)]
-    if any(output.resolve() == path.resolve() for path in local):
-        raise UsageError(f"--output_file {output} is also read: name another, it would be overwritten")
-    if output.resolve().is_relative_to(config.run_directory.resolve()):
-        raise UsageError(f"--output_file {output} lies in the run directory: put it elsewhere")
-    if (folder := Path(config.query_dataset)).is_dir() and config.query_dataset:
-        queries.append(folder)
-    return corpus, queries
 
 
 def _compared(config: PrepareConfig) -> dict[str, Any]:
@@ -273,7 +201,7 @@ def _run_stages(
     config: PrepareConfig,
     *,
     index: Index,
-    sources: _Sources,
+    sources: Sources,
     identities: Mapping[str, str],
     inputs: Mapping[str, Any],
 ) -> dict[str, Stage]:
@@ -368,7 +296,7 @@ def _run_stages(
     return stages | {"answers": answers}
 
 
-def _teacher(config: PrepareConfig, sources: _Sources, device: str) -> Teacher:
+def _teacher(config: PrepareConfig, sources: Sources, device: str) -> Teacher:
     return load_teacher(sources.teacher, device, config.dtype, Generation.of(config))
 
 
@@ -427,52 +355,6 @@ def _environment() -> dict[str, str | int | None]:
     }
 
 
-def summary(result: Result, config: PrepareConfig) -> str:
-    """What a finished command prints: counts and seconds of each stage, three examples, the next command."""
-    lines = []
-    if result.already_done:
-        lines.append("nothing to do: this run is finished")
-    lines.append(
-        f"{result.output}: {result.examples:,} examples, {config.documents_per_query} documents each"
-    )
-    lines.append("")
-    planned = planned_seconds(config)
-    for name, stage in result.stages.items():
-        said = duration(planned[name]) if name in planned else "unknown"
-        lines.append(stage_line(name, stage, f"   planned {said:>10}" if planned else ""))
-    if planned:
-        lines += ["", compared(planned, result.stages)]
-    if result.quarantined:
-        where = config.run_directory / "quarantine"
-        lines += ["", f"set aside: {result.quarantined:,} lines or queries, each with its reason, in {where}"]
-    if config.top_k_reranking and not config.enable_reranking:
-        lines += ["", "the reranker's scores are kept: --enable_reranking adds them without scoring again"]
-    lines.append("")
-    records = (entry.record for entry in itertools.islice(entries(result.output), 3))
-    for number, record in enumerate(records, 1):
-        lines += _shown(number, record)
-    lines += [f"next: {_program()} validate {shlex.quote(str(result.output))}"]
-    return "\n".join(lines)
-
-
-def _shown(number: int, example: Example) -> list[str]:
-    width = min(shutil.get_terminal_size((100, 24)).columns, 120) - 15
-    rows = [(f"{number}. query", example["query"]), ("   answer", example["answer"])]
-    scores = example.get("reranking_scores")
-    for place, document in enumerate(example["documents"][:3]):
-        score = f"[{scores[place]:.2f}] " if scores else ""
-        rows.append((f"   document {place + 1}", score + document))
-    return [f"{label:<14} {one_line(text, width)}" for label, text in rows] + [""]
-
-
-def _program() -> str:
-    if shutil.which("scaledown"):
-        return "scaledown"
-    python = Path(sys.executable)
-    here = Path.cwd()
-    return f"{python.relative_to(here) if python.is_relative_to(here) else python} -m scaledown"
-
-
 def main(argv: Sequence[str] | None = None, program: str = "python -m scaledown.data.prepare_dataset") -> int:
     """The command line; gives the exit status."""
     parser = build_parser(program, PrepareConfig)
@@ -493,7 +375,7 @@ def main(argv: Sequence[str] | None = None, program: str = "python -m scaledown.
         if dry_run:
             plan = plan_dataset(config)
             same = shlex.join(word for word in words if word != "--dry_run")
-            print(f"{report(plan)}\n\nnext: {_program()} prepare {same}")
+            print(f"{report(plan)}\n\nnext: {program_name()} prepare {same}")
             return 1 if plan.missing else 0
         result = prepare_dataset(config, repeats)
         print(summary(result, config))

@@ -320,10 +320,13 @@ def write_questions(
                 turn = [(number // len(sample), sample[number % len(sample)]) for number in turns]
                 if not stage.has(len(rows)):
                     started = time.perf_counter()
-                    stage.write(len(rows), ask(turn, table, load()), time.perf_counter() - started)
-                questions = stage.table(len(rows)).column("question").to_pylist()
+                    teacher = load()
+                    with stage.noting(len(rows), lambda: teacher.halving.count):  # noqa: B023
+                        questions = ask(turn, table, teacher)
+                    stage.write(len(rows), questions, time.perf_counter() - started)
                 before = len(seen)
-                seen.update(normalized(question) for question in questions if question)
+                written = stage.table(len(rows)).column("question").to_pylist()
+                seen.update(normalized(question) for question in written if question)
                 tracker.advance(min(len(seen), wanted) - min(before, wanted))
                 rows.append(len(turn))
                 asked += len(turn)

@@ -323,12 +323,12 @@ class SearchPlan(NamedTuple):
 
     @classmethod
     def of(cls, vectors: Stage, config: PrepareConfig) -> "SearchPlan":
-        """Half of the memory for the vectors of one shard per thread, half for queries and their top k."""
+        """Half of the memory for the vectors (a shard per thread, or Seismic's), half for queries, top k."""
         half = config.search_memory * 1e9 / 2
         rows = vectors.finished().rows
         shard = max(vectors.path(number).stat().st_size for number in range(len(rows)))
         dense = "dense" in vectors.table(0).column_names  # whose products use all cores by themselves
-        threads = 1 if dense else int(max(1, min(cores(), len(rows), half // (_UNPACKED * shard))))
+        threads = 1 if dense else int(max(1, min(cores(), half // (_UNPACKED * shard))))
         per_query = config.top_k_retrieval * _BYTES_A_RESULT * (threads + 2) + _BYTES_A_QUERY
         per_query += max(rows) * 4 if dense else 0
         most = _QUERIES_AT_ONCE * (16 if config.search == "approximate" else 1)  # loading costs more

@@ -1,0 +1,78 @@
+"""What a run reads, found before any work: corpus, queries and models; none is loaded."""
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+from scaledown.config import PrepareConfig
+from scaledown.data.approximate import seismic
+from scaledown.data.build_index import find_corpus
+from scaledown.data.encoders import is_sparse
+from scaledown.data.files import Source
+from scaledown.data.queries import query_files
+from scaledown.data.reranker import resolve_reranker
+from scaledown.data.teacher import check_teacher
+from scaledown.errors import UsageError
+from scaledown.models import ModelSource, resolve
+
+log = logging.getLogger("scaledown")
+
+
+class Sources(NamedTuple):
+    """Everything a run reads, found but not loaded."""
+
+    retriever: ModelSource
+    reranker: ModelSource | None
+    teacher: ModelSource
+    corpus: Source
+    queries: list[Source]
+
+    def models(self) -> dict[str, ModelSource]:
+        """The models by their part in the run."""
+        found = {"retriever": self.retriever, "teacher": self.teacher}
+        return found | ({"reranker": self.reranker} if self.reranker else {})
+
+
+def find(config: PrepareConfig, output: Path) -> Sources:
+    """Find inputs and models; whatever is missing fails here, before any work."""
+    corpus, queries = find_inputs(config, output)
+    if not config.reranks and config.reranker_model != PrepareConfig.reranker_model:
+        log.warning("--reranker_model is not used: add --enable_reranking or --top_k_reranking")
+    retriever, teacher = resolve(config.retriever_model), resolve(config.teacher_model)
+    if config.search == "approximate":
+        seismic()
+        if not is_sparse(retriever):
+            raise UsageError("--search approximate is for sparse vectors: use --search exact")
+    check_teacher(teacher, load_in_8bit=config.teacher_8bit, load_in_4bit=config.teacher_4bit)
+    return Sources(
+        retriever=retriever,
+        reranker=resolve_reranker(config.reranker_model) if config.reranks else None,
+        teacher=teacher,
+        corpus=corpus,
+        queries=queries,
+    )
+
+
+def find_inputs(config: PrepareConfig, output: Path, *, fetch: bool = True) -> tuple[Source, list[Source]]:
+    """The corpus, and what queries are read from; MS MARCO's only with `fetch`."""
+    corpus = find_corpus(config)
+    written = {"--output_file": output, "the run directory": config.run_directory}
+    if config.index_dir:
+        written["--index_dir"] = Path(config.index_dir)
+        if Path(config.index_dir).resolve() == config.run_directory.resolve():
+            raise UsageError(f"--index_dir {config.index_dir} is the run directory: name another folder")
+    for folder in (corpus, *map(Path, filter(None, (*config.queries_file, config.query_dataset)))):
+        if not isinstance(folder, Path) or not folder.is_dir():
+            continue
+        for what, path in written.items():
+            if path.resolve().is_relative_to(folder.resolve()):
+                raise UsageError(f"{what} {path} lies in {folder}, which is read: put it elsewhere")
+    queries = query_files(config, fetch=fetch)
+    local = [path for path in (corpus, *queries) if isinstance(path, Path)]
+    if any(output.resolve() == path.resolve() for path in local):
+        raise UsageError(f"--output_file {output} is also read: name another, it would be overwritten")
+    if output.resolve().is_relative_to(config.run_directory.resolve()):
+        raise UsageError(f"--output_file {output} lies in the run directory: put it elsewhere")
+    if (folder := Path(config.query_dataset)).is_dir() and config.query_dataset:
+        queries.append(folder)
+    return corpus, queries

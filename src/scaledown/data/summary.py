@@ -1,0 +1,74 @@
+"""What a finished run tells: counts and seconds of each stage, three examples, the next command."""
+
+import itertools
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from scaledown.config import PrepareConfig
+from scaledown.data.build_index import stage_line
+from scaledown.data.formats import entries
+from scaledown.data.plan import compared, planned_seconds
+from scaledown.errors import one_line
+from scaledown.progress import duration
+from scaledown.records import Example
+from scaledown.store import StageResult
+
+
+class Result(NamedTuple):
+    """A finished run: its output, how many records that has, what each stage counted, what was set aside."""
+
+    output: Path
+    examples: int
+    stages: dict[str, StageResult]
+    quarantined: int
+    already_done: bool
+
+
+def summary(result: Result, config: PrepareConfig) -> str:
+    """What a finished command prints: counts and seconds of each stage, three examples, the next command."""
+    lines = []
+    if result.already_done:
+        lines.append("nothing to do: this run is finished")
+    lines.append(
+        f"{result.output}: {result.examples:,} examples, {config.documents_per_query} documents each"
+    )
+    lines.append("")
+    planned = planned_seconds(config)
+    for name, stage in result.stages.items():
+        said = duration(planned[name]) if name in planned else "unknown"
+        lines.append(stage_line(name, stage, f"   planned {said:>10}" if planned else ""))
+    if planned:
+        lines += ["", compared(planned, result.stages)]
+    if result.quarantined:
+        where = config.run_directory / "quarantine"
+        lines += ["", f"set aside: {result.quarantined:,} lines or queries, each with its reason, in {where}"]
+    if config.top_k_reranking and not config.enable_reranking:
+        lines += ["", "the reranker's scores are kept: --enable_reranking adds them without scoring again"]
+    lines.append("")
+    records = (entry.record for entry in itertools.islice(entries(result.output), 3))
+    for number, record in enumerate(records, 1):
+        lines += _shown(number, record)
+    lines += [f"next: {program_name()} validate {shlex.quote(str(result.output))}"]
+    return "\n".join(lines)
+
+
+def _shown(number: int, example: Example) -> list[str]:
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120) - 15
+    rows = [(f"{number}. query", example["query"]), ("   answer", example["answer"])]
+    scores = example.get("reranking_scores")
+    for place, document in enumerate(example["documents"][:3]):
+        score = f"[{scores[place]:.2f}] " if scores else ""
+        rows.append((f"   document {place + 1}", score + document))
+    return [f"{label:<14} {one_line(text, width)}" for label, text in rows] + [""]
+
+
+def program_name() -> str:
+    """How to call the program here, for commands that are shown."""
+    if shutil.which("scaledown"):
+        return "scaledown"
+    python = Path(sys.executable)
+    here = Path.cwd()
+    return f"{python.relative_to(here) if python.is_relative_to(here) else python} -m scaledown"
