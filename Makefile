@@ -23,7 +23,7 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-BENCHMARKS := encode encode_bf16 search memory rerank ingest pipeline kill
+BENCHMARKS := encode encode_bf16 search memory rerank ingest pipeline kill teachers endpoint_faults
 
 bench: .venv/ready
 	@failed=; for name in $(BENCHMARKS); do \
@@ -40,7 +40,7 @@ docs: .venv/ready
 	@echo "setting up .venv (a few minutes the first time)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,quantization,approximate]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,quantization,approximate,openvino]'
 	$(BIN)/python -m pip install --quiet --no-deps $(BUNDLED)
 	@touch $@
 

@@ -234,3 +234,17 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_flags_of_the_pages_exist() -> None:
+    """Each `--flag` that README and docs name is one of the commands'."""
+    import re
+    from dataclasses import fields
+
+    from scaledown.config import PrepareConfig
+
+    known = {item.name for item in fields(PrepareConfig)}
+    known |= {"config", "preset", "dry_run", "debug", "help", "log_level", "quick", "train_data"}
+    for page in (ROOT / "README.md", ROOT / "docs" / "teachers.md", ROOT / "docs" / "formats.md"):
+        for flag in re.findall(r"(?<![\w-])--([a-z][a-z0-9_]+)", page.read_text(encoding="utf-8")):
+            assert flag.removeprefix("no_") in known, f"{page.name}: --{flag}"

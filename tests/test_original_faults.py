@@ -81,7 +81,7 @@ def test_a_long_prompt_keeps_its_instruction_and_question(tmp_path) -> None:
         Generation(max_new_tokens=8),
     )
     prompt = answer_prompt("1", "What is the question at the end?", ["word " * 900] * 5, 0.0)
-    ids, dropped = teacher._fit(prompt)  # type: ignore[attr-defined]
+    ids, dropped = teacher._context.fit(prompt)  # type: ignore[attr-defined]
     text = teacher._tokenizer.decode(ids)  # type: ignore[attr-defined]
     assert dropped > 0
     assert len(ids) <= 2040

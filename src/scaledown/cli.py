@@ -1,4 +1,4 @@
-"""`scaledown COMMAND`: prepare, plan, index, validate, merge. Heavy libraries load where they are needed."""
+"""`scaledown COMMAND`: prepare, plan, index, export-openvino, validate, merge. Heavy libraries load late."""
 
 import argparse
 import sys
@@ -36,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from scaledown.data.build_index import main as index
 
             return index(words[1:])
+        if words[:1] in (["export-openvino"], ["export_openvino"]):
+            from scaledown.data.export_openvino import main as export_openvino
+
+            return export_openvino(words[1:], "scaledown export-openvino")
         from scaledown.flags import underscored
 
         return _run(underscored(words))
@@ -60,6 +64,9 @@ def _run(words: list[str]) -> int:
     commands.add_parser("prepare", help="make training data (scaledown prepare --help)", add_help=False)
     commands.add_parser("plan", help="what prepare would take, and what is missing", add_help=False)
     commands.add_parser("index", help="make passages and vectors once, for many runs", add_help=False)
+    commands.add_parser(
+        "export-openvino", help="make a teacher ready for --teacher_backend openvino, once", add_help=False
+    )
 
     validate = commands.add_parser("validate", help="check a training file, line by line")
     validate.add_argument("files", nargs="+", type=_path, metavar="FILE", help=".json, .jsonl or .parquet")

@@ -34,6 +34,20 @@ WEIGHTS: Final = ("float16", "uint8", "float32")
 SEARCHES: Final = ("exact", "approximate")
 PASSAGE_MODES: Final = ("tokens", "paragraph", "article")
 SCORE_SCALES: Final = ("raw", "sigmoid")
+BACKENDS: Final = ("auto", "transformers", "vllm", "endpoint", "openvino")
+TRUNCATED: Final = ("cut", "keep")
+BAD_ANSWERS: Final = ("keep", "drop", "retry")
+COLUMNS: Final = (
+    "query_id",
+    "finish_reason",
+    "problem",
+    "groundedness",
+    "prompt_tokens",
+    "answer_tokens",
+    "prompt_hash",
+    "second_answer",
+    "agreement",
+)
 QA_DATASETS: Final = ("natural_questions", "trivia_qa", "squad", "nq_open", "pisco")
 
 # The paper's models and sizes (arXiv 2504.07109, section 4 and table 7) and the bundled ones.
@@ -72,9 +86,11 @@ CORPUS: Final = "corpus and passages"
 RETRIEVAL: Final = "retrieval"
 RERANKING: Final = "reranking (off unless one of the first two is given)"
 TEACHER: Final = "teacher"
+ENDPOINT: Final = "teacher behind an OpenAI-compatible server"
+ANSWERS: Final = "answers"
 OUTPUT: Final = "output and run"
 MACHINE: Final = "machine"
-GROUPS: Final = (QUERIES, CORPUS, RETRIEVAL, RERANKING, TEACHER, OUTPUT, MACHINE)
+GROUPS: Final = (QUERIES, CORPUS, RETRIEVAL, RERANKING, TEACHER, ENDPOINT, ANSWERS, OUTPUT, MACHINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +252,75 @@ class PrepareConfig(IndexConfig):
         0.0, TEACHER, "0 decodes greedily; above, answers are sampled, seeded per query", metavar="T"
     )
     teacher_batch_size: int = option(8, TEACHER, "prompts answered at once", "prompts", metavar="N")
+    teacher_backend: str = option(
+        "auto",
+        TEACHER,
+        "what runs the teacher; auto: endpoint with --teacher_endpoint, vllm on CUDA and openvino on a CPU "
+        "where they are installed, else transformers",
+        choices=BACKENDS,
+    )
+    prompt: str = option(
+        "paper",
+        TEACHER,
+        "paper (OSCAR, figure 14: brief answers), guide (answers in sentences), or a text file with "
+        "{documents} and {question}",
+        metavar="PROMPT",
+    )
+    teacher_document_tokens: int = option(
+        0, TEACHER, "show the teacher only so much of each document; 0 is all", "tokens", metavar="N"
+    )
+    teacher_lora: str = option("", TEACHER, "LoRA adapter on the teacher, with vllm", metavar="DIR")
+    tensor_parallel: int = option(1, TEACHER, "GPUs that share the teacher, with vllm", "GPUs", metavar="N")
+    flush_seconds: float = option(
+        5.0, TEACHER, "answers are on disk after so long at most", "seconds", metavar="S"
+    )
+    teacher_endpoint: tuple[str, ...] = option(
+        (),
+        ENDPOINT,
+        "base URL (http://localhost:8000/v1); may be given several times, to share the load; a key is read "
+        "from OPENAI_API_KEY",
+        metavar="URL",
+    )
+    max_total_tokens: int = option(
+        0,
+        ENDPOINT,
+        "stop after so many tokens, prompts and answers; the same command with more goes on; 0: no limit",
+        "tokens",
+        metavar="N",
+    )
+    max_requests_per_minute: int = option(0, ENDPOINT, "0: no limit", "requests", metavar="N")
+    request_timeout: float = option(
+        120.0, ENDPOINT, "a request is tried again after so long", "seconds", metavar="S"
+    )
+    input_price: float = option(
+        0.0, ENDPOINT, "of a million prompt tokens: the cost so far is shown", metavar="X"
+    )
+    output_price: float = option(0.0, ENDPOINT, "of a million answer tokens", metavar="X")
+    truncated_answers: str = option(
+        "cut",
+        ANSWERS,
+        "an answer that ran into --max_new_tokens: cut back to its last sentence end, or kept",
+        choices=TRUNCATED,
+    )
+    bad_answers: str = option(
+        "keep",
+        ANSWERS,
+        "refusals and echoes of the prompt: kept, dropped, or asked once more and then dropped",
+        choices=BAD_ANSWERS,
+    )
+    min_groundedness: float = option(
+        0.0,
+        ANSWERS,
+        "drop answers of whose content words a smaller share is in their documents",
+        "0..1",
+        metavar="X",
+    )
+    second_teacher_model: str = option(
+        "", ANSWERS, "a second teacher answers too, and how far both agree is reported", metavar="MODEL"
+    )
+    columns: tuple[str, ...] = option(
+        (), ANSWERS, f"write this too: {', '.join(COLUMNS)}; may be given several times", metavar="NAME"
+    )
     output_file: str = option("", OUTPUT, "training data: .json, .jsonl or .parquet", metavar="FILE")
     work_dir: str = option("", OUTPUT, "run directory; without it, <output_file>.work", metavar="DIR")
     seed: int = option(0, OUTPUT, "seed of every random choice", metavar="N")
@@ -260,6 +345,7 @@ class PrepareConfig(IndexConfig):
                 f"--output_file {self.output_file}: the ending chooses the format; "
                 f"use one of {', '.join(OUTPUT_SUFFIXES)}"
             )
+        self._check_teacher()
         if self.teacher_8bit and self.teacher_4bit:
             raise UsageError("--teacher_8bit and --teacher_4bit exclude each other: give one")
 
@@ -277,6 +363,25 @@ class PrepareConfig(IndexConfig):
         if self.num_synthetic_queries and len(given) > 1:
             raise UsageError(f"{' and '.join(given)} exclude each other: synthetic queries stand alone")
 
+    def _check_teacher(self) -> None:
+        for name in self.columns:
+            if name not in COLUMNS:
+                raise UsageError(f"--columns {name}: use one of {', '.join(COLUMNS)}")
+        if {"second_answer", "agreement"} & set(self.columns) and not self.second_teacher_model:
+            raise UsageError("--columns second_answer and agreement need --second_teacher_model")
+        if (self.teacher_backend == "endpoint") > bool(self.teacher_endpoint):
+            raise UsageError("--teacher_backend endpoint: give --teacher_endpoint URL, too")
+        if self.teacher_endpoint and self.teacher_backend not in {"auto", "endpoint"}:
+            raise UsageError(
+                f"--teacher_endpoint and --teacher_backend {self.teacher_backend} exclude each other"
+            )
+        for url in self.teacher_endpoint:
+            if not re.match(r"https?://[^/@]+(/[^?#]*)?$", url):
+                raise UsageError(
+                    "--teacher_endpoint: expected http(s)://HOST[:PORT]/v1, without a key: it goes into "
+                    "OPENAI_API_KEY"
+                )
+
     def _check_numbers(self) -> None:
         self._check_at_least(
             1,
@@ -285,14 +390,29 @@ class PrepareConfig(IndexConfig):
             "teacher_batch_size",
             "max_new_tokens",
             "queries_per_shard",
+            "tensor_parallel",
         )
-        self._check_at_least(0, "num_synthetic_queries", "top_k_reranking")
+        self._check_at_least(
+            0,
+            "num_synthetic_queries",
+            "top_k_reranking",
+            "teacher_document_tokens",
+            "max_total_tokens",
+            "max_requests_per_minute",
+        )
         if self.top_k_reranking > self.top_k_retrieval:
             raise UsageError(
                 f"--top_k_reranking {self.top_k_reranking} is above --top_k_retrieval "
                 f"{self.top_k_retrieval}: reranking can only keep what was retrieved"
             )
         self._check_share("min_recall")
+        self._check_share("min_groundedness")
+        for name in ("flush_seconds", "request_timeout"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"--{name} {getattr(self, name)}: must be above 0, and finite")
+        for name in ("input_price", "output_price"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"--{name} {getattr(self, name)}: must not be negative, and finite")
         if not 0 < self.search_memory < math.inf:
             raise UsageError(f"--search_memory {self.search_memory}: must be above 0, and finite")
         if not 0 <= self.temperature < math.inf:

@@ -46,7 +46,10 @@ BUNDLES: Final = {
 
 
 class ModelSource(NamedTuple):
-    """Where a model comes from. `revision` is a commit of the hub, None for local files."""
+    """Where a model comes from. `revision` is a commit of the hub, None for local files.
+
+    A model without a location is behind a server, which alone knows its weights.
+    """
 
     name: str
     location: str
@@ -55,6 +58,8 @@ class ModelSource(NamedTuple):
 
     def identity(self, content_hash: Callable[[Path], str]) -> str:
         """What names the exact weights: a commit, or a hash over the local files."""
+        if not self.location:
+            return f"served:{self.name}"
         if self.revision:
             return f"commit:{self.revision}"
         path = Path(self.location)

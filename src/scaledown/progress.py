@@ -37,6 +37,8 @@ class Tracker:
     def __init__(self, name: str, unit: str, total: int | None, done: int) -> None:
         self.name, self.unit, self.total = name, unit, total
         self.done = done
+        self.note = ""
+        """What else is worth a look while it runs: tokens a second, cost."""
         self._first = done
         self._guess = 0
         self._started = self._spoke = time.monotonic()
@@ -68,7 +70,7 @@ class Tracker:
         left = (self.total or self._guess) - self.done
         if left > 0 and self.rate() > 0:
             text += f", {duration(left / self.rate())} left"
-        return text
+        return text + (f", {self.note}" if self.note else "")
 
 
 class _Bar(Tracker):
@@ -85,7 +87,7 @@ class _Bar(Tracker):
             self._task,
             completed=self.done,
             total=self.total or self._guess or None,
-            rate=f"{self.counts()}  {self.rate():,.1f}/s",
+            rate="  ".join(filter(None, (self.counts(), f"{self.rate():,.1f}/s", self.note))),
         )
 
 

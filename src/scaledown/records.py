@@ -38,7 +38,7 @@ class Passage(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What the teacher wrote; `finish_reason` is `stop` or `length`."""
+    """What the teacher wrote; `finish_reason` is `stop`, or `length` where it ran into its limit."""
 
     text: str
     finish_reason: str

@@ -36,6 +36,8 @@ STAGES: Final = (
     "candidates",
     "ranked",
     "answers",
+    "second",
+    "reviewed",
 )
 _OWN_NAMES: Final = {*STAGES, "quarantine", "live", "locks", "manifest.json", "inputs.json", "plan.json"}
 
@@ -199,7 +201,9 @@ class Stage:
         for shard in range(len(self.finished().rows)):
             yield self.table(shard)
 
-    def finish(self, rows: list[int], counts: Mapping[str, int]) -> StageResult:
+    def finish(
+        self, rows: list[int], counts: Mapping[str, int], measured: Mapping[str, float] | None = None
+    ) -> StageResult:
         """Mark the stage as complete."""
         journal = self.journal()
         halved = sum(int(event.get("halved", 0)) for event in journal)
@@ -209,7 +213,7 @@ class Stage:
             rows,
             {**counts, **({"halved_batches": halved} if halved else {})},
             round(seconds, 2),
-            {"recall": recall[-1]} if recall else {},
+            {**(measured or {}), **({"recall": recall[-1]} if recall else {})},
         )
         write_json(self.folder / "done.json", result._asdict())
         return result

@@ -58,7 +58,16 @@ def test_the_plan_of_a_small_run_says_what_the_run_does(flags, work, capsys) -> 
     assert cli.main(["plan", *flags]) == 0
     shown = capsys.readouterr().out
     said = planned(work)
-    assert list(said) == ["queries", "passages", "vectors", "candidates", "ranked", "answers", "output"]
+    assert list(said) == [
+        "queries",
+        "passages",
+        "vectors",
+        "candidates",
+        "ranked",
+        "answers",
+        "reviewed",
+        "output",
+    ]
     assert [path.name for path in work.iterdir()] == ["plan.json"]
     assert not work.with_suffix("").exists(), "a plan writes no output"
     assert cli.main(["prepare", *flags]) == 0
@@ -87,7 +96,7 @@ def test_a_finished_run_says_how_far_the_plan_was_off(flags, work, capsys) -> No
     out = capsys.readouterr().out
     assert "the plan said " in out
     assert ", it took " in out
-    assert out.count("   planned ") == 6
+    assert out.count("   planned ") == 7
     other = [*flags, "--seed", "1"]
     assert cli.main(["prepare", *other]) == 0
     assert "plan" not in capsys.readouterr().out, "that plan was of another command"

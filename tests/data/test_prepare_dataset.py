@@ -17,6 +17,7 @@ from scaledown.config import PrepareConfig
 from scaledown.data import build_index, reranker
 from scaledown.data import prepare_dataset as command
 from scaledown.data.formats import validate
+from scaledown.data.manifest import compared_settings
 from scaledown.models import Halving
 
 RERANK = ("--enable_reranking", "--top_k_retrieval", "6", "--top_k_reranking", "3")
@@ -57,7 +58,15 @@ def test_reranked_run_and_its_manifest(prepare, tmp_path) -> None:
     assert manifest["parameters"]["top_k_reranking"] == 3
     assert set(manifest["models"]) == {"retriever", "reranker", "teacher"}
     assert all(identity.startswith("sha256:") for identity in manifest["models"].values())
-    assert set(manifest["stages"]) == {"queries", "passages", "vectors", "candidates", "ranked", "answers"}
+    assert set(manifest["stages"]) == {
+        "queries",
+        "passages",
+        "vectors",
+        "candidates",
+        "ranked",
+        "answers",
+        "reviewed",
+    }
     assert manifest["stages"]["ranked"]["counts"] == {"queries": 4, "pairs": 24}
     assert manifest["output"]["examples"] == 4
     assert manifest["version"]
@@ -258,14 +267,14 @@ def shards(work: Path) -> list[Path]:
     return [path for path in work.rglob("*") if path.suffix in {".arrow", ".npz"}]
 
 
-@pytest.mark.parametrize("crash_at", range(11))
+@pytest.mark.parametrize("crash_at", range(13))
 def test_a_crash_anywhere_changes_nothing(crash_at: int, prepare, monkeypatch, tmp_path) -> None:
     """The process dies after its n-th shard; the same command then gives the bytes of an undisturbed run."""
     from scaledown.store import Stage
 
     whole = tmp_path / "whole.json"
     assert prepare(*RERANK, *SHARDS, "--output_file", str(whole)) == 0
-    assert len(shards(tmp_path / "whole.json.work")) == 10
+    assert len(shards(tmp_path / "whole.json.work")) == 12
     write, written = Stage.write, []
 
     def dying(self, *arguments, **keywords):
@@ -276,8 +285,8 @@ def test_a_crash_anywhere_changes_nothing(crash_at: int, prepare, monkeypatch, t
 
     with monkeypatch.context() as patch:
         patch.setattr(Stage, "write", dying)
-        assert prepare(*RERANK, *SHARDS) == (130 if crash_at < 10 else 0)
-    assert prepare.output.exists() == (crash_at == 10)
+        assert prepare(*RERANK, *SHARDS) == (130 if crash_at < 12 else 0)
+    assert prepare.output.exists() == (crash_at == 12)
     kept = list(written)
     assert len(kept) == crash_at
     written.clear()
@@ -291,10 +300,12 @@ def test_a_crash_anywhere_changes_nothing(crash_at: int, prepare, monkeypatch, t
     assert prepare.output.read_bytes() == whole.read_bytes()
     # Queries are read again from the start when their stage is unfinished: they cost nothing.
     again = kept.count("queries") if crash_at < 2 else 0
-    assert len(written) == 10 - crash_at + again
+    assert len(written) == 12 - crash_at + again
 
 
-@pytest.mark.parametrize("stage", ["queries", "passages", "vectors", "candidates", "ranked", "answers"])
+@pytest.mark.parametrize(
+    "stage", ["queries", "passages", "vectors", "candidates", "ranked", "answers", "reviewed"]
+)
 @pytest.mark.parametrize("flags", [(), ("--max_corpus_size", "7")], ids=["all", "limited"])
 def test_a_crash_before_a_stage_is_marked_as_done(stage, flags, prepare, monkeypatch, tmp_path) -> None:
     from scaledown.store import Stage
@@ -426,7 +437,7 @@ def test_another_number_of_documents_needs_no_scoring(prepare, monkeypatch) -> N
 
 def test_one_run_directory_serves_two_gpus() -> None:
     base = {"queries_file": ("q",), "output_file": "o.json"}
-    assert command._compared(PrepareConfig(**base, device="cuda:0")) == command._compared(
+    assert compared_settings(PrepareConfig(**base, device="cuda:0")) == compared_settings(
         PrepareConfig(**base, device="cuda:1")
     )
 
@@ -691,7 +702,7 @@ def test_malformed_lines_are_counted_and_the_run_goes_on(prepare, corpus, capsys
 def test_an_output_that_cannot_be_written_is_noticed_before_any_model(
     place, prepare, tmp_path, capsys, monkeypatch
 ):
-    for name in ("resolve", "load_encoder"):
+    for name in ("find", "load_encoder"):
         monkeypatch.setattr(command, name, lambda *_: pytest.fail("a model was looked for"))
     if place == "folder":
         output = tmp_path / "o.json"
@@ -772,16 +783,15 @@ class Scripted:
 
     halving = Halving("--teacher_batch_size")
 
-    def answer(self, prompts, advance):
+    def answers(self, prompts, have=()):
         from scaledown.records import Answer
 
-        texts = []
-        for prompt in prompts:
+        for place, prompt in enumerate(prompts):
             number = int.from_bytes(prompt.key.encode(), "little") % 97
             good = f"What is {number} of {prompt.documents[0].splitlines()[0]}?"
             asks = prompt.after.startswith("\n\nWrite a question")
-            texts.append(good if asks and number % 3 else "What is example topic 7?")
-        return [Answer(text, "stop", 1, 1, 0) for text in texts]
+            text = good if asks and number % 3 else "What is example topic 7?"
+            yield place, Answer(text, "stop", 1, 1, 0)
 
 
 def test_synthetic_queries_are_checked_and_different(prepare, corpus, monkeypatch) -> None:
@@ -797,9 +807,9 @@ def test_synthetic_queries_are_checked_and_different(prepare, corpus, monkeypatc
 
 def test_halved_batches_of_synthetic_queries_are_recorded(prepare, corpus, monkeypatch) -> None:
     class Halved(Scripted):
-        def answer(self, prompts, advance):
+        def answers(self, prompts, have=()):
             self.halving.count += 1
-            return super().answer(prompts, advance)
+            return super().answers(prompts, have)
 
     monkeypatch.setattr(command, "load_teacher", lambda *_: Halved())
     flags = ("--corpus_path", str(corpus), "--num_synthetic_queries", "9", "--top_k_retrieval", "2")

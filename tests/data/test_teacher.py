@@ -4,9 +4,9 @@ import logging
 
 import pytest
 
-from scaledown.data.prompts import ANSWER_SYSTEM, Prompt, answer_prompt
+from scaledown.data.prompts import PAPER, Prompt, answer_prompt
 from scaledown.data.teacher import check_teacher, generate_teacher_answers, load_teacher
-from scaledown.data.teachers import Generation, Rejection
+from scaledown.data.teachers import Generation, Rejection, answer_all
 from scaledown.data.teachers.transformers import TransformersTeacher
 from scaledown.errors import InputError, MissingExtraError, ModelError
 from scaledown.models import resolve
@@ -28,14 +28,14 @@ def prompt(key: str = "1", query: str = "How tall?", documents=DOCUMENTS, temper
 
 
 def rendered(one: TransformersTeacher, asked: Prompt) -> str:
-    ids, _ = one._fit(asked)
+    ids, _ = one._context.fit(asked)
     return one._tokenizer.decode(ids)
 
 
 def test_chat_template_is_applied_once_with_its_system_turn(models) -> None:
     text = rendered(teacher(models["causal_lm"]), prompt())
     assert text.count("<|im_start|>") == 3
-    assert text.startswith(f"<|im_start|>system\n{ANSWER_SYSTEM}<|im_end|>")
+    assert text.startswith(f"<|im_start|>system\n{PAPER.system}<|im_end|>")
     assert "<s>" not in text
     assert text.index(DOCUMENTS[0]) < text.index(DOCUMENTS[2]) < text.index("Question: How tall?")
 
@@ -43,19 +43,19 @@ def test_chat_template_is_applied_once_with_its_system_turn(models) -> None:
 def test_system_is_folded_into_the_user_turn_where_the_template_refuses_it(models) -> None:
     text = rendered(teacher(models["instruct"]), prompt())
     assert text.count("<s>") == 1, "the template writes BOS, the tokenizer must not add another"
-    assert text.startswith(f"<s>[INST] {ANSWER_SYSTEM}\n\nBackground:")
+    assert text.startswith(f"<s>[INST] {PAPER.system}\n\nBackground:")
 
 
 def test_a_base_model_without_template_gets_plain_text(models) -> None:
     text = rendered(teacher(models["phi"]), prompt())
-    assert text.startswith(f"<s>{ANSWER_SYSTEM}")
+    assert text.startswith(f"<s>{PAPER.system}")
     assert text.endswith("Question: How tall?\nAnswer:")
 
 
 @pytest.mark.parametrize("kind", ["causal_lm", "instruct", "phi"])
 def test_answers_do_not_depend_on_batches(kind, models) -> None:
     prompts = [prompt(str(n), "How tall? " * n, DOCUMENTS[: n % 3 + 1]) for n in range(1, 6)]
-    answers = [teacher(models[kind], batch_size=size).answer(prompts, lambda _: None) for size in (1, 2, 5)]
+    answers = [answer_all(teacher(models[kind], batch_size=size), prompts) for size in (1, 2, 5)]
     assert answers[0] == answers[1] == answers[2]
     assert all(
         isinstance(answer, Answer) and answer.finish_reason in {"stop", "length"} for answer in answers[0]
@@ -64,10 +64,10 @@ def test_answers_do_not_depend_on_batches(kind, models) -> None:
 
 def test_greedy_by_default_and_equal_to_plain_generate(models) -> None:
     one = teacher(models["causal_lm"])
-    (answer,) = one.answer([prompt()], lambda _: None)
+    (answer,) = answer_all(one, [prompt()])
     import torch
 
-    ids = torch.tensor([one._fit(prompt())[0]])
+    ids = torch.tensor([one._context.fit(prompt())[0]])
     plain = one._model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :]
     assert answer.text == one._tokenizer.decode(plain, skip_special_tokens=True).strip()
     assert answer.prompt_tokens == ids.shape[1]
@@ -76,10 +76,10 @@ def test_greedy_by_default_and_equal_to_plain_generate(models) -> None:
 def test_sampling_is_seeded_per_query_whatever_its_batch(models) -> None:
     prompts = [prompt(str(n), f"How tall {n}?", temperature=0.9) for n in range(4)]
     path = models["causal_lm"]
-    alone = teacher(path, seed=5, batch_size=1).answer(prompts, lambda _: None)
-    together = teacher(path, seed=5, batch_size=4).answer(prompts[::-1], lambda _: None)
-    other = teacher(path, seed=6, batch_size=4).answer(prompts, lambda _: None)
-    greedy = teacher(path).answer([p._replace(temperature=0.0) for p in prompts], lambda _: None)
+    alone = answer_all(teacher(path, seed=5, batch_size=1), prompts)
+    together = answer_all(teacher(path, seed=5, batch_size=4), prompts[::-1])
+    other = answer_all(teacher(path, seed=6, batch_size=4), prompts)
+    greedy = answer_all(teacher(path), [p._replace(temperature=0.0) for p in prompts])
     assert [answer.text for answer in alone] == [answer.text for answer in together[::-1]]
     assert alone != other
     assert alone != greedy
@@ -91,7 +91,7 @@ def test_an_overlong_prompt_loses_its_lowest_documents_and_never_its_question(tm
     one = teacher(tiny.causal_lm(tmp_path / "short", positions=300))
     documents = [f"Document {n}. " + f"word{n} " * 60 for n in range(5)]
     asked = prompt(query="What is the name of the tower?", documents=documents)
-    ids, dropped = one._fit(asked)
+    ids, dropped = one._context.fit(asked)
     text = one._tokenizer.decode(ids)
     assert len(ids) <= 300 - 8
     assert len(ids) > 250, "what fits is kept"
@@ -108,9 +108,9 @@ def test_hundreds_of_documents_are_cut_in_a_few_rounds(tmp_path, monkeypatch) ->
     one = teacher(tiny.causal_lm(tmp_path / "short", positions=2000))
     documents = [f"Document {n}. " + f"word{n} " * 12 for n in range(400)]
     rounds = []
-    render = one._ids
-    monkeypatch.setattr(one, "_ids", lambda *given: rounds.append(1) or render(*given))
-    ids, dropped = one._fit(prompt(documents=documents))
+    render = one._context._ids
+    monkeypatch.setattr(one._context, "_ids", lambda *given: rounds.append(1) or render(*given))
+    ids, dropped = one._context.fit(prompt(documents=documents))
     assert 2000 - 8 - 20 < len(ids) <= 2000 - 8, "what fits is kept"
     assert dropped > 10_000
     assert len(rounds) < 8
@@ -138,7 +138,7 @@ def test_one_prompt_that_cannot_be_asked_does_not_end_the_others(tmp_path) -> No
     import tiny
 
     one = teacher(tiny.causal_lm(tmp_path / "short", positions=300))
-    answers = one.answer([prompt("1"), prompt("2", "why " * 500), prompt("3")], lambda _: None)
+    answers = answer_all(one, [prompt("1"), prompt("2", "why " * 500), prompt("3")])
     assert isinstance(answers[0], Answer)
     assert answers[0] == answers[2]
     assert isinstance(answers[1], Rejection)

@@ -1,8 +1,9 @@
 """Training records to a file: the guide's JSON, JSON lines or Parquet; complete or not there at all."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 import orjson
 import pyarrow as pa
@@ -14,12 +15,26 @@ from scaledown.records import Example, full_text
 from scaledown.store import Stage, atomic
 
 _BLOCK = 1000
+_EXTRA: Final = {
+    "query_id": pa.string(),
+    "finish_reason": pa.string(),
+    "problem": pa.string(),
+    "groundedness": pa.float64(),
+    "prompt_tokens": pa.int64(),
+    "answer_tokens": pa.int64(),
+    "prompt_hash": pa.string(),
+    "second_answer": pa.string(),
+    "agreement": pa.float64(),
+}
 
 
-def examples(answers: Stage, passages: Stage, score_scale: str | None) -> Iterator[Example]:
+def examples(
+    answers: Stage, passages: Stage, score_scale: str | None, columns: Sequence[str] = ()
+) -> Iterator[Example]:
     """The training records of a finished run, in the order of the queries.
 
-    `score_scale` is raw or sigmoid, or None for records without `reranking_scores`.
+    `score_scale` is raw or sigmoid, or None for records without `reranking_scores`; `columns` of the answers
+    come behind the others.
     """
     for table in answers.tables():
         texts = PassageTable(passages)
@@ -34,7 +49,8 @@ def examples(answers: Stage, passages: Stage, score_scale: str | None) -> Iterat
                 example["reranking_scores"] = [
                     scaled(score, score_scale) for score in record["reranking_scores"]
                 ]
-            yield example
+            extra = {name: record[name] for name in columns}
+            yield {**example, **extra}  # type: ignore[typeddict-item]
 
 
 def write_examples(path: Path, records: Iterable[Example]) -> int:
@@ -79,6 +95,7 @@ def _write_parquet(path: Path, records: Iterable[Example]) -> int:
     ]
     if any("reranking_scores" in record for record in block):
         fields.append(pa.field("reranking_scores", pa.list_(pa.float64())))
+    fields += [pa.field(name, kind) for name, kind in _EXTRA.items() if any(name in row for row in block)]
     schema = pa.schema(fields)
     count = 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:

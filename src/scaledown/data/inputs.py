@@ -9,9 +9,11 @@ from scaledown.data.approximate import seismic
 from scaledown.data.build_index import find_corpus
 from scaledown.data.encoders import is_sparse
 from scaledown.data.files import Source
+from scaledown.data.prompts import load_template
 from scaledown.data.queries import query_files
 from scaledown.data.reranker import resolve_reranker
-from scaledown.data.teacher import check_teacher
+from scaledown.data.teacher import check_teacher, find_teacher
+from scaledown.data.teachers import Engine
 from scaledown.errors import UsageError
 from scaledown.models import ModelSource, resolve
 
@@ -24,13 +26,15 @@ class Sources(NamedTuple):
     retriever: ModelSource
     reranker: ModelSource | None
     teacher: ModelSource
+    second_teacher: ModelSource | None
     corpus: Source
     queries: list[Source]
 
     def models(self) -> dict[str, ModelSource]:
         """The models by their part in the run."""
         found = {"retriever": self.retriever, "teacher": self.teacher}
-        return found | ({"reranker": self.reranker} if self.reranker else {})
+        optional = {"reranker": self.reranker, "second_teacher": self.second_teacher}
+        return found | {part: model for part, model in optional.items() if model}
 
 
 def find(config: PrepareConfig, output: Path) -> Sources:
@@ -38,16 +42,21 @@ def find(config: PrepareConfig, output: Path) -> Sources:
     corpus, queries = find_inputs(config, output)
     if not config.reranks and config.reranker_model != PrepareConfig.reranker_model:
         log.warning("--reranker_model is not used: add --enable_reranking or --top_k_reranking")
-    retriever, teacher = resolve(config.retriever_model), resolve(config.teacher_model)
+    load_template(config.prompt)
+    engine = Engine.of(config)
+    retriever, teacher = resolve(config.retriever_model), find_teacher(config.teacher_model, engine)
+    second = find_teacher(config.second_teacher_model, engine) if config.second_teacher_model else None
     if config.search == "approximate":
         seismic()
         if not is_sparse(retriever):
             raise UsageError("--search approximate is for sparse vectors: use --search exact")
-    check_teacher(teacher, load_in_8bit=config.teacher_8bit, load_in_4bit=config.teacher_4bit)
+    for model in filter(None, (teacher, second)):
+        check_teacher(model, load_in_8bit=config.teacher_8bit, load_in_4bit=config.teacher_4bit)
     return Sources(
         retriever=retriever,
         reranker=resolve_reranker(config.reranker_model) if config.reranks else None,
         teacher=teacher,
+        second_teacher=second,
         corpus=corpus,
         queries=queries,
     )

@@ -21,7 +21,7 @@ from scaledown.data.corpus import ROWS_AT_ONCE, cutting_processes, load_tokenize
 from scaledown.data.queries import MS_MARCO_QUERIES, dataset_size, from_dataset, from_files
 from scaledown.data.retrieval import TokenLists
 from scaledown.data.sample import Sample, sample_corpus
-from scaledown.data.trial import Cost, Trials, listed, peak
+from scaledown.data.trial import UNKNOWN, Cost, Trials, listed, peak
 from scaledown.errors import InputError
 from scaledown.executor import cores
 from scaledown.models import choose_device, resolve
@@ -121,6 +121,9 @@ def make_plan(config: PrepareConfig, corpus: files.Source) -> Plan:
         stages.append(of_queries("ranked", *trials.ranked()))
     answers, cost = trials.answers()
     stages.append(of_queries("answers", answers, cost))
+    if config.second_teacher_model:
+        stages.append(of_queries("second", answers, UNKNOWN))
+    stages.append(of_queries("reviewed", trials.reviewed(answers), Cost(0, 0, peak("cpu"))))
     output = None if queries.number is None else queries.number * trials.record_bytes(answers)
     stages.append(StagePlan("output", queries.number, 1, output, 0, 0.0))
     missing += _missing_disk(config, stages)

@@ -18,17 +18,12 @@ if __name__ == "__main__":  # before the imports that take long: Ctrl-C is one l
 import contextlib
 import functools
 import logging
-import os
-import platform
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple
 
-import scaledown
-from scaledown.config import PrepareConfig, is_url
+from scaledown.config import PrepareConfig
 from scaledown.data.build_index import (
     Index,
     corpus_identity,
@@ -40,17 +35,21 @@ from scaledown.data.encoders import load_encoder
 from scaledown.data.export import examples, write_examples
 from scaledown.data.formats import validate
 from scaledown.data.inputs import Sources, find, find_inputs
+from scaledown.data.manifest import compared_settings, name_differences, write_manifest
 from scaledown.data.plan import Plan, keep, make_plan, report
 from scaledown.data.prompts import VERSION as PROMPT_VERSION
+from scaledown.data.prompts import Template, load_template
 from scaledown.data.queries import collect_queries, write_questions
-from scaledown.data.remote import Remote, redacted
+from scaledown.data.remote import Remote
 from scaledown.data.reranker import LIKELIHOOD_PREFIX, load_reranker, rerank
 from scaledown.data.retrieval import retrieve
+from scaledown.data.review import review_answers
 from scaledown.data.summary import Result, program_name, summary
-from scaledown.data.teacher import load_teacher, teach
-from scaledown.data.teachers import Generation, Teacher
+from scaledown.data.teacher import choose_backend, load_teacher
+from scaledown.data.teachers import Engine, Generation, Teacher
+from scaledown.data.teaching import Teaching, spent_tokens, teach
 from scaledown.flags import build_parser, from_flags, underscored
-from scaledown.models import choose_device
+from scaledown.models import ModelSource, choose_device
 from scaledown.progress import start_logging
 from scaledown.store import (
     SCHEMA,
@@ -60,10 +59,11 @@ from scaledown.store import (
     check_writable,
     fingerprint,
     read_json,
-    write_json,
 )
 
 log = logging.getLogger("scaledown")
+
+_SHARDS_AT_ONCE: Final = 16  # for engines that schedule by themselves: they never run dry
 
 
 def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Result:
@@ -87,9 +87,9 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Resul
         ],
     }
     if repeats:
-        _name_differences(repeats, identities, inputs)
+        name_differences(repeats, identities, inputs)
     request = fingerprint(
-        {"schema": SCHEMA, "parameters": _compared(config), "models": identities, "inputs": inputs}
+        {"schema": SCHEMA, "parameters": compared_settings(config), "models": identities, "inputs": inputs}
     )
     with run.claim(request), home.claim("index") if config.index_dir else contextlib.nullcontext():
         if finished := _finished(run, request, output):
@@ -105,67 +105,12 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Resul
             for half_written in target.parent.glob(f".{target.name}.*.tmp"):  # by a process that was killed
                 half_written.unlink(missing_ok=True)
             score_scale = config.reranking_score_scale if config.enable_reranking else None
-            count = write_examples(output, examples(stages["answers"], stages["passages"], score_scale))
-            write_json(
-                run.manifest,
-                {
-                    "schema": SCHEMA,
-                    "version": scaledown.__version__,
-                    "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "request": request,
-                    "parameters": _repeatable(config, sources),
-                    "models": identities,
-                    "inputs": inputs,
-                    "stages": {
-                        name: {
-                            "fingerprint": stage.fingerprint,
-                            "settings": stage.settings,
-                            "counts": results[name].counts,
-                            "seconds": results[name].seconds,
-                            "measured": results[name].measured,
-                        }
-                        for name, stage in stages.items()
-                    },
-                    "output": {
-                        "path": str(output.resolve()),
-                        "examples": count,
-                        "sha256": run.content_hash(output),
-                    },
-                    "environment": _environment(),
-                },
-            )
+            records = examples(stages["reviewed"], stages["passages"], score_scale, config.columns)
+            count = write_examples(output, records)
+            told = {name: (stage, results[name]) for name, stage in stages.items()}
+            written = {"path": str(output.resolve()), "examples": count, "sha256": run.content_hash(output)}
+            write_manifest(run, config, sources, request, identities, inputs, told, written)
     return Result(output, count, results, _quarantined(results), already_done=False)
-
-
-def _repeatable(config: PrepareConfig, sources: Sources) -> dict[str, Any]:
-    """The settings such that `--config` repeats the run from any folder: full paths, pinned revisions.
-
-    A URL loses its secrets: with `--config` it has to be given again.
-    """
-    settings = asdict(config)
-    for name in ("corpus_path", "work_dir", "index_dir", "output_file"):
-        settings[name] = _full(settings[name]) if settings[name] else ""
-    settings["queries_file"] = [_full(name) for name in config.queries_file]
-    if Path(config.query_dataset).exists() and config.query_dataset:
-        settings["query_dataset"] = str(Path(config.query_dataset).resolve())
-    for name, model in sources.models().items():
-        if model.revision and "@" not in model.name:
-            settings[f"{name}_model"] = f"{model.name}@{model.revision}"
-    return settings
-
-
-def _full(name: str) -> str:
-    return redacted(name) if is_url(name) else str(Path(name).resolve())
-
-
-def _name_differences(repeats: Path, identities: Mapping[str, str], inputs: Mapping[str, Any]) -> None:
-    manifest = read_json(repeats)
-    before = manifest if isinstance(manifest, dict) else {}
-    then = {**(before.get("models") or {}), **(before.get("inputs") or {})}
-    now = {**identities, **inputs}
-    different = [name for name in sorted(then.keys() & now.keys()) if then[name] != now[name]]
-    if different:
-        log.warning("not a repetition of %s: other %s", repeats, ", ".join(different))
 
 
 def plan_dataset(config: PrepareConfig) -> Plan:
@@ -182,18 +127,37 @@ def plan_dataset(config: PrepareConfig) -> Plan:
     return plan
 
 
-def _compared(config: PrepareConfig) -> dict[str, Any]:
-    """The settings that two runs in one directory must share; where things lie is not among them."""
-    apart = {"output_file", "work_dir", "index_dir", "corpus_path", "queries_file", "strict", "workers"}
-    if config.search == "exact":
-        apart |= {"search_memory", "min_recall"}
-    apart |= {"retriever_model", "reranker_model", "teacher_model"}  # their identities are compared
-    settings = {name: value for name, value in asdict(config).items() if name not in apart}
-    return settings | {
-        "format": Path(config.output_file).suffix,
-        "device": config.device.partition(":")[0],
-        "likelihood": config.reranker_model.startswith(LIKELIHOOD_PREFIX),
-    }
+class _Asking(NamedTuple):
+    """How teachers are loaded and asked: what their answers depend on is in `settings`."""
+
+    engine: Engine
+    generation: Generation
+    template: Template
+    device: str
+    dtype: str
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: PrepareConfig, sources: Sources, device: str) -> "_Asking":
+        """With the engine that is best here, where the settings leave it open."""
+        engine, generation = Engine.of(config), Generation.of(config)
+        engine = engine._replace(backend=choose_backend(engine, sources.teacher, device, generation))
+        template = load_template(config.prompt)
+        settings = {
+            "backend": engine.backend,
+            "bits": 8 if config.teacher_8bit else 4 if config.teacher_4bit else 0,
+            "lora": config.teacher_lora,
+            "prompt": [PROMPT_VERSION, *template],
+            "document_tokens": config.teacher_document_tokens,
+            "max_new_tokens": config.max_new_tokens,
+        }
+        if engine.backend != "endpoint":
+            settings |= {"batch_size": config.teacher_batch_size, **machine(config)}
+        return cls(engine, generation, template, device, config.dtype, settings)
+
+    def load(self, model: ModelSource, spent_tokens: int = 0) -> Teacher:
+        """A teacher."""
+        return load_teacher(model, self.device, self.dtype, self.generation, self.engine, spent_tokens)
 
 
 def _run_stages(
@@ -208,19 +172,12 @@ def _run_stages(
     """The picture at the top, in order. A stage's settings hold all that its shards depend on."""
     device = choose_device(config.device)
     machine_kind = machine(config)
-    teacher = functools.cache(lambda: _teacher(config, sources, device))
+    asking = _Asking.of(config, sources, device)
+    teacher = functools.cache(lambda: asking.load(sources.teacher))
     encoder = functools.cache(
         lambda: load_encoder(sources.retriever, device, config.dtype, config.batch_size)
     )
 
-    teaching = {
-        "teacher": identities["teacher"],
-        "bits": 8 if config.teacher_8bit else 4 if config.teacher_4bit else 0,
-        "prompt": PROMPT_VERSION,
-        "max_new_tokens": config.max_new_tokens,
-        "batch_size": config.teacher_batch_size,
-        **machine_kind,
-    }
     stages: dict[str, Stage] = {}
     questions: dict[str, Any] = {
         "files": inputs["queries"],
@@ -232,11 +189,13 @@ def _run_stages(
     if config.num_synthetic_queries:
         index.cut()
         number = {
+            "passages": index.passages.fingerprint,
+            "teacher": identities["teacher"],
             "number": config.num_synthetic_queries,
             "seed": config.seed,
             "queries_per_shard": config.queries_per_shard,
         }
-        written = Stage(run, "synthetic", {"passages": index.passages.fingerprint, **teaching, **number})
+        written = Stage(run, "synthetic", {**asking.settings, **number})
         write_questions(written, index.passages, teacher, config)
         teacher.cache_clear()  # memory for the retriever and reranker
         stages["synthetic"] = written
@@ -282,22 +241,55 @@ def _run_stages(
         reranker.cache_clear()
         stages["ranked"] = ranked
 
-    sampling = {"temperature": config.temperature, "seed": config.seed} if config.temperature else {}
+    return stages | _run_teachers(run, config, ranked, passages, sources, identities, asking)
+
+
+def _run_teachers(  # noqa: PLR0917
+    run: RunDirectory,
+    config: PrepareConfig,
+    ranked: Stage,
+    passages: Stage,
+    sources: Sources,
+    identities: Mapping[str, str],
+    asking: _Asking,
+) -> dict[str, Stage]:
+    """Ranked passages -> answers of one teacher or two -> those that are kept."""
+    retry = config.bad_answers == "retry"
+    samples = config.temperature or retry
+    sampling = {"temperature": config.temperature, "seed": config.seed, "retry": retry} if samples else {}
     shown = {"ranked": ranked.fingerprint, "documents": config.documents_per_query}
-    answers = Stage(run, "answers", {**shown, **teaching, **sampling})
-    teach(
-        answers,
-        ranked,
-        passages,
-        teacher,
+    teaching = Teaching(
         documents_per_query=config.documents_per_query,
         temperature=config.temperature,
+        template=asking.template,
+        retry=retry,
+        shards_at_once=1 if asking.engine.backend == "transformers" else _SHARDS_AT_ONCE,
+        flush_seconds=config.flush_seconds,
+        prices=(config.input_price, config.output_price),
     )
-    return stages | {"answers": answers}
+    stages: dict[str, Stage] = {}
+    for name, part in (("answers", "teacher"), ("second", "second_teacher")):
+        if (model := sources.models().get(part)) is None:
+            continue
+        settings = {**shown, **asking.settings, **sampling, "teacher": identities[part]}
+        stage = stages[name] = Stage(run, name, settings)
 
+        @functools.cache
+        def load(model: ModelSource = model, stage: Stage = stage) -> Teacher:
+            return asking.load(model, spent_tokens(stage))
 
-def _teacher(config: PrepareConfig, sources: Sources, device: str) -> Teacher:
-    return load_teacher(sources.teacher, device, config.dtype, Generation.of(config))
+        teach(stage, ranked, passages, load, teaching)
+    answers, second = stages["answers"], stages.get("second")
+    limits = {
+        "answers": answers.fingerprint,
+        "second": second.fingerprint if second else None,
+        "truncated": config.truncated_answers,
+        "bad": config.bad_answers,
+        "min_groundedness": config.min_groundedness,
+    }
+    stages["reviewed"] = Stage(run, "reviewed", limits)
+    review_answers(stages["reviewed"], answers, second, passages, config)
+    return stages
 
 
 def _finished(run: RunDirectory, request: str, output: Path) -> Result | None:
@@ -341,18 +333,6 @@ def _check_ours(run: RunDirectory, output: Path) -> None:
 
 def _quarantined(stages: Mapping[str, StageResult]) -> int:
     return sum(result.counts.get("bad", 0) + result.counts.get("rejected", 0) for result in stages.values())
-
-
-def _environment() -> dict[str, str | int | None]:
-    from importlib.metadata import version
-
-    libraries = ("torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
-    return {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "processors": os.cpu_count(),
-        **{name: version(name) for name in libraries},
-    }
 
 
 def main(argv: Sequence[str] | None = None, program: str = "python -m scaledown.data.prepare_dataset") -> int:

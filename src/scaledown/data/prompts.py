@@ -1,7 +1,12 @@
 """Every prompt, with its version and source. A changed text needs a new version: answers depend on it."""
 
+import hashlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, NamedTuple
+
+from scaledown.errors import InputError, UsageError
 
 VERSION: Final = 1
 
@@ -18,18 +23,42 @@ class Prompt(NamedTuple):
     temperature: float = 0.0
     """0 is greedy; above, sampling is seeded by `key`."""
 
+    @property
+    def digest(self) -> str:
+        """16 hex digits over all that the teacher is shown."""
+        return hashlib.sha256(json.dumps(self[1:]).encode()).hexdigest()[:16]
+
     def user(self, documents: Sequence[str]) -> str:
         """The user turn with these documents."""
         return self.before + "\n\n".join(documents) + self.after
 
 
+QUESTION: Final = "{question}"
+DOCUMENTS: Final = "{documents}"
+
+
+class Template(NamedTuple):
+    """How a question about documents is asked: a system turn, and a user turn around the documents."""
+
+    system: str
+    before: str
+    after: str
+
+
 # OSCAR, arXiv 2504.07109, figure 14 (the prompt of BERGEN, arXiv 2407.01102).
-ANSWER_SYSTEM: Final = (
+PAPER: Final = Template(
     "You are a helpful assistant. Your task is to extract relevant information from provided documents and "
-    "to answer to questions as briefly as possible."
+    "to answer to questions as briefly as possible.",
+    "Background:\n",
+    f"\n\nQuestion: {QUESTION}",
 )
-ANSWER_BEFORE: Final = "Background:\n"
-ANSWER_AFTER: Final = "\n\nQuestion: "
+# Written for this project: answers in sentences, as the guide shows them.
+GUIDE: Final = Template(
+    "You are a helpful assistant that answers questions from documents.",
+    "Documents:\n\n",
+    f"\n\nUsing these documents, answer in one or two full sentences: {QUESTION}",
+)
+TEMPLATES: Final = {"paper": PAPER, "guide": GUIDE}
 
 # Written for this project; a longer instruction makes small models write about the instruction.
 QUESTION_SYSTEM: Final = "You write quiz questions."
@@ -40,9 +69,34 @@ LIKELIHOOD_BEFORE: Final = "Passage: "
 LIKELIHOOD_AFTER: Final = "\nPlease write a question based on this passage.\nQuestion:"
 
 
-def answer_prompt(key: str, query: str, documents: Sequence[str], temperature: float) -> Prompt:
+def load_template(name: str) -> Template:
+    """The template behind `--prompt`: a known one, or the user turn in a text file.
+
+    Raises `InputError` for a file that cannot be read, `UsageError` for one without its two places.
+    """
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    try:
+        text = Path(name).expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(
+            f"--prompt {name} cannot be read ({reason}): use {', '.join(TEMPLATES)}, or a text file with "
+            f"{DOCUMENTS} and {QUESTION}"
+        ) from error
+    for place in (DOCUMENTS, QUESTION):
+        if (count := text.count(place)) != 1:
+            raise UsageError(f"--prompt {name} has {place} {count} times: it stands there once")
+    before, _, after = text.partition(DOCUMENTS)
+    return Template("", before, after)
+
+
+def answer_prompt(
+    key: str, query: str, documents: Sequence[str], temperature: float, template: Template = PAPER
+) -> Prompt:
     """What the teacher is asked."""
-    return Prompt(key, ANSWER_SYSTEM, ANSWER_BEFORE, tuple(documents), ANSWER_AFTER + query, temperature)
+    before, after = (part.replace(QUESTION, query) for part in template[1:])
+    return Prompt(key, template.system, before, tuple(documents), after, temperature)
 
 
 def question_prompt(key: str, passage: str, temperature: float) -> Prompt:

@@ -15,7 +15,7 @@ from scaledown.config import PrepareConfig
 from scaledown.data import files
 from scaledown.data.corpus import PassageTable
 from scaledown.data.prompts import question_prompt
-from scaledown.data.teachers import Teacher
+from scaledown.data.teachers import Teacher, answer_all
 from scaledown.errors import InputError
 from scaledown.models import cache_directory, hub_errors, reach_hub
 from scaledown.progress import track
@@ -350,7 +350,7 @@ def ask(
         prompts.append(
             question_prompt(f"{number}:{row}", full_text(passage.title, passage.text), temperature)
         )
-    answers = teacher.answer(prompts, lambda _: None)
+    answers = answer_all(teacher, prompts)
     texts = [answer.text if isinstance(answer, Answer) else "" for answer in answers]
     return pa.table(
         {

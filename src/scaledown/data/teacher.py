@@ -2,25 +2,24 @@
 
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
-import pyarrow as pa
-
 from scaledown.config import PrepareConfig
-from scaledown.data.corpus import PassageTable
-from scaledown.data.prompts import answer_prompt
+from scaledown.data.prompts import answer_prompt, load_template
 from scaledown.data.reranker import check_records
-from scaledown.data.teachers import Generation, Rejection, Teacher
-from scaledown.errors import InputError, MissingExtraError, ModelError, UsageError
+from scaledown.data.teachers import Engine, Generation, Rejection, Teacher, answer_all
+from scaledown.data.teachers.openvino import is_exported, openvino_genai
+from scaledown.data.teachers.vllm import check_vllm
+from scaledown.errors import MissingExtraError, ModelError, UsageError
 from scaledown.models import ModelSource, choose_device, hub_errors, read_config_file, resolve
 from scaledown.progress import track
-from scaledown.records import Answer, Example, QueryWithDocuments, document_text, full_text
-from scaledown.store import Stage
+from scaledown.records import Example, QueryWithDocuments, document_text
 
 log = logging.getLogger("scaledown")
 
-
+_AGAIN_TEMPERATURE: Final = 0.7
+_EXPORT: Final = "scaledown export-openvino"
 _WRITERS: Final = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "ForConditionalGeneration")
 
 
@@ -36,7 +35,7 @@ def check_teacher(source: ModelSource, *, load_in_8bit: bool, load_in_4bit: bool
                 f"{flag} needs bitsandbytes: pip install 'scaledown[quantization]' "
                 "(or pip install bitsandbytes)"
             )
-    if source.gguf_file:
+    if source.gguf_file or not source.location:
         return
     with hub_errors(source.name):
         config = read_config_file(source, "config.json") or {}
@@ -48,13 +47,82 @@ def check_teacher(source: ModelSource, *, load_in_8bit: bool, load_in_4bit: bool
         )
 
 
-def load_teacher(source: ModelSource, device: str, dtype: str, generation: Generation) -> Teacher:
-    """The teacher behind `--teacher_model`."""
-    from scaledown.data.teachers.transformers import TransformersTeacher
+def find_teacher(name: str, engine: Engine) -> ModelSource:
+    """The teacher's weights; behind a server only its name."""
+    return ModelSource(name, "") if engine.endpoints else resolve(name)
 
+
+def choose_backend(engine: Engine, source: ModelSource, device: str, generation: Generation) -> str:
+    """`auto` becomes the fastest engine that is installed for `device` and can load the teacher.
+
+    Raises `MissingExtraError` or `UsageError` for an engine that was named and cannot.
+    """
+    bits = generation.load_in_8bit or generation.load_in_4bit
+    if bits and engine.backend not in {"auto", "transformers"}:
+        raise UsageError(
+            "--teacher_8bit and --teacher_4bit are for transformers: with --teacher_backend "
+            f"{engine.backend} name a quantised checkpoint"
+        )
+    if engine.backend == "vllm":
+        check_vllm()
+    if engine.backend == "openvino":
+        openvino_genai()
+        if not is_exported(source):
+            raise ModelError(f"{source.name} is not exported for OpenVINO: run {_EXPORT} {source.name} once")
+    if engine.backend != "auto":
+        return engine.backend
+    if engine.endpoints:
+        return "endpoint"
+    if device.startswith("cuda") and not bits and importlib.util.find_spec("vllm"):
+        return "vllm"
+    if device == "cpu" and not bits and importlib.util.find_spec("openvino_genai"):
+        if is_exported(source):
+            return "openvino"
+        log.info("OpenVINO would be faster: run %s %s once", _EXPORT, source.name)
+    return "transformers"
+
+
+def load_teacher(  # noqa: PLR0917
+    source: ModelSource,
+    device: str,
+    dtype: str,
+    generation: Generation,
+    engine: Engine = Engine(),  # noqa: B008 (never changed)
+    spent_tokens: int = 0,
+) -> Teacher:
+    """The teacher behind `--teacher_model`, on the engine that `choose_backend` gives.
+
+    `spent_tokens` is what an earlier run of the same settings took from `--max_total_tokens`.
+    """
+    backend = choose_backend(engine, source, device, generation)
+    if backend == "endpoint":
+        from scaledown.data.teachers.endpoint import EndpointTeacher
+
+        log.info("teacher: %s at %s", source.name, ", ".join(engine.endpoints))
+        return EndpointTeacher(
+            source.name,
+            engine.endpoints,
+            generation,
+            max_total_tokens=engine.max_total_tokens,
+            max_requests_per_minute=engine.max_requests_per_minute,
+            request_timeout=engine.request_timeout,
+            spent_tokens=spent_tokens,
+        )
     check_teacher(source, load_in_8bit=generation.load_in_8bit, load_in_4bit=generation.load_in_4bit)
     bits = " in 8 bits" if generation.load_in_8bit else " in 4 bits" if generation.load_in_4bit else ""
-    log.info("teacher: %s%s, transformers on %s", source.name, bits, device)
+    log.info("teacher: %s%s, %s on %s", source.name, bits, backend, device)
+    if backend == "vllm":
+        from scaledown.data.teachers.vllm import VllmTeacher
+
+        return VllmTeacher(
+            source, dtype, generation, lora=engine.lora, tensor_parallel=engine.tensor_parallel
+        )
+    if backend == "openvino":
+        from scaledown.data.teachers.openvino import OpenVINOTeacher
+
+        return OpenVINOTeacher(source, generation)
+    from scaledown.data.teachers.transformers import TransformersTeacher
+
     return TransformersTeacher(source, device, dtype, generation)
 
 
@@ -70,112 +138,41 @@ def generate_teacher_answers(
     load_in_4bit: bool = False,
     device: str = "auto",
     dtype: str = "auto",
+    backend: str = "auto",
+    endpoints: Sequence[str] = (),
+    prompt: str = "paper",
 ) -> list[Example]:
     """Training records for queries whose documents are known; `json.dump` writes them as they are.
 
     Documents are strings or `{"title", "text"}` and come back as strings; `reranking_scores` are kept.
     A record that cannot be asked (its question alone exceeds the teacher's context) or whose answer is
-    empty is left out, and a warning names it.
+    empty is left out, and a warning names it. `backend`, `endpoints` and `prompt` are as the flags
+    `--teacher_backend`, `--teacher_endpoint` and `--prompt`.
     """
     if batch_size < 1 or max_new_tokens < 1:
         raise UsageError("batch_size and max_new_tokens must be at least 1")
     queries_with_docs = list(queries_with_docs)
     check_records(queries_with_docs)
     generation = Generation(max_new_tokens, seed, batch_size, load_in_8bit, load_in_4bit)
-    teacher = load_teacher(resolve(teacher_model), choose_device(device), dtype, generation)
+    engine = Engine(backend, tuple(endpoints))
+    source = find_teacher(teacher_model, engine)
+    teacher = load_teacher(source, choose_device(device), dtype, generation, engine)
+    template = load_template(prompt)
     texts = [[document_text(document) for document in record["documents"]] for record in queries_with_docs]
     prompts = [
-        answer_prompt(str(number), record["query"], documents, temperature)
+        answer_prompt(str(number), record["query"], documents, temperature, template)
         for number, (record, documents) in enumerate(zip(queries_with_docs, texts, strict=True))
     ]
     with track("teach", "answers", len(prompts)) as tracker:
-        answers = [not_empty(answer) for answer in teacher.answer(prompts, tracker.advance)]
+        answers = answer_all(teacher, prompts, tracker.advance)
     examples: list[Example] = []
     for record, documents, answer in zip(queries_with_docs, texts, answers, strict=True):
-        if isinstance(answer, Rejection):
-            log.warning("left out %r: %s", record["query"][:80], answer.reason)
+        if isinstance(answer, Rejection) or not answer.text:
+            reason = answer.reason if isinstance(answer, Rejection) else "the teacher's answer is empty"
+            log.warning("left out %r: %s", record["query"][:80], reason)
             continue
         example: Example = {"query": record["query"], "documents": documents, "answer": answer.text}
         if "reranking_scores" in record:
             example["reranking_scores"] = record["reranking_scores"]
         examples.append(example)
     return examples
-
-
-def teach(
-    stage: Stage,
-    ranked: Stage,
-    passages: Stage,
-    load: Callable[[], Teacher],
-    *,
-    documents_per_query: int,
-    temperature: float,
-) -> None:
-    """Let the teacher answer each shard of queries with the first `documents_per_query` documents.
-
-    Adds the columns of `Answer`. Queries that could not be asked, or whose answer is empty, go to the
-    quarantine. Raises `InputError` when no query at all was answered.
-    """
-    if stage.done():
-        return
-    rows = ranked.finished().rows
-    done = sum(count for shard, count in enumerate(rows) if stage.has(shard))
-    with track("teach", "answers", sum(rows), done) as tracker:
-
-        def work(shard: int) -> pa.Table:
-            texts = PassageTable(passages)
-            table = _first_documents(ranked.table(shard), documents_per_query)
-            prompts = []
-            for record in table.to_pylist():
-                found = [texts[row] for row in record["rows"]]
-                documents = [full_text(passage.title, passage.text) for passage in found]
-                prompts.append(answer_prompt(record["query_id"], record["query"], documents, temperature))
-            teacher = load()
-            with stage.noting(shard, lambda: teacher.halving.count):
-                answers = [not_empty(answer) for answer in teacher.answer(prompts, tracker.advance)]
-            stage.quarantine(
-                f"{shard:06d}",
-                [
-                    {"query_id": prompt.key, "reason": answer.reason}
-                    for prompt, answer in zip(prompts, answers, strict=True)
-                    if isinstance(answer, Rejection)
-                ],
-            )
-            kept = [i for i, answer in enumerate(answers) if isinstance(answer, Answer)]
-            table = table.take(pa.array(kept, pa.int64()))
-            given = [answer for answer in answers if isinstance(answer, Answer)]
-            for name in Answer._fields:
-                kind = pa.large_string() if name in {"text", "finish_reason"} else pa.int64()
-                table = table.append_column(name, pa.array([getattr(a, name) for a in given], kind))
-            return table
-
-        stage.complete(len(rows), work)
-    counts = dict.fromkeys(("answers", "rejected", "truncated", "shortened"), 0)
-    answered = []
-    for shard, asked in enumerate(rows):
-        table = stage.table(shard)
-        answered.append(table.num_rows)
-        counts["answers"] += table.num_rows
-        counts["rejected"] += asked - table.num_rows
-        counts["truncated"] += table.column("finish_reason").to_pylist().count("length")
-        counts["shortened"] += sum(map(bool, table.column("dropped_tokens").to_pylist()))
-    if not counts["answers"]:
-        raise InputError("no query was answered: quarantine/ in the run directory says why, one by one")
-    stage.finish(answered, counts)
-
-
-def not_empty(answer: Answer | Rejection) -> Answer | Rejection:
-    """An answer, or the rejection of an empty one: nothing can be learnt from it."""
-    if isinstance(answer, Answer) and not answer.text:
-        return Rejection("the teacher's answer is empty")
-    return answer
-
-
-def _first_documents(table: pa.Table, count: int) -> pa.Table:
-    """The table with its lists cut to their first `count` entries."""
-    for name in ("rows", "scores", "reranking_scores"):
-        if name in table.column_names:
-            lists = [entries[:count] for entries in table.column(name).to_pylist()]
-            place = table.column_names.index(name)
-            table = table.set_column(place, name, pa.array(lists, table.schema.field(name).type))
-    return table

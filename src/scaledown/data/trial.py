@@ -17,12 +17,12 @@ import scipy.sparse as sp
 from scaledown.config import PrepareConfig
 from scaledown.data.encoders import Encoder, load_encoder
 from scaledown.data.index import Ranking, Vectors, pack, search
-from scaledown.data.prompts import answer_prompt
+from scaledown.data.prompts import answer_prompt, load_template
 from scaledown.data.queries import SCHEMA, ask
 from scaledown.data.reranker import Pair, Reranker, load_reranker, resolve_reranker
 from scaledown.data.retrieval import TokenLists, candidates_table
-from scaledown.data.teacher import load_teacher
-from scaledown.data.teachers import Generation, Rejection, Teacher
+from scaledown.data.teacher import find_teacher, load_teacher
+from scaledown.data.teachers import Engine, Generation, Rejection, Teacher, answer_all
 from scaledown.errors import MissingExtraError, ModelError
 from scaledown.executor import cores
 from scaledown.models import choose_device, resolve
@@ -78,7 +78,7 @@ class Trials(NamedTuple):
             size = self.config.teacher_batch_size
             return _timed(rows, size, lambda batch: ask([(0, row) for row in batch], self.passages, teacher))
 
-        cost, made = self._try(self._load_teacher, write)
+        cost, made = self._try_teacher(write)
         return pa.concat_tables(made) if made else None, cost
 
     def vectors(self, shards: int) -> tuple[pa.Table | None, Cost, Cost]:
@@ -141,25 +141,32 @@ class Trials(NamedTuple):
         """Let the teacher answer queries with sampled documents."""
         config, chance = self.config, random.Random(self.config.seed)  # noqa: S311
         size = config.teacher_batch_size
+        template = load_template(config.prompt)
         prompts = []
         for number in range(min(3 * size, self.most)):
             rows = chance.sample(range(len(self.passages)), min(self.documents_per_query, len(self.passages)))
             documents = [self._document(row) for row in rows]
             query = self.texts[number % len(self.texts)]
-            prompts.append(answer_prompt(str(number), query, documents, config.temperature))
+            prompts.append(answer_prompt(str(number), query, documents, config.temperature, template))
         prompts.sort(key=lambda prompt: sum(map(len, prompt.documents)))
 
         def answer(teacher: Teacher) -> tuple[float, list[list[Answer | Rejection]]]:
-            return _timed(prompts, size, lambda batch: teacher.answer(batch, _ignore))
+            return _timed(prompts, size, lambda batch: answer_all(teacher, batch))
 
-        cost, made = self._try(self._load_teacher, answer)
+        cost, made = self._try_teacher(answer)
         given = [answer for batch in made or () for answer in batch if isinstance(answer, Answer)]
         given = given or [Answer("x" * 4 * config.max_new_tokens, "length", 0, 0, 0)]  # four letters a token
         table = self.candidates(self.documents_per_query, ranked=config.reranks)
         for name in Answer._fields:
             values = [getattr(given[row % len(given)], name) for row in range(len(table))]
             table = table.append_column(name, pa.array(values))
-        return table, cost
+        hashes = pa.array([prompts[row % len(prompts)].digest for row in range(len(table))])
+        return table.append_column("prompt_hash", hashes), cost
+
+    def reviewed(self, answers: pa.Table) -> pa.Table:
+        """Answers as the last stage has them."""
+        table = answers.append_column("problem", pa.array([""] * len(answers)))
+        return table.append_column("groundedness", pa.array([1.0] * len(answers)))
 
     def record_bytes(self, answers: pa.Table) -> int:
         """Bytes of an average training record."""
@@ -183,9 +190,16 @@ class Trials(NamedTuple):
     def _by_length(self) -> list[int]:
         return sorted(range(len(self.passages)), key=lambda row: len(self.passages[row].text))
 
+    def _try_teacher(self, use: Callable[[Teacher], tuple[float, Used]]) -> tuple[Cost, Used | None]:
+        if self.config.teacher_endpoint:  # whose answers cost money
+            return UNKNOWN, None
+        return self._try(self._load_teacher, use)
+
     def _load_teacher(self, device: str) -> Teacher:
         config = self.config
-        return load_teacher(resolve(config.teacher_model), device, config.dtype, Generation.of(config))
+        engine = Engine.of(config)
+        source = find_teacher(config.teacher_model, engine)
+        return load_teacher(source, device, config.dtype, Generation.of(config), engine)
 
     def _try(
         self, load: Callable[[str], Made], use: Callable[[Made], tuple[float, Used]]

@@ -1,6 +1,7 @@
 """Engines that answer prompts, one file each, and the contract they keep."""
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from scaledown.config import PrepareConfig
@@ -17,6 +18,8 @@ class Generation(NamedTuple):
     batch_size: int = PrepareConfig.teacher_batch_size
     load_in_8bit: bool = False
     load_in_4bit: bool = False
+    document_tokens: int = 0
+    """Tokens that are shown of each document; 0 is all."""
 
     @classmethod
     def of(cls, config: PrepareConfig) -> "Generation":
@@ -27,6 +30,37 @@ class Generation(NamedTuple):
             batch_size=config.teacher_batch_size,
             load_in_8bit=config.teacher_8bit,
             load_in_4bit=config.teacher_4bit,
+            document_tokens=config.teacher_document_tokens,
+        )
+
+
+def seed_of(seed: int, key: str) -> int:
+    """A seed for one prompt, below 2^31, so that its answer does not depend on what else is asked."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:4], "little") >> 1
+
+
+class Engine(NamedTuple):
+    """What runs a teacher, and what only one engine needs."""
+
+    backend: str = PrepareConfig.teacher_backend
+    endpoints: tuple[str, ...] = ()
+    max_total_tokens: int = 0
+    max_requests_per_minute: int = 0
+    request_timeout: float = PrepareConfig.request_timeout
+    lora: str = ""
+    tensor_parallel: int = 1
+
+    @classmethod
+    def of(cls, config: PrepareConfig) -> "Engine":
+        """As the settings of a run say."""
+        return cls(
+            config.teacher_backend,
+            config.teacher_endpoint,
+            config.max_total_tokens,
+            config.max_requests_per_minute,
+            config.request_timeout,
+            config.teacher_lora,
+            config.tensor_parallel,
         )
 
 
@@ -41,5 +75,22 @@ class Teacher(Protocol):
 
     halving: Halving
 
-    def answer(self, prompts: Sequence[Prompt], advance: Callable[[int], None]) -> list[Answer | Rejection]:
-        """One answer or rejection a prompt, in the order given."""
+    def answers(
+        self, prompts: Sequence[Prompt], have: Collection[int] = ()
+    ) -> Iterator[tuple[int, Answer | Rejection]]:
+        """Places in `prompts` and their answers, as these finish, in any order.
+
+        Places in `have` are answered already: an engine asks them again only where equal bytes need it.
+        Whoever takes the answers keeps each before the next is asked for, and may stop at any time.
+        """
+
+
+def answer_all(
+    teacher: Teacher, prompts: Sequence[Prompt], advance: Callable[[int], None] = lambda _: None
+) -> list[Answer | Rejection]:
+    """One answer or rejection a prompt, in the order given."""
+    results: dict[int, Answer | Rejection] = {}
+    for place, answer in teacher.answers(prompts):
+        results[place] = answer
+        advance(1)
+    return [results[place] for place in range(len(prompts))]

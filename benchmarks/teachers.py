@@ -1,0 +1,118 @@
+"""Teachers on a CPU: answers a second of each engine against transformers one prompt at a time, and accuracy.
+
+Real questions with the three passages that SPLADE-tiny retrieves; an answer is right when it holds the gold
+answer. Transformers runs in bfloat16, OpenVINO on the same weights at 8 bits, exported first where need be.
+"""
+
+import importlib.util
+import json
+import re
+import string
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from common import SHARED, arguments, close, machine, verdict
+
+from scaledown.data.export_openvino import export
+from scaledown.data.prompts import Prompt, answer_prompt
+from scaledown.data.retrieval import SPLADERetriever
+from scaledown.data.teachers import Generation, Teacher
+from scaledown.data.teachers.openvino import OpenVINOTeacher
+from scaledown.data.teachers.transformers import TransformersTeacher
+from scaledown.models import resolve
+from scaledown.records import Answer, DocumentDict, full_text
+
+MODEL, DTYPE, BATCH, NEW_TOKENS, TOP = "bundled:smollm2-135m", "bfloat16", 16, 48, 3
+RESAMPLES = 2000
+
+
+def real_prompts() -> tuple[list[Prompt], list[str]]:
+    """A prompt for each question, and the gold answers."""
+    folder = SHARED / "xquad-dev"
+    passages: list[DocumentDict] = []
+    for line in (folder / "kilt.jsonl").read_text(encoding="utf-8").splitlines():
+        article = json.loads(line)
+        title = article["wikipedia_title"]
+        passages += [{"title": title, "text": text.strip()} for text in article["text"][1:]]
+    asked = [
+        json.loads(line) for line in (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    retriever = SPLADERetriever("bundled:splade-tiny", device="cpu")
+    found = retriever.retrieve([one["question"] for one in asked], passages, TOP)
+    prompts = [
+        answer_prompt(one["id"], one["question"], [full_text(p["title"], p["text"]) for p in own], 0.0)
+        for one, own in zip(asked, found, strict=True)
+    ]
+    return prompts, [one["answers"][0] for one in asked]
+
+
+def spread(count: int, of: int) -> list[int]:
+    """So many of the numbers below `of`, at even distances."""
+    return np.linspace(0, of - 1, count).astype(int).tolist()
+
+
+def run(name: str, teacher: Teacher, prompts: Sequence[Prompt]) -> tuple[float, list[str]]:
+    """Answers a second, which are printed, and the answers."""
+    warm_up = [prompt._replace(documents=prompt.documents[::-1]) for prompt in prompts[:4]]
+    list(teacher.answers(warm_up))
+    started = time.perf_counter()
+    given = dict(teacher.answers(prompts))
+    rate = len(prompts) / (time.perf_counter() - started)
+    tokens = np.mean([one.answer_tokens for one in given.values() if isinstance(one, Answer)])
+    print(f"  {name:<26} {rate:6.2f} answers/s  ({len(prompts)} questions, {tokens:.0f} tokens an answer)")
+    return rate, [one.text if isinstance(one, Answer) else "" for _, one in sorted(given.items())]
+
+
+def normalised(text: str) -> str:
+    """As in SQuAD: without case, punctuation and articles."""
+    plain = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
+
+
+def right(answers: Sequence[str], gold: Sequence[str]) -> np.ndarray:
+    return np.array([normalised(g) in normalised(a) for a, g in zip(answers, gold, strict=True)], float)
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    source = resolve(MODEL)
+    prompts, gold = real_prompts()
+    chosen = spread(60 if options.quick else len(prompts), len(prompts))
+    prompts, gold = [prompts[n] for n in chosen], [gold[n] for n in chosen]
+    some = [prompts[n] for n in spread(12 if options.quick else 40, len(prompts))]
+    print(
+        f"{machine()}\n{MODEL}, {DTYPE} on transformers, {len(prompts)} real questions ({len(some)} of "
+        f"them one at a time), {TOP} retrieved passages each, at most {NEW_TOKENS} new tokens"
+    )
+
+    def transformers(batch: int) -> Teacher:
+        return TransformersTeacher(source, "cpu", DTYPE, Generation(NEW_TOKENS, batch_size=batch))
+
+    base, _ = run("transformers, batch 1", transformers(1), some)
+    batched, answers = run(f"transformers, batch {BATCH}", transformers(BATCH), prompts)
+    theirs = right(answers, gold)
+    ratio = batched / base
+    fast = verdict(f"transformers, batch {BATCH}", f"{ratio:.2f}x", "1.4x", met=ratio >= 1.4)
+    print("  not measured: vllm (CUDA only), endpoint (its server's speed)")
+    if importlib.util.find_spec("openvino_genai") is None:
+        print(f"  not measured: openvino (pip install 'scaledown[openvino]'); accuracy {theirs.mean():.3f}")
+        close("teachers", ratio, 1.4)
+    export(source)
+    teacher = OpenVINOTeacher(source, Generation(NEW_TOKENS))
+    rate, answers = run("openvino", teacher, prompts)
+    ours = right(answers, gold)
+    draws = np.random.default_rng(0).integers(0, len(gold), (RESAMPLES, len(gold)))
+    low, high = np.quantile((ours - theirs)[draws].mean(axis=1), [0.025, 0.975])
+    print(f"  accuracy: transformers {theirs.mean():.3f}, openvino {ours.mean():.3f}")
+    same = verdict(
+        "openvino - transformers, 95% interval",
+        f"{ours.mean() - theirs.mean():+.3f} [{low:+.3f}, {high:+.3f}]",
+        "contains 0",
+        met=low <= 0 <= high,
+    )
+    close("teachers", rate / base, 4, also=fast and same)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Answers on disk as they come, before the shard they belong to is whole: none is lost, none paid twice."""
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scaledown.data.prompts import Prompt
+from scaledown.data.teachers import Rejection
+from scaledown.records import Answer
+
+
+class AnswerLog:
+    """JSON lines beside the shards of a stage: one an answer, with its place and the hash of its prompt.
+
+    A line is with the system at once, so that it survives the death of the process, and on the disk within
+    `flush_seconds`, so that it survives that of the machine.
+    """
+
+    def __init__(self, path: Path, flush_seconds: float) -> None:
+        self.path = path
+        self._flush_seconds = flush_seconds
+
+    def read(self, prompts: Sequence[Prompt]) -> dict[int, Answer | Rejection]:
+        """What is kept for these prompts, by their place."""
+        found: dict[int, Answer | Rejection] = {}
+        for record in _records(self.path):
+            place = record.pop("place", -1)
+            if not isinstance(place, int) or not 0 <= place < len(prompts):
+                continue
+            if record.pop("prompt_hash", "") == prompts[place].digest:
+                with contextlib.suppress(TypeError):  # written by another version
+                    found[place] = Rejection(**record) if "reason" in record else Answer(**record)
+        return found
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator["Writer"]:
+        """Append answers. One process at a time: the shard's lease sees to that."""
+        stop = threading.Event()
+        with self.path.open("ab+", buffering=0) as file:
+            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                file.write(b"\n")  # after a line that a crash cut short
+
+            def sync() -> None:
+                while not stop.wait(self._flush_seconds):
+                    os.fsync(file.fileno())
+
+            thread = threading.Thread(target=sync, daemon=True)
+            thread.start()
+            try:
+                yield Writer(file.write)
+            finally:
+                stop.set()
+                thread.join()
+                os.fsync(file.fileno())
+
+    def tokens(self) -> int:
+        """Tokens of prompts and answers that are kept."""
+        return sum(_tokens(record) for record in _records(self.path))
+
+    def remove(self) -> None:
+        """Forget it: the shard is whole."""
+        self.path.unlink(missing_ok=True)
+
+
+class Writer:
+    """Appends answers to a log."""
+
+    def __init__(self, write: Callable[[bytes], object]) -> None:
+        self._write = write
+
+    def add(self, place: int, prompt: Prompt, answer: Answer | Rejection) -> None:
+        """Keep an answer."""
+        record = {"place": place, "prompt_hash": prompt.digest, **answer._asdict()}
+        self._write(json.dumps(record, ensure_ascii=True).encode() + b"\n")
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):  # cut short by a crash
+                if isinstance(record := json.loads(line), dict):
+                    yield record
+
+
+def _tokens(record: Mapping[str, Any]) -> int:
+    return int(record.get("prompt_tokens", 0)) + int(record.get("answer_tokens", 0))

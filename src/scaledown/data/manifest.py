@@ -1,0 +1,120 @@
+"""What a run says of itself: all that it depends on, so that `--config manifest.json` repeats it."""
+
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import scaledown
+from scaledown.config import PrepareConfig, is_url
+from scaledown.data.inputs import Sources
+from scaledown.data.prompts import TEMPLATES, load_template
+from scaledown.data.remote import redacted
+from scaledown.data.reranker import LIKELIHOOD_PREFIX
+from scaledown.store import SCHEMA, RunDirectory, Stage, StageResult, read_json, write_json
+
+log = logging.getLogger("scaledown")
+
+
+def write_manifest(  # noqa: PLR0917
+    run: RunDirectory,
+    config: PrepareConfig,
+    sources: Sources,
+    request: str,
+    models: Mapping[str, str],
+    inputs: Mapping[str, Any],
+    stages: Mapping[str, tuple[Stage, StageResult]],
+    output: Mapping[str, Any],
+) -> None:
+    """Write the manifest of a finished run: the last file it writes."""
+    content = {
+        "schema": SCHEMA,
+        "version": scaledown.__version__,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "request": request,
+        "parameters": repeatable(config, sources),
+        "models": models,
+        "inputs": inputs,
+        "stages": {
+            name: {
+                "fingerprint": stage.fingerprint,
+                "settings": stage.settings,
+                "counts": result.counts,
+                "seconds": result.seconds,
+                "measured": result.measured,
+            }
+            for name, (stage, result) in stages.items()
+        },
+        "output": output,
+        "environment": environment(),
+    }
+    write_json(run.manifest, content)
+
+
+def repeatable(config: PrepareConfig, sources: Sources) -> dict[str, Any]:
+    """The settings such that `--config` repeats the run from any folder: full paths, pinned revisions.
+
+    A URL loses its secrets: with `--config` it has to be given again.
+    """
+    settings = asdict(config)
+    for name in ("corpus_path", "work_dir", "index_dir", "output_file"):
+        settings[name] = _full(settings[name]) if settings[name] else ""
+    settings["queries_file"] = [_full(name) for name in config.queries_file]
+    if Path(config.query_dataset).exists() and config.query_dataset:
+        settings["query_dataset"] = str(Path(config.query_dataset).resolve())
+    if config.prompt not in TEMPLATES:
+        settings["prompt"] = _full(config.prompt)
+    for name, model in sources.models().items():
+        if model.revision and "@" not in model.name:
+            settings[f"{name}_model"] = f"{model.name}@{model.revision}"
+    return settings
+
+
+def _full(name: str) -> str:
+    return redacted(name) if is_url(name) else str(Path(name).resolve())
+
+
+def name_differences(repeats: Path, identities: Mapping[str, str], inputs: Mapping[str, Any]) -> None:
+    """Say in the log which models and inputs are not those of the manifest `repeats`."""
+    manifest = read_json(repeats)
+    before = manifest if isinstance(manifest, dict) else {}
+    then = {**(before.get("models") or {}), **(before.get("inputs") or {})}
+    now = {**identities, **inputs}
+    different = [name for name in sorted(then.keys() & now.keys()) if then[name] != now[name]]
+    if different:
+        log.warning("not a repetition of %s: other %s", repeats, ", ".join(different))
+
+
+def compared_settings(config: PrepareConfig) -> dict[str, Any]:
+    """The settings that two runs in one directory must share; where things lie is not among them."""
+    apart = {"output_file", "work_dir", "index_dir", "corpus_path", "queries_file", "strict", "workers"}
+    if config.search == "exact":
+        apart |= {"search_memory", "min_recall"}
+    apart |= {"retriever_model", "reranker_model", "teacher_model", "second_teacher_model"}  # by identity
+    apart |= {"flush_seconds", "teacher_endpoint", "max_total_tokens", "max_requests_per_minute"}
+    apart |= {"request_timeout", "input_price", "output_price"}
+    settings = {name: value for name, value in asdict(config).items() if name not in apart}
+    return settings | {
+        "format": Path(config.output_file).suffix,
+        "device": config.device.partition(":")[0],
+        "likelihood": config.reranker_model.startswith(LIKELIHOOD_PREFIX),
+        "prompt": load_template(config.prompt),
+        "served": bool(config.teacher_endpoint),
+    }
+
+
+def environment() -> dict[str, str | int | None]:
+    """Versions of what the results depend on."""
+    from importlib.metadata import version
+
+    libraries = ("torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processors": os.cpu_count(),
+        **{name: version(name) for name in libraries},
+    }

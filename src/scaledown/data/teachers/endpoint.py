@@ -1,0 +1,339 @@
+"""The teacher behind OpenAI-compatible servers: many requests in flight, and faults waited out."""
+
+import asyncio
+import contextlib
+import ipaddress
+import math
+import os
+import random
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+import httpx2
+
+from scaledown.data.prompts import Prompt
+from scaledown.data.teachers import Generation, Rejection
+from scaledown.data.teachers.chat import Chat, Draft, listed
+from scaledown.data.teachers.pacing import MOST_IN_FLIGHT, Endpoint, Fault, Rate, retry_after
+from scaledown.errors import ModelError, one_line
+from scaledown.models import Halving
+from scaledown.records import Answer
+
+KEY: Final = "OPENAI_API_KEY"
+
+TRIES: Final = 8
+"""Of one prompt, at faults that may be its own."""
+BACKOFF: Final = 0.5
+"""Seconds, at most, before the first retry; doubled each time, up to `LONGEST_BACKOFF`."""
+LONGEST_BACKOFF: Final = 30.0
+PATIENCE: Final = 1800.0
+"""Seconds without a result after which the servers are given up."""
+LOOK_TIMEOUT: Final = 10.0
+_GATEWAY: Final = frozenset({502, 503, 504, 529})
+
+
+class EndpointTeacher:
+    """A model behind one or more OpenAI-compatible servers, which share the load.
+
+    The key comes from `OPENAI_API_KEY`. There is no tokenizer here: four characters count as a token where
+    documents are shortened. Raises `ModelError` where no server answers, or one lacks the model.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        endpoints: Sequence[str],
+        generation: Generation,
+        *,
+        max_total_tokens: int = 0,
+        max_requests_per_minute: int = 0,
+        request_timeout: float = 120.0,
+        spent_tokens: int = 0,
+    ) -> None:
+        self.halving = Halving("--teacher_batch_size")  # a server cares for its memory itself
+        self.max_total_tokens = max_total_tokens
+        self.spent_tokens = spent_tokens
+        """Prompts and answers, with those of earlier runs."""
+        self.request_timeout = request_timeout
+        self.rate = Rate(max_requests_per_minute)
+        self.endpoints = [Endpoint(url) for url in dict.fromkeys(endpoints)]
+        self._key = os.environ.get(KEY, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ModelError(f"{KEY} has characters that no key has: set it again")
+        self.chat = Chat(model, generation, self._key)
+        self._look()
+
+    def answers(
+        self, prompts: Sequence[Prompt], have: Collection[int] = ()
+    ) -> Iterator[tuple[int, Answer | Rejection]]:
+        """Answers as they arrive. Places in `have` are never asked: their answers are paid for.
+
+        Documents of a prompt that is too long lose their ends from the last one on; `dropped_tokens` are the
+        characters dropped // 4. Raises `ModelError` once the tokens are used up or no server is left; what
+        is in flight then is waited for and given first.
+        """
+        todo = [number for number in range(len(prompts)) if number not in have]
+        if not todo:
+            return
+        with asyncio.Runner() as runner:
+            crew = _Crew(self, [(number, prompts[number]) for number in reversed(todo)])
+            try:
+                while result := runner.run(crew.next()):
+                    yield result
+            finally:
+                runner.run(crew.close())
+
+    def connection(self, url: str) -> dict[str, Any]:
+        """How a client reaches a server."""
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        # Behind a proxy's settings, which others need, a server on this machine is out of reach.
+        return {"headers": headers, "trust_env": not _is_loopback(url)}
+
+    def refuse_key(self, url: str, status: int) -> NoReturn:
+        """The key, or its absence, is wrong: no prompt can be asked."""
+        raise ModelError(f"--teacher_endpoint {url} answers {status}: set {KEY} to a key that it accepts")
+
+    def _look(self) -> None:
+        """Find out at once which servers are there, and whether they have the model."""
+        reasons = {endpoint.url: self._look_at(endpoint.url) for endpoint in self.endpoints}
+        if all(reasons.values()):
+            found = "; ".join(f"{url}: {reason}" for url, reason in reasons.items())
+            raise ModelError(f"--teacher_endpoint {found}: start the server or mend the URL")
+        for endpoint in self.endpoints:
+            if reason := reasons[endpoint.url]:
+                endpoint.leave_out(reason, time.monotonic())
+
+    def _look_at(self, url: str) -> str:
+        """Why the server cannot be reached, or nothing."""
+        try:
+            with httpx2.Client(timeout=LOOK_TIMEOUT, **self.connection(url)) as client:
+                response = client.get(_path(url, "models"))
+        except httpx2.HTTPError as error:
+            return _unreachable(error)
+        if response.status_code in {401, 403}:
+            self.refuse_key(url, response.status_code)
+        if response.is_redirect:
+            raise ModelError(f"--teacher_endpoint {url} leads elsewhere: give the URL that it leads to")
+        if response.status_code >= 500 and response.status_code != 501:
+            return f"status {response.status_code}"
+        models = listed(response)
+        if models and not self.chat.is_among(models):
+            raise ModelError(
+                f"--teacher_model {self.chat.model} is not at {url}: give one that is, such as "
+                + ", ".join(map(self.chat.plain, models[:5]))
+            )
+        return ""
+
+
+@dataclass
+class _Job:
+    """A prompt on its way to an answer."""
+
+    draft: Draft
+    tries: int = 0
+    faults: int = 0
+    last: Endpoint | None = None
+
+
+class _Crew:
+    """One call's requests; `todo` is taken from its end."""
+
+    def __init__(self, teacher: EndpointTeacher, todo: list[tuple[int, Prompt]]) -> None:
+        self._teacher = teacher
+        self._todo = todo
+        self._tasks: set[asyncio.Task[tuple[int, Answer | Rejection]]] = set()
+        self._finished: asyncio.Queue[asyncio.Task[tuple[int, Answer | Rejection]]] = asyncio.Queue()
+        self._clients: dict[str, httpx2.AsyncClient] = {}
+        self._gate = asyncio.Lock()
+        self._changed = asyncio.Event()
+        self._stopped = asyncio.Event()
+        self._stop: ModelError | None = None
+        self._last_fault = "no reply"
+
+    async def next(self) -> tuple[int, Answer | Rejection] | None:
+        """The next result; None after the last. Raises what stopped the crew once nothing is in flight."""
+        while True:
+            # Half as many again wait for their turn, or out a fault.
+            most = sum(endpoint.limit for endpoint in self._teacher.endpoints) * 3 // 2 + 1
+            while self._todo and len(self._tasks) < most and not self._stop:
+                task = asyncio.create_task(self._answer(*self._todo.pop()))
+                self._tasks.add(task)
+                task.add_done_callback(self._finished.put_nowait)
+            if not self._tasks:
+                if self._stop:
+                    raise self._stop
+                return None
+            try:
+                async with asyncio.timeout(max(PATIENCE, 2 * self._teacher.request_timeout)):
+                    task = await self._finished.get()
+            except TimeoutError:
+                raise self._given_up() from None
+            self._tasks.remove(task)
+            try:
+                return task.result()
+            except ModelError as error:
+                self._halt(error)
+
+    async def close(self) -> None:
+        """End what is in flight, and the connections."""
+        # All of this loop: an interrupt leaves `next` waiting, too.
+        tasks = {*asyncio.all_tasks(), *self._tasks} - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for client in self._clients.values():
+            await client.aclose()
+
+    def _given_up(self) -> ModelError:
+        urls = " and ".join(endpoint.url for endpoint in self._teacher.endpoints)
+        return ModelError(
+            f"the server is down: {urls} gave no answer for {PATIENCE / 60:.0f} minutes "
+            f"({self._last_fault}): start it again; the same command continues"
+        )
+
+    def _halt(self, error: ModelError) -> None:
+        """Send nothing more; what is in flight may end."""
+        self._stop = self._stop or error
+        self._stopped.set()
+        self._changed.set()
+
+    async def _answer(self, number: int, prompt: Prompt) -> tuple[int, Answer | Rejection]:
+        job = _Job(self._teacher.chat.draft(prompt))
+        while True:
+            result = await self._request(job)
+            if isinstance(result, Answer | Rejection):
+                return number, result
+            if result is None:  # ask again, changed
+                continue
+            job.faults += 1
+            self._last_fault = result.reason
+            if job.tries >= TRIES:
+                return number, Rejection(f"given up after {job.tries} tries: {result.reason}")
+            if not result.wait:  # which all who ask this server keep
+                longest = min(LONGEST_BACKOFF, BACKOFF * 2 ** (job.faults - 1))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(random.uniform(0, longest)):  # noqa: S311
+                        await self._stopped.wait()
+
+    async def _request(self, job: _Job) -> Answer | Rejection | Fault | None:
+        """One request, and what it teaches about its server."""
+        endpoint = await self._turn(job)
+        ticket, probes = endpoint.begin(), endpoint.paused
+        job.last = endpoint
+        try:
+            result, status = await self._post(endpoint, job.draft)
+        except BaseException:
+            endpoint.cancel()
+            raise
+        finally:
+            self._changed.set()
+        fault = result if isinstance(result, Fault) else None
+        endpoint.end(ticket, fault, time.monotonic())
+        # Without a connection, or from a gateway whose server is known to be down, it is not the prompt's.
+        if fault and status not in {0, 429} and not (probes and status in _GATEWAY):
+            job.tries += 1
+        return result
+
+    async def _turn(self, job: _Job) -> Endpoint:
+        """Wait, each in its turn, until a request may start; gives the server for it."""
+        teacher = self._teacher
+        async with self._gate:
+            while True:
+                self._check_budget()
+                if self._stop:
+                    raise self._stop
+                now = time.monotonic()
+                waits = {endpoint: endpoint.wait(now) for endpoint in teacher.endpoints}
+                wait = max(teacher.rate.wait(now), min(waits.values()))
+                if not wait:
+                    teacher.rate.take(now)
+                    free = [endpoint for endpoint in teacher.endpoints if not waits[endpoint]]
+                    # A retry goes elsewhere if it can; a probe that is due goes first.
+                    return min(free, key=lambda e: (e is job.last, not e.paused, e.running / e.limit))
+                self._changed.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(None if math.isinf(wait) else wait):
+                        await self._changed.wait()
+
+    def _check_budget(self) -> None:
+        most, spent = self._teacher.max_total_tokens, self._teacher.spent_tokens
+        if most and spent >= most:
+            self._halt(
+                ModelError(
+                    f"--max_total_tokens {most} is used up ({spent} tokens): raise it and run the same "
+                    "command again, answers so far are kept"
+                )
+            )
+
+    def _client(self, url: str) -> httpx2.AsyncClient:
+        if url not in self._clients:
+            limits = httpx2.Limits(max_connections=None, max_keepalive_connections=MOST_IN_FLIGHT)
+            timeout = httpx2.Timeout(None, connect=min(LOOK_TIMEOUT, self._teacher.request_timeout))
+            self._clients[url] = httpx2.AsyncClient(
+                limits=limits, timeout=timeout, **self._teacher.connection(url)
+            )
+        return self._clients[url]
+
+    async def _post(
+        self, endpoint: Endpoint, draft: Draft
+    ) -> tuple[Answer | Rejection | Fault | None, int | None]:
+        """What came of a request, and its status: 0 without a connection, None without a whole reply."""
+        body, timeout = self._teacher.chat.body(draft), self._teacher.request_timeout
+        try:
+            async with asyncio.timeout(timeout):  # of the whole: the client times each read alone
+                response = await self._client(endpoint.url).post(
+                    _path(endpoint.url, "chat/completions"), json=body
+                )
+        except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError) as error:
+            return Fault(_unreachable(error), down=True), 0
+        except TimeoutError:
+            return Fault(f"no reply within {timeout:g} s", down=True, slow=True), None
+        except httpx2.HTTPError as error:  # whose text may hold a header
+            return Fault(f"connection lost ({type(error).__name__})", down=True), None
+        return self._judge(endpoint, body, draft, response), response.status_code
+
+    def _judge(
+        self, endpoint: Endpoint, body: dict[str, Any], draft: Draft, response: httpx2.Response
+    ) -> Answer | Rejection | Fault | None:
+        """What a reply amounts to; None is to be asked again, changed."""
+        chat, status = self._teacher.chat, response.status_code
+        if response.is_success:
+            return self._read(draft, response)
+        if status in {401, 403}:
+            self._teacher.refuse_key(endpoint.url, status)
+        if status in {408, 429} or status >= 500:
+            wait = retry_after(response.headers.get("Retry-After", ""))
+            reason = f"status {status}: {chat.said(response)}"
+            return Fault(reason, down=status >= 500, slow=status in {408, 429, 503}, wait=wait)
+        if chat.adapts(body, draft, response):
+            return None
+        return Rejection(f"the server refused it with status {status}: {chat.said(response)}")
+
+    def _read(self, draft: Draft, response: httpx2.Response) -> Answer | Fault:
+        chat = self._teacher.chat
+        try:
+            answer, model = chat.read(draft, response)
+        except ValueError as error:
+            return Fault(str(error))
+        # It cost what it cost, even where it cannot be used.
+        self._teacher.spent_tokens += answer.prompt_tokens + answer.answer_tokens
+        return Fault(f"answered by another model: {chat.plain(model)}") if chat.is_other(model) else answer
+
+
+def _path(url: str, name: str) -> str:
+    return f"{url.rstrip('/')}/{name}"
+
+
+def _unreachable(error: httpx2.HTTPError) -> str:
+    """Why there is no connection."""
+    return one_line(f"out of reach ({str(error) or type(error).__name__})", 200)
+
+
+def _is_loopback(url: str) -> bool:
+    host = httpx2.URL(url).host
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

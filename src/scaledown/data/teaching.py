@@ -1,0 +1,215 @@
+"""The stage that asks the teacher: ranked passages -> answers, on disk as they come."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, NamedTuple
+
+import pyarrow as pa
+
+from scaledown.config import PrepareConfig
+from scaledown.data.answer_log import AnswerLog
+from scaledown.data.corpus import PassageTable
+from scaledown.data.prompts import PAPER, Prompt, Template, answer_prompt
+from scaledown.data.review import problem
+from scaledown.data.teachers import Rejection, Teacher
+from scaledown.errors import InputError
+from scaledown.progress import Tracker, track
+from scaledown.records import Answer, full_text
+from scaledown.store import Stage
+
+_AGAIN_TEMPERATURE: Final = 0.7
+
+
+class Teaching(NamedTuple):
+    """How the queries of a run are asked."""
+
+    documents_per_query: int
+    temperature: float = 0.0
+    template: Template = PAPER
+    retry: bool = False
+    """Ask once more, sampling, where an answer has a problem (see `review.problem`)."""
+    shards_at_once: int = 1
+    flush_seconds: float = PrepareConfig.flush_seconds
+    prices: tuple[float, float] = (0.0, 0.0)
+    """Of a million prompt tokens and of a million answer tokens."""
+
+
+def teach(
+    stage: Stage, ranked: Stage, passages: Stage, load: Callable[[], Teacher], teaching: Teaching
+) -> None:
+    """Let the teacher answer each shard of queries with its first documents.
+
+    Adds the columns of `Answer` and prompt_hash. Answers are on disk as they come, beside the shards they
+    will be in. Queries that could not be asked go to the quarantine. Raises `InputError` when no query at
+    all was answered.
+    """
+    if stage.done():
+        return
+    rows = ranked.finished().rows
+    done = sum(count for shard, count in enumerate(rows) if stage.has(shard))
+    with track("teach", "answers", sum(rows), done) as tracker:
+        meter = _Meter(tracker, teaching.prices)
+
+        def work(group: range) -> Iterator[pa.Table]:
+            texts = PassageTable(passages)
+            tables = [_first_documents(ranked.table(shard), teaching.documents_per_query) for shard in group]
+            records = [record for table in tables for record in table.to_pylist()]
+            prompts = []
+            for record in records:
+                found = [texts[row] for row in record["rows"]]
+                documents = [full_text(passage.title, passage.text) for passage in found]
+                prompts.append(
+                    answer_prompt(
+                        record["query_id"],
+                        record["query"],
+                        documents,
+                        teaching.temperature,
+                        teaching.template,
+                    )
+                )
+            logs = [
+                AnswerLog(stage.folder / f"{group.start:06d}.{name}.jsonl", teaching.flush_seconds)
+                for name in ("part", "again")
+            ]
+            teacher = load()
+            with stage.noting(group.start, lambda: teacher.halving.count):
+                answers = _ask(teacher, prompts, logs[0], meter)
+                if teaching.retry:
+                    queries = [record["query"] for record in records]
+                    _ask_again(teacher, prompts, queries, answers, logs[1], meter)
+            first = 0
+            for shard, table in zip(group, tables, strict=True):
+                last = first + table.num_rows
+                yield _answered(stage, shard, table, prompts[first:last], answers[first:last])
+                first = last
+            for log_file in logs:
+                log_file.remove()
+
+        stage.complete_together(len(rows), teaching.shards_at_once, work)
+    names = ("answers", "rejected", "truncated", "shortened", "prompt_tokens", "answer_tokens")
+    counts = dict.fromkeys(names, 0)
+    answered = []
+    for shard, asked in enumerate(rows):
+        table = stage.table(shard)
+        answered.append(table.num_rows)
+        counts["answers"] += table.num_rows
+        counts["rejected"] += asked - table.num_rows
+        counts["truncated"] += table.column("finish_reason").to_pylist().count("length")
+        counts["shortened"] += sum(map(bool, table.column("dropped_tokens").to_pylist()))
+        for name in ("prompt_tokens", "answer_tokens"):
+            counts[name] += sum(table.column(name).to_pylist())
+    if not counts["answers"]:
+        raise InputError("no query was answered: quarantine/ in the run directory says why, one by one")
+    stage.finish(answered, counts)
+
+
+def spent_tokens(stage: Stage) -> int:
+    """Tokens of the answers on disk, of prompts and answers together."""
+    logs = sum(AnswerLog(path, 0).tokens() for path in stage.folder.glob("*.jsonl"))
+    shards = (stage.table(int(path.stem)) for path in stage.folder.glob("*.arrow"))
+    columns = (shard.column(name) for shard in shards for name in ("prompt_tokens", "answer_tokens"))
+    return logs + sum(sum(column.to_pylist()) for column in columns)
+
+
+class _Meter:
+    """Shows answers as they come: how many tokens a second, and what they cost so far."""
+
+    def __init__(self, tracker: Tracker, prices: tuple[float, float]) -> None:
+        self._tracker, self._prices = tracker, prices
+        self._started = time.monotonic()
+        self._tokens = 0
+        self._cost = 0.0
+
+    def kept(self, count: int) -> None:
+        """So many answers were on disk already."""
+        self._tracker.advance(count)
+
+    def add(self, answer: Answer | Rejection) -> None:
+        """An answer came."""
+        if isinstance(answer, Answer):
+            self._tokens += answer.prompt_tokens + answer.answer_tokens
+            price = zip(self._prices, (answer.prompt_tokens, answer.answer_tokens), strict=True)
+            self._cost += sum(each * count / 1e6 for each, count in price)
+        rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
+        cost = f", cost so far {self._cost:,.2f}" if any(self._prices) else ""
+        self._tracker.note = f"{rate:,.0f} tokens/s{cost}"
+        self._tracker.advance(1)
+
+
+def _ask(
+    teacher: Teacher, prompts: Sequence[Prompt], log_file: AnswerLog, meter: _Meter | None
+) -> list[Answer | Rejection]:
+    """All answers in the order of the prompts, those kept in the log and new ones, which it keeps."""
+    answers = log_file.read(prompts)
+    if meter:
+        meter.kept(len(answers))
+    with log_file.writing() as writer:
+        for place, answer in teacher.answers(prompts, frozenset(answers)):
+            if place in answers:
+                continue
+            writer.add(place, prompts[place], answer)
+            answers[place] = answer
+            if meter:
+                meter.add(answer)
+    return [answers[place] for place in range(len(prompts))]
+
+
+def _ask_again(  # noqa: PLR0917
+    teacher: Teacher,
+    prompts: Sequence[Prompt],
+    queries: Sequence[str],
+    answers: list[Answer | Rejection],
+    log_file: AnswerLog,
+    meter: _Meter,
+) -> None:
+    """Put better answers in the place of those that have a problem, where a second try gives them."""
+    places = [
+        place
+        for place, answer in enumerate(answers)
+        if isinstance(answer, Answer) and problem(answer.text, queries[place])
+    ]
+    again = [
+        prompts[place]._replace(
+            key=f"{prompts[place].key}:again", temperature=max(prompts[place].temperature, _AGAIN_TEMPERATURE)
+        )
+        for place in places
+    ]
+    for place, answer in zip(places, _ask(teacher, again, log_file, None), strict=True):
+        if isinstance(answer, Answer) and not problem(answer.text, queries[place]):
+            answers[place] = answer
+
+
+def _answered(
+    stage: Stage,
+    shard: int,
+    table: pa.Table,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Answer | Rejection],
+) -> pa.Table:
+    """The queries of a shard that have an answer, with it; the others go to the quarantine."""
+    both = list(zip(prompts, answers, strict=True))
+    stage.quarantine(
+        f"{shard:06d}",
+        [
+            {"query_id": prompt.key, "reason": answer.reason}
+            for prompt, answer in both
+            if isinstance(answer, Rejection)
+        ],
+    )
+    table = table.take(pa.array([i for i, (_, a) in enumerate(both) if isinstance(a, Answer)], pa.int64()))
+    given = [answer for answer in answers if isinstance(answer, Answer)]
+    for name in Answer._fields:
+        kind = pa.large_string() if name in {"text", "finish_reason"} else pa.int64()
+        table = table.append_column(name, pa.array([getattr(a, name) for a in given], kind))
+    hashes = [prompt.digest for prompt, answer in both if isinstance(answer, Answer)]
+    return table.append_column("prompt_hash", pa.array(hashes, pa.string()))
+
+
+def _first_documents(table: pa.Table, count: int) -> pa.Table:
+    """The table with its lists cut to their first `count` entries."""
+    for name in ("rows", "scores", "reranking_scores"):
+        if name in table.column_names:
+            lists = [entries[:count] for entries in table.column(name).to_pylist()]
+            place = table.column_names.index(name)
+            table = table.set_column(place, name, pa.array(lists, table.schema.field(name).type))
+    return table

@@ -1,0 +1,193 @@
+"""The vLLM engine against the library's signatures (see `record_vllm.py`); nothing here runs a model."""
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import tiny
+from scaledown.data.prompts import answer_prompt
+from scaledown.data.teacher import choose_backend, load_teacher
+from scaledown.data.teachers import Engine, Generation, Rejection
+from scaledown.errors import MissingExtraError, UsageError
+from scaledown.models import resolve
+
+SIGNATURES = json.loads(Path(__file__).with_name("vllm_signatures.json").read_text())["classes"]
+
+
+def fields(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Keywords that the real class takes."""
+    unknown = values.keys() - set(SIGNATURES[name]["fields"])
+    assert not unknown, f"{name} takes no {unknown}"
+    return values
+
+
+class Completion(NamedTuple):
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+
+
+class Output(NamedTuple):
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: list[Completion]
+    finished: bool
+
+
+class FakeEngine:
+    """Answers with the prompt's last tokens, the last request first; refuses one in seven."""
+
+    made: "FakeEngine"
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self.model_config = types.SimpleNamespace(max_model_len=512)
+        self.waiting: list[tuple[str, list[int], dict[str, Any]]] = []
+        self.aborted: list[str] = []
+        self.most = 0
+        FakeEngine.made = self
+
+    @classmethod
+    def from_engine_args(cls, engine_args: dict[str, Any]) -> "FakeEngine":
+        return cls(engine_args)
+
+    def add_request(self, request_id, prompt, params, lora_request=None):
+        if int(request_id) % 7 == 6:
+            raise ValueError("refused")
+        self.waiting.append((request_id, prompt["prompt_token_ids"], {**params, "lora": lora_request}))
+        self.most = max(self.most, len(self.waiting))
+        return request_id
+
+    def step(self):
+        request_id, ids, params = self.waiting.pop()
+        reason = ("stop", "length", "abort")[int(request_id) % 3]
+        self.asked = params
+        unfinished = Output("0", [], [], finished=False)
+        return [unfinished, Output(request_id, ids, [Completion(tuple(ids[-4:]), reason)], finished=True)]
+
+    def abort_request(self, request_ids):
+        self.aborted += request_ids
+
+
+@pytest.fixture
+def teacher(tmp_path, monkeypatch):
+    library = types.ModuleType("vllm")
+    library.EngineArgs = lambda **values: fields("EngineArgs", values)  # type: ignore[attr-defined]
+    library.SamplingParams = lambda **values: fields("SamplingParams", values)  # type: ignore[attr-defined]
+    library.TokensPrompt = lambda **values: fields("TokensPrompt", values)  # type: ignore[attr-defined]
+    library.LLMEngine = FakeEngine  # type: ignore[attr-defined]
+    parts = {
+        "vllm.sampling_params": {"RequestOutputKind": types.SimpleNamespace(FINAL_ONLY="final")},
+        "vllm.lora": {},
+        "vllm.lora.request": {
+            "LoRARequest": lambda *values: dict(
+                zip(SIGNATURES["LoRARequest"]["fields"], values, strict=False)
+            )
+        },
+    }
+    library.__spec__ = types.SimpleNamespace(name="vllm")  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, "vllm", library)
+    for name, content in parts.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    def load(lora: str = "", **settings: Any):
+        source = resolve(str(tiny.causal_lm(tmp_path / "m", positions=512)))
+        engine = Engine(backend="vllm", lora=lora, tensor_parallel=2)
+        return load_teacher(source, "cuda", "auto", Generation(max_new_tokens=8, **settings), engine)
+
+    return load
+
+
+def prompts(count: int, temperature: float = 0.0):
+    return [
+        answer_prompt(f"q{n}", "Why? " * (n % 9 + 1), [f"document {n} about it"], temperature)
+        for n in range(count)
+    ]
+
+
+def test_what_is_called_is_there() -> None:
+    methods = SIGNATURES["LLMEngine"]["methods"]
+    assert {"request_id", "prompt", "params", "lora_request"} <= set(methods["add_request"])
+    assert methods["from_engine_args"][:2] == ["cls", "engine_args"]
+    assert methods["abort_request"][:2] == ["self", "request_ids"]
+    assert methods["step"] == ["self"]
+    assert "FINAL_ONLY" in SIGNATURES["RequestOutputKind"]["fields"]
+    assert {"request_id", "prompt_token_ids", "outputs", "finished"} <= set(
+        SIGNATURES["RequestOutput"]["methods"]["__init__"]
+    )
+    assert {"token_ids", "finish_reason"} <= set(SIGNATURES["CompletionOutput"]["fields"])
+    assert SIGNATURES["LoRARequest"]["fields"][:3] == ["lora_name", "lora_int_id", "lora_path"]
+
+
+def test_every_prompt_gets_an_answer_or_a_reason_and_the_rest_goes_on(teacher, monkeypatch) -> None:
+    from scaledown.data.teachers import vllm
+
+    monkeypatch.setattr(vllm, "_WAITING", 5)
+    one = teacher()
+    found = dict(one.answers(prompts(40)))
+    assert sorted(found) == list(range(40))
+    reasons = {answer.reason for answer in found.values() if isinstance(answer, Rejection)}
+    assert reasons == {"vLLM refused the prompt: refused", "vLLM ended the answer: abort"}
+    given = [answer for answer in found.values() if not isinstance(answer, Rejection)]
+    assert {answer.finish_reason for answer in given} == {"stop", "length"}
+    assert all(answer.answer_tokens == 4 and answer.prompt_tokens > 4 for answer in given)
+    assert FakeEngine.made.most == 5
+    assert FakeEngine.made.arguments["tensor_parallel_size"] == 2
+    assert FakeEngine.made.arguments["trust_remote_code"] is False
+    assert FakeEngine.made.arguments["enable_prefix_caching"] is True
+
+
+def test_what_is_there_is_not_asked_again_and_nothing_stays_behind(teacher) -> None:
+    one = teacher()
+    found = dict(one.answers(prompts(10), have={1, 2, 3}))
+    assert sorted(found) == [0, 4, 5, 6, 7, 8, 9]
+    answers = one.answers(prompts(10))
+    next(answers)
+    answers.close()
+    assert FakeEngine.made.aborted
+
+
+def test_decoding_is_greedy_unless_asked_and_then_seeded_by_the_query(teacher) -> None:
+    one = teacher()
+    list(one.answers(prompts(1)))
+    assert FakeEngine.made.asked["temperature"] == 0
+    assert FakeEngine.made.asked["seed"] is None
+    assert FakeEngine.made.asked["max_tokens"] == 8
+    list(one.answers(prompts(1, temperature=0.7)))
+    seed = FakeEngine.made.asked["seed"]
+    other = teacher(seed=1)
+    list(other.answers(prompts(1, temperature=0.7)))
+    assert FakeEngine.made.asked["seed"] != seed
+
+
+def test_a_lora_adapter_is_handed_on(teacher) -> None:
+    one = teacher(lora="/adapters/mine")
+    list(one.answers(prompts(1)))
+    assert FakeEngine.made.arguments["enable_lora"] is True
+    assert FakeEngine.made.asked["lora"]["lora_path"] == "/adapters/mine"
+
+
+def test_a_prompt_that_is_too_long_loses_documents_not_the_question(teacher) -> None:
+    one = teacher()
+    long = answer_prompt("q", "Why at the end?", ["word " * 400, "other " * 400], 0.0)
+    ((_, answer),) = one.answers([long])
+    hopeless = answer_prompt("q", "why " * 600, ["word"], 0.0)
+    assert isinstance(answer, Rejection) or answer.dropped_tokens > 300
+    ((_, rejected),) = one.answers([hopeless])
+    assert "without documents" in rejected.reason
+
+
+def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch) -> None:
+    source = resolve(str(tiny.causal_lm(tmp_path / "m")))
+    with pytest.raises(MissingExtraError, match=r"scaledown\[vllm\]"):
+        choose_backend(Engine(backend="vllm"), source, "cuda", Generation())
+
+
+def test_bits_are_for_transformers(teacher) -> None:
+    with pytest.raises(UsageError, match="quantised checkpoint"):
+        teacher(load_in_8bit=True)
