@@ -52,9 +52,9 @@ def words(output: Path, url: str) -> list[str]:
     """The command: all of it real but the server."""
     examples = ROOT / "examples"
     return [
-        *(sys.executable, "-m", "scaledown.data.prepare_dataset", "--preset", "demo", "--device", "cpu"),
+        *(sys.executable, "-m", "scaledown.data.prepare_dataset", "--device", "cpu"),
         *("--corpus_path", str(examples / "corpus.jsonl"), "--queries_file", str(examples / "queries.txt")),
-        *("--no_enable_reranking", "--top_k_reranking", "0", "--flush_seconds", "0.2"),
+        *("--retriever_model", "bundled:splade-tiny", "--top_k_retrieval", "3", "--flush_seconds", "0.2"),
         *("--teacher_model", "wise-owl", "--teacher_endpoint", url, "--output_file", str(output)),
     ]
 

@@ -54,6 +54,7 @@ class Misbehaving(ThreadingHTTPServer):
         self.hang = 30.0
         self.delay = 0.0
         self.refuses_system = False
+        self.newer_limit = False  # knows only max_completion_tokens
         self.context = 1 << 40  # characters of all messages
         self.poison: dict[str, str] = {}  # question -> the fault it always meets
         self.usage: dict[str, int] | None = {"prompt_tokens": 90, "completion_tokens": 10}
@@ -128,10 +129,15 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         if not self.key_fits():
             return
+        if self.path != "/v1/chat/completions":
+            self.reply(404, {"detail": "Not Found"})
+            return
         fault = server.next_fault(question, body)
         roles = [message["role"] for message in body["messages"]]
         if server.refuses_system and "system" in roles:
             self.reply(400, {"error": {"message": "System role not supported"}})
+        elif server.newer_limit and "max_tokens" in body:
+            self.reply(400, {"error": {"message": "Use 'max_completion_tokens' instead of 'max_tokens'."}})
         elif sum(len(message["content"]) for message in body["messages"]) > server.context:
             self.reply(400, {"error": {"message": f"maximum context length is {server.context}"}})
         elif fault == "hang":

@@ -1,7 +1,9 @@
 """The teacher behind servers that misbehave: what is asked, how often, and what becomes of each fault."""
 
+import asyncio
 import gc
 import itertools
+import json
 import logging
 import socket
 import threading
@@ -9,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -319,6 +322,28 @@ def test_a_refused_prompt_is_rejected_at_once(serve: Any) -> None:
     assert server.asked["Question 1"] == 1
 
 
+def test_a_url_that_leads_to_no_chat_is_told_and_nothing_is_quarantined(serve: Any) -> None:
+    server = serve()
+    server.models = None
+    with pytest.raises(ModelError, match="does the URL end in /v1"):
+        list(teacher(server.url.removesuffix("/v1")).answers(prompts(20)))
+
+
+def test_a_server_that_knows_only_the_newer_limit_gets_it(serve: Any) -> None:
+    server = serve()
+    server.newer_limit = True
+    assert right(dict(teacher(server).answers(prompts(3))), 3)
+
+
+def test_it_works_where_an_event_loop_runs_already(serve: Any) -> None:
+    server = serve(mixture())
+
+    async def notebook() -> dict[int, Any]:
+        return dict(teacher(server).answers(prompts(20)))
+
+    assert right(asyncio.run(notebook()), 20)
+
+
 def test_429_uses_up_no_tries(serve: Any) -> None:
     server = serve(["429"] * 12)
     server.retry_after = "0.01"
@@ -481,3 +506,41 @@ def test_few_requests_are_made_at_a_time(serve: Any) -> None:
     results.close()
     assert server.asked.total() <= 20
     assert server.most_running <= 10
+
+
+FLAGS = ("--teacher_model", "wise-owl", "--flush_seconds", "0.05")
+
+
+def test_a_run_with_a_server_asks_nothing_again_and_keeps_no_key(
+    serve: Any, prepare: Any, queries: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted by the budget, continued with more of it, repeated: each answer is asked for once."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve()
+    server.key = KEY
+    queries.write_text("".join(f"what is question {number}\n" for number in range(40)))
+    flags = (*FLAGS, "--teacher_endpoint", server.url)
+    assert prepare(*flags, "--max_total_tokens", "150") == 1
+    asked = server.asked.total()
+    assert prepare(*flags, "--max_total_tokens", "100000") == 0
+    assert server.asked.total() == len(json.loads(prepare.output.read_text())) > asked
+    assert set(server.asked.values()) == {1}
+    assert prepare(*flags, "--request_timeout", "7") == 0  # finished, whatever the patience
+    assert set(server.asked.values()) == {1}
+    written = [path.read_bytes() for path in prepare.work.rglob("*") if path.is_file()]
+    assert not any(KEY.encode() in content for content in (*written, prepare.output.read_bytes()))
+    stages = json.loads((prepare.work / "manifest.json").read_text())["stages"]
+    assert stages["answers"]["settings"]["backend"] == "endpoint"
+    assert "device" not in stages["answers"]["settings"]
+
+
+def test_questions_that_a_server_refuses_are_quarantined(serve: Any, prepare: Any) -> None:
+    server = serve()
+    assert prepare(*FLAGS, "--teacher_endpoint", server.url) == 0
+    (first, *_) = server.asked
+    server.poison[first] = "422"
+    output = prepare.output.with_name("other.json")
+    assert prepare(*FLAGS, "--teacher_endpoint", server.url, "--output_file", str(output)) == 0
+    assert len(json.loads(output.read_text())) == len(json.loads(prepare.output.read_text())) - 1
+    (reasons,) = (output.parent / "other.json.work" / "quarantine").glob("answers-*")
+    assert "status 422" in reasons.read_text()

@@ -291,6 +291,5 @@ def test_answers_agree_with_those_of_transformers(monkeypatch) -> None:
         sum(normalised(one["answers"][0]) in text for one, text in zip(questions, given, strict=True))
         for given in texts
     ]
-    print(equal, right)
     assert equal >= 8
     assert right[0] >= right[1] - 3

@@ -1,13 +1,12 @@
 """The wire: a prompt as a chat completions request, and what the reply says."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any, Final
 
 import httpx2
 
 from scaledown.data.prompts import Prompt
-from scaledown.data.teachers import Generation
+from scaledown.data.teachers import Generation, seed_of
 from scaledown.errors import one_line
 from scaledown.records import Answer
 
@@ -75,7 +74,7 @@ class Chat:
             "stream": False,
         }
         if prompt.temperature:
-            body["seed"] = _seed(f"{self._generation.seed}:{prompt.key}")
+            body["seed"] = seed_of(self._generation.seed, prompt.key)
         return body
 
     def adapts(self, body: dict[str, Any], draft: Draft, response: httpx2.Response) -> bool:
@@ -156,7 +155,3 @@ def _base(model: str) -> str:
     """The name of a model without its folder, revision or tag of the latest."""
     name = model.rstrip("/").rpartition("/")[2].partition("@")[0].lower()
     return name.removesuffix(":latest")
-
-
-def _seed(key: str) -> int:
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little") >> 1

@@ -7,7 +7,8 @@ import math
 import os
 import random
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -77,13 +78,13 @@ class EndpointTeacher:
         todo = [number for number in range(len(prompts)) if number not in have]
         if not todo:
             return
-        with asyncio.Runner() as runner:
+        with _loop() as run:
             crew = _Crew(self, [(number, prompts[number]) for number in reversed(todo)])
             try:
-                while result := runner.run(crew.next()):
+                while result := run(crew.next()):
                     yield result
             finally:
-                runner.run(crew.close())
+                run(crew.close())
 
     def connection(self, url: str) -> dict[str, Any]:
         """How a client reaches a server."""
@@ -125,6 +126,23 @@ class EndpointTeacher:
                 + ", ".join(map(self.chat.plain, models[:5]))
             )
         return ""
+
+
+@contextlib.contextmanager
+def _loop() -> Iterator[Callable[[Coroutine[Any, Any, Any]], Any]]:
+    """Something that runs coroutines, one after the other, on an event loop of its own."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        with asyncio.Runner() as runner:
+            yield runner.run
+        return
+    runner = asyncio.Runner()  # a notebook's loop runs in this thread, which takes no second one
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            yield lambda work: thread.submit(runner.run, work).result()
+        finally:
+            thread.submit(runner.close).result()
 
 
 @dataclass
@@ -307,6 +325,11 @@ class _Crew:
             wait = retry_after(response.headers.get("Retry-After", ""))
             reason = f"status {status}: {chat.said(response)}"
             return Fault(reason, down=status >= 500, slow=status in {408, 429, 503}, wait=wait)
+        if status in {404, 405}:  # of all prompts, not of this one
+            raise ModelError(
+                f"--teacher_endpoint {endpoint.url} answers {status} ({chat.said(response)}): does the URL "
+                "end in /v1, and is --teacher_model the server's name for it?"
+            )
         if chat.adapts(body, draft, response):
             return None
         return Rejection(f"the server refused it with status {status}: {chat.said(response)}")
