@@ -9,7 +9,7 @@ from scaledown.config import PrepareConfig
 from scaledown.data.prompts import answer_prompt, load_template
 from scaledown.data.reranker import check_records
 from scaledown.data.teachers import Engine, Generation, Rejection, Teacher, answer_all
-from scaledown.data.teachers.openvino import is_exported, openvino_genai
+from scaledown.data.teachers.openvino import EXPORT, is_exported, openvino_genai
 from scaledown.data.teachers.vllm import check_vllm
 from scaledown.errors import MissingExtraError, ModelError, UsageError
 from scaledown.models import ModelSource, choose_device, hub_errors, read_config_file, resolve
@@ -19,7 +19,6 @@ from scaledown.records import Example, QueryWithDocuments, document_text
 log = logging.getLogger("scaledown")
 
 _AGAIN_TEMPERATURE: Final = 0.7
-_EXPORT: Final = "scaledown export-openvino"
 _WRITERS: Final = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "ForConditionalGeneration")
 
 
@@ -68,7 +67,7 @@ def choose_backend(engine: Engine, source: ModelSource, device: str, generation:
     if engine.backend == "openvino":
         openvino_genai()
         if not is_exported(source):
-            raise ModelError(f"{source.name} is not exported for OpenVINO: run {_EXPORT} {source.name} once")
+            raise ModelError(f"{source.name} is not exported for OpenVINO: run {EXPORT} {source.name} once")
     if engine.backend != "auto":
         return engine.backend
     if engine.endpoints:
@@ -78,7 +77,7 @@ def choose_backend(engine: Engine, source: ModelSource, device: str, generation:
     if device == "cpu" and not bits and importlib.util.find_spec("openvino_genai"):
         if is_exported(source):
             return "openvino"
-        log.info("OpenVINO would be faster: run %s %s once", _EXPORT, source.name)
+        log.info("OpenVINO would be faster: run %s %s once", EXPORT, source.name)
     return "transformers"
 
 

@@ -117,7 +117,7 @@ class EndpointTeacher:
             self.refuse_key(url, response.status_code)
         if response.is_redirect:
             raise ModelError(f"--teacher_endpoint {url} leads elsewhere: give the URL that it leads to")
-        if response.status_code >= 500 and response.status_code != 501:
+        if response.status_code in _GATEWAY:  # others may fail at the list and answer all the same
             return f"status {response.status_code}"
         models = listed(response)
         if models and not self.chat.is_among(models):
