@@ -58,7 +58,8 @@ class Misbehaving(ThreadingHTTPServer):
         self.context = 1 << 40  # characters of all messages
         self.poison: dict[str, str] = {}  # question -> the fault it always meets
         self.usage: dict[str, int] | None = {"prompt_tokens": 90, "completion_tokens": 10}
-        self.text: str | None = None
+        self.text: Any = None
+        self.said = ""  # with a fault that is a status
         self.finish_reason = "stop"
         self.asked: Counter[str] = Counter()
         self.paid: Counter[str] = Counter()
@@ -148,7 +149,7 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "json":
             self.reply(200, {"choices": "none", "model": 3})
         elif fault.isdecimal():
-            self.reply(int(fault), {"error": {"message": f"fault {fault}"}})
+            self.reply(int(fault), {"error": {"message": server.said or f"fault {fault}"}})
         else:
             time.sleep(server.delay)
             self.reply(200, self.completion(body, question, fault), cut=fault == "cut")

@@ -269,7 +269,10 @@ class PrepareConfig(IndexConfig):
     teacher_document_tokens: int = option(
         0, TEACHER, "show the teacher only so much of each document; 0 is all", "tokens", metavar="N"
     )
-    teacher_lora: str = option("", TEACHER, "LoRA adapter on the teacher, with vllm", metavar="DIR")
+    teacher_context: int = option(
+        0, TEACHER, "longest prompt and answer together; 0 is what the teacher takes", "tokens", metavar="N"
+    )
+    teacher_lora: str = option("", TEACHER, "folder of a LoRA adapter, with vllm", metavar="DIR")
     tensor_parallel: int = option(1, TEACHER, "GPUs that share the teacher, with vllm", "GPUs", metavar="N")
     flush_seconds: float = option(
         5.0, TEACHER, "answers are on disk after so long at most", "seconds", metavar="S"
@@ -284,7 +287,8 @@ class PrepareConfig(IndexConfig):
     max_total_tokens: int = option(
         0,
         ENDPOINT,
-        "stop after so many tokens, prompts and answers; the same command with more goes on; 0: no limit",
+        "stop each teacher after so many tokens, prompts and answers; the same command with more "
+        "goes on; 0: no limit",
         "tokens",
         metavar="N",
     )
@@ -375,6 +379,12 @@ class PrepareConfig(IndexConfig):
             raise UsageError(
                 f"--teacher_endpoint and --teacher_backend {self.teacher_backend} exclude each other"
             )
+        if self.teacher_endpoint and (self.teacher_8bit or self.teacher_4bit):
+            raise UsageError(
+                "--teacher_8bit and --teacher_4bit: a server loads its model itself, leave them out"
+            )
+        if self.teacher_lora and not (Path(self.teacher_lora).expanduser() / "adapter_config.json").is_file():
+            raise UsageError(f"--teacher_lora {self.teacher_lora} is no folder with an adapter_config.json")
         for url in self.teacher_endpoint:
             if not re.match(r"https?://[^/@]+(/[^?#]*)?$", url):
                 raise UsageError(
@@ -397,6 +407,7 @@ class PrepareConfig(IndexConfig):
             "num_synthetic_queries",
             "top_k_reranking",
             "teacher_document_tokens",
+            "teacher_context",
             "max_total_tokens",
             "max_requests_per_minute",
         )

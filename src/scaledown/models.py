@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("scaledown")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns as soon as other libraries import it
 
 Item = TypeVar("Item")
 Done = TypeVar("Done")
@@ -373,5 +374,4 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for library in ("sentence_transformers", "bitsandbytes"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)

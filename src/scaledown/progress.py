@@ -50,6 +50,11 @@ class Tracker:
             self._spoke = time.monotonic()
             log.info("%s", self.line())
 
+    def skip(self, count: int) -> None:
+        """Say that `count` more were done before this process: they do not count for the rate."""
+        self._first += count
+        self.advance(count)
+
     def _add(self, count: int, fraction: float | None) -> None:
         self.done += count
         if self.total is None and fraction:

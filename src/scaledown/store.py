@@ -39,7 +39,16 @@ STAGES: Final = (
     "second",
     "reviewed",
 )
-_OWN_NAMES: Final = {*STAGES, "quarantine", "live", "locks", "manifest.json", "inputs.json", "plan.json"}
+_OWN_NAMES: Final = {
+    *STAGES,
+    "quarantine",
+    "live",
+    "locks",
+    "manifest.json",
+    "inputs.json",
+    "plan.json",
+    "engine.json",
+}
 
 _CHECKSUM_BYTES: Final = 4
 _WAIT_SECONDS: Final = 0.1
@@ -193,7 +202,8 @@ class Stage:
             return pa.ipc.open_stream(body).read_all()
         except (pa.ArrowException, OSError, ValueError) as error:
             raise RunDirectoryError(
-                f"{path} is missing or damaged: delete {path.parent} and run the same command again"
+                f"{path} is missing or damaged: delete it and done.json beside it, and run the same command "
+                "again"
             ) from error
 
     def tables(self) -> Iterator[pa.Table]:

@@ -15,7 +15,7 @@ from scaledown.config import PrepareConfig
 from scaledown.data import formats
 from scaledown.data.export import write_examples
 from scaledown.data.formats import entries, merge, problems, validate
-from scaledown.errors import InputError, UsageError
+from scaledown.errors import InputError, OutputError, UsageError
 
 GOOD = {"query": "What?", "documents": ["One.", "Two."], "answer": "This."}
 SCORED = {**GOOD, "reranking_scores": [0.5, -1.25]}
@@ -339,6 +339,32 @@ def test_merge_compares_content_and_not_where_it_lies(tmp_path: Path) -> None:
     first = made(tmp_path / "a.json", numbered([1]), corpus_path="here.jsonl", teacher_model="org/name")
     second = made(tmp_path / "b.json", numbered([2]), corpus_path="/there.jsonl", teacher_model="/a/folder")
     assert merge([first, second], tmp_path / "full.json").records == 2
+
+
+def test_merge_compares_prompt_and_engine(tmp_path: Path) -> None:
+    paths = []
+    for name, prompt, backend in (("a", "1", "vllm"), ("b", "2", "vllm"), ("c", "1", "openvino")):
+        path = made(tmp_path / f"{name}.json", numbered([len(paths)]))
+        place = Path(f"{path}.work") / "manifest.json"
+        manifest = json.loads(place.read_text())
+        manifest["inputs"]["prompt"] = prompt
+        manifest["stages"] = {"answers": {"settings": {"backend": backend}}}
+        place.write_text(json.dumps(manifest))
+        paths.append(path)
+    with pytest.raises(UsageError, match=r"prompt \(content\)"):
+        merge(paths[:2], tmp_path / "full.json")
+    with pytest.raises(UsageError, match="teacher_backend"):
+        merge([paths[0], paths[2]], tmp_path / "full.json")
+
+
+def test_extra_columns_of_other_origin_fit_or_are_named(tmp_path: Path) -> None:
+    write_examples(tmp_path / "a.parquet", numbered([1], GOOD | {"query_id": 7, "groundedness": 0.5}))
+    (entry,) = entries(tmp_path / "a.parquet")
+    assert entry.record["query_id"] == "7"
+    late = [*numbered(range(1000)), *numbered([1000], GOOD | {"groundedness": 0.5})]
+    with pytest.raises(OutputError, match="column groundedness is in some records only"):
+        write_examples(tmp_path / "b.parquet", late)
+    assert not (tmp_path / "b.parquet").exists()
 
 
 def test_merge_refuses_what_is_not_sound(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ QUERY = "When was the bridge over the Vltava finished?"
         ("Sorry", "refusal"),
         ("Unfortunately, the king died before 1402.", ""),
         ("Unfortunately, there is no mention of it.", "refusal"),
-        ("When was the bridge over the Vltava finished? In 1402.", "echo"),
+        ("When was the bridge over the Vltava finished? In 1402.", ""),  # it says something, too
+        ("I\u2019m sorry, but I can\u2019t say.", "refusal"),
         ("when was bridge over the Vltava finished", "echo"),
         ("In 1402.\n\nQuestion: When was the bridge", "echo"),
         ("The question: it was 1402.", ""),
@@ -41,8 +42,10 @@ def test_a_short_question_may_begin_its_answer() -> None:
         ("It cost 3.5 million", "It cost 3.5 million"),
         ("no end at all", "no end at all"),
         ("Done!", "Done!"),
-        ("それは橋です。そして", "それは橋です。そして"),
-        ("それは橋です。 そして", "それは橋です。"),
+        ("それは橋です。そして", "それは橋です。"),
+        ("It was designed by Dr. Peter", "It was designed by Dr. Peter"),
+        ("It was built. George W. Bush who", "It was built."),
+        ("He lives on St. John in", "He lives on St. John in"),
     ],
 )
 def test_a_truncated_answer_ends_with_a_sentence(text: str, expected: str) -> None:
@@ -72,3 +75,9 @@ def test_agreement_is_token_f1() -> None:
     assert agreement("1402", "in 1357") == 0
     assert agreement("", "") == 1
     assert agreement("", "1402") == 0
+
+
+def test_an_answer_may_begin_with_its_question() -> None:
+    query = "average salary of a nurse in texas"
+    assert problem("The average salary of a nurse in Texas is $70,000.", query) == ""
+    assert problem("The average salary of a nurse in Texas.", query) == "echo"

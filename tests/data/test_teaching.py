@@ -24,12 +24,10 @@ def test_a_log_gives_back_what_it_was_given(tmp_path: Path) -> None:
     with log.writing() as writer:
         writer.add(3, PROMPTS[3], answer("line\n\u2028 \U0001f600"))
         assert log.read(PROMPTS) == {3: answer("line\n\u2028 \U0001f600")}  # at once, not at the end
-        writer.add(1, PROMPTS[1], Rejection("too long"))
     with log.writing() as writer:
         writer.add(0, PROMPTS[0], answer())
     assert log.read(PROMPTS) == {
         3: answer("line\n\u2028 \U0001f600"),
-        1: Rejection("too long"),
         0: answer(),
     }
     assert log.tokens() == 24
@@ -230,3 +228,101 @@ def test_a_prompt_and_a_budget_for_documents_change_what_is_shown(prepare, tmp_p
     (tmp_path / "bad.txt").write_text("no place for anything")
     monkeypatch.setattr(command, "load_encoder", lambda *_: pytest.fail("work began"))
     assert prepare("--prompt", str(tmp_path / "bad.txt"), "--output_file", str(tmp_path / "o.json")) == 2
+
+
+def test_a_group_with_a_whole_shard_asks_only_for_the_rest(prepare, queries, monkeypatch) -> None:
+    """Engines that schedule by themselves get many shards at once; one of these may be written already."""
+    from scaledown.store import Stage
+
+    queries.write_text("".join(f"what is question {number}\n" for number in range(10)))
+    monkeypatch.setattr(command, "choose_backend", lambda *_: "vllm")
+    first, second = Recorded(), Recorded()
+    monkeypatch.setattr(command, "load_teacher", lambda *_: first)
+    write = Stage.write
+
+    def dying(self, shard, *arguments, **keywords):
+        if self.name == "answers" and shard == 1:
+            raise KeyboardInterrupt
+        write(self, shard, *arguments, **keywords)
+
+    small = ("--queries_per_shard", "4")
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "write", dying)
+        assert prepare(*small) == 130
+    (log,) = (prepare.work / "answers").glob("*/*.part.jsonl")
+    assert log.with_name("000000.arrow").exists()
+    lines = log.read_text().splitlines(keepends=True)
+    lost = [line for line in lines if json.loads(line)["place"] in {0, 9}]
+    log.write_text("".join(line for line in lines if line not in lost))
+    monkeypatch.setattr(command, "load_teacher", lambda *_: second)
+    assert prepare(*small) == 0
+    assert len(first.asked) == 10
+    assert len(second.asked) == 1, "the first shard's answers are in its file, the others in the log"
+    assert len(json.loads(prepare.output.read_text())) == 10
+
+
+def test_auto_keeps_the_engine_of_a_run_that_began(prepare, monkeypatch) -> None:
+    chosen = []
+
+    def choose(engine, *_):
+        chosen.append(engine.backend)
+        return "transformers" if engine.backend == "auto" else engine.backend
+
+    monkeypatch.setattr(command, "choose_backend", choose)
+    monkeypatch.setattr(command, "load_teacher", lambda *_: Recorded(1))
+    assert prepare() == 130
+    monkeypatch.setattr(command, "load_teacher", lambda *_: Recorded())
+    assert prepare() == 0
+    assert chosen == ["auto", "transformers"]
+
+
+def test_a_second_teacher_that_rejects_loses_no_record(prepare, models, monkeypatch) -> None:
+    class Mute(Recorded):
+        def answers(self, prompts, have=()):
+            for place in range(len(prompts)):
+                yield place, Rejection("no")
+
+    teachers = iter([Recorded(), Mute()])
+    monkeypatch.setattr(command, "load_teacher", lambda *_: next(teachers))
+    flags = ("--second_teacher_model", str(models["causal_lm"]), "--columns", "second_answer", "--strict")
+    assert prepare(*flags) == 0
+    assert {record["second_answer"] for record in json.loads(prepare.output.read_text())} == {None}
+
+
+def test_batches_partly_on_disk_give_the_same_answers(models) -> None:
+    from scaledown.data.teacher import load_teacher
+    from scaledown.data.teachers import Generation
+    from scaledown.models import resolve
+
+    teacher = load_teacher(
+        resolve(str(models["causal_lm"])), "cpu", "float32", Generation(max_new_tokens=8, batch_size=2)
+    )
+    prompts = [answer_prompt(str(n), "Why? " * (n + 1), ["a document " * n], 0.0) for n in range(6)]
+    whole = dict(teacher.answers(prompts))
+    for have in ({0}, {0, 1, 2}, {1, 3, 5}):
+        some = dict(teacher.answers(prompts, have))
+        assert set(range(6)) - have <= set(some)
+        assert some == {place: whole[place] for place in some}
+    assert not dict(teacher.answers(prompts, set(range(6))))
+
+
+def test_an_edited_prompt_is_no_repetition(prepare, tmp_path, capsys) -> None:
+    own = tmp_path / "prompt.txt"
+    own.write_text("{documents} {question}")
+    assert prepare("--prompt", str(own)) == 0
+
+    def repeat(name: str) -> str:
+        flags = (
+            "--config",
+            str(prepare.work / "manifest.json"),
+            "--work_dir",
+            str(tmp_path / f"{name}.work"),
+        )
+        capsys.readouterr()
+        assert prepare(*flags, "--output_file", str(tmp_path / name), inputs=False) == 0
+        return capsys.readouterr().err
+
+    assert "not a repetition" not in repeat("again.json")
+    assert (tmp_path / "again.json").read_bytes() == prepare.output.read_bytes()
+    own.write_text("{documents}\n{question}")
+    assert "json: other prompt" in repeat("other.json")

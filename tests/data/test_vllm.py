@@ -12,7 +12,7 @@ import tiny
 from scaledown.data.prompts import answer_prompt
 from scaledown.data.teacher import choose_backend, load_teacher
 from scaledown.data.teachers import Engine, Generation, Rejection
-from scaledown.errors import MissingExtraError, UsageError
+from scaledown.errors import MissingExtraError, ModelError, UsageError
 from scaledown.models import resolve
 
 SIGNATURES = json.loads(Path(__file__).with_name("vllm_signatures.json").read_text())["classes"]
@@ -165,11 +165,26 @@ def test_decoding_is_greedy_unless_asked_and_then_seeded_by_the_query(teacher) -
     assert FakeEngine.made.asked["seed"] != seed
 
 
-def test_a_lora_adapter_is_handed_on(teacher) -> None:
-    one = teacher(lora="/adapters/mine")
+def test_a_lora_adapter_is_handed_on(teacher, tmp_path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"r": 48}')
+    one = teacher(lora=str(tmp_path))
     list(one.answers(prompts(1)))
     assert FakeEngine.made.arguments["enable_lora"] is True
-    assert FakeEngine.made.asked["lora"]["lora_path"] == "/adapters/mine"
+    assert FakeEngine.made.arguments["max_lora_rank"] == 64  # the next that the engine knows
+    assert FakeEngine.made.asked["lora"]["lora_path"] == str(tmp_path)
+
+
+def test_a_shorter_context_is_handed_on_and_kept(teacher) -> None:
+    one = teacher(context=100)
+    assert FakeEngine.made.arguments["max_model_len"] == 100
+    ((_, answer),) = one.answers([answer_prompt("q", "Why?", ["word " * 400], 0.0)])
+    assert isinstance(answer, Rejection) or answer.prompt_tokens <= 92
+
+
+def test_it_is_for_cuda(tmp_path, teacher) -> None:
+    source = resolve(str(tiny.causal_lm(tmp_path / "n")))
+    with pytest.raises(ModelError, match="it is for CUDA"):
+        load_teacher(source, "cpu", "auto", Generation(), Engine(backend="vllm"))
 
 
 def test_a_prompt_that_is_too_long_loses_documents_not_the_question(teacher) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scaledown.data.prompts import Prompt
-from scaledown.data.teachers import Rejection
+from scaledown.data.teachers import Rejection, Teacher
 from scaledown.records import Answer
 
 
@@ -24,34 +24,44 @@ class AnswerLog:
         self.path = path
         self._flush_seconds = flush_seconds
 
-    def read(self, prompts: Sequence[Prompt]) -> dict[int, Answer | Rejection]:
+    def read(self, prompts: Sequence[Prompt]) -> dict[int, Answer]:
         """What is kept for these prompts, by their place."""
-        found: dict[int, Answer | Rejection] = {}
+        found: dict[int, Answer] = {}
         for record in _records(self.path):
             place = record.pop("place", -1)
             if not isinstance(place, int) or not 0 <= place < len(prompts):
                 continue
             if record.pop("prompt_hash", "") == prompts[place].digest:
                 with contextlib.suppress(TypeError):  # written by another version
-                    found[place] = Rejection(**record) if "reason" in record else Answer(**record)
+                    found[place] = Answer(**record)
         return found
 
     @contextlib.contextmanager
     def writing(self) -> Iterator["Writer"]:
         """Append answers. One process at a time: the shard's lease sees to that."""
         stop = threading.Event()
-        with self.path.open("ab+", buffering=0) as file:
+        failed: list[OSError] = []
+        with self.path.open("ab+") as file:
             if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
                 file.write(b"\n")  # after a line that a crash cut short
 
             def sync() -> None:
-                while not stop.wait(self._flush_seconds):
-                    os.fsync(file.fileno())
+                try:
+                    while not stop.wait(self._flush_seconds):
+                        os.fsync(file.fileno())
+                except OSError as error:  # told with the next answer
+                    failed.append(error)
+
+            def write(line: bytes) -> None:
+                if failed:
+                    raise failed[0]
+                file.write(line)
+                file.flush()
 
             thread = threading.Thread(target=sync, daemon=True)
             thread.start()
             try:
-                yield Writer(file.write)
+                yield Writer(write)
             finally:
                 stop.set()
                 thread.join()
@@ -69,13 +79,37 @@ class AnswerLog:
 class Writer:
     """Appends answers to a log."""
 
-    def __init__(self, write: Callable[[bytes], object]) -> None:
+    def __init__(self, write: Callable[[bytes], None]) -> None:
         self._write = write
 
-    def add(self, place: int, prompt: Prompt, answer: Answer | Rejection) -> None:
+    def add(self, place: int, prompt: Prompt, answer: Answer) -> None:
         """Keep an answer."""
         record = {"place": place, "prompt_hash": prompt.digest, **answer._asdict()}
         self._write(json.dumps(record, ensure_ascii=True).encode() + b"\n")
+
+
+def ask(
+    teacher: Teacher,
+    prompts: Sequence[Prompt],
+    log: AnswerLog,
+    came: Callable[[Answer | Rejection], None] = lambda _: None,
+    have: Mapping[int, Answer] | None = None,
+) -> list[Answer | Rejection]:
+    """Answers in the order of the prompts: those in `have`, those in the log, and new ones, which it keeps.
+
+    Rejections are not kept: whoever comes again asks again. `came` is told of each new one.
+    """
+    answers: dict[int, Answer | Rejection] = {**log.read(prompts), **(have or {})}
+    known = frozenset(answers)
+    with log.writing() as writer:
+        for place, answer in teacher.answers(prompts, known):
+            if place in known:
+                continue
+            if isinstance(answer, Answer):
+                writer.add(place, prompts[place], answer)
+            answers[place] = answer
+            came(answer)
+    return [answers[place] for place in range(len(prompts))]
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from scaledown.data.corpus import PassageTable
 from scaledown.data.reranker import scaled
+from scaledown.errors import OutputError
 from scaledown.records import Example, full_text
 from scaledown.store import Stage, atomic
 
@@ -100,7 +101,23 @@ def _write_parquet(path: Path, records: Iterable[Example]) -> int:
     count = 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         while block:
+            _check_columns(block, schema)
             writer.write_table(pa.Table.from_pylist(block, schema=schema))
             count += len(block)
             block = list(itertools.islice(source, _BLOCK))
     return count
+
+
+def _check_columns(block: list[Example], schema: pa.Schema) -> None:
+    """Fit extra columns of other origin to the schema. Raises `OutputError` for one that came late."""
+    for record in block:
+        for name, kind in _EXTRA.items():
+            value = record.get(name)
+            if value is None:
+                continue
+            if name not in schema.names:
+                raise OutputError(
+                    f"column {name} is in some records only, and the first {_BLOCK:,} lack it: write .jsonl"
+                )
+            if pa.types.is_string(kind) and not isinstance(value, str):
+                record[name] = str(value)  # type: ignore[literal-required]

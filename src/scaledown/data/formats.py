@@ -39,6 +39,10 @@ _COMPARED: Final = (
     "max_new_tokens",
     "temperature",
     "dtype",
+    "teacher_document_tokens",
+    "truncated_answers",
+    "bad_answers",
+    "min_groundedness",
 )
 _WRITABLE: Final = (type(None), datetime.date, datetime.time)
 _MAX_DEPTH: Final = 100  # of what is nested in a record
@@ -332,6 +336,9 @@ def _check_same_settings(paths: Sequence[Path]) -> None:
         settings = {name: manifest["parameters"].get(name) for name in _COMPARED}
         settings |= {f"{name} (weights)": identity for name, identity in manifest["models"].items()}
         settings["corpus (content)"] = manifest["inputs"].get("corpus")
+        settings["prompt (content)"] = manifest["inputs"].get("prompt")
+        answers = (manifest.get("stages") or {}).get("answers") or {}
+        settings["teacher_backend"] = (answers.get("settings") or {}).get("backend")
         if first is None:
             first = path, settings
             continue

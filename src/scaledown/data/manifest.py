@@ -1,5 +1,6 @@
 """What a run says of itself: all that it depends on, so that `--config manifest.json` repeats it."""
 
+import importlib.metadata
 import logging
 import os
 import platform
@@ -68,6 +69,8 @@ def repeatable(config: PrepareConfig, sources: Sources) -> dict[str, Any]:
         settings["query_dataset"] = str(Path(config.query_dataset).resolve())
     if config.prompt not in TEMPLATES:
         settings["prompt"] = _full(config.prompt)
+    if config.teacher_lora:
+        settings["teacher_lora"] = _full(config.teacher_lora)
     for name, model in sources.models().items():
         if model.revision and "@" not in model.name:
             settings[f"{name}_model"] = f"{model.name}@{model.revision}"
@@ -75,7 +78,7 @@ def repeatable(config: PrepareConfig, sources: Sources) -> dict[str, Any]:
 
 
 def _full(name: str) -> str:
-    return redacted(name) if is_url(name) else str(Path(name).resolve())
+    return redacted(name) if is_url(name) else str(Path(name).expanduser().resolve())
 
 
 def name_differences(repeats: Path, identities: Mapping[str, str], inputs: Mapping[str, Any]) -> None:
@@ -108,13 +111,19 @@ def compared_settings(config: PrepareConfig) -> dict[str, Any]:
 
 
 def environment() -> dict[str, str | int | None]:
-    """Versions of what the results depend on."""
-    from importlib.metadata import version
-
+    """Versions of what the results depend on; None is not installed."""
     libraries = ("torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
+    engines = ("bitsandbytes", "openvino-genai", "vllm")
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "processors": os.cpu_count(),
-        **{name: version(name) for name in libraries},
+        **{name: _version(name) for name in (*libraries, *engines)},
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -21,6 +21,8 @@ from scaledown.data.corpus import ROWS_AT_ONCE, cutting_processes, load_tokenize
 from scaledown.data.queries import MS_MARCO_QUERIES, dataset_size, from_dataset, from_files
 from scaledown.data.retrieval import TokenLists
 from scaledown.data.sample import Sample, sample_corpus
+from scaledown.data.teacher import find_teacher
+from scaledown.data.teachers import Engine
 from scaledown.data.trial import UNKNOWN, Cost, Trials, listed, peak
 from scaledown.errors import InputError
 from scaledown.executor import cores
@@ -122,6 +124,8 @@ def make_plan(config: PrepareConfig, corpus: files.Source) -> Plan:
     answers, cost = trials.answers()
     stages.append(of_queries("answers", answers, cost))
     if config.second_teacher_model:
+        with listed(missing):
+            find_teacher(config.second_teacher_model, Engine.of(config))
         stages.append(of_queries("second", answers, UNKNOWN))
     stages.append(of_queries("reviewed", trials.reviewed(answers), Cost(0, 0, peak("cpu"))))
     output = None if queries.number is None else queries.number * trials.record_bytes(answers)

@@ -59,6 +59,7 @@ from scaledown.store import (
     check_writable,
     fingerprint,
     read_json,
+    write_json,
 )
 
 log = logging.getLogger("scaledown")
@@ -86,6 +87,9 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Resul
             for path in sources.queries
         ],
     }
+    inputs["prompt"] = fingerprint(load_template(config.prompt)._asdict())
+    if config.teacher_lora:
+        identities["lora"] = run.content_hash(Path(config.teacher_lora).expanduser())
     if repeats:
         name_differences(repeats, identities, inputs)
     request = fingerprint(
@@ -96,7 +100,9 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Resul
             return finished
         _check_ours(run, output)
         index = open_index(home, config, sources.corpus, sources.retriever, identities["retriever"])
-        stages = _run_stages(run, config, index=index, sources=sources, identities=identities, inputs=inputs)
+        stages = _run_stages(
+            run, config, request=request, index=index, sources=sources, identities=identities, inputs=inputs
+        )
         results = {name: stage.finished() for name, stage in stages.items()}
         with stages["answers"].lease("export", wait=True):
             if finished := _finished(run, request, output):  # by a process that helped
@@ -122,6 +128,7 @@ def plan_dataset(config: PrepareConfig) -> Plan:
     output = Path(config.output_file)
     check_writable(output)
     corpus, _ = find_inputs(config, output, fetch=False)
+    load_template(config.prompt)
     plan = make_plan(config, corpus)
     keep(plan, config)
     return plan
@@ -138,32 +145,71 @@ class _Asking(NamedTuple):
     settings: dict[str, Any]
 
     @classmethod
-    def of(cls, config: PrepareConfig, sources: Sources, device: str) -> "_Asking":
+    def of(  # noqa: PLR0917
+        cls,
+        run: RunDirectory,
+        request: str,
+        config: PrepareConfig,
+        sources: Sources,
+        identities: Mapping[str, str],
+        device: str,
+    ) -> "_Asking":
         """With the engine that is best here, where the settings leave it open."""
         engine, generation = Engine.of(config), Generation.of(config)
-        engine = engine._replace(backend=choose_backend(engine, sources.teacher, device, generation))
+        engine = engine._replace(backend=_keep_backend(run, request, engine, sources, device, generation))
         template = load_template(config.prompt)
         settings = {
             "backend": engine.backend,
             "bits": 8 if config.teacher_8bit else 4 if config.teacher_4bit else 0,
-            "lora": config.teacher_lora,
+            "lora": identities.get("lora"),
             "prompt": [PROMPT_VERSION, *template],
             "document_tokens": config.teacher_document_tokens,
+            "context": config.teacher_context,
             "max_new_tokens": config.max_new_tokens,
         }
         if engine.backend != "endpoint":
-            settings |= {"batch_size": config.teacher_batch_size, **machine(config)}
-        return cls(engine, generation, template, device, config.dtype, settings)
+            settings |= machine(config)
+        if engine.backend == "transformers":
+            settings |= {"batch_size": config.teacher_batch_size}
+        asking = cls(engine, generation, template, device, config.dtype, settings)
+        if engine.backend == "endpoint" and not any(run.path.glob("answers/*/done.json")):
+            for model in filter(None, (sources.teacher, sources.second_teacher)):
+                asking.load(model)  # looks for the server, the key and the model, before any work
+        return asking
 
     def load(self, model: ModelSource, spent_tokens: int = 0) -> Teacher:
         """A teacher."""
         return load_teacher(model, self.device, self.dtype, self.generation, self.engine, spent_tokens)
 
 
+def _keep_backend(  # noqa: PLR0917
+    run: RunDirectory,
+    request: str,
+    engine: Engine,
+    sources: Sources,
+    device: str,
+    generation: Generation,
+) -> str:
+    """The engine that `auto` chose when this run began, else the best one; both teachers must fit it.
+
+    One that was installed or exported in between would begin the answers again.
+    """
+    path = run.path / "engine.json"
+    kept = read_json(path)
+    if engine.backend == "auto" and isinstance(kept, dict) and kept.get("request") == request:
+        engine = engine._replace(backend=str(kept.get("backend")))
+    backend = choose_backend(engine, sources.teacher, device, generation)
+    if sources.second_teacher:
+        choose_backend(engine._replace(backend=backend), sources.second_teacher, device, generation)
+    write_json(path, {"request": request, "backend": backend})
+    return backend
+
+
 def _run_stages(
     run: RunDirectory,
     config: PrepareConfig,
     *,
+    request: str,
     index: Index,
     sources: Sources,
     identities: Mapping[str, str],
@@ -172,7 +218,7 @@ def _run_stages(
     """The picture at the top, in order. A stage's settings hold all that its shards depend on."""
     device = choose_device(config.device)
     machine_kind = machine(config)
-    asking = _Asking.of(config, sources, device)
+    asking = _Asking.of(run, request, config, sources, identities, device)
     teacher = functools.cache(lambda: asking.load(sources.teacher))
     encoder = functools.cache(
         lambda: load_encoder(sources.retriever, device, config.dtype, config.batch_size)
@@ -332,7 +378,8 @@ def _check_ours(run: RunDirectory, output: Path) -> None:
 
 
 def _quarantined(stages: Mapping[str, StageResult]) -> int:
-    return sum(result.counts.get("bad", 0) + result.counts.get("rejected", 0) for result in stages.values())
+    own = [result.counts for name, result in stages.items() if name != "second"]  # no record is lost there
+    return sum(counts.get("bad", 0) + counts.get("rejected", 0) for counts in own)
 
 
 def main(argv: Sequence[str] | None = None, program: str = "python -m scaledown.data.prepare_dataset") -> int:

@@ -1,5 +1,6 @@
 """Where queries come from: files, MS MARCO, QA datasets, or the teacher itself."""
 
+import functools
 import itertools
 import logging
 import random
@@ -13,9 +14,10 @@ import pyarrow as pa
 
 from scaledown.config import PrepareConfig
 from scaledown.data import files
+from scaledown.data.answer_log import AnswerLog, ask
 from scaledown.data.corpus import PassageTable
-from scaledown.data.prompts import question_prompt
-from scaledown.data.teachers import Teacher, answer_all
+from scaledown.data.prompts import Prompt, question_prompt
+from scaledown.data.teachers import Rejection, Teacher
 from scaledown.errors import InputError
 from scaledown.models import cache_directory, hub_errors, reach_hub
 from scaledown.progress import track
@@ -322,8 +324,12 @@ def write_questions(
                     started = time.perf_counter()
                     teacher = load()
                     with stage.noting(len(rows), lambda: teacher.halving.count):  # noqa: B023
-                        questions = ask(turn, table, teacher)
+                        path = stage.folder / f"{len(rows):06d}.part.jsonl"
+                        kept = AnswerLog(path, config.flush_seconds)
+                        answer = functools.partial(ask, teacher, log=kept)
+                        questions = questions_about(turn, table, answer)
                     stage.write(len(rows), questions, time.perf_counter() - started)
+                    kept.remove()
                 before = len(seen)
                 written = stage.table(len(rows)).column("question").to_pylist()
                 seen.update(normalized(question) for question in written if question)
@@ -339,8 +345,10 @@ def write_questions(
         stage.finish(rows, {"asked": asked, "questions": min(len(seen), wanted)})
 
 
-def ask(
-    turns: Sequence[tuple[int, int]], passages: PassageTable | Sequence[Passage], teacher: Teacher
+def questions_about(
+    turns: Sequence[tuple[int, int]],
+    passages: PassageTable | Sequence[Passage],
+    answer: Callable[[Sequence[Prompt]], list[Answer | Rejection]],
 ) -> pa.Table:
     """What the teacher writes about passages: each turn is the number of a pass and the passage's row."""
     prompts = []
@@ -350,8 +358,8 @@ def ask(
         prompts.append(
             question_prompt(f"{number}:{row}", full_text(passage.title, passage.text), temperature)
         )
-    answers = answer_all(teacher, prompts)
-    texts = [answer.text if isinstance(answer, Answer) else "" for answer in answers]
+    answers = answer(prompts)
+    texts = [given.text if isinstance(given, Answer) else "" for given in answers]
     return pa.table(
         {
             "row": pa.array([row for _, row in turns], pa.int64()),

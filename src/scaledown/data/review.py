@@ -4,6 +4,7 @@ Makes the stage `reviewed` from `answers` without a model, so that other limits 
 """
 
 import collections
+import json
 import re
 import string
 from collections.abc import Iterable
@@ -28,7 +29,11 @@ _REFUSAL: Final = re.compile(
     r"there is no (information|mention)|(it is )?not (mentioned|specified|stated|provided))",
     re.IGNORECASE,
 )
-_SENTENCE_END: Final = re.compile(r"[.!?\u2026\u3002\uff01\uff1f][\"'\u201d\u2019)\]]*(?=\s|$)")
+# Not after an initial or a title; Chinese and Japanese leave no space.
+_SENTENCE_END: Final = re.compile(
+    r"(?:(?<!\b[A-Z])(?<!\b[DMS]r)(?<!\bMrs)(?<!\b[SM]t)(?<!\bvs)(?<!\bNo)\.|[!?\u2026])[\"'\u201d\u2019)\]]*(?=\s|$)"
+    r"|[\u3002\uff01\uff1f][\u300d\u300f\u201d]?"
+)
 _WORD: Final = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]|\w+")  # Chinese and Japanese by character
 _ECHO_WORDS: Final = 4  # a question of fewer words may well begin its own answer
 
@@ -70,10 +75,14 @@ def problem(text: str, query: str) -> str:
     """Why an answer teaches nothing: `empty`, `refusal`, `echo` of the question, or `` where it may."""
     if not text.strip():
         return "empty"
-    if _REFUSAL.match(text.strip()):
+    if _REFUSAL.match(text.strip().replace("\u2019", "'")):
         return "refusal"
     own, asked = normalized(text), normalized(query)
-    if len(asked) >= _ECHO_WORDS and own[: len(asked)] == asked:
+    if (
+        len(asked) >= _ECHO_WORDS
+        and own[: len(asked)] == asked
+        and not set(_content(text)) - set(_content(query))
+    ):
         return "echo"
     return "echo" if re.search(r"(?m)^\s*(Background|Question|Documents):", text) else ""
 
@@ -121,16 +130,19 @@ def review_answers(
         texts = PassageTable(passages)
         table = answers.table(shard)
         others = dict(_answered(second, shard)) if second else {}
+        seen: collections.Counter[str] = collections.Counter()
         reviews, rejected, kept = [], [], []
         for number, record in enumerate(table.to_pylist()):
             found = [texts[row] for row in record["rows"]]
             documents = [full_text(passage.title, passage.text) for passage in found]
             cut = config.truncated_answers == "cut"
             own = review(record["text"], record["finish_reason"], record["query"], documents, cut=cut)
+            grounded = own.groundedness >= config.min_groundedness
+            seen[own.problem or ("" if grounded else "ungrounded")] += 1
             reason = ""
             if own.problem in dropped:
                 reason = f"the teacher's answer is {_SAID[own.problem]}"
-            elif own.groundedness < config.min_groundedness:
+            elif not grounded:
                 reason = f"groundedness {own.groundedness:.2f} is below --min_groundedness"
             if reason:
                 rejected.append(
@@ -161,12 +173,13 @@ def review_answers(
         table = table.set_column(table.column_names.index("text"), "text", cut_texts)
         for name, values in columns.items():
             table = table.append_column(name, values)
-        return table
+        return table.replace_schema_metadata({"seen": json.dumps(seen)})
 
     stage.complete(len(rows), work)
     _finish(stage, rows, second)
 
 
+_COUNTED: Final = {"empty": "empty", "refusal": "refusals", "echo": "echoes", "ungrounded": "ungrounded"}
 _SAID: Final = {"empty": "empty", "refusal": "a refusal", "echo": "an echo of the prompt"}
 
 
@@ -183,7 +196,7 @@ def _finish(stage: Stage, rows: list[int], second: Stage | None) -> None:
     for shard in range(len(rows)):
         table = stage.table(shard)
         kept.append(table.num_rows)
-        problems.update(name for name in table.column("problem").to_pylist() if name)
+        problems.update(json.loads(table.schema.metadata[b"seen"]))
         sums["groundedness"] += sum(table.column("groundedness").to_pylist())
         if second:
             values = [value for value in table.column("agreement").to_pylist() if value is not None]
@@ -198,6 +211,5 @@ def _finish(stage: Stage, rows: list[int], second: Stage | None) -> None:
     if agreeing:
         measured["agreement"] = round(sums["agreement"] / agreeing, 4)
     counts = {"kept": sum(kept), "rejected": sum(rows) - sum(kept)}
-    names = {"refusal": "refusals", "echo": "echoes"}
-    counts |= {names[name]: count for name, count in sorted(problems.items())}
+    counts |= {_COUNTED[name]: problems[name] for name in _COUNTED if problems[name]}
     stage.finish(kept, counts, measured)

@@ -62,8 +62,13 @@ def choose_backend(engine: Engine, source: ModelSource, device: str, generation:
             "--teacher_8bit and --teacher_4bit are for transformers: with --teacher_backend "
             f"{engine.backend} name a quantised checkpoint"
         )
-    if engine.backend == "vllm":
+    if engine.lora and engine.backend not in {"auto", "vllm"}:
+        raise UsageError(
+            f"--teacher_lora is for vllm: with --teacher_backend {engine.backend} merge it first"
+        )
+    if engine.backend == "vllm" or engine.lora:
         check_vllm()
+        return "vllm"
     if engine.backend == "openvino":
         openvino_genai()
         if not is_exported(source):
@@ -114,7 +119,7 @@ def load_teacher(  # noqa: PLR0917
         from scaledown.data.teachers.vllm import VllmTeacher
 
         return VllmTeacher(
-            source, dtype, generation, lora=engine.lora, tensor_parallel=engine.tensor_parallel
+            source, device, dtype, generation, lora=engine.lora, tensor_parallel=engine.tensor_parallel
         )
     if backend == "openvino":
         from scaledown.data.teachers.openvino import OpenVINOTeacher

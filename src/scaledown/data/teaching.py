@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 import pyarrow as pa
 
 from scaledown.config import PrepareConfig
-from scaledown.data.answer_log import AnswerLog
+from scaledown.data.answer_log import AnswerLog, ask
 from scaledown.data.corpus import PassageTable
 from scaledown.data.prompts import PAPER, Prompt, Template, answer_prompt
 from scaledown.data.review import problem
@@ -67,23 +67,25 @@ def teach(
                         teaching.template,
                     )
                 )
-            logs = [
+            part, again = (
                 AnswerLog(stage.folder / f"{group.start:06d}.{name}.jsonl", teaching.flush_seconds)
                 for name in ("part", "again")
-            ]
+            )
+            written = _written(stage, group, tables, prompts)
+            tracker.skip(len(part.read(prompts).keys() - written.keys()))
             teacher = load()
             with stage.noting(group.start, lambda: teacher.halving.count):
-                answers = _ask(teacher, prompts, logs[0], meter)
+                answers = ask(teacher, prompts, part, meter.add, written)
                 if teaching.retry:
                     queries = [record["query"] for record in records]
-                    _ask_again(teacher, prompts, queries, answers, logs[1], meter)
+                    answers = _ask_again(teacher, prompts, queries, answers, again)
             first = 0
             for shard, table in zip(group, tables, strict=True):
                 last = first + table.num_rows
                 yield _answered(stage, shard, table, prompts[first:last], answers[first:last])
                 first = last
-            for log_file in logs:
-                log_file.remove()
+            part.remove()
+            again.remove()
 
         stage.complete_together(len(rows), teaching.shards_at_once, work)
     names = ("answers", "rejected", "truncated", "shortened", "prompt_tokens", "answer_tokens")
@@ -98,14 +100,14 @@ def teach(
         counts["shortened"] += sum(map(bool, table.column("dropped_tokens").to_pylist()))
         for name in ("prompt_tokens", "answer_tokens"):
             counts[name] += sum(table.column(name).to_pylist())
-    if not counts["answers"]:
+    if not counts["answers"] and stage.name == "answers":
         raise InputError("no query was answered: quarantine/ in the run directory says why, one by one")
     stage.finish(answered, counts)
 
 
 def spent_tokens(stage: Stage) -> int:
     """Tokens of the answers on disk, of prompts and answers together."""
-    logs = sum(AnswerLog(path, 0).tokens() for path in stage.folder.glob("*.jsonl"))
+    logs = sum(AnswerLog(path, 0).tokens() for path in stage.folder.glob("*.*.jsonl"))
     shards = (stage.table(int(path.stem)) for path in stage.folder.glob("*.arrow"))
     columns = (shard.column(name) for shard in shards for name in ("prompt_tokens", "answer_tokens"))
     return logs + sum(sum(column.to_pylist()) for column in columns)
@@ -120,10 +122,6 @@ class _Meter:
         self._tokens = 0
         self._cost = 0.0
 
-    def kept(self, count: int) -> None:
-        """So many answers were on disk already."""
-        self._tracker.advance(count)
-
     def add(self, answer: Answer | Rejection) -> None:
         """An answer came."""
         if isinstance(answer, Answer):
@@ -136,33 +134,14 @@ class _Meter:
         self._tracker.advance(1)
 
 
-def _ask(
-    teacher: Teacher, prompts: Sequence[Prompt], log_file: AnswerLog, meter: _Meter | None
-) -> list[Answer | Rejection]:
-    """All answers in the order of the prompts, those kept in the log and new ones, which it keeps."""
-    answers = log_file.read(prompts)
-    if meter:
-        meter.kept(len(answers))
-    with log_file.writing() as writer:
-        for place, answer in teacher.answers(prompts, frozenset(answers)):
-            if place in answers:
-                continue
-            writer.add(place, prompts[place], answer)
-            answers[place] = answer
-            if meter:
-                meter.add(answer)
-    return [answers[place] for place in range(len(prompts))]
-
-
-def _ask_again(  # noqa: PLR0917
+def _ask_again(
     teacher: Teacher,
     prompts: Sequence[Prompt],
     queries: Sequence[str],
-    answers: list[Answer | Rejection],
-    log_file: AnswerLog,
-    meter: _Meter,
-) -> None:
-    """Put better answers in the place of those that have a problem, where a second try gives them."""
+    answers: Sequence[Answer | Rejection],
+    log: AnswerLog,
+) -> list[Answer | Rejection]:
+    """The answers, with better ones for those that have a problem, where a second try gives them."""
     places = [
         place
         for place, answer in enumerate(answers)
@@ -174,9 +153,28 @@ def _ask_again(  # noqa: PLR0917
         )
         for place in places
     ]
-    for place, answer in zip(places, _ask(teacher, again, log_file, None), strict=True):
+    better = list(answers)
+    for place, answer in zip(places, ask(teacher, again, log), strict=True):
         if isinstance(answer, Answer) and not problem(answer.text, queries[place]):
-            answers[place] = answer
+            better[place] = answer
+    return better
+
+
+def _written(
+    stage: Stage, group: range, tables: Sequence[pa.Table], prompts: Sequence[Prompt]
+) -> dict[int, Answer]:
+    """Answers of those shards of a group that are whole already, by the place of their prompt."""
+    found: dict[int, Answer] = {}
+    first = 0
+    for shard, table in zip(group, tables, strict=True):
+        if stage.has(shard):
+            places = {prompts[place].key: place for place in range(first, first + table.num_rows)}
+            for record in stage.table(shard).to_pylist():
+                place = places.get(record["query_id"], -1)
+                if place >= 0 and record["prompt_hash"] == prompts[place].digest:
+                    found[place] = Answer(*(record[name] for name in Answer._fields))
+        first += table.num_rows
+    return found
 
 
 def _answered(

@@ -1,6 +1,7 @@
 """Short trials of the models on real texts: what a query or passage costs on this machine."""
 
 import contextlib
+import functools
 import math
 import platform
 import random
@@ -18,7 +19,7 @@ from scaledown.config import PrepareConfig
 from scaledown.data.encoders import Encoder, load_encoder
 from scaledown.data.index import Ranking, Vectors, pack, search
 from scaledown.data.prompts import answer_prompt, load_template
-from scaledown.data.queries import SCHEMA, ask
+from scaledown.data.queries import SCHEMA, questions_about
 from scaledown.data.reranker import Pair, Reranker, load_reranker, resolve_reranker
 from scaledown.data.retrieval import TokenLists, candidates_table
 from scaledown.data.teacher import find_teacher, load_teacher
@@ -76,7 +77,10 @@ class Trials(NamedTuple):
 
         def write(teacher: Teacher) -> tuple[float, list[pa.Table]]:
             size = self.config.teacher_batch_size
-            return _timed(rows, size, lambda batch: ask([(0, row) for row in batch], self.passages, teacher))
+            answer = functools.partial(answer_all, teacher)
+            return _timed(
+                rows, size, lambda batch: questions_about([(0, row) for row in batch], self.passages, answer)
+            )
 
         cost, made = self._try_teacher(write)
         return pa.concat_tables(made) if made else None, cost

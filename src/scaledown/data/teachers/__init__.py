@@ -20,6 +20,8 @@ class Generation(NamedTuple):
     load_in_4bit: bool = False
     document_tokens: int = 0
     """Tokens that are shown of each document; 0 is all."""
+    context: int = 0
+    """Tokens of prompt and answer together; 0 is what the model takes."""
 
     @classmethod
     def of(cls, config: PrepareConfig) -> "Generation":
@@ -31,6 +33,7 @@ class Generation(NamedTuple):
             load_in_8bit=config.teacher_8bit,
             load_in_4bit=config.teacher_4bit,
             document_tokens=config.teacher_document_tokens,
+            context=config.teacher_context,
         )
 
 

@@ -1,5 +1,7 @@
 """The wire: a prompt as a chat completions request, and what the reply says."""
 
+import logging
+import re
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -10,11 +12,23 @@ from scaledown.data.teachers import Generation, seed_of
 from scaledown.errors import one_line
 from scaledown.records import Answer
 
+log = logging.getLogger("scaledown")
+
 SHORTENINGS: Final = 12
 """Of one prompt, each by a third of its documents, before it is asked without any."""
 
 _CHARACTERS_A_TOKEN: Final = 4
-_TOO_LONG: Final = ("context", "length", "token", "too long", "too large")
+_TOO_LONG: Final = re.compile(
+    r"context.{0,20}(length|window|size)|too (long|large|many (input )?tokens)|max_model_len|"
+    r"(maximum|input|prompt|sequence).{0,30}length|tokens.{0,30}exceed|exceed.{0,60}tokens|input tokens|"
+    r"reduce the (length|input|prompt)",
+    re.DOTALL,
+)
+_SYSTEM_ROLE: Final = re.compile(
+    r"system.{0,40}role|role.{0,40}system|conversation roles must alternate", re.DOTALL
+)
+# What ends a turn in the chat templates of common models: text from data shall not.
+_CONTROL: Final = re.compile(r"<\|[^|<>\n]{1,40}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|<<SYS>>")
 
 
 class Draft:
@@ -23,13 +37,17 @@ class Draft:
     def __init__(self, prompt: Prompt, document_tokens: int) -> None:
         most = document_tokens * _CHARACTERS_A_TOKEN
         self.prompt = prompt
-        self.documents = [_head(text, most) if most else text for text in prompt.documents]
+        plain = [
+            _CONTROL.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text) for text in prompt.documents
+        ]
+        self._all = sum(map(len, plain))
+        self.documents = [_head(text, most) if most else text for text in plain]
         self._shortened = 0
 
     @property
     def dropped_tokens(self) -> int:
         """Characters left out // 4."""
-        left_out = sum(map(len, self.prompt.documents)) - sum(map(len, self.documents))
+        left_out = self._all - sum(map(len, self.documents))
         return left_out // _CHARACTERS_A_TOKEN
 
     def shorten(self) -> bool:
@@ -85,10 +103,11 @@ class Chat:
         if status == 400 and "max_completion_tokens" in text and "max_tokens" in body:
             self._limit = "max_completion_tokens"
             return True
-        if status == 400 and "system" in text and "role" in text and len(body["messages"]) > 1:
+        if status == 400 and _SYSTEM_ROLE.search(text) and len(body["messages"]) > 1:
+            log.info("the server knows no system role: its text goes into the user's turn")
             self._folds_system = True
             return True
-        return status in {400, 413, 422} and any(word in text for word in _TOO_LONG) and draft.shorten()
+        return status in {400, 413, 422} and bool(_TOO_LONG.search(text)) and draft.shorten()
 
     def read(self, draft: Draft, response: httpx2.Response) -> tuple[Answer, str]:
         """The answer in a reply, and the model that gave it. Raises `ValueError` for any other reply."""
@@ -96,7 +115,7 @@ class Chat:
             reply = response.json()
             choice, usage = reply["choices"][0], reply.get("usage") or {}
             # JSON may hold halves of characters, which no file does.
-            text = (choice["message"]["content"] or "").strip().encode(errors="replace").decode()
+            text = _text(choice["message"]["content"]).strip().encode(errors="replace").decode()
             answer = Answer(
                 text,
                 "length" if choice.get("finish_reason") == "length" else "stop",
@@ -114,7 +133,7 @@ class Chat:
 
     def is_among(self, models: Sequence[str]) -> bool:
         """Whether a server that lists these has the model."""
-        return _base(self.model) in map(_base, models)
+        return bool({_base(self.model), _base(self.model.partition(":")[0])} & set(map(_base, models)))
 
     def plain(self, text: str) -> str:
         """Text from a server, fit for a message: one line, short, and without the secret."""
@@ -129,6 +148,13 @@ class Chat:
         except ValueError:
             message = None
         return self.plain(message if isinstance(message, str) else response.text)
+
+
+def _text(content: Any) -> str:
+    """The text of a message, which some servers give in parts."""
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content)
+    return content or ""
 
 
 def listed(response: httpx2.Response) -> list[str]:

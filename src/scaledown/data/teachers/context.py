@@ -19,6 +19,7 @@ class Context:
     def __init__(self, name: str, tokenizer: Any, tokens: int, generation: Generation) -> None:
         self._tokenizer = tokenizer
         self._document_tokens = generation.document_tokens
+        tokens = min(tokens, generation.context or tokens)
         self.limit = tokens - generation.max_new_tokens
         if self.limit < 32:
             raise ModelError(

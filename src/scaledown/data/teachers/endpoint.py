@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import math
 import os
 import random
@@ -22,6 +23,8 @@ from scaledown.errors import ModelError, one_line
 from scaledown.models import Halving
 from scaledown.records import Answer
 
+log = logging.getLogger("scaledown")
+
 KEY: Final = "OPENAI_API_KEY"
 
 TRIES: Final = 8
@@ -31,6 +34,8 @@ BACKOFF: Final = 0.5
 LONGEST_BACKOFF: Final = 30.0
 PATIENCE: Final = 1800.0
 """Seconds without a result after which the servers are given up."""
+REFUSALS: Final = 20
+"""Prompts refused in a row with one status, and none answered, after which it is no prompt's fault."""
 LOOK_TIMEOUT: Final = 10.0
 _GATEWAY: Final = frozenset({502, 503, 504, 529})
 
@@ -64,6 +69,12 @@ class EndpointTeacher:
         if not (self._key.isascii() and self._key.isprintable()):
             raise ModelError(f"{KEY} has characters that no key has: set it again")
         self.chat = Chat(model, generation, self._key)
+        self.answered = False
+        self._refused: list[int] = []
+        self._others: list[str] = []
+        for endpoint in self.endpoints:
+            if self._key and endpoint.url.startswith("http://") and not _is_loopback(endpoint.url):
+                log.warning("%s goes to %s unencrypted: use https:// where others listen", KEY, endpoint.url)
         self._look()
 
     def answers(
@@ -95,6 +106,24 @@ class EndpointTeacher:
     def refuse_key(self, url: str, status: int) -> NoReturn:
         """The key, or its absence, is wrong: no prompt can be asked."""
         raise ModelError(f"--teacher_endpoint {url} answers {status}: set {KEY} to a key that it accepts")
+
+    def refused(self, status: int, said: str) -> None:
+        """Count a refused prompt. Raises `ModelError` where all are, so that not all are set aside."""
+        self._refused = [*self._refused, status] if status in self._refused[-1:] else [status]
+        if len(self._refused) >= REFUSALS and not self.answered:
+            raise ModelError(
+                f"the server refuses every prompt with status {status} ({said}): mend that and run the same "
+                "command again"
+            )
+
+    def answered_by(self, model: str) -> None:
+        """Count an answer of another model. Raises `ModelError` where the wanted one never answers."""
+        self._others.append(model)
+        if len(self._others) >= TRIES and len(set(self._others)) == 1 and not self.answered:
+            raise ModelError(
+                f"the server answers for --teacher_model {self.chat.model} with {self.chat.plain(model)}: if "
+                "that is the one you want, name it"
+            )
 
     def _look(self) -> None:
         """Find out at once which servers are there, and whether they have the model."""
@@ -319,8 +348,13 @@ class _Crew:
         chat, status = self._teacher.chat, response.status_code
         if response.is_success:
             return self._read(draft, response)
-        if status in {401, 403}:
+        if status == 401 or (status == 403 and not self._teacher.answered):  # later: of this prompt
             self._teacher.refuse_key(endpoint.url, status)
+        if status == 402:
+            raise ModelError(
+                f"--teacher_endpoint {endpoint.url} wants payment ({chat.said(response)}): the same command "
+                "continues when there is credit, answers so far are kept"
+            )
         if status in {408, 429} or status >= 500:
             wait = retry_after(response.headers.get("Retry-After", ""))
             reason = f"status {status}: {chat.said(response)}"
@@ -332,6 +366,7 @@ class _Crew:
             )
         if chat.adapts(body, draft, response):
             return None
+        self._teacher.refused(status, chat.said(response))
         return Rejection(f"the server refused it with status {status}: {chat.said(response)}")
 
     def _read(self, draft: Draft, response: httpx2.Response) -> Answer | Fault:
@@ -342,7 +377,11 @@ class _Crew:
             return Fault(str(error))
         # It cost what it cost, even where it cannot be used.
         self._teacher.spent_tokens += answer.prompt_tokens + answer.answer_tokens
-        return Fault(f"answered by another model: {chat.plain(model)}") if chat.is_other(model) else answer
+        if chat.is_other(model):
+            self._teacher.answered_by(model)
+            return Fault(f"answered by another model: {chat.plain(model)}")
+        self._teacher.answered = True
+        return answer
 
 
 def _path(url: str, name: str) -> str:

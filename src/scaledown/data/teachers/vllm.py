@@ -1,13 +1,16 @@
 """The teacher on vLLM: continuous batching, shared prefixes cached, several GPUs. CUDA only."""
 
 import importlib.util
+import json
+import os
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from scaledown.data.prompts import Prompt
 from scaledown.data.teachers import Generation, Rejection, seed_of
 from scaledown.data.teachers.context import Context
-from scaledown.errors import MissingExtraError
+from scaledown.errors import MissingExtraError, ModelError
 from scaledown.models import Halving, ModelSource, loadable, loading
 from scaledown.records import Answer
 
@@ -24,9 +27,22 @@ class VllmTeacher:
     """A causal LM under vLLM's engine, which schedules by itself. Quantised checkpoints load as they are."""
 
     def __init__(
-        self, source: ModelSource, dtype: str, generation: Generation, *, lora: str, tensor_parallel: int
+        self,
+        source: ModelSource,
+        device: str,
+        dtype: str,
+        generation: Generation,
+        *,
+        lora: str,
+        tensor_parallel: int,
     ) -> None:
         check_vllm()
+        if not device.startswith("cuda"):
+            raise ModelError(
+                f"--teacher_backend vllm on --device {device}: it is for CUDA, use --device cuda"
+            )
+        if number := device.removeprefix("cuda").removeprefix(":"):
+            os.environ["CUDA_VISIBLE_DEVICES"] = number  # the engine takes no device
         from transformers import AutoTokenizer
         from vllm import EngineArgs, LLMEngine
         from vllm.lora.request import LoRARequest
@@ -42,11 +58,14 @@ class VllmTeacher:
                 seed=generation.seed,
                 tensor_parallel_size=tensor_parallel,
                 enable_prefix_caching=True,
+                max_model_len=generation.context or None,
                 enable_lora=bool(lora),
+                max_lora_rank=_rank(lora),
                 trust_remote_code=False,
             )
             self._engine = LLMEngine.from_engine_args(arguments)
         self._tokenizer = tokenizer
+        self._ends = frozenset(tokenizer.all_special_ids)
         self._lora = LoRARequest("teacher", 1, lora) if lora else None
         self._generation = generation
         self._context = Context(source.name, tokenizer, self._engine.model_config.max_model_len, generation)
@@ -99,6 +118,16 @@ class VllmTeacher:
         (written,) = output.outputs
         if written.finish_reason not in {"stop", "length"}:
             return Rejection(f"vLLM ended the answer: {written.finish_reason}")
-        text = self._tokenizer.decode(list(written.token_ids), skip_special_tokens=True).strip()
-        prompt_tokens, answer_tokens = len(output.prompt_token_ids or ()), len(written.token_ids)
-        return Answer(text, written.finish_reason, prompt_tokens, answer_tokens, dropped)
+        tokens = list(written.token_ids)
+        if tokens and tokens[-1] in self._ends:
+            tokens.pop()
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        return Answer(text, written.finish_reason, len(output.prompt_token_ids or ()), len(tokens), dropped)
+
+
+def _rank(lora: str) -> int:
+    """The rank that the engine makes room for: the adapter's, as one of those that it knows."""
+    if not lora:
+        return 16
+    rank = int(json.loads((Path(lora) / "adapter_config.json").read_text(encoding="utf-8")).get("r", 16))
+    return next((known for known in (8, 16, 32, 64, 128, 256, 320, 512) if rank <= known), rank)
