@@ -242,9 +242,11 @@ def test_flags_of_the_pages_exist() -> None:
     from dataclasses import fields
 
     from scaledown.config import PrepareConfig
+    from scaledown.student.train_settings import TrainConfig
 
-    known = {item.name for item in fields(PrepareConfig)}
-    known |= {"config", "preset", "dry_run", "debug", "help", "log_level", "quick", "train_data"}
+    known = {item.name for command in (PrepareConfig, TrainConfig) for item in fields(command)}
+    known |= {"model", "query", "document"}  # of scaledown answer
+    known |= {"config", "preset", "dry_run", "debug", "help", "log_level", "quick"}
     for page in (ROOT / "README.md", ROOT / "docs" / "teachers.md", ROOT / "docs" / "formats.md"):
         for flag in re.findall(r"(?<![\w-])--([a-z][a-z0-9_]+)", page.read_text(encoding="utf-8")):
             assert flag.removeprefix("no_") in known, f"{page.name}: --{flag}"

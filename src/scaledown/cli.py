@@ -1,14 +1,25 @@
-"""`scaledown COMMAND`: prepare, plan, index, export-openvino, validate, merge. Heavy libraries load late."""
+"""`scaledown COMMAND`: prepare, plan, index, train, answer and others. Heavy libraries load late."""
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import scaledown
 from scaledown.config import is_url
 from scaledown.errors import UsageError, one_line, run_command
+
+# Commands with a parser of their own: the module, and flags that the command stands for.
+_COMMANDS: Final = {
+    "prepare": ("scaledown.data.prepare_dataset", ()),
+    "plan": ("scaledown.data.prepare_dataset", ("--dry_run",)),
+    "index": ("scaledown.data.build_index", ()),
+    "export-openvino": ("scaledown.data.export_openvino", ()),
+    "train": ("scaledown.student.train", ()),
+    "answer": ("scaledown.student.answer", ()),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,22 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     resumes = words[:1] in (["prepare"], ["index"])
 
     def command() -> int:  # imports here, so that Ctrl-C is one line during them, too
-        if words[:1] == ["prepare"]:
-            from scaledown.data.prepare_dataset import main as prepare
-
-            return prepare(words[1:], "scaledown prepare")
-        if words[:1] == ["plan"]:
-            from scaledown.data.prepare_dataset import main as prepare
-
-            return prepare(["--dry_run", *words[1:]], "scaledown plan")
-        if words[:1] == ["index"]:
-            from scaledown.data.build_index import main as index
-
-            return index(words[1:])
-        if words[:1] in (["export-openvino"], ["export_openvino"]):
-            from scaledown.data.export_openvino import main as export_openvino
-
-            return export_openvino(words[1:], "scaledown export-openvino")
+        name = words[0].replace("_", "-") if words else ""
+        if name in _COMMANDS:
+            module, flags = _COMMANDS[name]
+            status: int = import_module(module).main([*flags, *words[1:]], f"scaledown {name}")
+            return status
         from scaledown.flags import underscored
 
         return _run(underscored(words))
@@ -64,6 +64,8 @@ def _run(words: list[str]) -> int:
     commands.add_parser("prepare", help="make training data (scaledown prepare --help)", add_help=False)
     commands.add_parser("plan", help="what prepare would take, and what is missing", add_help=False)
     commands.add_parser("index", help="make passages and vectors once, for many runs", add_help=False)
+    commands.add_parser("train", help="train a compressor on training data", add_help=False)
+    commands.add_parser("answer", help="answer with a trained model", add_help=False)
     commands.add_parser(
         "export-openvino", help="make a teacher ready for --teacher_backend openvino, once", add_help=False
     )

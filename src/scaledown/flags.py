@@ -17,43 +17,31 @@ from typing import Any, Final, TypeVar
 from scaledown.config import GROUPS, OUTPUT, PRESETS, IndexConfig, PrepareConfig
 from scaledown.errors import InputError, UsageError
 
-_PATHS: Final = {"corpus_path", "index_dir", "output_file", "work_dir", "query_dataset", "queries_file"}
+_PATHS: Final = {
+    *("corpus_path", "index_dir", "output_file", "work_dir", "query_dataset", "queries_file"),
+    *("train_data", "eval_data", "output_dir"),
+}
 
-Config = TypeVar("Config", bound=IndexConfig)
+Config = TypeVar("Config")
 
 
 def build_parser(program: str, config: type[IndexConfig]) -> argparse.ArgumentParser:
-    """A command's parser, its help grouped by stage. Absent flags stay absent from the result."""
+    """The parser of a command that makes data. Absent flags stay absent from the result."""
     prepares = issubclass(config, PrepareConfig)
     needed = "--queries_file FILE --output_file FILE" if prepares else "--corpus_path PATH --index_dir DIR"
     what = "Make OSCAR training data: retrieve, rerank, let a teacher answer."
-    parser = argparse.ArgumentParser(
-        prog=program,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        usage=f"{program} {needed} [options]",
-        description=f"{what if prepares else 'Make passages and their vectors once, for many runs.'} "
+    parser, run = command_parser(
+        program,
+        config,
+        needed,
+        f"{what if prepares else 'Make passages and their vectors once, for many runs.'} "
         "The same command again continues an interrupted run.",
-        epilog="Flags may be written with hyphens or underscores. A flag that is on can be turned off by "
-        "--no_NAME.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
     )
-    used = {item.metadata["group"] for item in fields(config)}
-    groups = {name: parser.add_argument_group(name) for name in GROUPS if name in used}
-    hints = typing.get_type_hints(config)
-    for item in fields(config):
-        _add_flag(groups[item.metadata["group"]], item, hints[item.name])
-    run = groups[OUTPUT]
     run.add_argument(
         "--preset",
         choices=tuple(PRESETS),
         help="guide: the guide's models; oscar: the paper's; demo: small bundled ones on any CPU "
         "[default: guide]",
-    )
-    run.add_argument(
-        "--config",
-        metavar="FILE",
-        help="take settings from JSON: a manifest.json repeats its run [default: none]",
     )
     if prepares:
         run.add_argument(
@@ -61,13 +49,44 @@ def build_parser(program: str, config: type[IndexConfig]) -> argparse.ArgumentPa
             action="store_true",
             help="only say what the run will take and what is missing, like scaledown plan [default: off]",
         )
+    return parser
+
+
+def command_parser(
+    program: str, config: type[Any], needed: str, description: str, order: Sequence[str] = GROUPS
+) -> tuple[argparse.ArgumentParser, argparse._ArgumentGroup]:
+    """A parser with a flag for each field of the dataclass `config`, and its group of the run's own flags.
+
+    The help is grouped in the given `order`; `needed` are the flags that its usage shows.
+    """
+    parser = argparse.ArgumentParser(
+        prog=program,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        usage=f"{program} {needed} [options]",
+        description=description,
+        epilog="Flags may be written with hyphens or underscores. A flag that is on can be turned off by "
+        "--no_NAME.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+    )
+    used = {item.metadata["group"] for item in fields(config)}
+    groups = {name: parser.add_argument_group(name) for name in order if name in used}
+    hints = typing.get_type_hints(config)
+    for item in fields(config):
+        _add_flag(groups[item.metadata["group"]], item, hints[item.name])
+    run = groups[OUTPUT]
+    run.add_argument(
+        "--config",
+        metavar="FILE",
+        help="take settings from JSON: a manifest.json or settings.json repeats its run [default: none]",
+    )
     run.add_argument(
         "--log_level",
         choices=("debug", "info", "warning", "error"),
         help="what is logged on standard error [default: info]",
     )
     run.add_argument("--debug", action="store_true", help="show tracebacks [default: off]")
-    return parser
+    return parser, run
 
 
 def _add_flag(group: argparse._ArgumentGroup, item: "dataclasses.Field[Any]", hint: Any) -> None:
@@ -128,14 +147,16 @@ def from_flags(given: Mapping[str, Any], config: type[Config]) -> Config:
     settings |= flags
     for name in _PATHS & settings.keys():
         value = settings[name]
-        if name == "queries_file":
-            settings[name] = tuple(map(os.path.expanduser, value))
-        else:
+        if isinstance(value, str):
             settings[name] = os.path.expanduser(value)  # noqa: PTH111 (a Path would lose a final slash)
-    return config.preset(preset, **settings)
+        else:
+            settings[name] = tuple(map(os.path.expanduser, value))
+    if issubclass(config, IndexConfig):
+        return config.preset(preset, **settings)
+    return config(**settings)
 
 
-def read_settings(path: Path, config: type[IndexConfig]) -> dict[str, Any]:
+def read_settings(path: Path, config: type[Any]) -> dict[str, Any]:
     """The settings in a JSON file: a flat object, or a manifest's `parameters`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -144,7 +165,7 @@ def read_settings(path: Path, config: type[IndexConfig]) -> dict[str, Any]:
     settings = content.get("parameters", content) if isinstance(content, dict) else None
     if not isinstance(settings, dict):
         raise InputError(f"--config {path}: must hold a JSON object of settings, or be a manifest.json")
-    hints = typing.get_type_hints(PrepareConfig)
+    hints = typing.get_type_hints(PrepareConfig if issubclass(config, IndexConfig) else config)
     for name, value in settings.items():
         if name not in hints:
             raise UsageError(f"--config {path}: unknown setting {name!r}")

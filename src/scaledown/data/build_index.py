@@ -137,12 +137,12 @@ def build_index(config: IndexConfig) -> IndexResult:
     )
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], program: str = "scaledown index") -> int:
     """The command line; gives the exit status."""
-    parser = build_parser("scaledown index", IndexConfig)
+    parser = build_parser(program, IndexConfig)
 
     def refuse(message: str) -> None:
-        raise UsageError(f"{message} (see scaledown index --help)")
+        raise UsageError(f"{message} (see {program} --help)")
 
     parser.error = refuse  # type: ignore[method-assign, assignment]
     flags = vars(parser.parse_args(underscored(argv)))

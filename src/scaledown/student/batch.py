@@ -1,0 +1,267 @@
+"""Questions with documents become token ids; examples become batches with little padding."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NamedTuple, TypedDict
+
+import torch
+
+from scaledown.data.prompts import QUESTION, Prompt, Template, answer_prompt
+from scaledown.data.teachers import Generation, Rejection
+from scaledown.data.teachers.context import Context
+from scaledown.errors import InputError
+from scaledown.records import document_text
+from scaledown.student.settings import ScaleDownConfig
+
+IGNORED: Final = -100  # as a label: no loss there, by the convention of transformers
+SEPARATOR: Final = "\n\n"  # between documents, as in `Prompt.user`
+# BERGEN's prompt without documents (arXiv 2407.01102).
+CLOSED_BOOK: Final = Template(
+    "You are a helpful assistant. Your task is to answer to questions as briefly as possible.",
+    "",
+    f"Question: {QUESTION}",
+)
+
+# Where the documents go while the chat template is applied: no text holds it.
+_DOCUMENTS: Final = "\ue000documents\ue000"
+# One more forward pass costs about as much as so many tokens: more on a GPU, fewer on two cores.
+_PASS_TOKENS: Final = 128
+_MOST_TOKENS: Final = 1 << 15  # of one forward pass of the compressor: bounds its memory
+
+
+class Encoded(NamedTuple):
+    """One example as token ids."""
+
+    document_ids: list[list[int]]
+    """For each document, query and document as the compressor reads them, without memory tokens."""
+    prompt_parts: list[list[int]]
+    """The generator's tokens around the documents: one part more than documents."""
+    answer_ids: list[int]
+    """The answer with its end token; empty where there is none yet."""
+    scores: list[float] | None
+    """Relevance of each document by the teacher's reranker."""
+
+    def prompt_length(self, memory_tokens: int) -> int:
+        """Positions of the generator's prompt."""
+        return sum(map(len, self.prompt_parts)) + memory_tokens * (len(self.prompt_parts) - 1)
+
+
+class Group(TypedDict):
+    """Documents of similar length, padded on the right."""
+
+    ids: torch.Tensor
+    """[documents, length], of the compressor's vocabulary."""
+    lengths: torch.Tensor
+    """[documents]: tokens that are not padding."""
+    places: torch.Tensor
+    """[documents]: where each stands among all documents of the batch."""
+
+
+class Batch(TypedDict):
+    """What `ScaleDownModel.forward` takes by name. Documents count through the batch, example by example."""
+
+    groups: list[Group]
+    ids: torch.Tensor
+    """[batch, length], prompt and answer, padded on the right; 0 where `is_memory`."""
+    is_memory: torch.Tensor
+    """[batch, length] bool: the places of memory embeddings, in the order of the documents."""
+    labels: torch.Tensor
+    """[batch, length]: the answer's tokens, -100 elsewhere."""
+    scores: torch.Tensor
+    """[documents] float32, NaN where an example has none."""
+
+
+def collate(examples: Sequence[Encoded], memory_tokens: int) -> Batch:
+    """Examples as one batch."""
+    length = max(example.prompt_length(memory_tokens) + len(example.answer_ids) for example in examples)
+    ids = torch.zeros(len(examples), length, dtype=torch.long)  # [batch, length]
+    is_memory = torch.zeros_like(ids, dtype=torch.bool)
+    labels = torch.full_like(ids, IGNORED)
+    scores: list[float] = []
+    for row, example in enumerate(examples):
+        place = 0
+        for number, part in enumerate(example.prompt_parts):
+            if number:
+                is_memory[row, place : place + memory_tokens] = True
+                place += memory_tokens
+            ids[row, place : place + len(part)] = torch.tensor(part, dtype=torch.long)
+            place += len(part)
+        answer = torch.tensor(example.answer_ids, dtype=torch.long)
+        ids[row, place : place + len(answer)] = answer
+        labels[row, place : place + len(answer)] = answer
+        scores += example.scores if example.scores is not None else [float("nan")] * len(example.document_ids)
+    documents = [document for example in examples for document in example.document_ids]
+    return {
+        "groups": group(documents),
+        "ids": ids,
+        "is_memory": is_memory,
+        "labels": labels,
+        "scores": torch.tensor(scores),
+    }
+
+
+def group(documents: Sequence[Sequence[int]]) -> list[Group]:
+    """Documents in groups of similar length, so that padding and forward passes together cost least."""
+    groups: list[Group] = []
+    for places in _partition([len(document) for document in documents]):
+        lengths = torch.tensor([len(documents[place]) for place in places])
+        ids = torch.zeros(len(places), int(lengths.max()), dtype=torch.long)  # [documents, length]
+        for row, place in enumerate(places):
+            ids[row, : len(documents[place])] = torch.tensor(documents[place], dtype=torch.long)
+        groups.append({"ids": ids, "lengths": lengths, "places": torch.tensor(places)})
+    return groups
+
+
+def _partition(lengths: Sequence[int]) -> list[list[int]]:
+    """Places in `lengths`, by rising length, cut where the sum of padded tokens and passes is least."""
+    order = sorted(range(len(lengths)), key=lambda place: lengths[place])
+    # Documents of one length stay together: only the ends of such runs are worth a cut.
+    ends = [
+        end
+        for end in range(1, len(order) + 1)
+        if end == len(order) or lengths[order[end]] > lengths[order[end - 1]]
+    ]
+    best: list[tuple[int, int]] = [(0, 0)]  # cost of the documents up to a cut, and the cut before it
+    cuts = [0, *ends]
+    for number, end in enumerate(ends, 1):
+        longest = lengths[order[end - 1]]
+        best.append(
+            min(
+                (best[before][0] + (end - cuts[before]) * longest + _PASS_TOKENS, before)
+                for before in range(number)
+            )
+        )
+    parts: list[list[int]] = []
+    number = len(ends)
+    while number:
+        before = best[number][1]
+        part = order[cuts[before] : cuts[number]]
+        size = max(1, _MOST_TOKENS // max(1, lengths[part[-1]]))
+        parts = [part[start : start + size] for start in range(0, len(part), size)] + parts
+        number = before
+    return parts
+
+
+class _Pieces(Context):
+    """The teacher's prompt in pieces, around documents that the generator sees as embeddings."""
+
+    def around(self, prompt: Prompt, documents: int) -> list[list[int]]:
+        """Token ids before, between and after `documents` documents, tokenised piece by piece."""
+        user = self._plain(prompt.before) + _DOCUMENTS + self._plain(prompt.after)
+        special = self._tokenizer.chat_template is None
+        if special:
+            text = f"{prompt.system}\n\n{user}\nAnswer:".lstrip()
+        else:
+            text = self._render(prompt.system, user, fold=self._folds_system)
+        before, _, after = text.partition(_DOCUMENTS)
+        pieces = [before, *[SEPARATOR] * (documents - 1), after]
+        return [
+            self._tokenizer(piece, add_special_tokens=special and not number, verbose=False)["input_ids"]
+            for number, piece in enumerate(pieces)
+        ]
+
+
+class Reader:
+    """Turns text into `Encoded` examples, by the generator's tokenizer and the compressor's.
+
+    `cut` counts the documents and `cut_queries` the queries (as the compressor reads them) that were longer
+    than the settings allow. `context` is what the generator takes, in tokens. Raises `ModelError` for a
+    generator whose context is too short.
+    """
+
+    def __init__(
+        self, config: ScaleDownConfig, tokenizer: Any, compressor_tokenizer: Any, context: int
+    ) -> None:
+        self.cut = 0
+        self.cut_queries = 0
+        self.context = context
+        self._config = config
+        self._tokenizer = tokenizer
+        self._compressor = compressor_tokenizer
+        self._pieces = _Pieces(config.generator_name, tokenizer, context, Generation(max_new_tokens=1))
+        special = compressor_tokenizer("")["input_ids"]
+        first = {compressor_tokenizer.cls_token_id, compressor_tokenizer.bos_token_id}
+        self._start = [token for token in special[:1] if token in first]
+        self._end = special[len(self._start) :]  # [SEP] of encoders, nothing of most decoders
+
+    def encode(
+        self,
+        query: str,
+        documents: Sequence[object],
+        answer: str | None = None,
+        scores: Sequence[float] | None = None,
+    ) -> Encoded:
+        """An example whose documents will be compressed: strings or `{"title", "text"}`.
+
+        Raises `InputError` for a document that is neither, or none at all.
+        """
+        if not documents:
+            raise InputError("there are no documents to compress: give at least one")
+        return Encoded(
+            self.document_ids(query, documents),
+            self._pieces.around(self._prompt(query), len(documents)),
+            [] if answer is None else self.answer_ids(answer),
+            None if scores is None else list(scores),
+        )
+
+    def prompt_parts(self, query: str, documents: int) -> list[list[int]]:
+        """The generator's prompt around documents that are embeddings already."""
+        return self._pieces.around(self._prompt(query), documents)
+
+    def encode_text(self, query: str, documents: Sequence[object], max_new_tokens: int) -> Encoded:
+        """A prompt in plain text, as the teacher reads it: the documents themselves, or none.
+
+        Documents that do not fit the context lose their ends, from the last one. Raises `InputError` where
+        the question alone does not fit.
+        """
+        texts = [document_text(document) for document in documents]
+        template = self._config.template if texts else CLOSED_BOOK
+        prompt = answer_prompt("", query, texts, 0.0, template)
+        generation = Generation(max_new_tokens=max_new_tokens)
+        fitted = Context(self._config.generator_name, self._tokenizer, self.context, generation).fit(prompt)
+        if isinstance(fitted, Rejection):
+            raise InputError(f"query {query[:80]!r}: {fitted.reason}; shorten it")
+        return Encoded([], [fitted[0]], [], None)
+
+    def document_ids(self, query: str, documents: Sequence[object]) -> list[list[int]]:
+        """Query and document as the compressor reads them, for each document; without a query if empty."""
+        config = self._config
+        asked: list[int] = []
+        if query:
+            asked = self._plain_ids(query)
+            self.cut_queries += len(asked) > config.query_max_length
+            asked = asked[: config.query_max_length] + (self._end or self._plain_ids("\n"))
+        found = []
+        for document in documents:
+            tokens = self._plain_ids(document_text(document))
+            self.cut += len(tokens) > config.doc_max_length
+            found.append([*self._start, *asked, *tokens[: config.doc_max_length], *self._end])
+        return found
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """The answer's tokens with the token that ends it."""
+        # A chat template leaves the generator at the start of a line, the bare prompt after `Answer:`.
+        text = answer.strip() if self._tokenizer.chat_template is not None else f" {answer.strip()}"
+        ids: list[int] = self._tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
+        return [*ids, self._tokenizer.eos_token_id]
+
+    def _prompt(self, query: str) -> Prompt:
+        return answer_prompt("", query, (), 0.0, self._config.template)
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return plain_ids(self._compressor, text)
+
+
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text from data, in which special tokens are nothing special."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+        "input_ids"
+    ]
+    return ids
+
+
+def longest_document(compressor_tokenizer: Any, documents: Iterable[object]) -> int:
+    """Tokens of the longest document (strings or `{"title", "text"}`), for `doc_max_length`; at least 1."""
+    lengths = (len(plain_ids(compressor_tokenizer, document_text(document))) for document in documents)
+    return max(1, max(lengths, default=1))

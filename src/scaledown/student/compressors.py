@@ -1,0 +1,133 @@
+"""What reads query, document and memory tokens: the generator's first layers, or a model of its own."""
+
+import copy
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from scaledown.errors import ModelError, UsageError
+from scaledown.models import ModelSource, loadable, loading
+from scaledown.student.settings import ScaleDownConfig
+
+# What decoders call the norm after their last layer.
+_FINAL_NORMS: Final = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+
+
+def new_compressor(config: ScaleDownConfig) -> Any:
+    """A compressor with the shapes that `config` describes, its weights to be loaded."""
+    from transformers import AutoModel
+
+    if config.compressor_name is not None:
+        return _bare(AutoModel.from_config(config.architecture(config.compressor_config)))
+    architecture = config.architecture(config.generator)
+    if config.num_layers > architecture.num_hidden_layers:
+        raise UsageError(
+            f"--num_layers {config.num_layers}: {config.generator_name} has "
+            f"{architecture.num_hidden_layers}; use fewer"
+        )
+    architecture.num_hidden_layers = config.num_layers
+    if kinds := getattr(architecture, "layer_types", None):
+        architecture.layer_types = kinds[: config.num_layers]
+    compressor = AutoModel.from_config(architecture)
+    norm = next((name for name in _FINAL_NORMS if hasattr(compressor, name)), None)
+    if norm is None:
+        raise ModelError(
+            f"the first layers of {type(compressor).__name__} cannot be told from its end: use --compressor "
+            "modernbert or the name of another model"
+        )
+    setattr(compressor, norm, nn.Identity())  # the state after layer N itself, as inside the generator
+    return _bare(compressor)
+
+
+def first_layers(config: ScaleDownConfig, generator: Any) -> Any:
+    """A copy of the generator's embeddings and first `config.num_layers` layers."""
+    compressor = new_compressor(config)
+    weights = generator.get_decoder().state_dict()
+    compressor.load_state_dict({name: weights[name] for name in compressor.state_dict()})
+    return compressor.to(generator.dtype)
+
+
+def load_compressor(config: ScaleDownConfig, source: ModelSource, dtype: torch.dtype) -> Any:
+    """A pretrained encoder or decoder. Raises `ModelError` for what is neither, or reads too little."""
+    from transformers import AutoModel
+
+    name, pinned = loadable(source)
+    with loading(source):
+        compressor, info = AutoModel.from_pretrained(name, dtype=dtype, **pinned, output_loading_info=True)
+    compressor = _bare(compressor)
+    if missing := set(info["missing_keys"]) & compressor.state_dict().keys():
+        raise ModelError(f"--compressor {source.name} lacks weights ({min(missing)}): use another model")
+    if compressor.config.is_encoder_decoder:
+        raise ModelError(f"--compressor {source.name} is an encoder with a decoder: use one that is either")
+    positions = getattr(compressor.config, "max_position_embeddings", None) or 1 << 30
+    spare = 6  # special tokens, the reranking token, and the two positions that RoBERTa leaves out
+    needed = config.query_max_length + config.doc_max_length + config.memory_tokens + spare
+    if needed > positions:
+        raise ModelError(
+            f"--compressor {source.name} reads {positions} tokens; query, document and memory tokens are up "
+            f"to {needed}: lower --doc_max_length or --query_max_length"
+        )
+    return compressor
+
+
+def mapping(config: ScaleDownConfig, width: int, generator_width: int) -> nn.Module:
+    """From a separate compressor's states [..., width] to the generator's embeddings [..., generator_width].
+
+    Two linear layers and a ReLU (arXiv 2504.07109, section 3).
+    """
+    return nn.Sequential(
+        nn.Linear(width, config.mapping_width),
+        nn.ReLU(),
+        nn.Linear(config.mapping_width, generator_width),
+    )
+
+
+def compress(
+    compressor: Any,
+    extra: torch.Tensor,
+    ids: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    causal: bool,
+) -> torch.Tensor:
+    """States of the tokens `extra` [k, width] right after each document: [documents, k, width].
+
+    `ids` [documents, length] are padded on the right, after the k tokens: there a causal compressor never
+    looks, and others are told by a mask. Positions count on without a gap.
+    """
+    count = len(extra)
+    embedded = compressor.get_input_embeddings()(ids)  # [documents, length, width]
+    embedded = nn.functional.pad(embedded, (0, 0, 0, count))
+    places = lengths[:, None] + torch.arange(count, device=ids.device)  # [documents, k]
+    index = places[..., None].expand(-1, -1, embedded.shape[-1])
+    embedded = embedded.scatter(1, index, extra.to(embedded.dtype).expand(len(ids), -1, -1))
+    mask = None
+    if not causal:
+        mask = torch.arange(embedded.shape[1], device=ids.device) < (lengths + count)[:, None]
+        mask = mask.long()
+    states = compressor(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
+    taken: torch.Tensor = states.gather(1, index)
+    return taken
+
+
+def token_like(compressor: Any, count: int) -> torch.Tensor:
+    """Embeddings [count, width] for new tokens, drawn as those of the vocabulary are spread."""
+    weight: torch.Tensor = compressor.get_input_embeddings().weight.detach().float()  # [vocabulary, width]
+    return weight.mean(0) + weight.std(0) * torch.randn(count, weight.shape[1], device=weight.device)
+
+
+def architecture_of(model: Any) -> dict[str, Any]:
+    """A model's configuration as `config.json` keeps it, without what belongs to one copy of the weights."""
+    settings: dict[str, Any] = copy.deepcopy(model.config.to_dict())
+    for name in ("dtype", "torch_dtype", "_name_or_path", "transformers_version", "quantization_config"):
+        settings.pop(name, None)
+    return settings
+
+
+def _bare(compressor: Any) -> Any:
+    """Without the parts that no memory token goes through, which would be parameters without gradients."""
+    if getattr(compressor, "pooler", None) is not None:
+        compressor.pooler = None
+    compressor.config.use_cache = False
+    return compressor

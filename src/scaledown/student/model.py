@@ -1,0 +1,303 @@
+"""The compressor, the generator and the reranking head as one model that saves into one folder."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.utils import ModelOutput
+
+from scaledown.data.teachers.context import context_tokens
+from scaledown.errors import ModelError
+from scaledown.models import ModelSource, hub_errors, loadable, loading, read_config_file, resolve
+from scaledown.student import compressors
+from scaledown.student.answering import Answering
+from scaledown.student.batch import IGNORED, Group, Reader
+from scaledown.student.card import model_card
+from scaledown.student.settings import ScaleDownConfig
+
+RERANKING_WEIGHT: Final = 0.05  # of the reranking loss (arXiv 2504.07109, section 3)
+COMPRESSOR_FOLDER: Final = "compressor"  # the tokenizer of a separate compressor, in a model's folder
+
+
+@dataclass
+class Output(ModelOutput):  # type: ignore[misc]  # transformers has no types
+    """Losses of one batch, scalars."""
+
+    loss: torch.Tensor | None = None
+    """`answer_loss` + 0.05 `rerank_loss`."""
+    answer_loss: torch.Tensor | None = None
+    """Cross-entropy on the answers' tokens, their mean over the batch."""
+    rerank_loss: torch.Tensor | None = None
+    """Squared differences to the teacher's scores, summed over documents; the mean over queries."""
+
+
+class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # transformers has no types
+    """OSCAR (arXiv 2504.07109): documents compressed for their query, and a generator that reads the result.
+
+    Made by `build` from pretrained parts or by `from_pretrained` from a folder that `save_pretrained` wrote.
+    """
+
+    config_class = ScaleDownConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True  # the choice of transformers; each part makes its own
+
+    def __init__(self, config: ScaleDownConfig, generator: Any = None, compressor: Any = None) -> None:
+        super().__init__(config)
+        self.generator = generator or AutoModelForCausalLM.from_config(config.architecture(config.generator))
+        self.compressor = compressor or compressors.new_compressor(config)
+        width = self.compressor.get_input_embeddings().embedding_dim
+        self.memory = nn.Parameter(torch.empty(config.memory_tokens, width))
+        if config.compressor_name is not None:
+            generator_width = self.generator.get_input_embeddings().embedding_dim
+            self.mapping = compressors.mapping(config, width, generator_width)
+        if config.enable_reranking:
+            self.rerank_token = nn.Parameter(torch.empty(width))
+            self.score = nn.Linear(width, 1)
+        self.post_init()
+        if config.generator_training == "lora":  # only now: post_init would overwrite how LoRA begins
+            self._add_lora()
+        self._set_trained()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            for parameter in self.parameters(recurse=False):
+                nn.init.normal_(parameter, std=0.02)
+
+    def _add_lora(self) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        settings = LoraConfig(
+            r=self.config.lora_rank,
+            lora_alpha=self.config.lora_alpha,
+            lora_dropout=self.config.lora_dropout,
+            target_modules="all-linear",  # the output layer is not among them
+        )
+        inject_adapter_in_model(settings, self.generator)
+
+    def _set_trained(self) -> None:
+        """Say which of the generator's weights are trained; all others are."""
+        training = self.config.generator_training
+        for name, parameter in self.generator.named_parameters():
+            parameter.requires_grad_(training == "full" or (training == "lora" and ".lora_" in name))
+
+    @classmethod
+    def build(
+        cls,
+        config: ScaleDownConfig,
+        generator_source: ModelSource,
+        compressor_source: ModelSource | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> Self:
+        """An untrained model of pretrained parts; memory tokens, mapping and head are new.
+
+        `compressor_source` is `resolve(config.compressor_name)`, None for `n_layers`. Fills in the parts'
+        configurations. Raises `ModelError` for parts that do not fit.
+        """
+        name, pinned = loadable(generator_source)
+        with loading(generator_source):
+            tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
+            generator = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **pinned)
+            generation = generator.generation_config
+        if tokenizer.eos_token_id is None:
+            raise ModelError(
+                f"{generator_source.name} has no token that ends an answer: use another generator"
+            )
+        config.generator = compressors.architecture_of(generator)
+        config.generator_name = generator_source.name
+        if compressor_source is None:
+            compressor, compressor_tokenizer = compressors.first_layers(config, generator), tokenizer
+        else:
+            compressor = compressors.load_compressor(config, compressor_source, dtype)
+            config.compressor_config = compressors.architecture_of(compressor)
+            compressor_tokenizer = load_tokenizer(compressor_source)
+        model = cls(config, generator, compressor)
+        model.memory.data = compressors.token_like(compressor, config.memory_tokens)
+        if config.enable_reranking:
+            model.rerank_token.data = compressors.token_like(compressor, 1)[0]
+        model._attach(tokenizer, compressor_tokenizer, generation)
+        model.to(device=device, dtype=dtype)
+        return model
+
+    def _attach(self, tokenizer: Any, compressor_tokenizer: Any, generation: Any) -> None:
+        self.tokenizer = tokenizer
+        self.compressor_tokenizer = compressor_tokenizer
+        context = context_tokens(self.generator.config, tokenizer)
+        self.reader = Reader(self.config, tokenizer, compressor_tokenizer, context)
+        stops = generation.eos_token_id
+        stops = stops if isinstance(stops, list) else [stops]
+        # Greedy, whatever decoding the generator's authors prefer; only the stop tokens are theirs.
+        self.generator.generation_config = GenerationConfig(
+            do_sample=False,
+            eos_token_id=sorted({stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None}),
+            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        )
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The generator's."""
+        embeddings: nn.Embedding = self.generator.get_input_embeddings()
+        return embeddings
+
+    def compress_ids(self, groups: Sequence[Group]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embeddings [documents, memory tokens, generator width] and relevance scores [documents] or None.
+
+        The documents come back in the order of their `places`.
+        """
+        reranking = self.config.enable_reranking
+        if not groups:
+            width = self.get_input_embeddings().embedding_dim
+            none = self.memory.new_zeros(0, self.config.memory_tokens, width)
+            return none, none[:, 0, 0] if reranking else None
+        extra = torch.cat([self.memory, self.rerank_token[None]]) if reranking else self.memory
+        causal = self.config.compressor_name is None
+        states = torch.cat(
+            [
+                compressors.compress(
+                    self.compressor,
+                    extra,
+                    group["ids"].to(self.device),
+                    group["lengths"].to(self.device),
+                    causal=causal,
+                )
+                for group in groups
+            ]
+        )  # [documents, memory tokens (+ 1), compressor width]
+        places = torch.cat([group["places"] for group in groups]).argsort()
+        states = states[places.to(states.device)]
+        memory = states[:, : self.config.memory_tokens]
+        embeddings = memory if causal else self.mapping(memory)
+        return embeddings, self.score(states[:, -1])[:, 0] if reranking else None
+
+    def embed(
+        self, ids: torch.Tensor, is_memory: torch.Tensor, embeddings: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The generator's input [batch, length, width]: tokens, and `embeddings` where `is_memory`."""
+        embedded: torch.Tensor = self.generator.get_input_embeddings()(ids)
+        if embeddings is None:
+            return embedded
+        return embedded.masked_scatter(is_memory[..., None], embeddings.to(embedded.dtype))
+
+    def forward(
+        self,
+        groups: Sequence[Group],
+        ids: torch.Tensor,
+        is_memory: torch.Tensor,
+        labels: torch.Tensor,
+        scores: torch.Tensor | None = None,
+    ) -> Output:
+        """The losses of a `Batch`, whose shapes see there."""
+        embeddings, predicted = self.compress_ids(groups)
+        # Of the positions before an answer's tokens only: the vocabulary is wide.
+        columns = (labels != IGNORED).any(0).nonzero()[:, 0]  # [answers' positions]
+        # Padding stands on the right, where causal attention does not look: no mask is needed.
+        logits = self.generator(
+            inputs_embeds=self.embed(ids, is_memory, embeddings),
+            logits_to_keep=columns - 1,
+            use_cache=False,
+        ).logits  # [batch, answers' positions, vocabulary]
+        answer_loss = nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), labels[:, columns].flatten(), ignore_index=IGNORED
+        )
+        if predicted is None or scores is None:
+            return Output(loss=answer_loss, answer_loss=answer_loss)
+        differences = torch.where(scores.isnan(), 0.0, predicted.float() - scores.nan_to_num())
+        rerank_loss = differences.square().sum() / len(ids)
+        loss = answer_loss + RERANKING_WEIGHT * rerank_loss
+        return Output(loss=loss, answer_loss=answer_loss, rerank_loss=rerank_loss)
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **keywords: Any) -> None:
+        """Write weights (safetensors), configuration, tokenizers, stop tokens and model card to a folder."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **keywords)
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        self.generator.generation_config.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        if self.config.compressor_name is not None:
+            self.compressor_tokenizer.save_pretrained(folder / COMPRESSOR_FOLDER)
+        (folder / "README.md").write_text(model_card(self.config), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, name: Any, *arguments: Any, **keywords: Any) -> Any:
+        """A saved model from its folder, or from the hub (`org/name`, `org/name@revision`), in eval mode.
+
+        Keywords (`dtype`, `device_map`, ...) are those of transformers. Raises `ModelError`.
+        """
+        if revision := keywords.pop("revision", None):
+            name = f"{name}@{revision}"
+        source = resolve(str(name))
+        location, pinned = loadable(source)
+        settings = read_config_file(source, "config.json") or {}
+        if settings.get("model_type") != ScaleDownConfig.model_type:
+            raise ModelError(
+                f"{name} is no ScaleDown model: make one of it with python train.py --generator_model {name}"
+            )
+        with loading(source):
+            model, info = super().from_pretrained(
+                location, *arguments, **keywords, revision=pinned["revision"], output_loading_info=True
+            )
+            if missing := sorted(info["missing_keys"]):
+                raise ModelError(f"{name} lacks weights ({missing[0]}, {len(missing)} in all): save it again")
+            generation = GenerationConfig.from_pretrained(location, revision=pinned["revision"])
+            tokenizer = compressor_tokenizer = AutoTokenizer.from_pretrained(location, **pinned)
+            if model.config.compressor_name is not None:
+                compressor_tokenizer = AutoTokenizer.from_pretrained(
+                    location, subfolder=COMPRESSOR_FOLDER, **pinned
+                )
+        model._set_trained()  # loading has made all of it trainable
+        model._attach(tokenizer, compressor_tokenizer, generation)
+        return model
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload ScaleDownModel",
+    ) -> str:
+        """Save to a repository of the hub, made if there is none, and give its address.
+
+        Unlike that of transformers it keeps the model card that `save_pretrained` writes.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with hub_errors(repo_id), tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return str(
+                api.upload_folder(
+                    repo_id=repository,
+                    folder_path=folder,
+                    revision=revision,
+                    create_pr=create_pr,
+                    commit_message=commit_message,
+                )
+            )
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The tokenizer of a model. Raises `ModelError`."""
+    name, pinned = loadable(source)
+    with loading(source):
+        return AutoTokenizer.from_pretrained(name, **pinned)
+
+
+AutoModel.register(ScaleDownConfig, ScaleDownModel)

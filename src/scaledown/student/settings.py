@@ -1,0 +1,94 @@
+"""What a compressed generator is made of, as `config.json` keeps it."""
+
+import math
+from typing import Any, ClassVar, Final
+
+from transformers import AutoConfig, PretrainedConfig
+
+from scaledown.data.prompts import PAPER, QUESTION, Template
+from scaledown.errors import ModelError, UsageError
+
+N_LAYERS: Final = "n_layers"
+MODERNBERT: Final = "answerdotai/ModernBERT-base"
+GENERATOR_TRAINING: Final = ("lora", "full", "frozen")
+LOWEST_RATE: Final = 4
+HIGHEST_RATE: Final = 128
+
+
+class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers has no types
+    """Settings of a `ScaleDownModel`; defaults are those of OSCAR (arXiv 2504.07109, table 7).
+
+    Raises `UsageError` for values out of range.
+    """
+
+    model_type: ClassVar[str] = "scaledown"
+
+    generator: dict[str, Any] | None = None
+    """The generator's own configuration."""
+    generator_name: str = ""
+    compressor: str = N_LAYERS
+    """`n_layers` (the generator's first layers), `modernbert`, or the name of any encoder or decoder."""
+    compressor_config: dict[str, Any] | None = None
+    """The configuration of a compressor that is a model of its own."""
+    num_layers: int = 8
+    """Layers of an `n_layers` compressor."""
+    compression_rate: int = 16
+    """Tokens of the longest document to one memory token, 4 to 128."""
+    doc_max_length: int = 128
+    """Longest document in tokens of the compressor; what is longer is cut."""
+    query_max_length: int = 128
+    """Longest query in tokens of the compressor, which alone reads it cut."""
+    mapping_width: int = 8096
+    """Hidden units of the mapping from a separate compressor to the generator."""
+    enable_reranking: bool = False
+    generator_training: str = "lora"
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.1
+    system: str = PAPER.system
+    before: str = PAPER.before
+    after: str = PAPER.after
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if not LOWEST_RATE <= self.compression_rate <= HIGHEST_RATE:
+            raise UsageError(
+                f"--compression_rate {self.compression_rate}: use {LOWEST_RATE} to {HIGHEST_RATE} tokens a "
+                "memory token"
+            )
+        for name in ("num_layers", "doc_max_length", "query_max_length", "mapping_width", "lora_rank"):
+            if (value := getattr(self, name)) < 1:
+                raise UsageError(f"--{name} {value}: use at least 1")
+        if self.generator_training not in GENERATOR_TRAINING:
+            raise UsageError(
+                f"--generator_training {self.generator_training}: use {', '.join(GENERATOR_TRAINING)}"
+            )
+        if QUESTION not in self.before + self.after:
+            raise UsageError(f"the prompt asks no question: put {QUESTION} before or after the documents")
+
+    @property
+    def memory_tokens(self) -> int:
+        """Memory tokens that stand for one document."""
+        return math.ceil(self.doc_max_length / self.compression_rate)
+
+    @property
+    def compressor_name(self) -> str | None:
+        """The model to load as the compressor; None where it is made of the generator."""
+        if self.compressor == N_LAYERS:
+            return None
+        return MODERNBERT if self.compressor == "modernbert" else self.compressor
+
+    @property
+    def template(self) -> Template:
+        """How the generator is asked; `before` and `after` stand around the documents."""
+        return Template(self.system, self.before, self.after)
+
+    @staticmethod
+    def architecture(settings: dict[str, Any] | None) -> Any:
+        """The transformers configuration that `generator` or `compressor_config` describes."""
+        if settings is None:
+            raise ModelError("the configuration lacks a part's own: make the model with ScaleDownModel.build")
+        return AutoConfig.for_model(**settings)
+
+
+AutoConfig.register(ScaleDownConfig.model_type, ScaleDownConfig)

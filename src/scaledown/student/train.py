@@ -1,0 +1,318 @@
+"""`scaledown train`: training data in, a model out; what its folder remembers; what a finished run tells."""
+
+import logging
+import os
+import shlex
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from filelock import FileLock, Timeout
+
+import scaledown
+from scaledown.data.summary import program_name
+from scaledown.errors import OutputError, RunDirectoryError, UsageError, run_command
+from scaledown.flags import command_parser, from_flags, underscored
+from scaledown.models import ModelSource, choose_device, choose_dtype, quiet_libraries, resolve
+from scaledown.progress import duration, start_logging
+from scaledown.store import RunDirectory, read_json, write_json
+from scaledown.student.train_settings import FREE, GROUPS, TrainConfig
+from scaledown.student.training_data import Lengths, load_parts, measure_documents
+
+log = logging.getLogger("scaledown")
+
+SETTINGS_FILE: Final = "settings.json"
+
+_OWN_FOLDER: Final = ".train"  # in the output: hashes of what was read, and a lock
+_FOREIGN: Final = ("config.json", "model.safetensors", "checkpoint-*")
+
+
+class Trained(NamedTuple):
+    """A finished run."""
+
+    output: str
+    examples: int
+    skipped: int
+    """Records that could not be used."""
+    held_out: int
+    shared: int
+    """Held-out examples one of whose articles is trained on."""
+    doc_max_length: int
+    documents: Lengths
+    steps: int
+    planned_steps: int
+    batch_size: int
+    loss_before: float
+    """Mean over the first twentieth of the steps."""
+    loss: float
+    """Mean over the last twentieth."""
+    held_out_before: float | None
+    held_out_loss: float | None
+    seconds_per_step: float
+    already_done: bool = False
+
+
+def train(config: TrainConfig) -> Trained:
+    """Train the model that `config` describes into its `output_dir`, or go on with `config.resume`.
+
+    A finished run is left as it is. Raises `ScaleDownError`; Ctrl-C leaves a checkpoint first.
+    """
+    output = Path(config.output_dir)
+    generator = resolve(config.generator_model)
+    compressor = None
+    if config.compressor != "n_layers":
+        from scaledown.student.settings import ScaleDownConfig
+
+        compressor = resolve(str(ScaleDownConfig(compressor=config.compressor).compressor_name))
+    try:
+        home = RunDirectory(output / _OWN_FOLDER)
+    except OutputError as error:
+        raise OutputError(f"--output_dir {output} cannot be written: choose another") from error
+    with _alone(home):
+        memory = _recall(output, _identity(config, home, generator, compressor))
+        if result := memory.get("result"):
+            documents = Lengths(**result.pop("documents"))
+            return Trained(**result, documents=documents)._replace(
+                output=config.output_dir, already_done=True
+            )
+        return _train(config, memory, generator, compressor)
+
+
+@contextmanager
+def _alone(home: RunDirectory) -> Iterator[None]:
+    """Keep a second run out of the folder; processes of one run count as one."""
+    lock = FileLock(home.path / ".lock")
+    if _is_first():
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunDirectoryError(
+                f"--output_dir {home.path.parent} is in use by another run: wait for it, or choose another"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _is_first() -> bool:
+    """Whether this is the process that writes, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _identity(
+    config: TrainConfig, home: RunDirectory, generator: ModelSource, compressor: ModelSource | None
+) -> dict[str, Any]:
+    """All that a run depends on, files and models by their contents."""
+    inputs = {}
+    for name in ("train_data", "eval_data"):
+        paths = [Path(file) for file in getattr(config, name)]
+        for path in paths:
+            if not path.is_file():
+                raise UsageError(f"--{name} {path}: there is no such file; check the path")
+        inputs[name] = [home.content_hash(path) for path in paths]
+    models = {"generator_model": generator.identity(home.content_hash)}
+    models["compressor"] = compressor.identity(home.content_hash) if compressor else "n_layers"
+    return {
+        "scaledown": scaledown.__version__,
+        "parameters": asdict(config),
+        "inputs": inputs,
+        "models": models,
+    }
+
+
+def _recall(output: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """What the folder remembers of this same run, at least `identity`.
+
+    Raises `RunDirectoryError` where it holds another run, or a model of another origin.
+    """
+    memory = read_json(output / SETTINGS_FILE)
+    if not isinstance(memory, dict) or not memory.keys() >= identity.keys():
+        for pattern in _FOREIGN:
+            for path in output.glob(pattern):
+                raise RunDirectoryError(
+                    f"--output_dir {output} holds {path.name}, and no run: choose another"
+                )
+        return identity
+    compared = [
+        {
+            **{name: value for name, value in side["parameters"].items() if name not in FREE},
+            **side["inputs"],
+            **side["models"],
+        }
+        for side in (_plain(memory), _plain(identity))
+    ]
+    there, here = compared
+    different = sorted(name for name in there | here if there.get(name) != here.get(name))
+    if different:
+        name = different[0]
+        values = "" if name in FREE else f": {there.get(name)} there, {here.get(name)} here"
+        others = f", and {len(different) - 1} more" if different[1:] else ""
+        raise RunDirectoryError(
+            f"--output_dir {output} holds a run with another --{name}{values}{others}: use the same, or "
+            "choose another folder"
+        )
+    return memory | {"parameters": identity["parameters"]}
+
+
+def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
+    """As it comes back from JSON."""
+    import orjson
+
+    plain: dict[str, Any] = orjson.loads(orjson.dumps(content))
+    return plain
+
+
+def _train(
+    config: TrainConfig, memory: dict[str, Any], generator: ModelSource, compressor: ModelSource | None
+) -> Trained:
+    output = Path(config.output_dir)
+    device = choose_device(config.device)
+    if ":" in device:
+        number = device.partition(":")[2]
+        raise UsageError(f"--device {device}: set CUDA_VISIBLE_DEVICES={number} and give --device cuda")
+    if config.dtype == "float16" and device != "cuda":
+        raise UsageError("--dtype float16 trains on CUDA only: use bfloat16 or float32")
+    dtype = choose_dtype(config.dtype, device)
+
+    quiet_libraries()
+    from transformers import set_seed
+
+    from scaledown.student.model import ScaleDownModel, load_tokenizer
+    from scaledown.student.settings import ScaleDownConfig
+    from scaledown.student.training import make_trainer, newest_checkpoint
+
+    checkpoint = newest_checkpoint(output)
+    if checkpoint and not config.resume:
+        raise RunDirectoryError(
+            f"--output_dir {output} has {checkpoint.name} of this run: --resume goes on from there; to start "
+            "again, delete the folder"
+        )
+    settings = ScaleDownConfig(
+        compressor=config.compressor,
+        num_layers=config.num_layers,
+        compression_rate=config.compression_rate,
+        enable_reranking=config.enable_reranking,
+        generator_training=config.generator_training,
+    )
+    taught, held, shared = load_parts(config, output / _OWN_FOLDER)
+    if "documents" not in memory:
+        parts = [taught.examples, *([held.examples] if held and config.eval_data else [])]
+        tokenizer = load_tokenizer(compressor or generator)
+        memory["documents"] = measure_documents(parts, tokenizer, config.doc_max_length)._asdict()
+    documents = Lengths(**memory["documents"])
+    if documents.cut:
+        log.warning(
+            "%s of %s documents have more than --doc_max_length %s tokens and are cut; the longest has %s",
+            *(f"{documents.cut:,}", f"{documents.number:,}", config.doc_max_length, documents.longest),
+        )
+    if not config.doc_max_length and documents.longest > 2 * documents.most:
+        log.warning(
+            "the longest document has %s tokens, 99%% have at most %s: --doc_max_length %s needs fewer "
+            "memory tokens for all of them",
+            *(documents.longest, documents.most, documents.most),
+        )
+    settings.doc_max_length = config.doc_max_length or max(1, documents.longest)
+    if _is_first():
+        write_json(output / SETTINGS_FILE, memory)
+    set_seed(config.seed)
+    started_alone = "RANK" not in os.environ  # else the Trainer knows which device is this process's
+    model = ScaleDownModel.build(
+        settings, generator, compressor, dtype=dtype, device=device if started_alone else "cpu"
+    )
+    trainer = make_trainer(model, config, taught, held, device)
+    log.info(
+        "%s examples, %s steps of %s, %s held out; %s memory tokens a document of up to %s; %s",
+        *(f"{len(taught.rows):,}", trainer.args.max_steps, config.batch_size, len(held.rows) if held else 0),
+        *(settings.memory_tokens, settings.doc_max_length, f"{device}, {dtype}".replace("torch.", "")),
+    )
+    trainer.run(checkpoint)
+    before, after = trainer.held_out_losses()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    few = max(1, len(losses) // 20)
+    result = Trained(
+        output=config.output_dir,
+        examples=len(taught.rows),
+        skipped=taught.examples.skipped + (held.examples.skipped if held and config.eval_data else 0),
+        held_out=len(held.rows) if held else 0,
+        shared=shared,
+        doc_max_length=settings.doc_max_length,
+        documents=documents,
+        steps=trainer.state.global_step,
+        planned_steps=trainer.state.max_steps,
+        batch_size=config.batch_size,
+        loss_before=statistics.fmean(losses[:few]),
+        loss=statistics.fmean(losses[-few:]),
+        held_out_before=before,
+        held_out_loss=after,
+        seconds_per_step=statistics.median(trainer.seconds) if trainer.seconds else 0.0,
+    )
+    trainer.save_model(config.output_dir)
+    if _is_first():
+        content = result._asdict() | {"documents": documents._asdict()}
+        write_json(output / SETTINGS_FILE, memory | {"result": content})
+    return result
+
+
+def summary(result: Trained) -> str:
+    """What a finished command prints: what was trained on what, losses, speed, the next command."""
+    lines = ["nothing to do: this run is finished"] if result.already_done else []
+    early = f" of {result.planned_steps:,}, stopped early" if result.steps < result.planned_steps else ""
+    lines += [
+        f"{result.output}: {result.examples:,} examples, {result.steps:,} steps{early}",
+        "",
+        f"  loss        {result.loss_before:.4f} at the start, {result.loss:.4f} at the end",
+    ]
+    if result.held_out_loss is not None:
+        before = "" if result.held_out_before is None else f"{result.held_out_before:.4f} before training, "
+        lines.append(f"  held out    {before}{result.held_out_loss:.4f} after; {result.held_out:,} examples")
+    if result.shared:
+        lines.append(f"              {result.shared:,} of them share an article with training")
+    number, longest, _, cut = result.documents
+    lines.append(
+        f"  documents   {number:,}, the longest of {longest:,} tokens; "
+        + (f"{cut:,} cut to {result.doc_max_length:,}" if cut else "none cut")
+    )
+    lines.append(f"  step        {duration(result.seconds_per_step)} for {result.batch_size:,} examples")
+    if result.skipped:
+        lines.append(f"  skipped     {result.skipped:,} unusable records")
+    return "\n".join(
+        [*lines, "", f"next: {program_name()} answer --model {shlex.quote(result.output)} --help"]
+    )
+
+
+def main(argv: Sequence[str] | None = None, program: str = "scaledown train") -> int:
+    """The command line; gives the exit status."""
+    parser, _ = command_parser(
+        program,
+        TrainConfig,
+        "--train_data FILE --output_dir DIR",
+        "Train OSCAR: a compressor of documents, and a generator that answers from what it leaves of them. "
+        "torchrun and accelerate launch start it on several GPUs.",
+        GROUPS,
+    )
+
+    def refuse(message: str) -> None:
+        raise UsageError(f"{message} (see {program} --help)")
+
+    parser.error = refuse  # type: ignore[method-assign, assignment]
+    words = underscored(sys.argv[1:] if argv is None else argv)
+
+    def command() -> int:
+        flags = vars(parser.parse_args(words))
+        flags.pop("debug", None)
+        level = flags.pop("log_level", "info")
+        start_logging(level if _is_first() else "error")
+        for name in ("train_data", "eval_data"):
+            if name in flags:
+                flags[name] = tuple(flags[name])
+        result = train(from_flags(flags, TrainConfig))
+        if _is_first():
+            print(summary(result))
+        return 0
+
+    return run_command(command, debug="--debug" in words)

@@ -1,0 +1,189 @@
+"""Settings of `scaledown train`. Each field is documented once; that text is the `--help`."""
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Final
+
+from scaledown.config import DTYPES, MACHINE, OUTPUT, is_url, option
+from scaledown.errors import UsageError
+
+GENERATOR_TRAINING: Final = ("lora", "full", "frozen")
+REPORTERS: Final = ("auto", "none", "tensorboard", "wandb", "trackio")
+
+DATA: Final = "data"
+MODEL: Final = "model"
+TRAINING: Final = "training"
+GROUPS: Final = (DATA, MODEL, TRAINING, OUTPUT, MACHINE)
+
+# Settings that a run may change when it goes on. Files and models are known by their contents.
+FREE: Final = (
+    *("resume", "report_to", "device", "output_dir"),
+    *("train_data", "eval_data", "generator_model", "compressor"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of `scaledown train`; defaults are the paper's (arXiv 2504.07109, table 7)."""
+
+    train_data: tuple[str, ...] = option(
+        (),
+        DATA,
+        "training data as scaledown prepare writes it: .json, .jsonl or .parquet; may be given several times",
+        metavar="FILE",
+    )
+    eval_data: tuple[str, ...] = option(
+        (), DATA, "held-out data in the same format; may be given several times", metavar="FILE"
+    )
+    eval_fraction: float = option(
+        0.02,
+        DATA,
+        "without --eval_data, hold out this share of the data, split by article so that nothing leaks",
+        "0..1",
+        metavar="X",
+    )
+    generator_model: str = option(
+        "mistralai/Mistral-7B-Instruct-v0.2",
+        MODEL,
+        "causal LM that answers: a name, a folder or a .gguf file",
+        metavar="MODEL",
+    )
+    compressor: str = option(
+        "n_layers",
+        MODEL,
+        "n_layers (the generator's first layers), modernbert, or any encoder or decoder by name",
+        metavar="MODEL",
+    )
+    num_layers: int = option(8, MODEL, "of an n_layers compressor", "layers", metavar="N")
+    compression_rate: int = option(
+        16, MODEL, "document tokens to one memory token, 4 to 128", "tokens", metavar="N"
+    )
+    doc_max_length: int = option(
+        0,
+        MODEL,
+        "longest document by the compressor's tokenizer, the rest is cut; 0: the longest of the data",
+        "tokens",
+        metavar="N",
+    )
+    enable_reranking: bool = option(False, MODEL, "learn to rerank, too; the data needs reranking_scores")
+    generator_training: str = option(
+        "lora",
+        MODEL,
+        "what is trained of the generator: LoRA on its linear layers, all of it, or nothing",
+        choices=GENERATOR_TRAINING,
+    )
+    batch_size: int = option(128, TRAINING, "examples to one step, over all devices", "examples", metavar="N")
+    micro_batch_size: int = option(
+        0,
+        TRAINING,
+        "examples at once on a device, gradients are accumulated; 0: as many as fit (4 on a CPU)",
+        "examples",
+        metavar="N",
+    )
+    num_epochs: float = option(1.0, TRAINING, "passes over the data", "epochs", metavar="X")
+    max_steps: int = option(0, TRAINING, "so many steps instead of --num_epochs", "steps", metavar="N")
+    learning_rate_generator: float = option(1e-4, TRAINING, "of the generator", metavar="X")
+    learning_rate_compressor: float = option(
+        0.0,
+        TRAINING,
+        "of all else; 0: 5e-5 for n_layers, 1e-4 for a separate compressor",
+        metavar="X",
+    )
+    eval_steps: int = option(
+        0, TRAINING, "evaluate every so many; 0: ten times in a run", "steps", metavar="N"
+    )
+    early_stopping_patience: int = option(
+        0,
+        TRAINING,
+        "stop when the held-out loss has not fallen for so many evaluations, and keep the best; 0: never",
+        "evaluations",
+        metavar="N",
+    )
+    gradient_checkpointing: bool = option(
+        False, TRAINING, "compute activations again instead of keeping them: less memory, a third slower"
+    )
+    seed: int = option(0, TRAINING, "seed of every random choice", metavar="N")
+    output_dir: str = option("", OUTPUT, "the model, and checkpoints on the way", metavar="DIR")
+    save_steps: int = option(
+        0, OUTPUT, "checkpoint every so many; 0: with every evaluation", "steps", metavar="N"
+    )
+    resume: bool = option(False, OUTPUT, "go on from the newest checkpoint in --output_dir, if there is one")
+    report_to: str = option(
+        "auto", OUTPUT, "auto is tensorboard where it is installed, else none", choices=REPORTERS
+    )
+    device: str = option("auto", MACHINE, "auto, cpu, cuda or mps", metavar="DEVICE")
+    dtype: str = option(
+        "auto",
+        MACHINE,
+        "of matrix products and frozen weights, trained weights are float32; auto is bfloat16 on CUDA, "
+        "float32 elsewhere",
+        choices=DTYPES,
+    )
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            allowed, value = item.metadata["choices"], getattr(self, item.name)
+            if allowed and value not in allowed:
+                raise UsageError(f"--{item.name} {value}: use one of {', '.join(allowed)}")
+        if not self.train_data:
+            raise UsageError("no training data: give --train_data train_data.json")
+        for name in ("train_data", "eval_data"):
+            files: object = getattr(self, name)
+            if not isinstance(files, tuple) or "" in files:
+                raise UsageError(f"--{name} {files!r}: expected a tuple of file names")
+            for file in files:
+                if is_url(file):
+                    raise UsageError(f"--{name} {file} is a URL: fetch the file and give its path")
+        if not self.output_dir:
+            raise UsageError("no output: give --output_dir DIR")
+        if is_url(self.output_dir):
+            raise UsageError("--output_dir is a URL: give a local path")
+        if Path(self.output_dir).is_file():
+            raise UsageError(f"--output_dir {self.output_dir} is a file: name a folder")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        for least, names in (
+            (1, ("batch_size", "num_layers")),
+            (
+                0,
+                (
+                    *("doc_max_length", "micro_batch_size", "max_steps", "eval_steps", "save_steps"),
+                    *("early_stopping_patience", "seed"),
+                ),
+            ),
+        ):
+            for name in names:
+                if getattr(self, name) < least:
+                    rule = f"be at least {least}" if least else "not be negative"
+                    raise UsageError(f"--{name} {getattr(self, name)}: must {rule}")
+        if self.micro_batch_size > self.batch_size:
+            raise UsageError(
+                f"--micro_batch_size {self.micro_batch_size} is above --batch_size {self.batch_size}: "
+                "lower it"
+            )
+        if not 0 <= self.eval_fraction < 1:
+            raise UsageError(f"--eval_fraction {self.eval_fraction}: must be at least 0 and below 1")
+        for name in ("num_epochs", "learning_rate_generator"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"--{name} {getattr(self, name)}: must be above 0, and finite")
+        if not 0 <= self.learning_rate_compressor < math.inf:
+            raise UsageError(
+                f"--learning_rate_compressor {self.learning_rate_compressor}: must not be negative, and "
+                "finite"
+            )
+        if self.early_stopping_patience and not (self.eval_data or self.eval_fraction):
+            raise UsageError("--early_stopping_patience needs held-out data: --eval_data or --eval_fraction")
+        if self.early_stopping_patience and self.save_steps % (self.eval_steps or 1):
+            raise UsageError(
+                f"--save_steps {self.save_steps}: with --early_stopping_patience, a multiple of --eval_steps "
+                f"{self.eval_steps}, for only a saved model can be the best"
+            )
+        if self.early_stopping_patience and self.save_steps and not self.eval_steps:
+            raise UsageError("--save_steps with --early_stopping_patience: give --eval_steps, too")
+
+    @property
+    def compressor_rate(self) -> float:
+        """Learning rate of the compressor: identical rates gave the paper poor results with N-Layers."""
+        return self.learning_rate_compressor or (5e-5 if self.compressor == "n_layers" else 1e-4)

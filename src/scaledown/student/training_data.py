@@ -1,0 +1,309 @@
+"""Training files -> examples on disk; a split that does not leak; the order they are seen in."""
+
+import logging
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from scaledown.data.formats import entries, problems
+from scaledown.errors import InputError, UsageError
+from scaledown.progress import track
+from scaledown.records import document_text
+from scaledown.student.train_settings import TrainConfig
+
+log = logging.getLogger("scaledown")
+
+_ROWS: Final = 1024  # of a batch on disk
+_MESSAGES: Final = 20  # about bad records; the rest is counted
+_TITLE_CHARACTERS: Final = 200  # a longer first line is no title
+_SCHEMA: Final = pa.schema(
+    {
+        "query": pa.string(),
+        "documents": pa.list_(pa.string()),
+        "answer": pa.string(),
+        "scores": pa.list_(pa.float64()),
+    }
+)
+
+
+class TrainingExample(NamedTuple):
+    """A training record, its documents as the models see them."""
+
+    query: str
+    documents: list[str]
+    answer: str
+    scores: list[float] | None
+
+
+class Examples:
+    """The usable records of training files, in their order; on disk, and read from there one by one.
+
+    `skipped` counts the unusable ones.
+    """
+
+    def __init__(self, content: pa.RecordBatchFileReader, keys: "_Keys", skipped: int) -> None:
+        self._content = content
+        self._keys = keys
+        self.skipped = skipped
+
+    def __len__(self) -> int:
+        return len(self._keys.queries)
+
+    def __getitem__(self, row: int) -> TrainingExample:
+        batch = self._content.get_batch(row // _ROWS)
+        return TrainingExample(**batch.slice(row % _ROWS, 1).to_pylist()[0])
+
+    def documents(self) -> Iterator[list[str]]:
+        """All documents, a thousand examples at a time."""
+        for number in range(self._content.num_record_batches):
+            yield self._content.get_batch(number).column("documents").flatten().to_pylist()
+
+    @property
+    def document_count(self) -> int:
+        """Documents of all examples together."""
+        return len(self._keys.documents)
+
+    def shared_by(self, others: "Examples") -> int:
+        """How many of the `others` have a document of an article that is here, too."""
+        documents = np.frombuffer(others._keys.documents, np.uint64)
+        leaks = np.isin(documents, np.frombuffer(self._keys.documents, np.uint64))
+        return len(np.unique(_owners(others._keys)[leaks]))
+
+    def split(self, fraction: float, seed: int) -> "Split":
+        """Hold out about `fraction` of the examples, at least one if there is a way; see `Split`."""
+        return _split(self._keys, fraction, seed)
+
+
+class _Keys(NamedTuple):
+    """What tells whether two examples are about the same: 64-bit hashes."""
+
+    queries: "array[int]"
+    """One an example."""
+    documents: "array[int]"
+    """Of each document's title, or of its text where it has none."""
+    ends: "array[int]"
+    """Where each example's documents end in `documents`."""
+    best: "array[int]"
+    """Of each example, the document with the highest score; the first one without scores."""
+
+
+def read_examples(files: Sequence[str], folder: Path, *, needs_scores: bool = False) -> Examples:
+    """The usable records of `files`; the others are named with file and line, and skipped.
+
+    They lie in a file in `folder` that has no name, so that it goes with the process. Raises `InputError`
+    where a file cannot be read or no record is usable, `UsageError` where no record has the scores it needs.
+    """
+    keys = _Keys(array("Q"), array("Q"), array("q"), array("Q"))
+    bad = unscored = 0
+    path = folder / f".examples.{os.getpid()}.tmp"
+    try:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+            rows: list[dict[str, Any]] = []
+            with track("read", "records", None) as tracker:
+                for file in files:
+                    for number, entry in enumerate(entries(Path(file)), 1):
+                        tracker.advance()
+                        found = [entry.problem] if entry.problem else problems(entry.record)
+                        if not found and needs_scores and "reranking_scores" not in entry.record:
+                            found = ["has no reranking_scores, which --enable_reranking needs"]
+                            unscored += 1
+                        if found:
+                            bad += 1
+                            if bad <= _MESSAGES:
+                                log.warning(
+                                    "%s:%s: record %s: %s; skipped", file, entry.line, number, found[0]
+                                )
+                            continue
+                        rows.append(_row(entry.record, keys))
+                        if len(rows) == _ROWS:
+                            writer.write_batch(pa.RecordBatch.from_pylist(rows, _SCHEMA))
+                            rows = []
+            if rows:
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, _SCHEMA))
+        if bad > _MESSAGES:
+            log.warning(
+                "%s more records are unusable; `scaledown validate` lists all", f"{bad - _MESSAGES:,}"
+            )
+        if unscored and not keys.queries:
+            raise UsageError(
+                f"--enable_reranking needs reranking_scores, and {', '.join(files)} has none: make the data "
+                "with scaledown prepare --enable_reranking, or leave the flag out"
+            )
+        if not keys.queries:
+            raise InputError(
+                f"{', '.join(files)}: no usable record; `scaledown validate {files[0]}` says what is wrong"
+            )
+        return Examples(pa.ipc.open_file(pa.memory_map(str(path))), keys, bad)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _row(record: dict[str, Any], keys: _Keys) -> dict[str, Any]:
+    """A record as it is stored; its keys are noted."""
+    scores = record.get("reranking_scores")
+    documents = [_key(_title(document)) for document in record["documents"]]
+    best = max(range(len(documents)), key=scores.__getitem__) if scores else 0
+    keys.queries.append(_key("query: " + record["query"].strip().lower()))
+    keys.documents.extend(documents)
+    keys.ends.append(len(keys.documents))
+    keys.best.append(documents[best])
+    return {
+        "query": record["query"],
+        "documents": [document_text(document) for document in record["documents"]],
+        "answer": record["answer"],
+        "scores": scores,
+    }
+
+
+def _title(document: Any) -> str:
+    """What passages of one article share: its title, by itself or as their first line; else the text."""
+    text = document_text(document)
+    first, _, rest = text.partition("\n")
+    return first if rest and len(first) <= _TITLE_CHARACTERS else text
+
+
+def _key(text: str) -> int:
+    return int.from_bytes(blake2b(text.strip().encode(), digest_size=8).digest(), "big")
+
+
+class Split(NamedTuple):
+    """Rows to train on and rows held out, both rising.
+
+    Examples that share an article, or their question, are on the same side. Where all of them hang together
+    that way, those that share their best document's article are, and where even that fails only questions
+    are kept apart; `shared` counts the held-out examples of which some document's article is trained on.
+    """
+
+    train: np.ndarray
+    held_out: np.ndarray
+    by: str
+    shared: int
+
+
+def _split(keys: _Keys, fraction: float, seed: int) -> Split:
+    count = len(keys.queries)
+    everything, nothing = np.arange(count), np.arange(0)
+    if not fraction or count < 2:
+        return Split(everything, nothing, "nothing", 0)
+    queries = np.frombuffer(keys.queries, np.uint64)
+    documents = np.frombuffer(keys.documents, np.uint64)
+    owners = _owners(keys)
+    wanted = min(max(1, round(fraction * count)), count - 1)
+    both = np.concatenate([everything, everything])
+    attempts = (
+        ("article", np.concatenate([everything, owners]), np.concatenate([queries, documents])),
+        ("best document", both, np.concatenate([queries, np.frombuffer(keys.best, np.uint64)])),
+        ("question", everything, queries),
+    )
+    for by, rows, values in attempts:
+        chosen = _choose(_groups(rows, values, count), wanted, seed)
+        if chosen.sum() * 2 >= wanted:
+            held_out = np.flatnonzero(chosen)
+            of_training = documents[~chosen[owners]]
+            leaks = np.isin(documents, of_training) & chosen[owners]
+            return Split(np.flatnonzero(~chosen), held_out, by, len(np.unique(owners[leaks])))
+    return Split(everything, nothing, "nothing", 0)
+
+
+def _owners(keys: _Keys) -> np.ndarray:
+    """The row that each document belongs to."""
+    ends = np.frombuffer(keys.ends, np.int64)
+    return np.searchsorted(ends, np.arange(len(keys.documents)), side="right")
+
+
+def _groups(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+    """Number of the group of each of `count` rows: those that share a value, directly or by others."""
+    _, columns = np.unique(values, return_inverse=True)
+    size = count + int(columns.max()) + 1
+    graph = coo_array((np.ones(len(rows), np.int8), (rows, columns + count)), shape=(size, size))
+    return np.asarray(connected_components(graph, directed=False)[1][:count])
+
+
+def _choose(groups: np.ndarray, wanted: int, seed: int) -> np.ndarray:
+    """Whole groups, by chance, that together have at most `wanted` rows: a mask of rows."""
+    names, sizes = np.unique(groups, return_counts=True)
+    room, chosen = wanted, []
+    for place in np.random.default_rng(seed).permutation(len(names)):
+        if sizes[place] <= room:
+            chosen.append(names[place])
+            room -= sizes[place]
+        if not room:
+            break
+    return np.isin(groups, chosen)
+
+
+class Part(NamedTuple):
+    """Examples to train on, or those held out."""
+
+    examples: Examples
+    rows: Sequence[int]
+
+
+def load_parts(config: TrainConfig, folder: Path) -> tuple[Part, Part | None, int]:
+    """What to train on; what is held out, if anything; how many of that share an article with training.
+
+    `folder` is where examples lie while the process lives.
+    """
+    examples = read_examples(config.train_data, folder, needs_scores=config.enable_reranking)
+    if config.eval_data:
+        held = read_examples(config.eval_data, folder, needs_scores=config.enable_reranking)
+        return Part(examples, range(len(examples))), Part(held, range(len(held))), examples.shared_by(held)
+    split = examples.split(config.eval_fraction, config.seed)
+    if config.eval_fraction and not len(split.held_out):
+        log.warning("nothing is held out: all records ask the same question")
+    if split.shared:
+        log.warning(
+            "held out by %s: %s of %s held-out records share an article with training (nearly all records "
+            "hang together by their articles)",
+            *(split.by, f"{split.shared:,}", f"{len(split.held_out):,}"),
+        )
+    held_part = Part(examples, split.held_out.tolist()) if len(split.held_out) else None
+    return Part(examples, split.train.tolist()), held_part, split.shared
+
+
+def training_order(rows: np.ndarray, examples: int, seed: int) -> np.ndarray:
+    """The rows as training sees them, `examples` in all: pass after pass, each in an order of its own."""
+    passes = [
+        np.random.default_rng([seed, number]).permutation(rows) for number in range(-(-examples // len(rows)))
+    ]
+    return np.concatenate(passes)[:examples]
+
+
+def shares(order: np.ndarray, batch_size: int, rank: int, ranks: int) -> list[list[int]]:
+    """For each step the rows that process `rank` of `ranks` takes; at least one, so that none waits."""
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return [(batch[rank::ranks] if len(batch) > rank else batch[:1]).tolist() for batch in batches]
+
+
+class Lengths(NamedTuple):
+    """Of documents, in tokens."""
+
+    number: int
+    """How many documents there are."""
+    longest: int
+    most: int
+    """What 99 of 100 do not exceed."""
+    cut: int
+    """How many exceed the limit."""
+
+
+def measure_documents(examples: Sequence[Examples], tokenizer: Any, limit: int) -> Lengths:
+    """Lengths by the compressor's `tokenizer`; documents above `limit` are cut, 0 is no limit."""
+    total = sum(part.document_count for part in examples)
+    lengths = array("l")
+    with track("measure", "documents", total) as tracker:
+        for part in examples:
+            for texts in part.documents():
+                found = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+                lengths.extend(len(ids) for ids in found["input_ids"])
+                tracker.advance(len(texts))
+    most = int(np.quantile(lengths, 0.99, method="lower"))
+    return Lengths(total, max(lengths), most, sum(length > limit > 0 for length in lengths))

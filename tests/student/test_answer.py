@@ -1,0 +1,73 @@
+"""The command `scaledown answer` on a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_answering import DOCUMENTS, QUERIES, student
+
+from scaledown.cli import main
+from scaledown.student.model import ScaleDownModel
+
+
+@pytest.fixture(scope="module")
+def folder(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("student")
+    student(models, enable_reranking=True).save_pretrained(path)
+    return path
+
+
+def test_one_query_is_answered_as_it_is_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", str(folder), "--query", QUERIES[0], "--max_new_tokens", "12", "--device", "cpu"]
+    assert main(["answer", *words, "--document", "Tides come and go.", "--document", "The moon."]) == 0
+    model = ScaleDownModel.from_pretrained(str(folder))
+    expected = model.answer(QUERIES[0], ["Tides come and go.", "The moon."], max_new_tokens=12)
+    assert capsys.readouterr().out.strip() == expected
+
+
+@pytest.mark.parametrize("flags", [[], ["--uncompressed"]])
+def test_a_file_is_answered_with_scores(flags: list[str], folder: Path, tmp_path: Path) -> None:
+    data, output = tmp_path / "data.json", tmp_path / "answers.jsonl"
+    records = [
+        {"query": query, "documents": documents, "answer": "gold"}
+        for query, documents in zip(QUERIES, DOCUMENTS, strict=True)
+    ]
+    data.write_text(json.dumps(records))
+    words = ["--model", str(folder), "--data", str(data), "--output_file", str(output), "--device", "cpu"]
+    assert main(["answer", *words, "--max-new-tokens", "12", *flags]) == 0
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    model = ScaleDownModel.from_pretrained(str(folder))
+    answers = model.answer(QUERIES, DOCUMENTS, max_new_tokens=12, compressed=not flags)
+    assert [record["answer"] for record in found] == answers
+    assert [record["query"] for record in found] == QUERIES
+    for record, scores in zip(found, model.rerank(QUERIES, DOCUMENTS), strict=True):
+        assert record["reranking_scores"] == pytest.approx(scores, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "give --query TEXT, or --data FILE"),
+        (["--query", "a", "--data", "b"], "give --query TEXT, or --data FILE"),
+        (["--data", "b"], "--data needs --output_file"),
+        (["--query", "a", "--model", "/nowhere/model"], "/nowhere/model"),
+    ],
+)
+def test_wrong_usage_is_one_line(
+    words: list[str], said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["answer", "--model", str(folder), *words]) != 0
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_record_without_documents_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, output = tmp_path / "data.jsonl", tmp_path / "answers.jsonl"
+    data.write_text('{"query": "q", "documents": ["d"]}\n{"query": "q"}\n')
+    words = ["--model", str(folder), "--data", str(data), "--output_file", str(output), "--device", "cpu"]
+    assert main(["answer", *words]) == 1
+    assert "line 2" in capsys.readouterr().err
+    assert not output.exists()
