@@ -54,6 +54,7 @@ class Misbehaving(ThreadingHTTPServer):
         self.hang = 30.0
         self.delay = 0.0
         self.refuses_system = False
+        self.knows_model = True
         self.newer_limit = False  # knows only max_completion_tokens
         self.context = 1 << 40  # characters of all messages
         self.poison: dict[str, str] = {}  # question -> the fault it always meets
@@ -132,6 +133,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.path != "/v1/chat/completions":
             self.reply(404, {"detail": "Not Found"})
+            return
+        if not server.knows_model:
+            self.reply(404, {"error": {"message": "no such model"}})
             return
         fault = server.next_fault(question, body)
         roles = [message["role"] for message in body["messages"]]

@@ -506,11 +506,21 @@ def test_401_at_the_start(serve: Any) -> None:
 def test_the_model_is_looked_for_at_the_start(serve: Any, model: str, models: Any, there: bool) -> None:
     server = serve()
     server.models = models
+    server.knows_model = there
     if there:
         teacher(server, model=model)
+        assert not server.asked  # a listed one costs nothing
     else:
         with pytest.raises(ModelError, match=r"--teacher_model m is not at .* such as m2, a, b, c, d$"):
             teacher(server, model=model)
+
+
+def test_a_model_that_is_served_and_not_listed_is_asked_all_the_same(serve: Any) -> None:
+    server = serve()
+    server.models = ["other"]
+    one = teacher(server, model="m")
+    assert right(dict(one.answers(prompts(3))), 3)
+    assert sum(server.asked.values()) == 4  # one of them a question of one token, to find out
 
 
 def test_no_server_at_all_is_told_at_the_start() -> None:

@@ -103,6 +103,17 @@ class EndpointTeacher:
         # Behind a proxy's settings, which others need, a server on this machine is out of reach.
         return {"headers": headers, "trust_env": not _is_loopback(url)}
 
+    def _refuses_model(self, client: httpx2.Client, url: str) -> bool:
+        """Whether the server knows no such model, by a question of one token."""
+        body = {
+            "model": self.chat.model,
+            "messages": [{"role": "user", "content": "Hi"}],
+            "max_tokens": 1,
+        }
+        response = client.post(_path(url, "chat/completions"), json=body, timeout=self.request_timeout)
+        status: int = response.status_code
+        return 400 <= status < 500 and status != 429
+
     def refuse_key(self, url: str, status: int) -> NoReturn:
         """The key, or its absence, is wrong: no prompt can be asked."""
         raise ModelError(f"--teacher_endpoint {url} answers {status}: set {KEY} to a key that it accepts")
@@ -140,6 +151,10 @@ class EndpointTeacher:
         try:
             with httpx2.Client(timeout=LOOK_TIMEOUT, **self.connection(url)) as client:
                 response = client.get(_path(url, "models"))
+                models = listed(response)
+                unlisted = bool(models) and not self.chat.is_among(models)
+                # Some servers list a part of what they load when asked.
+                refused = unlisted and self._refuses_model(client, url)
         except httpx2.HTTPError as error:
             return _unreachable(error)
         if response.status_code in {401, 403}:
@@ -148,8 +163,7 @@ class EndpointTeacher:
             raise ModelError(f"--teacher_endpoint {url} leads elsewhere: give the URL that it leads to")
         if response.status_code in _GATEWAY:  # others may fail at the list and answer all the same
             return f"status {response.status_code}"
-        models = listed(response)
-        if models and not self.chat.is_among(models):
+        if refused:
             raise ModelError(
                 f"--teacher_model {self.chat.model} is not at {url}: give one that is, such as "
                 + ", ".join(map(self.chat.plain, models[:5]))
