@@ -56,6 +56,7 @@ def _log_reaches_pytest() -> Any:
     yield
     logger.handlers[:] = []
     logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,7 @@ STAGES: Final = (
     "ranked",
     "answers",
     "second",
+    "retried",
     "reviewed",
 )
 _OWN_NAMES: Final = {

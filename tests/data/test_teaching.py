@@ -138,7 +138,7 @@ def difficult(prepare, queries, monkeypatch):
     return prepare
 
 
-def test_refusals_and_echoes_are_counted_dropped_or_asked_again(difficult) -> None:
+def test_refusals_and_echoes_are_counted_dropped_or_asked_again(difficult, monkeypatch) -> None:
     columns = ("--columns", "problem", "--columns", "finish_reason")
     assert difficult(*columns) == 0
     found = json.loads(difficult.output.read_text())
@@ -157,10 +157,21 @@ def test_refusals_and_echoes_are_counted_dropped_or_asked_again(difficult) -> No
     assert "a refusal" in reasons
     assert "an echo of the prompt" in reasons
 
+    # Only those with a problem are asked once more.
+    teacher = Difficult()
+    monkeypatch.setattr(command, "load_teacher", lambda *_: teacher)
     assert difficult(*columns, "--bad_answers", "retry") == 0
     again = json.loads(difficult.output.read_text())
     assert len(again) == 40
     assert {record["answer"] for record in again} == {"Whole.", "Something of it."}
+    assert len(teacher.asked) == 40 - len(kept)
+    assert all(key.endswith(":again") for key in teacher.asked)
+    stages = json.loads((difficult.work / "manifest.json").read_text())["stages"]
+    assert stages["retried"]["counts"] == {
+        "answers": 40,
+        "retried": len(teacher.asked),
+        "mended": len(teacher.asked),
+    }
 
 
 def test_other_limits_ask_nothing_again(difficult, monkeypatch) -> None:

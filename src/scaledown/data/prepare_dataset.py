@@ -47,7 +47,7 @@ from scaledown.data.review import review_answers
 from scaledown.data.summary import Result, program_name, summary
 from scaledown.data.teacher import choose_backend, load_teacher
 from scaledown.data.teachers import Engine, Generation, Teacher
-from scaledown.data.teaching import Teaching, spent_tokens, teach
+from scaledown.data.teaching import Teaching, retry, spent_tokens, teach
 from scaledown.flags import build_parser, from_flags, underscored
 from scaledown.models import ModelSource, choose_device
 from scaledown.progress import start_logging
@@ -300,15 +300,12 @@ def _run_teachers(  # noqa: PLR0917
     asking: _Asking,
 ) -> dict[str, Stage]:
     """Ranked passages -> answers of one teacher or two -> those that are kept."""
-    retry = config.bad_answers == "retry"
-    samples = config.temperature or retry
-    sampling = {"temperature": config.temperature, "seed": config.seed, "retry": retry} if samples else {}
+    sampling = {"temperature": config.temperature, "seed": config.seed} if config.temperature else {}
     shown = {"ranked": ranked.fingerprint, "documents": config.documents_per_query}
     teaching = Teaching(
         documents_per_query=config.documents_per_query,
         temperature=config.temperature,
         template=asking.template,
-        retry=retry,
         shards_at_once=1 if asking.engine.backend == "transformers" else _SHARDS_AT_ONCE,
         flush_seconds=config.flush_seconds,
         prices=(config.input_price, config.output_price),
@@ -326,6 +323,19 @@ def _run_teachers(  # noqa: PLR0917
 
         teach(stage, ranked, passages, load, teaching)
     answers, second = stages["answers"], stages.get("second")
+    if config.bad_answers == "retry":
+        again = stages["retried"] = Stage(
+            run, "retried", {"answers": answers.fingerprint, "seed": config.seed}
+        )
+        model, spent = sources.teacher, answers
+        retry(
+            again,
+            answers,
+            passages,
+            functools.cache(lambda: asking.load(model, spent_tokens(spent))),
+            teaching,
+        )
+        answers = again
     limits = {
         "answers": answers.fingerprint,
         "second": second.fingerprint if second else None,

@@ -1,8 +1,8 @@
 """The stage that asks the teacher: ranked passages -> answers, on disk as they come."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 
@@ -26,8 +26,6 @@ class Teaching(NamedTuple):
     documents_per_query: int
     temperature: float = 0.0
     template: Template = PAPER
-    retry: bool = False
-    """Ask once more, sampling, where an answer has a problem (see `review.problem`)."""
     shards_at_once: int = 1
     flush_seconds: float = PrepareConfig.flush_seconds
     prices: tuple[float, float] = (0.0, 0.0)
@@ -54,38 +52,19 @@ def teach(
             texts = PassageTable(passages)
             tables = [_first_documents(ranked.table(shard), teaching.documents_per_query) for shard in group]
             records = [record for table in tables for record in table.to_pylist()]
-            prompts = []
-            for record in records:
-                found = [texts[row] for row in record["rows"]]
-                documents = [full_text(passage.title, passage.text) for passage in found]
-                prompts.append(
-                    answer_prompt(
-                        record["query_id"],
-                        record["query"],
-                        documents,
-                        teaching.temperature,
-                        teaching.template,
-                    )
-                )
-            part, again = (
-                AnswerLog(stage.folder / f"{group.start:06d}.{name}.jsonl", teaching.flush_seconds)
-                for name in ("part", "again")
-            )
+            prompts = [_prompt(record, texts, teaching) for record in records]
+            log = AnswerLog(stage.folder / f"{group.start:06d}.part.jsonl", teaching.flush_seconds)
             written = _written(stage, group, tables, prompts)
-            tracker.skip(len(part.read(prompts).keys() - written.keys()))
+            tracker.skip(len(log.read(prompts).keys() - written.keys()))
             teacher = load()
             with stage.noting(group.start, lambda: teacher.halving.count):
-                answers = ask(teacher, prompts, part, meter.add, written)
-                if teaching.retry:
-                    queries = [record["query"] for record in records]
-                    answers = _ask_again(teacher, prompts, queries, answers, again)
+                answers = ask(teacher, prompts, log, meter.add, written)
             first = 0
             for shard, table in zip(group, tables, strict=True):
                 last = first + table.num_rows
                 yield _answered(stage, shard, table, prompts[first:last], answers[first:last])
                 first = last
-            part.remove()
-            again.remove()
+            log.remove()
 
         stage.complete_together(len(rows), teaching.shards_at_once, work)
     names = ("answers", "rejected", "truncated", "shortened", "prompt_tokens", "answer_tokens")
@@ -103,6 +82,77 @@ def teach(
     if not counts["answers"] and stage.name == "answers":
         raise InputError("no query was answered: quarantine/ in the run directory says why, one by one")
     stage.finish(answered, counts)
+
+
+def retry(
+    stage: Stage, answers: Stage, passages: Stage, load: Callable[[], Teacher], teaching: Teaching
+) -> None:
+    """Ask once more, sampling, where an answer has a problem (see `review.problem`); all others stay.
+
+    A second answer takes the place of the first where it has none.
+    """
+    if stage.done():
+        return
+    rows = answers.finished().rows
+    with track("retry", "answers", None) as tracker:
+        meter = _Meter(tracker, teaching.prices)
+
+        def work(group: range) -> Iterator[pa.Table]:
+            texts = PassageTable(passages)
+            tables = [answers.table(shard) for shard in group]
+            records = [record for table in tables for record in table.to_pylist()]
+            places = [n for n, record in enumerate(records) if problem(record["text"], record["query"])]
+            prompts = [_prompt(records[place], texts, teaching) for place in places]
+            again = [
+                prompt._replace(
+                    key=f"{prompt.key}:again", temperature=max(prompt.temperature, _AGAIN_TEMPERATURE)
+                )
+                for prompt in prompts
+            ]
+            better: dict[int, Answer] = {}
+            log = AnswerLog(stage.folder / f"{group.start:06d}.part.jsonl", teaching.flush_seconds)
+            if again:
+                teacher = load()
+                with stage.noting(group.start, lambda: teacher.halving.count):
+                    second = ask(teacher, again, log, meter.add)
+                better = {
+                    place: answer
+                    for place, answer in zip(places, second, strict=True)
+                    if isinstance(answer, Answer) and not problem(answer.text, records[place]["query"])
+                }
+            first = 0
+            for table in tables:
+                own = range(first, first + table.num_rows)
+                asked = sum(place in own for place in places)
+                yield _mended(
+                    table, {place - first: better[place] for place in own if place in better}, asked
+                )
+                first = own.stop
+            log.remove()
+
+        stage.complete_together(len(rows), teaching.shards_at_once, work)
+    told = [stage.table(shard).schema.metadata for shard in range(len(rows))]
+    counts = {name: sum(int(of[name.encode()]) for of in told) for name in ("retried", "mended")}
+    stage.finish(rows, {"answers": sum(rows), **counts})
+
+
+def _mended(table: pa.Table, better: Mapping[int, Answer], retried: int) -> pa.Table:
+    """A shard of answers with better ones in their rows; how many is in its metadata."""
+    for name in Answer._fields if better else ():
+        values = table.column(name).to_pylist()
+        for row, answer in better.items():
+            values[row] = getattr(answer, name)
+        place = table.column_names.index(name)
+        table = table.set_column(place, name, pa.array(values, table.schema.field(name).type))
+    return table.replace_schema_metadata({"retried": str(retried), "mended": str(len(better))})
+
+
+def _prompt(record: Mapping[str, Any], texts: PassageTable, teaching: Teaching) -> Prompt:
+    found = [texts[row] for row in record["rows"]]
+    documents = [full_text(passage.title, passage.text) for passage in found]
+    return answer_prompt(
+        record["query_id"], record["query"], documents, teaching.temperature, teaching.template
+    )
 
 
 def spent_tokens(stage: Stage) -> int:
@@ -132,32 +182,6 @@ class _Meter:
         cost = f", cost so far {self._cost:,.2f}" if any(self._prices) else ""
         self._tracker.note = f"{rate:,.0f} tokens/s{cost}"
         self._tracker.advance(1)
-
-
-def _ask_again(
-    teacher: Teacher,
-    prompts: Sequence[Prompt],
-    queries: Sequence[str],
-    answers: Sequence[Answer | Rejection],
-    log: AnswerLog,
-) -> list[Answer | Rejection]:
-    """The answers, with better ones for those that have a problem, where a second try gives them."""
-    places = [
-        place
-        for place, answer in enumerate(answers)
-        if isinstance(answer, Answer) and problem(answer.text, queries[place])
-    ]
-    again = [
-        prompts[place]._replace(
-            key=f"{prompts[place].key}:again", temperature=max(prompts[place].temperature, _AGAIN_TEMPERATURE)
-        )
-        for place in places
-    ]
-    better = list(answers)
-    for place, answer in zip(places, ask(teacher, again, log), strict=True):
-        if isinstance(answer, Answer) and not problem(answer.text, queries[place]):
-            better[place] = answer
-    return better
 
 
 def _written(
