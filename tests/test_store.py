@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -282,3 +284,26 @@ def test_outputs_that_cannot_be_written_are_noticed(tmp_path: Path) -> None:
         check_writable(tmp_path / "file" / "out.json")
     check_writable(tmp_path / "new" / "folder" / "out.json")
     assert json.dumps(sorted(os.listdir(tmp_path))) == '["file", "new"]'
+
+
+def test_who_enters_does_not_clear_what_another_is_writing(tmp_path: Path, monkeypatch) -> None:
+    """Inputs are hashed before a process has claimed the directory."""
+    run = RunDirectory(tmp_path / "run")
+    (tmp_path / "input").write_text("text")
+    writing, entered = threading.Event(), threading.Event()
+    replace = Path.replace
+
+    def slow(self, target):
+        if target.name == "inputs.json":
+            writing.set()
+            entered.wait(0.3)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", slow)
+    with ThreadPoolExecutor(1) as executor:
+        hashing = executor.submit(run.content_hash, tmp_path / "input")
+        assert writing.wait(5)
+        with RunDirectory(tmp_path / "run").claim("request"):
+            entered.set()
+            hashing.result()
+    assert (tmp_path / "run" / "inputs.json").exists()

@@ -415,7 +415,9 @@ class RunDirectory:
             name = file.relative_to(path).as_posix() if path.is_dir() else ""
             parts.append(f"{name}:{known['sha256']}")
         if changed:
-            write_json(self.path / "inputs.json", seen)
+            (self.path / "live").mkdir(exist_ok=True)
+            with FileLock(self.path / "live" / "entrance.lock"):  # who enters clears what is half written
+                write_json(self.path / "inputs.json", seen)
         return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
 
 
