@@ -38,7 +38,7 @@ def mark(question: str) -> str:
 class Misbehaving(ThreadingHTTPServer):
     """Serves `/v1`. The n-th request meets `script(n)` or `script[n]`; "" is none.
 
-    A question is the last line of a user turn. `asked` counts requests for each, `paid` whole right answers.
+    A question is the last line of a user turn. `asked` counts requests for each, `paid` right answers to it.
     """
 
     daemon_threads = True
@@ -156,10 +156,10 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(int(fault), {"error": {"message": server.said or f"fault {fault}"}})
         else:
             time.sleep(server.delay)
-            self.reply(200, self.completion(body, question, fault), cut=fault == "cut")
             if not fault:
-                with server.lock:
+                with server.lock:  # before the reply: who has it may look at once
                     server.paid[question] += 1
+            self.reply(200, self.completion(body, question, fault), cut=fault == "cut")
 
     def completion(self, body: dict[str, Any], question: str, fault: str) -> dict[str, Any]:
         server = self.server
