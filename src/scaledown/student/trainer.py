@@ -4,11 +4,9 @@ import contextlib
 import logging
 import math
 import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -33,6 +31,7 @@ from scaledown.progress import Tracker, track
 from scaledown.store import read_json
 from scaledown.student.batch import Encoded, Reader, collate
 from scaledown.student.model import RERANKING_WEIGHT
+from scaledown.student.signals import noticing_signals
 from scaledown.student.train_settings import TrainConfig
 from scaledown.student.training_data import Examples, Part
 
@@ -61,29 +60,6 @@ class EncodedExamples(Dataset[Encoded]):
 
 class _Stopped(Exception):  # noqa: N818 (no error)
     """Ctrl-C or SIGTERM, noticed where nothing is half done."""
-
-
-@contextlib.contextmanager
-def noticing_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in the list given instead of dying of them; a second one stops at once."""
-    noticed: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield noticed
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def notice(number: int, _frame: FrameType | None) -> None:
-        noticed.append(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for number in before:
-        signal.signal(number, notice)
-    try:
-        yield noticed
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _EvaluateAtTheEnd(TrainerCallback):  # type: ignore[misc]  # transformers has no types
