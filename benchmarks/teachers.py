@@ -80,7 +80,7 @@ def main() -> None:
     prompts, gold = real_prompts()
     chosen = spread(60 if options.quick else len(prompts), len(prompts))
     prompts, gold = [prompts[n] for n in chosen], [gold[n] for n in chosen]
-    some = [prompts[n] for n in spread(12 if options.quick else 40, len(prompts))]
+    some = [prompts[n] for n in spread(12 if options.quick else 200, len(prompts))]
     print(
         f"{machine()}\n{MODEL}, {DTYPE} on transformers, {len(prompts)} real questions ({len(some)} of "
         f"them one at a time), {TOP} retrieved passages each, at most {NEW_TOKENS} new tokens"
