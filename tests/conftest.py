@@ -65,7 +65,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     return {
         make.__name__: make(folder / make.__name__)
-        for make in (tiny.splade, tiny.dense, tiny.cross_encoder, tiny.causal_lm, tiny.instruct, tiny.phi)
+        for make in (
+            *(tiny.splade, tiny.dense, tiny.cross_encoder, tiny.causal_lm, tiny.instruct, tiny.phi),
+            tiny.modernbert,
+        )
     }
 
 

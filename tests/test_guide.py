@@ -19,7 +19,7 @@ from shell import Fence, commands, fences
 GUIDE = ROOT / "docs" / "dataset-preparation-guide.md"
 FIRST_EDITION = SHARED / "dataset-preparation-guide.md"
 PREPARE = ["python", "-m", "scaledown.data.prepare_dataset"]
-# Fetching and installing need a network, and training is not in this version.
+# Fetching and installing need a network.
 NOT_RUN = {"wget", "pip", "git", "cd"}
 # Everything else stays as written; these only make it small.
 SMALL = ["--max_new_tokens", "4", "--device", "cpu"]
@@ -70,9 +70,18 @@ def run(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (cli.main(["plan", *flags]) if plans else prepare_dataset.main(flags)) == 0
     elif words[:2] == ["scaledown", "index"]:
         assert cli.main(["index", *localized(words[2:], place), "--device", "cpu"]) == 0
+    elif words[:2] in (["python", "train.py"], ["scaledown", "train"], ["scaledown", "pretrain"]):
+        if not Path("train_data.json").exists():
+            shutil.copy(place / "mock_data.json", "train_data.json")
+        command = "pretrain" if words[1] == "pretrain" else "train"
+        small = ["--device", "cpu", "--batch_size", "2"]
+        small += [] if "--pretrained_model" in words else ["--num_layers", "1"]
+        if "--max_steps" in words:
+            small += ["--max_steps", "1"]
+        assert cli.main([command, *localized(words[2:], place), *small]) == 0
     elif words[0] == "scaledown":
         for word in words[1:]:
-            if word.endswith(".json") and not Path(word).exists() and words[1] == "validate":
+            if word.endswith(".json") and not Path(word).exists() and words[1] in {"validate", "export"}:
                 shutil.copy(place / "mock_data.json", word)
         assert cli.main(words[1:]) == 0
     elif words[:1] == ["python"] and words[1].startswith("examples/"):
@@ -208,8 +217,13 @@ def test_every_command_of_the_first_edition_is_still_in_the_guide() -> None:
 README = fences(ROOT / "README.md")
 
 
-@pytest.mark.parametrize("fence", [f for f in README if f.language == "bash"], ids=titled)
-def test_commands_of_the_readme(fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+STUDENT = fences(ROOT / "docs" / "student.md")
+
+
+@pytest.mark.parametrize("fence", [f for f in README + STUDENT if f.language == "bash"], ids=titled)
+def test_commands_of_the_readme_and_the_student(
+    fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (place / "mock_data.json").write_text(json.dumps([{"query": "q", "documents": ["d"], "answer": "a"}]))
     makefile = (ROOT / "Makefile").read_text()
     for words in commands(fence.text):
@@ -217,6 +231,18 @@ def test_commands_of_the_readme(fence: Fence, place: Path, monkeypatch: pytest.M
             assert f"\n{words[1]}:" in makefile
         else:
             run(words, place, monkeypatch)
+
+
+def test_snippet_of_the_student(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "train_data.json").write_text(json.dumps([{"query": "q", "documents": ["d"], "answer": "a"}]))
+    assert (
+        cli.main(["train", "--train_data", "train_data.json", "--num_layers", "1", "--output_dir", "model"])
+        == 0
+    )
+    (snippet,) = [fence for fence in STUDENT if fence.language == "python"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        run_python(snippet.text, monkeypatch)
+    assert out.getvalue()
 
 
 @pytest.mark.parametrize("fence", [f for f in README if f.language == "python"], ids=titled)
@@ -242,11 +268,14 @@ def test_flags_of_the_pages_exist() -> None:
     from dataclasses import fields
 
     from scaledown.config import PrepareConfig
-    from scaledown.student.train_settings import TrainConfig
+    from scaledown.student.train_settings import PretrainConfig, TrainConfig
 
-    known = {item.name for command in (PrepareConfig, TrainConfig) for item in fields(command)}
-    known |= {"model", "query", "document"}  # of scaledown answer
+    commands = (PrepareConfig, TrainConfig, PretrainConfig)
+    known = {item.name for command in commands for item in fields(command)}
+    known |= {"model", "query", "document", "data", "format"}  # of scaledown answer and export
+    known |= {"nproc_per_node"}  # of torchrun
     known |= {"config", "preset", "dry_run", "debug", "help", "log_level", "quick"}
-    for page in (ROOT / "README.md", ROOT / "docs" / "teachers.md", ROOT / "docs" / "formats.md"):
+    pages = [ROOT / "docs" / f"{name}.md" for name in ("teachers", "student", "formats")]
+    for page in (ROOT / "README.md", *pages):
         for flag in re.findall(r"(?<![\w-])--([a-z][a-z0-9_]+)", page.read_text(encoding="utf-8")):
             assert flag.removeprefix("no_") in known, f"{page.name}: --{flag}"

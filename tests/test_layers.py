@@ -12,7 +12,7 @@ LAYERS = [
     {"student"},
     {"data"},
     {"report", "metrics", "progress", "executor", "models", "flags"},
-    {"config", "store", "records", "errors"},
+    {"config", "options", "store", "records", "errors"},
 ]
 
 

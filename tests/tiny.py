@@ -15,6 +15,8 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertModel,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedTokenizerFast,
@@ -169,6 +171,28 @@ def phi(folder: Path) -> Path:
     return folder
 
 
+def modernbert(folder: Path) -> Path:
+    torch.manual_seed(6)
+    word_pieces(folder)
+    config = ModernBertConfig(
+        vocab_size=900,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        local_attention=32,
+        pad_token_id=0,
+        bos_token_id=2,
+        cls_token_id=2,
+        eos_token_id=3,
+        sep_token_id=3,
+        initializer_range=0.3,
+    )
+    ModernBertModel(config).save_pretrained(folder)
+    return folder
+
+
 def instruct(folder: Path) -> Path:
     return causal_lm(folder, INST)
 
@@ -185,6 +209,7 @@ HUB: dict[str, Callable[[Path], Path]] = {
     "mistralai/Mistral-7B-Instruct-v0.2": instruct,
     "meta-llama/Meta-Llama-3-8B-Instruct": causal_lm,
     "microsoft/phi-2": phi,
+    "answerdotai/ModernBERT-base": modernbert,
 }
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 import scaledown
-from scaledown.config import is_url
 from scaledown.errors import UsageError, one_line, run_command
+from scaledown.options import is_url
 
 # Commands with a parser of their own: the module, and flags that the command stands for.
 _COMMANDS: Final = {
@@ -17,6 +17,7 @@ _COMMANDS: Final = {
     "plan": ("scaledown.data.prepare_dataset", ("--dry_run",)),
     "index": ("scaledown.data.build_index", ()),
     "export-openvino": ("scaledown.data.export_openvino", ()),
+    "pretrain": ("scaledown.student.pretrain", ()),
     "train": ("scaledown.student.train", ()),
     "answer": ("scaledown.student.answer", ()),
 }
@@ -64,6 +65,7 @@ def _run(words: list[str]) -> int:
     commands.add_parser("prepare", help="make training data (scaledown prepare --help)", add_help=False)
     commands.add_parser("plan", help="what prepare would take, and what is missing", add_help=False)
     commands.add_parser("index", help="make passages and vectors once, for many runs", add_help=False)
+    commands.add_parser("pretrain", help="teach a compressor on any text, before training", add_help=False)
     commands.add_parser("train", help="train a compressor on training data", add_help=False)
     commands.add_parser("answer", help="answer with a trained model", add_help=False)
     commands.add_parser(
@@ -83,7 +85,18 @@ def _run(words: list[str]) -> int:
         "--allow_different_settings", action="store_true", help="join files that were made differently"
     )
     merge.set_defaults(run=_merge)
-    for command in (validate, merge):
+
+    export = commands.add_parser("export", help="write training files in the format of another trainer")
+    export.add_argument("files", nargs="+", type=_path, metavar="FILE", help=".json, .jsonl or .parquet")
+    export.add_argument(
+        "--format",
+        required=True,
+        choices=("pisco",),
+        help="pisco: a dataset on disk, as the trainer of OSCAR's authors reads it (github.com/naver/pisco)",
+    )
+    export.add_argument("--output_dir", required=True, type=_path, metavar="DIR", help="a new folder")
+    export.set_defaults(run=_export)
+    for command in (validate, merge, export):
         command.add_argument("--log_level", default="info", choices=("debug", "info", "warning", "error"))
         command.add_argument("--debug", action="store_true", help="show tracebacks")
 
@@ -132,6 +145,19 @@ def _merge(arguments: argparse.Namespace) -> int:
         f"{output}: {_counted(merged.records, 'record', 'records')} from "
         f"{_counted(len(arguments.files), 'file', 'files')}, "
         f"{_counted(merged.duplicates, 'query', 'queries')} that came again left out"
+    )
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from scaledown.data.pisco import export_pisco
+
+    output: Path = arguments.output_dir
+    count = export_pisco(arguments.files, output)
+    print(
+        f"{output}: {_counted(count, 'record', 'records')}\n\n"
+        f"next, in a checkout of naver/pisco: python train.py --config-name=finetune "
+        f"data.training_dataset={output.resolve()} ++collator_kwargs.query_dependent=True"
     )
     return 0
 

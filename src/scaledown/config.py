@@ -3,31 +3,17 @@
 Precedence, lowest first: defaults, `--preset`, `--config`, flags.
 """
 
-import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Self
 
 from scaledown.errors import UsageError
+from scaledown.options import Checked, is_url, option
 
 OUTPUT_SUFFIXES: Final = (".json", ".jsonl", ".parquet")
 MS_MARCO_URL: Final = "https://msmarco.z22.web.core.windows.net/msmarcoranking/queries.dev.small.tsv"
-
-
-def option(  # noqa: PLR0917
-    default: Any,
-    group: str,
-    text: str,
-    unit: str = "",
-    choices: Sequence[str] = (),
-    metavar: str = "",
-) -> Any:
-    """Declare a field: its default, the group of the help it stands in, its text and its unit."""
-    metadata = {"group": group, "text": text, "unit": unit, "choices": tuple(choices), "metavar": metavar}
-    return field(default=default, metadata=metadata)
-
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS: Final = ("float16", "uint8", "float32")
@@ -76,11 +62,6 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
 }
 
 
-def is_url(text: str) -> bool:
-    """Whether `text` is a URL and not a local path."""
-    return re.match(r"[a-z][a-z0-9+.-]*://", text, re.IGNORECASE) is not None
-
-
 QUERIES: Final = "queries (one source, or several of the first three)"
 CORPUS: Final = "corpus and passages"
 RETRIEVAL: Final = "retrieval"
@@ -94,7 +75,7 @@ GROUPS: Final = (QUERIES, CORPUS, RETRIEVAL, RERANKING, TEACHER, ENDPOINT, ANSWE
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexConfig:
+class IndexConfig(Checked):
     """Settings of `scaledown index`, and of `scaledown prepare` as far as it makes passages and vectors."""
 
     corpus_path: str = option(
@@ -149,22 +130,6 @@ class IndexConfig:
         for name in ("index_dir", "output_file", "work_dir"):
             if is_url(getattr(self, name, "")):
                 raise UsageError(f"--{name} is a URL: give a local path, only input is read from elsewhere")
-
-    def _check_choices(self) -> None:
-        for item in fields(self):
-            allowed = item.metadata["choices"]
-            if allowed and getattr(self, item.name) not in allowed:
-                raise UsageError(f"--{item.name} {getattr(self, item.name)}: use one of {', '.join(allowed)}")
-
-    def _check_at_least(self, least: int, *names: str) -> None:
-        for name in names:
-            if getattr(self, name) < least:
-                rule = f"be at least {least}" if least else "not be negative"
-                raise UsageError(f"--{name} {getattr(self, name)}: must {rule}")
-
-    def _check_share(self, name: str) -> None:
-        if not 0 <= getattr(self, name) <= 1:
-            raise UsageError(f"--{name} {getattr(self, name)}: must lie between 0 and 1")
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> Self:
@@ -335,9 +300,7 @@ class PrepareConfig(IndexConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given: object = self.queries_file
-        if not isinstance(given, tuple) or "" in given:
-            raise UsageError(f"--queries_file {self.queries_file!r}: expected a tuple of file names")
+        self._check_files("queries_file")
         self._check_queries()
         self._check_numbers()
         if not self.output_file:
@@ -418,16 +381,8 @@ class PrepareConfig(IndexConfig):
             )
         self._check_share("min_recall")
         self._check_share("min_groundedness")
-        for name in ("flush_seconds", "request_timeout"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UsageError(f"--{name} {getattr(self, name)}: must be above 0, and finite")
-        for name in ("input_price", "output_price"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UsageError(f"--{name} {getattr(self, name)}: must not be negative, and finite")
-        if not 0 < self.search_memory < math.inf:
-            raise UsageError(f"--search_memory {self.search_memory}: must be above 0, and finite")
-        if not 0 <= self.temperature < math.inf:
-            raise UsageError(f"--temperature {self.temperature}: must not be negative, and finite")
+        self._check_positive("flush_seconds", "request_timeout", "search_memory")
+        self._check_finite("input_price", "output_price", "temperature")
 
     @property
     def reranks(self) -> bool:

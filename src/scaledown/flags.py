@@ -19,7 +19,7 @@ from scaledown.errors import InputError, UsageError
 
 _PATHS: Final = {
     *("corpus_path", "index_dir", "output_file", "work_dir", "query_dataset", "queries_file"),
-    *("train_data", "eval_data", "output_dir"),
+    *("train_data", "eval_data", "pretrained_model", "output_dir"),
 }
 
 Config = TypeVar("Config")

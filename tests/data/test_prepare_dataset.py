@@ -39,7 +39,7 @@ def test_basic_run(prepare, capsys) -> None:
     out, err = capsys.readouterr()
     assert f"{prepare.output}: 4 examples, 4 documents each" in out
     assert out.count("   answer") == 3
-    assert f"validate {prepare.output}" in out.splitlines()[-1]
+    assert f"train --train_data {prepare.output} --output_dir" in out.splitlines()[-1]
     for stage in ("queries", "passages", "vectors", "candidates", "answers"):
         assert any(line.strip().startswith(stage) and " s " in line for line in out.splitlines())
     assert "INFO" in err
@@ -235,7 +235,7 @@ def test_an_output_that_no_run_made_is_left_alone(prepare, tmp_path, capsys) -> 
     other.unlink()
     capsys.readouterr()
     assert prepare("--top_k_retrieval", "2", *flags) == 0
-    assert capsys.readouterr().out.splitlines()[-1].endswith(f"validate '{other}'")
+    assert f"train --train_data '{other}' --output_dir" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_changed_setting_redoes_its_stage_and_those_after_it(prepare, monkeypatch) -> None:

@@ -14,8 +14,6 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    ModernBertConfig,
-    ModernBertModel,
 )
 
 import tiny
@@ -39,29 +37,10 @@ EXAMPLES = [
 SCORES = [[0.5, 3.0], [-1.0], [2.0, 0.25, -4.0]]
 
 
-@pytest.fixture(scope="module")
-def folders(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+@pytest.fixture
+def folders(models: dict[str, Path]) -> dict[str, Path]:
     """A separate compressor of each kind."""
-    folder = tmp_path_factory.mktemp("modernbert")
-    torch.manual_seed(6)
-    tiny.word_pieces(folder)
-    config = ModernBertConfig(
-        vocab_size=900,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=512,
-        local_attention=32,
-        pad_token_id=0,
-        bos_token_id=2,
-        cls_token_id=2,
-        eos_token_id=3,
-        sep_token_id=3,
-        initializer_range=0.3,
-    )
-    ModernBertModel(config).save_pretrained(folder)
-    return {"bert": models["splade"], "modernbert": folder, "decoder": models["phi"]}
+    return {"bert": models["splade"], "modernbert": models["modernbert"], "decoder": models["phi"]}
 
 
 @pytest.fixture

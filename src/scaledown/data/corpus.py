@@ -280,6 +280,11 @@ def load_tokenizer(source: ModelSource, config: IndexConfig) -> Tokenizer:
             tokenizer.model_max_length,
             source.name,
         )
+    return plain(tokenizer)
+
+
+def plain(tokenizer: Any) -> Tokenizer:
+    """What a fast tokenizer wraps, without truncation or padding."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()

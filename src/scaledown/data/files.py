@@ -18,9 +18,9 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from scaledown.config import is_url
 from scaledown.data.remote import Remote, find
 from scaledown.errors import InputError
+from scaledown.options import is_url
 
 # bzip2: its three letters, a digit, and how a block begins (text may begin with the letters)
 _MAGIC: Final = ((rb"\x1f\x8b", "gzip"), (rb"\x28\xb5\x2f\xfd", "zstd"), (rb"BZh[1-9]1AY&SY", "bz2"))

@@ -60,6 +60,16 @@ GUIDE: Final = Template(
 )
 TEMPLATES: Final = {"paper": PAPER, "guide": GUIDE}
 
+# BERGEN's prompt without documents (arXiv 2407.01102).
+CLOSED_BOOK: Final = Template(
+    "You are a helpful assistant. Your task is to answer to questions as briefly as possible.",
+    "",
+    f"Question: {QUESTION}",
+)
+# What pretraining asks in place of a question; the tasks are those of COCOM (arXiv 2407.09252).
+REPEAT: Final = "Repeat the background word for word."
+CONTINUE: Final = "How does the background go on?"
+
 # Written for this project; a longer instruction makes small models write about the instruction.
 QUESTION_SYSTEM: Final = "You write quiz questions."
 QUESTION_AFTER: Final = "\n\nWrite a question that this answers."

@@ -51,8 +51,18 @@ def summary(result: Result, config: PrepareConfig) -> str:
     records = (entry.record for entry in itertools.islice(entries(result.output), 3))
     for number, record in enumerate(records, 1):
         lines += _shown(number, record)
-    lines += [f"next: {program_name()} validate {shlex.quote(str(result.output))}"]
+    lines.append(f"next: {program_name()} {_training(result.output, config)}")
     return "\n".join(lines)
+
+
+def _training(data: Path, config: PrepareConfig) -> str:
+    """The command that trains on `data`: a generator that answers like its teacher is the teacher itself."""
+    words = ["train", "--train_data", str(data), "--output_dir", str(data.parent / "model")]
+    if config.teacher_model != PrepareConfig.teacher_model and not config.teacher_endpoint:
+        words += ["--generator_model", config.teacher_model]
+    if config.enable_reranking:
+        words.append("--enable_reranking")
+    return shlex.join(words)
 
 
 def _shown(number: int, example: Example) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Any, Final, NamedTuple, TypedDict
 
 import torch
 
-from scaledown.data.prompts import QUESTION, Prompt, Template, answer_prompt
+from scaledown.data.prompts import CLOSED_BOOK, Prompt, answer_prompt
 from scaledown.data.teachers import Generation, Rejection
 from scaledown.data.teachers.context import Context
 from scaledown.errors import InputError
@@ -14,12 +14,6 @@ from scaledown.student.settings import ScaleDownConfig
 
 IGNORED: Final = -100  # as a label: no loss there, by the convention of transformers
 SEPARATOR: Final = "\n\n"  # between documents, as in `Prompt.user`
-# BERGEN's prompt without documents (arXiv 2407.01102).
-CLOSED_BOOK: Final = Template(
-    "You are a helpful assistant. Your task is to answer to questions as briefly as possible.",
-    "",
-    f"Question: {QUESTION}",
-)
 
 # Where the documents go while the chat template is applied: no text holds it.
 _DOCUMENTS: Final = "\ue000documents\ue000"

@@ -133,6 +133,13 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         model.to(device=device, dtype=dtype)
         return model
 
+    def add_reranking(self) -> None:
+        """A reranking head, untrained, for a model that was made without."""
+        rows = compressors.token_like(self.compressor, 1)
+        self.rerank_token = nn.Parameter(rows[0].to(self.memory))
+        self.score = nn.Linear(len(rows[0]), 1).to(self.memory)
+        self.config.enable_reranking = True
+
     def _attach(self, tokenizer: Any, compressor_tokenizer: Any, generation: Any) -> None:
         self.tokenizer = tokenizer
         self.compressor_tokenizer = compressor_tokenizer
@@ -241,11 +248,7 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
             name = f"{name}@{revision}"
         source = resolve(str(name))
         location, pinned = loadable(source)
-        settings = read_config_file(source, "config.json") or {}
-        if settings.get("model_type") != ScaleDownConfig.model_type:
-            raise ModelError(
-                f"{name} is no ScaleDown model: make one of it with python train.py --generator_model {name}"
-            )
+        read_settings(source)
         with loading(source):
             model, info = super().from_pretrained(
                 location, *arguments, **keywords, revision=pinned["revision"], output_loading_info=True
@@ -253,11 +256,9 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
             if missing := sorted(info["missing_keys"]):
                 raise ModelError(f"{name} lacks weights ({missing[0]}, {len(missing)} in all): save it again")
             generation = GenerationConfig.from_pretrained(location, revision=pinned["revision"])
-            tokenizer = compressor_tokenizer = AutoTokenizer.from_pretrained(location, **pinned)
-            if model.config.compressor_name is not None:
-                compressor_tokenizer = AutoTokenizer.from_pretrained(
-                    location, subfolder=COMPRESSOR_FOLDER, **pinned
-                )
+        tokenizer = compressor_tokenizer = load_tokenizer(source)
+        if model.config.compressor_name is not None:
+            compressor_tokenizer = load_tokenizer(source, COMPRESSOR_FOLDER)
         model._set_trained()  # loading has made all of it trainable
         model._attach(tokenizer, compressor_tokenizer, generation)
         return model
@@ -293,11 +294,23 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
             )
 
 
-def load_tokenizer(source: ModelSource) -> Any:
-    """The tokenizer of a model. Raises `ModelError`."""
+def read_settings(source: ModelSource) -> ScaleDownConfig:
+    """The settings of a saved model. Raises `ModelError` for a model of another kind."""
+    settings = read_config_file(source, "config.json") or {}
+    if settings.get("model_type") != ScaleDownConfig.model_type:
+        raise ModelError(
+            f"{source.name} is no ScaleDown model: make one of it with python train.py --generator_model "
+            f"{source.name}"
+        )
+    found: ScaleDownConfig = ScaleDownConfig.from_dict(settings)
+    return found
+
+
+def load_tokenizer(source: ModelSource, folder: str = "") -> Any:
+    """The tokenizer of a model, or the one in a `folder` of it. Raises `ModelError`."""
     name, pinned = loadable(source)
     with loading(source):
-        return AutoTokenizer.from_pretrained(name, **pinned)
+        return AutoTokenizer.from_pretrained(name, **pinned, subfolder=folder)
 
 
 AutoModel.register(ScaleDownConfig, ScaleDownModel)

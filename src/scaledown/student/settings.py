@@ -7,10 +7,10 @@ from transformers import AutoConfig, PretrainedConfig
 
 from scaledown.data.prompts import PAPER, QUESTION, Template
 from scaledown.errors import ModelError, UsageError
+from scaledown.student.train_settings import GENERATOR_TRAINING
 
 N_LAYERS: Final = "n_layers"
 MODERNBERT: Final = "answerdotai/ModernBERT-base"
-GENERATOR_TRAINING: Final = ("lora", "full", "frozen")
 LOWEST_RATE: Final = 4
 HIGHEST_RATE: Final = 128
 

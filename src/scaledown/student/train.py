@@ -14,16 +14,22 @@ from typing import Any, Final, NamedTuple
 from filelock import FileLock, Timeout
 
 import scaledown
+from scaledown.data.build_index import corpus_identity
+from scaledown.data.files import locate
 from scaledown.data.summary import program_name
 from scaledown.errors import OutputError, RunDirectoryError, UsageError, run_command
 from scaledown.flags import command_parser, from_flags, underscored
-from scaledown.models import ModelSource, choose_device, choose_dtype, quiet_libraries, resolve
+from scaledown.models import choose_device, choose_dtype, quiet_libraries
 from scaledown.progress import duration, start_logging
 from scaledown.store import RunDirectory, read_json, write_json
-from scaledown.student.train_settings import FREE, GROUPS, TrainConfig
+from scaledown.student.origin import Origin, find_origin
+from scaledown.student.pretraining_data import pretraining_parts
+from scaledown.student.train_settings import FREE, GROUPS, PretrainConfig, TrainConfig
 from scaledown.student.training_data import Lengths, load_parts, measure_documents
 
 log = logging.getLogger("scaledown")
+
+Config = TrainConfig | PretrainConfig
 
 SETTINGS_FILE: Final = "settings.json"
 
@@ -56,30 +62,26 @@ class Trained(NamedTuple):
     already_done: bool = False
 
 
-def train(config: TrainConfig) -> Trained:
+def train(config: Config) -> Trained:
     """Train the model that `config` describes into its `output_dir`, or go on with `config.resume`.
 
-    A finished run is left as it is. Raises `ScaleDownError`; Ctrl-C leaves a checkpoint first.
+    A `PretrainConfig` does so on passages. A finished run is left as it is. Raises `ScaleDownError`; Ctrl-C
+    leaves a checkpoint first.
     """
     output = Path(config.output_dir)
-    generator = resolve(config.generator_model)
-    compressor = None
-    if config.compressor != "n_layers":
-        from scaledown.student.settings import ScaleDownConfig
-
-        compressor = resolve(str(ScaleDownConfig(compressor=config.compressor).compressor_name))
     try:
         home = RunDirectory(output / _OWN_FOLDER)
     except OutputError as error:
         raise OutputError(f"--output_dir {output} cannot be written: choose another") from error
     with _alone(home):
-        memory = _recall(output, _identity(config, home, generator, compressor))
+        origin = find_origin(config)
+        memory = _recall(output, _identity(config, home, origin))
         if result := memory.get("result"):
             documents = Lengths(**result.pop("documents"))
             return Trained(**result, documents=documents)._replace(
                 output=config.output_dir, already_done=True
             )
-        return _train(config, memory, generator, compressor)
+        return _train(config, memory, origin)
 
 
 @contextmanager
@@ -104,10 +106,19 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _identity(
-    config: TrainConfig, home: RunDirectory, generator: ModelSource, compressor: ModelSource | None
-) -> dict[str, Any]:
+def _identity(config: Config, home: RunDirectory, origin: Origin) -> dict[str, Any]:
     """All that a run depends on, files and models by their contents."""
+    return {
+        "scaledown": scaledown.__version__,
+        "parameters": asdict(config),
+        "inputs": _inputs(config, home),
+        "models": origin.identity(home.content_hash),
+    }
+
+
+def _inputs(config: Config, home: RunDirectory) -> dict[str, Any]:
+    if isinstance(config, PretrainConfig):
+        return {"corpus_path": corpus_identity(home, locate(config.corpus_path, "--corpus_path"))}
     inputs = {}
     for name in ("train_data", "eval_data"):
         paths = [Path(file) for file in getattr(config, name)]
@@ -115,14 +126,7 @@ def _identity(
             if not path.is_file():
                 raise UsageError(f"--{name} {path}: there is no such file; check the path")
         inputs[name] = [home.content_hash(path) for path in paths]
-    models = {"generator_model": generator.identity(home.content_hash)}
-    models["compressor"] = compressor.identity(home.content_hash) if compressor else "n_layers"
-    return {
-        "scaledown": scaledown.__version__,
-        "parameters": asdict(config),
-        "inputs": inputs,
-        "models": models,
-    }
+    return inputs
 
 
 def _recall(output: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -167,9 +171,7 @@ def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _train(
-    config: TrainConfig, memory: dict[str, Any], generator: ModelSource, compressor: ModelSource | None
-) -> Trained:
+def _train(config: Config, memory: dict[str, Any], origin: Origin) -> Trained:
     output = Path(config.output_dir)
     device = choose_device(config.device)
     if ":" in device:
@@ -182,8 +184,6 @@ def _train(
     quiet_libraries()
     from transformers import set_seed
 
-    from scaledown.student.model import ScaleDownModel, load_tokenizer
-    from scaledown.student.settings import ScaleDownConfig
     from scaledown.student.training import make_trainer, newest_checkpoint
 
     checkpoint = newest_checkpoint(output)
@@ -192,38 +192,36 @@ def _train(
             f"--output_dir {output} has {checkpoint.name} of this run: --resume goes on from there; to start "
             "again, delete the folder"
         )
-    settings = ScaleDownConfig(
-        compressor=config.compressor,
-        num_layers=config.num_layers,
-        compression_rate=config.compression_rate,
-        enable_reranking=config.enable_reranking,
-        generator_training=config.generator_training,
-    )
-    taught, held, shared = load_parts(config, output / _OWN_FOLDER)
+    settings = origin.settings
+    tokenizer = origin.compressor_tokenizer()
+    folder = output / _OWN_FOLDER
+    if isinstance(config, PretrainConfig):
+        taught, held, shared = pretraining_parts(config, tokenizer, folder)
+    else:
+        taught, held, shared = load_parts(config, folder)
+    sources = [taught.examples]
+    if held and held.examples is not taught.examples:
+        sources.append(held.examples)
     if "documents" not in memory:
-        parts = [taught.examples, *([held.examples] if held and config.eval_data else [])]
-        tokenizer = load_tokenizer(compressor or generator)
-        memory["documents"] = measure_documents(parts, tokenizer, config.doc_max_length)._asdict()
+        memory["documents"] = measure_documents(sources, tokenizer, settings.doc_max_length)._asdict()
     documents = Lengths(**memory["documents"])
     if documents.cut:
         log.warning(
             "%s of %s documents have more than --doc_max_length %s tokens and are cut; the longest has %s",
-            *(f"{documents.cut:,}", f"{documents.number:,}", config.doc_max_length, documents.longest),
+            *(f"{documents.cut:,}", f"{documents.number:,}", settings.doc_max_length, documents.longest),
         )
-    if not config.doc_max_length and documents.longest > 2 * documents.most:
+    if not settings.doc_max_length and documents.longest > 2 * documents.most:
         log.warning(
             "the longest document has %s tokens, 99%% have at most %s: --doc_max_length %s needs fewer "
             "memory tokens for all of them",
             *(documents.longest, documents.most, documents.most),
         )
-    settings.doc_max_length = config.doc_max_length or max(1, documents.longest)
+    settings.doc_max_length = settings.doc_max_length or max(1, documents.longest)
     if _is_first():
         write_json(output / SETTINGS_FILE, memory)
     set_seed(config.seed)
     started_alone = "RANK" not in os.environ  # else the Trainer knows which device is this process's
-    model = ScaleDownModel.build(
-        settings, generator, compressor, dtype=dtype, device=device if started_alone else "cpu"
-    )
+    model = origin.load(dtype, device if started_alone else "cpu")
     trainer = make_trainer(model, config, taught, held, device)
     log.info(
         "%s examples, %s steps of %s, %s held out; %s memory tokens a document of up to %s; %s",
@@ -237,7 +235,7 @@ def _train(
     result = Trained(
         output=config.output_dir,
         examples=len(taught.rows),
-        skipped=taught.examples.skipped + (held.examples.skipped if held and config.eval_data else 0),
+        skipped=sum(source.skipped for source in sources),
         held_out=len(held.rows) if held else 0,
         shared=shared,
         doc_max_length=settings.doc_max_length,
@@ -258,7 +256,7 @@ def _train(
     return result
 
 
-def summary(result: Trained) -> str:
+def summary(result: Trained, *, pretrained: bool = False) -> str:
     """What a finished command prints: what was trained on what, losses, speed, the next command."""
     lines = ["nothing to do: this run is finished"] if result.already_done else []
     early = f" of {result.planned_steps:,}, stopped early" if result.steps < result.planned_steps else ""
@@ -280,21 +278,30 @@ def summary(result: Trained) -> str:
     lines.append(f"  step        {duration(result.seconds_per_step)} for {result.batch_size:,} examples")
     if result.skipped:
         lines.append(f"  skipped     {result.skipped:,} unusable records")
-    return "\n".join(
-        [*lines, "", f"next: {program_name()} answer --model {shlex.quote(result.output)} --help"]
-    )
+    folder = shlex.quote(result.output)
+    following = f"answer --model {folder} --help"
+    if pretrained:
+        following = f"train --pretrained_model {folder} --train_data FILE --output_dir DIR"
+    return "\n".join([*lines, "", f"next: {program_name()} {following}"])
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown train") -> int:
     """The command line; gives the exit status."""
-    parser, _ = command_parser(
+    return run_command_line(
+        argv,
         program,
         TrainConfig,
         "--train_data FILE --output_dir DIR",
         "Train OSCAR: a compressor of documents, and a generator that answers from what it leaves of them. "
         "torchrun and accelerate launch start it on several GPUs.",
-        GROUPS,
     )
+
+
+def run_command_line(
+    argv: Sequence[str] | None, program: str, kind: type[Config], needed: str, description: str
+) -> int:
+    """A command with the settings `kind`, of which its usage shows the `needed`; gives the exit status."""
+    parser, _ = command_parser(program, kind, needed, description, GROUPS)
 
     def refuse(message: str) -> None:
         raise UsageError(f"{message} (see {program} --help)")
@@ -307,12 +314,10 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown train") ->
         flags.pop("debug", None)
         level = flags.pop("log_level", "info")
         start_logging(level if _is_first() else "error")
-        for name in ("train_data", "eval_data"):
-            if name in flags:
-                flags[name] = tuple(flags[name])
-        result = train(from_flags(flags, TrainConfig))
+        flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+        result = train(from_flags(flags, kind))
         if _is_first():
-            print(summary(result))
+            print(summary(result, pretrained=kind is PretrainConfig))
         return 0
 
     return run_command(command, debug="--debug" in words)

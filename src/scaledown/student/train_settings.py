@@ -1,12 +1,12 @@
-"""Settings of `scaledown train`. Each field is documented once; that text is the `--help`."""
+"""Settings of `scaledown train` and `scaledown pretrain`. Each field is documented once, for the `--help`."""
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from scaledown.config import DTYPES, MACHINE, OUTPUT, is_url, option
+from scaledown.config import DTYPES, MACHINE, OUTPUT
 from scaledown.errors import UsageError
+from scaledown.options import Checked, is_url, option
 
 GENERATOR_TRAINING: Final = ("lora", "full", "frozen")
 REPORTERS: Final = ("auto", "none", "tensorboard", "wandb", "trackio")
@@ -19,27 +19,18 @@ GROUPS: Final = (DATA, MODEL, TRAINING, OUTPUT, MACHINE)
 # Settings that a run may change when it goes on. Files and models are known by their contents.
 FREE: Final = (
     *("resume", "report_to", "device", "output_dir"),
-    *("train_data", "eval_data", "generator_model", "compressor"),
+    *("train_data", "eval_data", "corpus_path", "generator_model", "compressor", "pretrained_model"),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Settings of `scaledown train`; defaults are the paper's (arXiv 2504.07109, table 7)."""
+class StudentConfig(Checked):
+    """What training and pretraining share; defaults are the paper's (arXiv 2504.07109, table 7)."""
 
-    train_data: tuple[str, ...] = option(
-        (),
-        DATA,
-        "training data as scaledown prepare writes it: .json, .jsonl or .parquet; may be given several times",
-        metavar="FILE",
-    )
-    eval_data: tuple[str, ...] = option(
-        (), DATA, "held-out data in the same format; may be given several times", metavar="FILE"
-    )
     eval_fraction: float = option(
         0.02,
         DATA,
-        "without --eval_data, hold out this share of the data, split by article so that nothing leaks",
+        "hold out this share of the data, split by article so that nothing leaks",
         "0..1",
         metavar="X",
     )
@@ -66,7 +57,9 @@ class TrainConfig:
         "tokens",
         metavar="N",
     )
-    enable_reranking: bool = option(False, MODEL, "learn to rerank, too; the data needs reranking_scores")
+    query_max_length: int = option(
+        128, MODEL, "longest query that the compressor reads, the rest is cut", "tokens", metavar="N"
+    )
     generator_training: str = option(
         "lora",
         MODEL,
@@ -122,42 +115,21 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            allowed, value = item.metadata["choices"], getattr(self, item.name)
-            if allowed and value not in allowed:
-                raise UsageError(f"--{item.name} {value}: use one of {', '.join(allowed)}")
-        if not self.train_data:
-            raise UsageError("no training data: give --train_data train_data.json")
-        for name in ("train_data", "eval_data"):
-            files: object = getattr(self, name)
-            if not isinstance(files, tuple) or "" in files:
-                raise UsageError(f"--{name} {files!r}: expected a tuple of file names")
-            for file in files:
-                if is_url(file):
-                    raise UsageError(f"--{name} {file} is a URL: fetch the file and give its path")
+        self._check_choices()
         if not self.output_dir:
             raise UsageError("no output: give --output_dir DIR")
         if is_url(self.output_dir):
             raise UsageError("--output_dir is a URL: give a local path")
         if Path(self.output_dir).is_file():
             raise UsageError(f"--output_dir {self.output_dir} is a file: name a folder")
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        for least, names in (
-            (1, ("batch_size", "num_layers")),
-            (
-                0,
-                (
-                    *("doc_max_length", "micro_batch_size", "max_steps", "eval_steps", "save_steps"),
-                    *("early_stopping_patience", "seed"),
-                ),
-            ),
-        ):
-            for name in names:
-                if getattr(self, name) < least:
-                    rule = f"be at least {least}" if least else "not be negative"
-                    raise UsageError(f"--{name} {getattr(self, name)}: must {rule}")
+        self._check_at_least(1, "batch_size", "num_layers", "query_max_length")
+        self._check_at_least(
+            0,
+            *("doc_max_length", "micro_batch_size", "max_steps", "eval_steps", "save_steps"),
+            *("early_stopping_patience", "seed"),
+        )
+        self._check_positive("num_epochs", "learning_rate_generator")
+        self._check_finite("learning_rate_compressor")
         if self.micro_batch_size > self.batch_size:
             raise UsageError(
                 f"--micro_batch_size {self.micro_batch_size} is above --batch_size {self.batch_size}: "
@@ -165,25 +137,96 @@ class TrainConfig:
             )
         if not 0 <= self.eval_fraction < 1:
             raise UsageError(f"--eval_fraction {self.eval_fraction}: must be at least 0 and below 1")
-        for name in ("num_epochs", "learning_rate_generator"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UsageError(f"--{name} {getattr(self, name)}: must be above 0, and finite")
-        if not 0 <= self.learning_rate_compressor < math.inf:
-            raise UsageError(
-                f"--learning_rate_compressor {self.learning_rate_compressor}: must not be negative, and "
-                "finite"
-            )
-        if self.early_stopping_patience and not (self.eval_data or self.eval_fraction):
+        if self.early_stopping_patience:
+            self._check_early_stopping()
+
+    def _check_early_stopping(self) -> None:
+        if not self.holds_out:
             raise UsageError("--early_stopping_patience needs held-out data: --eval_data or --eval_fraction")
-        if self.early_stopping_patience and self.save_steps % (self.eval_steps or 1):
+        if self.save_steps % (self.eval_steps or 1):
             raise UsageError(
                 f"--save_steps {self.save_steps}: with --early_stopping_patience, a multiple of --eval_steps "
                 f"{self.eval_steps}, for only a saved model can be the best"
             )
-        if self.early_stopping_patience and self.save_steps and not self.eval_steps:
+        if self.save_steps and not self.eval_steps:
             raise UsageError("--save_steps with --early_stopping_patience: give --eval_steps, too")
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether anything is held out."""
+        return self.eval_fraction > 0
 
     @property
     def compressor_rate(self) -> float:
         """Learning rate of the compressor: identical rates gave the paper poor results with N-Layers."""
         return self.learning_rate_compressor or (5e-5 if self.compressor == "n_layers" else 1e-4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(StudentConfig):
+    """Settings of `scaledown train`."""
+
+    train_data: tuple[str, ...] = option(
+        (),
+        DATA,
+        "training data as scaledown prepare writes it: .json, .jsonl or .parquet; may be given several times",
+        metavar="FILE",
+    )
+    eval_data: tuple[str, ...] = option(
+        (),
+        DATA,
+        "held-out data in the same format, in place of --eval_fraction; may be given several times",
+        metavar="FILE",
+    )
+    pretrained_model: str = option(
+        "",
+        MODEL,
+        "start from what scaledown pretrain made; all else about the model is settled there",
+        metavar="DIR",
+    )
+    enable_reranking: bool = option(False, MODEL, "learn to rerank, too; the data needs reranking_scores")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.train_data:
+            raise UsageError("no training data: give --train_data train_data.json")
+        self._check_files("train_data", "eval_data")
+        for name in ("train_data", "eval_data"):
+            for file in getattr(self, name):
+                if is_url(file):
+                    raise UsageError(f"--{name} {file} is a URL: fetch the file and give its path")
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether anything is held out."""
+        return bool(self.eval_data) or super().holds_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(StudentConfig):
+    """Settings of `scaledown pretrain`."""
+
+    corpus_path: str = option(
+        "",
+        DATA,
+        "any text: KILT JSON lines, JSONL / Parquet / CSV with id, title, text, or a folder of such or of "
+        "text files; also a URL; with --max_steps no more is read than needed",
+        metavar="PATH",
+    )
+    max_corpus_size: int = option(
+        0, DATA, "read only this many articles from the start", "articles", metavar="N"
+    )
+    doc_max_length: int = option(
+        128,
+        MODEL,
+        "longest passage by the compressor's tokenizer: the corpus is cut so",
+        "tokens",
+        metavar="N",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.corpus_path:
+            raise UsageError("no text: give --corpus_path PATH")
+        self._check_at_least(16, "doc_max_length")
+        self._check_at_least(0, "max_corpus_size")

@@ -32,7 +32,7 @@ from scaledown.store import read_json
 from scaledown.student.batch import Encoded, Reader, collate
 from scaledown.student.model import RERANKING_WEIGHT
 from scaledown.student.signals import noticing_signals
-from scaledown.student.train_settings import TrainConfig
+from scaledown.student.train_settings import StudentConfig
 from scaledown.student.training_data import Examples, Part
 
 log = logging.getLogger("scaledown")
@@ -109,7 +109,7 @@ class StudentTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         model: Any,
         arguments: TrainingArguments,
         *,
-        config: TrainConfig,
+        config: StudentConfig,
         examples: Examples,
         batches: list[list[int]],
         held: Part | None,

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from scaledown.errors import MissingExtraError, UsageError
 from scaledown.models import choose_dtype
 from scaledown.store import read_json
-from scaledown.student.train_settings import TrainConfig
+from scaledown.student.train_settings import StudentConfig
 from scaledown.student.trainer import StudentTrainer
 from scaledown.student.training_data import Part, shares, training_order
 
@@ -41,7 +41,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def make_trainer(
-    model: Any, config: TrainConfig, train: Part, held: Part | None, device: str
+    model: Any, config: StudentConfig, train: Part, held: Part | None, device: str
 ) -> StudentTrainer:
     """A trainer of `model` by the paper's schedule, as one of the processes that torchrun started, if any."""
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -62,7 +62,7 @@ def make_trainer(
         max_steps=steps,
         learning_rate=config.learning_rate_generator,
         lr_scheduler_type="linear",
-        warmup_steps=math.ceil(WARM_UP * steps),
+        warmup_steps=int(WARM_UP * steps),  # none in a run so short that it would be all of it
         max_grad_norm=GRADIENT_NORM,
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,

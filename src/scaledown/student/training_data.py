@@ -1,9 +1,10 @@
 """Training files -> examples on disk; a split that does not leak; the order they are seen in."""
 
+import itertools
 import logging
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -17,7 +18,7 @@ from scaledown.data.formats import entries, problems
 from scaledown.errors import InputError, UsageError
 from scaledown.progress import track
 from scaledown.records import document_text
-from scaledown.student.train_settings import TrainConfig
+from scaledown.student.train_settings import StudentConfig, TrainConfig
 
 log = logging.getLogger("scaledown")
 
@@ -44,15 +45,15 @@ class TrainingExample(NamedTuple):
 
 
 class Examples:
-    """The usable records of training files, in their order; on disk, and read from there one by one.
+    """Training examples in their order; on disk, and read from there one by one.
 
-    `skipped` counts the unusable ones.
+    `skipped` counts the records that were unusable.
     """
 
-    def __init__(self, content: pa.RecordBatchFileReader, keys: "_Keys", skipped: int) -> None:
+    def __init__(self, content: pa.RecordBatchFileReader, keys: "_Keys") -> None:
         self._content = content
         self._keys = keys
-        self.skipped = skipped
+        self.skipped = 0
 
     def __len__(self) -> int:
         return len(self._keys.queries)
@@ -98,74 +99,86 @@ class _Keys(NamedTuple):
 def read_examples(files: Sequence[str], folder: Path, *, needs_scores: bool = False) -> Examples:
     """The usable records of `files`; the others are named with file and line, and skipped.
 
-    They lie in a file in `folder` that has no name, so that it goes with the process. Raises `InputError`
-    where a file cannot be read or no record is usable, `UsageError` where no record has the scores it needs.
+    Raises `InputError` where a file cannot be read or no record is usable, `UsageError` where no record has
+    the scores it needs.
+    """
+    bad = unscored = 0
+
+    def found() -> Iterator[tuple[str, TrainingExample]]:
+        nonlocal bad, unscored
+        for file in files:
+            for number, entry in enumerate(entries(Path(file)), 1):
+                wrong = [entry.problem] if entry.problem else problems(entry.record)
+                if not wrong and needs_scores and "reranking_scores" not in entry.record:
+                    wrong = ["has no reranking_scores, which --enable_reranking needs"]
+                    unscored += 1
+                if not wrong:
+                    yield _example(entry.record)
+                    continue
+                bad += 1
+                if bad <= _MESSAGES:
+                    log.warning("%s:%s: record %s: %s; skipped", file, entry.line, number, wrong[0])
+
+    examples = store_examples(found(), folder)
+    if bad > _MESSAGES:
+        log.warning("%s more records are unusable; `scaledown validate` lists all", f"{bad - _MESSAGES:,}")
+    if unscored and not len(examples):
+        raise UsageError(
+            f"--enable_reranking needs reranking_scores, and {', '.join(files)} has none: make the data "
+            "with scaledown prepare --enable_reranking, or leave the flag out"
+        )
+    if not len(examples):
+        raise InputError(
+            f"{', '.join(files)}: no usable record; `scaledown validate {files[0]}` says what is wrong"
+        )
+    examples.skipped = bad
+    return examples
+
+
+def _example(record: dict[str, Any]) -> tuple[str, TrainingExample]:
+    documents = [document_text(document) for document in record["documents"]]
+    example = TrainingExample(record["query"], documents, record["answer"], record.get("reranking_scores"))
+    return "query: " + example.query.strip().lower(), example
+
+
+def store_examples(found: Iterable[tuple[str, TrainingExample]], folder: Path) -> Examples:
+    """Examples, each behind a text: those with an equal one are never on both sides of a split.
+
+    They lie in a file in `folder` that has no name, so that it goes with the process.
     """
     keys = _Keys(array("Q"), array("Q"), array("q"), array("Q"))
-    bad = unscored = 0
     path = folder / f".examples.{os.getpid()}.tmp"
     try:
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-            rows: list[dict[str, Any]] = []
-            with track("read", "records", None) as tracker:
-                for file in files:
-                    for number, entry in enumerate(entries(Path(file)), 1):
-                        tracker.advance()
-                        found = [entry.problem] if entry.problem else problems(entry.record)
-                        if not found and needs_scores and "reranking_scores" not in entry.record:
-                            found = ["has no reranking_scores, which --enable_reranking needs"]
-                            unscored += 1
-                        if found:
-                            bad += 1
-                            if bad <= _MESSAGES:
-                                log.warning(
-                                    "%s:%s: record %s: %s; skipped", file, entry.line, number, found[0]
-                                )
-                            continue
-                        rows.append(_row(entry.record, keys))
-                        if len(rows) == _ROWS:
-                            writer.write_batch(pa.RecordBatch.from_pylist(rows, _SCHEMA))
-                            rows = []
-            if rows:
+        with (
+            track("read", "records", None) as tracker,
+            pa.OSFile(str(path), "wb") as sink,
+            pa.ipc.new_file(sink, _SCHEMA) as writer,
+        ):
+            source = iter(found)
+            while block := list(itertools.islice(source, _ROWS)):
+                for text, example in block:
+                    _note(text, example, keys)
+                rows = [example._asdict() for _, example in block]
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, _SCHEMA))
-        if bad > _MESSAGES:
-            log.warning(
-                "%s more records are unusable; `scaledown validate` lists all", f"{bad - _MESSAGES:,}"
-            )
-        if unscored and not keys.queries:
-            raise UsageError(
-                f"--enable_reranking needs reranking_scores, and {', '.join(files)} has none: make the data "
-                "with scaledown prepare --enable_reranking, or leave the flag out"
-            )
-        if not keys.queries:
-            raise InputError(
-                f"{', '.join(files)}: no usable record; `scaledown validate {files[0]}` says what is wrong"
-            )
-        return Examples(pa.ipc.open_file(pa.memory_map(str(path))), keys, bad)
+                tracker.advance(len(block))
+        return Examples(pa.ipc.open_file(pa.memory_map(str(path))), keys)
     finally:
         path.unlink(missing_ok=True)
 
 
-def _row(record: dict[str, Any], keys: _Keys) -> dict[str, Any]:
-    """A record as it is stored; its keys are noted."""
-    scores = record.get("reranking_scores")
-    documents = [_key(_title(document)) for document in record["documents"]]
+def _note(text: str, example: TrainingExample, keys: _Keys) -> None:
+    """Remember what an example is about."""
+    documents = [_key(_title(document)) for document in example.documents]
+    scores = example.scores
     best = max(range(len(documents)), key=scores.__getitem__) if scores else 0
-    keys.queries.append(_key("query: " + record["query"].strip().lower()))
+    keys.queries.append(_key(text))
     keys.documents.extend(documents)
     keys.ends.append(len(keys.documents))
     keys.best.append(documents[best])
-    return {
-        "query": record["query"],
-        "documents": [document_text(document) for document in record["documents"]],
-        "answer": record["answer"],
-        "scores": scores,
-    }
 
 
-def _title(document: Any) -> str:
-    """What passages of one article share: its title, by itself or as their first line; else the text."""
-    text = document_text(document)
+def _title(text: str) -> str:
+    """What passages of one article share: its title as their first line; else the text."""
     first, _, rest = text.partition("\n")
     return first if rest and len(first) <= _TITLE_CHARACTERS else text
 
@@ -247,15 +260,27 @@ class Part(NamedTuple):
     rows: Sequence[int]
 
 
-def load_parts(config: TrainConfig, folder: Path) -> tuple[Part, Part | None, int]:
-    """What to train on; what is held out, if anything; how many of that share an article with training.
+class Parts(NamedTuple):
+    """What a run trains on and what it holds out, if anything."""
 
-    `folder` is where examples lie while the process lives.
-    """
+    train: Part
+    held_out: Part | None
+    shared: int
+    """Held-out examples of which some article is trained on."""
+
+
+def load_parts(config: TrainConfig, folder: Path) -> Parts:
+    """The training data as examples, which lie in `folder` while the process lives."""
     examples = read_examples(config.train_data, folder, needs_scores=config.enable_reranking)
     if config.eval_data:
         held = read_examples(config.eval_data, folder, needs_scores=config.enable_reranking)
-        return Part(examples, range(len(examples))), Part(held, range(len(held))), examples.shared_by(held)
+        shared = examples.shared_by(held)
+        return Parts(Part(examples, range(len(examples))), Part(held, range(len(held))), shared)
+    return split_parts(examples, config)
+
+
+def split_parts(examples: Examples, config: StudentConfig) -> Parts:
+    """Hold out `config.eval_fraction` of the examples."""
     split = examples.split(config.eval_fraction, config.seed)
     if config.eval_fraction and not len(split.held_out):
         log.warning("nothing is held out: all records ask the same question")
@@ -266,7 +291,7 @@ def load_parts(config: TrainConfig, folder: Path) -> tuple[Part, Part | None, in
             *(split.by, f"{split.shared:,}", f"{len(split.held_out):,}"),
         )
     held_part = Part(examples, split.held_out.tolist()) if len(split.held_out) else None
-    return Part(examples, split.train.tolist()), held_part, split.shared
+    return Parts(Part(examples, split.train.tolist()), held_part, split.shared)
 
 
 def training_order(rows: np.ndarray, examples: int, seed: int) -> np.ndarray:

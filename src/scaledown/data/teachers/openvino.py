@@ -1,6 +1,7 @@
 """The teacher on OpenVINO GenAI: continuous batching on a CPU, weights at 8 bits, exported once before."""
 
 import contextlib
+import ctypes
 import hashlib
 import itertools
 import logging
@@ -60,6 +61,17 @@ def is_exported(source: ModelSource) -> bool:
     return (exported(source) / "openvino_model.xml").exists()
 
 
+class _SignalStack(ctypes.Structure):
+    """Linux's `stack_t`: where this thread handles signals."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+    def exchange(self, new: "_SignalStack | None" = None) -> None:
+        """Become the current one; `new` takes its place."""
+        if sys.platform == "linux":
+            ctypes.CDLL(None).sigaltstack(ctypes.byref(new) if new else None, ctypes.byref(self))
+
+
 class _Asked(NamedTuple):
     """A prompt that the engine works on."""
 
@@ -87,12 +99,18 @@ class OpenVINOTeacher:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             self._stops = _stops(folder, config, self._tokenizer)
+            self._signals = _SignalStack()
+            self._signals.exchange()
             self._pipeline = self._load()
         self._context = Context(
             source.name, self._tokenizer, context_tokens(config, self._tokenizer), generation
         )
         self._numbers = itertools.count()
         self.halving = Halving("--teacher_batch_size")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_pipeline"):
+            self._unload()
 
     def answers(
         self, prompts: Sequence[Prompt], have: Collection[int] = ()
@@ -168,8 +186,13 @@ class OpenVINOTeacher:
 
     def _restart(self) -> None:
         """A fresh engine: in what state one is that failed, nobody knows."""
-        del self._pipeline  # first, for its memory
+        self._unload()  # first, for its memory
         self._pipeline = self._load()
+
+    def _unload(self) -> None:
+        del self._pipeline
+        # The engine's last act is to free the stack that it gave this thread for signals: Ctrl-C would crash.
+        _SignalStack().exchange(self._signals)
 
     def _ask(self, place: int, prompt: Prompt) -> _Asked | Rejection:
         from openvino import Tensor

@@ -1,0 +1,192 @@
+"""Does the student learn? Data by the pipeline from real articles, training, answers about held-out articles.
+
+An article and its questions are on one side: training retrieves from its own articles only. Every step leaves
+its result in --work_dir, and the same command goes on from there. --quick does little of each on the smallest
+of the data sets.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from common import SHARED, machine, parser
+from transformers import set_seed
+
+from scaledown.metrics import accuracy, f1
+from scaledown.models import quiet_libraries, resolve
+from scaledown.student.model import ScaleDownModel
+from scaledown.student.settings import ScaleDownConfig
+
+TOP = 3
+NEW_TOKENS = 48
+RATES = (16, 4)
+GENERATOR = "bundled:smollm2-135m"
+SEED = 0
+# Few steps of small batches need higher rates than the paper's 1e-4 and 5e-5.
+RATES_OF_LEARNING = ("--learning_rate_generator", "5e-4", "--learning_rate_compressor", "2e-4")
+
+
+class Recipe(NamedTuple):
+    """How much of everything."""
+
+    folders: tuple[str, ...]
+    questions: int | None
+    """On each side; None is all."""
+    pretraining_steps: int
+    steps: int
+
+
+FULL = Recipe(("xquad-dev", "qed-dev", "cmu-dev"), None, 300, 400)
+QUICK = Recipe(("xquad-dev",), 32, 2, 4)
+
+
+def held_out(title: str) -> bool:
+    """Whether an article is held out: one of ten, by its title."""
+    return blake2b(f"{SEED} {title}".encode(), digest_size=2).digest()[0] % 10 == 0
+
+
+def write_inputs(work: Path, recipe: Recipe) -> dict[str, list[str]]:
+    """Corpora and queries of both sides; gives the right answers to each held-out query."""
+    gold: dict[str, list[str]] = {}
+    corpora: dict[str, list[str]] = {"train": [], "held_out": []}
+    queries: dict[str, list[str]] = {"train": [], "held_out": []}
+    for folder in recipe.folders:
+        side: dict[str, str] = {}
+        for line in (SHARED / folder / "kilt.jsonl").read_text(encoding="utf-8").splitlines():
+            article = json.loads(line)
+            name = "held_out" if held_out(article["wikipedia_title"]) else "train"
+            side[article["wikipedia_id"]] = name
+            corpora["held_out"].append(line)  # is asked about held-out articles, among all others
+            if name == "train":
+                corpora["train"].append(line)
+        for line in (SHARED / folder / "questions.jsonl").read_text(encoding="utf-8").splitlines():
+            question = json.loads(line)
+            name = side[question["wikipedia_id"]]
+            queries[name].append(json.dumps({"id": question["id"], "query": question["question"]}))
+            if name == "held_out":
+                gold[question["id"]] = question["answers"]
+    for name, articles in corpora.items():
+        asked = queries[name][: recipe.questions]
+        (work / f"{name}.corpus.jsonl").write_text("\n".join(articles) + "\n", encoding="utf-8")
+        (work / f"{name}.queries.jsonl").write_text("\n".join(asked) + "\n", encoding="utf-8")
+        print(f"  {name}: {len(articles):,} articles, {len(asked):,} questions")
+    return gold
+
+
+def command(log: Path, *words: str) -> float:
+    """Run a command of ours, print it, keep what it says; gives its seconds."""
+    print(f"  $ scaledown {' '.join(words)}", flush=True)
+    started = time.perf_counter()
+    with log.open("a", encoding="utf-8") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "scaledown", *words], stdout=file, stderr=subprocess.STDOUT, check=False
+        )
+    if done.returncode:
+        sys.exit(f"it failed: see {log}")
+    return time.perf_counter() - started
+
+
+def prepare(work: Path, name: str) -> Path:
+    output = work / f"{name}.jsonl"
+    command(
+        work / "prepare.log",
+        *("prepare", "--corpus_path", str(work / f"{name}.corpus.jsonl")),
+        *("--queries_file", str(work / f"{name}.queries.jsonl"), "--retriever_model", "bundled:splade-tiny"),
+        *("--top_k_retrieval", str(TOP), "--teacher_model", GENERATOR, "--max_new_tokens", str(NEW_TOKENS)),
+        *("--teacher_batch_size", "16", "--columns", "query_id", "--output_file", str(output)),
+    )
+    return output
+
+
+def train(work: Path, rate: int, data: Path, held: Path, recipe: Recipe) -> Path:
+    """Pretrain on the training articles, then train; gives the model's folder."""
+    log = work / f"train-{rate}x.log"
+    shared = ("--batch_size", "8", "--dtype", "bfloat16", "--seed", str(SEED), "--resume", *RATES_OF_LEARNING)
+    first, second = work / f"pretrained-{rate}x", work / f"trained-{rate}x"
+    seconds = command(
+        log,
+        *("pretrain", "--corpus_path", str(work / "train.corpus.jsonl"), "--output_dir", str(first)),
+        *("--generator_model", GENERATOR, "--num_layers", "8", "--compression_rate", str(rate)),
+        *("--doc_max_length", "160", "--max_steps", str(recipe.pretraining_steps), *shared),
+    )
+    seconds += command(
+        log,
+        *("train", "--train_data", str(data), "--eval_data", str(held), "--output_dir", str(second)),
+        *("--pretrained_model", str(first), "--max_steps", str(recipe.steps)),
+        *("--eval_steps", str(recipe.steps // 2), *shared),
+    )
+    print(f"  {rate}x: {seconds / 60:.0f} min of training in this run")
+    return second
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def report(name: str, answers: list[str], gold: list[list[str]]) -> np.ndarray:
+    """Print accuracy and F1 of answers with their standard errors; gives accuracy per question."""
+    right = np.array([accuracy(*pair) for pair in zip(answers, gold, strict=True)])
+    overlap = np.array([f1(*pair) for pair in zip(answers, gold, strict=True)])
+    error = [values.std() / len(values) ** 0.5 for values in (right, overlap)]
+    print(
+        f"  {name:<36} {right.mean():.3f} ± {error[0]:.3f}   {overlap.mean():.3f} ± {error[1]:.3f}",
+        flush=True,
+    )
+    return right
+
+
+def load(folder: Path | None, rate: int) -> ScaleDownModel:
+    """A trained model, or the untrained one that training began with."""
+    if folder is not None:
+        return ScaleDownModel.from_pretrained(str(folder), dtype=torch.bfloat16).eval()
+    set_seed(SEED)
+    settings = ScaleDownConfig(num_layers=8, compression_rate=rate, doc_max_length=160)
+    return ScaleDownModel.build(settings, resolve(GENERATOR), dtype=torch.bfloat16).eval()
+
+
+def main() -> None:
+    flags = parser(__doc__)
+    flags.add_argument("--work_dir", default="learns.work", help="where each step leaves its result")
+    options = flags.parse_args()
+    recipe = QUICK if options.quick else FULL
+    work = Path(options.work_dir)
+    work.mkdir(parents=True, exist_ok=True)
+    quiet_libraries()
+    print(machine())
+    gold = write_inputs(work, recipe)
+    data, held = prepare(work, "train"), prepare(work, "held_out")
+    trained = {rate: train(work, rate, data, held, recipe) for rate in RATES}
+    asked = records(held)
+    queries = [record["query"] for record in asked]
+    documents = [record["documents"] for record in asked]
+    right = [gold[record["query_id"]] for record in asked]
+
+    def answers(model: ScaleDownModel, *, compressed: bool = True, known: bool = True) -> list[str]:
+        given = documents if known else [[] for _ in documents]
+        return model.answer(queries, given, max_new_tokens=NEW_TOKENS, batch_size=16, compressed=compressed)
+
+    print(f"  {len(asked)} questions about held-out articles      accuracy        F1")
+    report("teacher, uncompressed", [record["answer"] for record in asked], right)
+    for rate, folder in trained.items():
+        before = load(None, rate)
+        if rate == RATES[0]:
+            report("generator, uncompressed", answers(before, compressed=False), right)
+            nothing = report("generator, no documents", answers(before, known=False), right)
+        report(f"{rate}x, before training", answers(before), right)
+        after = load(folder, rate)
+        found = report(f"{rate}x, after training", answers(after), right)
+        report(f"{rate}x, after training, no documents", answers(after, known=False), right)
+        gained = found - nothing
+        draws = np.random.default_rng(0).integers(0, len(gained), (10_000, len(gained)))
+        low, high = np.quantile(gained[draws].mean(axis=1), [0.025, 0.975])
+        print(f"  {rate}x, after training - no documents: {gained.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Compression and generation against the documents' text, same model and inputs: FLOPs and time.
+
+10 documents of 128 tokens, 32 new tokens (arXiv 2504.07109, table 5), SmolLM2-135M in bfloat16; --device cuda
+on a GPU. FLOPs are those of matrix products and attention, as torch counts them. The model is untrained: what
+it answers does not matter here.
+"""
+
+import functools
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import close, machine, paired, parser, verdict
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
+
+from scaledown.models import quiet_libraries, resolve
+from scaledown.student.model import ScaleDownModel
+from scaledown.student.settings import ScaleDownConfig
+
+GENERATOR = "bundled:smollm2-135m"
+DOCUMENTS = 10
+DOCUMENT_TOKENS = 128
+NEW_TOKENS = 32
+LAYERS = (5, 8)
+QUERIES = (16, 128)
+CPU_BATCH = 16  # more queries at once are not faster there
+BAR = 2.2
+REPEATS = 3
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+def attention_on_cpu(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """torch does not count this one."""
+    return sdpa_flop_count(query, key, value)
+
+
+def build(layers: int, device: str) -> ScaleDownModel:
+    config = ScaleDownConfig(num_layers=layers, doc_max_length=DOCUMENT_TOKENS)
+    model = ScaleDownModel.build(config, resolve(GENERATOR), dtype=torch.bfloat16, device=device).eval()
+    model.generator.generation_config.min_new_tokens = NEW_TOKENS
+    return model
+
+
+def text(model: ScaleDownModel, tokens: int, seed: int) -> str:
+    """Words that are one token each."""
+    words = [token for token in model.tokenizer.get_vocab() if token.startswith("Ġ") and token[1:].isalpha()]
+    chosen = torch.randint(len(words), (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+    found = "".join(sorted(words)[number].replace("Ġ", " ") for number in chosen)
+    assert len(model.tokenizer(found, add_special_tokens=False)["input_ids"]) == tokens
+    return found
+
+
+def question(model: ScaleDownModel, tokens: int, batch: int) -> Callable[..., list[str]]:
+    queries = [text(model, tokens, number) for number in range(batch)]
+    documents = [
+        [text(model, DOCUMENT_TOKENS, 1000 * number + place) for place in range(1, DOCUMENTS + 1)]
+        for number in range(batch)
+    ]
+
+    def answer(*, compressed: bool) -> list[str]:
+        found = model.answer(
+            queries, documents, max_new_tokens=NEW_TOKENS, batch_size=batch, compressed=compressed
+        )
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return found
+
+    return answer
+
+
+def flops(call: Callable[[], object]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return float(counter.get_total_flops())
+
+
+def largest_batch(model: ScaleDownModel) -> int:
+    """On a GPU by doubling, until the uncompressed side runs out of memory."""
+    if model.device.type != "cuda":
+        return CPU_BATCH
+    for batch in (2**power for power in range(1, 11)):
+        try:
+            question(model, max(QUERIES), batch)(compressed=False)
+        except torch.OutOfMemoryError:
+            return batch // 2
+    return batch
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    options = options.parse_args()
+    quiet_libraries()
+    print(f"{machine()}\n{GENERATOR}, bfloat16, {options.device}")
+    print("  layers  query  batch    FLOPs: text  compressed  ratio      time: text  compressed  ratio")
+    layers, queries = (LAYERS[:1], QUERIES[1:]) if options.quick else (LAYERS, QUERIES)
+    figures = {}
+    for depth in layers:
+        model = build(depth, options.device)
+        largest = 4 if options.quick else largest_batch(model)
+        for tokens, batch in itertools.product(queries, (1, largest)):
+            answer = question(model, tokens, batch)
+            sides = {
+                "text": functools.partial(answer, compressed=False),
+                "compressed": functools.partial(answer, compressed=True),
+            }
+            counted = {name: flops(side) for name, side in sides.items()}
+            timed = paired(sides, 1 if options.quick else REPEATS)
+            ratios = (
+                counted["text"] / counted["compressed"],
+                timed["text"].seconds / timed["compressed"].seconds,
+            )
+            figures[depth, tokens, batch] = ratios
+            print(
+                f"  {depth:>6}  {tokens:>5}  {batch:>5}  {counted['text'] / 1e9:>9,.0f} G  "
+                f"{counted['compressed'] / 1e9:>8,.0f} G  {ratios[0]:>5.2f}  "
+                f"{timed['text'].seconds:>12.2f} s  {timed['compressed'].seconds:>8.2f} s  {ratios[1]:>5.2f}",
+                flush=True,
+            )
+    counted, alone = figures[5, 128, 1]
+    many = figures[5, 128, largest][1]
+    met = [
+        verdict("FLOPs, 5 layers, query of 128", f"{counted:.2f}x", f"{BAR}x", met=counted >= BAR),
+        verdict("time, batch of 1", f"{alone:.2f}x", f"{BAR}x", met=alone >= BAR),
+    ]
+    close("student_inference", many, BAR, also=all(met))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Training records -> the dataset that the authors' own trainer reads (github.com/naver/pisco)."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from scaledown.data.formats import entries, problems
+from scaledown.errors import InputError, OutputError
+from scaledown.progress import track
+from scaledown.records import document_text
+
+
+def export_pisco(files: Sequence[Path], output: Path) -> int:
+    """Write the records of training files to the folder `output`; gives their number.
+
+    `datasets.load_from_disk(output)["train"]` reads it. The folder appears when it is whole. Raises
+    `InputError` for a record that is not sound, `OutputError` where the folder cannot be made.
+    """
+    from datasets import Dataset, DatasetDict, Features, List, Value
+    from datasets.exceptions import DatasetGenerationError
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"--output_dir {output} is there already: name a new folder")
+    text = Value("string")
+    features = Features({"query": text, "docs": List(text), "mistral_label": text})
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.", suffix=".tmp") as folder:
+        whole = Path(folder) / "whole"
+        try:
+            made = Dataset.from_generator(
+                _records, features=features, gen_kwargs={"files": list(files)}, cache_dir=f"{folder}/cache"
+            )
+        except DatasetGenerationError as error:
+            raise (error.__cause__ or error) from None
+        DatasetDict({"train": made}).save_to_disk(whole)
+        count = len(made)
+        whole.replace(output)
+    return count
+
+
+def _records(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    with track("export", "records", None) as tracker:
+        for path in files:
+            for entry in entries(path):
+                wrong = [entry.problem] if entry.problem else problems(entry.record)
+                if wrong:
+                    raise InputError(
+                        f"{path}:{entry.line}: {wrong[0]}; `scaledown validate {path}` lists all"
+                    )
+                record = entry.record
+                documents = [document_text(document) for document in record["documents"]]
+                # Its collator takes these names; the README there has `queries` and `mistral_labels`.
+                yield {"query": record["query"], "docs": documents, "mistral_label": record["answer"]}
+                tracker.advance()

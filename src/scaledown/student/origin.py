@@ -1,0 +1,98 @@
+"""What a run starts from: parts to be joined, or a model that `scaledown pretrain` joined before."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from scaledown.errors import UsageError
+from scaledown.models import ModelSource, resolve
+from scaledown.student.train_settings import StudentConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from scaledown.student.model import ScaleDownModel
+    from scaledown.student.settings import ScaleDownConfig
+
+# Flags that say what a model is made of.
+_SETTLED: Final = (
+    *("compressor", "num_layers", "compression_rate", "doc_max_length", "query_max_length"),
+    "generator_training",
+)
+
+
+class Origin(NamedTuple):
+    """What a model that is to be trained is made of, found but not loaded."""
+
+    settings: "ScaleDownConfig"
+    """`doc_max_length` is 0 where the data is to tell."""
+    source: ModelSource
+    """The generator, or the whole model where it `is_pretrained`."""
+    compressor: ModelSource | None = None
+    """A compressor that is a model of its own."""
+    is_pretrained: bool = False
+
+    def identity(self, content_hash: Callable[[Path], str]) -> dict[str, str]:
+        """What names the exact weights of each part."""
+        weights = self.source.identity(content_hash)
+        if self.is_pretrained:
+            return {"pretrained_model": weights}
+        own = self.compressor.identity(content_hash) if self.compressor else self.settings.compressor
+        return {"generator_model": weights, "compressor": own}
+
+    def compressor_tokenizer(self) -> Any:
+        """What documents are measured by. Raises `ModelError`."""
+        from scaledown.student.model import COMPRESSOR_FOLDER, load_tokenizer
+
+        if self.is_pretrained and self.settings.compressor_name is not None:
+            return load_tokenizer(self.source, COMPRESSOR_FOLDER)
+        return load_tokenizer(self.compressor or self.source)
+
+    def load(self, dtype: "torch.dtype", device: str) -> "ScaleDownModel":
+        """The model as training begins with it. Raises `ModelError`."""
+        from scaledown.student.model import ScaleDownModel
+
+        if not self.is_pretrained:
+            return ScaleDownModel.build(
+                self.settings, self.source, self.compressor, dtype=dtype, device=device
+            )
+        model: ScaleDownModel = ScaleDownModel.from_pretrained(self.source.name, dtype=dtype)
+        if self.settings.enable_reranking and not model.config.enable_reranking:
+            model.add_reranking()
+        model.to(device)
+        return model
+
+
+def find_origin(config: StudentConfig) -> Origin:
+    """Where the model of a run comes from. Raises `ModelError`, `UsageError`."""
+    from scaledown.student.settings import ScaleDownConfig
+
+    reranks = getattr(config, "enable_reranking", False)
+    if name := getattr(config, "pretrained_model", ""):
+        return _pretrained(config, name, reranks=reranks)
+    settings = ScaleDownConfig(
+        **{name: getattr(config, name) for name in _SETTLED if name != "doc_max_length"},
+        enable_reranking=reranks,
+    )
+    settings.doc_max_length = config.doc_max_length
+    generator = resolve(config.generator_model)
+    compressor = resolve(settings.compressor_name) if settings.compressor_name else None
+    return Origin(settings, generator, compressor)
+
+
+def _pretrained(config: StudentConfig, name: str, *, reranks: bool) -> Origin:
+    from scaledown.student.model import read_settings
+
+    source = resolve(name)
+    settings = read_settings(source)
+    defaults = {item.name: item.default for item in fields(config)}
+    there = {**settings.to_dict(), "generator_model": settings.generator_name}
+    for flag in (*_SETTLED, "generator_model"):
+        value = getattr(config, flag)
+        if value not in {defaults[flag], there[flag]}:
+            raise UsageError(
+                f"--{flag} {value}: --pretrained_model {name} is made with {there[flag]}; leave the flag out"
+            )
+    settings.enable_reranking |= reranks
+    return Origin(settings, source, is_pretrained=True)

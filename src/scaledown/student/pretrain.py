@@ -1,0 +1,22 @@
+"""`scaledown pretrain`: text in, a model out whose compressor and generator know each other."""
+
+from collections.abc import Sequence
+
+from scaledown.student.train import run_command_line
+from scaledown.student.train_settings import PretrainConfig
+
+
+def main(argv: Sequence[str] | None = None, program: str = "scaledown pretrain") -> int:
+    """The command line; gives the exit status."""
+    return run_command_line(
+        argv,
+        program,
+        PretrainConfig,
+        "--corpus_path PATH --output_dir DIR",
+        "Teach a compressor and a generator to understand each other before training: passages of any text "
+        "are compressed, and repeated or continued from what is left of them. Separate compressors need it.",
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,79 @@
+"""A corpus -> examples of the two tasks of pretraining: repeat a passage, or write how it goes on."""
+
+import itertools
+import logging
+import math
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Final
+
+from scaledown.data import files
+from scaledown.data.chunking import Chunker
+from scaledown.data.corpus import ROWS_AT_ONCE, cut_rows, plain
+from scaledown.data.prompts import CONTINUE, REPEAT
+from scaledown.errors import InputError, ModelError
+from scaledown.records import Passage, full_text
+from scaledown.student.train_settings import PretrainConfig
+from scaledown.student.training_data import Parts, TrainingExample, split_parts, store_examples
+
+log = logging.getLogger("scaledown")
+
+_MESSAGES: Final = 20  # about bad rows; the rest is counted
+
+
+def pretraining_parts(config: PretrainConfig, tokenizer: Any, folder: Path) -> Parts:
+    """The corpus as examples, which lie in `folder` while the process lives.
+
+    Its passages are cut by the compressor's `tokenizer`. Raises `InputError` for a corpus without text.
+    """
+    if not tokenizer.is_fast:
+        raise ModelError(f"{tokenizer.name_or_path}: has no fast tokenizer, which cutting passages needs")
+    bad: list[str] = []
+    found = pretraining_examples(config, tokenizer, bad)
+    if config.max_steps:
+        found = itertools.islice(
+            found, math.ceil(config.max_steps * config.batch_size / (1 - config.eval_fraction))
+        )
+    examples = store_examples(found, folder)
+    for message in bad[:_MESSAGES]:
+        log.warning("%s; skipped", message)
+    if len(bad) > _MESSAGES:
+        log.warning("%s more rows are unusable", f"{len(bad) - _MESSAGES:,}")
+    if not len(examples):
+        raise InputError(f"--corpus_path {config.corpus_path}: no article with text; check the file")
+    examples.skipped = len(bad)
+    return split_parts(examples, config)
+
+
+def pretraining_examples(
+    config: PretrainConfig, tokenizer: Any, bad: list[str]
+) -> Iterator[tuple[str, TrainingExample]]:
+    """One example of each passage, behind its name; rows that are no article are told in `bad`.
+
+    Which task it is depends on `config.seed` and that name; the last passage of an article is repeated.
+    """
+    corpus = files.locate(config.corpus_path, "--corpus_path")
+    paths = files.sources(corpus, "--corpus_path")
+    rows = itertools.chain.from_iterable(map(files.rows, paths))
+    is_folder = isinstance(corpus, Path) and corpus.is_dir()
+    chunker = Chunker(plain(tokenizer), "tokens", config.doc_max_length)
+    articles = 0
+    while batch := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        cut = cut_rows(batch, chunker, str(corpus), is_folder)
+        bad += [f"{row.source}:{row.line}: {reason}" for row, reason in cut.rejected]
+        passages = iter(cut.passages.select(Passage._fields).to_pylist())
+        for count in cut.pieces:
+            yield from _of_article([Passage(**next(passages)) for _ in range(count)], config.seed)
+            articles += 1
+            if articles == config.max_corpus_size:
+                return
+
+
+def _of_article(passages: list[Passage], seed: int) -> Iterator[tuple[str, TrainingExample]]:
+    for passage, following in itertools.zip_longest(passages, passages[1:]):
+        name = passage.passage_id
+        coin = blake2b(f"{seed} {name}".encode(), digest_size=1).digest()[0] & 1
+        text = full_text(passage.title, passage.text)
+        task, answer = (CONTINUE, following.text) if following and coin else (REPEAT, text)
+        yield name, TrainingExample(task, [text], answer, None)
