@@ -5,10 +5,11 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
 import scaledown
-from scaledown.errors import UsageError, one_line, run_command
+from scaledown.errors import one_line, run_command
+from scaledown.flags import Parser, underscored
 from scaledown.options import is_url
 
 # Commands with a parser of their own: the module, and flags that the command stands for.
@@ -23,13 +24,6 @@ _COMMANDS: Final = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line instead of printing the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; gives the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -41,8 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             module, flags = _COMMANDS[name]
             status: int = import_module(module).main([*flags, *words[1:]], f"scaledown {name}")
             return status
-        from scaledown.flags import underscored
-
         return _run(underscored(words))
 
     return run_command(command, debug="--debug" in words, resumes=resumes)
@@ -57,11 +49,11 @@ def _path(text: str) -> Path:
 
 
 def _run(words: list[str]) -> int:
-    parser = _Parser(
+    parser = Parser(
         prog="scaledown", description="Training data for OSCAR: retrieve, rerank, let a teacher answer."
     )
     parser.add_argument("--version", action="version", version=f"scaledown {scaledown.__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     commands.add_parser("prepare", help="make training data (scaledown prepare --help)", add_help=False)
     commands.add_parser("plan", help="what prepare would take, and what is missing", add_help=False)
     commands.add_parser("index", help="make passages and vectors once, for many runs", add_help=False)

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 from scaledown.config import GROUPS, OUTPUT, PRESETS, IndexConfig, PrepareConfig
 from scaledown.errors import InputError, UsageError
@@ -25,7 +25,15 @@ _PATHS: Final = {
 Config = TypeVar("Config")
 
 
-def build_parser(program: str, config: type[IndexConfig]) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line instead of printing the whole usage. Raises `UsageError`."""
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser(program: str, config: type[IndexConfig]) -> Parser:
     """The parser of a command that makes data. Absent flags stay absent from the result."""
     prepares = issubclass(config, PrepareConfig)
     needed = "--queries_file FILE --output_file FILE" if prepares else "--corpus_path PATH --index_dir DIR"
@@ -54,12 +62,12 @@ def build_parser(program: str, config: type[IndexConfig]) -> argparse.ArgumentPa
 
 def command_parser(
     program: str, config: type[Any], needed: str, description: str, order: Sequence[str] = GROUPS
-) -> tuple[argparse.ArgumentParser, argparse._ArgumentGroup]:
+) -> tuple[Parser, argparse._ArgumentGroup]:
     """A parser with a flag for each field of the dataclass `config`, and its group of the run's own flags.
 
     The help is grouped in the given `order`; `needed` are the flags that its usage shows.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,

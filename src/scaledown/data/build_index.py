@@ -141,10 +141,6 @@ def main(argv: Sequence[str], program: str = "scaledown index") -> int:
     """The command line; gives the exit status."""
     parser = build_parser(program, IndexConfig)
 
-    def refuse(message: str) -> None:
-        raise UsageError(f"{message} (see {program} --help)")
-
-    parser.error = refuse  # type: ignore[method-assign, assignment]
     flags = vars(parser.parse_args(underscored(argv)))
     flags.pop("debug", None)
     start_logging(flags.pop("log_level", "info"))

@@ -4,7 +4,6 @@ The exporter needs an older transformers than everything else here, so it runs i
 that borrows the rest (torch above all) from the running one. Both are made once.
 """
 
-import argparse
 import hashlib
 import logging
 import os
@@ -19,7 +18,8 @@ from typing import Final
 from filelock import FileLock
 
 from scaledown.data.teachers.openvino import WEIGHTS, exported, is_exported
-from scaledown.errors import ModelError, UsageError, run_command
+from scaledown.errors import ModelError, run_command
+from scaledown.flags import Parser
 from scaledown.models import ModelSource, cache_directory, hub_errors, loadable, resolve
 from scaledown.progress import start_logging
 
@@ -126,7 +126,7 @@ def _run(words: Sequence[str], record: Path) -> None:
 
 def main(argv: Sequence[str], program: str = "python -m scaledown.data.export_openvino") -> int:
     """The command line; gives the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program,
         description="Export a teacher to OpenVINO, with weights at 8 bits, once: it is kept in the cache.",
     )
@@ -134,10 +134,6 @@ def main(argv: Sequence[str], program: str = "python -m scaledown.data.export_op
     parser.add_argument("--log_level", default="info", choices=("debug", "info", "warning", "error"))
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
-    def refuse(message: str) -> None:
-        raise UsageError(f"{message} (see {program} --help)")
-
-    parser.error = refuse  # type: ignore[method-assign, assignment]
     arguments = parser.parse_args(argv)
     start_logging(arguments.log_level)
     source = resolve(arguments.model)

@@ -9,7 +9,7 @@ import sys
 from functools import partial
 from importlib import import_module
 
-from scaledown.errors import OutputError, UsageError, run_command
+from scaledown.errors import OutputError, run_command
 
 if __name__ == "__main__":  # before the imports that take long: Ctrl-C is one line during them, too
     start = partial(run_command, debug="--debug" in sys.argv, resumes=True)
@@ -396,10 +396,6 @@ def main(argv: Sequence[str] | None = None, program: str = "python -m scaledown.
     """The command line; gives the exit status."""
     parser = build_parser(program, PrepareConfig)
 
-    def refuse(message: str) -> None:
-        raise UsageError(f"{message} (see {program} --help)")
-
-    parser.error = refuse  # type: ignore[method-assign, assignment]
     words = underscored(sys.argv[1:] if argv is None else argv)
 
     def command() -> int:

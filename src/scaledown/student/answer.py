@@ -11,7 +11,7 @@ import orjson
 
 from scaledown.data.formats import entries
 from scaledown.errors import InputError, UsageError, run_command
-from scaledown.flags import underscored
+from scaledown.flags import Parser, underscored
 from scaledown.models import choose_device, choose_dtype
 from scaledown.progress import start_logging, track
 from scaledown.store import atomic, check_writable
@@ -22,7 +22,7 @@ _AT_ONCE: Final = 256  # records that are held
 def main(argv: Sequence[str], program: str = "scaledown answer") -> int:
     """The command line; gives the exit status."""
     words = underscored(argv)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program,
         allow_abbrev=False,
         description="Answer a query about documents, or the queries of a file, with a trained model.",
@@ -42,11 +42,6 @@ def main(argv: Sequence[str], program: str = "scaledown answer") -> int:
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--log_level", default="info", choices=("debug", "info", "warning", "error"))
     add("--debug", action="store_true", help="show tracebacks")
-
-    def refuse(message: str) -> None:
-        raise UsageError(f"{message} (see {program} --help)")
-
-    parser.error = refuse  # type: ignore[method-assign, assignment]
 
     def command() -> int:
         options = parser.parse_args(words)

@@ -303,10 +303,6 @@ def run_command_line(
     """A command with the settings `kind`, of which its usage shows the `needed`; gives the exit status."""
     parser, _ = command_parser(program, kind, needed, description, GROUPS)
 
-    def refuse(message: str) -> None:
-        raise UsageError(f"{message} (see {program} --help)")
-
-    parser.error = refuse  # type: ignore[method-assign, assignment]
     words = underscored(sys.argv[1:] if argv is None else argv)
 
     def command() -> int:
