@@ -20,6 +20,7 @@ from transformers import set_seed
 
 from scaledown.metrics import accuracy, f1
 from scaledown.models import quiet_libraries, resolve
+from scaledown.student.batch import collate
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
 
@@ -141,6 +142,19 @@ def report(name: str, answers: list[str], gold: list[list[str]]) -> np.ndarray:
     return right
 
 
+def loss(model: ScaleDownModel, asked: list[dict[str, Any]], shift: int) -> float:
+    """Of the teacher's answers, nats a token; with a shift each question has another one's documents."""
+    total = tokens = 0.0
+    with torch.no_grad():
+        for number, record in enumerate(asked):
+            documents = asked[(number + shift) % len(asked)]["documents"]
+            encoded = model.reader.encode(record["query"], documents, record["answer"])
+            found = model(**collate([encoded], model.config.memory_tokens)).answer_loss
+            total += float(found) * len(encoded.answer_ids)
+            tokens += len(encoded.answer_ids)
+    return total / tokens
+
+
 def load(folder: Path | None, rate: int) -> ScaleDownModel:
     """A trained model, or the untrained one that training began with."""
     if folder is not None:
@@ -182,6 +196,8 @@ def main() -> None:
         after = load(folder, rate)
         found = report(f"{rate}x, after training", answers(after), right)
         report(f"{rate}x, after training, no documents", answers(after, known=False), right)
+        own, others = loss(after, asked, 0), loss(after, asked, len(asked) // 2)
+        print(f"  {rate}x, loss with its own documents {own:.3f}, with another question's {others:.3f}")
         gained = found - nothing
         draws = np.random.default_rng(0).integers(0, len(gained), (10_000, len(gained)))
         low, high = np.quantile(gained[draws].mean(axis=1), [0.025, 0.975])

@@ -148,8 +148,9 @@ def _export(arguments: argparse.Namespace) -> int:
     count = export_pisco(arguments.files, output)
     print(
         f"{output}: {_counted(count, 'record', 'records')}\n\n"
-        f"next, in a checkout of naver/pisco: python train.py --config-name=finetune "
-        f"data.training_dataset={output.resolve()} ++collator_kwargs.query_dependent=True"
+        "next, in a checkout of naver/pisco, after its pretraining: python pisco/train.py "
+        f"--config-name=finetune data.training_dataset={output.resolve()} ++model_name_or_path=PRETRAINED "
+        "++collator_kwargs.query_dependent=True ++collator_kwargs.compressor_max_length=256"
     )
     return 0
 

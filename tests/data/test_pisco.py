@@ -44,6 +44,12 @@ def test_unsound_record_is_named(data: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train_data.json"]
 
 
+def test_no_record(data: Path, tmp_path: Path) -> None:
+    data.write_text("[]")
+    with pytest.raises(InputError, match="there is no record in it"):
+        export_pisco([data], tmp_path / "out")
+
+
 def test_what_is_there_is_left_alone(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()

@@ -62,12 +62,39 @@ def test_wrong_usage_is_one_line(
     assert error.count("\n") == 1
 
 
-def test_a_record_without_documents_is_named(
+def test_a_bad_record_takes_no_other_with_it(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, output = tmp_path / "data.jsonl", tmp_path / "answers.jsonl"
-    data.write_text('{"query": "q", "documents": ["d"]}\n{"query": "q"}\n')
+    lines = [
+        '{"query": "q", "documents": ["d"], "answer": ["anything"]}',
+        '{"query": "q"}',
+        '{"query": "q", "documents": [5]}',
+        "{no json",
+        json.dumps({"query": "long " * 5000, "documents": ["d"]}),
+        '{"query": "\\ud800", "documents": ["d"]}',
+        '{"documents": ["d"]}',
+        '{"query": "q", "documents": []}',
+    ]
+    data.write_text("\n".join(lines))
     words = ["--model", str(folder), "--data", str(data), "--output_file", str(output), "--device", "cpu"]
-    assert main(["answer", *words]) == 1
-    assert "line 2" in capsys.readouterr().err
-    assert not output.exists()
+    assert main(["answer", *words, "--max_new_tokens", "5"]) == 0
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert ["answer" in record for record in found] == [place in {0, 7} for place in range(8)]
+    errors = [record.get("error", "") for record in found]
+    assert errors[1] == "expected a query and documents"
+    assert "document 1 is neither a string" in errors[2]
+    assert "invalid JSON" in errors[3]
+    assert "the generator takes" in errors[4]
+    assert errors[6] == "has no query"
+    out, err = capsys.readouterr()
+    assert "8 records, 6 of them errors" in out
+    assert f"{data}:3: document 1 is neither" in err
+    assert found[7]["reranking_scores"] == []
+
+
+def test_a_file_of_errors_fails(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"query": "q"}\n')
+    words = ["--model", str(folder), "--data", str(data), "--output_file", str(tmp_path / "out.jsonl")]
+    assert main(["answer", *words, "--device", "cpu"]) == 1

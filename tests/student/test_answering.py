@@ -202,3 +202,12 @@ def test_one_text_too_many_for_the_memory_says_so(
     monkeypatch.setattr(model, "compress_ids", never)
     with pytest.raises(ModelError, match="use a smaller model"):
         model.compress("Why?", ["No."])
+
+
+def test_embeddings_of_no_documents_are_no_documents(models: dict[str, Path]) -> None:
+    model = student(models)
+    none = model.compress("Why?", [])
+    assert none.shape[0] == 0
+    assert model.answer("Why?", none, max_new_tokens=5) == model.answer("Why?", [], max_new_tokens=5)
+    mixed = model.answer(["Why?", "Why?"], [none, ["Because."]], max_new_tokens=5)
+    assert mixed == [model.answer("Why?", own, max_new_tokens=5) for own in ([], ["Because."])]

@@ -319,10 +319,19 @@ def overfit(model: ScaleDownModel, examples: list[Any], steps: int) -> Iterator[
         yield loss.item()
 
 
-@pytest.mark.parametrize("kind", ["n_layers", "bert", "modernbert"])
-def test_a_tiny_model_learns_eight_examples_by_heart(build: Any, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "training"),
+    [
+        ("n_layers", "full"),
+        ("bert", "full"),
+        ("modernbert", "full"),
+        ("decoder", "full"),
+        ("n_layers", "lora"),
+    ],
+)
+def test_a_tiny_model_learns_eight_examples_by_heart(build: Any, kind: str, training: str) -> None:
     """From the documents alone: all ask the same."""
-    model = build(kind, compression_rate=4, generator_training="full")
+    model = build(kind, compression_rate=4, generator_training=training)
     colours = ["red", "blue", "green", "gold", "black", "white", "pink", "grey"]
     query = "What is the colour of the house?"
     documents = [[f"The house is {colour}.", "The tower was old."] for colour in colours]

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT
+from scaledown.cli import main
 from scaledown.data.prompts import CONTINUE, REPEAT
 from scaledown.errors import InputError, ModelError, UsageError
 from scaledown.student.batch import plain_ids
@@ -220,6 +221,22 @@ def test_what_pretraining_settled_is_not_changed(
     with pytest.raises(UsageError, match=r"--generator_model .*phi: .* is made with .*causal_lm"):
         train(training(data, pretrained, tmp_path, generator_model=str(models["phi"])))
     train(training(data, pretrained, tmp_path, generator_model=str(models["causal_lm"])))
+
+
+def test_separate_compressor_has_its_own_rate(pretrained: str, data: str, tmp_path: Path) -> None:
+    result = train(training(data, pretrained, tmp_path, max_steps=3))
+    state = json.loads((Path(result.output) / "checkpoint-3" / "trainer_state.json").read_text())
+    rates = next(entry for entry in state["log_history"] if "learning_rate_compressor" in entry)
+    assert rates["learning_rate_compressor"] == rates["learning_rate_generator"] == pytest.approx(1e-4)
+
+
+def test_flags_that_pretraining_settled_are_refused(
+    pretrained: str, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even a default, which would not be what it says."""
+    words = ["--train_data", data, "--output_dir", "out", "--pretrained_model", pretrained]
+    assert main(["train", *words, "--compression_rate", "16"]) == 2
+    assert "--compression_rate is settled by --pretrained_model" in capsys.readouterr().err
 
 
 def test_no_scaledown_model(data: str, tmp_path: Path, models: dict[str, Path]) -> None:

@@ -10,8 +10,10 @@ import pytest
 
 from scaledown.errors import InputError, UsageError
 from scaledown.student.batch import plain_ids
+from scaledown.student.train_settings import TrainConfig
 from scaledown.student.training_data import (
     Examples,
+    load_parts,
     measure_documents,
     read_examples,
     shares,
@@ -173,3 +175,24 @@ def test_longest_document_is_found(tmp_path: Path, models: dict[str, Path]) -> N
     assert measure_documents([found], tokenizer, 0) == (9, max(lengths), sorted(lengths)[2], 0)
     cut = measure_documents([found, found], tokenizer, sorted(lengths)[1])
     assert (cut.number, cut.longest, cut.cut) == (18, max(lengths), 6)
+
+
+def test_documents_without_a_title_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "data.jsonl"
+    documents = [["a passage"], ["Title\nanother"], ["one more"], ["Title\nlast"]]
+    lines = [{"query": f"{n}?", "documents": own, "answer": "a"} for n, own in enumerate(documents)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = TrainConfig(train_data=(str(path),), output_dir=str(tmp_path / "out"), eval_fraction=0.3)
+    with caplog.at_level("WARNING", "scaledown"):
+        load_parts(config, tmp_path)
+    assert "2 of 4 documents have no title line" in caplog.text
+
+
+def test_equal_questions_are_shared(tmp_path: Path) -> None:
+    files = []
+    for name, query in (("train", "Who?"), ("held", " who? ")):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps({"query": query, "documents": [f"{name}\ntext"], "answer": "a"}) + "\n")
+        files.append(str(path))
+    taught, held = (read_examples([file], tmp_path) for file in files)
+    assert taught.shared_by(held) == 1

@@ -33,6 +33,8 @@ def export_pisco(files: Sequence[Path], output: Path) -> int:
             made = Dataset.from_generator(
                 _records, features=features, gen_kwargs={"files": list(files)}, cache_dir=f"{folder}/cache"
             )
+        except ValueError as error:  # from `datasets`, of a split without a row
+            raise InputError(f"{files[0]}: there is no record in it; name another file") from error
         except DatasetGenerationError as error:
             raise (error.__cause__ or error) from None
         DatasetDict({"train": made}).save_to_disk(whole)

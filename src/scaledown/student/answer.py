@@ -2,19 +2,22 @@
 
 import argparse
 import itertools
+import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 
-from scaledown.data.formats import entries
+from scaledown.data.formats import Entry, entries, problems
 from scaledown.errors import InputError, UsageError, run_command
 from scaledown.flags import Parser, underscored
 from scaledown.models import choose_device, choose_dtype
 from scaledown.progress import start_logging, track
 from scaledown.store import atomic, check_writable
+
+log = logging.getLogger("scaledown")
 
 _AT_ONCE: Final = 256  # records that are held
 
@@ -34,7 +37,11 @@ def main(argv: Sequence[str], program: str = "scaledown answer") -> int:
     add("--query", metavar="TEXT", help="answer this, as it is written")
     add("--document", action="append", default=[], metavar="TEXT", help="may be given several times")
     add("--data", metavar="FILE", help="answer the records of a training file (.json, .jsonl, .parquet)")
-    add("--output_file", metavar="FILE", help="JSON lines: query, answer and, if trained for it, scores")
+    add(
+        "--output_file",
+        metavar="FILE",
+        help="JSON lines: query and answer or error, and scores if trained for it",
+    )
     add("--uncompressed", action="store_true", help="let the generator read the documents' text")
     add("--max_new_tokens", type=int, default=128, metavar="N", help="longest answer [tokens; default: 128]")
     add("--batch_size", type=int, default=8, metavar="N", help="queries at once [default: 8]")
@@ -64,9 +71,10 @@ def main(argv: Sequence[str], program: str = "scaledown answer") -> int:
                 print(piece, end="", flush=True)
             print()
             return 0
-        count = _answer_file(model, options)
-        print(f"{options.output_file}: {count:,} answers")
-        return 0
+        records, failed = _answer_file(model, options)
+        told = f", {failed:,} of them errors, which their records tell" if failed else ""
+        print(f"{options.output_file}: {records:,} records{told}")
+        return 1 if failed == records else 0
 
     return run_command(command, debug="--debug" in words)
 
@@ -79,49 +87,75 @@ def _load(options: argparse.Namespace) -> Any:
     return model.to(device).eval()
 
 
-def _answer_file(model: Any, options: argparse.Namespace) -> int:
+class Answered(NamedTuple):
+    """A file of answers."""
+
+    records: int
+    failed: int
+    """Records that say `error` instead of an answer."""
+
+
+def _answer_file(model: Any, options: argparse.Namespace) -> Answered:
     """Answer the records of a file, some at a time, into a file that appears when it is whole."""
-    path, count = Path(options.data), 0
-    source = _records(path)
+    path, count, failed = Path(options.data), 0, 0
+    source = entries(path)
     with (
         track("answer", "answers", None) as tracker,
         atomic(Path(options.output_file).resolve()) as temporary,
         temporary.open("wb") as file,
     ):
         while block := list(itertools.islice(source, _AT_ONCE)):
-            queries = [record["query"] for record in block]
-            documents = [record["documents"] for record in block]
-            answers = model.answer(
-                queries,
-                documents,
-                max_new_tokens=options.max_new_tokens,
-                batch_size=options.batch_size,
-                compressed=not options.uncompressed,
-            )
-            scores: list[list[float] | None] = [None] * len(block)
-            if model.config.enable_reranking:
-                scores = model.rerank(queries, documents, batch_size=options.batch_size)
-            for query, answer, own in zip(queries, answers, scores, strict=True):
-                record: dict[str, Any] = {"query": query, "answer": answer}
-                if own is not None:
-                    record["reranking_scores"] = own
+            wrong = {place: reason for place, entry in enumerate(block) if (reason := _problem(entry))}
+            sound = [entry.record for place, entry in enumerate(block) if place not in wrong]
+            made = iter(_answers(model, sound, options))
+            for place, entry in enumerate(block):
+                record = {"error": wrong[place]} if place in wrong else next(made)
+                if "error" in record:
+                    failed += 1
+                    log.warning("%s:%s: %s", path, entry.line, record["error"])
+                query = entry.record.get("query") if isinstance(entry.record, dict) else None
+                record = {"query": query if isinstance(query, str) else None} | record
                 file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
             count += len(block)
             tracker.advance(len(block))
-    return count
+    return Answered(count, failed)
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """Queries with documents; an answer may be missing. Raises `InputError` naming a line without them."""
-    for entry in entries(path):
-        record = entry.record
-        if (
-            not isinstance(record, dict)
-            or not isinstance(record.get("query"), str)
-            or not isinstance(record.get("documents"), list)
-        ):
-            raise InputError(f"{path}, line {entry.line}: expected a query and documents: mend or remove it")
-        yield record
+def _answers(model: Any, records: list[dict[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """For each record its answer and scores, or the error: one bad record takes no other with it."""
+    if not records:
+        return []
+    queries = [record["query"] for record in records]
+    documents = [record["documents"] for record in records]
+    try:
+        answers = model.answer(
+            queries,
+            documents,
+            max_new_tokens=options.max_new_tokens,
+            batch_size=options.batch_size,
+            compressed=not options.uncompressed,
+        )
+        if not model.config.enable_reranking:
+            return [{"answer": answer} for answer in answers]
+        scores = model.rerank(queries, documents, batch_size=options.batch_size)
+    except InputError as error:
+        if len(records) == 1:
+            return [{"error": str(error)}]
+        middle = len(records) // 2
+        return _answers(model, records[:middle], options) + _answers(model, records[middle:], options)
+    return [{"answer": answer, "reranking_scores": own} for answer, own in zip(answers, scores, strict=True)]
+
+
+def _problem(entry: Entry) -> str:
+    """Why there is nothing to answer; there may be no documents."""
+    if entry.problem:
+        return entry.problem
+    record = entry.record
+    if not isinstance(record, dict) or not isinstance(record.get("documents"), list):
+        return "expected a query and documents"
+    asked = {name: record[name] for name in ("query", "documents") if record.get(name)}
+    found = problems({"documents": ["-"], "answer": "-"} | asked)  # nothing is asked of the rest
+    return found[0] if found else ""
 
 
 if __name__ == "__main__":

@@ -208,6 +208,8 @@ class Answering:
                     f"embeddings of shape {list(documents.shape)} are not this model's, which are "
                     f"[documents, {expected[0]}, {expected[1]}]: compress the documents with it"
                 )
+            if not len(documents):
+                return _Question(self.reader.encode_text(query, [], max_new_tokens), None)
             parts = self.reader.prompt_parts(query, len(documents))
             question = _Question(Encoded([], parts, [], None), documents)
         elif compressed and documents:

@@ -302,7 +302,8 @@ def read_settings(source: ModelSource) -> ScaleDownConfig:
             f"{source.name} is no ScaleDown model: make one of it with python train.py --generator_model "
             f"{source.name}"
         )
-    found: ScaleDownConfig = ScaleDownConfig.from_dict(settings)
+    with loading(source):
+        found: ScaleDownConfig = ScaleDownConfig.from_dict(settings)
     return found
 
 

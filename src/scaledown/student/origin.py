@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from scaledown.student.model import ScaleDownModel
     from scaledown.student.settings import ScaleDownConfig
 
-# Flags that say what a model is made of.
-_SETTLED: Final = (
-    *("compressor", "num_layers", "compression_rate", "doc_max_length", "query_max_length"),
-    "generator_training",
+# Flags that say what a model is made of: a pretrained one has settled them.
+MODEL_FLAGS: Final = (
+    *("generator_model", "compressor", "num_layers", "compression_rate", "doc_max_length"),
+    *("query_max_length", "generator_training"),
 )
 
 
@@ -72,7 +72,11 @@ def find_origin(config: StudentConfig) -> Origin:
     if name := getattr(config, "pretrained_model", ""):
         return _pretrained(config, name, reranks=reranks)
     settings = ScaleDownConfig(
-        **{name: getattr(config, name) for name in _SETTLED if name != "doc_max_length"},
+        compressor=config.compressor,
+        num_layers=config.num_layers,
+        compression_rate=config.compression_rate,
+        query_max_length=config.query_max_length,
+        generator_training=config.generator_training,
         enable_reranking=reranks,
     )
     settings.doc_max_length = config.doc_max_length
@@ -88,7 +92,7 @@ def _pretrained(config: StudentConfig, name: str, *, reranks: bool) -> Origin:
     settings = read_settings(source)
     defaults = {item.name: item.default for item in fields(config)}
     there = {**settings.to_dict(), "generator_model": settings.generator_name}
-    for flag in (*_SETTLED, "generator_model"):
+    for flag in MODEL_FLAGS:
         value = getattr(config, flag)
         if value not in {defaults[flag], there[flag]}:
             raise UsageError(

@@ -22,7 +22,7 @@ from scaledown.flags import command_parser, from_flags, underscored
 from scaledown.models import choose_device, choose_dtype, quiet_libraries
 from scaledown.progress import duration, start_logging
 from scaledown.store import RunDirectory, read_json, write_json
-from scaledown.student.origin import Origin, find_origin
+from scaledown.student.origin import MODEL_FLAGS, Origin, find_origin
 from scaledown.student.pretraining_data import pretraining_parts
 from scaledown.student.train_settings import FREE, GROUPS, PretrainConfig, TrainConfig
 from scaledown.student.training_data import Lengths, load_parts, measure_documents
@@ -207,8 +207,9 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin) -> Trained:
     documents = Lengths(**memory["documents"])
     if documents.cut:
         log.warning(
-            "%s of %s documents have more than --doc_max_length %s tokens and are cut; the longest has %s",
+            "%s of %s documents have more than --doc_max_length %s tokens and are cut; the longest has %s%s",
             *(f"{documents.cut:,}", f"{documents.number:,}", settings.doc_max_length, documents.longest),
+            "; pretraining has settled that" if origin.is_pretrained else "",
         )
     if not settings.doc_max_length and documents.longest > 2 * documents.most:
         log.warning(
@@ -311,6 +312,9 @@ def run_command_line(
         level = flags.pop("log_level", "info")
         start_logging(level if _is_first() else "error")
         flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+        for name in MODEL_FLAGS:
+            if "pretrained_model" in flags and name in flags:
+                raise UsageError(f"--{name} is settled by --pretrained_model: leave one of them out")
         result = train(from_flags(flags, kind))
         if _is_first():
             print(summary(result, pretrained=kind is PretrainConfig))

@@ -156,10 +156,9 @@ class StudentConfig(Checked):
         """Whether anything is held out."""
         return self.eval_fraction > 0
 
-    @property
-    def compressor_rate(self) -> float:
-        """Learning rate of the compressor: identical rates gave the paper poor results with N-Layers."""
-        return self.learning_rate_compressor or (5e-5 if self.compressor == "n_layers" else 1e-4)
+    def compressor_rate(self, *, separate: bool) -> float:
+        """Learning rate of the compressor: that of N-Layers is not the generator's, for the paper's sake."""
+        return self.learning_rate_compressor or (1e-4 if separate else 5e-5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +180,7 @@ class TrainConfig(StudentConfig):
     pretrained_model: str = option(
         "",
         MODEL,
-        "start from what scaledown pretrain made; all else about the model is settled there",
+        "start from what scaledown pretrain made; the flags about the model are settled there",
         metavar="DIR",
     )
     enable_reranking: bool = option(False, MODEL, "learn to rerank, too; the data needs reranking_scores")
@@ -210,16 +209,17 @@ class PretrainConfig(StudentConfig):
         "",
         DATA,
         "any text: KILT JSON lines, JSONL / Parquet / CSV with id, title, text, or a folder of such or of "
-        "text files; also a URL; with --max_steps no more is read than needed",
+        "text files; also a URL; with --max_steps no more is tokenised than needed",
         metavar="PATH",
     )
     max_corpus_size: int = option(
         0, DATA, "read only this many articles from the start", "articles", metavar="N"
     )
     doc_max_length: int = option(
-        128,
+        160,
         MODEL,
-        "longest passage by the compressor's tokenizer: the corpus is cut so",
+        "longest passage by the compressor's tokenizer, and longest document ever after: 128 tokens of a "
+        "retriever are some 142 of a generator",
         "tokens",
         metavar="N",
     )

@@ -146,7 +146,8 @@ class StudentTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         """AdamW with the two learning rates."""
         if self.optimizer is None:
             kind, keywords = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            rates = self._config.learning_rate_generator, self._config.compressor_rate
+            separate = self.model.config.compressor_name is not None
+            rates = self._config.learning_rate_generator, self._config.compressor_rate(separate=separate)
             self.optimizer = kind(parameter_groups(model or self.model, *rates), **keywords)
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
@@ -227,9 +228,10 @@ class StudentTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         if not should_reduce_batch_size(error):
             raise error
         if self.micro_batch == 1 or self.args.world_size > 1:  # other processes wait for this one's gradients
+            smaller = "" if self.micro_batch == 1 else "a smaller one, "
             raise ModelError(
-                f"out of memory with --micro_batch_size {self.micro_batch}: give a smaller one, "
-                "--gradient_checkpointing or a smaller model"
+                f"out of memory with --micro_batch_size {self.micro_batch}: give {smaller}"
+                "--gradient_checkpointing, --dtype bfloat16 or a smaller model"
             ) from error
         self.micro_batch = (self.micro_batch + 1) // 2
         log.warning("out of memory: micro batches of %s from here on", self.micro_batch)

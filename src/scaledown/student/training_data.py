@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-import os
+import uuid
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
@@ -72,28 +72,36 @@ class Examples:
         """Documents of all examples together."""
         return len(self._keys.documents)
 
+    @property
+    def untitled(self) -> int:
+        """Documents without a title line, whose article is not known."""
+        return self._keys.untitled
+
     def shared_by(self, others: "Examples") -> int:
-        """How many of the `others` have a document of an article that is here, too."""
-        documents = np.frombuffer(others._keys.documents, np.uint64)
-        leaks = np.isin(documents, np.frombuffer(self._keys.documents, np.uint64))
-        return len(np.unique(_owners(others._keys)[leaks]))
+        """How many of the `others` have a document of an article that is here, too, or ask the same."""
+        documents = _among(others._keys.documents, self._keys.documents)
+        queries = _among(others._keys.queries, self._keys.queries)
+        return len(np.union1d(_owners(others._keys)[documents], np.flatnonzero(queries)))
 
     def split(self, fraction: float, seed: int) -> "Split":
         """Hold out about `fraction` of the examples, at least one if there is a way; see `Split`."""
         return _split(self._keys, fraction, seed)
 
 
-class _Keys(NamedTuple):
+class _Keys:
     """What tells whether two examples are about the same: 64-bit hashes."""
 
-    queries: "array[int]"
-    """One an example."""
-    documents: "array[int]"
-    """Of each document's title, or of its text where it has none."""
-    ends: "array[int]"
-    """Where each example's documents end in `documents`."""
-    best: "array[int]"
-    """Of each example, the document with the highest score; the first one without scores."""
+    def __init__(self) -> None:
+        self.queries = array("Q")
+        """One an example."""
+        self.documents = array("Q")
+        """Of each document's title, or of its text where it has none."""
+        self.ends = array("q")
+        """Where each example's documents end in `documents`."""
+        self.best = array("Q")
+        """Of each example, the document with the highest score; the first one without scores."""
+        self.untitled = 0
+        """Documents without a title."""
 
 
 def read_examples(files: Sequence[str], folder: Path, *, needs_scores: bool = False) -> Examples:
@@ -146,8 +154,8 @@ def store_examples(found: Iterable[tuple[str, TrainingExample]], folder: Path) -
 
     They lie in a file in `folder` that has no name, so that it goes with the process.
     """
-    keys = _Keys(array("Q"), array("Q"), array("q"), array("Q"))
-    path = folder / f".examples.{os.getpid()}.tmp"
+    keys = _Keys()
+    path = folder / f".examples.{uuid.uuid4().hex}.tmp"  # processes of several machines may write here
     try:
         with (
             track("read", "records", None) as tracker,
@@ -168,7 +176,9 @@ def store_examples(found: Iterable[tuple[str, TrainingExample]], folder: Path) -
 
 def _note(text: str, example: TrainingExample, keys: _Keys) -> None:
     """Remember what an example is about."""
-    documents = [_key(_title(document)) for document in example.documents]
+    titles = [_title(document) for document in example.documents]
+    documents = [_key(title or text) for title, text in zip(titles, example.documents, strict=True)]
+    keys.untitled += titles.count("")
     scores = example.scores
     best = max(range(len(documents)), key=scores.__getitem__) if scores else 0
     keys.queries.append(_key(text))
@@ -178,9 +188,9 @@ def _note(text: str, example: TrainingExample, keys: _Keys) -> None:
 
 
 def _title(text: str) -> str:
-    """What passages of one article share: its title as their first line; else the text."""
+    """What passages of one article share: its title as their first line; empty where there is none."""
     first, _, rest = text.partition("\n")
-    return first if rest and len(first) <= _TITLE_CHARACTERS else text
+    return first if rest and len(first) <= _TITLE_CHARACTERS else ""
 
 
 def _key(text: str) -> int:
@@ -224,6 +234,11 @@ def _split(keys: _Keys, fraction: float, seed: int) -> Split:
             leaks = np.isin(documents, of_training) & chosen[owners]
             return Split(np.flatnonzero(~chosen), held_out, by, len(np.unique(owners[leaks])))
     return Split(everything, nothing, "nothing", 0)
+
+
+def _among(hashes: "array[int]", others: "array[int]") -> np.ndarray:
+    """Which of the hashes are among the others."""
+    return np.isin(np.frombuffer(hashes, np.uint64), np.frombuffer(others, np.uint64))
 
 
 def _owners(keys: _Keys) -> np.ndarray:
@@ -284,6 +299,12 @@ def split_parts(examples: Examples, config: StudentConfig) -> Parts:
     split = examples.split(config.eval_fraction, config.seed)
     if config.eval_fraction and not len(split.held_out):
         log.warning("nothing is held out: all records ask the same question")
+    if examples.untitled:
+        log.warning(
+            "%s of %s documents have no title line: which are of one article is not known, and held-out "
+            "examples may share theirs with training",
+            *(f"{examples.untitled:,}", f"{examples.document_count:,}"),
+        )
     if split.shared:
         log.warning(
             "held out by %s: %s of %s held-out records share an article with training (nearly all records "
