@@ -23,7 +23,8 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-BENCHMARKS := encode encode_bf16 search memory rerank ingest pipeline kill teachers endpoint_faults
+BENCHMARKS := encode encode_bf16 search memory rerank ingest pipeline kill teachers endpoint_faults \
+  student_inference student_step learns
 
 bench: .venv/ready
 	@failed=; for name in $(BENCHMARKS); do \

@@ -8,7 +8,6 @@ of the data sets.
 import json
 import subprocess
 import sys
-import time
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import torch
 from common import SHARED, machine, parser
 from transformers import set_seed
 
-from scaledown.metrics import accuracy, f1
+from scaledown.metrics import accuracy, f1, normalized
 from scaledown.models import quiet_libraries, resolve
 from scaledown.student.batch import collate
 from scaledown.student.model import ScaleDownModel
@@ -43,6 +42,13 @@ class Recipe(NamedTuple):
     steps: int
 
 
+class Gold(NamedTuple):
+    """What is right, and the article that it is about."""
+
+    article: str
+    answers: list[str]
+
+
 FULL = Recipe(("xquad-dev", "qed-dev", "cmu-dev"), None, 300, 400)
 QUICK = Recipe(("xquad-dev",), 32, 2, 4)
 
@@ -52,9 +58,9 @@ def held_out(title: str) -> bool:
     return blake2b(f"{SEED} {title}".encode(), digest_size=2).digest()[0] % 10 == 0
 
 
-def write_inputs(work: Path, recipe: Recipe) -> dict[str, list[str]]:
+def write_inputs(work: Path, recipe: Recipe) -> dict[str, Gold]:
     """Corpora and queries of both sides; gives the right answers to each held-out query."""
-    gold: dict[str, list[str]] = {}
+    gold: dict[str, Gold] = {}
     corpora: dict[str, list[str]] = {"train": [], "held_out": []}
     queries: dict[str, list[str]] = {"train": [], "held_out": []}
     for folder in recipe.folders:
@@ -71,7 +77,7 @@ def write_inputs(work: Path, recipe: Recipe) -> dict[str, list[str]]:
             name = side[question["wikipedia_id"]]
             queries[name].append(json.dumps({"id": question["id"], "query": question["question"]}))
             if name == "held_out":
-                gold[question["id"]] = question["answers"]
+                gold[question["id"]] = Gold(f"{folder}/{question['wikipedia_id']}", question["answers"])
     for name, articles in corpora.items():
         asked = queries[name][: recipe.questions]
         (work / f"{name}.corpus.jsonl").write_text("\n".join(articles) + "\n", encoding="utf-8")
@@ -80,17 +86,15 @@ def write_inputs(work: Path, recipe: Recipe) -> dict[str, list[str]]:
     return gold
 
 
-def command(log: Path, *words: str) -> float:
-    """Run a command of ours, print it, keep what it says; gives its seconds."""
+def command(log: Path, *words: str) -> None:
+    """Run a command of ours, print it, keep what it says."""
     print(f"  $ scaledown {' '.join(words)}", flush=True)
-    started = time.perf_counter()
     with log.open("a", encoding="utf-8") as file:
         done = subprocess.run(
             [sys.executable, "-m", "scaledown", *words], stdout=file, stderr=subprocess.STDOUT, check=False
         )
     if done.returncode:
         sys.exit(f"it failed: see {log}")
-    return time.perf_counter() - started
 
 
 def prepare(work: Path, name: str) -> Path:
@@ -110,19 +114,23 @@ def train(work: Path, rate: int, data: Path, held: Path, recipe: Recipe) -> Path
     log = work / f"train-{rate}x.log"
     shared = ("--batch_size", "8", "--dtype", "bfloat16", "--seed", str(SEED), "--resume", *RATES_OF_LEARNING)
     first, second = work / f"pretrained-{rate}x", work / f"trained-{rate}x"
-    seconds = command(
+    command(
         log,
         *("pretrain", "--corpus_path", str(work / "train.corpus.jsonl"), "--output_dir", str(first)),
         *("--generator_model", GENERATOR, "--num_layers", "8", "--compression_rate", str(rate)),
         *("--doc_max_length", "160", "--max_steps", str(recipe.pretraining_steps), *shared),
     )
-    seconds += command(
+    command(
         log,
         *("train", "--train_data", str(data), "--eval_data", str(held), "--output_dir", str(second)),
         *("--pretrained_model", str(first), "--max_steps", str(recipe.steps)),
         *("--eval_steps", str(recipe.steps // 2), *shared),
     )
-    print(f"  {rate}x: {seconds / 60:.0f} min of training in this run")
+    seconds = 0.0
+    for folder in (first, second):
+        result = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["result"]
+        seconds += result["steps"] * result["seconds_per_step"]
+    print(f"  {rate}x: {seconds / 60:.0f} min of training")
     return second
 
 
@@ -130,16 +138,53 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def report(name: str, answers: list[str], gold: list[list[str]]) -> np.ndarray:
-    """Print accuracy and F1 of answers with their standard errors; gives accuracy per question."""
-    right = np.array([accuracy(*pair) for pair in zip(answers, gold, strict=True)])
-    overlap = np.array([f1(*pair) for pair in zip(answers, gold, strict=True)])
-    error = [values.std() / len(values) ** 0.5 for values in (right, overlap)]
-    print(
-        f"  {name:<36} {right.mean():.3f} ± {error[0]:.3f}   {overlap.mean():.3f} ± {error[1]:.3f}",
-        flush=True,
-    )
-    return right
+class Measured(NamedTuple):
+    """Accuracy and F1 of each question."""
+
+    accuracy: np.ndarray
+    f1: np.ndarray
+
+
+class Judge(NamedTuple):
+    """Scores answers; yes/no questions apart, since "yes" and "no" are in many an answer by chance."""
+
+    gold: list[list[str]]
+    articles: np.ndarray
+    is_open: np.ndarray
+    """Which questions do not ask for yes or no."""
+
+    def report(self, name: str, answers: list[str]) -> Measured:
+        """Print a row of the table."""
+        found = Measured(
+            *(
+                np.array([measure(*pair) for pair in zip(answers, self.gold, strict=True)])
+                for measure in (accuracy, f1)
+            )
+        )
+        cells = [f"{values[self.is_open].mean():.3f} ± {self.error(values):.3f}" for values in found]
+        print(
+            f"  {name:<40} {cells[0]}   {cells[1]}   {found.accuracy[~self.is_open].mean():.3f}", flush=True
+        )
+        return found
+
+    def draws(self, values: np.ndarray) -> np.ndarray:
+        """Means over open questions of resampled articles: questions about one article are alike."""
+        names = np.unique(self.articles[self.is_open])
+        sums = np.array([values[self.is_open & (self.articles == name)].sum() for name in names])
+        counts = np.array([(self.is_open & (self.articles == name)).sum() for name in names])
+        drawn = np.random.default_rng(SEED).integers(0, len(names), (10_000, len(names)))
+        return sums[drawn].sum(1) / counts[drawn].sum(1)
+
+    def error(self, values: np.ndarray) -> float:
+        """Standard error of the mean."""
+        return float(self.draws(values).std())
+
+    def difference(self, name: str, one: Measured, other: Measured) -> None:
+        """Print a paired difference with its bootstrap interval."""
+        for measure, left, right in zip(("accuracy", "F1"), one, other, strict=True):
+            low, high = np.quantile(self.draws(left - right), [0.025, 0.975])
+            mean = (left - right)[self.is_open].mean()
+            print(f"  {name}, {measure}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
 
 
 def loss(model: ScaleDownModel, asked: list[dict[str, Any]], shift: int) -> float:
@@ -179,29 +224,36 @@ def main() -> None:
     asked = records(held)
     queries = [record["query"] for record in asked]
     documents = [record["documents"] for record in asked]
+    others = documents[len(asked) // 2 :] + documents[: len(asked) // 2]  # about other articles
     right = [gold[record["query_id"]] for record in asked]
+    is_open = np.array([not {"yes", "no"} & {normalized(one) for one in own.answers} for own in right])
+    judge = Judge([own.answers for own in right], np.array([own.article for own in right]), is_open)
 
-    def answers(model: ScaleDownModel, *, compressed: bool = True, known: bool = True) -> list[str]:
-        given = documents if known else [[] for _ in documents]
+    def answers(model: ScaleDownModel, given: list[list[str]], *, compressed: bool = True) -> list[str]:
         return model.answer(queries, given, max_new_tokens=NEW_TOKENS, batch_size=16, compressed=compressed)
 
-    print(f"  {len(asked)} questions about held-out articles      accuracy        F1")
-    report("teacher, uncompressed", [record["answer"] for record in asked], right)
+    print(
+        f"  {is_open.sum()} open and {(~is_open).sum()} yes/no questions about held-out articles\n"
+        f"  {'':<40} {'accuracy':<15} {'F1':<15} yes/no"
+    )
+    judge.report("always yes and no", ["yes no"] * len(asked))
+    base = load(None, RATES[0])
+    text = judge.report("generator, text of the documents", answers(base, documents, compressed=False))
+    judge.report("generator, no documents", answers(base, [[] for _ in asked]))
     for rate, folder in trained.items():
-        before = load(None, rate)
-        if rate == RATES[0]:
-            report("generator, uncompressed", answers(before, compressed=False), right)
-            nothing = report("generator, no documents", answers(before, known=False), right)
-        report(f"{rate}x, before training", answers(before), right)
+        judge.report(f"{rate}x, before training", answers(load(None, rate), documents))
+        judge.report(f"{rate}x, pretrained", answers(load(work / f"pretrained-{rate}x", rate), documents))
         after = load(folder, rate)
-        found = report(f"{rate}x, after training", answers(after), right)
-        report(f"{rate}x, after training, no documents", answers(after, known=False), right)
-        own, others = loss(after, asked, 0), loss(after, asked, len(asked) // 2)
-        print(f"  {rate}x, loss with its own documents {own:.3f}, with another question's {others:.3f}")
-        gained = found - nothing
-        draws = np.random.default_rng(0).integers(0, len(gained), (10_000, len(gained)))
-        low, high = np.quantile(gained[draws].mean(axis=1), [0.025, 0.975])
-        print(f"  {rate}x, after training - no documents: {gained.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
+        found = judge.report(f"{rate}x, trained", answers(after, documents))
+        control = judge.report(f"{rate}x, trained, another's documents", answers(after, others))
+        judge.report(f"{rate}x, trained, no documents", answers(after, [[] for _ in asked]))
+        judge.difference(f"{rate}x: its own documents - another's", found, control)
+        judge.difference(f"{rate}x: compressed - text", found, text)
+        print(
+            f"  {rate}x, loss with its own documents {loss(after, asked, 0):.3f}, with another's "
+            f"{loss(after, asked, len(asked) // 2):.3f}"
+        )
+    print("learns: reported (no bar)")
 
 
 if __name__ == "__main__":

@@ -1,123 +1,179 @@
 """A training step against a plain loop that pads every document to the maximum, same model and examples.
 
-SmolLM2-135M with 8 layers as its compressor and LoRA, 5 real passages a question; bfloat16 on CPU.
+SmolLM2-135M with 8 layers as its compressor and LoRA, 5 passages retrieved for each real question, bfloat16.
+The plain loop also pads prompts and has logits at every position, as loops do; a third side is ours with only
+the documents' padding changed.
 """
 
-import random
+import argparse
+import json
 import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from common import SHARED, arguments, close, machine, paired, questions
+from common import SHARED, close, machine, paired, parser
 from torch import nn
 
 from scaledown.data import files
 from scaledown.data.chunking import Chunker
 from scaledown.data.corpus import cut_rows, plain
+from scaledown.data.retrieval import SPLADERetriever
 from scaledown.models import quiet_libraries, resolve
-from scaledown.records import full_text
-from scaledown.student.batch import IGNORED, Encoded, collate, longest_document
+from scaledown.student.batch import IGNORED, Batch, Encoded, Group, collate
 from scaledown.student.model import ScaleDownModel, load_tokenizer
 from scaledown.student.settings import ScaleDownConfig
+from scaledown.student.train_settings import TrainConfig
+from scaledown.student.training import make_trainer
+from scaledown.student.training_data import load_parts, measure_documents
 
 GENERATOR = "bundled:smollm2-135m"
-FOLDERS = ("xquad-dev", "qed-dev", "cmu-dev")
+RETRIEVER = "bundled:splade-tiny"
+FOLDERS = ("xquad-dev", "qed-dev")
 DOCUMENTS = 5
 BATCH = 8
-MICRO = 4
-STEPS = 4
+STEPS = 3
 REPEATS = 3
 BAR = 1.5
 
 
-def passages() -> list[str]:
-    """Of at most 128 tokens of SPLADE's, as the pipeline cuts them."""
-    chunker = Chunker(plain(load_tokenizer(resolve("bundled:splade-tiny"))), "tokens", 128)
-    found = []
-    for folder in FOLDERS:
-        path = SHARED / folder / "kilt.jsonl"
-        table = cut_rows(list(files.rows(path)), chunker, str(path), False).passages
-        found += [full_text(passage["title"], passage["text"]) for passage in table.to_pylist()]
-    return found
+def training_data(path: Path, folders: tuple[str, ...]) -> None:
+    """Real questions with passages as the pipeline retrieves them; gold answers, for want of a teacher."""
+    chunker = Chunker(plain(load_tokenizer(resolve(RETRIEVER))), "tokens", 128)
+    corpus, asked = [], []
+    for folder in folders:
+        source = SHARED / folder / "kilt.jsonl"
+        table = cut_rows(list(files.rows(source)), chunker, str(source), False).passages
+        corpus += [
+            {"id": row["passage_id"], "title": row["title"], "text": row["text"]} for row in table.to_pylist()
+        ]
+        lines = (SHARED / folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+        asked += [json.loads(line) for line in lines]
+    asked = asked[:: max(1, len(asked) // 200)]
+    found = SPLADERetriever(RETRIEVER).retrieve([one["question"] for one in asked], corpus, top_k=DOCUMENTS)
+    with path.open("w", encoding="utf-8") as file:
+        for one, documents in zip(asked, found, strict=True):
+            record = {"query": one["question"], "documents": documents, "answer": one["answers"][0]}
+            file.write(json.dumps(record) + "\n")
 
 
-def plain_losses(model: ScaleDownModel, examples: list[Encoded], longest: int, prompt: int) -> torch.Tensor:
-    """As a straightforward loop has it: all padded to the longest of the data, logits everywhere."""
-    batch = collate(examples, model.config.memory_tokens)
-    documents = [ids for example in examples for ids in example.document_ids]
+def one_group(documents: list[list[int]], longest: int) -> list[Group]:
+    """All documents padded to the same length."""
     ids = torch.zeros(len(documents), longest, dtype=torch.long)
     for row, own in enumerate(documents):
         ids[row, : len(own)] = torch.tensor(own)
-    group = {
-        "ids": ids,
-        "lengths": torch.tensor([len(own) for own in documents]),
-        "places": torch.arange(len(documents)),
-    }
-    embeddings, _ = model.compress_ids([group])
+    lengths = torch.tensor([len(own) for own in documents])
+    return [{"ids": ids, "lengths": lengths, "places": torch.arange(len(documents))}]
+
+
+def plain_loss(model: ScaleDownModel, batch: Batch, prompt: int) -> torch.Tensor:
+    """As a straightforward loop has it: prompts padded to the longest of the data, logits everywhere."""
     missing = prompt - batch["ids"].shape[1]
-    padded = {name: nn.functional.pad(batch[name], (0, missing)) for name in ("ids", "is_memory")}
+    ids, is_memory = (nn.functional.pad(batch[name], (0, missing)) for name in ("ids", "is_memory"))
     labels = nn.functional.pad(batch["labels"], (0, missing), value=IGNORED)
-    logits = model.generator(
-        inputs_embeds=model.embed(padded["ids"], padded["is_memory"], embeddings), use_cache=False
-    ).logits
+    embeddings, _ = model.compress_ids(batch["groups"])
+    inputs = model.embed(ids.to(model.device), is_memory.to(model.device), embeddings)
+    logits = model.generator(inputs_embeds=inputs, use_cache=False).logits[:, :-1]
     return nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
+        logits.float().flatten(0, 1), labels[:, 1:].flatten().to(model.device), ignore_index=IGNORED
     )
 
 
-def main() -> None:
-    options = arguments(__doc__)
-    quiet_libraries()
-    torch.manual_seed(0)
-    rng = random.Random(0)
-    texts, asked = passages(), questions(FOLDERS)
-    limit = longest_document(load_tokenizer(resolve(GENERATOR)), texts)
-    model = ScaleDownModel.build(
-        ScaleDownConfig(doc_max_length=limit), resolve(GENERATOR), dtype=torch.bfloat16
+def measure(options: argparse.Namespace, folder: Path) -> float:
+    """The ratio of the plain loop's time to the trainer's."""
+    data = folder / "train.jsonl"
+    training_data(data, FOLDERS[:1] if options.quick else FOLDERS)
+    config = TrainConfig(
+        train_data=(str(data),),
+        output_dir=str(folder / "model"),
+        generator_model=GENERATOR,
+        batch_size=BATCH,
+        eval_fraction=0.0,
+        report_to="none",
+        dtype="bfloat16",
+        device=options.device,
     )
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.data = parameter.data.float()
-    optimizer = torch.optim.AdamW(trained, lr=0.0)
+    parts = load_parts(config, folder)
+    generator = resolve(GENERATOR)
+    tokenizer = load_tokenizer(generator)
+    limit = measure_documents([parts.train.examples], tokenizer, 0).longest
+    settings = ScaleDownConfig(doc_max_length=limit, lora_dropout=0.0)  # so that all sides compute the same
+    model = ScaleDownModel.build(settings, generator, dtype=torch.bfloat16, device=options.device)
+    trainer = make_trainer(model, config, parts.train, None, options.device)
+    trainer.create_optimizer()
+    prepared = trainer.accelerator.prepare_model(model)  # as training does: mixed precision
     steps = 1 if options.quick else STEPS
-    examples = [
-        model.reader.encode(question, rng.sample(texts, DOCUMENTS), "It was so, as the passage says.")
-        for question in rng.sample(asked, BATCH * steps)
-    ]
-    every = [model.reader.document_ids(question, [""])[0] for question in asked]
-    longest = max(map(len, every)) + limit
-    prompt = max(
-        example.prompt_length(model.config.memory_tokens) + len(example.answer_ids) for example in examples
-    )
-    lengths = [len(ids) for example in examples for ids in example.document_ids]
+    everything = [model.reader.encode(*parts.train.examples[row]) for row in parts.train.rows]
+    chosen = everything[:: len(everything) // (BATCH * steps)][: BATCH * steps]
+    memory = model.config.memory_tokens
+    longest = max(len(ids) for example in everything for ids in example.document_ids)
+    prompt = max(example.prompt_length(memory) + len(example.answer_ids) for example in everything)
+    lengths = [len(ids) for example in chosen for ids in example.document_ids]
     print(
-        f"{machine()}\n{GENERATOR}, bfloat16, 8 layers, LoRA; {steps} steps of {BATCH} examples, "
-        f"{MICRO} at a time\n"
+        f"{machine()}\n{GENERATOR}, bfloat16, {options.device}; {steps} steps of {BATCH} examples\n"
         f"  {len(lengths)} documents with their query: {sum(lengths) / len(lengths):.0f} tokens on average, "
-        f"{max(lengths)} at most here, {longest} in the data"
+        f"the longest of the data {longest}"
     )
 
-    def run(losses) -> float:
+    def update() -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    def ours(examples: list[Encoded]) -> float:
+        return float(trainer.training_step(prepared, examples))
+
+    def padded(examples: list[Encoded], loss: Callable[[Batch], torch.Tensor]) -> float:
         total = 0.0
-        for start in range(0, len(examples), BATCH):
-            for first in range(start, start + BATCH, MICRO):
-                with torch.autocast("cpu", torch.bfloat16):
-                    loss = losses(sorted(examples[first : first + MICRO], key=lambda e: len(e.answer_ids)))
-                (loss * MICRO / BATCH).backward()
-                total += float(loss)
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+        tokens = sum(len(example.answer_ids) for example in examples)
+        for start in range(0, BATCH, trainer.micro_batch):
+            part = examples[start : start + trainer.micro_batch]
+            documents = [ids for example in part for ids in example.document_ids]
+            batch: Batch = {**collate(part, memory), "groups": one_group(documents, longest)}
+            with torch.autocast(options.device, torch.bfloat16):
+                mine = loss(batch) * (sum(len(example.answer_ids) for example in part) / tokens)
+            mine.backward()
+            total += float(mine.detach())
         return total
 
-    model.eval()  # without dropout, so that both sides compute the same
+    def run(step: Callable[[list[Encoded]], float]) -> float:
+        total = 0.0
+        for start in range(0, len(chosen), BATCH):
+            total += step(chosen[start : start + BATCH])
+            update()
+        return total / steps
+
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 0.0  # so that every run computes the same
     sides = {
-        "ours": lambda: run(lambda part: model(**collate(part, model.config.memory_tokens)).loss),
-        "plain": lambda: run(lambda part: plain_losses(model, part, longest, prompt)),
+        "ours": lambda: run(ours),
+        "ours, documents padded": lambda: run(
+            lambda part: padded(part, lambda batch: model(**moved(batch, options.device)).loss)
+        ),
+        "plain loop": lambda: run(lambda part: padded(part, lambda batch: plain_loss(model, batch, prompt))),
     }
     timed = paired(sides, 1 if options.quick else REPEATS)
     for name, side in timed.items():
-        print(f"  {name:<6} {side.seconds / steps:.2f} s a step, loss {side.result:.4f}")
-    close("student_step", timed["plain"].seconds / timed["ours"].seconds, BAR)
+        ratio = side.seconds / timed["ours"].seconds
+        print(f"  {name:<24} {side.seconds / steps:6.2f} s a step  {ratio:5.2f}x   loss {side.result:.4f}")
+    return timed["plain loop"].seconds / timed["ours"].seconds
+
+
+def moved(batch: Batch, device: str) -> Batch:
+    """With its tensors on the device; groups move by themselves."""
+    return {name: value if name == "groups" else value.to(device) for name, value in batch.items()}
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    options = options.parse_args()
+    quiet_libraries()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        ratio = measure(options, Path(folder))
+    close("student_step", ratio, BAR)
 
 
 if __name__ == "__main__":

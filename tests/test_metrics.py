@@ -15,6 +15,7 @@ def test_normalized() -> None:
         ("It was in Rome.", ["Paris"], 0),
         ("", ["Paris"], 0),
         ("Paris", [], 0),
+        ("Paris", ["A", "the"], 0),
     ],
 )
 def test_accuracy(answer: str, right: list[str], expected: float) -> None:

@@ -341,6 +341,17 @@ def test_a_tiny_model_learns_eight_examples_by_heart(build: Any, kind: str, trai
     assert model.answer([query] * 8, documents, max_new_tokens=8) == colours
 
 
+def test_merged_lora_answers_the_same(build: Any, tmp_path: Path) -> None:
+    model = awaken(build()).eval()
+    asked = [example[0] for example in EXAMPLES], [example[1] for example in EXAMPLES]
+    expected = model.answer(*asked, max_new_tokens=12)
+    model.merge_lora()
+    assert not any("lora" in name for name in model.state_dict())
+    assert model.answer(*asked, max_new_tokens=12) == expected
+    model.save_pretrained(tmp_path)
+    assert ScaleDownModel.from_pretrained(tmp_path).answer(*asked, max_new_tokens=12) == expected
+
+
 def test_gradient_checkpointing_changes_nothing(build: Any) -> None:
     model = awaken(build("bert", lora_dropout=0.0, generator_training="full")).train()
     model.compressor.eval()  # dropout

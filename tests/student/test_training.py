@@ -356,6 +356,36 @@ def test_separate_compressor_trains(setting: Setting, models: dict[str, Path]) -
     assert any(name.startswith("mapping.") for name in weights(result))
 
 
+@pytest.mark.slow
+def test_real_small_encoder_trains(setting: Setting) -> None:
+    """SPLADE-tiny, a BERT, stands for the separate encoders that a hub has."""
+    result = train(
+        setting(
+            compressor="bundled:splade-tiny",
+            eval_fraction=0.0,
+            max_steps=25,
+            generator_training="full",
+            learning_rate_generator=3e-3,
+            learning_rate_compressor=1e-3,
+        )
+    )
+    assert result.loss < 0.8 * result.loss_before
+    model = ScaleDownModel.from_pretrained(result.output)
+    assert model.compressor.config.model_type == "bert"
+    assert isinstance(model.answer("Why?", ["Because."], max_new_tokens=3), str)
+
+
+def test_curves_for_tensorboard(setting: Setting) -> None:
+    pytest.importorskip("tensorboard", reason="needs the extra tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = train(setting(report_to="tensorboard", max_steps=4))
+    (events,) = {path.parent for path in Path(result.output).rglob("events.out.tfevents.*")}
+    curves = EventAccumulator(str(events)).Reload()
+    assert len(curves.Scalars("train/loss")) == 4
+    assert {"train/learning_rate_compressor", "eval/loss"} <= set(curves.Tags()["scalars"])
+
+
 def test_held_out_file(setting: Setting, tmp_path: Path) -> None:
     path = tmp_path / "held.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records(4)))

@@ -87,6 +87,20 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         )
         inject_adapter_in_model(settings, self.generator)
 
+    def merge_lora(self) -> None:
+        """Fold LoRA into the generator's weights: answers come faster, and training it has an end.
+
+        The same function but for rounding; what is saved from here on has no LoRA.
+        """
+        from peft.tuners.lora import LoraLayer
+
+        for name, module in list(self.generator.named_modules()):
+            if isinstance(module, LoraLayer):
+                module.merge()
+                self.generator.set_submodule(name, module.get_base_layer())
+        self.config.generator_training = "frozen"
+        self._set_trained()
+
     def _set_trained(self) -> None:
         """Say which of the generator's weights are trained; all others are."""
         training = self.config.generator_training
