@@ -42,17 +42,21 @@ def build(layers: int, device: str) -> ScaleDownModel:
     config = ScaleDownConfig(num_layers=layers, doc_max_length=DOCUMENT_TOKENS)
     model = ScaleDownModel.build(config, resolve(GENERATOR), dtype=torch.bfloat16, device=device).eval()
     model.merge_lora()
-    model.generator.generation_config.min_new_tokens = NEW_TOKENS
+    model.generator.generation_config.eos_token_id = []  # no answer ends early
     return model
 
 
+@functools.cache
+def words(tokenizer: Any) -> list[str]:
+    """That are one token each."""
+    return sorted(token for token in tokenizer.get_vocab() if re.fullmatch("Ġ[a-z]+", token))
+
+
 def text(model: ScaleDownModel, tokens: int, seed: int) -> str:
-    """Words that are one token each."""
-    words = [token for token in model.tokenizer.get_vocab() if re.fullmatch("Ġ[a-z]+", token)]
-    chosen = torch.randint(len(words), (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
-    found = "".join(sorted(words)[number].replace("Ġ", " ") for number in chosen)
-    assert len(model.tokenizer(found, add_special_tokens=False)["input_ids"]) == tokens
-    return found
+    """So many words, and tokens."""
+    known = words(model.tokenizer)
+    chosen = torch.randint(len(known), (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return "".join(known[number].replace("Ġ", " ") for number in chosen)
 
 
 def question(model: ScaleDownModel, tokens: int, batch: int) -> Callable[..., list[str]]:
@@ -61,6 +65,8 @@ def question(model: ScaleDownModel, tokens: int, batch: int) -> Callable[..., li
         [text(model, DOCUMENT_TOKENS, 1000 * number + place) for place in range(1, DOCUMENTS + 1)]
         for number in range(batch)
     ]
+    (ids,) = model.reader.document_ids(queries[0], documents[0][:1])
+    assert len(ids) == tokens + DOCUMENT_TOKENS + 1, "each word is a token, and a line end stands between"
 
     def answer(*, compressed: bool) -> list[str]:
         asked = [

@@ -123,30 +123,45 @@ def test_out_of_memory_halves_the_batch(
 ) -> None:
     model = student(models).eval()
     expected = model.answer(QUERIES, DOCUMENTS, max_new_tokens=8)
-    generate = model.generator.generate
+    forward = model.generator.forward
 
-    def tight(inputs_embeds: torch.Tensor, **keywords: Any) -> Any:
-        if len(inputs_embeds) > 1:
+    def tight(**keywords: Any) -> Any:
+        if len(keywords["attention_mask"]) > 1:
             raise RuntimeError("CUDA out of memory")
-        return generate(inputs_embeds=inputs_embeds, **keywords)
+        return forward(**keywords)
 
-    monkeypatch.setattr(model.generator, "generate", tight)
+    monkeypatch.setattr(model.generator, "forward", tight)
     assert model.answer(QUERIES, DOCUMENTS, max_new_tokens=8) == expected
     assert "a lower batch_size avoids this" in caplog.text
 
 
-def test_answers_end_at_an_end_token(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_end_at_an_end_token(models: dict[str, Path]) -> None:
     model = student(models, generator_training="full").eval()
     assert model.generator.generation_config.eos_token_id == [1]
-    generate, written = model.generator.generate, []
-    monkeypatch.setattr(
-        model.generator, "generate", lambda **all: written.append(generate(**all)) or written[0]
-    )
+    embedded, mask = model._prompts([model._question("Why?", ["No."], 8, compressed=True)])
+    ((first,), *_) = model._write(embedded, mask, 8)
     assert model.answer("Why?", ["No."], max_new_tokens=8)
-    monkeypatch.undo()
-    model.generator.generation_config.eos_token_id = [int(written[0][0, 0])]
+    model.generator.generation_config.eos_token_id = [first]
     assert model.answer("Why?", ["No."], max_new_tokens=8) == ""
     assert list(model.stream("Why?", ["No."], max_new_tokens=8)) == []
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_answers_are_those_of_generate(model: ScaleDownModel, compressed: bool) -> None:
+    """The slow way: transformers' own greedy decoding of the same padded prompts."""
+    questions = [
+        model._question(query, own, 12, compressed=compressed)
+        for query, own in zip(QUERIES, DOCUMENTS, strict=True)
+    ]
+    with torch.no_grad():
+        embedded, mask = model._prompts(questions)
+        assert 0 in mask, "prompts of one length are not padded"
+        written = model.generator.generate(inputs_embeds=embedded, attention_mask=mask, max_new_tokens=12)
+    expected = [text.strip() for text in model.tokenizer.batch_decode(written, skip_special_tokens=True)]
+    found = model.answer(
+        QUERIES, DOCUMENTS, max_new_tokens=12, compressed=compressed, batch_size=len(QUERIES)
+    )
+    assert found == expected
 
 
 @pytest.mark.parametrize(

@@ -162,3 +162,5 @@ def test_a_group_stays_within_memory() -> None:
     groups = group([[1] * 300] * 300)
     assert max(part["ids"].numel() for part in groups) <= 1 << 15
     assert torch.cat([part["places"] for part in groups]).tolist() == list(range(300))
+    small = group([[1] * 300] * 9, 1000)
+    assert [part["ids"].shape[0] for part in small] == [3, 3, 3]

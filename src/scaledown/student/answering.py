@@ -1,6 +1,8 @@
 """Using a trained model: answers, embeddings to keep, relevance scores, tokens as they come."""
 
 import contextlib
+import inspect
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, overload
@@ -9,7 +11,7 @@ import torch
 
 from scaledown.errors import InputError, UsageError
 from scaledown.models import Halving
-from scaledown.student.batch import Encoded, Group, Reader, collate, group
+from scaledown.student.batch import CPU_PASS_TOKENS, PASS_TOKENS, Encoded, Group, Reader, collate, group
 from scaledown.student.settings import ScaleDownConfig
 
 log = logging.getLogger("scaledown")
@@ -110,18 +112,10 @@ class Answering:
             question = self._question(query, documents, max_new_tokens, compressed=compressed)
         with self._using():
             embedded, mask = self._prompts([question])
-        stops = self.generator.generation_config.eos_token_id
-        cache, ids, shown = None, [], ""
-        step: dict[str, Any] = {"inputs_embeds": embedded, "attention_mask": mask}
-        for _ in range(max_new_tokens):
-            # No gradients within a step only: between two, the caller's own code runs.
-            with self._using():
-                output = self.generator(**step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                token = int(output.logits[0, -1].argmax())
-            if token in stops:
+        ids, shown = [], ""
+        for (token,) in self._write(embedded, mask, max_new_tokens):
+            if token in self._stops:
                 break
-            cache = output.past_key_values
-            step = {"input_ids": torch.tensor([[token]], device=self.device)}
             ids.append(token)
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
             if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
@@ -192,7 +186,9 @@ class Answering:
         """Embeddings and scores of each query's documents, compressed together."""
         sizes = [len(documents) for documents in read]
         with self._using():
-            embeddings, scores = self.compress_ids(group([ids for documents in read for ids in documents]))
+            most = CPU_PASS_TOKENS if self.device.type == "cpu" else PASS_TOKENS
+            documents = [ids for documents in read for ids in documents]
+            embeddings, scores = self.compress_ids(group(documents, most))
         by_query = torch.split(scores, sizes) if scores is not None else [None] * len(sizes)
         return list(zip(torch.split(embeddings, sizes), by_query, strict=True))
 
@@ -227,15 +223,50 @@ class Answering:
     def _generate(self, questions: Sequence[_Question], max_new_tokens: int) -> list[str]:
         with self._using():
             embedded, mask = self._prompts(questions)
-            written = self.generator.generate(
-                inputs_embeds=embedded, attention_mask=mask, max_new_tokens=max_new_tokens
-            )
-        stops = self.generator.generation_config.eos_token_id
-        texts = []
-        for tokens in written.tolist():
-            end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
-            texts.append(self.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip())
-        return texts
+        written = zip(*self._write(embedded, mask, max_new_tokens), strict=True)
+        return [
+            self.tokenizer.decode(
+                list(itertools.takewhile(lambda token: token not in self._stops, tokens)),
+                skip_special_tokens=True,
+            ).strip()
+            for tokens in written
+        ]
+
+    def _write(self, embedded: torch.Tensor, mask: torch.Tensor, max_new_tokens: int) -> Iterator[list[int]]:
+        """The likeliest token of each row of [batch, length, width], step by step, until all rows have ended.
+
+        The mask [batch, length] is 0 where a prompt is padded, on its left.
+        """
+        places = (mask.cumsum(1) - 1).clamp(min=0)  # [batch, length]
+        # As an index: of a slice, torch would copy the output layer's weights for every row.
+        step: dict[str, Any] = {
+            "inputs_embeds": embedded,
+            "logits_to_keep": torch.tensor([mask.shape[1] - 1], device=mask.device),
+        }
+        takes_places = "position_ids" in inspect.signature(self.generator.forward).parameters
+        cache, ended = None, [False] * len(mask)
+        for _ in range(max_new_tokens):
+            # No gradients within a step only: between two, the caller's own code runs.
+            with self._using():
+                if takes_places:
+                    step["position_ids"] = places
+                output = self.generator(**step, attention_mask=mask, past_key_values=cache, use_cache=True)
+                chosen = output.logits[:, -1].argmax(-1)  # [batch]
+            tokens: list[int] = chosen.tolist()
+            yield tokens
+            ended = [was or token in self._stops for was, token in zip(ended, tokens, strict=True)]
+            if all(ended):
+                return
+            cache = output.past_key_values
+            step = {"input_ids": chosen[:, None]}
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            places = places[:, -1:] + 1
+
+    @property
+    def _stops(self) -> list[int]:
+        """Tokens that end an answer."""
+        stops: list[int] = self.generator.generation_config.eos_token_id
+        return stops
 
     def _prompts(self, questions: Sequence[_Question]) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of prompts [batch, length, width], padded on the left, and the mask [batch, length]."""

@@ -19,7 +19,8 @@ SEPARATOR: Final = "\n\n"  # between documents, as in `Prompt.user`
 _DOCUMENTS: Final = "\ue000documents\ue000"
 # One more forward pass costs about as much as so many tokens: more on a GPU, fewer on two cores.
 _PASS_TOKENS: Final = 128
-_MOST_TOKENS: Final = 1 << 15  # of one forward pass of the compressor: bounds its memory
+PASS_TOKENS: Final = 1 << 15  # of one forward pass of the compressor, at most: bounds its memory
+CPU_PASS_TOKENS: Final = 1 << 12  # more do not stay in its caches, and take twice the time
 
 
 class Encoded(NamedTuple):
@@ -93,10 +94,13 @@ def collate(examples: Sequence[Encoded], memory_tokens: int) -> Batch:
     }
 
 
-def group(documents: Sequence[Sequence[int]]) -> list[Group]:
-    """Documents in groups of similar length, so that padding and forward passes together cost least."""
+def group(documents: Sequence[Sequence[int]], most_tokens: int = PASS_TOKENS) -> list[Group]:
+    """Documents in groups of similar length, so that padding and forward passes together cost least.
+
+    A group has at most `most_tokens`, padding included, but for a longer document alone.
+    """
     groups: list[Group] = []
-    for places in _partition([len(document) for document in documents]):
+    for places in _partition([len(document) for document in documents], most_tokens):
         lengths = torch.tensor([len(documents[place]) for place in places])
         ids = torch.zeros(len(places), int(lengths.max()), dtype=torch.long)  # [documents, length]
         for row, place in enumerate(places):
@@ -105,7 +109,7 @@ def group(documents: Sequence[Sequence[int]]) -> list[Group]:
     return groups
 
 
-def _partition(lengths: Sequence[int]) -> list[list[int]]:
+def _partition(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
     """Places in `lengths`, by rising length, cut where the sum of padded tokens and passes is least."""
     order = sorted(range(len(lengths)), key=lambda place: lengths[place])
     # Documents of one length stay together: only the ends of such runs are worth a cut.
@@ -129,7 +133,7 @@ def _partition(lengths: Sequence[int]) -> list[list[int]]:
     while number:
         before = best[number][1]
         part = order[cuts[before] : cuts[number]]
-        size = max(1, _MOST_TOKENS // max(1, lengths[part[-1]]))
+        size = max(1, most_tokens // max(1, lengths[part[-1]]))
         parts = [part[start : start + size] for start in range(0, len(part), size)] + parts
         number = before
     return parts
