@@ -12,7 +12,7 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown pretrain")
         argv,
         program,
         PretrainConfig,
-        "--corpus_path PATH --output_dir DIR",
+        "--corpus_path PATH",
         "Teach a compressor and a generator to understand each other before training: passages of any text "
         "are compressed, and repeated or continued from what is left of them. Separate compressors need it.",
     )

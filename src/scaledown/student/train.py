@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown train") ->
         argv,
         program,
         TrainConfig,
-        "--train_data FILE --output_dir DIR",
+        "--train_data FILE",
         "Train OSCAR: a compressor of documents, and a generator that answers from what it leaves of them. "
         "torchrun and accelerate launch start it on several GPUs.",
     )

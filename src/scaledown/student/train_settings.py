@@ -97,7 +97,7 @@ class StudentConfig(Checked):
         False, TRAINING, "compute activations again instead of keeping them: less memory, a third slower"
     )
     seed: int = option(0, TRAINING, "seed of every random choice", metavar="N")
-    output_dir: str = option("", OUTPUT, "the model, and checkpoints on the way", metavar="DIR")
+    output_dir: str = option("model", OUTPUT, "the model, and checkpoints on the way", metavar="DIR")
     save_steps: int = option(
         0, OUTPUT, "checkpoint every so many; 0: with every evaluation", "steps", metavar="N"
     )
@@ -223,6 +223,8 @@ class PretrainConfig(StudentConfig):
         "tokens",
         metavar="N",
     )
+
+    output_dir: str = option("pretrained", OUTPUT, "the model, and checkpoints on the way", metavar="DIR")
 
     def __post_init__(self) -> None:
         super().__post_init__()
