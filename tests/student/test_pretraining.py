@@ -231,10 +231,10 @@ def test_separate_compressor_has_its_own_rate(pretrained: str, data: str, tmp_pa
 
 
 def test_flags_that_pretraining_settled_are_refused(
-    pretrained: str, data: str, capsys: pytest.CaptureFixture[str]
+    pretrained: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Even a default, which would not be what it says."""
-    words = ["--train_data", data, "--output_dir", "out", "--pretrained_model", pretrained]
+    words = ["--train_data", data, "--output_dir", str(tmp_path / "out"), "--pretrained_model", pretrained]
     assert main(["train", *words, "--compression_rate", "16"]) == 2
     assert "--compression_rate is settled by --pretrained_model" in capsys.readouterr().err
 
