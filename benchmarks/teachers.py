@@ -6,8 +6,6 @@ answer. Transformers runs in bfloat16, OpenVINO on the same weights at 8 bits, e
 
 import importlib.util
 import json
-import re
-import string
 import time
 from collections.abc import Sequence
 
@@ -20,6 +18,7 @@ from scaledown.data.retrieval import SPLADERetriever
 from scaledown.data.teachers import Generation, Teacher
 from scaledown.data.teachers.openvino import OpenVINOTeacher
 from scaledown.data.teachers.transformers import TransformersTeacher
+from scaledown.metrics import accuracy
 from scaledown.models import resolve
 from scaledown.records import Answer, DocumentDict, full_text
 
@@ -64,14 +63,8 @@ def run(name: str, teacher: Teacher, prompts: Sequence[Prompt]) -> tuple[float, 
     return rate, [one.text if isinstance(one, Answer) else "" for _, one in sorted(given.items())]
 
 
-def normalised(text: str) -> str:
-    """As in SQuAD: without case, punctuation and articles."""
-    plain = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
-
-
 def right(answers: Sequence[str], gold: Sequence[str]) -> np.ndarray:
-    return np.array([normalised(g) in normalised(a) for a, g in zip(answers, gold, strict=True)], float)
+    return np.array([accuracy(answer, [one]) for answer, one in zip(answers, gold, strict=True)])
 
 
 def main() -> None:

@@ -134,7 +134,9 @@ def cross_encoder(folder: Path) -> Path:
     return folder
 
 
-def causal_lm(folder: Path, chat_template: str | None = CHATML, positions: int = 4096) -> Path:
+def causal_lm(
+    folder: Path, chat_template: str | None = CHATML, positions: int = 4096, *, tied: bool = False
+) -> Path:
     torch.manual_seed(4)
     tokenizer = bytes_pairs(folder, chat_template)
     config = LlamaConfig(
@@ -148,6 +150,7 @@ def causal_lm(folder: Path, chat_template: str | None = CHATML, positions: int =
         bos_token_id=0,
         eos_token_id=1,
         initializer_range=0.3,
+        tie_word_embeddings=tied,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

@@ -12,8 +12,6 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 import tiny
@@ -278,26 +276,9 @@ def test_a_folder_holds_everything(build: Any, tmp_path: Path) -> None:
     assert "| compression rate | 8 |" in card
 
 
-def tied(folder: Path) -> Path:
-    torch.manual_seed(7)
-    tokenizer = tiny.bytes_pairs(folder, tiny.CHATML)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=0,
-        eos_token_id=1,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("training", ["lora", "full"])
 def test_tied_weights_stay_tied(build: Any, training: str, tmp_path: Path) -> None:
-    model = build(generator=tied(tmp_path / "tied"), generator_training=training)
+    model = build(generator=tiny.causal_lm(tmp_path / "tied", tied=True), generator_training=training)
     model.save_pretrained(tmp_path / "saved")
     with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
         assert "generator.lm_head.weight" not in file.keys()  # noqa: SIM118 (no mapping)

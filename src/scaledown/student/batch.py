@@ -20,7 +20,7 @@ _DOCUMENTS: Final = "\ue000documents\ue000"
 # One more forward pass costs about as much as so many tokens: more on a GPU, fewer on two cores.
 _PASS_TOKENS: Final = 128
 PASS_TOKENS: Final = 1 << 15  # of one forward pass of the compressor, at most: bounds its memory
-CPU_PASS_TOKENS: Final = 1 << 12  # more do not stay in its caches, and take twice the time
+CPU_PASS_TOKENS: Final = 1 << 12  # more do not stay in its caches
 
 
 class Encoded(NamedTuple):

@@ -88,7 +88,7 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         inject_adapter_in_model(settings, self.generator)
 
     def merge_lora(self) -> None:
-        """Fold LoRA into the generator's weights: answers come faster, and training it has an end.
+        """Fold LoRA into the generator's weights: fewer products a token, and training it has an end.
 
         The same function but for rounding; what is saved from here on has no LoRA.
         """
