@@ -15,6 +15,14 @@ from scaledown.evaluation.judge import grade, preference
         ("Grade: 1.0.", 1),
         ("**0.5** (partially correct)", 0.5),
         ("1\n1", 1),
+        ("1: Correct", 1),
+        ("0.5: Partially correct.", 0.5),
+        ("{0: Wrong}", 0),
+        (" Correct.", 1),
+        ("**Partially correct**", 0.5),
+        ("wrong", 0),
+        ("Not correct", None),
+        ("1: Correct, 0.5: Partially correct, 0: Wrong.", None),
         ("The answer is right.", None),
         ("", None),
         ("2", None),
@@ -52,10 +60,13 @@ def test_preferences(there: str, back: str, expected: float | None) -> None:
 
 def test_the_judge_is_shown_question_golden_and_generated_answer() -> None:
     prompt = judge_prompt("1", "Who {answer}?", ["Ada", "Countess"], "It was {question}")
-    assert prompt.user([]) == (
-        "Question: Who {answer}?\nGolden answer: Ada or Countess\nSystem's answer: It was {question}\nGrade:"
-    )
-    for number in ("1", "0.5", "0"):
-        assert f"Write {number} if" in prompt.system
+    asks, question, golden, generated = prompt.user([]).splitlines()
+    assert asks.endswith("simply answer with one of 1: Correct, 0.5: Partially correct, 0: Wrong.")
+    assert question == "Question: Who {answer}?"
+    assert golden == "Golden answer: Ada or Countess"
+    assert generated == "Generated answer: It was {question}"
+    for grade_and_label in ("1: Correct", "0.5: Partially correct", "0: Wrong"):
+        assert grade_and_label in prompt.system
+        assert grade(grade_and_label) == float(grade_and_label.partition(":")[0])
     both = preference_prompt("1", "Who?", ["Ada"], "one", "other")
     assert "Answer A: one\nAnswer B: other" in both.user([])

@@ -74,14 +74,16 @@ CONTINUE: Final = "How does the background go on?"
 QUESTION_SYSTEM: Final = "You write quiz questions."
 QUESTION_AFTER: Final = "\n\nWrite a question that this answers."
 
-JUDGE_VERSION: Final = 1
+JUDGE_VERSION: Final = 2
 """Of the two prompts below."""
-# OSCAR, arXiv 2504.07109, figure 13: the same three grades, in words of our own.
+# OSCAR, arXiv 2504.07109, figure 13: its grades as BERGEN asks for them (arXiv 2407.01102).
 JUDGE_SYSTEM: Final = (
-    "You grade answers to questions. You are given a question, the golden answer, and a system's answer. "
-    "Write 1 if the system's answer is correct: it says what the golden answer says, whatever its wording "
-    "and length. Write 0.5 if it is partially correct. Write 0 if it is wrong, or no answer. Write only that "
-    "number."
+    "You are an evaluation tool. Answer with one of\n1: Correct,\n0.5: Partially correct,\n0: Wrong."
+)
+JUDGE_ASKS: Final = (
+    "Here is a question, a golden answer and an AI-generated answer. Can you judge whether the AI-generated "
+    "answer is correct according to the question and golden answer, simply answer with one of 1: Correct, "
+    "0.5: Partially correct, 0: Wrong.\n"
 )
 # Written for this project; asked in both orders: judges favour a place (Zheng et al. 2023, arXiv 2306.05685).
 PREFERENCE_SYSTEM: Final = (
@@ -132,8 +134,8 @@ def question_prompt(key: str, passage: str, temperature: float) -> Prompt:
 
 def judge_prompt(key: str, query: str, golden: Sequence[str], answer: str) -> Prompt:
     """How a grade is asked for: 1, 0.5 or 0. Several golden answers are right each."""
-    asked = f"Question: {query}\nGolden answer: {' or '.join(golden)}\nSystem's answer: {answer}\nGrade:"
-    return Prompt(key, JUDGE_SYSTEM, asked, (), "")
+    asked = f"Question: {query}\nGolden answer: {' or '.join(golden)}\nGenerated answer: {answer}"
+    return Prompt(key, JUDGE_SYSTEM, JUDGE_ASKS + asked, (), "")
 
 
 def preference_prompt(key: str, query: str, golden: Sequence[str], one: str, other: str) -> Prompt:
