@@ -24,6 +24,7 @@ LAYERS = [
         "mirror",
         "storage",
         "urls",
+        "pulse",
         "atomic",
         "records",
         "errors",

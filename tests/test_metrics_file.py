@@ -9,8 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from scaledown import prometheus
 from scaledown.cli import main
-from scaledown.live import every
 from scaledown.prometheus import metrics, metrics_file
+from scaledown.pulse import every
 from scaledown.status import StageStatus, Status, WorkerStatus, status_of
 
 STAGE = StageStatus(

@@ -10,13 +10,16 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from scaledown import mirror
+from scaledown import live, mirror
+from scaledown.cli import main
 from scaledown.data.answer_log import AnswerLog
 from scaledown.data.prompts import answer_prompt
 from scaledown.errors import RunDirectoryError, UsageError
 from scaledown.mirror import File, storage_at
+from scaledown.progress import track
 from scaledown.records import Answer
 from scaledown.stage import Stage
+from scaledown.status import Status, status_at
 from scaledown.store import RunDirectory
 
 Machine = Callable[[str], RunDirectory]
@@ -122,6 +125,96 @@ def test_what_a_dead_machine_was_at_is_taken_by_another_and_counted(machine, buc
     assert machine("three").leases.deaths("shard") == []
 
 
+def killed_at_a_shard(bucket: str, cache: Path) -> None:
+    """A machine has died at a shard: its note is there, and not renewed."""
+    code = (
+        "import os, sys; from scaledown.mirror import storage_at; from scaledown.store import RunDirectory\n"
+        "run = RunDirectory(storage_at(sys.argv[1] + '/run', sys.argv[2]), worker='killed')\n"
+        "with run.leases.hold('s-f-000000'): os.kill(os.getpid(), 9)"
+    )
+    process = subprocess.run([sys.executable, "-c", code, bucket, str(cache)], check=False)
+    assert process.returncode == -9
+
+
+def test_a_death_is_counted_once_though_many_wait_for_it(machine, bucket, tmp_path) -> None:
+    killed_at_a_shard(bucket, tmp_path / "killed")
+    leases = [machine(f"machine {n}").leases for n in range(6)]
+    begin, inside, most = threading.Barrier(6), [], []
+
+    def work(number: int) -> None:
+        begin.wait()
+        with leases[number].hold("s-f-000000", wait=True):
+            inside.append(number)
+            most.append(len(inside))
+            time.sleep(0.2)
+            inside.remove(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 6
+    assert machine("another").leases.deaths("s-f-000000") == ["it was killed"]
+
+
+def test_an_old_listing_does_not_end_a_living_lease(machine, bucket, tmp_path, monkeypatch) -> None:
+    killed_at_a_shard(bucket, tmp_path / "killed")
+    one, two = machine("one"), machine("two")
+    assert within(10, lambda: not two.storage.taken(two.path / "locks" / "s-f-000000.held"))
+    monkeypatch.setattr(mirror, "_LISTED_SECONDS", 60)  # two has seen the dead one's note, and looks no more
+    two.storage.exists(two.path / "locks" / "s-f-000000.held")
+    with one.leases.hold("s-f-000000", wait=True):
+        with two.leases.hold("s-f-000000") as also:
+            assert not also
+        assert [held.worker for held in machine("three").leases.held()] == ["one"]
+    assert machine("three").leases.deaths("s-f-000000") == ["it was killed"]
+
+
+def test_who_dies_while_taking_over_holds_nobody_up(machine, bucket, tmp_path, monkeypatch) -> None:
+    killed_at_a_shard(bucket, tmp_path / "killed")
+    one = machine("one")
+
+    def die(_: Path) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(one.storage, "remove", die)
+    with pytest.raises(MemoryError), one.leases.hold("s-f-000000", wait=True):
+        pass
+    with machine("two").leases.hold("s-f-000000", wait=True) as mine:
+        assert mine
+    assert machine("three").leases.deaths("s-f-000000") == ["it was killed"]
+
+
+def test_a_worker_elsewhere_that_is_known_to_be_dead_is_counted_at_once(machine, bucket, tmp_path) -> None:
+    killed_at_a_shard(bucket, tmp_path / "killed")
+    leases = machine("supervisor").leases
+    assert leases.died("killed", "node gone") == ["s-f-000000"]
+    assert machine("two").leases.deaths("s-f-000000") == ["node gone"]
+    with machine("two").leases.hold("s-f-000000") as mine:
+        assert mine
+
+
+def test_a_late_beat_leaves_nothing(machine, monkeypatch) -> None:
+    run = machine("one")
+    pipe, begun, go_on, landed = run.storage._system.pipe_file, *(threading.Event() for _ in range(3))
+
+    def slow(path: str, content: bytes, **mode: str) -> None:
+        if not mode:
+            begun.set()
+            go_on.wait(20)
+        pipe(path, content, **mode)
+        if not mode:
+            landed.set()
+
+    monkeypatch.setattr(run.storage._system, "pipe_file", slow)
+    with run.leases.hold("s-f-000000"):
+        assert begun.wait(20)
+    go_on.set()
+    assert landed.wait(20)
+    assert within(10, lambda: machine("two").leases.held() == [])
+
+
 def test_one_of_many_gets_a_lease(machine) -> None:
     leases = [machine(f"machine {n}").leases for n in range(4)]
     begin, inside, most = threading.Barrier(4), [], []
@@ -148,12 +241,29 @@ def test_partial_answers_of_another_machine_are_kept(machine) -> None:
     logs = [AnswerLog.of(Stage(machine(name), "answers", {}), range(1), 60) for name in ("one", "two")]
     with logs[0].writing() as writer:
         writer.add(0, prompts[0], answers[0])
-    assert logs[1].read(prompts) == {0: answers[0]}
+    assert within(5, lambda: logs[1].read(prompts) == {0: answers[0]})
     with logs[1].writing() as writer:
         writer.add(2, prompts[2], answers[2])
-    assert logs[0].read(prompts) == {0: answers[0], 2: answers[2]}
-    logs[0].remove()
+    with logs[0].writing() as writer:  # back again, and before it has read what the other wrote
+        writer.add(1, prompts[1], answers[1])
+    every = dict(enumerate(answers))
+    third = AnswerLog.of(Stage(machine("three"), "answers", {}), range(1), 60)
+    for log in (*logs, third):
+        assert within(5, lambda log=log: log.read(prompts) == every)
+        assert log.tokens() == 6
+    assert [log.shards for log in AnswerLog.every(Stage(machine("four"), "answers", {}))] == [range(1)]
+    third.remove()
     assert AnswerLog.of(Stage(machine("three"), "answers", {}), range(1), 60).read(prompts) == {}
+
+
+def test_answers_that_no_other_could_see_yet_are_kept(machine, monkeypatch) -> None:
+    prompt, answer = answer_prompt("0", "question", ["document"], 0.0), Answer("answer", "stop", 1, 1, 0)
+    stage = Stage(machine("one"), "answers", {})
+    monkeypatch.setattr(stage.storage, "publish", lambda _: None)
+    with AnswerLog.of(stage, range(1), 60).writing() as writer:
+        writer.add(0, prompt, answer)
+    again = AnswerLog.of(Stage(machine("one"), "answers", {}), range(1), 60)
+    assert again.read([prompt]) == {0: answer}
 
 
 def test_partial_answers_are_published_while_they_come(machine, monkeypatch) -> None:
@@ -181,6 +291,77 @@ def test_a_store_without_conditional_writes(machine, monkeypatch) -> None:
     with one.leases.hold("shard") as mine, two.leases.hold("shard") as also:
         assert mine
         assert not also
+
+
+def test_the_status_of_a_run_in_a_bucket(machine, bucket, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(live, "_SEND_SECONDS", 0.1)
+    run = machine("one")
+    queries, stage = Stage(run, "queries", {}), Stage(run, "candidates", {})
+    for shard in range(3):
+        queries.write(shard, TABLE)
+    queries.finish([100] * 3, {"queries": 300})
+
+    def status() -> Status:
+        """Once the worker has sent word."""
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            found = status_at(f"{bucket}/run")
+            if any(worker.silent_seconds is not None for worker in found.workers):
+                return found
+            time.sleep(0.1)
+        raise AssertionError(found)
+
+    def work(shard: int) -> pa.Table:
+        tracker.advance(60)
+        if shard == 2:
+            found = status()
+            told, (worker,) = found.stages[-1], found.workers
+            assert (told.name, told.shards, told.shards_planned, told.rows_planned) == (
+                "candidates",
+                2,
+                3,
+                300,
+            )
+            assert told.rows == 200
+            assert (worker.worker, worker.alive, worker.at) == ("worker-1", None, "candidates 000002")
+            raise KeyboardInterrupt
+        return TABLE
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        run.claim("same") as place,
+        live.publishing(place, "worker-1", run),
+        track("retrieve", "queries", 300, 0, stage) as tracker,
+    ):
+        stage.complete(3, work)
+    found = status_at(f"{bucket}/run")
+    assert (found.path, found.workers, found.finished) == (f"{bucket}/run", (), False)
+    assert main(["status", f"{bucket}/run"]) == 0
+    assert "candidates  2/3" in capsys.readouterr().out
+    assert main(["status", f"{bucket}/none"]) == 1
+    assert "there is no run directory" in capsys.readouterr().err
+
+
+def test_the_status_of_a_bucket_full_of_other_things(machine, bucket) -> None:
+    system = machine("one").storage._system
+    hostile = (
+        "live/../../evil.json",
+        "live/x.json",
+        "live/x.json/y.json",
+        "ranked/a/../../../e.json",
+        "live//e.json",
+    )
+    for name in (
+        *hostile,
+        "locks/evil.held",
+        "ranked/f/000000.arrow",
+        "ranked/f/journal-x.jsonl",
+        "passages",
+    ):
+        system.pipe_file(f"{bucket}/run/{name}", b'{"hostile": [')
+    status = status_at(f"{bucket}/run")
+    assert [(stage.name, stage.shards) for stage in status.stages] == [("ranked", 1)]
+    assert status.workers == ()
 
 
 def test_files_of_other_origin_are_refused(machine, bucket) -> None:

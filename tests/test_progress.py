@@ -113,7 +113,7 @@ def two_at_work(tmp_path: Path) -> Iterator[Stage]:
             told = {**word, "time": time.time(), "work": [work._asdict()]}
             place.with_suffix(".progress").write_text(json.dumps(told))
         (tmp_path / "locks").mkdir()
-        (tmp_path / "locks" / f"ranked-{stage.fingerprint}-000001.deaths").write_text('"SIGKILL"\n')
+        (tmp_path / "locks" / f"ranked-{stage.fingerprint}-000001.0.death").write_text('{"of": "SIGKILL"}')
         yield stage
 
 

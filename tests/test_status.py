@@ -19,7 +19,7 @@ from scaledown.cli import main
 from scaledown.live import processes, publishing
 from scaledown.progress import track
 from scaledown.stage import Stage
-from scaledown.status import Status, run_directory, status_of
+from scaledown.status import Status, status_at, status_of
 from scaledown.store import RunDirectory
 
 ROWS = [4, 4, 4, 2]
@@ -235,7 +235,7 @@ def test_what_others_left_in_a_run_directory_is_passed_over(tmp_path: Path) -> N
     (opened(run)[1].folder / "journal.jsonl").write_text('{"shard": 0, "seco')
     status = status_of(tmp_path)
     assert (status.workers, status.stages[0].rows) == ((), 14)
-    assert run_directory(tmp_path) == tmp_path
+    assert status_at(str(tmp_path)) == status
 
 
 def test_no_model_library_is_loaded(tmp_path: Path) -> None:

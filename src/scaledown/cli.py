@@ -54,6 +54,10 @@ def _path(text: str) -> Path:
     return Path(text).expanduser() if text.startswith("~/") else Path(text)
 
 
+def _place(text: str) -> str:
+    return text if is_url(text) else str(_path(text))
+
+
 def _run(words: list[str]) -> int:
     parser = Parser(
         prog="scaledown", description="Training data for OSCAR: retrieve, rerank, let a teacher answer."
@@ -106,7 +110,7 @@ def _run(words: list[str]) -> int:
     export.set_defaults(run=_export)
 
     status = commands.add_parser("status", help="how far a run is, while it works or not")
-    status.add_argument("path", type=_path, metavar="WORK_DIR", help="run or index directory, or the output")
+    status.add_argument("path", type=_place, metavar="WORK_DIR", help="run or index directory, or output")
     status.add_argument("--json", action="store_true", help="as JSON, times in seconds")
     status.set_defaults(run=_status)
     for command in (validate, merge, export, status):
@@ -171,9 +175,9 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 def _status(arguments: argparse.Namespace) -> int:
     from scaledown.overview import table
-    from scaledown.status import run_directory, status_of
+    from scaledown.status import status_at
 
-    status = status_of(run_directory(arguments.path))
+    status = status_at(arguments.path)
     print(json.dumps(status.told(), indent=2) if arguments.json else table(status))
     return 0
 

@@ -6,6 +6,7 @@ nothing can be locked, that note is the lease between machines: its holder is de
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -29,6 +30,8 @@ TRIES: Final = 3
 _DIGITS: Final = 6  # of a shard's number
 
 _WAIT_SECONDS: Final = 0.1
+_DEATH: Final = ".death"
+"""Ends the name of a file about one death, which says of what, if of this."""
 
 
 class Held(NamedTuple):
@@ -54,6 +57,18 @@ class Held(NamedTuple):
 
 def _numbered(name: str) -> bool:
     return name.rpartition("-")[2].isdecimal()
+
+
+def _held(content: Any) -> Held | None:
+    known = isinstance(content, dict) and content.keys() == set(Held._fields)
+    held = Held(**content) if known else None
+    return held if held and isinstance(held.since, float) else None
+
+
+def _parsed(note: bytes) -> Held | None:
+    with contextlib.suppress(ValueError):
+        return _held(json.loads(note))
+    return None
 
 
 class Leases:
@@ -102,11 +117,13 @@ class Leases:
             return False
         note = self._note(name)
         if not self._storage.taken(note):
-            self._count_death(name, "it was killed")
-            self._write(name)
-            if self._storage.take(note):
-                return True
-            note.unlink()
+            left = self._storage.read(note)
+            # Asked again: if it is dead now, what was read is its own, and not of one who was quicker.
+            if not self._storage.taken(note) and self._bury(name, left, "it was killed"):
+                self._write(name)
+                if self._storage.take(note):
+                    return True
+                note.unlink()
         lock.release()
         return False
 
@@ -117,8 +134,9 @@ class Leases:
         """
         self._write(name)
         self._storage.publish(self._note(name))
-        if not _numbered(name) and self._storage.exists(deaths := self._folder / f"{name}.deaths"):
-            self._storage.remove(deaths)
+        if not _numbered(name):
+            for path in self._storage.glob(self._folder, f"{name}.*{_DEATH}"):
+                self._storage.remove(path)
 
     def _write(self, name: str) -> None:
         held = Held(name, self._worker, socket.gethostname(), os.getpid(), time.time())
@@ -128,11 +146,9 @@ class Leases:
         """What is being made, by all or by one worker, which may have died of it."""
         found = []
         for path in self._storage.glob(self._folder, "*.held"):
-            content = self._storage.read_json(path)
-            if isinstance(content, dict) and content.keys() == set(Held._fields):
-                held = Held(**content)
-                if worker in {"", held.worker}:
-                    found.append(held)
+            held = _held(self._storage.read_json(path))
+            if held and path == self._note(str(held.name)) and worker in {"", held.worker}:
+                found.append(held)
         return found
 
     def died(self, worker: str, reason: str) -> list[str]:
@@ -141,42 +157,39 @@ class Leases:
         for held in sorted(self.held(worker), key=lambda held: held.numbered):
             lock = FileLock(self._folder / held.name)
             with contextlib.suppress(Timeout), lock.acquire(timeout=0):  # else another has taken it
-                if not self._storage.taken(self._note(held.name)):
-                    self._count_death(held.name, reason)
+                left = self._storage.read(self._note(held.name))
+                if left and (found := _parsed(left)) and found.worker == worker:
+                    self._bury(held.name, left, reason)
             names.append(held.name)
         return names
 
-    def _count_death(self, name: str, reason: str) -> None:
-        """Whoever holds the lock now and finds a note knows that the one who wrote it died of it.
+    def _bury(self, name: str, left: bytes | None, reason: str) -> bool:
+        """Remove what a dead process `left` as its note, and count its death once, whoever else finds it.
 
-        One that was at a shard, too, died of that.
+        One that was at a shard, too, died of that. Gives False where another came before.
         """
-        if not self._storage.exists(self._note(name)):
-            return
-        left = next((held for held in self.held() if held.name == name), None)
-        if left and (left.numbered or not any(held.numbered for held in self.held(left.worker))):
-            path = self._folder / f"{name}.deaths"
-            self._storage.fetch(path)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(reason) + "\n")
-            self._storage.publish(path)
+        if left is None:
+            return True
+        held = _parsed(left)
+        blamed = held and (held.numbered or not any(own.numbered for own in self.held(held.worker)))
+        death = self._folder / f"{name}.{hashlib.sha256(left).hexdigest()[:16]}{_DEATH}"
+        write_json(death, {"time": time.time(), "of": reason if blamed else None})
+        if not self._storage.take(death) and self._storage.taken(death):
+            return False  # and if that one died, too, its word is old some time
         self._storage.remove(self._note(name))
+        return True
 
     def deaths(self, name: str) -> list[str]:
-        """What the workers died of that were at `name` in this run."""
-        path = self._folder / f"{name}.deaths"
-        if not self._storage.exists(path):
-            return []
-        self._storage.fetch(path)
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:  # another has got on meanwhile
-            return []
-        return [json.loads(line) for line in lines]
+        """What the workers died of, one after the other, that were at `name` (a pattern) in this run."""
+        found = [
+            self._storage.read_json(path) for path in self._storage.glob(self._folder, f"{name}.*{_DEATH}")
+        ]
+        told = [death for death in found if isinstance(death, dict) and death.get("of")]
+        return [str(death["of"]) for death in sorted(told, key=lambda death: float(death.get("time", 0)))]
 
     def forget(self) -> None:
         """Begin anew: what earlier processes held and died of counts no more."""
-        for pattern in ("*.held", "*.deaths"):
+        for pattern in ("*.held", f"*{_DEATH}"):
             for path in self._storage.glob(self._folder, pattern):
                 self._storage.remove(path)
 

@@ -6,25 +6,25 @@ the disk, and goes with a process that ends well; what a killed one leaves says 
 
 import contextlib
 import json
-import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from scaledown.atomic import read_json
 from scaledown.progress import Tracker, at_work
+from scaledown.pulse import every, throughout
 from scaledown.store import RunDirectory
-
-log = logging.getLogger("scaledown")
 
 SUPERVISOR: Final = "supervisor"
 """The worker's name of a process that only looks after others."""
 
 _EVERY_SECONDS: Final = 1.0
+_SEND_SECONDS: Final = 10.0  # where others see it only when it is sent
+_SILENT_SECONDS: Final = 120.0  # after so long none is thought to live where no lock tells
 _ENDING: Final = ".progress"
 
 
@@ -70,9 +70,10 @@ def publishing(place: Path, worker: str, *runs: RunDirectory) -> Iterator[None]:
 
     `runs` are the directories whose stages it opens.
     """
-    for path in place.parent.glob(f"*{_ENDING}"):
-        if not path.with_suffix(".json").exists():  # of a process that is no more
-            path.unlink(missing_ok=True)
+    storage = runs[0].storage
+    for path in storage.glob(place.parent, f"*{_ENDING}"):
+        if not storage.exists(path.with_suffix(".json")):  # of a process that is no more
+            storage.remove(path)
     path = place.with_suffix(_ENDING)
     where = {"host": socket.gethostname(), "pid": os.getpid()}
 
@@ -82,9 +83,12 @@ def publishing(place: Path, worker: str, *runs: RunDirectory) -> Iterator[None]:
         who = {"worker": SUPERVISOR if _supervises.is_set() else worker, **where}
         write_quickly(path, json.dumps({**who, "time": time.time(), "stages": stages, "work": work}))
 
-    with every(_EVERY_SECONDS, publish):
+    def send() -> None:
+        storage.publish(path)
+
+    with throughout(_EVERY_SECONDS, publish), every(_SEND_SECONDS, send):
         yield
-    path.unlink(missing_ok=True)
+    storage.remove(path)
 
 
 _supervises: Final = threading.Event()
@@ -100,32 +104,6 @@ def supervising() -> Iterator[None]:
         _supervises.clear()
 
 
-@contextlib.contextmanager
-def every(seconds: float, action: Callable[[], None]) -> Iterator[None]:
-    """Do something at once, again and again in a thread, and at the end. What fails there ends nothing."""
-    stop = threading.Event()
-
-    def attempt() -> None:
-        try:
-            action()
-        except Exception:  # a full disk, a folder that is gone: the work itself will tell
-            log.debug("telling others failed", exc_info=True)
-
-    def repeat() -> None:
-        attempt()
-        while not stop.wait(seconds):
-            attempt()
-
-    thread = threading.Thread(target=repeat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        attempt()
-
-
 def write_quickly(path: Path, text: str) -> None:
     """Write a file that is whole or as it was; after a power cut it may be neither."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -136,22 +114,29 @@ def write_quickly(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def processes(run: Path) -> list[Process]:
-    """The processes in a run directory, and what is left of those that were killed. Changes nothing."""
+def processes(run: Path, *, elsewhere: bool = False) -> list[Process]:
+    """The processes in a run directory, and what is left of those that were killed. Changes nothing.
+
+    `elsewhere`: the directory is an outline of one whose locks cannot be seen; then the last word tells.
+    """
     live = run / "live"
     paths = sorted({path.with_suffix("") for path in live.glob("*") if path.suffix in {".json", _ENDING}})
-    return [process for path in paths if (process := _process(path))]
+    return [process for path in paths if (process := _process(path, elsewhere))]
 
 
-def _process(place: Path) -> Process | None:
+def _process(place: Path, elsewhere: bool) -> Process | None:
     note, word = (read_json(place.with_suffix(ending)) for ending in (".json", _ENDING))
     if not isinstance(note, dict) and not isinstance(word, dict):
         return None  # it has just left
     told: dict[str, Any] = {"worker": "", "host": "", "pid": 0, "time": 0.0, "stages": {}, "work": []}
     told |= {key: value for own in (note, word) if own for key, value in own.items() if key in told}
+    alive = note is not None and _holds(place.with_suffix(".lock"))
+    if note is not None and elsewhere:
+        beat = place.with_suffix(".json").stat().st_mtime  # it is written again and again
+        alive = None if time.time() - beat < _SILENT_SECONDS else False
     with contextlib.suppress(TypeError):  # written by another version
         told["work"] = tuple(Work(**work) for work in told["work"])
-        return Process(alive=note is not None and _holds(place.with_suffix(".lock")), **told)
+        return Process(alive=alive, **told)
     return None
 
 

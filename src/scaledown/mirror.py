@@ -12,10 +12,12 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, NamedTuple, TypeVar
@@ -23,6 +25,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from scaledown.atomic import atomic
 from scaledown.errors import OutputError, ScaleDownError, UsageError
 from scaledown.options import is_url
+from scaledown.pulse import every
 from scaledown.storage import Storage, cache_directory
 from scaledown.urls import detail, file_system, redacted, refused, state_of
 
@@ -36,6 +39,10 @@ _PATIENCE_SECONDS: Final = 60.0
 _LISTED_SECONDS: Final = 1.0  # waiting loops ask the server no more often
 _BEAT_SECONDS: Final = 10.0
 _DEAD_SECONDS: Final = 60.0
+_TELLING: Final = (".json", ".jsonl", ".held", ".death", ".progress")
+_SMALL_BYTES: Final = 1 << 24
+_DEPTH: Final = 3  # of a run directory's files
+_AT_ONCE: Final = 16
 _TIMES: Final = ("LastModified", "mtime", "updated", "last_modified", "created")
 
 
@@ -110,7 +117,7 @@ class _Mirror(Storage):
         self._listings: dict[Path, tuple[float, dict[str, _Entry]]] = {}
         self._read: dict[Path, tuple[_Entry, Any]] = {}
         self._here: set[Path] = set()
-        self._ahead = 0.0  # the store's clock, against ours
+        self._ahead: float | None = None  # the store's clock, against ours
         self._away = -_DEAD_SECONDS  # when it last was out of reach,
         self._gone: float | None = None  # and since when, if it is
 
@@ -217,17 +224,46 @@ class _Mirror(Storage):
     def glob(self, folder: Path, pattern: str) -> list[Path]:
         if "/" not in pattern:
             return [folder / name for name in sorted(self._listing(folder)) if fnmatch.fnmatch(name, pattern)]
-
-        def question() -> list[str]:
-            self._system.invalidate_cache()
-            root = self._system._strip_protocol(self._at(folder)).rstrip("/") + "/"
-            return [str(name).removeprefix(root) for name in self._system.find(self._at(folder))]
-
-        found = sorted(map(PurePosixPath, self._ask(folder, question)))
-        # Anyone may have put anything into a bucket: no name from there leads out of the mirror.
-        inside = (name for name in found if ".." not in name.parts and not name.is_absolute())
         depth = pattern.count("/") + 1
+        inside = (name for name, _ in self._below(folder))
         return [folder / name for name in inside if len(name.parts) == depth and name.match(pattern)]
+
+    def _below(self, folder: Path) -> list[tuple[PurePosixPath, _Entry]]:
+        """All objects below a folder, by what follows its name."""
+
+        def question() -> Mapping[str, Mapping[str, Any]]:
+            self._system.invalidate_cache()
+            found: Mapping[str, Mapping[str, Any]] = self._system.find(self._at(folder), detail=True)
+            return found
+
+        root = self._system._strip_protocol(self._at(folder)).rstrip("/") + "/"
+        found = self._ask(folder, question)
+        # Anyone may have put anything into a bucket: no name from there leads out of the mirror.
+        names = {
+            PurePosixPath(name.removeprefix(root)): name for name in sorted(found) if name.startswith(root)
+        }
+        inside = (name for name in names if ".." not in name.parts and not name.is_absolute())
+        return [(name, _Entry.of(found[names[name]])) for name in inside]
+
+    @contextlib.contextmanager
+    def outline(self) -> Iterator[Path]:
+        found = [(name, entry) for name, entry in self._below(self.root) if len(name.parts) <= _DEPTH]
+
+        def content(name: PurePosixPath, entry: _Entry) -> bytes:
+            told = name.suffix in _TELLING and not name.match("*.part.jsonl") and entry.size < _SMALL_BYTES
+            with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+                return self._cat(self.root / name) if told else b""
+            return b""
+
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(_AT_ONCE) as threads:
+            contents = threads.map(content, *zip(*found, strict=True))
+            for (name, entry), told in zip(found, contents, strict=True):
+                path = Path(folder) / name
+                with contextlib.suppress(FileExistsError, NotADirectoryError, IsADirectoryError):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(told)
+                    os.utime(path, (entry.time, entry.time))
+            yield Path(folder)
 
     def exists(self, path: Path) -> bool:
         return self._entry(path) is not None
@@ -313,6 +349,12 @@ class _Mirror(Storage):
             self._read[path] = entry, content
         return content
 
+    def read(self, path: Path) -> bytes | None:
+        try:
+            return self._cat(path) if self.exists(path) else None
+        except FileNotFoundError:
+            return None
+
     def _cat(self, path: Path) -> bytes:
         content: bytes = self._ask(path, lambda: self._system.cat_file(self._at(path)))
         return content
@@ -336,9 +378,17 @@ class _Mirror(Storage):
         with contextlib.suppress(FileNotFoundError):
             if note.read_bytes() == self._cat(note):  # of this machine, where no lock is on it: it is dead
                 return False
+        if self._recent(entry):
+            return True
+        now = self._info(note)  # another may have taken it since the folder was listed
+        return now is not None and self._recent(_Entry.of(now))
+
+    def _recent(self, entry: _Entry) -> bool:
         if time.monotonic() - self._away < _DEAD_SECONDS:  # the network was away: others may live, too
             return True
-        return time.time() + self._ahead - entry.time < _DEAD_SECONDS
+        if self._ahead is None:
+            self.check_writable(self.root / "clock")
+        return time.time() + (self._ahead or 0.0) - entry.time < _DEAD_SECONDS
 
     def take(self, note: Path) -> bool:
         content = note.read_bytes()
@@ -362,31 +412,15 @@ class _Mirror(Storage):
 
     @contextlib.contextmanager
     def keeping(self, note: Path) -> Iterator[None]:
-        stop = threading.Event()
+        over = threading.Event()
 
         def beat() -> None:
-            while not stop.wait(_BEAT_SECONDS):
-                with contextlib.suppress(Exception):  # the next one may succeed
-                    self._system.pipe_file(self._at(note), note.read_bytes())
+            self._system.pipe_file(self._at(note), note.read_bytes())
+            if over.is_set():  # it came so late that the note may be removed already
+                self._system.rm_file(self._at(note))
 
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
         try:
-            yield
-        finally:
-            stop.set()
-            thread.join(_BEAT_SECONDS)  # no longer where the network is away
-
-    @contextlib.contextmanager
-    def alone(self, note: Path) -> Iterator[None]:
-        self.check_writable(note)  # which tells the time there, too
-        note.write_text(self._name)
-        while self.taken(note) or not self.take(note):
-            if self.exists(note) and not self.taken(note):
-                self._delete(note)
-            time.sleep(_LISTED_SECONDS / 5)
-        try:
-            with self.keeping(note):
+            with every(_BEAT_SECONDS, beat, patience=_BEAT_SECONDS):  # no longer where the network is away
                 yield
         finally:
-            self.remove(note)
+            over.set()

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from scaledown.errors import OutputError
-from scaledown.live import SUPERVISOR, every, write_quickly
+from scaledown.live import SUPERVISOR, write_quickly
+from scaledown.pulse import throughout
 from scaledown.status import StageStatus, Status, status_of
 
 _EVERY_SECONDS: Final = 5.0
@@ -84,5 +85,5 @@ def metrics_file(path: str, run: Path) -> Iterator[None]:
         write()
     except OSError as error:
         raise OutputError(f"--metrics_file {path} cannot be written ({error.strerror})") from error
-    with every(_EVERY_SECONDS, write):
+    with throughout(_EVERY_SECONDS, write):
         yield

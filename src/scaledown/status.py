@@ -4,6 +4,7 @@ Of a stage those rows count that lie in whole shards, and those that live proces
 they are at. What a dead process had done of its shard counts again only when another does it.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -18,7 +19,10 @@ from scaledown.atomic import read_json
 from scaledown.errors import InputError
 from scaledown.leases import Held, Leases
 from scaledown.live import Process, Work, processes
+from scaledown.mirror import storage_at
+from scaledown.options import is_url
 from scaledown.store import ABSENT, STAGES
+from scaledown.urls import redacted
 
 # The stages that are no work on another stage's shards; that of all others is the one before them here.
 _OWN_SHARDS: Final = ("synthetic", "queries", "passages", "approximate", "questions")
@@ -90,20 +94,25 @@ class Status(NamedTuple):
         return {**self._asdict(), "stages": stages, "workers": workers}
 
 
-def run_directory(path: Path) -> Path:
-    """The run directory that `path` is, or that a run with the output `path` has. Raises `InputError`."""
-    for place in (path, Path(f"{path}.work")):
-        if place.is_dir() and any((place / name).exists() for name in (*STAGES, "live", "manifest.json")):
-            return place
+def status_at(name: str) -> Status:
+    """How far the run is that has the directory or the output `name`, a path or a URL, now.
+
+    Raises `InputError` where there is none.
+    """
+    for place in (name, f"{name.rstrip('/')}.work"):
+        storage = storage_at(place)
+        with storage.outline() as run:
+            if run.is_dir() and any((run / own).exists() for own in (*STAGES, "live", "manifest.json")):
+                return status_of(run, elsewhere=is_url(place))._replace(path=str(storage))
     raise InputError(
-        f"{path}: there is no run directory; give what --work_dir or --index_dir named, or the --output_file "
-        "of a run"
+        f"{redacted(name)}: there is no run directory; give what --work_dir or --index_dir named, or the "
+        "--output_file of a run"
     )
 
 
-def status_of(run: Path) -> Status:
-    """How far the run in the directory `run` is, now."""
-    everyone = processes(run)
+def status_of(run: Path, *, elsewhere: bool = False) -> Status:
+    """How far the run in the directory `run` is, now; `elsewhere`: it is an outline, see `Storage`."""
+    everyone = processes(run, elsewhere=elsewhere)
     living = [process for process in everyone if process.alive is not False]
     content = read_json(run / "manifest.json")
     manifest = content if isinstance(content, dict) else {}
@@ -114,6 +123,8 @@ def status_of(run: Path) -> Status:
     shards: dict[str, _Shards] = {}
     planned: dict[str, int | None] = {}
     for name, folder in opened:
+        if elsewhere and not folder.exists():  # of an index of its own
+            continue
         working = [work for process in living for work in process.work if work.stage == name]
         if name == "approximate" and not working:  # has files of its own kind, and never ends
             continue
@@ -245,7 +256,7 @@ def _stage(
         rate,
         left / rate if left and rate and working else None,
         len(working),
-        sum(_lines(path) for path in _beside(folder, "locks", ".deaths")),
+        len(Leases(folder.parent.parent / "locks", "").deaths(f"{folder.parent.name}-{folder.name}-*")),
         sum(entry.name.endswith(ABSENT) for entry in _entries(folder)),
         sum(_lines(path) for path in _beside(folder, "quarantine", ".jsonl") if "given-up" not in path.name),
         own.finished,
@@ -281,17 +292,12 @@ def _beside(folder: Path, kind: str, ending: str) -> Iterator[Path]:
 
 
 def _journal(folder: Path) -> Iterator[dict[str, Any]]:
-    try:
-        lines = (folder / "journal.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:  # cut short by a crash
-            continue
-        if isinstance(event, dict):
-            yield event
+    for path in sorted(folder.glob("journal*.jsonl")):  # in an object store each process has its own
+        with contextlib.suppress(OSError):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # cut short by a crash
+                    if isinstance(event := json.loads(line), dict):
+                        yield event
 
 
 def _lines(path: Path) -> int:

@@ -89,6 +89,18 @@ class Storage:
         """The content of a JSON file, or None where there is none or it is not JSON."""
         return read_json(path)
 
+    def read(self, path: Path) -> bytes | None:
+        """The content of a small file as it is now, or None where there is none."""
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+
+    @contextlib.contextmanager
+    def outline(self) -> Iterator[Path]:
+        """A folder to look at: the names of all files, and what is in the small ones that tell of a run."""
+        yield self.root
+
     def remove(self, path: Path) -> None:
         """Remove a file, if it is there."""
         path.unlink(missing_ok=True)
@@ -106,9 +118,4 @@ class Storage:
     @contextlib.contextmanager
     def keeping(self, note: Path) -> Iterator[None]:
         """Let others hear all the while of the process that left `note`."""
-        yield
-
-    @contextlib.contextmanager
-    def alone(self, note: Path) -> Iterator[None]:
-        """Be the only one inside."""
         yield

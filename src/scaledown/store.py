@@ -138,7 +138,8 @@ class RunDirectory:
         name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         note, lock = live / f"{name}.json", live / f"{name}.lock"
         mine = FileLock(lock)
-        with FileLock(live / "entrance.lock"), self.storage.alone(live / "entrance"):
+        entrance = Leases(live, name, self.storage).hold("entrance", wait=True)
+        with FileLock(live / "entrance.lock"), entrance:
             others = [other for other in self.storage.glob(live, "*.json") if self._lives(other)]
             for told in map(self.storage.read_json, others):  # none: that process is just leaving
                 if isinstance(told, dict) and told.get("request") != request:

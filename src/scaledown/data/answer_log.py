@@ -21,11 +21,16 @@ _ENDING: Final = ".part.jsonl"
 _PUBLISH_SECONDS: Final = 30
 
 
+_OWN: Final = r"(-[0-9a-f]{8})?"  # what a process of many in an object store adds to the name
+_NAME: Final = re.compile(rf"(\d{{6}}(-\d{{6}})?){_OWN}\.part\.jsonl")
+
+
 class AnswerLog:
     """JSON lines beside the shards of a stage: one an answer, with its place and the hash of its prompt.
 
     A line is with the system at once, so that it survives the death of the process, and on the disk within
-    `flush_seconds`, so that it survives that of the machine; in an object store within half a minute.
+    `flush_seconds`, so that it survives that of the machine; in an object store within half a minute. There
+    each process writes a file of its own, since none can be appended to; all are read.
     """
 
     def __init__(self, path: Path, flush_seconds: float, storage: Storage) -> None:
@@ -42,8 +47,9 @@ class AnswerLog:
     @classmethod
     def every(cls, stage: Stage) -> list["AnswerLog"]:
         """All that a stage has, to be read."""
-        paths = stage.storage.glob(stage.folder, f"*{_ENDING}")
-        return [cls(path, 0, stage.storage) for path in paths if re.match(r"\d{6}(-\d{6})?\.part", path.name)]
+        names = (_NAME.fullmatch(path.name) for path in stage.storage.glob(stage.folder, f"*{_ENDING}"))
+        logs = sorted({name[1] for name in names if name})
+        return [cls(stage.folder / f"{log}{_ENDING}", 0, stage.storage) for log in logs]
 
     @classmethod
     def others(cls, stage: Stage, shards: range, prompts: Sequence[Prompt]) -> dict[int, Answer]:
@@ -75,8 +81,7 @@ class AnswerLog:
     def _found(self, places: Callable[[int, str], list[int]]) -> dict[int, Answer]:
         """The answers kept, by the places that `places` gives for the place and the hash they have here."""
         found: dict[int, Answer] = {}
-        self._storage.fetch_log(self.path)
-        for record in _records(self.path):
+        for record in self._records():
             place, digest = record.pop("place", -1), record.pop("prompt_hash", "")
             if isinstance(place, int) and (own := places(place, digest)):
                 with contextlib.suppress(TypeError):  # written by another version
@@ -88,7 +93,8 @@ class AnswerLog:
         """Append answers. One process at a time: the shard's lease sees to that."""
         stop = threading.Event()
         failed: list[Exception] = []
-        with self.path.open("ab+") as file:
+        path = self.path.with_name(self._storage.own(self.path.name))
+        with path.open("ab+") as file:
             if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
                 file.write(b"\n")  # after a line that a crash cut short
 
@@ -99,7 +105,7 @@ class AnswerLog:
                         os.fsync(file.fileno())
                         if time.monotonic() - published > _PUBLISH_SECONDS:
                             published = time.monotonic()
-                            self._storage.publish(self.path)
+                            self._storage.publish(path)
                 except (OSError, OutputError) as error:  # told with the next answer
                     failed.append(error)
 
@@ -117,17 +123,28 @@ class AnswerLog:
                 stop.set()
                 thread.join()
                 os.fsync(file.fileno())
-                self._storage.publish(self.path)
+                self._storage.publish(path)
 
     def tokens(self, without: Collection[str] = ()) -> int:
         """Tokens of prompts and answers that are kept, but for those with these hashes of prompts."""
-        self._storage.fetch_log(self.path)
-        kept = (record for record in _records(self.path) if record.get("prompt_hash") not in without)
-        return sum(map(_tokens, kept))
+        return sum(_tokens(record) for record in self._records() if record.get("prompt_hash") not in without)
 
     def remove(self) -> None:
         """Forget it: the shard is whole."""
-        self._storage.remove(self.path)
+        for path in self._files():
+            self._storage.remove(path)
+
+    def _files(self) -> list[Path]:
+        stem, _, ending = self.path.name.partition(".")
+        own = re.compile(re.escape(stem) + _OWN + re.escape(f".{ending}"))
+        there = self._storage.glob(self.path.parent, f"{stem}*")
+        here = self.path.parent.glob(f"{stem}*")  # of a process killed here before others could see it
+        return sorted({path for path in (*there, *here) if own.fullmatch(path.name)})
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        for path in self._files():
+            self._storage.fetch_log(path)
+            yield from _records(path)
 
 
 class Writer:

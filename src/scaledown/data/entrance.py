@@ -38,7 +38,7 @@ def enter(config: PrepareConfig, repeats: Path | None = None, worker: str = "") 
     same_bits()
     sources = find(config)
     run = RunDirectory(config.run_directory, config.part, worker)
-    home = RunDirectory(config.index_directory, worker=worker) if config.index_dir else run
+    home = RunDirectory(config.index_directory, config.part, worker) if config.index_dir else run
     identities = {name: model.identity(run.content_hash) for name, model in sources.models().items()}
 
     def identity(path: Source) -> str:
