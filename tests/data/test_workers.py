@@ -237,3 +237,16 @@ def test_parts_with_a_shard_that_was_given_up(run, accident, capsys, monkeypatch
     assert len(json.loads(run.output.read_text())) == 10
     assert run("--shard", "1/2") == 0
     assert run.output.read_bytes() == run.bytes
+
+
+def test_a_part_leaves_what_another_gave_up_of_an_index(run, accident, monkeypatch, tmp_path) -> None:
+    index = ("--index_dir", str(tmp_path / "index"))
+    accident("raise:vectors:1")
+    assert run("--shard", "0/2", "--workers", "1", *index) == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert run("--shard", "1/2", *index) == 1, "all is made but for these vectors"
+    assert len(list(tmp_path.glob("index/vectors/*/*.absent.json"))) == 1
+    assert len(list(run.work.glob("candidates/*"))) == 1, "both parts searched the same vectors"
+    assert run(*index) == 0
+    assert run.output.read_bytes() == run.bytes

@@ -76,17 +76,18 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Resul
     output.storage.check_writable(output.path)
     with metrics_file(config.metrics_file, config.run_directory.root), enter(config, repeats) as entered:
         run, request = entered.run, entered.request
+        homes = [run, entered.home] if config.index_dir else [run]
         if finished := earlier_result(run, request, output):
             return finished
         check_ours(run, output)
         if supervised(config):
-            share(config, WORK, [run, entered.home] if config.index_dir else [run])
+            share(config, WORK, homes)
         stages = _run_stages(entered)
-        given_up = run.given_up() + (entered.home.given_up() if config.index_dir else 0)
+        given_up = sum(home.given_up() for home in homes)
         if stages["reviewed"].done() is None:  # this was a part
             if missing := stages["reviewed"].missing():
                 done = {name: result for name, stage in stages.items() if (result := stage.done())}
-                own = run.given_up(own=True)
+                own = sum(home.given_up(own=True) for home in homes)
                 return Result(output.path, 0, done, quarantined(done), given_up=own, missing=missing)
             stages = _run_stages(replace(entered, run=RunDirectory(run.storage)))
         results = {name: stage.finished() for name, stage in stages.items()}
