@@ -33,6 +33,12 @@ class Origin(NamedTuple):
     """A compressor that is a model of its own."""
     is_pretrained: bool = False
 
+    @property
+    def settled(self) -> dict[str, Any]:
+        """The flags of a model that is pretrained, as it was made, whatever their defaults are."""
+        there = {**self.settings.to_dict(), "generator_model": self.settings.generator_name}
+        return {flag: there[flag] for flag in MODEL_FLAGS} if self.is_pretrained else {}
+
     def identity(self, content_hash: Callable[[Path], str]) -> dict[str, str]:
         """What names the exact weights of each part."""
         weights = self.source.identity(content_hash)
@@ -91,13 +97,13 @@ def _pretrained(config: StudentConfig, name: str, *, reranks: bool) -> Origin:
 
     source = resolve(name)
     settings = read_settings(source)
-    defaults = {item.name: item.default for item in fields(config)}
-    there = {**settings.to_dict(), "generator_model": settings.generator_name}
-    for flag in MODEL_FLAGS:
-        value = getattr(config, flag)
-        if value not in {defaults[flag], there[flag]}:
-            raise UsageError(
-                f"--{flag} {value}: --pretrained_model {name} is made with {there[flag]}; leave the flag out"
-            )
     settings.enable_reranking |= reranks
-    return Origin(settings, source, is_pretrained=True)
+    origin = Origin(settings, source, is_pretrained=True)
+    defaults = {item.name: item.default for item in fields(config)}
+    for flag, there in origin.settled.items():
+        value = getattr(config, flag)
+        if value not in {defaults[flag], there}:
+            raise UsageError(
+                f"--{flag} {value}: --pretrained_model {name} is made with {there}; leave the flag out"
+            )
+    return origin

@@ -112,7 +112,7 @@ def _identity(config: Config, home: RunDirectory, origin: Origin) -> dict[str, A
     """All that a run depends on, files and models by their contents."""
     return {
         "scaledown": scaledown.__version__,
-        "parameters": asdict(config),
+        "parameters": asdict(config) | origin.settled,
         "inputs": _inputs(config, home),
         "models": origin.identity(home.content_hash),
     }
