@@ -240,14 +240,12 @@ def _reranking(found: Audit, changed: Reordering | None) -> list[Block]:
         places = list(range(1, len(changed.firsts) + 1))
         told = f"of the first {QUERIES:,} queries" if changed.queries == QUERIES else "of all queries"
         orders = {"retriever's order": changed.before, "reranker's order": changed.after}
-        rows = list(zip(places, changed.before, changed.after, changed.firsts, strict=True))
-        table = Table(
-            "",
-            ("place", "mean score, retriever's order", "reranker's order", "came first after reranking"),
-            rows,
-        )
+        means = list(zip(places, changed.before, changed.after, strict=True))
+        table = Table("", ("place", "mean score, retriever's order", "reranker's order"), means)
         drawn = plots.curves(orders, places, "place", "mean reranking score")
         blocks.append(Plot(f"What reranking changed, {told}: mean score at each place", drawn, table))
+        firsts = list(zip(places, changed.firsts, strict=True))
+        table = Table("", ("place before", "came first after reranking"), firsts)
         drawn = plots.bars([str(place) for place in places], changed.firsts, "queries")
         kept = changed.firsts[0] / max(1, changed.queries)
         caption = f"Where the first passage had stood before reranking: {kept:.0%} stayed first"
