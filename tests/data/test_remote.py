@@ -6,7 +6,9 @@ import gzip
 import io
 import json
 import logging
+import os
 import re
+import subprocess
 import sys
 import threading
 import traceback
@@ -428,6 +430,32 @@ def test_nothing_is_written_into_a_folder_that_is_read(flag: str) -> None:
 def test_training_data_is_local(capsys) -> None:
     assert cli(["validate", "https://host/train.json"]) == 2
     assert "is a URL: fetch the file and give its path" in capsys.readouterr().err
+
+
+def test_files_of_a_hub(server: Server) -> None:
+    """By huggingface_hub's own file system, which reads its address when it is imported."""
+    file = {"type": "file", "oid": "1" * 40, "size": len(LINES), "path": "c.jsonl"}
+    server.files = {
+        "api/datasets/org/name/revision/main": json.dumps({"id": "org/name", "sha": "2" * 40}).encode(),
+        "api/datasets/org/name/tree/main": json.dumps([file]).encode(),
+        "datasets/org/name/resolve/main/c.jsonl": LINES,
+    }
+    code = (
+        "import sys; from scaledown.data import files\n"
+        "path = files.locate(sys.argv[1], '--corpus_path')\n"
+        "print(path, path.size, *(row.content.decode() for row in files.rows(path)))"
+    )
+    hub = {"HF_ENDPOINT": server.url("").rstrip("/"), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "hf://datasets/org/name@main/c.jsonl"],
+        env={**os.environ, **hub},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[:2] == ["hf://datasets/org/name@main/c.jsonl", str(len(LINES))]
+    assert "Text number 39, about things." in done.stdout
 
 
 # Secrets
