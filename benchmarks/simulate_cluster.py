@@ -9,6 +9,7 @@ import functools
 import heapq
 import math
 import random
+import resource
 import statistics
 import tempfile
 import time
@@ -33,7 +34,7 @@ QUERIES = 893_000  # OSCAR, arXiv 2504.07109, section 4
 TOP_K = 20
 PEAK = 989e12  # FLOP/s of an H100 in bfloat16, dense (NVIDIA's data sheet)
 REACHED = 0.35  # of it: assumed
-CORES_A_GPU = 16  # assumed, as in boxes of 8 GPUs and 128 cores
+GPUS_A_BOX, CORES_A_GPU = 8, 16  # assumed: boxes of 8 GPUs and 128 cores; one of them cuts the corpus
 TEACHERS_AT_ONCE = 16  # shards that vLLM is given together (prepare_dataset)
 LOADING = {
     "vectors": 10.0,
@@ -54,7 +55,9 @@ class Measured(NamedTuple):
     """What this machine says."""
 
     cutting: float
-    """Bytes a second, on all cores."""
+    """Bytes a second and core."""
+    reading: float
+    """Bytes a second of the one process that reads the corpus and writes what the others have cut."""
     searching: float
     """Queries times passages a second, on all cores."""
     shard: float
@@ -76,11 +79,12 @@ def measure(*, quick: bool) -> Measured:
         folder = Path(temporary)
         lines = b"".join((SHARED / name / "kilt.jsonl").read_bytes() for name in ("cmu-dev", "qed-dev"))
         corpus = folder / "kilt.jsonl"
-        corpus.write_bytes(lines * (8 if quick else 60))
+        corpus.write_bytes(lines * (12 if quick else 60))  # enough for several processes
         run = RunDirectory(folder / "run")
-        started = time.perf_counter()
+        before = spent()
         build_passages(Stage(run, "passages", {}), IndexConfig(), corpus, resolve("bundled:splade-tiny"))
-        cutting = corpus.stat().st_size / (time.perf_counter() - started)
+        own, others = (after - at_first for after, at_first in zip(spent(), before, strict=True))
+        cutting, reading = (corpus.stat().st_size / seconds for seconds in (own + others, own))
 
         rows = 100_000 if quick else 400_000
         shards = [pack(vectors) for vectors in synthetic(rows)]
@@ -105,7 +109,14 @@ def measure(*, quick: bool) -> Measured:
             search(queries[:256], loads[own], sizes[own], TOP_K)
             seconds.append(time.perf_counter() - started)
         spread = statistics.stdev(seconds) / statistics.mean(seconds)
-    return Measured(cutting, searching, shard, spread)
+    return Measured(cutting, reading, searching, shard, spread)
+
+
+def spent() -> tuple[float, float]:
+    """Processor seconds of this process, and of its children that have ended."""
+    sides = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    own, others = (side.ru_utime + side.ru_stime for side in sides)
+    return own, others
 
 
 def stage(ready: Sequence[float], seconds: float, workers: int, loading: float, measured: Measured) -> Ran:
@@ -126,7 +137,8 @@ def simulate(gpus: int, per_shard: int, measured: Measured) -> dict[str, Ran]:
     """A run's stages, one after the other but for passages and vectors."""
     power = PEAK * REACHED
     passages = math.ceil(PASSAGES / SHARD)
-    cut = KILT_BYTES / measured.cutting / passages
+    rate = min(measured.cutting * CORES_A_GPU * min(gpus, GPUS_A_BOX), measured.reading)
+    cut = KILT_BYTES / rate / passages
     cutting = [cut * (number + 1) for number in range(passages)]
     shards = math.ceil(QUERIES / per_shard)
     together = max(1, 4096 // per_shard)  # shards of queries that are searched at once
@@ -156,13 +168,14 @@ def main() -> None:
     print(machine())
     measured = measure(quick=options.quick)
     print("measured here:")
-    print(f"  cutting {measured.cutting / 1e6:.1f} MB/s on {cores()} cores")
+    print(
+        f"  cutting {measured.cutting / 1e6:.1f} MB/s and core, at most {measured.reading / 1e6:.0f} MB/s: "
+        "one process reads and writes"
+    )
     print(f"  searching {measured.searching / 1e6:,.0f} million queries x passages a second")
     print(f"  a shard costs {1e3 * measured.shard:.1f} ms besides its work")
     print(f"  equal shards spread {measured.spread:.1%}")
-    print(
-        f"assumed: {REACHED:.0%} of {PEAK / 1e12:.0f} TFLOP/s and {CORES_A_GPU} cores a GPU; cutting as here"
-    )
+    print(f"assumed: {REACHED:.0%} of {PEAK / 1e12:.0f} TFLOP/s and {CORES_A_GPU} cores a GPU")
     sizes = (64, 256, 1024, 4096, 16384)
     counts = (1, 8, 64)
     runs = {gpus: simulate(gpus, 256, measured) for gpus in counts}
@@ -185,10 +198,12 @@ def main() -> None:
         best[size] = spent
         print(f"  {size:>10,}" + "".join(f"{spent[gpus]:>11.2f} h  {'':>6}" for gpus in counts))
     for gpus in counts:
-        longest = max(runs[gpus], key=lambda name: runs[gpus][name].hours)
+        longest = max(runs[gpus], key=lambda name: runs[gpus][name].hours * runs[gpus][name].busy)
         size = min(sizes, key=lambda one: best[one][gpus])
         share = runs[gpus][longest].hours / hours(runs[gpus])
-        print(f"  {gpus} GPUs: {longest} takes {share:.0%} of the run; best shard {size:,} queries")
+        print(
+            f"  {gpus} GPUs: saturated first: {longest}, {share:.0%} of the run; best shard {size:,} queries"
+        )
     print(
         "(ratio: how much faster 8 GPUs are than one at what queries cost; passages are cut by one machine)"
     )
