@@ -4,7 +4,7 @@ import os
 import socket
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ os.environ.update(
 import pytest  # noqa: E402
 
 import tiny  # noqa: E402
+from scaledown import mirror  # noqa: E402
 from scaledown.data import prepare_dataset  # noqa: E402
+from scaledown.store import RunDirectory  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -156,3 +158,12 @@ def bucket(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"runs-{uuid.uuid4().hex[:8]}"
     fsspec.filesystem("s3", skip_instance_cache=True).mkdir(name)
     return f"s3://{name}"
+
+
+@pytest.fixture
+def machine(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], RunDirectory]:
+    """The run directory as a machine of some name has it. A process is dead after two seconds of silence."""
+    monkeypatch.setattr(mirror, "_BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(mirror, "_DEAD_SECONDS", 2.5)
+    monkeypatch.setattr(mirror, "_LISTED_SECONDS", 0.1)
+    return lambda name: RunDirectory(mirror.storage_at(f"{bucket}/run", str(tmp_path / name)), worker=name)

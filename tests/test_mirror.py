@@ -10,29 +10,16 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from scaledown import live, mirror
-from scaledown.cli import main
+from scaledown import mirror
 from scaledown.data.answer_log import AnswerLog
 from scaledown.data.prompts import answer_prompt
 from scaledown.errors import RunDirectoryError, UsageError
 from scaledown.mirror import File, storage_at
-from scaledown.progress import track
 from scaledown.records import Answer
 from scaledown.stage import Stage
-from scaledown.status import Status, status_at
 from scaledown.store import RunDirectory
 
-Machine = Callable[[str], RunDirectory]
 TABLE = pa.table({"n": list(range(100))})
-
-
-@pytest.fixture
-def machine(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """The run directory as a machine of some name has it. A process is dead after two seconds of silence."""
-    monkeypatch.setattr(mirror, "_BEAT_SECONDS", 0.2)
-    monkeypatch.setattr(mirror, "_DEAD_SECONDS", 2.5)
-    monkeypatch.setattr(mirror, "_LISTED_SECONDS", 0.1)
-    return lambda name: RunDirectory(storage_at(f"{bucket}/run", str(tmp_path / name)), worker=name)
 
 
 def within(seconds: float, condition: Callable[[], bool]) -> bool:
@@ -195,24 +182,81 @@ def test_a_worker_elsewhere_that_is_known_to_be_dead_is_counted_at_once(machine,
         assert mine
 
 
-def test_a_late_beat_leaves_nothing(machine, monkeypatch) -> None:
+def test_the_next_after_one_who_died_while_taking_over(machine, bucket, tmp_path, monkeypatch) -> None:
+    """Also when two find that out: one of them is between looking and removing the note."""
+    killed_at_a_shard(bucket, tmp_path / "killed")
+    died, one, two = machine("died"), machine("one"), machine("two")
+
+    def die(_: Path) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(died.storage, "remove", die)
+    with pytest.raises(MemoryError), died.leases.hold("s-f-000000", wait=True):
+        pass
+    at, go_on, got = threading.Event(), threading.Event(), []
+    take = two.storage.take
+
+    def slow(path: Path) -> bool:
+        if path.suffix == ".death" and not at.is_set():
+            at.set()
+            go_on.wait(20)
+        return take(path)
+
+    monkeypatch.setattr(two.storage, "take", slow)
+
+    def work() -> None:
+        while not got:
+            with two.leases.hold("s-f-000000") as mine:
+                if mine or at.is_set():
+                    got.append(mine)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert at.wait(20)
+    with one.leases.hold("s-f-000000", wait=True) as mine:
+        assert mine
+        go_on.set()
+        thread.join()
+        assert got == [False]
+    assert machine("three").leases.deaths("s-f-000000") == ["it was killed"]
+
+
+@pytest.fixture
+def slow_beat(machine, monkeypatch) -> tuple[RunDirectory, threading.Event, threading.Event]:
+    """A machine, that its beat is under way, and that it may land."""
     run = machine("one")
-    pipe, begun, go_on, landed = run.storage._system.pipe_file, *(threading.Event() for _ in range(3))
+    pipe, begun, go_on = run.storage._system.pipe_file, threading.Event(), threading.Event()
 
     def slow(path: str, content: bytes, **mode: str) -> None:
         if not mode:
             begun.set()
             go_on.wait(20)
         pipe(path, content, **mode)
-        if not mode:
-            landed.set()
 
     monkeypatch.setattr(run.storage._system, "pipe_file", slow)
+    return run, begun, go_on
+
+
+def test_a_late_beat_leaves_nothing(machine, slow_beat) -> None:
+    run, begun, go_on = slow_beat
     with run.leases.hold("s-f-000000"):
         assert begun.wait(20)
-    go_on.set()
-    assert landed.wait(20)
-    assert within(10, lambda: machine("two").leases.held() == [])
+        threading.Timer(1.0, go_on.set).start()
+    assert machine("two").leases.held() == []
+    with machine("two").leases.hold("s-f-000000") as mine:
+        assert mine
+
+
+def test_a_beat_later_than_that_ends_no_others_lease(machine, slow_beat) -> None:
+    run, begun, go_on = slow_beat
+    with run.leases.hold("s-f-000000"):
+        assert begun.wait(20)
+    with machine("two").leases.hold("s-f-000000", wait=True) as mine:
+        assert mine
+        go_on.set()
+        time.sleep(0.5)
+        with machine("three").leases.hold("s-f-000000") as also:
+            assert not also
 
 
 def test_one_of_many_gets_a_lease(machine) -> None:
@@ -256,14 +300,19 @@ def test_partial_answers_of_another_machine_are_kept(machine) -> None:
     assert AnswerLog.of(Stage(machine("three"), "answers", {}), range(1), 60).read(prompts) == {}
 
 
-def test_answers_that_no_other_could_see_yet_are_kept(machine, monkeypatch) -> None:
-    prompt, answer = answer_prompt("0", "question", ["document"], 0.0), Answer("answer", "stop", 1, 1, 0)
+def test_answers_that_no_other_could_see_are_kept_and_then_seen(machine, monkeypatch) -> None:
+    prompts = [answer_prompt(str(n), f"question {n}", ["document"], 0.0) for n in range(2)]
+    answer = Answer("answer", "stop", 1, 1, 0)
     stage = Stage(machine("one"), "answers", {})
     monkeypatch.setattr(stage.storage, "publish", lambda _: None)
     with AnswerLog.of(stage, range(1), 60).writing() as writer:
-        writer.add(0, prompt, answer)
+        writer.add(0, prompts[0], answer)
     again = AnswerLog.of(Stage(machine("one"), "answers", {}), range(1), 60)
-    assert again.read([prompt]) == {0: answer}
+    assert again.read(prompts) == {0: answer}
+    with again.writing() as writer:
+        writer.add(1, prompts[1], answer)
+    elsewhere = AnswerLog.of(Stage(machine("two"), "answers", {}), range(1), 60)
+    assert within(5, lambda: elsewhere.read(prompts) == {0: answer, 1: answer})
 
 
 def test_partial_answers_are_published_while_they_come(machine, monkeypatch) -> None:
@@ -291,77 +340,6 @@ def test_a_store_without_conditional_writes(machine, monkeypatch) -> None:
     with one.leases.hold("shard") as mine, two.leases.hold("shard") as also:
         assert mine
         assert not also
-
-
-def test_the_status_of_a_run_in_a_bucket(machine, bucket, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(live, "_SEND_SECONDS", 0.1)
-    run = machine("one")
-    queries, stage = Stage(run, "queries", {}), Stage(run, "candidates", {})
-    for shard in range(3):
-        queries.write(shard, TABLE)
-    queries.finish([100] * 3, {"queries": 300})
-
-    def status() -> Status:
-        """Once the worker has sent word."""
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            found = status_at(f"{bucket}/run")
-            if any(worker.silent_seconds is not None for worker in found.workers):
-                return found
-            time.sleep(0.1)
-        raise AssertionError(found)
-
-    def work(shard: int) -> pa.Table:
-        tracker.advance(60)
-        if shard == 2:
-            found = status()
-            told, (worker,) = found.stages[-1], found.workers
-            assert (told.name, told.shards, told.shards_planned, told.rows_planned) == (
-                "candidates",
-                2,
-                3,
-                300,
-            )
-            assert told.rows == 200
-            assert (worker.worker, worker.alive, worker.at) == ("worker-1", None, "candidates 000002")
-            raise KeyboardInterrupt
-        return TABLE
-
-    with (
-        pytest.raises(KeyboardInterrupt),
-        run.claim("same") as place,
-        live.publishing(place, "worker-1", run),
-        track("retrieve", "queries", 300, 0, stage) as tracker,
-    ):
-        stage.complete(3, work)
-    found = status_at(f"{bucket}/run")
-    assert (found.path, found.workers, found.finished) == (f"{bucket}/run", (), False)
-    assert main(["status", f"{bucket}/run"]) == 0
-    assert "candidates  2/3" in capsys.readouterr().out
-    assert main(["status", f"{bucket}/none"]) == 1
-    assert "there is no run directory" in capsys.readouterr().err
-
-
-def test_the_status_of_a_bucket_full_of_other_things(machine, bucket) -> None:
-    system = machine("one").storage._system
-    hostile = (
-        "live/../../evil.json",
-        "live/x.json",
-        "live/x.json/y.json",
-        "ranked/a/../../../e.json",
-        "live//e.json",
-    )
-    for name in (
-        *hostile,
-        "locks/evil.held",
-        "ranked/f/000000.arrow",
-        "ranked/f/journal-x.jsonl",
-        "passages",
-    ):
-        system.pipe_file(f"{bucket}/run/{name}", b'{"hostile": [')
-    status = status_at(f"{bucket}/run")
-    assert [(stage.name, stage.shards) for stage in status.stages] == [("ranked", 1)]
-    assert status.workers == ()
 
 
 def test_files_of_other_origin_are_refused(machine, bucket) -> None:

@@ -112,8 +112,9 @@ def two_at_work(tmp_path: Path) -> Iterator[Stage]:
             word = {"worker": f"worker-{number}", "stages": stages}
             told = {**word, "time": time.time(), "work": [work._asdict()]}
             place.with_suffix(".progress").write_text(json.dumps(told))
-        (tmp_path / "locks").mkdir()
-        (tmp_path / "locks" / f"ranked-{stage.fingerprint}-000001.0.death").write_text('{"of": "SIGKILL"}')
+        death = tmp_path / "locks" / "deaths" / f"ranked-{stage.fingerprint}-000001.0.death"
+        death.parent.mkdir(parents=True)
+        death.write_text('{"time": 1.0, "of": "SIGKILL"}')
         yield stage
 
 

@@ -52,7 +52,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file, or None where there is none or it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
 
 

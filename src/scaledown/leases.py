@@ -30,8 +30,8 @@ TRIES: Final = 3
 _DIGITS: Final = 6  # of a shard's number
 
 _WAIT_SECONDS: Final = 0.1
-_DEATH: Final = ".death"
-"""Ends the name of a file about one death, which says of what, if of this."""
+_DEATHS: Final = "deaths"
+"""The folder with a file about each death, which says of what, if of this."""
 
 
 class Held(NamedTuple):
@@ -62,11 +62,11 @@ def _numbered(name: str) -> bool:
 def _held(content: Any) -> Held | None:
     known = isinstance(content, dict) and content.keys() == set(Held._fields)
     held = Held(**content) if known else None
-    return held if held and isinstance(held.since, float) else None
+    return held if held and [type(value) for value in held] == [str, str, str, int, float] else None
 
 
 def _parsed(note: bytes) -> Held | None:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         return _held(json.loads(note))
     return None
 
@@ -135,7 +135,7 @@ class Leases:
         self._write(name)
         self._storage.publish(self._note(name))
         if not _numbered(name):
-            for path in self._storage.glob(self._folder, f"{name}.*{_DEATH}"):
+            for path in self._storage.glob(self._folder / _DEATHS, f"{name}.*"):
                 self._storage.remove(path)
 
     def _write(self, name: str) -> None:
@@ -147,7 +147,7 @@ class Leases:
         found = []
         for path in self._storage.glob(self._folder, "*.held"):
             held = _held(self._storage.read_json(path))
-            if held and path == self._note(str(held.name)) and worker in {"", held.worker}:
+            if held and path == self._note(held.name) and worker in {"", held.worker}:
                 found.append(held)
         return found
 
@@ -172,25 +172,41 @@ class Leases:
             return True
         held = _parsed(left)
         blamed = held and (held.numbered or not any(own.numbered for own in self.held(held.worker)))
-        death = self._folder / f"{name}.{hashlib.sha256(left).hexdigest()[:16]}{_DEATH}"
-        write_json(death, {"time": time.time(), "of": reason if blamed else None})
-        if not self._storage.take(death) and self._storage.taken(death):
-            return False  # and if that one died, too, its word is old some time
+        told: dict[str, Any] = {"time": time.time(), "of": reason if blamed else None}
+        sign = left
+        while True:  # whoever writes down the death first removes the note; should it die, too, the next
+            death = self._folder / _DEATHS / f"{name}.{hashlib.sha256(sign).hexdigest()[:16]}.death"
+            if self._storage.taken(death):
+                return False
+            death.parent.mkdir(parents=True, exist_ok=True)
+            write_json(death, told)
+            if self._storage.take(death):
+                break
+            death.unlink()
+            earlier = self._storage.read(death)
+            if earlier is None or self._storage.taken(death):
+                return False
+            sign += earlier
+            told["of"] = None  # which is written down already
+        if self._storage.read(self._note(name)) != left:
+            return False
         self._storage.remove(self._note(name))
         return True
 
     def deaths(self, name: str) -> list[str]:
         """What the workers died of, one after the other, that were at `name` (a pattern) in this run."""
-        found = [
-            self._storage.read_json(path) for path in self._storage.glob(self._folder, f"{name}.*{_DEATH}")
+        paths = self._storage.glob(self._folder / _DEATHS, f"{name}.*")
+        found = [death for path in paths if isinstance(death := self._storage.read_json(path), dict)]
+        told = [(death.get("time"), death.get("of")) for death in found]
+        return [
+            of
+            for _, of in sorted((at, of) for at, of in told if isinstance(at, float) and isinstance(of, str))
         ]
-        told = [death for death in found if isinstance(death, dict) and death.get("of")]
-        return [str(death["of"]) for death in sorted(told, key=lambda death: float(death.get("time", 0)))]
 
     def forget(self) -> None:
         """Begin anew: what earlier processes held and died of counts no more."""
-        for pattern in ("*.held", f"*{_DEATH}"):
-            for path in self._storage.glob(self._folder, pattern):
+        for folder, pattern in ((self._folder, "*.held"), (self._folder / _DEATHS, "*")):
+            for path in self._storage.glob(folder, pattern):
                 self._storage.remove(path)
 
     def _note(self, name: str) -> Path:

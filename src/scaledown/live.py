@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from scaledown.atomic import read_json
+from scaledown.errors import OutputError
 from scaledown.progress import Tracker, at_work
 from scaledown.pulse import every, throughout
 from scaledown.store import RunDirectory
@@ -25,6 +26,7 @@ SUPERVISOR: Final = "supervisor"
 _EVERY_SECONDS: Final = 1.0
 _SEND_SECONDS: Final = 10.0  # where others see it only when it is sent
 _SILENT_SECONDS: Final = 120.0  # after so long none is thought to live where no lock tells
+_PATIENCE_SECONDS: Final = 600.0
 _ENDING: Final = ".progress"
 
 
@@ -40,6 +42,17 @@ class Work(NamedTuple):
     shards: tuple[int, int] | None
     """From and to: what `in_flight` is about."""
     in_flight: int
+
+    @classmethod
+    def told(cls, content: Any) -> "Work | None":
+        """As a word has it; None for what is none, or of another version."""
+        if not isinstance(content, dict) or content.keys() != set(cls._fields):
+            return None
+        at, numbers = content["shards"], [content[name] for name in ("done", "guess", "rate", "in_flight")]
+        shards = tuple(at) if isinstance(at, list) and [type(own) for own in at] == [int, int] else None
+        sound = all(isinstance(number, int | float) for number in numbers)
+        sound &= isinstance(content["stage"], str) and isinstance(content["total"], int | None)
+        return cls(**{**content, "shards": shards}) if sound else None
 
     @classmethod
     def of(cls, tracker: Tracker) -> "Work":
@@ -59,8 +72,10 @@ class Process(NamedTuple):
     alive: bool | None
     """None where the file system does not say."""
     time: float
+    run: str
+    """The run directory, as it sees it."""
     stages: Mapping[str, str]
-    """The folders of the stages it has opened."""
+    """The folders of the stages it has opened, as it sees them."""
     work: tuple[Work, ...]
 
 
@@ -75,7 +90,7 @@ def publishing(place: Path, worker: str, *runs: RunDirectory) -> Iterator[None]:
         if not storage.exists(path.with_suffix(".json")):  # of a process that is no more
             storage.remove(path)
     path = place.with_suffix(_ENDING)
-    where = {"host": socket.gethostname(), "pid": os.getpid()}
+    where = {"host": socket.gethostname(), "pid": os.getpid(), "run": str(storage.root.resolve())}
 
     def publish() -> None:
         stages = {name: str(folder.resolve()) for run in runs for name, folder in dict(run.opened).items()}
@@ -86,9 +101,10 @@ def publishing(place: Path, worker: str, *runs: RunDirectory) -> Iterator[None]:
     def send() -> None:
         storage.publish(path)
 
-    with throughout(_EVERY_SECONDS, publish), every(_SEND_SECONDS, send):
+    with throughout(_EVERY_SECONDS, publish), every(_SEND_SECONDS, send, patience=_SEND_SECONDS):
         yield
-    storage.remove(path)
+    with contextlib.suppress(OutputError):
+        storage.remove(path)
 
 
 _supervises: Final = threading.Event()
@@ -114,30 +130,39 @@ def write_quickly(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def processes(run: Path, *, elsewhere: bool = False) -> list[Process]:
+def processes(run: Path, *, outlined: bool = False) -> list[Process]:
     """The processes in a run directory, and what is left of those that were killed. Changes nothing.
 
-    `elsewhere`: the directory is an outline of one whose locks cannot be seen; then the last word tells.
+    Of one that is `outlined`, locks cannot be seen: there the last word tells, which is sent again and again.
     """
     live = run / "live"
     paths = sorted({path.with_suffix("") for path in live.glob("*") if path.suffix in {".json", _ENDING}})
-    return [process for path in paths if (process := _process(path, elsewhere))]
+    if not outlined:
+        return [process for path in paths if (process := _process(path, _holds(path.with_suffix(".lock"))))]
+    beats = {path: note.stat().st_mtime for path in paths if (note := path.with_suffix(".json")).exists()}
+    # By the store's clock, and by this machine's with some patience: they need not agree.
+    lately = max([*beats.values(), time.time() - _PATIENCE_SECONDS]) - _SILENT_SECONDS
+    silent = {path for path in paths if beats.get(path, 0.0) < lately}
+    return [process for path in paths if (process := _process(path, False if path in silent else None))]
 
 
-def _process(place: Path, elsewhere: bool) -> Process | None:
+_KINDS: Final = {
+    **{"worker": str, "host": str, "pid": int, "run": str},
+    **{"time": float, "stages": dict, "work": list},
+}
+
+
+def _process(place: Path, alive: bool | None) -> Process | None:
     note, word = (read_json(place.with_suffix(ending)) for ending in (".json", _ENDING))
     if not isinstance(note, dict) and not isinstance(word, dict):
-        return None  # it has just left
-    told: dict[str, Any] = {"worker": "", "host": "", "pid": 0, "time": 0.0, "stages": {}, "work": []}
-    told |= {key: value for own in (note, word) if own for key, value in own.items() if key in told}
-    alive = note is not None and _holds(place.with_suffix(".lock"))
-    if note is not None and elsewhere:
-        beat = place.with_suffix(".json").stat().st_mtime  # it is written again and again
-        alive = None if time.time() - beat < _SILENT_SECONDS else False
-    with contextlib.suppress(TypeError):  # written by another version
-        told["work"] = tuple(Work(**work) for work in told["work"])
-        return Process(alive=alive, **told)
-    return None
+        return None  # it has just left, or never was
+    told: dict[str, Any] = {name: kind() for name, kind in _KINDS.items()}
+    for own in (note, word):
+        if isinstance(own, dict):
+            told |= {name: own[name] for name, kind in _KINDS.items() if type(own.get(name)) is kind}
+    told["work"] = tuple(work for content in told["work"] if (work := Work.told(content)))
+    told["stages"] = {name: path for name, path in told["stages"].items() if isinstance(path, str)}
+    return Process(alive=alive if note is not None else False, **told)
 
 
 def _holds(lock: Path) -> bool | None:

@@ -12,8 +12,8 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -141,6 +141,14 @@ class _Mirror(Storage):
         stem, dot, ending = name.partition(".")
         return f"{stem}-{self._name}{dot}{ending}"
 
+    def owned(self, path: Path) -> list[Path]:
+        stem, _, ending = path.name.partition(".")
+        own = re.compile(rf"{re.escape(stem)}(-[0-9a-f]{{8}})?\.{re.escape(ending)}")
+        here = path.parent.glob(f"{stem}*")  # of a process that was killed before others could see it
+        return sorted(
+            {one for one in (*self.glob(path.parent, f"{stem}*"), *here) if own.fullmatch(one.name)}
+        )
+
     # Asking
 
     def _ask(self, path: Path, question: Callable[[], Result]) -> Result:
@@ -237,7 +245,10 @@ class _Mirror(Storage):
             return found
 
         root = self._system._strip_protocol(self._at(folder)).rstrip("/") + "/"
-        found = self._ask(folder, question)
+        try:
+            found = self._ask(folder, question)
+        except FileNotFoundError:
+            return []
         # Anyone may have put anything into a bucket: no name from there leads out of the mirror.
         names = {
             PurePosixPath(name.removeprefix(root)): name for name in sorted(found) if name.startswith(root)
@@ -259,7 +270,7 @@ class _Mirror(Storage):
             contents = threads.map(content, *zip(*found, strict=True))
             for (name, entry), told in zip(found, contents, strict=True):
                 path = Path(folder) / name
-                with contextlib.suppress(FileExistsError, NotADirectoryError, IsADirectoryError):
+                with contextlib.suppress(OSError):  # names that no folder here can have
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(told)
                     os.utime(path, (entry.time, entry.time))
@@ -338,13 +349,19 @@ class _Mirror(Storage):
         if info and (not path.exists() or path.stat().st_size < info["size"]):
             self.fetch(path)
 
+    def send_log(self, path: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            info = self._info(path)
+            if path.stat().st_size > (info["size"] if info else 0):
+                self.publish(path)
+
     def read_json(self, path: Path) -> Any:
         if (entry := self._entry(path)) is None:
             return None
         kept, content = self._read.get(path, (None, None))
         if kept != entry:
             content = None
-            with contextlib.suppress(FileNotFoundError, ValueError):
+            with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
                 content = json.loads(self._cat(path).decode(errors="surrogateescape"))
             self._read[path] = entry, content
         return content
@@ -412,15 +429,9 @@ class _Mirror(Storage):
 
     @contextlib.contextmanager
     def keeping(self, note: Path) -> Iterator[None]:
-        over = threading.Event()
-
         def beat() -> None:
             self._system.pipe_file(self._at(note), note.read_bytes())
-            if over.is_set():  # it came so late that the note may be removed already
-                self._system.rm_file(self._at(note))
 
-        try:
-            with every(_BEAT_SECONDS, beat, patience=_BEAT_SECONDS):  # no longer where the network is away
-                yield
-        finally:
-            over.set()
+        # Waits for one that is under way: it would bring back a note that was removed.
+        with every(_BEAT_SECONDS, beat, patience=_DEAD_SECONDS):
+            yield

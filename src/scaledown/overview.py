@@ -97,7 +97,11 @@ def _state(status: Status) -> str:
     if status.finished:
         when = datetime.fromtimestamp(status.finished_time or 0, UTC).astimezone()
         told = f"finished {when:%Y-%m-%d %H:%M}"
-        return f"{told}, {status.examples:,} examples in {status.output}" if status.output else told
+        return (
+            f"{told}, {status.examples:,} examples in {one_line(status.output)}"
+            if status.output and status.examples is not None
+            else told
+        )
     if status.workers:
         return "under way"
     return "interrupted, or waiting for other parts: the same command continues"
@@ -112,7 +116,7 @@ def _row(stage: StageStatus, status: Status) -> tuple[str, ...]:
         else f"/{'~' * stage.estimated}{stage.rows_planned:,}"
     )
     return (
-        f"{stage.name} {stage.fingerprint}" if several else stage.name,
+        one_line(f"{stage.name} {stage.fingerprint}") if several else stage.name,
         f"{stage.shards:,}{planned}",
         f"{stage.done:,}{total} {stage.unit}",
         duration(stage.seconds),

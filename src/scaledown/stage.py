@@ -148,7 +148,7 @@ class Stage:
     def journal(self) -> list[dict[str, Any]]:
         """What was noted, in order."""
         notes = []
-        for path in self.storage.glob(self.folder, "journal*.jsonl"):
+        for path in self.storage.owned(self.folder / "journal.jsonl"):
             self.storage.fetch_log(path)
             for line in path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError):  # a line cut short by a crash

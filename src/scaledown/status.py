@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from scaledown.atomic import read_json
-from scaledown.errors import InputError
+from scaledown.errors import InputError, one_line
 from scaledown.leases import Held, Leases
 from scaledown.live import Process, Work, processes
 from scaledown.mirror import storage_at
-from scaledown.options import is_url
 from scaledown.store import ABSENT, STAGES
 from scaledown.urls import redacted
 
@@ -101,30 +100,34 @@ def status_at(name: str) -> Status:
     """
     for place in (name, f"{name.rstrip('/')}.work"):
         storage = storage_at(place)
-        with storage.outline() as run:
-            if run.is_dir() and any((run / own).exists() for own in (*STAGES, "live", "manifest.json")):
-                return status_of(run, elsewhere=is_url(place))._replace(path=str(storage))
+        if not {*STAGES, "live", "manifest.json"}.isdisjoint(storage.entries()):
+            with storage.outline() as run:
+                try:
+                    return status_of(run, outlined=run != storage.root)._replace(path=str(storage))
+                except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+                    raise InputError(
+                        f"{storage}: what is there was not written by this version "
+                        f"({type(error).__name__}: {one_line(str(error), 80)})"
+                    ) from error
     raise InputError(
         f"{redacted(name)}: there is no run directory; give what --work_dir or --index_dir named, or the "
         "--output_file of a run"
     )
 
 
-def status_of(run: Path, *, elsewhere: bool = False) -> Status:
-    """How far the run in the directory `run` is, now; `elsewhere`: it is an outline, see `Storage`."""
-    everyone = processes(run, elsewhere=elsewhere)
+def status_of(run: Path, *, outlined: bool = False) -> Status:
+    """How far the run in the directory `run` is, now; it may be `outlined`, see `Storage.outline`."""
+    everyone = processes(run, outlined=outlined)
     living = [process for process in everyone if process.alive is not False]
     content = read_json(run / "manifest.json")
     manifest = content if isinstance(content, dict) else {}
-    opened = _opened(run, everyone, manifest)
-    homes = {run, *(folder.parent.parent for _, folder in opened)}
+    opened = _opened(run, everyone, manifest, outlined)
+    homes = {run} if outlined else {run, *(folder.parent.parent for _, folder in opened)}
     held = [one for home in homes for one in Leases(home / "locks", "").held()]
     stages: list[StageStatus] = []
     shards: dict[str, _Shards] = {}
     planned: dict[str, int | None] = {}
     for name, folder in opened:
-        if elsewhere and not folder.exists():  # of an index of its own
-            continue
         working = [work for process in living for work in process.work if work.stage == name]
         if name == "approximate" and not working:  # has files of its own kind, and never ends
             continue
@@ -140,7 +143,7 @@ def status_of(run: Path, *, elsewhere: bool = False) -> Status:
         ended is not None,
         ended,
         str(written.get("path", "")),
-        written.get("examples"),
+        examples if isinstance(examples := written.get("examples"), int) else None,
         tuple(stages),
         tuple(_worker(process, held) for process in living),
     )
@@ -196,18 +199,29 @@ def _source(name: str) -> str:
     return "queries" if STAGES.index(name) < STAGES.index("questions") else "questions"
 
 
-def _opened(run: Path, everyone: list[Process], manifest: Mapping[str, Any]) -> list[tuple[str, Path]]:
-    """The stages of the run, in order: as the processes say, else the manifest, else all that there are."""
+def _opened(
+    run: Path, everyone: list[Process], manifest: Mapping[str, Any], outlined: bool
+) -> list[tuple[str, Path]]:
+    """The stages of the run, in order: as the processes say, else the manifest, else all that there are.
+
+    Those of an index of its own are where they say, and left out where that is elsewhere.
+    """
     named: dict[str, Path] = {}
     for process in sorted(everyone, key=lambda process: process.time):
         for name, told in process.stages.items():
             own = run / name / Path(told).name  # where this machine sees it
-            named[name] = own if own.exists() else Path(told)
+            if not outlined:
+                named[name] = own if own.exists() else Path(told)
+            elif Path(told).parent.parent == Path(process.run):
+                named[name] = own
     if not named:
         index = (manifest.get("parameters") or {}).get("index_dir")
         for name, stage in (manifest.get("stages") or {}).items():
             own = run / name / stage["fingerprint"]
-            named[name] = own if own.exists() or not index else Path(index) / name / stage["fingerprint"]
+            if own.exists() or not index:
+                named[name] = own
+            elif not outlined:
+                named[name] = Path(index) / name / stage["fingerprint"]
     if named:
         return [(name, named[name]) for name in STAGES if name in named]
     return [(name, folder) for name in STAGES for folder in sorted((run / name).glob("*")) if folder.is_dir()]
@@ -294,7 +308,7 @@ def _beside(folder: Path, kind: str, ending: str) -> Iterator[Path]:
 def _journal(folder: Path) -> Iterator[dict[str, Any]]:
     for path in sorted(folder.glob("journal*.jsonl")):  # in an object store each process has its own
         with contextlib.suppress(OSError):
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError):  # cut short by a crash
                     if isinstance(event := json.loads(line), dict):
                         yield event

@@ -68,6 +68,13 @@ class Storage:
         """The name under which this process appends to what all append to."""
         return name
 
+    def owned(self, path: Path) -> list[Path]:
+        """The files to which processes append, each by its `own` name, what belongs to `path`."""
+        return [path] if path.exists() else []
+
+    def send_log(self, path: Path) -> None:
+        """Let others see all of a file that only grows."""
+
     def check_writable(self, output: Path) -> None:
         """Find out before any work whether `output` can be written. Raises `OutputError`."""
         check_writable(output)

@@ -138,8 +138,9 @@ class RunDirectory:
         name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         note, lock = live / f"{name}.json", live / f"{name}.lock"
         mine = FileLock(lock)
-        entrance = Leases(live, name, self.storage).hold("entrance", wait=True)
-        with FileLock(live / "entrance.lock"), entrance:
+        doors = Leases(live, name, self.storage)
+        with FileLock(live / "entrance.lock"), doors.hold("entrance", wait=True):
+            doors.renew("entrance")  # who died of it does not matter
             others = [other for other in self.storage.glob(live, "*.json") if self._lives(other)]
             for told in map(self.storage.read_json, others):  # none: that process is just leaving
                 if isinstance(told, dict) and told.get("request") != request:

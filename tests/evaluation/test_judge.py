@@ -22,6 +22,15 @@ from scaledown.evaluation.judge import grade, preference
         ("**Partially correct**", 0.5),
         ("wrong", 0),
         ("Not correct", None),
+        ("Correct!", 1),
+        ("(Partially correct)", 0.5),
+        ("Answer: wrong", 0),
+        ("0: Correct", None),
+        ("1: Wrong", None),
+        ("0. It is not correct.", 0),
+        ("1. The generated answer is correct", 1),
+        ("0, since it is incorrect", 0),
+        ("0.5: partially correct", 0.5),
         ("1: Correct, 0.5: Partially correct, 0: Wrong.", None),
         ("The answer is right.", None),
         ("", None),
@@ -61,11 +70,11 @@ def test_preferences(there: str, back: str, expected: float | None) -> None:
 def test_the_judge_is_shown_question_golden_and_generated_answer() -> None:
     prompt = judge_prompt("1", "Who {answer}?", ["Ada", "Countess"], "It was {question}")
     asks, question, golden, generated = prompt.user([]).splitlines()
-    assert asks.endswith("simply answer with one of 1: Correct, 0.5: Partially correct, 0: Wrong.")
-    assert question == "Question: Who {answer}?"
-    assert golden == "Golden answer: Ada or Countess"
-    assert generated == "Generated answer: It was {question}"
-    for grade_and_label in ("1: Correct", "0.5: Partially correct", "0: Wrong"):
+    assert asks.endswith("Simply answer with one of 1: correct, 0.5: partially correct, 0: wrong.")
+    assert question == "Question: Who {answer}?."
+    assert golden == "Golden answer: Ada or Countess."
+    assert generated == "Generated answer: It was {question}."
+    for grade_and_label in ("1: Correct", "0.5: Partially correct", "0: wrong"):
         assert grade_and_label in prompt.system
         assert grade(grade_and_label) == float(grade_and_label.partition(":")[0])
     both = preference_prompt("1", "Who?", ["Ada"], "one", "other")

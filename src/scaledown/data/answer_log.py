@@ -21,8 +21,7 @@ _ENDING: Final = ".part.jsonl"
 _PUBLISH_SECONDS: Final = 30
 
 
-_OWN: Final = r"(-[0-9a-f]{8})?"  # what a process of many in an object store adds to the name
-_NAME: Final = re.compile(rf"(\d{{6}}(-\d{{6}})?){_OWN}\.part\.jsonl")
+_NAME: Final = re.compile(r"(\d{6}(-\d{6})?)(-[0-9a-f]{8})?\.part\.jsonl")
 
 
 class AnswerLog:
@@ -93,6 +92,8 @@ class AnswerLog:
         """Append answers. One process at a time: the shard's lease sees to that."""
         stop = threading.Event()
         failed: list[Exception] = []
+        for path in self._storage.owned(self.path):  # of one that was killed before it could
+            self._storage.send_log(path)
         path = self.path.with_name(self._storage.own(self.path.name))
         with path.open("ab+") as file:
             if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
@@ -131,18 +132,11 @@ class AnswerLog:
 
     def remove(self) -> None:
         """Forget it: the shard is whole."""
-        for path in self._files():
+        for path in self._storage.owned(self.path):
             self._storage.remove(path)
 
-    def _files(self) -> list[Path]:
-        stem, _, ending = self.path.name.partition(".")
-        own = re.compile(re.escape(stem) + _OWN + re.escape(f".{ending}"))
-        there = self._storage.glob(self.path.parent, f"{stem}*")
-        here = self.path.parent.glob(f"{stem}*")  # of a process killed here before others could see it
-        return sorted({path for path in (*there, *here) if own.fullmatch(path.name)})
-
     def _records(self) -> Iterator[dict[str, Any]]:
-        for path in self._files():
+        for path in self._storage.owned(self.path):
             self._storage.fetch_log(path)
             yield from _records(path)
 

@@ -76,14 +76,14 @@ QUESTION_AFTER: Final = "\n\nWrite a question that this answers."
 
 JUDGE_VERSION: Final = 2
 """Of the two prompts below."""
-# OSCAR, arXiv 2504.07109, figure 13: its grades as BERGEN asks for them (arXiv 2407.01102).
+# OSCAR, arXiv 2504.07109, figure 13, as its first author's arXiv 2504.02411 prints it (figure 7).
 JUDGE_SYSTEM: Final = (
-    "You are an evaluation tool. Answer with one of\n1: Correct,\n0.5: Partially correct,\n0: Wrong."
+    "You are an evaluation tool. Answer with one of 1: Correct, 0.5: Partially correct, 0: wrong."
 )
 JUDGE_ASKS: Final = (
-    "Here is a question, a golden answer and an AI-generated answer. Can you judge whether the AI-generated "
-    "answer is correct according to the question and golden answer, simply answer with one of 1: Correct, "
-    "0.5: Partially correct, 0: Wrong.\n"
+    "Here is a question, a golden answer, and an AI-generated answer. Can you judge whether the AI-generated "
+    "answer is correct according to the question and golden answer? Simply answer with one of 1: correct, "
+    "0.5: partially correct, 0: wrong.\n"
 )
 # Written for this project; asked in both orders: judges favour a place (Zheng et al. 2023, arXiv 2306.05685).
 PREFERENCE_SYSTEM: Final = (
@@ -134,7 +134,7 @@ def question_prompt(key: str, passage: str, temperature: float) -> Prompt:
 
 def judge_prompt(key: str, query: str, golden: Sequence[str], answer: str) -> Prompt:
     """How a grade is asked for: 1, 0.5 or 0. Several golden answers are right each."""
-    asked = f"Question: {query}\nGolden answer: {' or '.join(golden)}\nGenerated answer: {answer}"
+    asked = f"Question: {query}.\nGolden answer: {' or '.join(golden)}.\nGenerated answer: {answer}."
     return Prompt(key, JUDGE_SYSTEM, JUDGE_ASKS + asked, (), "")
 
 

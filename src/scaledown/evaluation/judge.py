@@ -33,6 +33,10 @@ NEW_TOKENS: Final = 32  # a verdict takes one; some models say a few words aroun
 _SHARDS_AT_ONCE: Final = 16  # for engines that schedule by themselves: they never run dry
 _GRADES: Final = {"0": 0.0, "0.0": 0.0, "0.5": 0.5, ".5": 0.5, "1": 1.0, "1.0": 1.0}
 _LABELS: Final = {"wrong": 0.0, "partially correct": 0.5, "correct": 1.0}  # as the prompt names the grades
+_LABEL: Final = re.compile(r"(?<!not )\b(partially correct|correct|wrong)\b", re.IGNORECASE)
+_LABEL_ALONE: Final = re.compile(
+    rf"\W*(?:(?:the )?(?:answer|grade|verdict)\W+(?:is\W+)?)?{_LABEL.pattern}\W*", re.I
+)
 _NUMBER: Final = re.compile(r"-?(?:\d+(?:[.,]\d+)*|\.\d+)")
 _LETTER: Final = re.compile(  # alone, or what is better: in "A better answer is B" the A is none
     r"\W*(?:(?:the )?(?:better )?(?:answer|verdict|choice)\W+(?:is\W+)?)?([ABC])"
@@ -42,11 +46,13 @@ _LETTER: Final = re.compile(  # alone, or what is better: in "A better answer is
 
 
 def grade(reply: str) -> float | None:
-    """The grade in a reply: the only number in it, if that is a grade, or nothing but a grade's name."""
+    """The grade in a reply: the only number in it, where no other grade is named, or a name alone."""
     numbers = set(_NUMBER.findall(reply))
-    if not numbers:
-        return _LABELS.get(reply.strip(" \n\t.:*{}\"'").lower())
-    return _GRADES.get(numbers.pop()) if len(numbers) == 1 else None
+    if not numbers and (alone := _LABEL_ALONE.fullmatch(reply)):
+        return _LABELS[alone[1].lower()]
+    found = _GRADES.get(numbers.pop()) if len(numbers) == 1 else None
+    named = {_LABELS[name.lower()] for name in _LABEL.findall(reply)}
+    return found if named <= {found} else None
 
 
 def preference(there: str, back: str) -> float | None:
