@@ -58,11 +58,13 @@ def peak() -> int:
 
 
 def hash_size() -> float:
-    """Bytes a query in the set that finds those that come again, of a million."""
-    from scaledown.data.formats import query_key
+    """Bytes a query, of a million, to know those that come again."""
+    from scaledown.data.seen import Seen
 
-    keys = {query_key({"query": str(number)}) for number in range(1_000_000)}
-    return (sys.getsizeof(keys) + sum(map(sys.getsizeof, keys))) / len(keys)
+    seen = Seen()
+    for number in range(1_000_000):
+        seen.add(str(number))
+    return seen.size / 1_000_000
 
 
 def main() -> None:

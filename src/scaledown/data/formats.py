@@ -1,7 +1,6 @@
 """Training files, ours or others': read as a stream, validated line by line."""
 
 import datetime
-import hashlib
 import json
 import logging
 import math
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 
 from scaledown.config import OUTPUT_SUFFIXES
 from scaledown.data import files
+from scaledown.data.seen import Seen
 from scaledown.errors import InputError
 from scaledown.progress import track
 from scaledown.records import Example, document_text
@@ -266,7 +266,7 @@ def validate(path: Path, max_messages: int = 100) -> Validation:
     sound = bad = total = 0
     messages: list[str] = []
     with_scores: bool | None = None
-    seen: set[bytes] = set()
+    seen, again = Seen(), 0
     for number, entry in enumerate(entries(path), 1):
         found = [entry.problem] if entry.problem else problems(entry.record)
         if not found:
@@ -281,12 +281,7 @@ def validate(path: Path, max_messages: int = 100) -> Validation:
             messages += [place + problem for problem in found][: max_messages - len(messages)]
         else:
             sound += 1
-            seen.add(query_key(entry.record))
+            again += not seen.add(entry.record["query"])
     if not sound and not bad:
         total, messages = 1, [f"{path}: holds no records"]
-    return Validation(sound, messages, bad, total, sound - len(seen))
-
-
-def query_key(record: Any) -> bytes:
-    """What two records for the same query share."""
-    return hashlib.blake2b(record["query"].strip().encode(), digest_size=12).digest()
+    return Validation(sound, messages, bad, total, again)

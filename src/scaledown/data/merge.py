@@ -15,8 +15,9 @@ from scaledown.atomic import atomic
 from scaledown.config import OUTPUT_SUFFIXES
 from scaledown.data.clean import Cleaner, Left
 from scaledown.data.export import write_examples
-from scaledown.data.formats import check_file, entries, problems, query_key
+from scaledown.data.formats import check_file, entries, problems
 from scaledown.data.manifest import manifest_of
+from scaledown.data.seen import Seen
 from scaledown.errors import InputError, UsageError
 from scaledown.progress import track
 from scaledown.records import Example, document_text
@@ -133,15 +134,13 @@ def _records(paths: Sequence[Path]) -> Iterator[Example]:
 
 def _cleaned(records: Iterator[Example], cleaner: Cleaner) -> Iterator[tuple[Example, Left | None]]:
     """Records, each with why it is left out, or None where it stays."""
-    seen: set[bytes] = set()
+    seen = Seen()
     while block := list(itertools.islice(records, _BLOCK)):
         for record, unwanted in zip(block, cleaner.queries([one["query"] for one in block]), strict=True):
             why = unwanted or cleaner.answer(record["answer"], _passages(record["documents"]))
-            key = query_key(record)
-            if why is None and key in seen:
+            if not seen.add(record["query"]) and why is None:
                 match = {"kind": "exact", "question": record["query"], "similarity": 1.0}
                 why = {"reason": "exact match of an earlier query", "problem": "duplicate", "match": match}
-            seen.add(key)
             yield record, why
 
 
