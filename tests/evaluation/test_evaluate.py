@@ -246,7 +246,7 @@ def test_a_judge_grades_and_prefers(evaluate: Evaluate, output: Path, judge_serv
     assert compressed.differences["preferred"].p_value == 1
     assert "preferred" not in results.systems["uncompressed"].measures
     shown = [body["messages"] for body in judge_server.bodies]
-    assert any("Write 0.5 if" in system["content"] for system, _ in shown)
+    assert any("0.5: Partially correct" in system["content"] for system, _ in shown)
     assert any("Golden answer: Ada or Countess" in user["content"] for _, user in shown)
 
 
