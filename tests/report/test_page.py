@@ -131,6 +131,19 @@ def test_logarithmic_ticks_are_plain_numbers(most: float) -> None:
     assert "math" not in svg
 
 
+def test_names_of_points_that_lie_together() -> None:
+    """As of runs that differ in their depth: of 5 layers and 8."""
+    points = {
+        "16x": [plots.Point("trained-5layers-16x", 5, 0.06, 0.04, 0.09), plots.Point("trained-16x", 8, 0.07)],
+        "4x": [plots.Point("trained-4x", 8, 0.07, 0.04, 0.09)],
+        "many": [plots.Point(f"run-{number}", 8, 0.07) for number in range(60)],
+    }
+    svg = plots.plane(points, "layers", "accuracy")
+    for series in points.values():
+        for point in series:
+            assert f">{point.name}<" in svg
+
+
 @pytest.mark.parametrize(
     "svg",
     [

@@ -18,6 +18,7 @@ _INK: Final = "#0a0a01"
 _GRID: Final = "#0a0a02"
 SERIES: Final = ("#0a0a11", "#0a0a12", "#0a0a13", "#0a0a14", "#0a0a15", "#0a0a16")
 _NAME_LENGTH: Final = 28
+_MOST_STEPS: Final = 40  # of three points each, by which a name is moved
 _MARKERS: Final = "osD^vP"
 _COLOURS: Final = {
     _INK: "var(--ink)",
@@ -126,11 +127,14 @@ def plane(points: Mapping[str, Sequence[Point]], x: str, y: str, *, logarithmic:
             )
             for point in series:
                 place: dict[str, Any] = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 7.5}
+                place["annotation_clip"] = False  # else a name at the edge has no extent
                 names.append(axes.annotate(_short(point.name), (point.x, point.y), **place))
         axes.set(xlabel=x, ylabel=y)
         if logarithmic:
             _make_logarithmic(axes, [point.x for series in points.values() for point in series])
         axes.margins(0.15)
+        figure: Any = axes.figure
+        figure.draw_without_rendering()  # only then is known where the points are
         _move_apart(names)
         if len(points) > 1:
             axes.legend(fontsize=8)
@@ -138,11 +142,13 @@ def plane(points: Mapping[str, Sequence[Point]], x: str, y: str, *, logarithmic:
 
 
 def _move_apart(names: Sequence[Any]) -> None:
-    """Move each name up until it lies on no other."""
+    """Move each name up until it lies on no other, or is far from its point."""
     placed: list[Any] = []
     for name in names:
         box = name.get_window_extent()
-        while any(box.overlaps(other) for other in placed):
+        for _ in range(_MOST_STEPS):
+            if not any(box.overlaps(other) for other in placed):
+                break
             across, up = name.get_position()
             name.set_position((across, up + 3))
             box = name.get_window_extent()
