@@ -1,8 +1,11 @@
 """A simulation, not a measurement: 893,000 queries over all of KILT on 1, 8 and 64 GPUs.
 
 Measured here, in this run, on the code that would run there: how fast a corpus is cut and searched, what a
-shard costs besides its work, and how unevenly long equal shards take. Taken from elsewhere, with their
-sources below: the sizes of corpus and models, a GPU's peak; assumed: how much of the peak is reached.
+shard costs besides its work, and how unevenly long equal shards of a search take. Reckoned from processor
+time: how fast the one process can be that reads the corpus and writes passages. Taken from elsewhere, with
+their sources below: the sizes of corpus and models, a GPU's peak. Assumed: how much of the peak is reached;
+that a search is as fast on each core of many as on those here, and vectors are read for free; that shards of
+all stages are as uneven.
 """
 
 import functools
@@ -169,8 +172,8 @@ def main() -> None:
     measured = measure(quick=options.quick)
     print("measured here:")
     print(
-        f"  cutting {measured.cutting / 1e6:.1f} MB/s and core, at most {measured.reading / 1e6:.0f} MB/s: "
-        "one process reads and writes"
+        f"  cutting {measured.cutting / 1e6:.1f} MB/s and core, at most {measured.reading / 1e6:.0f} MB/s "
+        "by the processor time of the one process that reads and writes"
     )
     print(f"  searching {measured.searching / 1e6:,.0f} million queries x passages a second")
     print(f"  a shard costs {1e3 * measured.shard:.1f} ms besides its work")

@@ -13,6 +13,7 @@ import pytest
 
 from scaledown import live
 from scaledown.cli import main
+from scaledown.errors import InputError
 from scaledown.mirror import storage_at
 from scaledown.progress import track
 from scaledown.stage import Stage
@@ -152,6 +153,7 @@ NOTE = {"request": "same", "pid": 1, "host": "host"}
 WORD = {"worker": "w", "host": "h", "pid": 1, "time": NOW, "run": "/r", "stages": {}, "work": []}
 WORK = {"stage": "ranked", "unit": "pairs", "done": 1, "total": 2, "guess": 0, "rate": 1.0, "shards": [0, 1]}
 HELD = {"name": "ranked-f-000000", "worker": "w", "host": "h", "pid": 1, "since": 1.0}
+HUGE = {"in_flight": 1, "shards": [0, 10**12]}
 STAGES = {"ranked": "/r/ranked/f"}
 OUTPUT = {"path": "\x1b[31m", "examples": "5"}
 DONE = {"rows": [1], "counts": {}, "seconds": 1.0}
@@ -184,8 +186,15 @@ MANIFEST = {"finished": "2026-01-01T00:00:00+00:00", "stages": {"ranked": {"fing
         {"ranked/f/journal.jsonl": b"\xff\xfe"},
         {"ranked/f/journal.jsonl": {"seconds": "x"}},
         {"ranked/f/journal.jsonl": {"shard": [], "rows": 1}},
+        {"ranked/f/journal.jsonl": b"[" * 100_000},
+        {"ranked/f/journal.jsonl": b'{"shard": 0, "rows": 1, "seconds": Infinity}'},
+        {"live/a.progress": {**WORD, "time": -float("inf")}},
+        {"live/a.progress": {**WORD, "stages": STAGES, "work": [{**WORK, **HUGE}]}},
+        {"live/a\x00b.json": NOTE},
+        {"manifest.json": MANIFEST, "manifest.json/x": b"x"},
         {"ranked/f/done.json": {}},
         {"ranked/f/done.json": {**DONE, "rows": "x"}},
+        {"ranked/f/done.json": DONE, "manifest.json": {"stages": {"ranked": {"fingerprint": "/etc"}}}},
         {"ranked/f/done.json": DONE, "manifest.json": {"stages": {"ranked": 5}}},
         {"ranked/f/done.json": DONE, "manifest.json": {"stages": MANIFEST["stages"]}},
         {
@@ -220,3 +229,8 @@ def test_no_folder_of_this_machine_is_looked_at(machine, bucket, tmp_path) -> No
         word = {**WORD, "run": run, "stages": {"ranked": str(private.folder)}}
         system.pipe_file(f"{bucket}/run/live/a.progress", json.dumps(word).encode())
         assert [stage.shards for stage in status_at(f"{bucket}/run").stages] in ([], [0])
+    system.rm(f"{bucket}/run/live", recursive=True)
+    manifest = {"stages": {"ranked": {"fingerprint": str(private.folder)}}, "finished": MANIFEST["finished"]}
+    system.pipe_file(f"{bucket}/run/manifest.json", json.dumps(manifest).encode())
+    with pytest.raises(InputError, match="was not written by this version"):
+        status_at(f"{bucket}/run")

@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from math import isfinite
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -56,13 +57,15 @@ class Held(NamedTuple):
 
 
 def _numbered(name: str) -> bool:
-    return name.rpartition("-")[2].isdecimal()
+    _, dash, last = name.rpartition("-")
+    return bool(dash) and last.isdecimal()
 
 
 def _held(content: Any) -> Held | None:
     known = isinstance(content, dict) and content.keys() == set(Held._fields)
     held = Held(**content) if known else None
-    return held if held and [type(value) for value in held] == [str, str, str, int, float] else None
+    sound = held and [type(value) for value in held] == [str, str, str, int, float] and isfinite(held.since)
+    return held if sound else None
 
 
 def _parsed(note: bytes) -> Held | None:
@@ -103,9 +106,9 @@ class Leases:
                 with self._storage.keeping(note):
                     yield True
             except (KeyboardInterrupt, ScaleDownError):
-                self._storage.remove(note)
+                self._storage.give_back(note)
                 raise  # and for whatever else went wrong the work may be to blame
-            self._storage.remove(note)
+            self._storage.give_back(note)
         finally:
             lock.release()
 

@@ -6,6 +6,7 @@ the disk, and goes with a process that ends well; what a killed one leaves says 
 
 import contextlib
 import json
+import math
 import os
 import socket
 import threading
@@ -50,7 +51,7 @@ class Work(NamedTuple):
             return None
         at, numbers = content["shards"], [content[name] for name in ("done", "guess", "rate", "in_flight")]
         shards = tuple(at) if isinstance(at, list) and [type(own) for own in at] == [int, int] else None
-        sound = all(isinstance(number, int | float) for number in numbers)
+        sound = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
         sound &= isinstance(content["stage"], str) and isinstance(content["total"], int | None)
         return cls(**{**content, "shards": shards}) if sound else None
 
@@ -160,9 +161,17 @@ def _process(place: Path, alive: bool | None) -> Process | None:
     for own in (note, word):
         if isinstance(own, dict):
             told |= {name: own[name] for name, kind in _KINDS.items() if type(own.get(name)) is kind}
+    told["time"] = finite(told["time"])
     told["work"] = tuple(work for content in told["work"] if (work := Work.told(content)))
     told["stages"] = {name: path for name, path in told["stages"].items() if isinstance(path, str)}
     return Process(alive=alive if note is not None else False, **told)
+
+
+def finite(seconds: float) -> float:
+    """Seconds as told. Raises `ValueError` for what is no such number: anybody may have written it."""
+    if not math.isfinite(seconds):
+        raise ValueError(f"{seconds} seconds")
+    return seconds
 
 
 def _holds(lock: Path) -> bool | None:

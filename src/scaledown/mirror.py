@@ -118,8 +118,7 @@ class _Mirror(Storage):
         self._read: dict[Path, tuple[_Entry, Any]] = {}
         self._here: set[Path] = set()
         self._ahead: float | None = None  # the store's clock, against ours
-        self._away = -_DEAD_SECONDS  # when it last was out of reach,
-        self._gone: float | None = None  # and since when, if it is
+        self._away = -_DEAD_SECONDS  # when it last was out of reach
 
     def __str__(self) -> str:
         return redacted(self._url)
@@ -156,12 +155,11 @@ class _Mirror(Storage):
 
         `FileNotFoundError` and `FileExistsError` are answers, and come through.
         """
-        pause = 0.5
+        pause, gone = 0.5, 0.0
         while True:
             try:
-                answer = question()
+                return question()
             except (FileNotFoundError, FileExistsError, ScaleDownError):
-                self._gone = None
                 raise
             except Exception as error:
                 if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of the mirror
@@ -175,19 +173,16 @@ class _Mirror(Storage):
                 if isinstance(error, ValueError) or type(error).__name__ == "ParamValidationError":
                     raise OutputError(f"{shown}: {said}; check the URL") from None
                 self._away = time.monotonic()
-                if self._gone is None:
+                if not gone:
                     log.warning("%s: the store cannot be reached (%s): trying again", self, said)
-                self._gone = self._gone or self._away
-                if self._away + pause > self._gone + _PATIENCE_SECONDS:
+                gone = gone or self._away
+                if self._away + pause > gone + _PATIENCE_SECONDS:
                     raise OutputError(
                         f"{shown}: the store cannot be reached ({said}); finished work is kept: run the same "
                         "command again when it is back"
                     ) from None
                 time.sleep(pause)
                 pause = min(2 * pause, 10.0)
-            else:
-                self._gone = None
-                return answer
 
     def _list(self, folder: Path) -> list[Mapping[str, Any]]:
         def question() -> list[Mapping[str, Any]]:
@@ -270,7 +265,7 @@ class _Mirror(Storage):
             contents = threads.map(content, *zip(*found, strict=True))
             for (name, entry), told in zip(found, contents, strict=True):
                 path = Path(folder) / name
-                with contextlib.suppress(OSError):  # names that no folder here can have
+                with contextlib.suppress(OSError, ValueError):  # names that no folder here can have
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(told)
                     os.utime(path, (entry.time, entry.time))
@@ -310,7 +305,7 @@ class _Mirror(Storage):
             entry = _Entry.of(info)
             if not entry.time:
                 raise OutputError(f"{self}: does not tell times; use s3://, gs:// or az://")
-            self._ahead = entry.time - time.time()
+            self._ahead = entry.time - time.monotonic()
             self._listing(path.parent)[path.name] = entry
             self._here.add(path)
             with contextlib.suppress(FileNotFoundError):
@@ -405,7 +400,7 @@ class _Mirror(Storage):
             return True
         if self._ahead is None:
             self.check_writable(self.root / "clock")
-        return time.time() + (self._ahead or 0.0) - entry.time < _DEAD_SECONDS
+        return time.monotonic() + (self._ahead or 0.0) - entry.time < _DEAD_SECONDS
 
     def take(self, note: Path) -> bool:
         content = note.read_bytes()
@@ -426,6 +421,12 @@ class _Mirror(Storage):
             return self._cat(note) == content
         except FileNotFoundError:
             return False
+
+    def give_back(self, note: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if note.read_bytes() == self._cat(note):
+                self._delete(note)
+        note.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def keeping(self, note: Path) -> Iterator[None]:

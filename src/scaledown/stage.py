@@ -151,7 +151,7 @@ class Stage:
         for path in self.storage.owned(self.folder / "journal.jsonl"):
             self.storage.fetch_log(path)
             for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # a line cut short by a crash
+                with contextlib.suppress(ValueError, RecursionError):  # a line cut short by a crash
                     if isinstance(event := json.loads(line), dict):
                         notes.append(event)
         return notes

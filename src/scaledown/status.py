@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 from scaledown.atomic import read_json
 from scaledown.errors import InputError, one_line
 from scaledown.leases import Held, Leases
-from scaledown.live import Process, Work, processes
+from scaledown.live import Process, Work, finite, processes
 from scaledown.mirror import storage_at
 from scaledown.store import ABSENT, STAGES
 from scaledown.urls import redacted
@@ -104,7 +104,7 @@ def status_at(name: str) -> Status:
             with storage.outline() as run:
                 try:
                     return status_of(run, outlined=run != storage.root)._replace(path=str(storage))
-                except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+                except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
                     raise InputError(
                         f"{storage}: what is there was not written by this version "
                         f"({type(error).__name__}: {one_line(str(error), 80)})"
@@ -179,7 +179,7 @@ class _Shards(NamedTuple):
         rows: dict[int, int] = {}
         seconds = 0.0
         for event in _journal(folder):
-            seconds += event.get("seconds", 0.0)
+            seconds += finite(event.get("seconds", 0.0))
             if event.get("shard") in whole and "rows" in event:
                 rows[event["shard"]] = event["rows"]
         if isinstance(done := read_json(folder / "done.json"), dict):
@@ -209,6 +209,8 @@ def _opened(
     named: dict[str, Path] = {}
     for process in sorted(everyone, key=lambda process: process.time):
         for name, told in process.stages.items():
+            if name not in STAGES:
+                continue
             own = run / name / Path(told).name  # where this machine sees it
             if not outlined:
                 named[name] = own if own.exists() else Path(told)
@@ -217,6 +219,8 @@ def _opened(
     if not named:
         index = (manifest.get("parameters") or {}).get("index_dir")
         for name, stage in (manifest.get("stages") or {}).items():
+            if name not in STAGES or Path(stage["fingerprint"]).name != stage["fingerprint"]:
+                raise ValueError(f"stage {name} of the manifest")  # a path that leads elsewhere
             own = run / name / stage["fingerprint"]
             if own.exists() or not index:
                 named[name] = own
@@ -247,7 +251,8 @@ def _stage(
             share = sum(source.rows.values()) / work.total if work.total and known else 1.0
             rate += work.rate * share
             at = tuple(work.shards or (0, 0))
-            most = sum(source.rows.get(shard, 0) for shard in set(range(*at)) - own.whole)
+            theirs = (shard for shard in source.rows if at[0] <= shard < at[1] and shard not in own.whole)
+            most = sum(source.rows[shard] for shard in theirs)
             flying[at] = max(flying.get(at, 0.0), min(work.in_flight * share, most))
     elif working:  # one makes all of it, others wait
         work = max(working, key=lambda work: work.done)
@@ -309,7 +314,7 @@ def _journal(folder: Path) -> Iterator[dict[str, Any]]:
     for path in sorted(folder.glob("journal*.jsonl")):  # in an object store each process has its own
         with contextlib.suppress(OSError):
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError):  # cut short by a crash
+                with contextlib.suppress(ValueError, RecursionError):  # cut short by a crash
                     if isinstance(event := json.loads(line), dict):
                         yield event
 

@@ -122,6 +122,10 @@ class Storage:
         """Publish `note` where there is none; gives False when another was quicker."""
         return True
 
+    def give_back(self, note: Path) -> None:
+        """Remove `note`, which this process left, unless another has taken its place."""
+        self.remove(note)
+
     @contextlib.contextmanager
     def keeping(self, note: Path) -> Iterator[None]:
         """Let others hear all the while of the process that left `note`."""

@@ -1,9 +1,19 @@
 """What a judge says, read strictly."""
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
 import pytest
 
+from scaledown.data.answer_log import AnswerLog
 from scaledown.data.prompts import judge_prompt, preference_prompt
+from scaledown.evaluation import judge
 from scaledown.evaluation.judge import grade, preference
+from scaledown.records import Answer
+from scaledown.stage import Stage
+from scaledown.store import RunDirectory
 
 
 @pytest.mark.parametrize(
@@ -21,7 +31,11 @@ from scaledown.evaluation.judge import grade, preference
         (" Correct.", 1),
         ("**Partially correct**", 0.5),
         ("wrong", 0),
-        ("Not correct", None),
+        ("Not correct", 0),
+        ("1: Incorrect", None),
+        ("1: not correct", None),
+        ("1: Correct. Released in 1994", 1),
+        ("0: wrong, it was 1994.", 0),
         ("Correct!", 1),
         ("(Partially correct)", 0.5),
         ("Answer: wrong", 0),
@@ -79,3 +93,31 @@ def test_the_judge_is_shown_question_golden_and_generated_answer() -> None:
         assert grade(grade_and_label) == float(grade_and_label.partition(":")[0])
     both = preference_prompt("1", "Who?", ["Ada"], "one", "other")
     assert "Answer A: one\nAnswer B: other" in both.user([])
+
+
+def test_replies_to_shards_that_were_asked_together_are_not_paid_again(tmp_path: Path) -> None:
+    """A process died of them; then each shard is asked alone."""
+    run = RunDirectory(tmp_path / "run")
+    asked, stage = Stage(run, "questions", {}), Stage(run, "judged_compressed", {})
+    prompts = [judge_prompt(f"{shard}:0", "Who?", ["Ada"], f"answer {shard}") for shard in range(3)]
+    for shard in range(3):
+        asked.write(shard, pa.table({"n": [shard]}))
+    asked.finish([1, 1, 1], {})
+    with AnswerLog.of(stage, range(3), 60).writing() as writer:
+        for place, prompt in enumerate(prompts):
+            writer.add(place, prompt, Answer(("1", "0", "0.5")[place], "stop", 1, 1, 0))
+    with pytest.raises(MemoryError), run.leases.hold(f"judged_compressed-{stage.fingerprint}-000000-000003"):
+        raise MemoryError
+    run.leases.died(run.leases.held()[0].worker, "SIGKILL")
+
+    def answers(own: list[Any], known: frozenset[int]) -> list[Any]:
+        assert known == frozenset(range(len(own))), "nothing is asked"
+        return []
+
+    teacher: Any = SimpleNamespace(answers=answers, halving=SimpleNamespace(count=0))
+    inquiry = judge._Inquiry(1, lambda shard: [[prompts[shard]]], lambda replies: grade(*replies))
+    judge._judge(
+        stage, asked, inquiry, lambda: teacher, judge.Judging(lambda _: teacher, 3, {}, 60.0, (0, 0))
+    )
+    assert [judge.read(stage, shard) for shard in range(3)] == [[1.0], [0.0], [0.5]]
+    assert AnswerLog.every(stage) == []

@@ -240,6 +240,19 @@ def test_pretraining_that_is_asked_for_again_changes_nothing(
     assert not trained.already_done
 
 
+def test_a_run_that_recorded_the_defaults_of_settled_flags_goes_on(
+    pretrained: str, data: str, tmp_path: Path
+) -> None:
+    """As those of earlier versions did."""
+    config = training(data, pretrained, tmp_path, resume=True)
+    path = Path(train(config).output) / "settings.json"
+    content = json.loads(path.read_text())
+    assert content["parameters"]["doc_max_length"] == 40
+    content["parameters"] |= {"doc_max_length": 0, "num_layers": 8}
+    path.write_text(json.dumps(content))
+    assert train(config).already_done
+
+
 def test_what_pretraining_settled_is_not_changed(
     pretrained: str, data: str, tmp_path: Path, models: dict[str, Path]
 ) -> None:

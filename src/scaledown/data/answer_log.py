@@ -28,7 +28,7 @@ class AnswerLog:
     """JSON lines beside the shards of a stage: one an answer, with its place and the hash of its prompt.
 
     A line is with the system at once, so that it survives the death of the process, and on the disk within
-    `flush_seconds`, so that it survives that of the machine; in an object store within half a minute. There
+    `flush_seconds`, so that it survives that of the machine; in an object store half a minute later. There
     each process writes a file of its own, since none can be appended to; all are read.
     """
 
@@ -46,7 +46,9 @@ class AnswerLog:
     @classmethod
     def every(cls, stage: Stage) -> list["AnswerLog"]:
         """All that a stage has, to be read."""
-        names = (_NAME.fullmatch(path.name) for path in stage.storage.glob(stage.folder, f"*{_ENDING}"))
+        there = stage.storage.glob(stage.folder, f"*{_ENDING}")
+        here = stage.folder.glob(f"*{_ENDING}")  # of a process that was killed before others could see it
+        names = (_NAME.fullmatch(path.name) for path in (*there, *here))
         logs = sorted({name[1] for name in names if name})
         return [cls(stage.folder / f"{log}{_ENDING}", 0, stage.storage) for log in logs]
 
@@ -180,7 +182,7 @@ def ask(
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         for line in file:
-            with contextlib.suppress(ValueError):  # cut short by a crash
+            with contextlib.suppress(ValueError, RecursionError):  # cut short by a crash
                 if isinstance(record := json.loads(line), dict):
                     yield record
 

@@ -18,7 +18,7 @@ class Seen:
 
     def add(self, query: str) -> bool:
         """Remember a query; gives whether it is new."""
-        key = hashlib.blake2b(query.strip().encode(), digest_size=_BYTES).digest()
+        key = hashlib.blake2b(query.strip().encode(errors="surrogatepass"), digest_size=_BYTES).digest()
         return self._parts[key[0] % _PARTS].add(key)
 
     @property

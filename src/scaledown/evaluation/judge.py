@@ -32,11 +32,12 @@ NEW_TOKENS: Final = 32  # a verdict takes one; some models say a few words aroun
 
 _SHARDS_AT_ONCE: Final = 16  # for engines that schedule by themselves: they never run dry
 _GRADES: Final = {"0": 0.0, "0.0": 0.0, "0.5": 0.5, ".5": 0.5, "1": 1.0, "1.0": 1.0}
-_LABELS: Final = {"wrong": 0.0, "partially correct": 0.5, "correct": 1.0}  # as the prompt names the grades
-_LABEL: Final = re.compile(r"(?<!not )\b(partially correct|correct|wrong)\b", re.IGNORECASE)
+_LABELS: Final = {"correct": 1.0, "partially correct": 0.5}  # as the prompt names the grades; the rest is 0
+_LABEL: Final = re.compile(r"\b(partially correct|incorrect|not correct|correct|wrong)\b", re.IGNORECASE)
 _LABEL_ALONE: Final = re.compile(
-    rf"\W*(?:(?:the )?(?:answer|grade|verdict)\W+(?:is\W+)?)?{_LABEL.pattern}\W*", re.I
+    rf"\W*(?:(?:the )?(?:answer|grade|verdict)\W+(?:is\W+)?)?{_LABEL.pattern}\W*", re.IGNORECASE
 )
+_BOTH: Final = re.compile(rf"\W*(0\.5|0|1)\s*:\s*{_LABEL.pattern}(?!\s*,\s*\d)", re.IGNORECASE)
 _NUMBER: Final = re.compile(r"-?(?:\d+(?:[.,]\d+)*|\.\d+)")
 _LETTER: Final = re.compile(  # alone, or what is better: in "A better answer is B" the A is none
     r"\W*(?:(?:the )?(?:better )?(?:answer|verdict|choice)\W+(?:is\W+)?)?([ABC])"
@@ -46,12 +47,14 @@ _LETTER: Final = re.compile(  # alone, or what is better: in "A better answer is
 
 
 def grade(reply: str) -> float | None:
-    """The grade in a reply: the only number in it, where no other grade is named, or a name alone."""
+    """The grade in a reply: as asked for, the only number in it, or a name alone; none if it names others."""
     numbers = set(_NUMBER.findall(reply))
-    if not numbers and (alone := _LABEL_ALONE.fullmatch(reply)):
-        return _LABELS[alone[1].lower()]
+    if both := _BOTH.match(reply):
+        numbers = {both[1]}
+    elif not numbers and (alone := _LABEL_ALONE.fullmatch(reply)):
+        return _LABELS.get(alone[1].lower(), 0.0)
     found = _GRADES.get(numbers.pop()) if len(numbers) == 1 else None
-    named = {_LABELS[name.lower()] for name in _LABEL.findall(reply)}
+    named = {_LABELS.get(name.lower(), 0.0) for name in _LABEL.findall(reply)}
     return found if named <= {found} else None
 
 
@@ -194,19 +197,22 @@ def _judge(
             wanted = [inquiry.prompts(shard) for shard in group]
             prompts = [prompt for shard in wanted for own in shard for prompt in own]
             log = AnswerLog.of(stage, group, judging.flush_seconds)
-            new = len(prompts) - len(log.read(prompts))
+            others = AnswerLog.others(stage, group, prompts)
+            new = len(prompts) - len(log.read(prompts).keys() | others.keys())
             tracker.skip(sum(map(len, wanted)) * inquiry.replies - new)
             replies: Iterator[Answer | Rejection] = iter(())
             if prompts:
                 teacher = load()
                 with stage.noting(group.start, lambda: teacher.halving.count):
-                    replies = iter(ask(teacher, prompts, log, meter.add))
+                    replies = iter(ask(teacher, prompts, log, meter.add, others))
             for shard, lists in zip(group, wanted, strict=True):
                 given = [[next(replies) for _ in own] for own in lists]
                 yield _table(stage, shard, given, inquiry.verdict)
             log.remove()
 
         stage.complete_together(len(rows), judging.at_once, work)
+    for left in AnswerLog.every(stage):  # of groups whose shards were then made one by one
+        left.remove()
     without = sum(stage.table(shard).column("verdict").null_count for shard in range(len(rows)))
     stage.finish(rows, {"verdicts": sum(rows) - without, "no_verdict": without})
 

@@ -5,7 +5,7 @@ import os
 import shlex
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -77,7 +77,7 @@ def train(config: Config) -> Trained:
         raise OutputError(f"--output_dir {output} cannot be written: choose another") from error
     with _alone(home):
         origin = find_origin(config)
-        memory = _recall(output, _identity(config, home, origin))
+        memory = _recall(output, _identity(config, home, origin), origin.settled)
         if result := memory.get("result"):
             documents = Lengths(**result.pop("documents"))
             return Trained(**result, documents=documents)._replace(
@@ -131,8 +131,8 @@ def _inputs(config: Config, home: RunDirectory) -> dict[str, Any]:
     return inputs
 
 
-def _recall(output: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """What the folder remembers of this same run, at least `identity`.
+def _recall(output: Path, identity: dict[str, Any], settled: Container[str]) -> dict[str, Any]:
+    """What the folder remembers of this same run, at least `identity`; its models settle some flags.
 
     Raises `RunDirectoryError` where it holds another run, or a model of another origin.
     """
@@ -146,7 +146,11 @@ def _recall(output: Path, identity: dict[str, Any]) -> dict[str, Any]:
         return identity
     compared = [
         {
-            **{name: value for name, value in side["parameters"].items() if name not in FREE},
+            **{
+                name: value
+                for name, value in side["parameters"].items()
+                if name not in FREE and name not in settled
+            },
             **side["inputs"],
             **side["models"],
         }
