@@ -14,6 +14,7 @@ from scaledown import mirror
 from scaledown.data.answer_log import AnswerLog
 from scaledown.data.prompts import answer_prompt
 from scaledown.errors import RunDirectoryError, UsageError
+from scaledown.leases import Leases
 from scaledown.mirror import File, storage_at
 from scaledown.records import Answer
 from scaledown.stage import Stage
@@ -123,25 +124,30 @@ def killed_at_a_shard(bucket: str, cache: Path) -> None:
     assert process.returncode == -9
 
 
-def test_a_death_is_counted_once_though_many_wait_for_it(machine, bucket, tmp_path) -> None:
-    killed_at_a_shard(bucket, tmp_path / "killed")
-    leases = [machine(f"machine {n}").leases for n in range(6)]
-    begin, inside, most = threading.Barrier(6), [], []
+def most_at_once(leases: list[Leases], name: str) -> list[int]:
+    """How many were inside when each came in, of as many as all wait for the same lease."""
+    begin, inside, most = threading.Barrier(len(leases)), [], []
 
-    def work(number: int) -> None:
+    def work(own: Leases) -> None:
         begin.wait()
-        with leases[number].hold("s-f-000000", wait=True):
-            inside.append(number)
+        with own.hold(name, wait=True):
+            inside.append(own)
             most.append(len(inside))
             time.sleep(0.2)
-            inside.remove(number)
+            inside.remove(own)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    threads = [threading.Thread(target=work, args=(own,)) for own in leases]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == [1] * 6
+    return most
+
+
+def test_a_death_is_counted_once_though_many_wait_for_it(machine, bucket, tmp_path) -> None:
+    killed_at_a_shard(bucket, tmp_path / "killed")
+    leases = [machine(f"machine {n}").leases for n in range(6)]
+    assert most_at_once(leases, "s-f-000000") == [1] * 6
     assert machine("another").leases.deaths("s-f-000000") == ["it was killed"]
 
 
@@ -260,23 +266,7 @@ def test_a_beat_later_than_that_ends_no_others_lease(machine, slow_beat) -> None
 
 
 def test_one_of_many_gets_a_lease(machine) -> None:
-    leases = [machine(f"machine {n}").leases for n in range(4)]
-    begin, inside, most = threading.Barrier(4), [], []
-
-    def work(number: int) -> None:
-        begin.wait()
-        with leases[number].hold("shard", wait=True):
-            inside.append(number)
-            most.append(len(inside))
-            time.sleep(0.2)
-            inside.remove(number)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == [1] * 4
+    assert most_at_once([machine(f"machine {n}").leases for n in range(4)], "shard") == [1] * 4
 
 
 def test_partial_answers_of_another_machine_are_kept(machine) -> None:

@@ -140,13 +140,13 @@ class _Mirror(Storage):
         stem, dot, ending = name.partition(".")
         return f"{stem}-{self._name}{dot}{ending}"
 
+    def logs(self, folder: Path, pattern: str) -> list[Path]:
+        return sorted({*self.glob(folder, pattern), *folder.glob(pattern)})
+
     def owned(self, path: Path) -> list[Path]:
         stem, _, ending = path.name.partition(".")
         own = re.compile(rf"{re.escape(stem)}(-[0-9a-f]{{8}})?\.{re.escape(ending)}")
-        here = path.parent.glob(f"{stem}*")  # of a process that was killed before others could see it
-        return sorted(
-            {one for one in (*self.glob(path.parent, f"{stem}*"), *here) if own.fullmatch(one.name)}
-        )
+        return [one for one in self.logs(path.parent, f"{stem}*") if own.fullmatch(one.name)]
 
     # Asking
 

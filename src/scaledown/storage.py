@@ -68,6 +68,10 @@ class Storage:
         """The name under which this process appends to what all append to."""
         return name
 
+    def logs(self, folder: Path, pattern: str) -> list[Path]:
+        """The files in `folder` that grow and match, also those that others cannot see yet."""
+        return self.glob(folder, pattern)
+
     def owned(self, path: Path) -> list[Path]:
         """The files to which processes append, each by its `own` name, what belongs to `path`."""
         return [path] if path.exists() else []

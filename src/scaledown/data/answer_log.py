@@ -46,9 +46,7 @@ class AnswerLog:
     @classmethod
     def every(cls, stage: Stage) -> list["AnswerLog"]:
         """All that a stage has, to be read."""
-        there = stage.storage.glob(stage.folder, f"*{_ENDING}")
-        here = stage.folder.glob(f"*{_ENDING}")  # of a process that was killed before others could see it
-        names = (_NAME.fullmatch(path.name) for path in (*there, *here))
+        names = (_NAME.fullmatch(path.name) for path in stage.storage.logs(stage.folder, f"*{_ENDING}"))
         logs = sorted({name[1] for name in names if name})
         return [cls(stage.folder / f"{log}{_ENDING}", 0, stage.storage) for log in logs]
 
