@@ -107,7 +107,7 @@ def test_a_large_corpus_is_sampled_all_over(limit: int, flags, work, tmp_path, m
     monkeypatch.setattr(sampling, "_BYTES_A_PLACE", 1 << 13)
     corpus = generated(tmp_path / "large.jsonl", 1500)
     assert corpus.stat().st_size > 5 * sampling._PLACES * sampling._BYTES_A_PLACE
-    flags += ["--corpus_path", str(corpus), "--passages_per_shard", "500", "--top_k_retrieval", "3"]
+    flags += ["--corpus_path", str(corpus), "--passages_per_shard", "1500", "--top_k_retrieval", "3"]
     assert cli.main(["plan", *flags, "--max_corpus_size", str(limit)]) == 0
     said = planned(work)
     assert cli.main(["prepare", *flags, "--max_corpus_size", str(limit)]) == 0

