@@ -16,13 +16,16 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_HUB_CACHE=str(_CACHE / "hub"),
     HF_DATASETS_CACHE=str(_CACHE / "datasets"),
+    HF_XET_CACHE=str(_CACHE / "xet"),
     TOKENIZERS_PARALLELISM="false",
     COLUMNS="100",
 )
 
 import pytest  # noqa: E402
 
+import hub  # noqa: E402
 import tiny  # noqa: E402
+import web  # noqa: E402
 from scaledown import mirror  # noqa: E402
 from scaledown.data import prepare_dataset  # noqa: E402
 from scaledown.store import RunDirectory  # noqa: E402
@@ -133,6 +136,15 @@ def prepare(tiny_flags: list[str], corpus: Path, queries: Path, tmp_path: Path) 
     return Outcome()
 
 
+@pytest.fixture
+def server() -> Iterator[web.Server]:
+    """A server of files on loopback."""
+    server = web.Server()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[Any]:
     """An S3 server on loopback; what is in it survives stopping and starting."""
@@ -145,19 +157,42 @@ def s3_server() -> Iterator[Any]:
     server.stop()
 
 
+@pytest.fixture(scope="session")
+def hub_server() -> Iterator[hub.Hub]:
+    """The Hub's buckets on loopback."""
+    server = hub.Hub()
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def bucket(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of an empty bucket, with keys for it in the environment."""
+def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty bucket, with keys for it in the environment: in S3, or where tests ask for "hf"."""
+    name = f"runs-{uuid.uuid4().hex[:8]}"
+    if getattr(request, "param", "s3") == "hf":
+        return _hub_bucket(name, request.getfixturevalue("hub_server"), monkeypatch)
     import fsspec
 
-    host, port = s3_server.get_host_and_port()
+    host, port = request.getfixturevalue("s3_server").get_host_and_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-the-tests")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    name = f"runs-{uuid.uuid4().hex[:8]}"
     fsspec.filesystem("s3", skip_instance_cache=True).mkdir(name)
     return f"s3://{name}"
+
+
+def _hub_bucket(name: str, server: hub.Hub, monkeypatch: pytest.MonkeyPatch) -> str:
+    from huggingface_hub import constants
+
+    server.buckets[f"tests/{name}"] = {}
+    monkeypatch.setenv("HF_TOKEN", hub.TOKEN)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # read when it was imported
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(mirror, "_SETTLE_SECONDS", 0.5)
+    return f"hf://buckets/tests/{name}"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Folders of object stores, as two machines see them: an S3 server on loopback."""
+"""Folders of object stores as two machines see them: an S3 server, and the Hub's buckets, on loopback."""
 
 import subprocess
 import sys
@@ -20,6 +20,7 @@ from scaledown.records import Answer
 from scaledown.stage import Stage
 from scaledown.store import RunDirectory
 
+BOTH = pytest.mark.parametrize("bucket", ["s3", "hf"], indirect=True)
 TABLE = pa.table({"n": list(range(100))})
 
 
@@ -77,6 +78,7 @@ def test_the_mirror_may_be_deleted(machine) -> None:
     assert stage.table(0).equals(TABLE)
 
 
+@BOTH
 def test_a_lease_holds_between_machines_as_long_as_its_holder_lives(machine) -> None:
     one, two = machine("one").leases, machine("two").leases
     with one.hold("shard") as mine:
@@ -90,10 +92,12 @@ def test_a_lease_holds_between_machines_as_long_as_its_holder_lives(machine) -> 
     assert two.deaths("shard") == []
 
 
+@BOTH
 def test_what_a_dead_machine_was_at_is_taken_by_another_and_counted(machine, bucket, tmp_path) -> None:
     code = (
-        "import os, sys; from scaledown.mirror import storage_at; from scaledown.store import RunDirectory\n"
-        "run = RunDirectory(storage_at(sys.argv[1] + '/run', sys.argv[2]), worker='killed')\n"
+        "import os, sys; from scaledown import mirror; from scaledown.store import RunDirectory\n"
+        "mirror._SETTLE_SECONDS = 0.5\n"
+        "run = RunDirectory(mirror.storage_at(sys.argv[1] + '/run', sys.argv[2]), worker='killed')\n"
         "with run.leases.hold('shard'): os.kill(os.getpid(), 9)"
     )
     process = subprocess.run([sys.executable, "-c", code, bucket, str(tmp_path / "killed")], check=False)
@@ -116,8 +120,9 @@ def test_what_a_dead_machine_was_at_is_taken_by_another_and_counted(machine, buc
 def killed_at_a_shard(bucket: str, cache: Path) -> None:
     """A machine has died at a shard: its note is there, and not renewed."""
     code = (
-        "import os, sys; from scaledown.mirror import storage_at; from scaledown.store import RunDirectory\n"
-        "run = RunDirectory(storage_at(sys.argv[1] + '/run', sys.argv[2]), worker='killed')\n"
+        "import os, sys; from scaledown import mirror; from scaledown.store import RunDirectory\n"
+        "mirror._SETTLE_SECONDS = 0.5\n"
+        "run = RunDirectory(mirror.storage_at(sys.argv[1] + '/run', sys.argv[2]), worker='killed')\n"
         "with run.leases.hold('s-f-000000'): os.kill(os.getpid(), 9)"
     )
     process = subprocess.run([sys.executable, "-c", code, bucket, str(cache)], check=False)
@@ -144,6 +149,7 @@ def most_at_once(leases: list[Leases], name: str) -> list[int]:
     return most
 
 
+@BOTH
 def test_a_death_is_counted_once_though_many_wait_for_it(machine, bucket, tmp_path) -> None:
     killed_at_a_shard(bucket, tmp_path / "killed")
     leases = [machine(f"machine {n}").leases for n in range(6)]
@@ -265,10 +271,12 @@ def test_a_beat_later_than_that_ends_no_others_lease(machine, slow_beat) -> None
             assert not also
 
 
+@BOTH
 def test_one_of_many_gets_a_lease(machine) -> None:
     assert most_at_once([machine(f"machine {n}").leases for n in range(4)], "shard") == [1] * 4
 
 
+@BOTH
 def test_partial_answers_of_another_machine_are_kept(machine) -> None:
     prompts = [answer_prompt(str(n), f"question {n}", ["document"], 0.0) for n in range(3)]
     answers = [Answer(f"answer {n}", "stop", 1, 1, 0) for n in range(3)]
@@ -343,8 +351,12 @@ def test_files_of_other_origin_are_refused(machine, bucket) -> None:
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("https://host/run", "https:// cannot hold it; use a local path, s3://, gs:// or az://"),
+        (
+            "https://host/run",
+            "https:// cannot hold it; use a local path, s3://, gs://, az:// or hf://buckets/",
+        ),
         ("sftp://host/run", "sftp:// cannot hold it"),
+        ("hf://datasets/org/name/run", "each file would be a commit there; use a bucket, hf://buckets/OWNER"),
         ("s3://", "name a bucket, and a folder in it"),
         ("s3://bucket/../run", "name a bucket, and a folder in it"),
     ],

@@ -34,7 +34,7 @@ log = logging.getLogger("scaledown")
 Result = TypeVar("Result")
 
 # Stores in which an object appears whole under its name, or not at all.
-_SCHEMES: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
+_SCHEMES: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "memory")
 _PATIENCE_SECONDS: Final = 60.0
 _LISTED_SECONDS: Final = 1.0  # waiting loops ask the server no more often
 _BEAT_SECONDS: Final = 10.0
@@ -43,7 +43,9 @@ _TELLING: Final = (".json", ".jsonl", ".held", ".death", ".progress")
 _SMALL_BYTES: Final = 1 << 24
 _DEPTH: Final = 3  # of a run directory's files
 _AT_ONCE: Final = 16
-_TIMES: Final = ("LastModified", "mtime", "updated", "last_modified", "created")
+_SETTLE_SECONDS: Final = 2.0  # where who wrote last has it: more than lies between asking and having written
+# By the store's clock, the surest first: an mtime on the Hub is by the clock of who wrote.
+_TIMES: Final = ("LastModified", "uploaded_at", "mtime", "updated", "last_modified", "created")
 
 
 class File(NamedTuple):
@@ -78,7 +80,13 @@ def storage_at(name: str, cache: str = "") -> Storage:
         return Storage(Path(name))
     if scheme.lower() not in _SCHEMES:
         raise UsageError(
-            f"{redacted(name)}: {scheme}:// cannot hold it; use a local path, s3://, gs:// or az://"
+            f"{redacted(name)}: {scheme}:// cannot hold it; use a local path, s3://, gs://, az:// "
+            "or hf://buckets/"
+        )
+    if scheme.lower() == "hf" and not rest.startswith("buckets/"):
+        raise UsageError(
+            f"{redacted(name)}: each file would be a commit there; use a bucket, hf://buckets/OWNER/NAME/…, "
+            "and `scaledown export --push_to_hub` for what is finished"
         )
     if not rest.strip("/") or ".." in rest.split("/"):
         raise UsageError(f"{redacted(name)}: name a bucket, and a folder in it")
@@ -113,6 +121,7 @@ class _Mirror(Storage):
         digest = hashlib.sha256(redacted(url).encode(errors="surrogateescape")).hexdigest()[:16]
         super().__init__(cache / "runs" / digest)
         self._url = url
+        self._on_hub = url.lower().startswith("hf:")
         self._name = uuid.uuid4().hex[:8]
         self._listings: dict[Path, tuple[float, dict[str, _Entry]]] = {}
         self._read: dict[Path, tuple[_Entry, Any]] = {}
@@ -186,7 +195,7 @@ class _Mirror(Storage):
 
     def _list(self, folder: Path) -> list[Mapping[str, Any]]:
         def question() -> list[Mapping[str, Any]]:
-            self._system.invalidate_cache()
+            self._system.dircache.clear()
             found: list[Mapping[str, Any]] = self._system.ls(self._at(folder), detail=True)
             return found
 
@@ -211,7 +220,7 @@ class _Mirror(Storage):
         """What the store says of an object now."""
 
         def question() -> Mapping[str, Any]:
-            self._system.invalidate_cache()
+            self._system.dircache.clear()
             found: Mapping[str, Any] = self._system.info(self._at(path))
             return found
 
@@ -235,7 +244,7 @@ class _Mirror(Storage):
         """All objects below a folder, by what follows its name."""
 
         def question() -> Mapping[str, Mapping[str, Any]]:
-            self._system.invalidate_cache()
+            self._system.dircache.clear()
             found: Mapping[str, Mapping[str, Any]] = self._system.find(self._at(folder), detail=True)
             return found
 
@@ -291,8 +300,9 @@ class _Mirror(Storage):
         try:
             self._ask(path, send)
         except FileNotFoundError:
+            unseen = " and HF_TOKEN" if self._on_hub else ""  # a private one is not there for others
             raise OutputError(
-                f"{self.shown(path)}: there is no such bucket: create it, or check the URL"
+                f"{self.shown(path)}: there is no such bucket: create it, or check the URL{unseen}"
             ) from None
 
     def publish(self, path: Path) -> None:
@@ -314,7 +324,7 @@ class _Mirror(Storage):
     def check_writable(self, output: Path) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         probe = output.with_name(f".{output.name}.{self._name}.probe")
-        self._put(output, lambda: self._system.pipe_file(self._at(probe), b""))
+        self._put(output, lambda: self._system.pipe_file(self._at(probe), b"probe"))
         self._note(probe)
         self._delete(probe)
 
@@ -416,6 +426,8 @@ class _Mirror(Storage):
 
         with contextlib.suppress(FileExistsError):  # perhaps by an attempt of ours whose answer was lost
             self._put(note, send)
+        if self._on_hub:
+            time.sleep(_SETTLE_SECONDS)
         self._listings.clear()  # what another finished before is seen
         try:
             return self._cat(note) == content

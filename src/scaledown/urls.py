@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from scaledown.errors import InputError, MissingExtraError, one_line
+from scaledown.options import is_url
 
 HTTP: Final = re.compile(r"https?://", re.IGNORECASE)
 # Up to the last @ of the authority, or to the first @ where a key with a slash stands before it.
@@ -14,6 +15,8 @@ HIDDEN: Final = "…"
 HIDDEN_QUERY: Final = f"?{HIDDEN}"
 # What file systems call that which changes with a file, the surest first.
 _STATES: Final = (
+    "xet_hash",
+    "blob_id",
     "ETag",
     "etag",
     "VersionId",
@@ -31,6 +34,17 @@ def redacted(url: str) -> str:
     return address + (HIDDEN_QUERY if query else "")
 
 
+def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they may be kept: the URLs in them redacted."""
+
+    def told(value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return [told(item) for item in value]
+        return redacted(value) if isinstance(value, str) and is_url(value) else value
+
+    return {name: told(value) for name, value in settings.items()}
+
+
 def without_query(source: str) -> str:
     """What a redacted URL names; anything else as it is."""
     return source.removesuffix(HIDDEN_QUERY)
@@ -44,6 +58,10 @@ def file_system(url: str, shown: str) -> Any:
     import fsspec
 
     scheme = url.partition("://")[0].lower()
+    if scheme == "hf":
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()  # three for each file that is sent
     try:
         return fsspec.filesystem(scheme, skip_instance_cache=True)  # a cached one remembers old listings
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Whole runs in an object store: an S3 server on loopback."""
+"""Whole runs in object stores: an S3 server, and the Hub's buckets, both on loopback."""
 
 import contextlib
 import json
@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,37 @@ FLAGS = (
     *("--passages_per_shard", "20", "--queries_per_shard", "2", "--teacher_batch_size", "2"),
 )
 # Where a minute is too long for a test.
-QUICK = "from scaledown import mirror; mirror._BEAT_SECONDS = 0.3; mirror._DEAD_SECONDS = 4; "
+QUICK = (
+    "from scaledown import mirror; mirror._BEAT_SECONDS = 0.3; mirror._DEAD_SECONDS = 4; "
+    "mirror._SETTLE_SECONDS = 0.5; "
+)
 MAIN = "import sys; from scaledown.data.prepare_dataset import main; raise SystemExit(main(sys.argv[1:]))"
 
 
+BOTH = pytest.mark.parametrize("bucket", ["s3", "hf"], indirect=True)
+
+
+class Fresh:
+    """A file system that remembers nothing."""
+
+    def __init__(self, system: Any) -> None:
+        self._system = system
+
+    def __getattr__(self, name: str) -> Any:
+        self._system.invalidate_cache()
+        return getattr(self._system, name)
+
+
 @pytest.fixture
-def system() -> Any:
+def system(bucket: str) -> Any:
     import fsspec
 
-    return fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
+    return Fresh(fsspec.filesystem(bucket.partition("://")[0], skip_instance_cache=True))
+
+
+def inside(bucket: str, keys: Iterable[str]) -> list[str]:
+    """The names of objects from the bucket on."""
+    return [key.removeprefix(f"{bucket.partition('://')[2]}/") for key in keys]
 
 
 @pytest.fixture
@@ -65,6 +87,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@BOTH
 def test_a_run_in_a_bucket_gives_the_bytes_of_a_local_one(
     remote,
     prepare,
@@ -77,28 +100,31 @@ def test_a_run_in_a_bucket_gives_the_bytes_of_a_local_one(
     assert prepare(*FLAGS) == 0
     here = sorted(made)
     made.clear()
-    index = ("--index_dir", f"{bucket}/index", "--work_dir", f"{bucket}/run")
-    assert remote(*index) == 0
+    there = ("--index_dir", f"{bucket}/index", "--work_dir", f"{bucket}/run")
+    assert remote(*there) == 0
     assert sorted(made) == here
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert f"{bucket}/out/train.json: 4 examples" in out
+    assert "New Data Upload" not in err
     assert f"train --train_data {bucket}/out/train.json --output_dir model" in out.splitlines()[-1]
     assert system.cat_file(f"{bucket}/out/train.json") == prepare.output.read_bytes()
-    name = bucket.removeprefix("s3://")
-    assert {key.split("/")[1] for key in system.find(bucket)} == {"index", "run", "out"}
-    assert system.ls(f"{bucket}/index", detail=False) == [f"{name}/index/passages", f"{name}/index/vectors"]
+    assert {key.split("/")[0] for key in inside(bucket, system.find(bucket))} == {"index", "run", "out"}
+    index = inside(bucket, system.ls(f"{bucket}/index", detail=False))
+    assert sorted(index) == ["index/passages", "index/vectors"]
     manifest = json.loads(system.cat_file(f"{bucket}/run/manifest.json"))
     assert manifest["output"]["path"] == f"{bucket}/out/train.json"
     assert manifest["parameters"]["work_dir"] == f"{bucket}/run"
     assert b"secret-of-the-tests" not in system.cat_file(f"{bucket}/run/manifest.json")
     assert "Where the answer stands" in system.cat_file(f"{bucket}/run/report.html").decode()
     mirrored = [path.relative_to(tmp_path / "cache") for path in (tmp_path / "cache").rglob("*")]
-    assert not [path for path in mirrored if name in str(path)], "no name in the cache comes from a URL"
+    assert not [path for path in mirrored if bucket.split("/")[-1] in str(path)], (
+        "no name in the cache comes from a URL"
+    )
 
     made.clear()
-    assert remote(*index) == 0
+    assert remote(*there) == 0
     assert "nothing to do" in capsys.readouterr().out
-    assert remote(*index, cache="elsewhere") == 0
+    assert remote(*there, cache="elsewhere") == 0
     out = capsys.readouterr().out
     assert "nothing to do" in out
     assert "1. query" not in out, "and nothing large was fetched for it"
@@ -124,6 +150,7 @@ def test_a_lost_or_changed_output_in_a_bucket(remote, system, bucket, made, capl
     assert f"--output_file {bucket}/other.json exists" in capsys.readouterr().err
 
 
+@BOTH
 def test_killed_and_continued_by_another_machine(
     words,
     remote,
@@ -158,6 +185,7 @@ def test_killed_and_continued_by_another_machine(
     assert set(made) | kept == set(every)
 
 
+@BOTH
 @pytest.mark.slow
 def test_two_machines_share_a_run(words, prepare, queries, system, bucket, tmp_path) -> None:
     queries.write_text("".join(f"What is number {n}?\n" for n in range(24)))
@@ -245,6 +273,19 @@ def test_wrong_keys(remote, bucket, strict, capsys) -> None:
     assert f"error: {bucket}/out/train.json: access is refused" in err
     assert "secret-of-the-tests" not in err
     assert "check the bucket and the keys in the environment" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("bucket", ["hf"], indirect=True)
+def test_no_such_bucket_of_the_hub(remote, bucket, monkeypatch, capsys) -> None:
+    assert remote(output="hf://buckets/tests/nothing/train.json") == 1
+    err = capsys.readouterr().err
+    assert "error: hf://buckets/tests/nothing/train.json: there is no such bucket" in err
+    assert err.endswith("check the URL and HF_TOKEN\n")
+    monkeypatch.setenv("HF_TOKEN", "hf_another")
+    assert remote() == 1
+    err = capsys.readouterr().err
+    assert f"error: {bucket}/out/train.json: access is refused" in err
+    assert "hf_another" not in err
 
 
 def test_no_such_bucket(remote, prepare, bucket, capsys) -> None:

@@ -1,7 +1,6 @@
 """Corpora and queries behind URLs: an http server on loopback, and fsspec's memory:// where others have s3://."""
 
 import bz2
-import functools
 import gzip
 import io
 import json
@@ -10,10 +9,8 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import traceback
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -31,67 +28,10 @@ from scaledown.errors import InputError, MissingExtraError, UsageError
 from scaledown.models import resolve
 from scaledown.stage import Stage
 from scaledown.store import RunDirectory
+from web import Server
 
 RECORDS = [{"title": f"Title {i}", "text": f"Text number {i}, about things."} for i in range(40)]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
-
-
-class Server(ThreadingHTTPServer):
-    """Serves `files`; what it does wrong is set by the attributes."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files: dict[str, bytes] = {}
-        self.headers: dict[str, str] = {"ETag": '"1"'}
-        self.status: dict[str, int] = {}
-        self.ranges = True
-        self.length = True
-        self.drop_after: int | None = None  # the connection, once, after so many bytes of a second answer
-        self.requests: list[tuple[str, str | None]] = []
-        threading.Thread(target=functools.partial(self.serve_forever, 0.01), daemon=True).start()
-
-    def url(self, name: str, login: str = "") -> str:
-        return f"http://{login}127.0.0.1:{self.server_port}/{name}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        server = self.server
-        name = self.path.partition("?")[0].lstrip("/")
-        wanted = self.headers["Range"] if server.ranges else None
-        server.requests.append((self.path, wanted))
-        status = server.status.get(name, 200 if name in server.files else 404)
-        content = server.files.get(name, b"")
-        if wanted and status == 200:
-            first, last = map(int, re.findall(r"\d+", wanted))
-            content, status = content[first : last + 1], 206
-        self.send_response(status)
-        for key, value in server.headers.items():
-            self.send_header(key, value)
-        if server.length:
-            self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if server.drop_after is not None and len(server.requests) > 1:
-            content, server.drop_after = content[: server.drop_after], None
-        try:
-            self.wfile.write(content)
-        except ConnectionError:  # the reader wanted the headers alone
-            self.close_connection = True
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture
@@ -400,6 +340,7 @@ def test_a_host_that_is_not_found(monkeypatch) -> None:
 
 def test_s3_without_s3fs_names_the_extra(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)  # another test's
     with pytest.raises(MissingExtraError, match=r"pip install 'scaledown\[s3\]'"):
         files.locate("s3://bucket/c.jsonl", "--corpus_path")
 
