@@ -20,6 +20,7 @@ from scaledown.metrics import accuracy, f1
 from scaledown.models import choose_device, resolve
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
+from web import Server
 
 Evaluate = Callable[..., int]
 HOSTILE = "<script>alert(1)</script> {answer} <|im_end|> \x1b[31m\u202e ' or 1=1 -- 🙂"
@@ -103,6 +104,24 @@ def evaluate(student: Path, data: Path, gold: Path, output: Path, models: dict[s
 
 def lines(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
+
+
+def test_what_is_evaluated_may_be_behind_a_url(
+    evaluate: Evaluate,
+    output: Path,
+    data: Path,
+    gold: Path,
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path / "cache"))
+    server.files = {"held.json": data.read_bytes(), "gold.jsonl": gold.read_bytes()}
+    urls = [server.url(f"{name}?signature=secret", "user:secret@") for name in ("held.json", "gold.jsonl")]
+    assert evaluate("--systems", "closed_book", "--data", urls[0], "--gold", urls[1]) == 0
+    assert read_results(output).counts["questions"] == 8
+    assert "127.0.0.1" in (output / "results.json").read_text()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
 
 
 def test_all_systems_are_measured(

@@ -28,6 +28,7 @@ from scaledown.student.train_settings import TrainConfig
 from scaledown.student.trainer import StudentTrainer, parameter_groups
 from scaledown.student.training import make_trainer, newest_checkpoint, reporters
 from scaledown.student.training_data import load_parts
+from web import Server
 
 WORDS = ["red", "blue", "green", "tall", "small", "river", "city", "tree", "bird", "stone", "wind", "fire"]
 
@@ -462,6 +463,25 @@ def test_reporter_that_is_not_installed_is_refused(setting: Setting, monkeypatch
         reporters("wandb")
 
 
+def test_training_data_behind_a_url(
+    undisturbed: Trained,
+    setting: Setting,
+    data: Path,
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path / "cache"))
+    server.files["train.json"] = data.read_bytes()
+    url = server.url("train.json?signature=secret", "user:secret@")
+    result = train(setting("remote", train_data=(url,)))
+    assert_same(result, undisturbed)
+    assert train(setting("remote", train_data=(url,))).already_done
+    settings = (Path(result.output) / "settings.json").read_text()
+    assert "127.0.0.1" in settings
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
+
+
 def test_reranking_without_scores_is_refused(setting: Setting, tmp_path: Path) -> None:
     path = tmp_path / "plain.json"
     path.write_text(json.dumps(records(8)))
@@ -473,7 +493,6 @@ def test_reranking_without_scores_is_refused(setting: Setting, tmp_path: Path) -
     ("changes", "match"),
     [
         ({"train_data": ()}, "no training data: give --train_data"),
-        ({"train_data": ("http://x/y.json",)}, "--train_data http.* is a URL"),
         ({"batch_size": 0}, "--batch_size 0: must be at least 1"),
         ({"max_steps": -1}, "--max_steps -1: must not be negative"),
         ({"micro_batch_size": 7}, "--micro_batch_size 7 is above --batch_size 6"),

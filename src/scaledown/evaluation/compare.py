@@ -15,6 +15,7 @@ import orjson
 
 from scaledown.atomic import atomic, read_json, write_json
 from scaledown.config import OUTPUT
+from scaledown.data.fetching import fetched
 from scaledown.data.gold import read_gold
 from scaledown.data.reranker import resolve_reranker
 from scaledown.data.summary import program_name
@@ -178,7 +179,7 @@ def _check(names: Sequence[str], settings: Sequence[TrainConfig | None], config:
     """Find out before any training what would fail after it. Raises `ScaleDownError`."""
     from scaledown.student.model import read_settings as read_model
 
-    if not Path(config.data).is_file():
+    if not fetched(config.data, "--data").is_file():
         raise InputError(f"--data {config.data}: there is no such file; check the path")
     if config.gold:
         read_gold(config.gold, "--gold")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from scaledown.atomic import atomic, read_json
+from scaledown.data.fetching import fetched
 from scaledown.data.files import locate
 from scaledown.data.gold import read_gold
 from scaledown.data.prompts import VERSION as PROMPT_VERSION
@@ -43,6 +44,7 @@ from scaledown.models import ModelSource, choose_device, choose_dtype, quiet_lib
 from scaledown.report.page import html
 from scaledown.stage import Stage
 from scaledown.store import RunDirectory, fingerprint
+from scaledown.urls import without_secrets
 
 log = logging.getLogger("scaledown")
 
@@ -89,7 +91,12 @@ def evaluate(config: EvaluateConfig) -> Results:
     with run.claim(request) as place, publishing(place, "", run):
         if finished := _finished(output, run, request):
             return finished
-        known = {"request": request, "parameters": asdict(config), "inputs": inputs, "models": identities}
+        known = {
+            "request": request,
+            "parameters": without_secrets(asdict(config)),
+            "inputs": inputs,
+            "models": identities,
+        }
         results = (
             _evaluate_model(config, run, sources, known)
             if sources
@@ -107,7 +114,7 @@ def _inputs(config: EvaluateConfig, run: RunDirectory) -> dict[str, list[str]]:
     """Hashes of the files that are read."""
 
     def known(flag: str, file: str) -> str:
-        source = locate(file, flag)
+        source = locate(str(fetched(file, flag)) if flag == "--data" else file, flag)
         return str(source.identity()) if isinstance(source, Remote) else run.content_hash(source)
 
     given = {"data": (config.data,), "gold": config.gold, "run": config.run, "qrels": (config.qrels,)}
@@ -228,7 +235,7 @@ def _questions(config: EvaluateConfig, run: RunDirectory, inputs: dict[str, Any]
     shards = {"limit": config.num_examples, "rows_per_shard": max(_ROWS, config.batch_size)}
     stage = Stage(run, "questions", {"data": inputs["data"], "gold": inputs.get("gold"), **shards})
     gold = functools.partial(read_gold, config.gold, "--gold") if config.gold else None
-    questions.collect(stage, Path(config.data), gold, **shards)
+    questions.collect(stage, fetched(config.data, "--data"), gold, **shards)
     return stage
 
 

@@ -31,7 +31,8 @@ class EvaluateConfig(EngineConfig):
     data: str = option(
         "",
         MODEL,
-        "held-out questions with documents, as scaledown prepare writes them: .json, .jsonl or .parquet",
+        "held-out questions with documents, as scaledown prepare writes them: .json, .jsonl or .parquet; "
+        "also a URL",
         metavar="FILE",
     )
     gold: tuple[str, ...] = option(
@@ -101,7 +102,7 @@ class EvaluateConfig(EngineConfig):
             raise UsageError("--pairwise needs two --systems")
         if not self.output_dir:
             raise UsageError("no output: give --output_dir DIR")
-        for name in ("output_dir", "data", "qrels"):
+        for name in ("output_dir", "qrels"):
             if is_url(getattr(self, name)):
                 raise UsageError(f"--{name} is a URL: give a local path")
         if Path(self.output_dir).is_file():

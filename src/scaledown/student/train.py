@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 import scaledown
 from scaledown.atomic import read_json, write_json
 from scaledown.data.build_index import corpus_identity
+from scaledown.data.fetching import fetched
 from scaledown.data.files import locate
 from scaledown.data.summary import program_name
 from scaledown.errors import OutputError, RunDirectoryError, UsageError, run_command
@@ -28,6 +29,7 @@ from scaledown.student.origin import MODEL_FLAGS, Origin, find_origin
 from scaledown.student.pretraining_data import pretraining_parts
 from scaledown.student.train_settings import FREE, GROUPS, PretrainConfig, TrainConfig
 from scaledown.student.training_data import Lengths, load_parts, measure_documents
+from scaledown.urls import without_secrets
 
 log = logging.getLogger("scaledown")
 
@@ -112,7 +114,7 @@ def _identity(config: Config, home: RunDirectory, origin: Origin) -> dict[str, A
     """All that a run depends on, files and models by their contents."""
     return {
         "scaledown": scaledown.__version__,
-        "parameters": asdict(config) | origin.settled,
+        "parameters": without_secrets(asdict(config)) | origin.settled,
         "inputs": _inputs(config, home),
         "models": origin.identity(home.content_hash),
     }
@@ -123,7 +125,7 @@ def _inputs(config: Config, home: RunDirectory) -> dict[str, Any]:
         return {"corpus_path": corpus_identity(home, locate(config.corpus_path, "--corpus_path"))}
     inputs = {}
     for name in ("train_data", "eval_data"):
-        paths = [Path(file) for file in getattr(config, name)]
+        paths = [fetched(file, f"--{name}") for file in getattr(config, name)]
         for path in paths:
             if not path.is_file():
                 raise UsageError(f"--{name} {path}: there is no such file; check the path")

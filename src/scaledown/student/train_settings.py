@@ -177,7 +177,8 @@ class TrainConfig(StudentConfig):
     train_data: tuple[str, ...] = option(
         (),
         DATA,
-        "training data as scaledown prepare writes it: .json, .jsonl or .parquet; may be given several times",
+        "training data as scaledown prepare writes it: .json, .jsonl or .parquet; also a URL; may be given "
+        "several times",
         metavar="FILE",
     )
     eval_data: tuple[str, ...] = option(
@@ -199,10 +200,6 @@ class TrainConfig(StudentConfig):
         if not self.train_data:
             raise UsageError("no training data: give --train_data train_data.json")
         self._check_files("train_data", "eval_data")
-        for name in ("train_data", "eval_data"):
-            for file in getattr(self, name):
-                if is_url(file):
-                    raise UsageError(f"--{name} {file} is a URL: fetch the file and give its path")
 
     @property
     def holds_out(self) -> bool:
