@@ -19,14 +19,16 @@ os.environ.update(
     HF_XET_CACHE=str(_CACHE / "xet"),
     TOKENIZERS_PARALLELISM="false",
     COLUMNS="100",
+    GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false",  # else gcsfs asks for the kind of bucket by gRPC
 )
 
 import pytest  # noqa: E402
 
-import hub  # noqa: E402
 import tiny  # noqa: E402
 import web  # noqa: E402
-from scaledown import mirror  # noqa: E402
+from hub_server import TOKEN, Hub  # noqa: E402
+from scaledown import hub as buckets  # noqa: E402
+from scaledown import mirror, places  # noqa: E402
 from scaledown.data import prepare_dataset  # noqa: E402
 from scaledown.store import RunDirectory  # noqa: E402
 
@@ -158,19 +160,31 @@ def s3_server() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def hub_server() -> Iterator[hub.Hub]:
+def hub() -> Iterator[Hub]:
     """The Hub's buckets on loopback."""
-    server = hub.Hub()
-    yield server
-    server.close()
+    with Hub() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def gs_server() -> Iterator[str]:
+    """The address of a server of Google's protocol on loopback."""
+    pytest.importorskip("gcsfs", reason="no gcsfs: pip install 'scaledown[gs]'")
+    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="pip install gcp-storage-emulator")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with emulator.create_server("127.0.0.1", port, in_memory=True):
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture
 def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of an empty bucket, with keys for it in the environment: in S3, or where tests ask for "hf"."""
-    name = f"runs-{uuid.uuid4().hex[:8]}"
-    if getattr(request, "param", "s3") == "hf":
-        return _hub_bucket(name, request.getfixturevalue("hub_server"), monkeypatch)
+    """The URL of an empty bucket, with keys for it in the environment: s3, or what a test asks for."""
+    make = {"s3": _s3_bucket, "gs": _gs_bucket, "hf": _hub_bucket}[getattr(request, "param", "s3")]
+    return make(f"runs-{uuid.uuid4().hex[:8]}", request, monkeypatch)
+
+
+def _s3_bucket(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     import fsspec
 
     host, port = request.getfixturevalue("s3_server").get_host_and_port()
@@ -182,16 +196,28 @@ def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return f"s3://{name}"
 
 
-def _hub_bucket(name: str, server: hub.Hub, monkeypatch: pytest.MonkeyPatch) -> str:
+def _gs_bucket(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    import fsspec
+
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", request.getfixturevalue("gs_server"))
+    monkeypatch.setenv("FSSPEC_GS_TOKEN", "anon")  # which fsspec reads when it is imported
+    monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+    fsspec.filesystem("gs", skip_instance_cache=True).mkdir(name)
+    return f"gs://{name}"
+
+
+def _hub_bucket(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     from huggingface_hub import constants
 
-    server.buckets[f"tests/{name}"] = {}
-    monkeypatch.setenv("HF_TOKEN", hub.TOKEN)
+    server: Hub = request.getfixturevalue("hub")
+    server.create(f"tests/{name}")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # read when it was imported
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(mirror, "_SETTLE_SECONDS", 0.5)
+    monkeypatch.setattr(buckets, "_SETTLE_SECONDS", 0.5)
+    monkeypatch.setattr(buckets, "_SLOWEST_BEAT_SECONDS", 1.0)
     return f"hf://buckets/tests/{name}"
 
 
@@ -201,4 +227,4 @@ def machine(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     monkeypatch.setattr(mirror, "_BEAT_SECONDS", 0.2)
     monkeypatch.setattr(mirror, "_DEAD_SECONDS", 2.5)
     monkeypatch.setattr(mirror, "_LISTED_SECONDS", 0.1)
-    return lambda name: RunDirectory(mirror.storage_at(f"{bucket}/run", str(tmp_path / name)), worker=name)
+    return lambda name: RunDirectory(places.storage_at(f"{bucket}/run", str(tmp_path / name)), worker=name)

@@ -22,6 +22,8 @@ LAYERS = [
         "store",
         "leases",
         "mirror",
+        "hub",
+        "places",
         "storage",
         "urls",
         "pulse",

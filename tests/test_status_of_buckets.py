@@ -14,7 +14,7 @@ import pytest
 from scaledown import live
 from scaledown.cli import main
 from scaledown.errors import InputError
-from scaledown.mirror import storage_at
+from scaledown.places import storage_at
 from scaledown.progress import track
 from scaledown.stage import Stage
 from scaledown.status import Status, status_at
@@ -113,7 +113,7 @@ def test_another_clock(machine, bucket, monkeypatch) -> None:
 
 def test_the_dead_are_not_at_work(machine, bucket, tmp_path, monkeypatch) -> None:
     code = (
-        "import os, sys; from scaledown.mirror import storage_at; from scaledown.store import RunDirectory\n"
+        "import os, sys; from scaledown.places import storage_at; from scaledown.store import RunDirectory\n"
         "run = RunDirectory(storage_at(sys.argv[1] + '/run', sys.argv[2]))\n"
         "with run.claim('same'): os.kill(os.getpid(), 9)"
     )

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from scaledown.errors import UsageError
-from scaledown.mirror import File, storage_at
 from scaledown.options import option
+from scaledown.places import File, storage_at
 from scaledown.shared_config import (
     CLEANING,
     DTYPES,

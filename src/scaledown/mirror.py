@@ -9,8 +9,10 @@ import errno
 import fnmatch
 import functools
 import hashlib
+import itertools
 import json
 import logging
+import math
 import os
 import re
 import tempfile
@@ -23,18 +25,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final, NamedTuple, TypeVar
 
 from scaledown.atomic import atomic
-from scaledown.errors import OutputError, ScaleDownError, UsageError
-from scaledown.options import is_url
+from scaledown.errors import OutputError, ScaleDownError
+from scaledown.hub import HubBuckets
 from scaledown.pulse import every
-from scaledown.storage import Storage, cache_directory
-from scaledown.urls import detail, file_system, redacted, refused, state_of
+from scaledown.storage import Storage
+from scaledown.urls import detail, file_system, redacted, refused, state_of, status_of
 
 log = logging.getLogger("scaledown")
 
 Result = TypeVar("Result")
 
-# Stores in which an object appears whole under its name, or not at all.
-_SCHEMES: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "memory")
 _PATIENCE_SECONDS: Final = 60.0
 _LISTED_SECONDS: Final = 1.0  # waiting loops ask the server no more often
 _BEAT_SECONDS: Final = 10.0
@@ -43,54 +43,15 @@ _TELLING: Final = (".json", ".jsonl", ".held", ".death", ".progress")
 _SMALL_BYTES: Final = 1 << 24
 _DEPTH: Final = 3  # of a run directory's files
 _AT_ONCE: Final = 16
-_SETTLE_SECONDS: Final = 2.0  # where who wrote last has it: more than lies between asking and having written
+_OWN: Final = re.compile(r"-[0-9a-f]{8}\.")  # what `own` adds to a name
+_SLOW_SECONDS: Final = 10.0  # of a question: it waited for its turn, as those of others may, too
 # By the store's clock, the surest first: an mtime on the Hub is by the clock of who wrote.
 _TIMES: Final = ("LastModified", "uploaded_at", "mtime", "updated", "last_modified", "created")
 
 
-class File(NamedTuple):
-    """A file that a flag names: where it is here, and what keeps it."""
-
-    path: Path
-    storage: Storage
-
-    def __str__(self) -> str:
-        return self.storage.shown(self.path)
-
-    @classmethod
-    def at(cls, name: str, cache: str = "") -> "File":
-        """The file that `name`, a path or a URL, names."""
-        if not is_url(name):
-            path = Path(name)
-            return cls(path, Storage(path.parent))
-        folder, _, own = name.rpartition("/")
-        storage = storage_at(folder, cache)
-        return cls(storage.root / own, storage)
-
-
-def storage_at(name: str, cache: str = "") -> Storage:
-    """What keeps the folder that `name`, a path or a URL, names; `cache` is where mirrors are.
-
-    Raises `UsageError` for a URL whose store cannot hold it.
-    """
-    scheme, _, rest = name.partition("://")
-    if scheme.lower() in {"file", "local"} and rest:
-        return Storage(Path(rest))
-    if not is_url(name):
-        return Storage(Path(name))
-    if scheme.lower() not in _SCHEMES:
-        raise UsageError(
-            f"{redacted(name)}: {scheme}:// cannot hold it; use a local path, s3://, gs://, az:// "
-            "or hf://buckets/"
-        )
-    if scheme.lower() == "hf" and not rest.startswith("buckets/"):
-        raise UsageError(
-            f"{redacted(name)}: each file would be a commit there; use a bucket, hf://buckets/OWNER/NAME/…, "
-            "and `scaledown export --push_to_hub` for what is finished"
-        )
-    if not rest.strip("/") or ".." in rest.split("/"):
-        raise UsageError(f"{redacted(name)}: name a bucket, and a folder in it")
-    return _Mirror(name.rstrip("/"), Path(cache).expanduser() if cache else cache_directory())
+def mirrored(url: str, cache: Path) -> Storage:
+    """The folder of an object store behind `url`, mirrored below `cache`."""
+    return _Mirror(url.rstrip("/"), cache)
 
 
 class _Entry(NamedTuple):
@@ -114,6 +75,16 @@ class _Entry(NamedTuple):
         return False
 
 
+def _final(error: Exception) -> str:
+    """What to tell of an error that asking again does not change; empty of others."""
+    if refused(error):
+        return "access is refused ({}); check the bucket and the keys in the environment"
+    status = status_of(error)
+    mistaken = isinstance(status, int) and 400 <= status < 500 and status not in {408, 429}
+    mistaken |= isinstance(error, ValueError) or type(error).__name__ == "ParamValidationError"
+    return "{}; check the URL" if mistaken else ""
+
+
 class _Mirror(Storage):
     """A folder of an object store, as far as it was read or written here."""
 
@@ -134,7 +105,7 @@ class _Mirror(Storage):
 
     @functools.cached_property
     def _system(self) -> Any:
-        return file_system(self._url, str(self))
+        return HubBuckets() if self._on_hub else file_system(self._url, str(self))
 
     def _at(self, path: Path) -> str:
         return f"{self._url}/{path.relative_to(self.root).as_posix()}" if path != self.root else self._url
@@ -149,13 +120,15 @@ class _Mirror(Storage):
         stem, dot, ending = name.partition(".")
         return f"{stem}-{self._name}{dot}{ending}"
 
-    def logs(self, folder: Path, pattern: str) -> list[Path]:
-        return sorted({*self.glob(folder, pattern), *folder.glob(pattern)})
+    def logs(self, folder: Path, pattern: str) -> dict[Path, list[Path]]:
+        found: dict[Path, list[Path]] = {}
+        for path in sorted({*self.glob(folder, pattern), *folder.glob(pattern)}):
+            found.setdefault(path.with_name(_OWN.sub(".", path.name, count=1)), []).append(path)
+        return found
 
     def owned(self, path: Path) -> list[Path]:
         stem, _, ending = path.name.partition(".")
-        own = re.compile(rf"{re.escape(stem)}(-[0-9a-f]{{8}})?\.{re.escape(ending)}")
-        return [one for one in self.logs(path.parent, f"{stem}*") if own.fullmatch(one.name)]
+        return self.logs(path.parent, f"{stem}*.{ending}").get(path, [])
 
     # Asking
 
@@ -166,21 +139,17 @@ class _Mirror(Storage):
         """
         pause, gone = 0.5, 0.0
         while True:
+            asked = time.monotonic()
             try:
-                return question()
+                answer = question()
             except (FileNotFoundError, FileExistsError, ScaleDownError):
                 raise
             except Exception as error:
                 if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of the mirror
                     raise
                 shown, said = self.shown(path), detail(self._url, error)
-                if refused(error):
-                    raise OutputError(
-                        f"{shown}: access is refused ({said}); check the bucket and the keys in the "
-                        "environment"
-                    ) from None
-                if isinstance(error, ValueError) or type(error).__name__ == "ParamValidationError":
-                    raise OutputError(f"{shown}: {said}; check the URL") from None
+                if advice := _final(error):
+                    raise OutputError(f"{shown}: {advice.format(said)}") from None
                 self._away = time.monotonic()
                 if not gone:
                     log.warning("%s: the store cannot be reached (%s): trying again", self, said)
@@ -192,10 +161,14 @@ class _Mirror(Storage):
                     ) from None
                 time.sleep(pause)
                 pause = min(2 * pause, 10.0)
+            else:
+                if time.monotonic() - asked > _SLOW_SECONDS:
+                    self._away = time.monotonic()
+                return answer
 
     def _list(self, folder: Path) -> list[Mapping[str, Any]]:
         def question() -> list[Mapping[str, Any]]:
-            self._system.dircache.clear()
+            self._system.invalidate_cache()
             found: list[Mapping[str, Any]] = self._system.ls(self._at(folder), detail=True)
             return found
 
@@ -206,8 +179,9 @@ class _Mirror(Storage):
 
     def _listing(self, folder: Path) -> dict[str, _Entry]:
         """The objects in a folder, by their names, as they were at most a second ago."""
-        asked, known = self._listings.get(folder, (-_LISTED_SECONDS, {}))
-        if (now := time.monotonic()) - asked >= _LISTED_SECONDS:
+        asked, known = self._listings.get(folder, (-math.inf, {}))
+        fresh = _LISTED_SECONDS * (10 if self._on_hub else 1)  # there questions are counted
+        if (now := time.monotonic()) - asked >= fresh:
             infos = [info for info in self._list(folder) if info["type"] == "file"]
             known = {PurePosixPath(info["name"]).name: _Entry.of(info) for info in infos}
             self._listings[folder] = now, known
@@ -220,7 +194,7 @@ class _Mirror(Storage):
         """What the store says of an object now."""
 
         def question() -> Mapping[str, Any]:
-            self._system.dircache.clear()
+            self._system.invalidate_cache()
             found: Mapping[str, Any] = self._system.info(self._at(path))
             return found
 
@@ -244,7 +218,7 @@ class _Mirror(Storage):
         """All objects below a folder, by what follows its name."""
 
         def question() -> Mapping[str, Mapping[str, Any]]:
-            self._system.dircache.clear()
+            self._system.invalidate_cache()
             found: Mapping[str, Mapping[str, Any]] = self._system.find(self._at(folder), detail=True)
             return found
 
@@ -300,7 +274,7 @@ class _Mirror(Storage):
         try:
             self._ask(path, send)
         except FileNotFoundError:
-            unseen = " and HF_TOKEN" if self._on_hub else ""  # a private one is not there for others
+            unseen = " and HF_TOKEN" if self._on_hub else ""  # a private one is missing for others
             raise OutputError(
                 f"{self.shown(path)}: there is no such bucket: create it, or check the URL{unseen}"
             ) from None
@@ -398,7 +372,9 @@ class _Mirror(Storage):
         if (entry := self._entry(note)) is None:
             return False
         with contextlib.suppress(FileNotFoundError):
-            if note.read_bytes() == self._cat(note):  # of this machine, where no lock is on it: it is dead
+            if (
+                note.read_bytes().rstrip() == self._cat(note).rstrip()
+            ):  # of this machine, where no lock is on it: it is dead
                 return False
         if self._recent(entry):
             return True
@@ -426,8 +402,6 @@ class _Mirror(Storage):
 
         with contextlib.suppress(FileExistsError):  # perhaps by an attempt of ours whose answer was lost
             self._put(note, send)
-        if self._on_hub:
-            time.sleep(_SETTLE_SECONDS)
         self._listings.clear()  # what another finished before is seen
         try:
             return self._cat(note) == content
@@ -436,14 +410,16 @@ class _Mirror(Storage):
 
     def give_back(self, note: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
-            if note.read_bytes() == self._cat(note):
+            if note.read_bytes().rstrip() == self._cat(note).rstrip():
                 self._delete(note)
         note.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def keeping(self, note: Path) -> Iterator[None]:
-        def beat() -> None:
-            self._system.pipe_file(self._at(note), note.read_bytes())
+        beats = itertools.count()
+
+        def beat() -> None:  # each is another object, should a store not tell a new time of an equal one
+            self._system.pipe_file(self._at(note), note.read_bytes() + b" " * (next(beats) % 2 + 1))
 
         # Waits for one that is under way: it would bring back a note that was removed.
         with every(_BEAT_SECONDS, beat, patience=_DEAD_SECONDS):

@@ -61,4 +61,4 @@ class Checked:
         for name in names:
             given: object = getattr(self, name)
             if not isinstance(given, tuple) or "" in given:
-                raise UsageError(f"--{name} {given!r}: expected a tuple of file names")
+                raise UsageError(f"--{name}: expected a tuple of file names, none of them empty")

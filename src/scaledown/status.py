@@ -19,7 +19,7 @@ from scaledown.atomic import read_json
 from scaledown.errors import InputError, one_line
 from scaledown.leases import Held, Leases
 from scaledown.live import Process, Work, finite, processes
-from scaledown.mirror import storage_at
+from scaledown.places import storage_at
 from scaledown.store import ABSENT, STAGES
 from scaledown.urls import redacted
 

@@ -68,9 +68,9 @@ class Storage:
         """The name under which this process appends to what all append to."""
         return name
 
-    def logs(self, folder: Path, pattern: str) -> list[Path]:
-        """The files in `folder` that grow and match, also those that others cannot see yet."""
-        return self.glob(folder, pattern)
+    def logs(self, folder: Path, pattern: str) -> dict[Path, list[Path]]:
+        """What grows in `folder` and matches, each with its `owned` files, seen by others or not yet."""
+        return {path: [path] for path in self.glob(folder, pattern)}
 
     def owned(self, path: Path) -> list[Path]:
         """The files to which processes append, each by its `own` name, what belongs to `path`."""

@@ -58,15 +58,14 @@ def file_system(url: str, shown: str) -> Any:
     import fsspec
 
     scheme = url.partition("://")[0].lower()
-    if scheme == "hf":
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-
-        disable_progress_bars()  # three for each file that is sent
     try:
         return fsspec.filesystem(scheme, skip_instance_cache=True)  # a cached one remembers old listings
     except ImportError as error:
-        if scheme in {"s3", "s3a"}:
-            raise MissingExtraError(f"{shown} needs s3fs: pip install 'scaledown[s3]'") from None
+        for extra, package, schemes in (("s3", "s3fs", {"s3", "s3a"}), ("gs", "gcsfs", {"gs", "gcs"})):
+            if scheme in schemes:
+                raise MissingExtraError(
+                    f"{shown} needs {package}: pip install 'scaledown[{extra}]'"
+                ) from None
         raise MissingExtraError(f"{shown} needs another package: {error}") from None
     except (ValueError, TypeError):  # unknown, or one that a URL alone does not describe
         raise InputError(
@@ -93,6 +92,10 @@ def refused(error: Exception) -> bool:
 
 
 def detail(url: str, error: Exception) -> str:
-    """An error in one line, without the secrets of `url`: where it has any, only its kind."""
+    """An error in one line, without the secrets of `url`: where it has any, only its kind.
+
+    Nor with those of another URL to which a server sent us on.
+    """
     kind = type(error).__name__
-    return f"{kind}: {one_line(str(error), 200)}" if redacted(url) == url else kind
+    told = re.sub(r"\?[^\s'\")>]+", HIDDEN_QUERY, str(error))
+    return f"{kind}: {one_line(told, 200)}" if redacted(url) == url else kind

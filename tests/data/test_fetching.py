@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 
+from scaledown.data import fetching
 from scaledown.data.fetching import fetched
 from scaledown.data.formats import entries
 from scaledown.errors import InputError, OutputError
@@ -22,8 +24,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def again(url: str) -> Path:
-    """As another process asks."""
-    fetched.cache_clear()
     return fetched(url, "--train_data")
 
 
@@ -49,13 +49,37 @@ def test_a_file_is_fetched_once_and_again_when_it_is_another(server: Server, cac
     assert not [found for found in cache.rglob("*") if "secret" in str(found)]
 
 
-def test_where_nothing_tells_of_changes_it_is_fetched_each_time(server: Server, caplog) -> None:
+def test_where_nothing_tells_of_changes_it_is_fetched_each_time(server: Server, caplog, monkeypatch) -> None:
     server.files["train.jsonl"], server.headers = b"one", {}
     path = again(server.url("train.jsonl"))
     server.files["train.jsonl"] = b"two"
     assert again(server.url("train.jsonl")) == path
     assert path.read_bytes() == b"two"
     assert "a file changed there is not noticed" in caplog.text
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="does not tell size, ETag or time"):
+        again(server.url("train.jsonl"))
+
+
+def test_a_file_of_unknown_size_is_fetched_each_time(server: Server) -> None:
+    server.files["train.jsonl"], server.length = b"some", False
+    assert again(server.url("train.jsonl")).read_bytes() == b"some"
+    server.files["train.jsonl"] = b"all of it"
+    assert again(server.url("train.jsonl")).read_bytes() == b"all of it"
+
+
+def test_a_file_that_changes_meanwhile_is_not_kept(server: Server, cache: Path, monkeypatch) -> None:
+    server.files["train.json"] = CONTENT
+    fetch = fetching._fetch
+
+    def changing(*arguments: Any) -> None:
+        fetch(*arguments)
+        server.headers = {"ETag": '"2"'}
+
+    monkeypatch.setattr(fetching, "_fetch", changing)
+    with pytest.raises(InputError, match="was changed meanwhile; run the same command again"):
+        again(server.url("train.json"))
+    assert not list(cache.rglob("*.json"))
 
 
 def test_a_file_cut_short_is_not_kept(server: Server, cache: Path) -> None:
@@ -69,9 +93,11 @@ def test_a_file_cut_short_is_not_kept(server: Server, cache: Path) -> None:
 def test_what_cannot_be_fetched(server: Server, cache: Path) -> None:
     fsspec.filesystem("memory").pipe_file("/fetching/train.json", CONTENT)
     assert again("memory://fetching/train.json").read_bytes() == CONTENT
+    server.files["train.json.gz"] = b"no matter"
     for url, said in (
         ("memory://fetching", "--train_data memory://fetching: is a folder; name a file in it"),
         ("memory://fetching/none.json", "there is no such file"),
+        (server.url("train.json.gz"), "train.json.gz: training data ends in .json, .jsonl or .parquet"),
         (server.url("none.json"), "--train_data .*none.json"),
     ):
         with pytest.raises(InputError, match=said):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from scaledown import mirror
+from scaledown import mirror, places
 from scaledown.stage import Stage
 
 FLAGS = (
@@ -23,12 +23,12 @@ FLAGS = (
 # Where a minute is too long for a test.
 QUICK = (
     "from scaledown import mirror; mirror._BEAT_SECONDS = 0.3; mirror._DEAD_SECONDS = 4; "
-    "mirror._SETTLE_SECONDS = 0.5; "
+    "from scaledown import hub; hub._SETTLE_SECONDS = 0.5; hub._SLOWEST_BEAT_SECONDS = 1.0; "
 )
 MAIN = "import sys; from scaledown.data.prepare_dataset import main; raise SystemExit(main(sys.argv[1:]))"
 
 
-BOTH = pytest.mark.parametrize("bucket", ["s3", "hf"], indirect=True)
+EVERY = pytest.mark.parametrize("bucket", ["s3", "gs", "hf"], indirect=True)
 
 
 class Fresh:
@@ -87,7 +87,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-@BOTH
+@EVERY
 def test_a_run_in_a_bucket_gives_the_bytes_of_a_local_one(
     remote,
     prepare,
@@ -150,7 +150,7 @@ def test_a_lost_or_changed_output_in_a_bucket(remote, system, bucket, made, capl
     assert f"--output_file {bucket}/other.json exists" in capsys.readouterr().err
 
 
-@BOTH
+@EVERY
 def test_killed_and_continued_by_another_machine(
     words,
     remote,
@@ -185,7 +185,7 @@ def test_killed_and_continued_by_another_machine(
     assert set(made) | kept == set(every)
 
 
-@BOTH
+@pytest.mark.parametrize("bucket", ["s3", "gs"], indirect=True)
 @pytest.mark.slow
 def test_two_machines_share_a_run(words, prepare, queries, system, bucket, tmp_path) -> None:
     queries.write_text("".join(f"What is number {n}?\n" for n in range(24)))
@@ -288,6 +288,25 @@ def test_no_such_bucket_of_the_hub(remote, bucket, monkeypatch, capsys) -> None:
     assert "hf_another" not in err
 
 
+@pytest.mark.parametrize("bucket", ["hf"], indirect=True)
+def test_a_token_of_the_hub_that_may_only_read(remote, bucket, hub, capsys) -> None:
+    hub.answer("xet-write-token", 403)
+    try:
+        assert remote() == 1
+    finally:
+        hub.answer("xet-write-token", 0)
+    assert f"error: {bucket}/out/train.json: access is refused" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bucket", ["hf"], indirect=True)
+def test_a_hub_out_of_reach_by_choice(remote, bucket, monkeypatch, capsys) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert remote() == 1
+    assert "error: HF_HUB_OFFLINE=1 keeps the Hub's buckets out of reach" in capsys.readouterr().err
+
+
 def test_no_such_bucket(remote, prepare, bucket, capsys) -> None:
     assert remote(output="s3://not-there-at-all/train.json") == 1
     assert "error: s3://not-there-at-all/train.json: there is no such bucket" in capsys.readouterr().err
@@ -298,7 +317,7 @@ def test_no_such_bucket(remote, prepare, bucket, capsys) -> None:
 def test_a_live_run_with_other_settings(remote, bucket, tmp_path, capsys) -> None:
     from scaledown.store import RunDirectory
 
-    there = mirror.storage_at(f"{bucket}/out/train.json.work", str(tmp_path / "other machine"))
+    there = places.storage_at(f"{bucket}/out/train.json.work", str(tmp_path / "other machine"))
     with RunDirectory(there).claim("other settings"):
         assert remote() == 1
     assert f"{bucket}/out/train.json.work is in use by a live run" in capsys.readouterr().err

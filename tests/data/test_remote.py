@@ -28,6 +28,7 @@ from scaledown.errors import InputError, MissingExtraError, UsageError
 from scaledown.models import resolve
 from scaledown.stage import Stage
 from scaledown.store import RunDirectory
+from scaledown.urls import detail
 from web import Server
 
 RECORDS = [{"title": f"Title {i}", "text": f"Text number {i}, about things."} for i in range(40)]
@@ -338,11 +339,18 @@ def test_a_host_that_is_not_found(monkeypatch) -> None:
     assert failure("https://no.such.host/c.jsonl").endswith("the host is not found; check the URL")
 
 
-def test_s3_without_s3fs_names_the_extra(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)  # another test's
-    with pytest.raises(MissingExtraError, match=r"pip install 'scaledown\[s3\]'"):
-        files.locate("s3://bucket/c.jsonl", "--corpus_path")
+@pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
+def test_a_store_without_its_package_names_the_extra(scheme: str, package: str, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, scheme, raising=False)  # another test's
+    with pytest.raises(MissingExtraError, match=rf"pip install 'scaledown\[{scheme}\]'"):
+        files.locate(f"{scheme}://bucket/c.jsonl", "--corpus_path")
+
+
+def test_no_secret_of_an_address_to_which_a_server_sent_us_on() -> None:
+    error = OSError("Max retries exceeded with url: /c.jsonl?X-Amz-Signature=SECRET (Caused by 'x')")
+    said = "OSError: Max retries exceeded with url: /c.jsonl?… (Caused by 'x')"
+    assert detail("https://host/c.jsonl", error) == said
 
 
 def test_a_json_array_and_an_archive_say_how_to_convert_them(server: Server) -> None:

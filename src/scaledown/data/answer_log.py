@@ -21,7 +21,7 @@ _ENDING: Final = ".part.jsonl"
 _PUBLISH_SECONDS: Final = 30
 
 
-_NAME: Final = re.compile(r"(\d{6}(-\d{6})?)(-[0-9a-f]{8})?\.part\.jsonl")
+_NAME: Final = re.compile(r"\d{6}(-\d{6})?\.part\.jsonl")
 
 
 class AnswerLog:
@@ -46,9 +46,8 @@ class AnswerLog:
     @classmethod
     def every(cls, stage: Stage) -> list["AnswerLog"]:
         """All that a stage has, to be read."""
-        names = (_NAME.fullmatch(path.name) for path in stage.storage.logs(stage.folder, f"*{_ENDING}"))
-        logs = sorted({name[1] for name in names if name})
-        return [cls(stage.folder / f"{log}{_ENDING}", 0, stage.storage) for log in logs]
+        logs = stage.storage.logs(stage.folder, f"*{_ENDING}")
+        return [cls(path, 0, stage.storage) for path in sorted(logs) if _NAME.fullmatch(path.name)]
 
     @classmethod
     def others(cls, stage: Stage, shards: range, prompts: Sequence[Prompt]) -> dict[int, Answer]:

@@ -8,7 +8,7 @@ from scaledown.data.formats import validate
 from scaledown.data.report import write_report
 from scaledown.data.summary import Result
 from scaledown.errors import OutputError
-from scaledown.mirror import File
+from scaledown.places import File
 from scaledown.stage import StageResult
 from scaledown.store import RunDirectory
 

@@ -181,6 +181,7 @@ class _Opened:
 
     def __init__(self, source: Remote) -> None:
         with _failures(str(source), source.url):
+            source._system.invalidate_cache()
             if state_of(source._system.info(source.url)) != source.state:
                 raise _changed(source)
             self._file = source._system.open(source.url, "rb")

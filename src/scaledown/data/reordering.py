@@ -7,7 +7,7 @@ from scaledown.data.corpus import PassageTable
 from scaledown.data.gold import Gold
 from scaledown.errors import RunDirectoryError
 from scaledown.metrics import accuracy
-from scaledown.mirror import storage_at
+from scaledown.places import storage_at
 from scaledown.records import full_text
 from scaledown.stage import Stage
 from scaledown.storage import Storage

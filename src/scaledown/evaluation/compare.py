@@ -90,7 +90,7 @@ class CompareConfig(Checked):
         if not self.data:
             raise UsageError("no held-out questions: give --data FILE")
         if is_url(self.output_dir) or Path(self.output_dir).is_file():
-            raise UsageError(f"--output_dir {self.output_dir}: name a local folder")
+            raise UsageError("--output_dir: name a local folder")
         sizes = ("cost_documents", "cost_document_tokens", "cost_query_tokens", "cost_new_tokens")
         self._check_at_least(1, "max_new_tokens", "batch_size", "cost_repeats", *sizes)
         self._check_at_least(0, "num_examples", "seed")

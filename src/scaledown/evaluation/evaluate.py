@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -83,6 +83,9 @@ def evaluate(config: EvaluateConfig) -> Results:
         run = RunDirectory(output / _WORK)
     except (OutputError, RunDirectoryError) as error:
         raise OutputError(f"--output_dir {output} cannot be used ({error}): choose another") from error
+    given = config
+    if config.data:
+        config = replace(config, data=str(fetched(config.data, "--data")))
     inputs = _inputs(config, run)
     sources = None if config.run else _find(config)
     identities = _identities(config, run, sources)
@@ -93,7 +96,7 @@ def evaluate(config: EvaluateConfig) -> Results:
             return finished
         known = {
             "request": request,
-            "parameters": without_secrets(asdict(config)),
+            "parameters": without_secrets(asdict(given)),
             "inputs": inputs,
             "models": identities,
         }
@@ -114,7 +117,7 @@ def _inputs(config: EvaluateConfig, run: RunDirectory) -> dict[str, list[str]]:
     """Hashes of the files that are read."""
 
     def known(flag: str, file: str) -> str:
-        source = locate(str(fetched(file, flag)) if flag == "--data" else file, flag)
+        source = locate(file, flag)
         return str(source.identity()) if isinstance(source, Remote) else run.content_hash(source)
 
     given = {"data": (config.data,), "gold": config.gold, "run": config.run, "qrels": (config.qrels,)}
@@ -235,7 +238,7 @@ def _questions(config: EvaluateConfig, run: RunDirectory, inputs: dict[str, Any]
     shards = {"limit": config.num_examples, "rows_per_shard": max(_ROWS, config.batch_size)}
     stage = Stage(run, "questions", {"data": inputs["data"], "gold": inputs.get("gold"), **shards})
     gold = functools.partial(read_gold, config.gold, "--gold") if config.gold else None
-    questions.collect(stage, fetched(config.data, "--data"), gold, **shards)
+    questions.collect(stage, Path(config.data), gold, **shards)
     return stage
 
 

@@ -7,7 +7,7 @@ import statistics
 import sys
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -79,7 +79,8 @@ def train(config: Config) -> Trained:
         raise OutputError(f"--output_dir {output} cannot be written: choose another") from error
     with _alone(home):
         origin = find_origin(config)
-        memory = _recall(output, _identity(config, home, origin), origin.settled)
+        given, config = config, _here(config)
+        memory = _recall(output, _identity(given, config, home, origin), origin.settled)
         if result := memory.get("result"):
             documents = Lengths(**result.pop("documents"))
             return Trained(**result, documents=documents)._replace(
@@ -110,11 +111,22 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _identity(config: Config, home: RunDirectory, origin: Origin) -> dict[str, Any]:
-    """All that a run depends on, files and models by their contents."""
+def _here(config: Config) -> Config:
+    """The same, but for training data behind URLs, which is fetched."""
+    if isinstance(config, PretrainConfig):
+        return config
+    files = {
+        name: tuple(str(fetched(file, f"--{name}")) for file in getattr(config, name))
+        for name in ("train_data", "eval_data")
+    }
+    return replace(config, **files)  # type: ignore[arg-type]
+
+
+def _identity(given: Config, config: Config, home: RunDirectory, origin: Origin) -> dict[str, Any]:
+    """All that a run depends on, files and models by their contents; `given` is kept of its settings."""
     return {
         "scaledown": scaledown.__version__,
-        "parameters": without_secrets(asdict(config)) | origin.settled,
+        "parameters": without_secrets(asdict(given)) | origin.settled,
         "inputs": _inputs(config, home),
         "models": origin.identity(home.content_hash),
     }
@@ -125,7 +137,7 @@ def _inputs(config: Config, home: RunDirectory) -> dict[str, Any]:
         return {"corpus_path": corpus_identity(home, locate(config.corpus_path, "--corpus_path"))}
     inputs = {}
     for name in ("train_data", "eval_data"):
-        paths = [fetched(file, f"--{name}") for file in getattr(config, name)]
+        paths = [Path(file) for file in getattr(config, name)]
         for path in paths:
             if not path.is_file():
                 raise UsageError(f"--{name} {path}: there is no such file; check the path")

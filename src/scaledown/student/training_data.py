@@ -14,7 +14,6 @@ import pyarrow as pa
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from scaledown.data.fetching import fetched
 from scaledown.data.formats import entries, problems
 from scaledown.errors import InputError, UsageError
 from scaledown.progress import track
@@ -281,12 +280,9 @@ class Parts(NamedTuple):
 def load_parts(config: TrainConfig, folder: Path) -> Parts:
     """The training data as examples, which lie in `folder` while the process lives."""
 
-    def given(name: str) -> list[str]:
-        return [str(fetched(file, f"--{name}")) for file in getattr(config, name)]
-
-    examples = read_examples(given("train_data"), folder, needs_scores=config.enable_reranking)
+    examples = read_examples(config.train_data, folder, needs_scores=config.enable_reranking)
     if config.eval_data:
-        held = read_examples(given("eval_data"), folder, needs_scores=config.enable_reranking)
+        held = read_examples(config.eval_data, folder, needs_scores=config.enable_reranking)
         shared = examples.shared_by(held)
         return Parts(Part(examples, range(len(examples))), Part(held, range(len(held))), shared)
     return split_parts(examples, config)
