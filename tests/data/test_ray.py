@@ -61,7 +61,10 @@ def test_a_node_goes_away_and_the_bytes_are_the_same(cluster, prepare, queries, 
     remover.join()
     assert met
     assert "is dead" in capsys.readouterr().err, "a worker was there"
-    assert sum(node["Alive"] for node in ray.nodes()) == 1
+    deadline = time.monotonic() + 90  # Ray asks a node several times before it counts as lost
+    while sum(node["Alive"] for node in ray.nodes()) > 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
     assert prepare.output.read_bytes() == whole.read_bytes()
     made = [
         f"{path.parent.parent.name}/{event['shard']}"

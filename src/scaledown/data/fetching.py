@@ -59,7 +59,7 @@ def _fetch(source: Remote, path: Path) -> None:
     size = source.size or 0
     log.info("fetching %s into %s", source, path.parent)
     with (
-        track("fetch", "MB", size // 1_000_000 or None) as tracker,
+        track("fetch", "kB", size // 1000 or None) as tracker,
         atomic(path, room=size) as temporary,
         source.open() as content,
         temporary.open("wb") as file,
@@ -67,5 +67,5 @@ def _fetch(source: Remote, path: Path) -> None:
         whole = 0
         while piece := content.read(_PIECE_BYTES):
             file.write(piece)
-            tracker.advance((whole + len(piece)) // 1_000_000 - whole // 1_000_000)
+            tracker.advance((whole + len(piece)) // 1000 - whole // 1000)
             whole += len(piece)
