@@ -6,11 +6,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from scaledown import mirror
+from scaledown import hub, mirror
 from scaledown.data.answer_log import AnswerLog
 from scaledown.data.prompts import answer_prompt
 from scaledown.errors import RunDirectoryError, UsageError
@@ -293,6 +294,53 @@ def test_a_beat_later_than_that_ends_no_others_lease(machine, slow_beat) -> None
 @EXCLUSIVE
 def test_one_of_many_gets_a_lease(machine) -> None:
     assert most_at_once([machine(f"machine {n}").leases for n in range(4)], "shard") == [1] * 4
+
+
+@pytest.mark.parametrize("bucket", ["hf"], indirect=True)
+def test_who_was_slow_to_take_a_lease_does_not_end_that_of_another(bucket, monkeypatch) -> None:
+    quick, slow = hub.HubBuckets(), hub.HubBuckets()
+    url, begun, over, send = f"{bucket}/run/locks/x.held", threading.Event(), threading.Event(), slow._send
+
+    def late(content: bytes, url: str) -> None:
+        begun.set()  # it has seen that nothing is there
+        time.sleep(3 * hub._SETTLE_SECONDS)
+        send(content, url)
+
+    def beat() -> None:
+        begun.wait(20)
+        quick.pipe_file(url, b"quick", mode="create")
+        while not over.wait(0.2):
+            quick.pipe_file(url, b"quick")
+
+    monkeypatch.setattr(slow, "_send", late)
+    thread = threading.Thread(target=beat)
+    thread.start()
+    with pytest.raises(FileExistsError):
+        slow.pipe_file(url, b"slow", mode="create")
+    over.set()
+    thread.join()
+    assert quick.cat_file(url) == b"quick"
+
+
+def test_who_had_to_wait_for_an_answer_leaves_others_time_to_wait_too(
+    machine, bucket, tmp_path, monkeypatch
+) -> None:
+    killed_at_a_shard(bucket, tmp_path / "killed")
+    run = machine("one")
+    note = run.path / "locks" / "s-f-000000.held"
+    assert within(10, lambda: not run.storage.taken(note))
+    monkeypatch.setattr(mirror, "_SLOW_SECONDS", 0.5)
+    info = run.storage._system.info
+
+    def limited(*arguments: Any, **keywords: Any) -> Any:
+        time.sleep(1)
+        return info(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.storage._system, "info", limited)
+        run.storage.state(note)
+    assert run.storage.taken(note), "it may only have waited, like us"
+    assert within(10, lambda: not run.storage.taken(note))
 
 
 @EVERY
