@@ -299,25 +299,27 @@ def test_one_of_many_gets_a_lease(machine) -> None:
 @pytest.mark.parametrize("bucket", ["hf"], indirect=True)
 def test_who_was_slow_to_take_a_lease_does_not_end_that_of_another(bucket, monkeypatch) -> None:
     quick, slow = hub.HubBuckets(), hub.HubBuckets()
-    url, begun, over, send = f"{bucket}/run/locks/x.held", threading.Event(), threading.Event(), slow._send
+    url, begun, sent, send = f"{bucket}/run/locks/x.held", threading.Event(), threading.Event(), slow._send
+    monkeypatch.setattr(hub, "_SLOWEST_BEAT_SECONDS", 5)
 
     def late(content: bytes, url: str) -> None:
         begun.set()  # it has seen that nothing is there
         time.sleep(3 * hub._SETTLE_SECONDS)
         send(content, url)
+        sent.set()
 
     def beat() -> None:
         begun.wait(20)
         quick.pipe_file(url, b"quick", mode="create")
-        while not over.wait(0.2):
-            quick.pipe_file(url, b"quick")
+        sent.wait(20)
+        time.sleep(3 * hub._SETTLE_SECONDS)
+        quick.pipe_file(url, b"quick")
 
     monkeypatch.setattr(slow, "_send", late)
     thread = threading.Thread(target=beat)
     thread.start()
     with pytest.raises(FileExistsError):
         slow.pipe_file(url, b"slow", mode="create")
-    over.set()
     thread.join()
     assert quick.cat_file(url) == b"quick"
 
