@@ -371,15 +371,18 @@ class _Mirror(Storage):
     def taken(self, note: Path) -> bool:
         if (entry := self._entry(note)) is None:
             return False
-        with contextlib.suppress(FileNotFoundError):
-            if (
-                note.read_bytes().rstrip() == self._cat(note).rstrip()
-            ):  # of this machine, where no lock is on it: it is dead
-                return False
+        if self._is_ours(note):  # where no lock is on it: it is dead
+            return False
         if self._recent(entry):
             return True
         now = self._info(note)  # another may have taken it since the folder was listed
         return now is not None and self._recent(_Entry.of(now))
+
+    def _is_ours(self, note: Path) -> bool:
+        """Whether a note there is that of this machine, but for what beats add."""
+        with contextlib.suppress(FileNotFoundError):
+            return note.read_bytes().rstrip() == self._cat(note).rstrip()
+        return False
 
     def _recent(self, entry: _Entry) -> bool:
         if time.monotonic() - self._away < _DEAD_SECONDS:  # the network was away: others may live, too
@@ -409,9 +412,8 @@ class _Mirror(Storage):
             return False
 
     def give_back(self, note: Path) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            if note.read_bytes().rstrip() == self._cat(note).rstrip():
-                self._delete(note)
+        if self._is_ours(note):
+            self._delete(note)
         note.unlink(missing_ok=True)
 
     @contextlib.contextmanager

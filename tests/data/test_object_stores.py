@@ -132,6 +132,17 @@ def test_a_run_in_a_bucket_gives_the_bytes_of_a_local_one(
     assert not made
 
 
+@EVERY
+def test_corpus_and_queries_in_a_bucket(prepare, corpus, queries, system, bucket, tmp_path) -> None:
+    assert prepare(*FLAGS) == 0
+    system.pipe_file(f"{bucket}/in/corpus.jsonl", corpus.read_bytes())
+    system.pipe_file(f"{bucket}/in/queries.txt", queries.read_bytes())
+    there = ("--corpus_path", f"{bucket}/in/corpus.jsonl", "--queries_file", f"{bucket}/in/queries.txt")
+    output = tmp_path / "other.json"
+    assert prepare(*FLAGS, *there, "--output_file", str(output), inputs=False) == 0
+    assert output.read_bytes() == prepare.output.read_bytes()
+
+
 def test_a_lost_or_changed_output_in_a_bucket(remote, system, bucket, made, caplog, capsys) -> None:
     output = f"{bucket}/out/train.json"
     assert remote() == 0

@@ -22,6 +22,7 @@ from scaledown.student.origin import find_origin
 from scaledown.student.pretraining_data import pretraining_examples, pretraining_parts
 from scaledown.student.train import summary, train
 from scaledown.student.train_settings import PretrainConfig, TrainConfig
+from web import Server
 
 Setting = Callable[..., PretrainConfig]
 
@@ -119,6 +120,16 @@ def test_articles_are_on_one_side(setting: Setting, tmp_path: Path) -> None:
     assert titles[1]
     assert not titles[0] & titles[1]
     assert shared == 0
+
+
+def test_a_login_in_the_url_of_a_corpus_is_not_kept(
+    setting: Setting, corpus: Path, server: Server, tmp_path: Path
+) -> None:
+    server.files["corpus.jsonl"] = corpus.read_bytes()
+    url = server.url("corpus.jsonl?signature=secret", "user:secret@")
+    result = train(setting(corpus_path=url, max_steps=1))
+    assert "127.0.0.1" in (Path(result.output) / "settings.json").read_text()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
 
 
 def test_corpus_without_text(setting: Setting, corpus: Path, tmp_path: Path) -> None:

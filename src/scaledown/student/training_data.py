@@ -279,7 +279,6 @@ class Parts(NamedTuple):
 
 def load_parts(config: TrainConfig, folder: Path) -> Parts:
     """The training data as examples, which lie in `folder` while the process lives."""
-
     examples = read_examples(config.train_data, folder, needs_scores=config.enable_reranking)
     if config.eval_data:
         held = read_examples(config.eval_data, folder, needs_scores=config.enable_reranking)
