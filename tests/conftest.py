@@ -24,6 +24,7 @@ os.environ.update(
 
 import pytest  # noqa: E402
 
+import gs_server as google  # noqa: E402
 import tiny  # noqa: E402
 import web  # noqa: E402
 from hub_server import TOKEN, Hub  # noqa: E402
@@ -170,11 +171,8 @@ def hub() -> Iterator[Hub]:
 def gs_server() -> Iterator[str]:
     """The address of a server of Google's protocol on loopback."""
     pytest.importorskip("gcsfs", reason="no gcsfs: pip install 'scaledown[gs]'")
-    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="pip install gcp-storage-emulator")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with emulator.create_server("127.0.0.1", port, in_memory=True):
-        yield f"http://127.0.0.1:{port}"
+    with google.gs_server() as address:
+        yield address
 
 
 @pytest.fixture

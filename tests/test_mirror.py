@@ -14,7 +14,7 @@ import pytest
 from scaledown import hub, mirror
 from scaledown.data.answer_log import AnswerLog
 from scaledown.data.prompts import answer_prompt
-from scaledown.errors import RunDirectoryError, UsageError
+from scaledown.errors import OutputError, RunDirectoryError, UsageError
 from scaledown.leases import Leases
 from scaledown.places import File, storage_at
 from scaledown.records import Answer
@@ -60,16 +60,104 @@ def test_a_shard_that_was_not_published_is_not_finished(machine, monkeypatch) ->
     assert not stage.has(0)
 
 
-def test_a_shard_that_came_damaged_is_told_and_fetched_again(machine, monkeypatch) -> None:
+@pytest.fixture
+def shards(machine) -> tuple[Stage, Stage, bytes]:
+    """The same stage on two machines, and shard 0, which the first has made."""
     one, two = Stage(machine("one"), "ranked", {}), Stage(machine("two"), "ranked", {})
     one.write(0, TABLE)
-    whole = one.path(0).read_bytes()
-    two.storage._system.pipe_file(two.storage._at(two.path(0)), whole[:-40] + bytes(40))
-    with pytest.raises(RunDirectoryError, match=r"s3://.*/000000.arrow is missing or damaged"):
+    return one, two, one.path(0).read_bytes()
+
+
+def replace_shard(stage: Stage, content: bytes) -> None:
+    """Put other bytes into the store, without our checks."""
+    stage.storage._system.pipe_file(stage.storage._at(stage.path(0)), content)
+
+
+@EVERY
+def test_a_damaged_object_is_fetched_again_until_it_is_whole(shards) -> None:
+    one, two, whole = shards
+    replace_shard(one, whole[:-40] + bytes(40))
+    mending = threading.Timer(1.2, replace_shard, (one, whole))
+    mending.start()
+    assert two.table(0).equals(TABLE)
+    mending.join()
+    assert two.path(0).read_bytes() == whole
+
+
+@EVERY
+def test_an_object_that_is_listed_before_it_is_there_is_fetched_again(shards, monkeypatch) -> None:
+    one, two, whole = shards
+    assert within(5, lambda: two.has(0))
+    one.storage._system.rm_file(one.storage._at(one.path(0)))
+    assert two.has(0), "by a listing of before"
+    coming = threading.Timer(1.2, replace_shard, (one, whole))
+    coming.start()
+    assert two.table(0).equals(TABLE)
+    coming.join()
+
+
+def test_an_object_that_stays_damaged_is_told(shards, monkeypatch) -> None:
+    one, two, whole = shards
+    monkeypatch.setattr(type(two.storage), "pauses", (0.1, 0.1))
+    for damaged in (whole[:-40] + bytes(40), whole[:-1], b""):
+        replace_shard(one, damaged)
+        with pytest.raises(RunDirectoryError, match=r"s3://.*/000000.arrow is missing or damaged: delete it"):
+            two.table(0)
+        assert not [path for path in two.folder.iterdir() if path.suffix == ".tmp"]
+
+
+def test_nobody_is_told_to_delete_what_another_machine_may_be_making(shards, machine, monkeypatch) -> None:
+    one, two, whole = shards
+    monkeypatch.setattr(type(two.storage), "pauses", (0.1,))
+    replace_shard(one, whole[:-1])
+    with machine("one").claim("same"), two._run.claim("same"):
+        with pytest.raises(RunDirectoryError) as told:
+            two.table(0)
+        assert "another process works on this run: run the same command again when that has" in str(
+            told.value
+        )
+        assert "delete" not in str(told.value)
+    with two._run.claim("same"), pytest.raises(RunDirectoryError, match="delete it and done.json"):
         two.table(0)
-    time.sleep(1.1)  # S3 tells times in seconds
-    two.storage._system.pipe_file(two.storage._at(two.path(0)), whole)
-    assert Stage(machine("two"), "ranked", {}).table(0).equals(TABLE)
+
+
+@EVERY
+def test_an_object_that_a_store_kept_in_part_is_sent_again(shards, monkeypatch, caplog) -> None:
+    one, two, whole = shards
+    put, sent = one.storage._system.put_file, []
+
+    def in_part(path: str, url: str) -> None:
+        sent.append(url)
+        content = Path(path).read_bytes()
+        if len(sent) < 2:
+            one.storage._system.pipe_file(url, content[:-1])
+        else:
+            put(path, url)
+
+    monkeypatch.setattr(one.storage._system, "put_file", in_part)
+    one.storage.publish(one.path(0))
+    assert len(sent) == 2
+    assert f"it keeps {len(whole) - 1:,} bytes of {len(whole):,}" in caplog.text
+    assert two.table(0).equals(TABLE)
+
+
+def test_a_store_that_never_keeps_all_is_told(shards, monkeypatch) -> None:
+    one, _, whole = shards
+    system = one.storage._system
+    monkeypatch.setattr(mirror, "_PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(system, "put_file", lambda path, url: system.pipe_file(url, whole[:-1]))
+    with pytest.raises(OutputError, match="it keeps .* bytes of"):
+        one.storage.publish(one.path(0))
+
+
+@pytest.mark.parametrize("bucket", ["gs"], indirect=True)
+@pytest.mark.parametrize("end", [b"\r", b"\r\n", b"\n", b"\r\r", b"\n--==0==\n", b"\0"])
+def test_the_server_that_stands_for_googles_keeps_uploads_to_the_byte(machine, end) -> None:
+    storage = machine("one").storage
+    path = storage.root / "file.bin"
+    path.write_bytes(bytes(range(256)) + end)
+    storage.publish(path)
+    assert storage._cat(path) == bytes(range(256)) + end
 
 
 def test_the_mirror_may_be_deleted(machine) -> None:

@@ -88,6 +88,8 @@ def _final(error: Exception) -> str:
 class _Mirror(Storage):
     """A folder of an object store, as far as it was read or written here."""
 
+    pauses = (0.5, 1.0, 2.0, 4.0)
+
     def __init__(self, url: str, cache: Path) -> None:
         digest = hashlib.sha256(redacted(url).encode(errors="surrogateescape")).hexdigest()[:16]
         super().__init__(cache / "runs" / digest)
@@ -280,8 +282,14 @@ class _Mirror(Storage):
             ) from None
 
     def publish(self, path: Path) -> None:
-        self._put(path, lambda: self._system.put_file(str(path), self._at(path)))
-        self._note(path)
+        def send() -> None:
+            size = path.stat().st_size
+            self._system.put_file(str(path), self._at(path))
+            self._note(path)
+            if (kept := self._listing(path.parent).get(path.name)) and kept.size < size:
+                raise OSError(f"it keeps {kept.size:,} bytes of {size:,}")
+
+        self._put(path, send)
 
     def _note(self, path: Path) -> None:
         """Keep in mind what was just published, and what time it is there."""
@@ -311,10 +319,18 @@ class _Mirror(Storage):
         new = not _Entry.of(info).is_at(path)
         if new:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic(path, room=_Entry.of(info).size) as temporary:
-                self._ask(path, lambda: self._get(path, temporary))
+            try:
+                with atomic(path, room=_Entry.of(info).size) as temporary:
+                    self._ask(path, lambda: self._get(path, temporary))
+            except FileNotFoundError:  # removed since it was asked about
+                path.unlink(missing_ok=True)
+                return False
         self._here.add(path)
         return new
+
+    def drop(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        self._here.discard(path)
 
     def _get(self, path: Path, target: Path) -> None:
         entry = _Entry.of(self._info(path) or {"size": 0})
@@ -356,8 +372,7 @@ class _Mirror(Storage):
         return content
 
     def remove(self, path: Path) -> None:
-        path.unlink(missing_ok=True)
-        self._here.discard(path)
+        self.drop(path)
         self._delete(path)
 
     def _delete(self, path: Path) -> None:

@@ -157,20 +157,25 @@ class Stage:
         return notes
 
     def table(self, shard: int, *, check: bool = False) -> pa.Table:
-        """A shard, memory-mapped; with `check`, all of it is read and compared with its checksum."""
+        """A shard, memory-mapped; with `check`, all of it is read and compared with its checksum.
+
+        What comes damaged from a store, or is not there yet, is fetched again for some seconds. Raises
+        `RunDirectoryError`.
+        """
         path = self.path(shard)
-        new = self.storage.fetch(path, once=True)
-        try:
-            mapped = pa.memory_map(str(path)).read_buffer()
-            body = mapped[: mapped.size - _CHECKSUM_BYTES]
-            if (check or new) and _checksum(body) != mapped[body.size :].to_pybytes():
-                raise ValueError("the checksum differs")  # noqa: TRY301
-            return pa.ipc.open_stream(body).read_all()
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise RunDirectoryError(
-                f"{self.storage.shown(path)} is missing or damaged: delete it and done.json beside it, and "
-                "run the same command again"
-            ) from error
+        check |= self.storage.fetch(path, once=True)
+        pauses = iter(self.storage.pauses)
+        while True:
+            try:
+                return _mapped(path, check=check)
+            except (pa.ArrowException, OSError, ValueError) as error:
+                self.storage.drop(path)  # else it would be taken for whole the next time
+                if (pause := next(pauses, None)) is None:
+                    raise RunDirectoryError(
+                        f"{self.storage.shown(path)} is missing or damaged: {self._run.remedy()}"
+                    ) from error
+            time.sleep(pause)
+            check |= self.storage.fetch(path)
 
     def tables(self) -> Iterator[pa.Table]:
         """All shards of a finished stage in order, one at a time."""
@@ -367,6 +372,15 @@ class Stage:
             lines = (json.dumps(row, ensure_ascii=False) for row in rejected)
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
         self.storage.publish(path)
+
+
+def _mapped(path: Path, *, check: bool) -> pa.Table:
+    """What is in a shard's file. Raises one of several errors where that is not whole."""
+    mapped = pa.memory_map(str(path)).read_buffer()
+    body = mapped[: mapped.size - _CHECKSUM_BYTES]
+    if check and _checksum(body) != mapped[body.size :].to_pybytes():
+        raise ValueError("the checksum differs")
+    return pa.ipc.open_stream(body).read_all()
 
 
 def _checksum(buffer: pa.Buffer) -> bytes:

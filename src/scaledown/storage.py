@@ -6,7 +6,7 @@ reads. For a folder here both are nothing to do; for one of a store see `mirror`
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ def cache_directory() -> Path:
 
 class Storage:
     """A folder here."""
+
+    pauses: Sequence[float] = ()
+    """Seconds before each further look at a file that seems to be damaged or not there yet."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -92,6 +95,9 @@ class Storage:
         With `once` one that came before is not asked for again: it never changes.
         """
         return False
+
+    def drop(self, path: Path) -> None:
+        """Forget the copy that is here of a file in a store."""
 
     def fetch_log(self, path: Path) -> None:
         """Have all of a file here that only grows."""
