@@ -209,7 +209,7 @@ def loss(
                     record["query"], documents if reads == "text" else [], NEW_TOKENS
                 )
                 encoded = text._replace(answer_ids=encoded.answer_ids)
-            found = model(**collate([encoded], model.config.memory_tokens)).answer_loss
+            found = model(**collate([encoded])).answer_loss
             total += float(found) * len(encoded.answer_ids)
             tokens += len(encoded.answer_ids)
     return total / tokens

@@ -65,8 +65,10 @@ def question(model: ScaleDownModel, tokens: int, batch: int) -> Callable[..., li
         [text(model, DOCUMENT_TOKENS, 1000 * number + place) for place in range(1, DOCUMENTS + 1)]
         for number in range(batch)
     ]
-    (ids,) = model.reader.document_ids(queries[0], documents[0][:1])
-    assert len(ids) == tokens + DOCUMENT_TOKENS + 1, "each word is a token, and a line end stands between"
+    (read,) = model.reader.read(queries[0], documents[0][:1])
+    assert len(read.ids) == tokens + DOCUMENT_TOKENS + 1, (
+        "each word is a token, and a line end stands between"
+    )
 
     def answer(*, compressed: bool) -> list[str]:
         asked = [

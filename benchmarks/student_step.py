@@ -21,7 +21,7 @@ from scaledown.data.chunking import Chunker
 from scaledown.data.corpus import cut_rows, plain
 from scaledown.data.retrieval import SPLADERetriever
 from scaledown.models import quiet_libraries, resolve
-from scaledown.student.batch import IGNORED, Batch, Encoded, Group, collate
+from scaledown.student.batch import IGNORED, Batch, Document, Encoded, Group, collate, group
 from scaledown.student.model import ScaleDownModel, load_tokenizer
 from scaledown.student.settings import ScaleDownConfig
 from scaledown.student.train_settings import TrainConfig
@@ -64,7 +64,8 @@ def one_group(documents: list[list[int]], longest: int) -> list[Group]:
     for row, own in enumerate(documents):
         ids[row, : len(own)] = torch.tensor(own)
     lengths = torch.tensor([len(own) for own in documents])
-    return [{"ids": ids, "lengths": lengths, "places": torch.arange(len(documents))}]
+    (alone,) = group([Document([0], 0, 1, 1)] * len(documents))
+    return [{**alone, "ids": ids, "lengths": lengths}]
 
 
 def plain_loss(model: ScaleDownModel, batch: Batch, prompt: int) -> torch.Tensor:
@@ -72,7 +73,7 @@ def plain_loss(model: ScaleDownModel, batch: Batch, prompt: int) -> torch.Tensor
     missing = prompt - batch["ids"].shape[1]
     ids, is_memory = (nn.functional.pad(batch[name], (0, missing)) for name in ("ids", "is_memory"))
     labels = nn.functional.pad(batch["labels"], (0, missing), value=IGNORED)
-    embeddings, _ = model.compress_ids(batch["groups"])
+    embeddings = model.compress_ids(batch["groups"]).embeddings
     inputs = model.embed(ids.to(model.device), is_memory.to(model.device), embeddings)
     logits = model.generator(inputs_embeds=inputs, use_cache=False).logits[:, :-1]
     return nn.functional.cross_entropy(
@@ -106,10 +107,9 @@ def measure(options: argparse.Namespace, folder: Path) -> float:
     steps = 1 if options.quick else STEPS
     everything = [model.reader.encode(*parts.train.examples[row]) for row in parts.train.rows]
     chosen = everything[:: len(everything) // (BATCH * steps)][: BATCH * steps]
-    memory = model.config.memory_tokens
-    longest = max(len(ids) for example in everything for ids in example.document_ids)
-    prompt = max(example.prompt_length(memory) + len(example.answer_ids) for example in everything)
-    lengths = [len(ids) for example in chosen for ids in example.document_ids]
+    longest = max(len(one.ids) for example in everything for one in example.documents)
+    prompt = max(example.prompt_length + len(example.answer_ids) for example in everything)
+    lengths = [len(one.ids) for example in chosen for one in example.documents]
     print(
         f"{machine()}\n{GENERATOR}, bfloat16, {options.device}; {steps} steps of {BATCH} examples\n"
         f"  {len(lengths)} documents with their query: {sum(lengths) / len(lengths):.0f} tokens on average, "
@@ -129,8 +129,8 @@ def measure(options: argparse.Namespace, folder: Path) -> float:
         tokens = sum(len(example.answer_ids) for example in examples)
         for start in range(0, BATCH, trainer.micro_batch):
             part = examples[start : start + trainer.micro_batch]
-            documents = [ids for example in part for ids in example.document_ids]
-            batch: Batch = {**collate(part, memory), "groups": one_group(documents, longest)}
+            documents = [one.ids for example in part for one in example.documents]
+            batch: Batch = {**collate(part), "groups": one_group(documents, longest)}
             with torch.autocast(options.device, torch.bfloat16):
                 mine = loss(batch) * (sum(len(example.answer_ids) for example in part) / tokens)
             mine.backward()
@@ -144,8 +144,8 @@ def measure(options: argparse.Namespace, folder: Path) -> float:
             update()
         return total / steps
 
-    for group in trainer.optimizer.param_groups:
-        group["lr"] = 0.0  # so that every run computes the same
+    for own in trainer.optimizer.param_groups:
+        own["lr"] = 0.0  # so that every run computes the same
     sides = {
         "ours": lambda: run(ours),
         "ours, documents padded": lambda: run(

@@ -44,13 +44,13 @@ def test_flops_are_those_of_the_formula(model: ScaleDownModel) -> None:
     read = model.reader.encode(query, documents)
     formula = Formula(model)
     memory = model.config.memory_tokens
-    lengths = [len(ids) + memory for ids in read.document_ids]
+    lengths = [len(one.ids) + memory for one in read.documents]
     assert len(set(lengths)) == 1, "nothing is padded"
     assert compressed.compression_flops == sum(formula.layer(length, length) for length in lengths)
-    prompt = read.prompt_length(memory)
+    prompt = read.prompt_length
     assert compressed.generation_flops == formula.generation(prompt, SHAPE.new_tokens)
     whole = model.reader.encode_text(query, documents, SHAPE.new_tokens)
-    assert text.generation_flops == formula.generation(whole.prompt_length(memory), SHAPE.new_tokens)
+    assert text.generation_flops == formula.generation(whole.prompt_length, SHAPE.new_tokens)
     assert text.compression_flops == 0
     assert compressed.flops == compressed.compression_flops + compressed.generation_flops
 

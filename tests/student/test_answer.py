@@ -44,6 +44,29 @@ def test_a_file_is_answered_with_scores(flags: list[str], folder: Path, tmp_path
         assert record["reranking_scores"] == pytest.approx(scores, abs=1e-5)
 
 
+def test_a_pointer_answers_at_the_rate_that_is_asked_for(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = student(models, "pointer").eval()
+    model.save_pretrained(tmp_path / "pointer")
+    data, output = tmp_path / "data.json", tmp_path / "answers.jsonl"
+    data.write_text(json.dumps([{"query": QUERIES[0], "documents": DOCUMENTS[2], "answer": "gold"}]))
+    words = ["answer", "--model", str(tmp_path / "pointer"), "--device", "cpu", "--max_new_tokens", "12"]
+    way = ["--compression_rate", "4", "--budget", "shared"]
+    assert main([*words, "--data", str(data), "--output_file", str(output), *way]) == 0
+    (record,) = [json.loads(line) for line in output.read_text().splitlines()]
+    expected = model.answer(QUERIES[0], DOCUMENTS[2], max_new_tokens=12, compression_rate=4, budget="shared")
+    assert record["answer"] == expected
+    assert (record["compression_rate"], record["budget"]) == (4, "shared")
+    assert record["reranking_scores"] == pytest.approx(model.rerank(QUERIES[0], DOCUMENTS[2]), abs=1e-5)
+    capsys.readouterr()
+    given = [word for document in DOCUMENTS[2] for word in ("--document", document)]
+    assert main([*words, "--query", QUERIES[0], *given, *way]) == 0
+    assert capsys.readouterr().out.strip() == expected
+    assert main([*words, "--query", QUERIES[0], *given, "--compression_rate", "2"]) == 2
+    assert "--compression_rate 2: a pointer takes 4 to 32 tokens" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

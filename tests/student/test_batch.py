@@ -14,7 +14,7 @@ from scaledown.data.prompts import GUIDE, PAPER, Template, answer_prompt
 from scaledown.data.teachers import Generation
 from scaledown.data.teachers.context import Context
 from scaledown.errors import InputError, UsageError
-from scaledown.student.batch import _PASS_TOKENS, Encoded, Reader, collate, group, longest_document
+from scaledown.student.batch import _PASS_TOKENS, Document, Encoded, Reader, collate, group
 from scaledown.student.settings import ScaleDownConfig
 
 
@@ -75,29 +75,25 @@ def test_each_document_is_read_with_the_query(models: dict[str, Path]) -> None:
     ):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         encoded = reader(decoder, folder).encode("How tall", documents)
-        text = tokenizer.decode(encoded.document_ids[0])
+        text = tokenizer.decode(encoded.documents[0].ids)
         assert text.replace(" ", "") == expected.replace(" ", "")
-        assert "tower" in tokenizer.decode(encoded.document_ids[1]).lower()
-    alone = reader(decoder, encoder).document_ids("", ["It is old."])  # as in pretraining
-    assert AutoTokenizer.from_pretrained(encoder).decode(alone[0]).startswith("[CLS] it is old")
+        assert "tower" in tokenizer.decode(encoded.documents[1].ids).lower()
+    alone = reader(decoder, encoder).read("", ["It is old."])  # as in pretraining
+    assert AutoTokenizer.from_pretrained(encoder).decode(alone[0].ids).startswith("[CLS] it is old")
 
 
 def test_long_documents_are_cut_and_counted(models: dict[str, Path]) -> None:
     read = reader(models["causal_lm"], models["splade"], doc_max_length=8, query_max_length=4)
     encoded = read.encode("why " * 10, ["tide " * 30, "tide", "tide " * 30])
     assert (read.cut, read.cut_queries) == (2, 1)
-    assert len(encoded.document_ids[0]) == 8 + 4 + 3  # [CLS] query [SEP] document [SEP]
-    tokenizer = AutoTokenizer.from_pretrained(models["splade"])
-    longest = longest_document(tokenizer, ["tide", {"title": "Tides", "text": "tide " * 30}])
-    assert longest == len(tokenizer("Tides " + "tide " * 30, add_special_tokens=False)["input_ids"])
-    assert longest_document(tokenizer, []) == 1
+    assert len(encoded.documents[0].ids) == 8 + 4 + 3  # [CLS] query [SEP] document [SEP]
 
 
 def test_special_tokens_in_data_are_text(models: dict[str, Path]) -> None:
     read = reader(models["causal_lm"], models["splade"])
     encoded = read.encode("a [SEP] b", ["x [CLS] y"], "It ends </s> here.")
-    assert encoded.document_ids[0].count(3) == 2
-    assert encoded.document_ids[0].count(2) == 1
+    assert encoded.documents[0].ids.count(3) == 2
+    assert encoded.documents[0].ids.count(2) == 1
     assert encoded.answer_ids.count(1) == 1
     assert encoded.answer_ids[-1] == 1
 
@@ -123,22 +119,26 @@ def test_without_documents_the_prompt_names_none(models: dict[str, Path]) -> Non
 
 
 def test_a_batch_has_everything_in_its_place() -> None:
-    first = Encoded([[7, 8, 9], [7]], [[1, 2], [3], [4]], [5, 6], [0.5, -1.0])
-    second = Encoded([[7, 7]], [[1], []], [5], None)
-    batch = collate([first, second], memory_tokens=2)
+    first = Encoded([read([7, 8, 9]), read([7])], [[1, 2], [3], [4]], [5, 6], [0.5, -1.0])
+    second = Encoded([read([7, 7])], [[1], []], [5], None)
+    batch = collate([first, second])
     assert batch["ids"].tolist() == [[1, 2, 0, 0, 3, 0, 0, 4, 5, 6], [1, 0, 0, 5, 0, 0, 0, 0, 0, 0]]
     memory = [[place in {2, 3, 5, 6} for place in range(10)], [place in {1, 2} for place in range(10)]]
     assert batch["is_memory"].tolist() == memory
     assert batch["labels"].tolist() == [[-100] * 8 + [5, 6], [-100] * 3 + [5] + [-100] * 6]
     assert batch["scores"][:2].tolist() == [0.5, -1.0]
     assert batch["scores"][2].isnan()
-    assert first.prompt_length(2) == 8
+    assert first.prompt_length == 8
+
+
+def read(ids: list[int], memory: int = 2) -> Document:
+    return Document(ids, 0, len(ids), memory)
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=9))
 def test_groups_cost_least(lengths: list[int]) -> None:
     """Against every way to cut the documents, sorted by length, into groups."""
-    documents = [[1] * length for length in lengths]
+    documents = [read([1] * length) for length in lengths]
     groups = group(documents)
     assert sorted(place for part in groups for place in part["places"].tolist()) == list(range(len(lengths)))
     for part in groups:
@@ -159,8 +159,8 @@ def test_groups_cost_least(lengths: list[int]) -> None:
 
 
 def test_a_group_stays_within_memory() -> None:
-    groups = group([[1] * 300] * 300)
+    groups = group([read([1] * 300)] * 300)
     assert max(part["ids"].numel() for part in groups) <= 1 << 15
     assert torch.cat([part["places"] for part in groups]).tolist() == list(range(300))
-    small = group([[1] * 300] * 9, 1000)
+    small = group([read([1] * 300)] * 9, 1000)
     assert [part["ids"].shape[0] for part in small] == [3, 3, 3]

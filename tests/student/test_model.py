@@ -18,7 +18,7 @@ import tiny
 from scaledown.errors import ModelError, UsageError
 from scaledown.models import resolve
 from scaledown.student import compressors
-from scaledown.student.batch import Batch, Encoded, collate
+from scaledown.student.batch import Batch, Document, Encoded, collate, group
 from scaledown.student.model import ScaleDownModel, load_tokenizer
 from scaledown.student.settings import ScaleDownConfig
 
@@ -66,7 +66,7 @@ def encoded(model: ScaleDownModel, *, scores: bool = False) -> list[Encoded]:
 
 
 def batch_of(model: ScaleDownModel, *, scores: bool = False) -> Batch:
-    return collate(encoded(model, scores=scores), model.config.memory_tokens)
+    return collate(encoded(model, scores=scores))
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -86,22 +86,22 @@ def awaken(model: ScaleDownModel) -> ScaleDownModel:
 def test_n_layers_equal_the_generators_own(build: Any, models: dict[str, Path]) -> None:
     model = build()
     generator = AutoModelForCausalLM.from_pretrained(models["causal_lm"])
-    (ids,) = model.reader.document_ids("Why?", ["The moon causes the tides."])
-    embedded = generator.get_input_embeddings()(torch.tensor([ids]))
+    (read,) = model.reader.read("Why?", ["The moon causes the tides."])
+    embedded = generator.get_input_embeddings()(torch.tensor([read.ids]))
     embedded = torch.cat([embedded, model.memory[None]], 1)
     states = generator(inputs_embeds=embedded, output_hidden_states=True).hidden_states[1]
     embeddings = model.compress("Why?", ["The moon causes the tides."])
-    torch.testing.assert_close(embeddings[0], states[0, len(ids) :], rtol=0, atol=0)
+    torch.testing.assert_close(embeddings[0], states[0, len(read.ids) :], rtol=0, atol=0)
 
 
 def test_all_layers_end_before_the_final_norm(build: Any, models: dict[str, Path]) -> None:
     model = build(num_layers=2)
     generator = AutoModelForCausalLM.from_pretrained(models["causal_lm"])
-    (ids,) = model.reader.document_ids("Why?", ["Tides."])
-    embedded = torch.cat([generator.get_input_embeddings()(torch.tensor([ids])), model.memory[None]], 1)
+    (read,) = model.reader.read("Why?", ["Tides."])
+    embedded = torch.cat([generator.get_input_embeddings()(torch.tensor([read.ids])), model.memory[None]], 1)
     states = generator.model(inputs_embeds=embedded).last_hidden_state
-    normed = generator.model.norm(model.compress("Why?", ["Tides."]))
-    torch.testing.assert_close(normed[0], states[0, len(ids) :], rtol=0, atol=0)
+    normed = generator.model.norm(model.compress("Why?", ["Tides."])[0])
+    torch.testing.assert_close(normed, states[0, len(read.ids) :], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,29 +110,26 @@ def test_padding_never_reaches_a_memory_token(build: Any, kind: str) -> None:
     batch = batch_of(model)
     groups = batch["groups"]
     assert any((part["ids"].shape[1] > part["lengths"]).any() for part in groups)
-    embeddings, scores = model.compress_ids(groups)
+    embeddings, counts, scores, *_ = model.compress_ids(groups)
     for part in groups:
         padding = torch.arange(part["ids"].shape[1]) >= part["lengths"][:, None]
         part["ids"][padding] = 17
-    again, scores_again = model.compress_ids(groups)
+    again, _, scores_again, *_ = model.compress_ids(groups)
     assert torch.equal(embeddings, again)
     assert torch.equal(scores, scores_again)
     # And a document alone, without padding, gives the same.
-    documents = [document for example in encoded(model) for document in example.document_ids]
+    documents = [document for example in encoded(model) for document in example.documents]
+    apart = torch.split(embeddings, counts)
     for place, document in enumerate(documents):
-        alone = {
-            "ids": torch.tensor([document]),
-            "lengths": torch.tensor([len(document)]),
-            "places": torch.tensor([0]),
-        }
-        torch.testing.assert_close(model.compress_ids([alone])[0][0], embeddings[place], rtol=1e-5, atol=1e-5)
+        alone = model.compress_ids(group([document]))
+        torch.testing.assert_close(alone.embeddings, apart[place], rtol=1e-5, atol=1e-5)
 
 
-def slow_states(model: ScaleDownModel, document: list[int]) -> torch.Tensor:
+def slow_states(model: ScaleDownModel, document: Document) -> torch.Tensor:
     """States of memory and reranking tokens of one document."""
-    embedded = model.compressor.get_input_embeddings()(torch.tensor(document))
+    embedded = model.compressor.get_input_embeddings()(torch.tensor(document.ids))
     embedded = torch.cat([embedded, model.memory, model.rerank_token[None]])
-    return model.compressor(inputs_embeds=embedded[None]).last_hidden_state[0, len(document) :]
+    return model.compressor(inputs_embeds=embedded[None]).last_hidden_state[0, len(document.ids) :]
 
 
 def slow_loss(model: ScaleDownModel, examples: list[Encoded]) -> torch.Tensor:
@@ -141,7 +138,7 @@ def slow_loss(model: ScaleDownModel, examples: list[Encoded]) -> torch.Tensor:
     words = model.generator.get_input_embeddings()
     for example in examples:
         prompt = [words(torch.tensor(example.prompt_parts[0]))]
-        for number, document in enumerate(example.document_ids):
+        for number, document in enumerate(example.documents):
             states = slow_states(model, document)
             memory = states[:-1]
             if model.config.compressor_name is not None:
@@ -167,7 +164,7 @@ def test_loss_and_gradients_match_a_slow_reference(build: Any, kind: str, traini
     expected = slow_loss(model, examples)
     expected.backward()
     slow = gradients(model)
-    output = model(**collate(examples, model.config.memory_tokens))
+    output = model(**collate(examples))
     output.loss.backward()
     fast = gradients(model)
     torch.testing.assert_close(output.loss, expected, rtol=1e-5, atol=1e-5)
@@ -183,8 +180,8 @@ def test_loss_and_gradients_match_a_slow_reference(build: Any, kind: str, traini
 def test_a_batch_of_one_equals_a_batch_of_many(build: Any, kind: str) -> None:
     model = awaken(build(kind, enable_reranking=True)).eval()
     examples = encoded(model, scores=True)
-    many = model(**collate(examples, model.config.memory_tokens))
-    ones = [model(**collate([example], model.config.memory_tokens)) for example in examples]
+    many = model(**collate(examples))
+    ones = [model(**collate([example])) for example in examples]
     tokens = torch.tensor([float(len(example.answer_ids)) for example in examples])
     answer_losses = torch.stack([one.answer_loss for one in ones])
     expected = (answer_losses * tokens).sum() / tokens.sum()
@@ -210,8 +207,8 @@ def test_the_reranking_loss_leaves_the_generator_alone(build: Any, kind: str) ->
 def test_examples_without_scores_leave_the_head_alone(build: Any) -> None:
     model = build(enable_reranking=True).eval()
     with_scores, without = encoded(model, scores=True)[0], encoded(model)[1]
-    output = model(**collate([with_scores, without], model.config.memory_tokens))
-    alone = model(**collate([with_scores], model.config.memory_tokens))
+    output = model(**collate([with_scores, without]))
+    alone = model(**collate([with_scores]))
     torch.testing.assert_close(output.rerank_loss * 2, alone.rerank_loss)
     output.loss.backward()
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
@@ -288,7 +285,7 @@ def test_tied_weights_stay_tied(build: Any, training: str, tmp_path: Path) -> No
 
 
 def overfit(model: ScaleDownModel, examples: list[Any], steps: int) -> Iterator[float]:
-    batch = collate([model.reader.encode(*example) for example in examples], model.config.memory_tokens)
+    batch = collate([model.reader.encode(*example) for example in examples])
     model.eval()  # no dropout: nothing but learning by heart is wanted
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(steps):

@@ -207,7 +207,7 @@ def test_accumulated_gradients_are_those_of_one_batch(micro: int, setting: Setti
     examples = next(iter(trainer.get_train_dataloader()))
     assert len(examples) == 10
     model = trainer.model.train()
-    expected = model(**collate(examples, model.config.memory_tokens)).loss
+    expected = model(**collate(examples)).loss
     expected.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()

@@ -38,7 +38,7 @@ _SENTENCE_END: Final = re.compile(
     r"(?:(?<!\b[A-Z])(?<!\b[DMS]r)(?<!\bMrs)(?<!\b[SM]t)(?<!\bvs)(?<!\bNo)\.|[!?\u2026])[\"'\u201d\u2019)\]]*(?=\s|$)"
     r"|[\u3002\uff01\uff1f][\u300d\u300f\u201d]?"
 )
-_WORD: Final = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]|\w+")  # Chinese and Japanese by character
+WORD: Final = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]|\w+")  # Chinese and Japanese by character
 _ECHO_WORDS: Final = 4  # a question of fewer words may well begin its own answer
 
 # English function words: they are in every document.
@@ -109,7 +109,7 @@ def groundedness(text: str, documents: Iterable[str]) -> float:
 
 def content_words(text: str) -> list[str]:
     """Words in lower case without English function words; Chinese and Japanese by character."""
-    return [word for word in _WORD.findall(text.lower()) if word not in STOP_WORDS]
+    return [word for word in WORD.findall(text.lower()) if word not in STOP_WORDS]
 
 
 def review_answers(  # noqa: PLR0917

@@ -17,6 +17,7 @@ from scaledown.flags import Parser, add_log_flags, underscored
 from scaledown.logs import start_logging
 from scaledown.models import choose_device, choose_dtype
 from scaledown.progress import track
+from scaledown.student.train_settings import BUDGETS
 
 log = logging.getLogger("scaledown")
 
@@ -47,6 +48,20 @@ def main(argv: Sequence[str], program: str = "scaledown answer") -> int:
         help="JSON lines: query and answer or error, and scores if trained for it",
     )
     add("--uncompressed", action="store_true", help="let the generator read the documents' text")
+    add(
+        "--compression_rate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of a pointer: 4 to 32 document tokens to one memory token [tokens; default: the model's own]",
+    )
+    add(
+        "--budget",
+        default="each",
+        choices=BUDGETS,
+        help="of a pointer: each document has memory tokens by its length, or those of a query share them by "
+        "score [default: each]",
+    )
     add("--max_new_tokens", type=int, default=128, metavar="N", help="longest answer [tokens; default: 128]")
     add("--batch_size", type=int, default=8, metavar="N", help="queries at once [default: 8]")
     add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps")
@@ -68,7 +83,7 @@ def main(argv: Sequence[str], program: str = "scaledown answer") -> int:
                 options.query,
                 options.document,
                 max_new_tokens=options.max_new_tokens,
-                compressed=not options.uncompressed,
+                **_way(options),
             )
             for piece in pieces:
                 print(piece, end="", flush=True)
@@ -88,6 +103,12 @@ def _load(options: argparse.Namespace) -> Any:
     device = choose_device(options.device)
     model = ScaleDownModel.from_pretrained(options.model, dtype=choose_dtype(options.dtype, device))
     return model.to(device).eval()
+
+
+def _way(options: argparse.Namespace) -> dict[str, Any]:
+    """How the model reads documents."""
+    names = ("compression_rate", "budget")
+    return {"compressed": not options.uncompressed} | {name: getattr(options, name) for name in names}
 
 
 class Answered(NamedTuple):
@@ -135,13 +156,16 @@ def _answers(model: Any, records: list[dict[str, Any]], options: argparse.Namesp
             documents,
             max_new_tokens=options.max_new_tokens,
             batch_size=options.batch_size,
-            compressed=not options.uncompressed,
+            **_way(options),
         )
-        if not model.config.enable_reranking:
-            return [{"answer": answer} for answer in written]
+        made: list[dict[str, Any]] = [{"answer": answer} for answer in written]
+        if model.config.is_pointer and not options.uncompressed:
+            rate = options.compression_rate or model.config.compression_rate
+            made = [own | {"compression_rate": rate, "budget": options.budget} for own in made]
+        if not model.config.ranks:
+            return made
         scores = model.rerank(queries, documents, batch_size=options.batch_size)
-        pairs = zip(written, scores, strict=True)
-        return [{"answer": answer, "reranking_scores": own} for answer, own in pairs]
+        return [own | {"reranking_scores": row} for own, row in zip(made, scores, strict=True)]
 
     found = each(answers, records)
     return [{"error": str(own)} if isinstance(own, InputError) else own for own in found]

@@ -5,25 +5,46 @@ import inspect
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any, Final, NamedTuple, overload
 
 import torch
 
 from scaledown.errors import InputError, UsageError
 from scaledown.models import Halving
-from scaledown.student.batch import CPU_PASS_TOKENS, PASS_TOKENS, Encoded, Group, Reader, collate, group
+from scaledown.student.batch import (
+    CPU_PASS_TOKENS,
+    PASS_TOKENS,
+    Document,
+    Encoded,
+    Reader,
+    collate,
+    group,
+)
 from scaledown.student.settings import ScaleDownConfig
+from scaledown.student.train_settings import BUDGETS
 
 log = logging.getLogger("scaledown")
 
-Documents = Sequence[object] | torch.Tensor
+Documents = Sequence[object]
 """Documents of one query: strings or `{"title", "text"}`, or what `compress` made of them."""
+
+
+class Compression(NamedTuple):
+    """How documents are compressed, where a model leaves a choice."""
+
+    rate: int = 0
+    """Document tokens to one memory token; 0 is the model's own."""
+    budget: str = "each"
+    """One of `BUDGETS`."""
+
+
+OWN_WAY: Final = Compression()
 
 
 class _Question(NamedTuple):
     encoded: Encoded
     embeddings: torch.Tensor | None
-    """[documents, memory tokens, width] where they were given."""
+    """[memory tokens of all documents, width] where they were given."""
 
     @property
     def length(self) -> int:
@@ -41,7 +62,7 @@ class Answering:
     device: torch.device
     training: bool
     train: Callable[[bool], Any]
-    compress_ids: Callable[[Sequence[Group]], tuple[torch.Tensor, torch.Tensor | None]]
+    compress_ids: Callable[..., Any]
     embed: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
     @overload
@@ -53,6 +74,8 @@ class Answering:
         max_new_tokens: int = ...,
         batch_size: int = ...,
         compressed: bool = ...,
+        compression_rate: int = ...,
+        budget: str = ...,
     ) -> str: ...
 
     @overload
@@ -64,6 +87,8 @@ class Answering:
         max_new_tokens: int = ...,
         batch_size: int = ...,
         compressed: bool = ...,
+        compression_rate: int = ...,
+        budget: str = ...,
     ) -> list[str]: ...
 
     def answer(
@@ -74,19 +99,25 @@ class Answering:
         max_new_tokens: int = 128,
         batch_size: int = 8,
         compressed: bool = True,
+        compression_rate: int = 0,
+        budget: str = "each",
     ) -> str | list[str]:
         """The answer to a query about its documents, or the answers to many.
 
         Documents are strings or `{"title", "text"}`, or embeddings from `compress`. Without any, the
         generator answers from memory; with `compressed=False` it reads their text. `batch_size` queries are
-        answered at once, halved where memory does not suffice. Raises `InputError` for a prompt that does
-        not fit the generator.
+        answered at once, halved where memory does not suffice. A pointer compresses at any
+        `compression_rate` from 4 to 32 document tokens a memory token (0: the one it was trained with as its
+        own), and with `budget="shared"` the documents of a question share their memory tokens. Raises
+        `InputError` for a prompt that does not fit the generator, `UsageError` for a rate or budget that the
+        model does not have.
         """
         queries, many = _many(query, documents)
         _check_positive(max_new_tokens=max_new_tokens, batch_size=batch_size)
+        chosen_way = self._compression(compression_rate, budget)
         with self._reading():
             questions = [
-                self._question(text, own, max_new_tokens, compressed=compressed)
+                self._question(text, own, max_new_tokens, chosen_way, compressed=compressed)
                 for text, own in zip(queries, many, strict=True)
             ]
         order = sorted(range(len(questions)), key=lambda number: -questions[number].length)
@@ -94,7 +125,7 @@ class Answering:
         answers = [""] * len(questions)
 
         def work(batch: Sequence[int]) -> list[str]:
-            return self._generate([questions[number] for number in batch], max_new_tokens)
+            return self._generate([questions[number] for number in batch], max_new_tokens, budget)
 
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
@@ -104,14 +135,22 @@ class Answering:
         return answers[0] if isinstance(query, str) else answers
 
     def stream(
-        self, query: str, documents: Documents, *, max_new_tokens: int = 128, compressed: bool = True
+        self,
+        query: str,
+        documents: Documents,
+        *,
+        max_new_tokens: int = 128,
+        compressed: bool = True,
+        compression_rate: int = 0,
+        budget: str = "each",
     ) -> Iterator[str]:
         """The answer piece by piece, as it is written; joined and stripped they are what `answer` gives."""
         _check_positive(max_new_tokens=max_new_tokens)
+        chosen_way = self._compression(compression_rate, budget)
         with self._reading():
-            question = self._question(query, documents, max_new_tokens, compressed=compressed)
+            question = self._question(query, documents, max_new_tokens, chosen_way, compressed=compressed)
         with self._using():
-            embedded, mask = self._prompts([question])
+            embedded, mask = self._prompts([question], budget)
         ids, shown = [], ""
         for (token,) in self._write(embedded, mask, max_new_tokens):
             if token in self._stops:
@@ -125,21 +164,45 @@ class Answering:
             yield text[len(shown) :]
 
     @overload
-    def compress(self, query: str, documents: Sequence[object], *, batch_size: int = ...) -> torch.Tensor: ...
+    def compress(
+        self,
+        query: str,
+        documents: Sequence[object],
+        *,
+        batch_size: int = ...,
+        compression_rate: int = ...,
+        budget: str = ...,
+    ) -> list[torch.Tensor]: ...
 
     @overload
     def compress(
-        self, query: list[str], documents: Sequence[Sequence[object]], *, batch_size: int = ...
-    ) -> list[torch.Tensor]: ...
+        self,
+        query: list[str],
+        documents: Sequence[Sequence[object]],
+        *,
+        batch_size: int = ...,
+        compression_rate: int = ...,
+        budget: str = ...,
+    ) -> list[list[torch.Tensor]]: ...
 
     def compress(
-        self, query: str | list[str], documents: Any, *, batch_size: int = 8
-    ) -> torch.Tensor | list[torch.Tensor]:
-        """Embeddings [documents, memory tokens, generator width] that `answer` takes for the documents.
+        self,
+        query: str | list[str],
+        documents: Any,
+        *,
+        batch_size: int = 8,
+        compression_rate: int = 0,
+        budget: str = "each",
+    ) -> list[torch.Tensor] | list[list[torch.Tensor]]:
+        """Embeddings of each document, [memory tokens, generator width], that `answer` takes in its place.
 
-        They hold for this query. For a list of queries, a list of them; `batch_size` queries at once.
+        They hold for this query. For a list of queries, a list of such lists; `batch_size` queries at once.
         """
-        found = [embeddings.contiguous() for embeddings, _ in self._compress(query, documents, batch_size)]
+        chosen_way = self._compression(compression_rate, budget)
+        found = [
+            [part.clone() for part in torch.split(own.embeddings, own.counts)]  # to be kept apart
+            for own in self._compress(query, documents, batch_size, chosen_way)
+        ]
         return found[0] if isinstance(query, str) else found
 
     @overload
@@ -153,66 +216,110 @@ class Answering:
     def rerank(
         self, query: str | list[str], documents: Any, *, batch_size: int = 8
     ) -> list[float] | list[list[float]]:
-        """Relevance of each document to the query, higher is better, on the scale of the training data.
+        """Relevance of each document to the query, higher is better.
 
-        Raises `UsageError` where the model was trained without the reranking head.
+        A reranking head gives it on the scale of the training data; of a pointer it is the score of the best
+        token. Raises `UsageError` where the model has neither.
         """
-        if not self.config.enable_reranking:
+        if not self.config.ranks:
             raise UsageError("this model has no reranking head: train one with --enable_reranking")
         found = [
-            scores.tolist() if scores is not None else []
-            for _, scores in self._compress(query, documents, batch_size)
+            own.relevance.tolist() if own.relevance is not None else []
+            for own in self._compress(query, documents, batch_size, OWN_WAY)
         ]
         return found[0] if isinstance(query, str) else found
 
+    def pick(
+        self, query: str, documents: Sequence[object], *, compression_rate: int = 0, budget: str = "each"
+    ) -> list[list[str]]:
+        """The tokens of each document that a pointer picks for the query, as text, in order.
+
+        Raises `UsageError` for a model of another kind.
+        """
+        if not self.config.is_pointer:
+            raise UsageError("only a pointer picks tokens: train one with --compressor pointer")
+        chosen_way = self._compression(compression_rate, budget)
+        with self._reading():
+            read = self.reader.read(query, documents, rate=chosen_way.rate)
+        if not read:
+            return []
+        with self._using():
+            chosen = self.compress_ids(group(read), [len(read)] if budget == "shared" else ()).chosen
+        return [
+            [self.tokenizer.decode([one.ids[one.start + place]]) for place in row.nonzero()[:, 0].tolist()]
+            for one, row in zip(read, chosen, strict=True)
+        ]
+
+    def _compression(self, rate: int, budget: str) -> Compression:
+        """What was asked for, if the model has it. Raises `UsageError`."""
+        if budget not in BUDGETS:
+            raise UsageError(f"--budget {budget}: use {' or '.join(BUDGETS)}")
+        if budget == "shared" and not self.config.is_pointer:
+            raise UsageError("--budget shared: only a pointer shares memory tokens; use each")
+        self.config.check_rate(rate or self.config.compression_rate)
+        return Compression(rate, budget)
+
     def _compress(
-        self, query: str | list[str], documents: Any, batch_size: int
-    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        self, query: str | list[str], documents: Any, batch_size: int, way: Compression
+    ) -> list["_Own"]:
         queries, many = _many(query, documents)
         _check_positive(batch_size=batch_size)
         with self._reading():
-            read = [self.reader.document_ids(text, own) for text, own in zip(queries, many, strict=True)]
+            read = [
+                self.reader.read(text, own, rate=way.rate) for text, own in zip(queries, many, strict=True)
+            ]
         halving = Halving("batch_size")
+
+        def work(batch: Sequence[list[Document]]) -> list[_Own]:
+            return self._compress_read(batch, way.budget)
+
         return [
             found
             for start in range(0, len(read), batch_size)
-            for part in halving(self._compress_read, read[start : start + batch_size])
+            for part in halving(work, read[start : start + batch_size])
             for found in part
         ]
 
-    def _compress_read(
-        self, read: Sequence[list[list[int]]]
-    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Embeddings and scores of each query's documents, compressed together."""
+    def _compress_read(self, read: Sequence[list[Document]], budget: str) -> list["_Own"]:
+        """What stands for each query's documents, compressed together."""
         sizes = [len(documents) for documents in read]
         with self._using():
             most = CPU_PASS_TOKENS if self.device.type == "cpu" else PASS_TOKENS
-            documents = [ids for documents in read for ids in documents]
-            embeddings, scores = self.compress_ids(group(documents, most))
-        by_query = torch.split(scores, sizes) if scores is not None else [None] * len(sizes)
-        return list(zip(torch.split(embeddings, sizes), by_query, strict=True))
+            documents = [one for documents in read for one in documents]
+            found = self.compress_ids(group(documents, most), sizes if budget == "shared" else ())
+        counts, first = [], 0
+        for size in sizes:
+            counts.append(found.counts[first : first + size])
+            first += size
+        embeddings = torch.split(found.embeddings, [sum(own) for own in counts])
+        relevance = [None] * len(sizes) if found.relevance is None else torch.split(found.relevance, sizes)
+        return [_Own(*own) for own in zip(embeddings, counts, relevance, strict=True)]
 
     def _question(
-        self, query: str, documents: Documents, max_new_tokens: int, *, compressed: bool
+        self,
+        query: str,
+        documents: Documents,
+        max_new_tokens: int,
+        way: Compression = OWN_WAY,
+        *,
+        compressed: bool,
     ) -> _Question:
-        if isinstance(documents, torch.Tensor):
+        embeddings = None
+        given = [isinstance(document, torch.Tensor) for document in documents]
+        if any(given):
             if not compressed:
                 raise InputError("embeddings are no text to be read uncompressed: give the documents")
-            expected = (self.config.memory_tokens, self.generator.get_input_embeddings().embedding_dim)
-            if documents.ndim != 3 or tuple(documents.shape[1:]) != expected:
-                raise InputError(
-                    f"embeddings of shape {list(documents.shape)} are not this model's, which are "
-                    f"[documents, {expected[0]}, {expected[1]}]: compress the documents with it"
-                )
-            if not len(documents):
-                return _Question(self.reader.encode_text(query, [], max_new_tokens), None)
+            if not all(given):
+                raise InputError("embeddings and documents together: compress all documents, or none")
+            embeddings, counts = self._joined(documents)
+            read = [Document([], 0, 0, count) for count in counts]
             parts = self.reader.prompt_parts(query, len(documents))
-            question = _Question(Encoded([], parts, [], None), documents)
-        elif compressed and documents:
-            question = _Question(self.reader.encode(query, documents), None)
+            question = _Question(Encoded(read, parts, [], None), embeddings)
+        elif compressed and len(documents):
+            question = _Question(self.reader.encode(query, documents, rate=way.rate), None)
         else:
             return _Question(self.reader.encode_text(query, documents, max_new_tokens), None)
-        length = question.encoded.prompt_length(self.config.memory_tokens)
+        length = question.encoded.prompt_length
         if length + max_new_tokens > self.reader.context:
             raise InputError(
                 f"query {query[:80]!r}: {length:,} positions and {max_new_tokens:,} new tokens; the "
@@ -220,9 +327,25 @@ class Answering:
             )
         return question
 
-    def _generate(self, questions: Sequence[_Question], max_new_tokens: int) -> list[str]:
+    def _joined(self, documents: Sequence[Any]) -> tuple[torch.Tensor, list[int]]:
+        """Embeddings of several documents as one, and how many each has. Raises `InputError`."""
+        width = self.generator.get_input_embeddings().embedding_dim
+        most = self.config.doc_max_length if self.config.is_pointer else self.config.memory_tokens
+        least = 0 if self.config.is_pointer else most
+        for own in documents:
+            if own.ndim != 2 or own.shape[1] != width or not least <= len(own) <= most:
+                number = most if least else f"at most {most}"
+                raise InputError(
+                    f"embeddings of shape {list(own.shape)} are not this model's, which are [{number}, "
+                    f"{width}] a document: compress the documents with it"
+                )
+        return torch.cat(list(documents)), [len(own) for own in documents]
+
+    def _generate(
+        self, questions: Sequence[_Question], max_new_tokens: int, budget: str = "each"
+    ) -> list[str]:
         with self._using():
-            embedded, mask = self._prompts(questions)
+            embedded, mask = self._prompts(questions, budget)
         written = zip(*self._write(embedded, mask, max_new_tokens), strict=True)
         return [
             self.tokenizer.decode(
@@ -268,22 +391,29 @@ class Answering:
         stops: list[int] = self.generator.generation_config.eos_token_id
         return stops
 
-    def _prompts(self, questions: Sequence[_Question]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _prompts(
+        self, questions: Sequence[_Question], budget: str = "each"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of prompts [batch, length, width], padded on the left, and the mask [batch, length]."""
-        encoded = [question.encoded for question in questions]
-        new = [one.document_ids for one in encoded if one.document_ids]
-        compressed = iter(self._compress_read(new) if new else [])
-        embeddings = [
-            next(compressed)[0] if question.encoded.document_ids else question.embeddings
-            for question in questions
-        ]
+        new = [question.encoded.documents for question in questions if _is_new(question)]
+        compressed = iter(self._compress_read(new, budget) if new else [])
         device = self.device
-        given = [own.to(device) for own in embeddings if own is not None]
-        batch = collate(encoded, self.config.memory_tokens)
+        encoded, given = [], []
+        for question in questions:
+            one = question.encoded
+            if _is_new(question):
+                own = next(compressed)
+                documents = zip(one.documents, own.counts, strict=True)
+                one = one._replace(documents=[read._replace(memory=count) for read, count in documents])
+                given.append(own.embeddings)
+            elif question.embeddings is not None:
+                given.append(question.embeddings.to(device))
+            encoded.append(one)
+        batch = collate([one._replace(documents=[_laid(read) for read in one.documents]) for one in encoded])
         right = self.embed(
             batch["ids"].to(device), batch["is_memory"].to(device), torch.cat(given) if given else None
         )
-        lengths = [one.prompt_length(self.config.memory_tokens) for one in encoded]
+        lengths = [one.prompt_length for one in encoded]
         left = torch.zeros_like(right)
         mask = torch.zeros(right.shape[:2], dtype=torch.long, device=device)
         for row, length in enumerate(lengths):
@@ -321,6 +451,25 @@ class Answering:
                     kind,
                     limit,
                 )
+
+
+class _Own(NamedTuple):
+    """What stands for the documents of one query."""
+
+    embeddings: torch.Tensor
+    """[memory tokens of all documents, width]."""
+    counts: list[int]
+    relevance: torch.Tensor | None
+
+
+def _is_new(question: _Question) -> bool:
+    """Whether its documents are still to be compressed."""
+    return question.embeddings is None and bool(question.encoded.documents)
+
+
+def _laid(read: Document) -> Document:
+    """A document that only takes its place in a prompt: it was compressed before."""
+    return Document([], 0, 0, read.memory)
 
 
 def _many(query: str | list[str], documents: Any) -> tuple[list[str], list[Any]]:

@@ -1,6 +1,6 @@
 """Questions with documents become token ids; examples become batches with little padding."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple, TypedDict
 
 import torch
@@ -10,6 +10,7 @@ from scaledown.data.teachers import Generation, Rejection
 from scaledown.data.teachers.context import Context
 from scaledown.errors import InputError
 from scaledown.records import document_text
+from scaledown.student.labels import copied_spans
 from scaledown.student.settings import ScaleDownConfig
 
 IGNORED: Final = -100  # as a label: no loss there, by the convention of transformers
@@ -23,21 +24,38 @@ PASS_TOKENS: Final = 1 << 15  # of one forward pass of the compressor, at most: 
 CPU_PASS_TOKENS: Final = 1 << 12  # more do not stay in its caches
 
 
+class Document(NamedTuple):
+    """A document with its query, as the compressor reads them."""
+
+    ids: list[int]
+    """Tokens, without memory tokens."""
+    start: int
+    """Where the document's own tokens begin in `ids`."""
+    stop: int
+    """Where they end."""
+    memory: int
+    """Memory tokens that stand for it."""
+    copied: tuple[bool, ...] = ()
+    """Which of its own tokens the answer copies; empty where that is not known."""
+
+
 class Encoded(NamedTuple):
     """One example as token ids."""
 
-    document_ids: list[list[int]]
-    """For each document, query and document as the compressor reads them, without memory tokens."""
+    documents: list[Document]
     prompt_parts: list[list[int]]
-    """The generator's tokens around the documents: one part more than documents."""
+    """The generator's tokens around the documents, one part more than documents; a pointer's pretraining has
+    none."""
     answer_ids: list[int]
     """The answer with its end token; empty where there is none yet."""
     scores: list[float] | None
     """Relevance of each document by the teacher's reranker."""
 
-    def prompt_length(self, memory_tokens: int) -> int:
+    @property
+    def prompt_length(self) -> int:
         """Positions of the generator's prompt."""
-        return sum(map(len, self.prompt_parts)) + memory_tokens * (len(self.prompt_parts) - 1)
+        embeddings = sum(document.memory for document in self.documents) if self.prompt_parts else 0
+        return sum(map(len, self.prompt_parts)) + embeddings
 
 
 class Group(TypedDict):
@@ -47,6 +65,12 @@ class Group(TypedDict):
     """[documents, length], of the compressor's vocabulary."""
     lengths: torch.Tensor
     """[documents]: tokens that are not padding."""
+    starts: torch.Tensor
+    """[documents]: where the document's own tokens begin."""
+    stops: torch.Tensor
+    """[documents]: where they end."""
+    counts: torch.Tensor
+    """[documents]: embeddings that stand for each."""
     places: torch.Tensor
     """[documents]: where each stands among all documents of the batch."""
 
@@ -63,11 +87,15 @@ class Batch(TypedDict):
     """[batch, length]: the answer's tokens, -100 elsewhere."""
     scores: torch.Tensor
     """[documents] float32, NaN where an example has none."""
+    copied: torch.Tensor
+    """[documents, longest document] float32: 1 where a document's own token is copied by the answer."""
+    sizes: torch.Tensor
+    """[batch]: documents of each example."""
 
 
-def collate(examples: Sequence[Encoded], memory_tokens: int) -> Batch:
+def collate(examples: Sequence[Encoded]) -> Batch:
     """Examples as one batch."""
-    length = max(example.prompt_length(memory_tokens) + len(example.answer_ids) for example in examples)
+    length = max(example.prompt_length + len(example.answer_ids) for example in examples)
     ids = torch.zeros(len(examples), length, dtype=torch.long)  # [batch, length]
     is_memory = torch.zeros_like(ids, dtype=torch.bool)
     labels = torch.full_like(ids, IGNORED)
@@ -76,36 +104,52 @@ def collate(examples: Sequence[Encoded], memory_tokens: int) -> Batch:
         place = 0
         for number, part in enumerate(example.prompt_parts):
             if number:
-                is_memory[row, place : place + memory_tokens] = True
-                place += memory_tokens
+                count = example.documents[number - 1].memory
+                is_memory[row, place : place + count] = True
+                place += count
             ids[row, place : place + len(part)] = torch.tensor(part, dtype=torch.long)
             place += len(part)
         answer = torch.tensor(example.answer_ids, dtype=torch.long)
         ids[row, place : place + len(answer)] = answer
         labels[row, place : place + len(answer)] = answer
-        scores += example.scores if example.scores is not None else [float("nan")] * len(example.document_ids)
-    documents = [document for example in examples for document in example.document_ids]
+        scores += example.scores if example.scores is not None else [float("nan")] * len(example.documents)
+    documents = [document for example in examples for document in example.documents]
+    copied = torch.zeros(len(documents), max((one.stop - one.start for one in documents), default=0))
+    for row, document in enumerate(documents):
+        copied[row, : len(document.copied)] = torch.tensor(document.copied, dtype=torch.float32)
     return {
         "groups": group(documents),
         "ids": ids,
         "is_memory": is_memory,
         "labels": labels,
         "scores": torch.tensor(scores),
+        "copied": copied,
+        "sizes": torch.tensor([len(example.documents) for example in examples]),
     }
 
 
-def group(documents: Sequence[Sequence[int]], most_tokens: int = PASS_TOKENS) -> list[Group]:
+def group(documents: Sequence[Document], most_tokens: int = PASS_TOKENS) -> list[Group]:
     """Documents in groups of similar length, so that padding and forward passes together cost least.
 
     A group has at most `most_tokens`, padding included, but for a longer document alone.
     """
     groups: list[Group] = []
-    for places in _partition([len(document) for document in documents], most_tokens):
-        lengths = torch.tensor([len(documents[place]) for place in places])
+    for places in _partition([len(document.ids) for document in documents], most_tokens):
+        chosen = [documents[place] for place in places]
+        lengths = torch.tensor([len(document.ids) for document in chosen])
         ids = torch.zeros(len(places), int(lengths.max()), dtype=torch.long)  # [documents, length]
-        for row, place in enumerate(places):
-            ids[row, : len(documents[place])] = torch.tensor(documents[place], dtype=torch.long)
-        groups.append({"ids": ids, "lengths": lengths, "places": torch.tensor(places)})
+        for row, document in enumerate(chosen):
+            ids[row, : len(document.ids)] = torch.tensor(document.ids, dtype=torch.long)
+        groups.append(
+            {
+                "ids": ids,
+                "lengths": lengths,
+                "starts": torch.tensor([document.start for document in chosen]),
+                "stops": torch.tensor([document.stop for document in chosen]),
+                "counts": torch.tensor([document.memory for document in chosen]),
+                "places": torch.tensor(places),
+            }
+        )
     return groups
 
 
@@ -187,15 +231,18 @@ class Reader:
         documents: Sequence[object],
         answer: str | None = None,
         scores: Sequence[float] | None = None,
+        *,
+        rate: int = 0,
     ) -> Encoded:
         """An example whose documents will be compressed: strings or `{"title", "text"}`.
 
-        Raises `InputError` for a document that is neither, or none at all.
+        `rate` is that of compression, in tokens a memory token; 0 is the model's own. Raises `InputError` for
+        a document that is neither, or none at all.
         """
         if not documents:
             raise InputError("there are no documents to compress: give at least one")
         return Encoded(
-            self.document_ids(query, documents),
+            self.read(query, documents, rate=rate),
             self._pieces.around(self._prompt(query), len(documents)),
             [] if answer is None else self.answer_ids(answer),
             None if scores is None else list(scores),
@@ -220,19 +267,41 @@ class Reader:
             raise InputError(f"query {query[:80]!r}: {fitted.reason}; shorten it")
         return Encoded([], [fitted[0]], [], None)
 
-    def document_ids(self, query: str, documents: Sequence[object]) -> list[list[int]]:
-        """Query and document as the compressor reads them, for each document; without a query if empty."""
+    def read(
+        self, query: str, documents: Sequence[object], answer: str = "", *, rate: int = 0
+    ) -> list[Document]:
+        """Query and document as the compressor reads them, for each document; without a query if empty.
+
+        With an `answer`, each tells which of its tokens that copies.
+        """
         config = self._config
         asked: list[int] = []
         if query:
             asked = self._plain_ids(query)
             self.cut_queries += len(asked) > config.query_max_length
             asked = asked[: config.query_max_length] + (self._end or self._plain_ids("\n"))
+        texts = [document_text(document) for document in documents]
+        spans = copied_spans(query, texts, answer) if answer else [[] for _ in texts]
         found = []
-        for document in documents:
-            tokens = self._plain_ids(document_text(document))
+        for text, own in zip(texts, spans, strict=True):
+            read = self._compressor(
+                text,
+                add_special_tokens=False,
+                split_special_tokens=True,
+                verbose=False,
+                return_offsets_mapping=bool(own),
+            )
+            tokens = read["input_ids"]
             self.cut += len(tokens) > config.doc_max_length
-            found.append([*self._start, *asked, *tokens[: config.doc_max_length], *self._end])
+            tokens = tokens[: config.doc_max_length]
+            start = len(self._start) + len(asked)
+            copied: tuple[bool, ...] = ()
+            if own:
+                offsets = read["offset_mapping"][: len(tokens)]
+                copied = tuple(any(a < end and b > begin for begin, end in own) for a, b in offsets)
+            memory = config.memory_tokens_of(len(tokens), rate or config.compression_rate)
+            ids = [*self._start, *asked, *tokens, *self._end]
+            found.append(Document(ids, start, start + len(tokens), memory, copied))
         return found
 
     def answer_ids(self, answer: str) -> list[int]:
@@ -257,9 +326,3 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
         "input_ids"
     ]
     return ids
-
-
-def longest_document(compressor_tokenizer: Any, documents: Iterable[object]) -> int:
-    """Tokens of the longest document (strings or `{"title", "text"}`), for `doc_max_length`; at least 1."""
-    lengths = (len(plain_ids(compressor_tokenizer, document_text(document))) for document in documents)
-    return max(1, max(lengths, default=1))

@@ -17,6 +17,14 @@ def model_card(config: ScaleDownConfig) -> str:
         if config.enable_reranking
         else ""
     )
+    if config.is_pointer:
+        compressor += ", and a pointer that picks tokens"
+        left = f"leaves the embeddings of the tokens that matter, by default one of {config.compression_rate}"
+        shapes = "of each document [picked tokens, width], to keep"
+        reranking = "\nscores = model.rerank(query, documents)  # relevance, one a document"
+    else:
+        left = f"leaves {config.memory_tokens} embeddings of it"
+        shapes = f"of each document [{config.memory_tokens}, width], to keep"
     return f"""---
 library_name: scaledown
 pipeline_tag: text-generation
@@ -28,7 +36,7 @@ tags:
 # {config.generator_name} with compressed documents
 
 Answers questions about retrieved documents. A compressor reads each document together with the question
-and leaves {config.memory_tokens} embeddings of it, which the generator reads instead of its text
+and {left}, which the generator reads instead of its text
 (OSCAR, [arXiv 2504.07109](https://arxiv.org/abs/2504.07109)).
 
 ```python
@@ -37,7 +45,7 @@ from scaledown.student.model import ScaleDownModel
 model = ScaleDownModel.from_pretrained("this folder or its name on the hub")
 query, documents = "What causes tides?", ["Tides are caused by the moon."]
 print(model.answer(query, documents))
-embeddings = model.compress(query, documents)  # [documents, {config.memory_tokens}, width], to keep
+embeddings = model.compress(query, documents)  # {shapes}
 print(model.answer(query, embeddings)){reranking}
 ```
 

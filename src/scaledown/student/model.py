@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -20,26 +20,46 @@ from transformers.utils import ModelOutput
 from scaledown.data.teachers.context import context_tokens
 from scaledown.errors import ModelError
 from scaledown.models import ModelSource, hub_errors, loadable, loading, read_config_file, resolve
-from scaledown.student import compressors
+from scaledown.student import compressors, pointer
 from scaledown.student.answering import Answering
 from scaledown.student.batch import IGNORED, Group, Reader
 from scaledown.student.card import model_card
+from scaledown.student.pointer import Pointer
 from scaledown.student.settings import ScaleDownConfig
 
-RERANKING_WEIGHT: Final = 0.05  # of the reranking loss (arXiv 2504.07109, section 3)
+WEIGHTS: Final = {"answer_loss": 1.0, "rerank_loss": 0.05, "pointer_loss": 1.0}
+"""What each loss counts: the answers' and the reranking head's as in arXiv 2504.07109, section 3."""
 COMPRESSOR_FOLDER: Final = "compressor"  # the tokenizer of a separate compressor, in a model's folder
 
 
 @dataclass
 class Output(ModelOutput):  # type: ignore[misc]  # transformers has no types
-    """Losses of one batch, scalars."""
+    """Losses of one batch, scalars; one that the model does not have is 0."""
 
     loss: torch.Tensor | None = None
-    """`answer_loss` + 0.05 `rerank_loss`."""
+    """The sum of the others by `WEIGHTS`."""
     answer_loss: torch.Tensor | None = None
     """Cross-entropy on the answers' tokens, their mean over the batch."""
     rerank_loss: torch.Tensor | None = None
     """Squared differences to the teacher's scores, summed over documents; the mean over queries."""
+    pointer_loss: torch.Tensor | None = None
+    """Cross-entropy of a pointer on the tokens that answers copy, summed over queries that have any; divided
+    by all queries."""
+
+
+class Compressed(NamedTuple):
+    """What stands for the documents of a batch, in the order of their `places`."""
+
+    embeddings: torch.Tensor
+    """[memory tokens of all documents, generator width], document by document."""
+    counts: list[int]
+    """Memory tokens of each document."""
+    relevance: torch.Tensor | None
+    """[documents]: relevance to the query, where the model tells."""
+    token_scores: torch.Tensor | None = None
+    """[documents, tokens]: a pointer's, of each document's own tokens."""
+    chosen: torch.Tensor | None = None
+    """[documents, tokens] bool: what a pointer picked."""
 
 
 class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # transformers has no types
@@ -52,13 +72,17 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     _supports_sdpa = True  # the choice of transformers; each part makes its own
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"pointer"}  # small, and ranks tokens
 
     def __init__(self, config: ScaleDownConfig, generator: Any = None, compressor: Any = None) -> None:
         super().__init__(config)
         self.generator = generator or AutoModelForCausalLM.from_config(config.architecture(config.generator))
         self.compressor = compressor or compressors.new_compressor(config)
         width = self.compressor.get_input_embeddings().embedding_dim
-        self.memory = nn.Parameter(torch.empty(config.memory_tokens, width))
+        if config.is_pointer:
+            self.pointer = Pointer(width, self.compressor.get_input_embeddings().num_embeddings)
+        else:
+            self.memory = nn.Parameter(torch.empty(config.memory_tokens, width))
         if config.compressor_name is not None:
             generator_width = self.generator.get_input_embeddings().embedding_dim
             self.mapping = compressors.mapping(config, width, generator_width)
@@ -140,12 +164,22 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
             config.compressor_config = compressors.architecture_of(compressor)
             compressor_tokenizer = load_tokenizer(compressor_source)
         model = cls(config, generator, compressor)
-        model.memory.data = compressors.token_like(compressor, config.memory_tokens)
+        if config.is_pointer:
+            model.pointer.start(tokenizer)
+        else:
+            model.memory.data = compressors.token_like(compressor, config.memory_tokens)
         if config.enable_reranking:
             model.rerank_token.data = compressors.token_like(compressor, 1)[0]
         model._attach(tokenizer, compressor_tokenizer, generation)
         model.to(device=device, dtype=dtype)
+        if config.is_pointer:
+            model.pointer.float()
         return model
+
+    def train_pointer_only(self) -> None:
+        """Train what picks tokens, and nothing that reads them: pretraining needs no generator."""
+        self.generator.requires_grad_(requires_grad=False)
+        self.pointer.carry.requires_grad_(requires_grad=False)
 
     def add_reranking(self) -> None:
         """A reranking head, untrained, for a model that was made without."""
@@ -173,16 +207,14 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         embeddings: nn.Embedding = self.generator.get_input_embeddings()
         return embeddings
 
-    def compress_ids(self, groups: Sequence[Group]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embeddings [documents, memory tokens, generator width] and relevance scores [documents] or None.
-
-        The documents come back in the order of their `places`.
-        """
+    def compress_ids(self, groups: Sequence[Group], shared: Sequence[int] = ()) -> Compressed:
+        """Compress documents. With `shared`, the documents of each question, so many, share their budget."""
+        if self.config.is_pointer:
+            return self._point(groups, shared)
         reranking = self.config.enable_reranking
         if not groups:
-            width = self.get_input_embeddings().embedding_dim
-            none = self.memory.new_zeros(0, self.config.memory_tokens, width)
-            return none, none[:, 0, 0] if reranking else None
+            none = self.memory.new_zeros(0, self.get_input_embeddings().embedding_dim)
+            return Compressed(none, [], none[:, 0] if reranking else None)
         extra = torch.cat([self.memory, self.rerank_token[None]]) if reranking else self.memory
         causal = self.config.compressor_name is None
         states = torch.cat(
@@ -197,11 +229,39 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
                 for group in groups
             ]
         )  # [documents, memory tokens (+ 1), compressor width]
-        places = torch.cat([group["places"] for group in groups]).argsort()
-        states = states[places.to(states.device)]
+        states = states[_order(groups).to(states.device)]
         memory = states[:, : self.config.memory_tokens]
         embeddings = memory if causal else self.mapping(memory)
-        return embeddings, self.score(states[:, -1])[:, 0] if reranking else None
+        relevance = self.score(states[:, -1])[:, 0] if reranking else None
+        return Compressed(embeddings.flatten(0, 1), [memory.shape[1]] * len(memory), relevance)
+
+    def _point(self, groups: Sequence[Group], shared: Sequence[int]) -> Compressed:
+        """Compress by picking tokens; relevance is the score of a document's best token."""
+        if not groups:
+            none = self.get_input_embeddings().weight.new_zeros(0, self.get_input_embeddings().embedding_dim)
+            return Compressed(none, [], none[:, 0].float())
+        longest = max(int((group["stops"] - group["starts"]).max()) for group in groups)
+        parts = []
+        for group in groups:
+            ids, starts = group["ids"].to(self.device), group["starts"].to(self.device)
+            lengths = group["stops"].to(self.device) - starts
+            states = self.compressor(input_ids=ids).last_hidden_state  # causal: padding is on the right
+            steps = torch.arange(longest, device=ids.device)
+            places = (starts[:, None] + steps).clamp(max=ids.shape[1] - 1)  # [documents, tokens]
+            states = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+            matches = pointer.matches(self.pointer.words[ids], starts, places)
+            scores = self.pointer(states, lengths, matches)
+            parts.append((ids.gather(1, places), states, scores, lengths, group["counts"].to(ids.device)))
+        order = _order(groups).to(self.device)
+        ids, states, scores, lengths, counts = (
+            torch.cat(column)[order] for column in zip(*parts, strict=True)
+        )
+        if shared:
+            chosen = pointer.share(scores, counts, lengths, shared)
+        else:
+            chosen = pointer.choose(scores, counts, lengths)
+        embeddings = self.pointer.embed(self.get_input_embeddings()(ids), states, chosen)
+        return Compressed(embeddings, chosen.sum(1).tolist(), scores.max(1).values, scores, chosen)
 
     def embed(
         self, ids: torch.Tensor, is_memory: torch.Tensor, embeddings: torch.Tensor | None
@@ -212,16 +272,34 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
             return embedded
         return embedded.masked_scatter(is_memory[..., None], embeddings.to(embedded.dtype))
 
-    def forward(
+    def forward(  # noqa: PLR0917
         self,
         groups: Sequence[Group],
         ids: torch.Tensor,
         is_memory: torch.Tensor,
         labels: torch.Tensor,
         scores: torch.Tensor | None = None,
+        copied: torch.Tensor | None = None,
+        sizes: torch.Tensor | None = None,
     ) -> Output:
         """The losses of a `Batch`, whose shapes see there."""
-        embeddings, predicted = self.compress_ids(groups)
+        compressed = self.compress_ids(groups)
+        zero = torch.zeros((), device=ids.device)
+        losses = dict.fromkeys(WEIGHTS, zero)
+        if ids.shape[1]:
+            losses["answer_loss"] = self._answer_loss(compressed.embeddings, ids, is_memory, labels)
+        if self.config.enable_reranking and compressed.relevance is not None and scores is not None:
+            differences = torch.where(scores.isnan(), 0.0, compressed.relevance.float() - scores.nan_to_num())
+            losses["rerank_loss"] = differences.square().sum() / len(ids)
+        if compressed.token_scores is not None and copied is not None and sizes is not None:
+            total = pointer.pointer_loss(compressed.token_scores, copied, sizes.tolist())
+            losses["pointer_loss"] = total / len(ids)
+        weighted = [WEIGHTS[name] * value for name, value in losses.items()]
+        return Output(loss=torch.stack(weighted).sum(), **losses)
+
+    def _answer_loss(
+        self, embeddings: torch.Tensor, ids: torch.Tensor, is_memory: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
         # Of the positions before an answer's tokens only: the vocabulary is wide.
         columns = (labels != IGNORED).any(0).nonzero()[:, 0]  # [answers' positions]
         # Padding stands on the right, where causal attention does not look: no mask is needed.
@@ -230,15 +308,9 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
             logits_to_keep=columns - 1,
             use_cache=False,
         ).logits  # [batch, answers' positions, vocabulary]
-        answer_loss = nn.functional.cross_entropy(
+        return nn.functional.cross_entropy(
             logits.float().flatten(0, 1), labels[:, columns].flatten(), ignore_index=IGNORED
         )
-        if predicted is None or scores is None:
-            return Output(loss=answer_loss, answer_loss=answer_loss)
-        differences = torch.where(scores.isnan(), 0.0, predicted.float() - scores.nan_to_num())
-        rerank_loss = differences.square().sum() / len(ids)
-        loss = answer_loss + RERANKING_WEIGHT * rerank_loss
-        return Output(loss=loss, answer_loss=answer_loss, rerank_loss=rerank_loss)
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **keywords: Any) -> None:
         """Write weights (safetensors), configuration, tokenizers, stop tokens and model card to a folder."""
@@ -306,6 +378,11 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
                     commit_message=commit_message,
                 )
             )
+
+
+def _order(groups: Sequence[Group]) -> torch.Tensor:
+    """Where among the documents of the groups, one after the other, each of the batch stands."""
+    return torch.cat([group["places"] for group in groups]).argsort()
 
 
 def read_settings(source: ModelSource) -> ScaleDownConfig:

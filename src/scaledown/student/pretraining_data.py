@@ -1,4 +1,4 @@
-"""A corpus -> examples of the two tasks of pretraining: repeat a passage, or write how it goes on."""
+"""A corpus -> examples of pretraining: cloze questions for a pointer; for others, passages to write again."""
 
 import itertools
 import logging
@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
+from random import Random
 from typing import Any, Final
 
 from scaledown.data import files
@@ -14,6 +15,8 @@ from scaledown.data.corpus import ROWS_AT_ONCE, cut_rows, plain
 from scaledown.data.prompts import CONTINUE, REPEAT
 from scaledown.errors import InputError, ModelError
 from scaledown.records import Passage, full_text
+from scaledown.student.cloze import cloze_questions
+from scaledown.student.settings import POINTER
 from scaledown.student.train_settings import PretrainConfig
 from scaledown.student.training_data import Parts, TrainingExample, split_parts, store_examples
 
@@ -49,10 +52,12 @@ def pretraining_parts(config: PretrainConfig, tokenizer: Any, folder: Path) -> P
 def pretraining_examples(
     config: PretrainConfig, tokenizer: Any, bad: list[str]
 ) -> Iterator[tuple[str, TrainingExample]]:
-    """One example of each passage, behind its name; rows that are no article are told in `bad`.
+    """Examples of each passage, behind its name; rows that are no article are told in `bad`.
 
-    Which task it is depends on `config.seed` and that name; the last passage of an article is repeated.
+    A pointer gets a cloze question of each sentence that has one. Others get one task a passage; which,
+    depends on `config.seed` and the name; the last passage of an article is repeated.
     """
+    examples = _questions if config.compressor == POINTER else _of_article
     corpus = files.locate(config.corpus_path, "--corpus_path")
     paths = files.sources(corpus, "--corpus_path")
     rows = itertools.chain.from_iterable(map(files.rows, paths))
@@ -64,7 +69,7 @@ def pretraining_examples(
         bad += [f"{row.source}:{row.line}: {reason}" for row, reason in cut.rejected]
         passages = iter(cut.passages.select(Passage._fields).to_pylist())
         for count in cut.pieces:
-            yield from _of_article([Passage(**next(passages)) for _ in range(count)], config.seed)
+            yield from examples([Passage(**next(passages)) for _ in range(count)], config.seed)
             articles += 1
             if articles == config.max_corpus_size:
                 return
@@ -77,3 +82,11 @@ def _of_article(passages: list[Passage], seed: int) -> Iterator[tuple[str, Train
         text = full_text(passage.title, passage.text)
         task, answer = (CONTINUE, following.text) if following and coin else (REPEAT, text)
         yield name, TrainingExample(task, [text], answer, None)
+
+
+def _questions(passages: list[Passage], seed: int) -> Iterator[tuple[str, TrainingExample]]:
+    for passage in passages:
+        name = passage.passage_id
+        for cloze in cloze_questions(passage.text, Random(f"{seed} {name}")):  # noqa: S311
+            document = full_text(passage.title, passage.text)
+            yield name, TrainingExample(cloze.query, [document], cloze.answer, None)

@@ -10,9 +10,12 @@ from scaledown.errors import ModelError, UsageError
 from scaledown.student.train_settings import GENERATOR_TRAINING
 
 N_LAYERS: Final = "n_layers"
+POINTER: Final = "pointer"
 MODERNBERT: Final = "answerdotai/ModernBERT-base"
 LOWEST_RATE: Final = 4
 HIGHEST_RATE: Final = 128
+POINTER_RATES: Final = (4, 8, 16, 32)
+"""A pointer is trained at all of these, and answers at any rate from the first to the last."""
 
 
 class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers has no types
@@ -27,13 +30,15 @@ class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers h
     """The generator's own configuration."""
     generator_name: str = ""
     compressor: str = N_LAYERS
-    """`n_layers` (the generator's first layers), `modernbert`, or the name of any encoder or decoder."""
+    """`n_layers` or `pointer` (both the generator's first layers), `modernbert`, or the name of any encoder
+    or decoder."""
     compressor_config: dict[str, Any] | None = None
     """The configuration of a compressor that is a model of its own."""
     num_layers: int = 8
-    """Layers of an `n_layers` compressor."""
+    """Layers of an `n_layers` or `pointer` compressor."""
     compression_rate: int = 16
-    """Tokens of the longest document to one memory token, 4 to 128."""
+    """Tokens to one memory token: of the longest document, 4 to 128; of a pointer, of each document, 4 to 32
+    where no other rate is asked for."""
     doc_max_length: int = 128
     """Longest document in tokens of the compressor; what is longer is cut."""
     query_max_length: int = 128
@@ -56,6 +61,9 @@ class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers h
                 f"--compression_rate {self.compression_rate}: use {LOWEST_RATE} to {HIGHEST_RATE} tokens a "
                 "memory token"
             )
+        if self.is_pointer and self.enable_reranking:
+            raise UsageError("--enable_reranking: a pointer ranks documents by its own scores: leave it out")
+        self.check_rate(self.compression_rate)
         for name in ("num_layers", "doc_max_length", "query_max_length", "mapping_width", "lora_rank"):
             if (value := getattr(self, name)) < 1:
                 raise UsageError(f"--{name} {value}: use at least 1")
@@ -68,13 +76,41 @@ class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers h
 
     @property
     def memory_tokens(self) -> int:
-        """Memory tokens that stand for one document."""
+        """Memory tokens that stand for one document; of a pointer, for the longest."""
         return math.ceil(self.doc_max_length / self.compression_rate)
+
+    @property
+    def is_pointer(self) -> bool:
+        """Whether documents are compressed to embeddings of tokens that are picked from them."""
+        return self.compressor == POINTER
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the model tells how relevant documents are."""
+        return self.enable_reranking or self.is_pointer
+
+    def check_rate(self, rate: int) -> None:
+        """Raise `UsageError` where the model cannot compress at `rate` tokens a memory token."""
+        if not self.is_pointer:
+            if rate != self.compression_rate:
+                raise UsageError(
+                    f"--compression_rate {rate}: this model is trained for {self.compression_rate} alone; "
+                    "only a pointer compresses at other rates"
+                )
+        elif not POINTER_RATES[0] <= rate <= POINTER_RATES[-1]:
+            raise UsageError(
+                f"--compression_rate {rate}: a pointer takes {POINTER_RATES[0]} to {POINTER_RATES[-1]} "
+                "tokens a memory token"
+            )
+
+    def memory_tokens_of(self, tokens: int, rate: int) -> int:
+        """Memory tokens that stand for a document of `tokens` tokens at `rate`, at least 1."""
+        return max(1, math.ceil(tokens / rate)) if self.is_pointer else self.memory_tokens
 
     @property
     def compressor_name(self) -> str | None:
         """The model to load as the compressor; None where it is made of the generator."""
-        if self.compressor == N_LAYERS:
+        if self.compressor in {N_LAYERS, POINTER}:
             return None
         return MODERNBERT if self.compressor == "modernbert" else self.compressor
 

@@ -117,7 +117,7 @@ def _here(config: Config) -> Config:
         return config
     files = {
         name: tuple(str(fetched(file, f"--{name}")) for file in getattr(config, name))
-        for name in ("train_data", "eval_data")
+        for name in ("train_data", "eval_data", "gold")
     }
     return replace(config, **files)  # type: ignore[arg-type]
 
@@ -142,6 +142,7 @@ def _inputs(config: Config, home: RunDirectory) -> dict[str, Any]:
             if not path.is_file():
                 raise UsageError(f"--{name} {path}: there is no such file; check the path")
         inputs[name] = [home.content_hash(path) for path in paths]
+    inputs["gold"] = [home.content_hash(Path(str(locate(file, "--gold")))) for file in config.gold]
     return inputs
 
 
@@ -243,6 +244,8 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin) -> Trained:
     set_seed(config.seed)
     started_alone = "RANK" not in os.environ  # else the Trainer knows which device is this process's
     model = origin.load(dtype, device if started_alone else "cpu")
+    if isinstance(config, PretrainConfig) and model.config.is_pointer:
+        model.train_pointer_only()
     trainer = make_trainer(model, config, taught, held, device)
     log.info(
         "%s examples, %s steps of %s, %s held out; %s memory tokens a document of up to %s; %s",

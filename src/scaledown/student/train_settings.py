@@ -10,6 +10,8 @@ from scaledown.options import Checked, is_url, option
 from scaledown.shared_config import DTYPES, MACHINE
 
 GENERATOR_TRAINING: Final = ("lora", "full", "frozen")
+BUDGETS: Final = ("each", "shared")
+"""A document has memory tokens by its own length, or those of a question share them by score (pointer)."""
 REPORTERS: Final = ("auto", "none", "tensorboard", "wandb", "trackio")
 
 DATA: Final = "data"
@@ -20,7 +22,7 @@ GROUPS: Final = (DATA, MODEL, TRAINING, OUTPUT, MACHINE)
 # Settings that a run may change when it goes on. Files and models are known by their contents.
 FREE: Final = (
     *("resume", "report_to", "device", "output_dir"),
-    *("train_data", "eval_data", "corpus_path", "generator_model", "compressor", "pretrained_model"),
+    *("train_data", "eval_data", "gold", "corpus_path", "generator_model", "compressor", "pretrained_model"),
 )
 
 
@@ -44,12 +46,16 @@ class StudentConfig(Checked):
     compressor: str = option(
         "n_layers",
         MODEL,
-        "n_layers (the generator's first layers), modernbert, or any encoder or decoder by name",
+        "n_layers or pointer (the generator's first layers), modernbert, or any encoder or decoder by name",
         metavar="MODEL",
     )
-    num_layers: int = option(8, MODEL, "of an n_layers compressor", "layers", metavar="N")
+    num_layers: int = option(8, MODEL, "of an n_layers or pointer compressor", "layers", metavar="N")
     compression_rate: int = option(
-        16, MODEL, "document tokens to one memory token, 4 to 128", "tokens", metavar="N"
+        16,
+        MODEL,
+        "document tokens to one memory token, 4 to 128; of a pointer 4 to 32, where none is asked for",
+        "tokens",
+        metavar="N",
     )
     doc_max_length: int = option(
         0,
@@ -87,7 +93,7 @@ class StudentConfig(Checked):
     learning_rate_compressor: float = option(
         0.0,
         TRAINING,
-        "of all else; 0: 5e-5 for n_layers, 1e-4 for a separate compressor",
+        "of all else; 0: 5e-5 for n_layers, 3e-4 for a pointer's layers, 1e-4 for a separate compressor",
         metavar="X",
     )
     eval_steps: int = option(
@@ -165,9 +171,9 @@ class StudentConfig(Checked):
         """Whether anything is held out."""
         return self.eval_fraction > 0
 
-    def compressor_rate(self, *, separate: bool) -> float:
-        """Learning rate of the compressor: that of N-Layers is not the generator's, for the paper's sake."""
-        return self.learning_rate_compressor or (1e-4 if separate else 5e-5)
+    def compressor_rate(self, default: float) -> float:
+        """Learning rate of the compressor; `default` is that of its kind."""
+        return self.learning_rate_compressor or default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +193,23 @@ class TrainConfig(StudentConfig):
         "held-out data in the same format, in place of --eval_fraction; may be given several times",
         metavar="FILE",
     )
+    gold: tuple[str, ...] = option(
+        (),
+        DATA,
+        "right answers, in any shape that data sets have, found by the question's words: learned in place of "
+        "the teacher's",
+        metavar="FILE",
+    )
+    text_fraction: float = option(
+        0.0,
+        TRAINING,
+        "share of examples whose documents the generator reads as text, so that it does not forget how",
+        "0..1",
+        metavar="X",
+    )
+    closed_book_fraction: float = option(
+        0.0, TRAINING, "share of examples without documents", "0..1", metavar="X"
+    )
     pretrained_model: str = option(
         "",
         MODEL,
@@ -199,7 +222,13 @@ class TrainConfig(StudentConfig):
         super().__post_init__()
         if not self.train_data:
             raise UsageError("no training data: give --train_data train_data.json")
-        self._check_files("train_data", "eval_data")
+        self._check_files("train_data", "eval_data", "gold")
+        for name in ("text_fraction", "closed_book_fraction"):
+            self._check_share(name)
+        if self.text_fraction + self.closed_book_fraction >= 1:
+            raise UsageError(
+                "--text_fraction and --closed_book_fraction leave nothing to compress: lower them"
+            )
 
     @property
     def holds_out(self) -> bool:

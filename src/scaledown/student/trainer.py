@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
 from accelerate.utils.memory import (
     clear_device_cache,
@@ -30,9 +31,10 @@ from scaledown.atomic import read_json
 from scaledown.errors import ModelError
 from scaledown.progress import Tracker, track
 from scaledown.student.batch import Encoded, Reader, collate
-from scaledown.student.model import RERANKING_WEIGHT
+from scaledown.student.model import WEIGHTS
+from scaledown.student.settings import N_LAYERS, POINTER, POINTER_RATES
 from scaledown.student.signals import noticing_signals
-from scaledown.student.train_settings import StudentConfig
+from scaledown.student.train_settings import PretrainConfig, StudentConfig, TrainConfig
 from scaledown.student.training_data import Examples, Part
 
 log = logging.getLogger("scaledown")
@@ -41,17 +43,35 @@ WEIGHT_DECAY: Final = 0.1  # the paper's (arXiv 2504.07109, table 7)
 
 
 class EncodedExamples(Dataset[Encoded]):
-    """Examples as token ids, tokenised when they are asked for."""
+    """Examples as token ids, tokenised when they are asked for.
 
-    def __init__(self, examples: Examples, model: Any) -> None:
+    In training (`trains`) a pointer compresses each at one of its rates, and some examples have their
+    documents as text or none at all. Which, depends on the seed and the example's row.
+    """
+
+    def __init__(self, examples: Examples, model: Any, config: StudentConfig, *, trains: bool) -> None:
         self._examples = examples
         self._reader: Reader = model.reader
-        self._memory_tokens: int = model.config.memory_tokens
+        self._is_pointer: bool = model.config.is_pointer
+        self._config = config
+        self._trains = trains
 
     def __getitem__(self, row: int) -> Encoded:
-        example = self._examples[row]
-        encoded = self._reader.encode(*example)
-        room = self._reader.context - encoded.prompt_length(self._memory_tokens)
+        query, documents, answer, scores = self._examples[row]
+        config, random = self._config, np.random.default_rng((self._config.seed, row))
+        if isinstance(config, PretrainConfig) and self._is_pointer:  # nothing is generated
+            return Encoded(self._reader.read(query, documents, answer), [], [], None)
+        rate, chance = (int(random.choice(POINTER_RATES)), random.random()) if self._trains else (0, 1.0)
+        if isinstance(config, TrainConfig) and chance < config.text_fraction + config.closed_book_fraction:
+            shown = documents if chance < config.text_fraction else []
+            ids = self._reader.answer_ids(answer)
+            encoded = self._reader.encode_text(query, shown, len(ids))._replace(answer_ids=ids)
+        elif self._is_pointer:
+            encoded = self._reader.encode(query, documents, answer, rate=rate)
+            encoded = encoded._replace(documents=self._reader.read(query, documents, answer, rate=rate))
+        else:
+            encoded = self._reader.encode(query, documents, answer, scores)
+        room = self._reader.context - encoded.prompt_length
         return encoded._replace(answer_ids=encoded.answer_ids[: max(1, room)])
 
     def __len__(self) -> int:
@@ -70,6 +90,15 @@ class _EvaluateAtTheEnd(TrainerCallback):  # type: ignore[misc]  # transformers 
             control.should_evaluate = True
 
 
+# Of the compressor's learning rate. What scores tokens is new; and one step at the full rate would move what
+# is added to a token's embedding by the length of an embedding.
+_SCORER_RATE: Final = 10 / 3
+_CARRY_RATE: Final = 1 / 15
+COMPRESSOR_RATES: Final = {N_LAYERS: 5e-5, POINTER: 3e-4}
+"""Learning rates of compressors; the paper's for N-Layers, which is not the generator's."""
+SEPARATE_RATE: Final = 1e-4
+
+
 def parameter_groups(model: nn.Module, generator_rate: float, compressor_rate: float) -> list[dict[str, Any]]:
     """What is trained, by learning rate and weight decay.
 
@@ -77,12 +106,17 @@ def parameter_groups(model: nn.Module, generator_rate: float, compressor_rate: f
     scale what the model sees, and pulling them to zero regularises nothing.
     """
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    rates = {
+        "generator": generator_rate,
+        "compressor": compressor_rate,
+        "pointer": compressor_rate * _SCORER_RATE,
+        "carry": compressor_rate * _CARRY_RATE,
+    }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = "generator" if name.startswith("generator.") else "compressor"
+            part = "carry" if name.startswith("pointer.carry.") else name.partition(".")[0]
             decays = parameter.ndim > 1 and name not in {"memory", "rerank_token"}
-            groups.setdefault((part, decays), []).append(parameter)
-    rates = {"generator": generator_rate, "compressor": compressor_rate}
+            groups.setdefault((part if part in rates else "compressor", decays), []).append(parameter)
     return [
         {
             "name": part,
@@ -119,8 +153,8 @@ class StudentTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         super().__init__(
             model,
             arguments,
-            train_dataset=EncodedExamples(examples, model),
-            eval_dataset=EncodedExamples(held.examples, model) if held else None,
+            train_dataset=EncodedExamples(examples, model, config, trains=True),
+            eval_dataset=EncodedExamples(held.examples, model, config, trains=False) if held else None,
             callbacks=[_EvaluateAtTheEnd(), *([EarlyStoppingCallback(patience)] if patience else [])],
         )
         self.remove_callback(PrinterCallback)
@@ -132,7 +166,6 @@ class StudentTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         self._config = config
         self._batches = batches
         self._held: Sequence[int] = held.rows if held else ()
-        self._memory_tokens: int = model.config.memory_tokens
         self._parts: dict[str, float] = {}
 
     # What the Trainer asks of a subclass.
@@ -146,8 +179,8 @@ class StudentTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         """AdamW with the two learning rates."""
         if self.optimizer is None:
             kind, keywords = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            separate = self.model.config.compressor_name is not None
-            rates = self._config.learning_rate_generator, self._config.compressor_rate(separate=separate)
+            usual = COMPRESSOR_RATES.get(self.model.config.compressor, SEPARATE_RATE)
+            rates = self._config.learning_rate_generator, self._config.compressor_rate(usual)
             self.optimizer = kind(parameter_groups(model or self.model, *rates), **keywords)
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
@@ -178,19 +211,20 @@ class StudentTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
             except _Stopped:
                 _set_random_state(before, self.args.device)
                 raise
-        answer, rerank = self._sum(*losses.tolist())
-        if not math.isfinite(answer + rerank):
+        parts = dict(zip(WEIGHTS, self._sum(*losses.tolist()), strict=True))
+        total = _weighted(parts)
+        if not math.isfinite(total):
             raise ModelError(
-                f"the loss of step {self.state.global_step + 1} is {answer + rerank}: lower the learning "
-                "rates, or give --dtype float32"
+                f"the loss of step {self.state.global_step + 1} is {total}: lower the learning rates, or "
+                "give --dtype float32"
             )
-        self._parts = {"answer_loss": answer, "rerank_loss": rerank} if self._reranks else {}
+        self._parts = self._told(parts)
         self.seconds.append(time.perf_counter() - started)
-        return torch.tensor(answer + self._weigh(rerank), device=self.args.device)
+        return torch.tensor(total, device=self.args.device)
 
     def _accumulate(self, model: nn.Module, examples: Sequence[Encoded], whole: "_Size") -> torch.Tensor:
-        """Backward passes over micro batches; gives this process's share of both losses, [2]."""
-        sums = torch.zeros(2, device=self.args.device)
+        """Backward passes over micro batches; gives this process's share of each loss, [losses]."""
+        sums = torch.zeros(len(WEIGHTS), device=self.args.device)
         starts = range(0, len(examples), self.micro_batch)
         done = 0
         try:
@@ -200,9 +234,10 @@ class StudentTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
                 # Processes average their gradients once, in the last backward pass.
                 last = start == starts[-1]
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                    losses = self._losses(model, part, whole)  # [2]
-                    loss = losses[0] + self._weigh(losses[1])
-                    self.accelerator.backward(loss * self.args.world_size)
+                    losses = self._losses(model, part, whole)  # [losses]
+                    loss = (losses * losses.new_tensor(list(WEIGHTS.values()))).sum()
+                    if loss.requires_grad:  # not of a batch whose answers copy nothing
+                        self.accelerator.backward(loss * self.args.world_size)
                 sums += losses.detach()
                 self._advance(len(part))
                 done += len(part)
@@ -212,13 +247,13 @@ class StudentTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         return sums
 
     def _losses(self, model: nn.Module, part: Sequence[Encoded], whole: "_Size") -> torch.Tensor:
-        """What a micro batch adds to the answer and reranking losses of the whole, [2] float32."""
-        output = model(**_moved(collate(part, self._memory_tokens), self.args.device))
+        """What a micro batch adds to each loss of the whole, [losses] float32."""
+        output = model(**_moved(collate(part), self.args.device))
         mine = _sizes(part)
-        answer = output.answer_loss * (mine.tokens / whole.tokens)
-        rerank = output.rerank_loss
-        rerank = torch.zeros_like(answer) if rerank is None else rerank * (mine.examples / whole.examples)
-        return torch.stack([answer, rerank])
+        shares = {"answer_loss": mine.tokens / max(1, whole.tokens)}
+        return torch.stack(
+            [output[name] * shares.get(name, mine.examples / whole.examples) for name in WEIGHTS]
+        )
 
     def _halve(self, error: Exception) -> None:
         """Out of memory, go on with micro batches of half the size.
@@ -244,7 +279,7 @@ class StudentTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         """The losses over what is held out. Training goes on afterwards as if this had not been."""
         before = _random_state(self.args.device)
         self.model.eval()  # not as wrapped: processes need not have equally many micro batches here
-        sums = torch.zeros(2, device=self.args.device)
+        sums = torch.zeros(len(WEIGHTS), device=self.args.device)
         size = _Size(0, 0)
         try:
             with torch.no_grad():
@@ -265,14 +300,13 @@ class StudentTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         finally:
             self.model.train()
             _set_random_state(before, self.args.device)
-        answers, rankings, tokens, examples = self._sum(*sums.tolist(), *size)
-        answer, rerank = answers / tokens, rankings / examples
-        metrics = {f"{metric_key_prefix}_loss": answer + self._weigh(rerank)}
-        if self._reranks:
-            metrics |= {
-                f"{metric_key_prefix}_answer_loss": answer,
-                f"{metric_key_prefix}_rerank_loss": rerank,
-            }
+        *totals, tokens, examples = self._sum(*sums.tolist(), *size)
+        counts = {"answer_loss": max(1, tokens)}
+        parts = {
+            name: total / counts.get(name, examples) for name, total in zip(WEIGHTS, totals, strict=True)
+        }
+        metrics = {f"{metric_key_prefix}_loss": _weighted(parts)}
+        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in self._told(parts).items()}
         log.info("step %s: held-out loss %.4f", self.state.global_step, metrics[f"{metric_key_prefix}_loss"])
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -373,16 +407,14 @@ class StudentTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         if self.noticed and self.args.world_size == 1:
             raise _Stopped
 
-    @property
-    def _reranks(self) -> bool:
-        return bool(self.model.config.enable_reranking)
-
-    def _weigh(self, rerank: Any) -> Any:
-        """The reranking loss as it counts beside that of the answers."""
-        return RERANKING_WEIGHT * rerank
+    def _told(self, parts: dict[str, float]) -> dict[str, float]:
+        """The losses that the model has, where it has more than that of the answers."""
+        settings = self.model.config
+        has = {"rerank_loss": settings.enable_reranking, "pointer_loss": settings.is_pointer}
+        return {name: value for name, value in parts.items() if has.get(name, any(has.values()))}
 
     def _size(self, example: Encoded) -> int:
-        return example.prompt_length(self._memory_tokens) + len(example.answer_ids)
+        return example.prompt_length + len(example.answer_ids)
 
     def _advance(self, count: int) -> None:
         if self._tracker is not None:
@@ -395,6 +427,10 @@ class StudentTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
         mine = torch.tensor(values, dtype=torch.float64, device=self.args.device)
         totals: list[float] = self.accelerator.reduce(mine, "sum").tolist()
         return totals
+
+
+def _weighted(parts: dict[str, float]) -> float:
+    return sum(WEIGHTS[name] * value for name, value in parts.items())
 
 
 class _Size(NamedTuple):

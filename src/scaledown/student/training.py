@@ -21,6 +21,9 @@ from scaledown.student.training_data import Part, shares, training_order
 WARM_UP: Final = 0.05
 GRADIENT_NORM: Final = 1.0
 
+ADAM_BETA: Final = 0.999
+POINTER_BETA: Final = 0.98  # of runs of hundreds of steps, which a longer memory would span
+
 CPU_MICRO_BATCH: Final = 4  # more is no faster there, and Linux kills what takes too much memory
 EVALUATIONS: Final = 10  # of a run that does not say how often
 CHECKPOINTS: Final = 2  # kept, the best among them
@@ -64,6 +67,8 @@ def make_trainer(
         lr_scheduler_type="linear",
         warmup_steps=int(WARM_UP * steps),  # none in a run so short that it would be all of it
         max_grad_norm=GRADIENT_NORM,
+        adam_beta2=POINTER_BETA if model.config.is_pointer else ADAM_BETA,
+        ddp_find_unused_parameters=model.config.is_pointer,  # a batch may be text alone, or copy nothing
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         use_cpu=device == "cpu",

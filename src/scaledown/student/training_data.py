@@ -1,5 +1,6 @@
 """Training files -> examples on disk; a split that does not leak; the order they are seen in."""
 
+import functools
 import itertools
 import logging
 import uuid
@@ -15,9 +16,11 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from scaledown.data.formats import entries, problems
+from scaledown.data.gold import Gold, read_gold
 from scaledown.errors import InputError, UsageError
 from scaledown.progress import track
 from scaledown.records import document_text, title_of
+from scaledown.student.labels import occurrences
 from scaledown.student.train_settings import StudentConfig, TrainConfig
 
 log = logging.getLogger("scaledown")
@@ -103,8 +106,12 @@ class _Keys:
         """Documents without a title."""
 
 
-def read_examples(files: Sequence[str], folder: Path, *, needs_scores: bool = False) -> Examples:
+def read_examples(
+    files: Sequence[str], folder: Path, *, needs_scores: bool = False, gold: Gold | None = None
+) -> Examples:
     """The usable records of `files`; the others are named with file and line, and skipped.
+
+    A right answer of `gold` takes the place of the teacher's.
 
     Raises `InputError` where a file cannot be read or no record is usable, `UsageError` where no record has
     the scores it needs.
@@ -120,7 +127,7 @@ def read_examples(files: Sequence[str], folder: Path, *, needs_scores: bool = Fa
                     wrong = ["has no reranking_scores, which --enable_reranking needs"]
                     unscored += 1
                 if not wrong:
-                    yield _example(entry.record)
+                    yield _example(entry.record, gold)
                     continue
                 bad += 1
                 if bad <= _MESSAGES:
@@ -142,9 +149,13 @@ def read_examples(files: Sequence[str], folder: Path, *, needs_scores: bool = Fa
     return examples
 
 
-def _example(record: dict[str, Any]) -> tuple[str, TrainingExample]:
+def _example(record: dict[str, Any], gold: Gold | None) -> tuple[str, TrainingExample]:
     documents = [document_text(document) for document in record["documents"]]
-    example = TrainingExample(record["query"], documents, record["answer"], record.get("reranking_scores"))
+    answer = record["answer"]
+    if gold is not None and (right := gold.answers(record["query"])):
+        # Of several, the first that a document has: a pointer learns where it stands.
+        answer = next((one for one in right if any(occurrences(text, one) for text in documents)), right[0])
+    example = TrainingExample(record["query"], documents, answer, record.get("reranking_scores"))
     return "query: " + example.query.strip().lower(), example
 
 
@@ -279,9 +290,11 @@ class Parts(NamedTuple):
 
 def load_parts(config: TrainConfig, folder: Path) -> Parts:
     """The training data as examples, which lie in `folder` while the process lives."""
-    examples = read_examples(config.train_data, folder, needs_scores=config.enable_reranking)
+    gold = read_gold(config.gold, "--gold") if config.gold else None
+    read = functools.partial(read_examples, folder=folder, needs_scores=config.enable_reranking, gold=gold)
+    examples = read(config.train_data)
     if config.eval_data:
-        held = read_examples(config.eval_data, folder, needs_scores=config.enable_reranking)
+        held = read(config.eval_data)
         shared = examples.shared_by(held)
         return Parts(Part(examples, range(len(examples))), Part(held, range(len(held))), shared)
     return split_parts(examples, config)

@@ -1,0 +1,45 @@
+"""Which parts of documents an answer copies: what a pointer learns to pick."""
+
+import re
+from collections.abc import Sequence
+from typing import Final
+
+from scaledown.data.review import WORD, content_words
+
+Span = tuple[int, int]
+"""Where a piece of a text begins and ends, in characters."""
+
+_LEAST_SUPPORT: Final = 0.5  # share of an answer's content words that a supporting document has
+
+
+def copied_spans(query: str, documents: Sequence[str], answer: str) -> list[list[Span]]:
+    """For each document the pieces that the answer copies, in order; empty where it copies nothing.
+
+    Where documents hold the whole answer, these are its occurrences. Else they are the answer's content words
+    that the query does not have, in the documents that have the most of them, if that is at least half.
+    """
+    whole = [occurrences(document, answer) for document in documents]
+    if any(whole):
+        return whole
+    words = set(content_words(answer)) - set(content_words(query))
+    found = [
+        [match.span() for match in WORD.finditer(document) if match.group().lower() in words]
+        for document in documents
+    ]
+    support = [
+        len({document[begin:end].lower() for begin, end in spans})
+        for document, spans in zip(documents, found, strict=True)
+    ]
+    most = max(support, default=0)
+    if not words or most < _LEAST_SUPPORT * len(words):
+        return [[] for _ in documents]
+    return [spans if own == most else [] for own, spans in zip(support, found, strict=True)]
+
+
+def occurrences(document: str, answer: str) -> list[Span]:
+    """Where a document has the whole answer as words of its own, whatever the case."""
+    text = answer.strip().strip(".").strip()
+    if not text:
+        return []
+    pattern = re.compile(rf"(?<!\w){re.escape(text)}(?!\w)", re.IGNORECASE)
+    return [match.span() for match in pattern.finditer(document)]

@@ -1,0 +1,166 @@
+"""The pointer: of each document it picks the tokens that matter for the query; their embeddings stand for it.
+
+Hard selection learns from a few thousand examples, where new memory tokens learn to fetch nothing.
+`docs/results.md` has the measurements.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+_SCORED: Final = 128  # units that read a state
+_CONTEXT: Final = 96  # units of the recurrent layer, each way
+_FEATURES: Final = 2
+_WINDOW: Final = 11  # tokens over which matches with the query are averaged
+_NOWHERE: Final = -1e4  # the score of padding: finite, so that a softmax over it has gradients
+
+
+class Pointer(nn.Module):
+    """Scores the tokens of documents for a query, and makes embeddings of the best.
+
+    The compressor's layers are causal: the state of a token knows the query, which is read first, and what
+    stands before the token. A small recurrent layer over the states, both ways, adds what stands after it.
+    """
+
+    words: torch.Tensor
+
+    def __init__(self, width: int, vocabulary: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 1)
+        self.score_state = nn.Sequential(nn.Linear(width, _SCORED), nn.GELU(), nn.Linear(_SCORED, 1))
+        self.narrow = nn.Linear(width, _SCORED)
+        read = _SCORED + _FEATURES
+        self.context = nn.GRU(read, _CONTEXT, bidirectional=True, batch_first=True)
+        self.score_context = nn.Sequential(
+            nn.Linear(2 * _CONTEXT + read, _CONTEXT), nn.GELU(), nn.Linear(_CONTEXT, 1)
+        )
+        self.carry = nn.Linear(width, width, bias=False)
+        # Which tokens are the same word to the features.
+        self.register_buffer("words", torch.arange(vocabulary))
+
+    def start(self, tokenizer: Any) -> None:
+        """Begin where picking is even and an embedding is that of its token."""
+        for layer in (self.linear, self.carry):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+        self.words.copy_(torch.tensor(same_words(tokenizer, len(self.words))))
+
+    def forward(self, states: torch.Tensor, lengths: torch.Tensor, matches: torch.Tensor) -> torch.Tensor:
+        """Scores [documents, tokens] float32 of the states [documents, tokens, width] of document tokens.
+
+        `lengths` [documents] tells what is no padding, `matches` [documents, tokens] which tokens occur in
+        the query.
+        """
+        inside = torch.arange(states.shape[1], device=states.device) < lengths[:, None]  # [documents, tokens]
+        with torch.autocast(states.device.type, enabled=False):
+            own = self.linear.weight.dtype  # float32 where it is trained
+            states = normed(states).to(own)
+            matches = matches.to(own) * inside
+            near = nn.functional.avg_pool1d(matches[:, None], _WINDOW, 1, _WINDOW // 2)[:, 0]
+            read = torch.cat(
+                [nn.functional.gelu(self.narrow(states)), matches[..., None], near[..., None]], -1
+            )  # [documents, tokens, 130]
+            # Packed: reading backwards begins at a document's own end, not in its padding.
+            packed = nn.utils.rnn.pack_padded_sequence(read, lengths.cpu(), True, enforce_sorted=False)
+            around, _ = nn.utils.rnn.pad_packed_sequence(
+                self.context(packed)[0], batch_first=True, total_length=states.shape[1]
+            )  # [documents, tokens, 192]
+            scores = (
+                self.linear(states)
+                + self.score_state(states)
+                + self.score_context(torch.cat([around, read], -1))
+            )
+        masked: torch.Tensor = scores[..., 0].float().masked_fill(~inside, _NOWHERE)
+        return masked
+
+    def embed(self, tokens: torch.Tensor, states: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
+        """Embeddings [picked tokens, width] of what is `picked` [documents, tokens] bool.
+
+        Each is that of its token, from the generator's `tokens` [documents, tokens, width], and a linear map
+        of its state.
+        """
+        carried = self.carry(normed(states[picked]).to(self.carry.weight.dtype))
+        embeddings: torch.Tensor = tokens[picked] + carried.to(tokens.dtype)
+        return embeddings
+
+
+def matches(words: torch.Tensor, starts: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """1 for each token at `places` [documents, tokens] whose word occurs before the document's start.
+
+    `words` [documents, length] are numbers of `same_words`; `starts` [documents].
+    """
+    before = torch.arange(words.shape[1], device=words.device) < starts[:, None]  # [documents, length]
+    own = words.gather(1, places)  # [documents, tokens]
+    same = (own[:, :, None] == words[:, None, :]) & before[:, None, :]
+    return same.any(-1).float()
+
+
+def normed(states: torch.Tensor) -> torch.Tensor:
+    """States [..., width] with a root mean square of 1; after layer 8 they are far longer than embeddings."""
+    wide = states.float()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
+
+
+def choose(scores: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The best `counts` [documents] tokens of each document, as a mask [documents, tokens].
+
+    Ties go to the earlier token.
+    """
+    inside = torch.arange(scores.shape[1], device=scores.device) < lengths[:, None]
+    order = scores.masked_fill(~inside, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    ranks = torch.empty_like(order).scatter_(
+        1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    )
+    return (ranks < counts[:, None]) & inside
+
+
+def share(
+    scores: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor, sizes: Sequence[int]
+) -> torch.Tensor:
+    """Like `choose`, but the documents of a question, `sizes` a question, share the sum of their counts."""
+    inside = torch.arange(scores.shape[1], device=scores.device) < lengths[:, None]
+    masked = scores.masked_fill(~inside, -torch.inf)
+    chosen = torch.zeros_like(inside)
+    first = 0
+    for size in sizes:
+        rows = slice(first, first + size)
+        total = int(counts[rows].sum())
+        best = masked[rows].flatten().argsort(descending=True, stable=True)[:total]
+        chosen[rows] = (
+            torch.zeros_like(inside[rows]).flatten().scatter_(0, best, value=True).view_as(inside[rows])
+        )
+        first += size
+    return chosen & inside
+
+
+def pointer_loss(scores: torch.Tensor, targets: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """Cross-entropy over all tokens of a question's documents, the sum over questions that have targets, [].
+
+    `targets` [documents, tokens] is 1 where an answer's token stands. A softmax over all documents of a
+    question lets scores compare across documents (Clark & Gardner 2018, section 3.4).
+    """
+    loss = scores.new_zeros(())
+    first = 0
+    for size in sizes:
+        wanted = targets[first : first + size].flatten()
+        if total := float(wanted.sum()):
+            likely = scores[first : first + size].flatten().log_softmax(0)
+            loss = loss - (likely * wanted).sum() / total
+        first += size
+    return loss
+
+
+def same_words(tokenizer: Any, vocabulary: int) -> list[int]:
+    """For each token a number that tokens of the same word share, whatever their case, space or plural."""
+    numbers: dict[str, int] = {}
+    found = []
+    for token in range(vocabulary):
+        text = tokenizer.decode([token]).strip().lower() if token < len(tokenizer) else ""
+        word = text if len(text) > 1 and re.match(r"\w", text) else f"\0{token}"
+        if len(word) > 4 and word.endswith("s"):
+            word = word[:-1]
+        found.append(numbers.setdefault(word, len(numbers)))
+    return found

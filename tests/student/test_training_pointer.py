@@ -1,0 +1,278 @@
+"""A pointer is pretrained on cloze questions, trained on records, interrupted and resumed."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from scaledown.errors import RunDirectoryError, UsageError
+from scaledown.models import resolve
+from scaledown.student.batch import collate
+from scaledown.student.model import ScaleDownModel
+from scaledown.student.settings import POINTER_RATES, ScaleDownConfig
+from scaledown.student.train import Trained, train
+from scaledown.student.train_settings import PretrainConfig, TrainConfig
+from scaledown.student.trainer import EncodedExamples, StudentTrainer
+from scaledown.student.training import make_trainer, newest_checkpoint
+from scaledown.student.training_data import load_parts
+
+THINGS = ["tower", "river", "city", "tree", "bird", "stone", "book", "bridge"]
+COLOURS = ["red", "blue", "green", "white", "black", "yellow"]
+
+
+def records(count: int) -> list[dict[str, Any]]:
+    """Each asks for the colour of a thing; one of two documents tells it."""
+    random = Random(0)
+    found = []
+    for number in range(count):
+        thing, other = random.sample(THINGS, 2)
+        colours = random.sample(COLOURS, 2)
+        documents = [
+            f"Article {number}\nThe old {own} by the road is {colour} and very tall today."
+            for own, colour in zip((thing, other), colours, strict=True)
+        ]
+        random.shuffle(documents)
+        found.append(
+            {"query": f"Which colour has the {thing} {number}?", "documents": documents, "answer": colours[0]}
+        )
+    return found
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pointer") / "train_data.json"
+    path.write_text(json.dumps(records(24)))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """So that equal means equal on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+Setting = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def setting(models: dict[str, Path], data: Path, tmp_path: Path) -> Setting:
+    def make(output: str = "out", **changes: Any) -> TrainConfig:
+        settings: dict[str, Any] = {
+            "train_data": (str(data),),
+            "generator_model": str(models["causal_lm"]),
+            "compressor": "pointer",
+            "num_layers": 1,
+            "compression_rate": 8,
+            "batch_size": 6,
+            "micro_batch_size": 3,
+            "num_epochs": 2.0,
+            "eval_fraction": 0.2,
+            "eval_steps": 3,
+            "text_fraction": 0.2,
+            "closed_book_fraction": 0.1,
+            "report_to": "none",
+            "device": "cpu",
+        }
+        return TrainConfig(output_dir=str(tmp_path / output), **settings | changes)
+
+    return make
+
+
+def history(result: Trained) -> list[dict[str, Any]]:
+    newest = newest_checkpoint(Path(result.output))
+    assert newest is not None
+    found: list[dict[str, Any]] = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    return found
+
+
+def test_a_resumed_pointer_is_the_undisturbed_one(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = train(setting("undisturbed"))
+    original, seen = StudentTrainer._losses, 0
+
+    def interrupted(self: Any, *arguments: Any) -> Any:
+        nonlocal seen
+        seen += self.model.training
+        if seen == 9:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StudentTrainer, "_losses", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(setting("resumed"))
+    resumed = train(setting("resumed", resume=True))
+    left, right = (load_file(Path(one.output) / "model.safetensors") for one in (undisturbed, resumed))
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    assert {"pointer.linear.weight", "pointer.words", "pointer.carry.weight"} <= left.keys()
+    assert "memory" not in left
+    assert history(undisturbed) == history(resumed)
+
+
+def test_it_learns_to_point(setting: Setting) -> None:
+    result = train(
+        setting(
+            num_epochs=40.0,
+            learning_rate_compressor=3e-3,
+            learning_rate_generator=3e-3,
+            text_fraction=0.0,
+            closed_book_fraction=0.0,
+        )
+    )
+    logged = history(result)
+    steps = [entry["pointer_loss"] for entry in logged if "pointer_loss" in entry]
+    assert sum(steps[-5:]) < sum(steps[:5]) / 2
+    held = [entry["eval_pointer_loss"] for entry in logged if "eval_pointer_loss" in entry]
+    assert held[-1] < held[0]
+    assert all(
+        entry["loss"] == pytest.approx(entry["answer_loss"] + entry["pointer_loss"])
+        for entry in logged
+        if "answer_loss" in entry
+    )
+    model = ScaleDownModel.from_pretrained(result.output)
+    kept = 0
+    for record in records(24):
+        picked = model.pick(record["query"], record["documents"], compression_rate=8, budget="shared")
+        kept += record["answer"] in "".join(map("".join, picked))
+    assert kept >= 18
+
+
+@pytest.mark.parametrize("micro", [1, 4, 10])
+def test_gradients_do_not_depend_on_micro_batches(micro: int, setting: Setting, tmp_path: Path) -> None:
+    config = setting(generator_training="full", batch_size=10, micro_batch_size=micro, text_fraction=0.3)
+    parts = load_parts(config, tmp_path)
+    torch.manual_seed(0)
+    settings = ScaleDownConfig(
+        compressor="pointer", num_layers=1, doc_max_length=32, generator_training="full", compression_rate=8
+    )
+    model = ScaleDownModel.build(settings, resolve(config.generator_model))
+    trainer = make_trainer(model, config, parts.train, None, "cpu")
+    examples = [trainer.train_dataset[row] for row in parts.train.rows[:10]]
+    assert {bool(example.documents) for example in examples} == {True, False}
+    expected = model(**collate(examples)).loss
+    expected.backward()
+    wanted = {name: own.grad.clone() for name, own in model.named_parameters() if own.grad is not None}
+    model.zero_grad()
+    loss = trainer.training_step(model, examples)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-5)
+    for name, own in model.named_parameters():
+        if name in wanted:
+            torch.testing.assert_close(own.grad, wanted[name], rtol=1e-3, atol=1e-5)
+
+
+def test_examples_are_compressed_at_all_rates_or_read_or_asked_without_documents(
+    setting: Setting, models: dict[str, Path], tmp_path: Path
+) -> None:
+    config = setting(eval_fraction=0.0, text_fraction=0.3, closed_book_fraction=0.2)
+    path = tmp_path / "many.json"
+    path.write_text(json.dumps(records(400)))
+    examples = load_parts(setting(train_data=(str(path),), eval_fraction=0.0), tmp_path).train.examples
+    settings = ScaleDownConfig(compressor="pointer", num_layers=1, doc_max_length=32)
+    model = ScaleDownModel.build(settings, resolve(str(models["causal_lm"])))
+    encoded = EncodedExamples(examples, model, config, trains=True)
+    read = [encoded[row] for row in range(400)]
+    assert [encoded[row] for row in range(400)] == read, "the same every time"
+    texts = [example for example in read if not example.documents]
+    tower = [example for example in texts if "road" in model.tokenizer.decode(example.prompt_parts[0])]
+    assert 90 < len(tower) < 150
+    assert 50 < len(texts) - len(tower) < 110
+    rates = dict.fromkeys(POINTER_RATES, 0)
+    for example in read:
+        for document in example.documents[:1]:
+            tokens = document.stop - document.start
+            rates[next(rate for rate in POINTER_RATES if document.memory == -(-tokens // rate))] += 1
+    assert min(rates.values()) > 20
+    held = EncodedExamples(examples, model, config, trains=False)
+    assert all(held[row].documents for row in range(400)), "what is held out is always compressed"
+
+
+def test_right_answers_take_the_teachers_place(setting: Setting, tmp_path: Path) -> None:
+    content = records(4)
+    gold = tmp_path / "gold.jsonl"
+    right = [{"question": content[0]["query"], "answers": ["nowhere", content[0]["answer"].upper()]}]
+    right += [{"question": content[1]["query"].upper(), "answers": ["none of these"]}]
+    gold.write_text("\n".join(map(json.dumps, right)))
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{**record, "answer": "The teacher's."} for record in content]))
+    config = setting(train_data=(str(path),), gold=(str(gold),), eval_fraction=0.0)
+    examples = load_parts(config, tmp_path).train.examples
+    assert [examples[row].answer for row in range(4)] == [
+        content[0]["answer"].upper(),
+        "none of these",
+        "The teacher's.",
+        "The teacher's.",
+    ]
+
+
+@pytest.fixture
+def pretrained(models: dict[str, Path], corpus: Path, tmp_path: Path) -> Trained:
+    return train(
+        PretrainConfig(
+            corpus_path=str(corpus),
+            generator_model=str(models["causal_lm"]),
+            compressor="pointer",
+            num_layers=1,
+            doc_max_length=64,
+            max_steps=6,
+            batch_size=4,
+            learning_rate_compressor=3e-3,
+            output_dir=str(tmp_path / "pretrained"),
+            report_to="none",
+            device="cpu",
+        )
+    )
+
+
+def test_pretraining_asks_cloze_questions_and_leaves_the_generator(
+    pretrained: Trained, setting: Setting, models: dict[str, Path]
+) -> None:
+    after = load_file(Path(pretrained.output) / "model.safetensors")
+    torch.manual_seed(0)
+    generator = load_file(models["causal_lm"] / "model.safetensors")
+    same = {
+        name
+        for name in generator
+        if torch.equal(generator[name], after.get(f"generator.{name}", torch.empty(0)))
+    }
+    assert any("embed_tokens" in name for name in same)
+    assert not any(after[name].abs().sum() for name in after if "lora_B" in name)
+    assert after["pointer.carry.weight"].abs().sum() == 0
+    assert after["pointer.linear.weight"].abs().sum() > 0
+    assert pretrained.held_out_loss is not None
+    assert 0 < pretrained.loss < 10
+    names = ("generator_model", "compressor", "num_layers", "compression_rate")
+    defaults = {item.name: item.default for item in fields(TrainConfig) if item.name in names}
+    result = train(setting(pretrained_model=pretrained.output, **defaults))
+    trained = ScaleDownModel.from_pretrained(result.output)
+    assert trained.config.is_pointer
+    assert trained.config.doc_max_length == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_fraction": 1.2}, "must lie between 0 and 1"),
+        ({"text_fraction": 0.6, "closed_book_fraction": 0.4}, "leave nothing to compress"),
+        ({"compression_rate": 64}, "takes 4 to 32"),
+        ({"enable_reranking": True}, "by its own scores"),
+    ],
+)
+def test_contradictions_name_their_flags(setting: Setting, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        train(setting(**changes))
+
+
+def test_another_gold_file_is_another_run(setting: Setting, data: Path, tmp_path: Path) -> None:
+    gold = tmp_path / "gold.jsonl"
+    gold.write_text(json.dumps({"question": "Which?", "answers": ["red"]}))
+    train(setting(gold=(str(gold),), max_steps=1))
+    with pytest.raises(RunDirectoryError, match="another --gold"):
+        train(setting(max_steps=1))
