@@ -35,6 +35,18 @@ def mark(question: str) -> str:
     return hashlib.sha256(question.encode()).hexdigest()[:16]
 
 
+def logprobs_of(text: str, count: int) -> list[dict[str, Any]]:
+    """Each letter a token, and some servers give the one that ends the answer, too."""
+    return [
+        {
+            "token": token,
+            "logprob": -0.5,
+            "top_logprobs": [{"token": token * (n + 1), "logprob": -0.5 - n} for n in range(count)],
+        }
+        for token in [*text, "<|im_end|>"]
+    ]
+
+
 class Misbehaving(ThreadingHTTPServer):
     """Serves `/v1`. The n-th request meets `script(n)` or `script[n]`; "" is none.
 
@@ -60,6 +72,7 @@ class Misbehaving(ThreadingHTTPServer):
         self.poison: dict[str, str] = {}  # question -> the fault it always meets
         self.usage: dict[str, int] | None = {"prompt_tokens": 90, "completion_tokens": 10}
         self.text: Any = None
+        self.logprobs = "given"  # where asked for; or ignored, refused, thoughts: of these, too
         self.said = ""  # with a fault that is a status
         self.finish_reason = "stop"
         self.asked: Counter[str] = Counter()
@@ -143,6 +156,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(400, {"error": {"message": "System role not supported"}})
         elif server.newer_limit and "max_tokens" in body:
             self.reply(400, {"error": {"message": "Use 'max_completion_tokens' instead of 'max_tokens'."}})
+        elif server.logprobs == "refused" and "logprobs" in body:
+            self.reply(400, {"error": {"message": "This model does not support logprobs"}})
         elif sum(len(message["content"]) for message in body["messages"]) > server.context:
             self.reply(400, {"error": {"message": f"maximum context length is {server.context}"}})
         elif fault == "hang":
@@ -164,12 +179,14 @@ class Handler(BaseHTTPRequestHandler):
     def completion(self, body: dict[str, Any], question: str, fault: str) -> dict[str, Any]:
         server = self.server
         text = answer_to(question) if server.text is None else server.text
+        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": server.finish_reason}
+        if body.get("logprobs") and server.logprobs != "ignored" and fault != "bare":
+            thoughts = "Well, well." if server.logprobs == "thoughts" else ""
+            choice["logprobs"] = {"content": logprobs_of(thoughts + text, body["top_logprobs"])}
         return {
             "object": "chat.completion",
             "model": "impostor" if fault == "model" else body["model"],
-            "choices": [
-                {"message": {"role": "assistant", "content": text}, "finish_reason": server.finish_reason}
-            ],
+            "choices": [choice],
             "usage": server.usage,
         }
 

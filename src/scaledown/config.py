@@ -46,6 +46,7 @@ COLUMNS: Final = (
     "second_answer",
     "agreement",
 )
+MOST_LOGPROBS: Final = 20
 QA_DATASETS: Final = ("natural_questions", "trivia_qa", "squad", "nq_open", "pisco")
 
 # The paper's models and sizes (arXiv 2504.07109, section 4 and table 7) and the bundled ones.
@@ -268,6 +269,15 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
     second_teacher_model: str = option(
         "", ANSWERS, "a second teacher answers too, and how far both agree is reported", metavar="MODEL"
     )
+    teacher_logprobs: int = option(
+        0,
+        ANSWERS,
+        "write the teacher's log probabilities of the K likeliest tokens in each place of the answer, as "
+        "answer_logprobs (docs/formats.md); up to 20; with transformers, vllm and servers that give them; "
+        "0: none",
+        "tokens",
+        metavar="K",
+    )
     columns: tuple[str, ...] = option(
         (), ANSWERS, f"write this too: {', '.join(COLUMNS)}; may be given several times", metavar="NAME"
     )
@@ -326,6 +336,16 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
                 raise UsageError(f"--columns {name}: use one of {', '.join(COLUMNS)}")
         if {"second_answer", "agreement"} & set(self.columns) and not self.second_teacher_model:
             raise UsageError("--columns second_answer and agreement need --second_teacher_model")
+        if not 0 <= self.teacher_logprobs <= MOST_LOGPROBS:
+            raise UsageError(
+                f"--teacher_logprobs {self.teacher_logprobs}: must lie between 0 and {MOST_LOGPROBS}, the "
+                "most that servers give"
+            )
+        if self.teacher_logprobs and self.teacher_backend == "openvino":
+            raise UsageError(
+                "--teacher_logprobs: openvino gives none; use --teacher_backend transformers, vllm or "
+                "endpoint"
+            )
         self._check_engine()
 
     def _check_numbers(self) -> None:
@@ -356,6 +376,11 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
     def reranks(self) -> bool:
         """Whether a reranker runs at all."""
         return self.enable_reranking or self.top_k_reranking > 0
+
+    @property
+    def extra_columns(self) -> tuple[str, ...]:
+        """What is written beyond the guide's format."""
+        return (*self.columns, "answer_logprobs") if self.teacher_logprobs else self.columns
 
     @property
     def documents_per_query(self) -> int:

@@ -39,6 +39,25 @@ class Passage(NamedTuple):
     text: str
 
 
+class Logprobs(TypedDict):
+    """A teacher's log probabilities of an answer of T tokens; the token that ended it is not among them.
+
+    They are natural logarithms of what the model itself gives, before any temperature. Behind a server
+    tokens have no ids, and with ids `top_tokens` would say nothing more: one of both is None.
+    """
+
+    tokens: list[str]
+    """[T]: the text of each; joined and stripped, they are the answer."""
+    token_ids: list[int] | None
+    """[T], of the teacher's tokenizer."""
+    top_tokens: list[list[str]] | None
+    """[T][K]: the likeliest tokens in the place of each, best first, as the server writes them."""
+    top_ids: list[list[int]] | None
+    """[T][K]: the same as ids."""
+    top_logprobs: list[list[float]]
+    """[T][K]: their log probabilities, with four decimals."""
+
+
 class Answer(NamedTuple):
     """What the teacher wrote; `finish_reason` is `stop`, or `length` where it ran into its limit."""
 
@@ -48,6 +67,8 @@ class Answer(NamedTuple):
     answer_tokens: int
     dropped_tokens: int
     """Document tokens left out so that the prompt fits the teacher's context."""
+    answer_logprobs: Logprobs | None = None
+    """Where they were asked for and the engine gave those of this answer."""
 
 
 class DocumentDict(TypedDict):

@@ -14,9 +14,11 @@ from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from misbehaving import FAULTS, Misbehaving, answer_to, mixture
+from scaledown.data.formats import validate
 from scaledown.data.prompts import Prompt
 from scaledown.data.teachers import Generation, Rejection, endpoint, pacing
 from scaledown.data.teachers.endpoint import EndpointTeacher
@@ -578,7 +580,80 @@ def test_few_requests_are_made_at_a_time(serve: Any) -> None:
     assert server.most_running <= 10
 
 
+ASKED = Generation(max_new_tokens=16, seed=5, logprobs=3)
+
+
+def test_log_probabilities_are_asked_for_and_kept(serve: Any) -> None:
+    server = serve()
+    server.text = " Caf\u00e9 "
+    [(_, answer)] = teacher(server, generation=ASKED).answers(prompts(1))
+    assert answer.text == "Caf\u00e9"
+    assert answer.answer_logprobs == {  # without the token that ended it, and the space before that
+        "tokens": [" ", "C", "a", "f", "\u00e9"],
+        "token_ids": None,
+        "top_tokens": [[token, token * 2, token * 3] for token in " Caf\u00e9"],
+        "top_ids": None,
+        "top_logprobs": [[-0.5, -1.5, -2.5]] * 5,
+    }
+    assert (server.bodies[0]["logprobs"], server.bodies[0]["top_logprobs"]) == (True, 3)
+    server.text = ""
+    [(_, answer)] = teacher(server, generation=ASKED).answers(prompts(1))
+    assert (answer.text, answer.answer_logprobs) == ("", None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("ignored", "gives none: lower it or leave it out, or use a server or an engine"),
+        ("refused", r"refuses it \(This model does not support logprobs\)"),
+        ("thoughts", "gives those of other tokens than the answer's"),
+    ],
+)
+def test_a_server_without_log_probabilities_is_refused_soon(serve: Any, kind: str, said: str) -> None:
+    server = serve()
+    server.logprobs = kind
+    with pytest.raises(ModelError, match=f"--teacher_logprobs 3: http.*{said}"):
+        list(teacher(server, generation=ASKED).answers(prompts(200)))
+    assert server.asked.total() < 40
+    assert right(dict(teacher(server).answers(prompts(3))), 3), "without the flag it is as good as any"
+
+
+def test_an_answer_without_them_among_others_is_asked_again(serve: Any) -> None:
+    server = serve()
+    asked = teacher(server, generation=ASKED)
+    server.poison["Question 1"] = "bare"
+    results = dict(asked.answers(prompts(1))) | {1: dict(asked.answers([prompt(1)]))[0]}
+    assert results[0].answer_logprobs
+    assert results[1] == Rejection("given up after 8 tries: the reply has no log probabilities")
+
+
+def test_a_prompt_refused_in_words_about_them_is_its_own_affair_later(serve: Any) -> None:
+    server = serve()
+    server.said = "the prompt speaks of logprobs"
+    asked = teacher(server, generation=ASKED)
+    list(asked.answers(prompts(1)))
+    server.poison["Question 1"] = "422"
+    [(_, result)] = asked.answers([prompt(1)])
+    assert result == Rejection("the server refused it with status 422: the prompt speaks of logprobs")
+
+
 FLAGS = ("--teacher_model", "wise-owl", "--flush_seconds", "0.05")
+
+
+def test_a_run_with_a_server_writes_its_log_probabilities(serve: Any, prepare: Any, tmp_path: Path) -> None:
+    server = serve()
+    output = tmp_path / "data.parquet"
+    flags = (*FLAGS, "--teacher_endpoint", server.url, "--output_file", str(output))
+    server.logprobs = "ignored"
+    assert prepare(*flags, "--teacher_logprobs", "2") == 1
+    server.logprobs = "given"
+    assert prepare(*flags, "--teacher_logprobs", "2") == 0
+    for record in pq.read_table(output).to_pylist():
+        found = record["answer_logprobs"]
+        assert "".join(found["tokens"]) == record["answer"]
+        assert [len(row) for row in found["top_tokens"]] == [2] * len(record["answer"])
+        assert found["top_ids"] is None
+    assert not validate(output).problems
 
 
 def test_a_run_with_a_server_asks_nothing_again_and_keeps_no_key(

@@ -28,6 +28,7 @@ def fields(name: str, values: dict[str, Any]) -> dict[str, Any]:
 class Completion(NamedTuple):
     token_ids: tuple[int, ...]
     finish_reason: str | None
+    logprobs: list[dict[int, types.SimpleNamespace]] | None = None
 
 
 class Output(NamedTuple):
@@ -66,7 +67,16 @@ class FakeEngine:
         reason = ("stop", "length", "abort")[int(request_id) % 3]
         self.asked = params
         unfinished = Output("0", [], [], finished=False)
-        return [unfinished, Output(request_id, ids, [Completion(tuple(ids[-4:]), reason)], finished=True)]
+        written = Completion(tuple(ids[-4:]), reason, self.logprobs(ids[-4:], params["logprobs"]))
+        return [unfinished, Output(request_id, ids, [written], finished=True)]
+
+    @staticmethod
+    def logprobs(ids, count):
+        """The token itself first, then the likeliest ones, as the library has them."""
+        if count is None:
+            return None
+        likeliest = {700 + n: types.SimpleNamespace(logprob=-1.0 - n, rank=n + 1) for n in range(count)}
+        return [{token: types.SimpleNamespace(logprob=-9.0, rank=99), **likeliest} for token in ids]
 
     def abort_request(self, request_ids):
         self.aborted += request_ids
@@ -120,7 +130,7 @@ def test_what_is_called_is_there() -> None:
     assert {"request_id", "prompt_token_ids", "outputs", "finished"} <= set(
         SIGNATURES["RequestOutput"]["methods"]["__init__"]
     )
-    assert {"token_ids", "finish_reason"} <= set(SIGNATURES["CompletionOutput"]["fields"])
+    assert {"token_ids", "finish_reason", "logprobs"} <= set(SIGNATURES["CompletionOutput"]["fields"])
     assert SIGNATURES["LoRARequest"]["fields"][:3] == ["lora_name", "lora_int_id", "lora_path"]
 
 
@@ -163,6 +173,27 @@ def test_decoding_is_greedy_unless_asked_and_then_seeded_by_the_query(teacher) -
     other = teacher(seed=1)
     list(other.answers(prompts(1, temperature=0.7)))
     assert FakeEngine.made.asked["seed"] != seed
+
+
+def test_log_probabilities_are_those_of_the_likeliest_tokens(teacher) -> None:
+    ((_, bare),) = teacher().answers(prompts(1))
+    assert bare.answer_logprobs is None
+    assert FakeEngine.made.asked["logprobs"] is None
+    ((_, answer),) = teacher(logprobs=3).answers(prompts(1))
+    assert FakeEngine.made.asked["logprobs"] == 3
+    found = answer.answer_logprobs
+    assert "".join(found["tokens"]).strip() == answer.text
+    assert found["top_ids"] == [[700, 701, 702]] * answer.answer_tokens  # not the token itself, rank 99
+    assert found["top_logprobs"] == [[-1.0, -2.0, -3.0]] * answer.answer_tokens
+    assert len(found["token_ids"]) == answer.answer_tokens
+
+
+def test_the_token_that_ends_an_answer_has_none(teacher, monkeypatch) -> None:
+    one = teacher(logprobs=2)
+    monkeypatch.setattr(one, "_ends", frozenset(one._context.fit(prompts(1)[0])[0][-1:]))
+    ((_, answer),) = one.answers(prompts(1))
+    found = answer.answer_logprobs
+    assert {len(found[name]) for name in ("tokens", "token_ids", "top_ids", "top_logprobs")} == {3}
 
 
 def test_a_lora_adapter_is_handed_on(teacher, tmp_path) -> None:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from scaledown.atomic import atomic
 from scaledown.data.corpus import PassageTable
+from scaledown.data.logprobs import ARROW
 from scaledown.data.reranker import scaled
 from scaledown.errors import OutputError
 from scaledown.records import Example, full_text
@@ -27,6 +28,7 @@ _EXTRA: Final = {
     "prompt_hash": pa.string(),
     "second_answer": pa.string(),
     "agreement": pa.float64(),
+    "answer_logprobs": ARROW,
 }
 
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from scaledown.config import OUTPUT_SUFFIXES
 from scaledown.data import files
+from scaledown.data.logprobs import problem as logprobs_problem
 from scaledown.data.seen import Seen
 from scaledown.errors import InputError
 from scaledown.progress import track
@@ -180,6 +181,8 @@ def problems(record: Any) -> list[str]:
             found.append(f"document {number} {problem}")
     if "reranking_scores" in record:
         found += _score_problems(record["reranking_scores"], len(documents))
+    if wrong := logprobs_problem(record.get("answer_logprobs"), str(record.get("answer"))):
+        found.append(f"answer_logprobs {wrong}")
     others = ((name, value) for name, value in record.items() if name not in Example.__annotations__)
     found += [f"{name} {problem}" for name, value in others if (problem := _unwritable([name, value]))]
     return found

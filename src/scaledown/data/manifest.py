@@ -121,6 +121,8 @@ def compared_settings(config: PrepareConfig) -> dict[str, Any]:
     apart = {"output_file", "work_dir", "index_dir", "corpus_path", "queries_file", "strict"}
     apart |= {"cache_dir", "workers", "executor", "ray_address", "task_timeout", "shard", "metrics_file"}
     apart |= {"decontaminate"}  # by content
+    if not config.teacher_logprobs:  # a run of a version without them goes on
+        apart |= {"teacher_logprobs"}
     if config.search == "exact":
         apart |= {"search_memory", "min_recall"}
     apart |= {"retriever_model", "reranker_model", "teacher_model", "second_teacher_model"}  # by identity

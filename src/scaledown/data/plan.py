@@ -128,7 +128,11 @@ def make_plan(config: PrepareConfig, corpus: files.Source) -> Plan:
     if config.second_teacher_model:
         with listed(missing):
             find_teacher(config.second_teacher_model, Engine.of(config))
-        stages.append(of_queries("second", answers, UNKNOWN))
+        stages.append(
+            of_queries(
+                "second", answers.select(sorted({*answers.column_names} - {"answer_logprobs"})), UNKNOWN
+            )
+        )
     stages.append(of_queries("reviewed", trials.reviewed(answers), Cost(0, 0, peak("cpu"))))
     output = None if queries.number is None else queries.number * trials.record_bytes(answers)
     stages.append(StagePlan("output", queries.number, 1, output, 0, 0.0))

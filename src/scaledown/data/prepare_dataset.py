@@ -63,6 +63,7 @@ WORK: Final = "scaledown.data.prepare_dataset:work"
 """What workers carry out."""
 
 _SHARDS_AT_ONCE: Final = 16  # for engines that schedule by themselves: they never run dry
+_WITH_LOGPROBS_AT_ONCE: Final = 4  # whose answers, held until their shards are whole, are large
 
 
 def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Result:
@@ -98,7 +99,7 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Resul
             for half_written in target.parent.glob(f".{target.name}.*.tmp"):  # by a process that was killed
                 half_written.unlink(missing_ok=True)
             score_scale = config.reranking_score_scale if config.enable_reranking else None
-            records = examples(stages["reviewed"], stages["passages"], score_scale, config.columns)
+            records = examples(stages["reviewed"], stages["passages"], score_scale, config.extra_columns)
             count = write_examples(output.path, records)
             output.storage.publish(output.path)
             told = {name: (stage, results[name]) for name, stage in stages.items()}
@@ -179,9 +180,10 @@ class _Asking(NamedTuple):
                 asking.load(model)  # looks for the server, the key and the model, before any work
         return asking
 
-    def load(self, model: ModelSource, spent_tokens: int = 0) -> Teacher:
-        """A teacher."""
-        return load_teacher(model, self.device, self.dtype, self.generation, self.engine, spent_tokens)
+    def load(self, model: ModelSource, spent_tokens: int = 0, logprobs: int = 0) -> Teacher:
+        """A teacher that gives so many log probabilities with each answer token."""
+        generation = self.generation._replace(logprobs=logprobs)
+        return load_teacher(model, self.device, self.dtype, generation, self.engine, spent_tokens)
 
 
 def _keep_backend(  # noqa: PLR0917
@@ -314,11 +316,12 @@ def _run_teachers(  # noqa: PLR0917
     """Ranked passages -> answers of one teacher or two -> those that are kept."""
     sampling = {"temperature": config.temperature, "seed": config.seed} if config.temperature else {}
     shown = {"ranked": ranked.fingerprint, "documents": config.documents_per_query}
+    at_once = _WITH_LOGPROBS_AT_ONCE if config.teacher_logprobs else _SHARDS_AT_ONCE
     teaching = Teaching(
         documents_per_query=config.documents_per_query,
         temperature=config.temperature,
         template=asking.template,
-        shards_at_once=1 if asking.engine.backend == "transformers" else _SHARDS_AT_ONCE,
+        shards_at_once=1 if asking.engine.backend == "transformers" else at_once,
         flush_seconds=config.flush_seconds,
         prices=(config.input_price, config.output_price),
     )
@@ -331,13 +334,16 @@ def _run_teachers(  # noqa: PLR0917
         if (model := sources.models().get(part)) is None:
             continue
         settings = {**shown, **asking.settings, **sampling, "teacher": identities[part]}
+        logprobs = config.teacher_logprobs if name == "answers" else 0
+        if logprobs:
+            settings["logprobs"] = logprobs
         stage = stages[name] = Stage(run, name, settings, [ranked])
 
         @functools.cache
-        def load(model: ModelSource = model, stage: Stage = stage) -> Teacher:
-            return asking.load(model, counted(stage))
+        def load(model: ModelSource = model, stage: Stage = stage, logprobs: int = logprobs) -> Teacher:
+            return asking.load(model, counted(stage), logprobs)
 
-        teach(stage, ranked, passages, load, teaching)
+        teach(stage, ranked, passages, load, teaching._replace(logprobs=bool(logprobs)))
     answers, second = stages["answers"], stages.get("second")
     if config.bad_answers == "retry":
         sampled = {"answers": answers.fingerprint, "seed": config.seed, "review": REVIEW_VERSION}
@@ -347,7 +353,7 @@ def _run_teachers(  # noqa: PLR0917
             again,
             answers,
             passages,
-            functools.cache(lambda: asking.load(model, counted(spent))),
+            functools.cache(lambda: asking.load(model, counted(spent), config.teacher_logprobs)),
             teaching,
         )
         answers = again

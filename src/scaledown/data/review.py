@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from scaledown.config import PrepareConfig
 from scaledown.data.corpus import PassageTable
+from scaledown.data.logprobs import ARROW, for_answer
 from scaledown.errors import InputError
 from scaledown.metrics import f1, normalized
 from scaledown.records import full_text
@@ -124,7 +125,7 @@ def review_answers(  # noqa: PLR0917
 
     `left_out` says of an answer and its passages why it must not be trained on, or None. Adds the columns
     problem, groundedness and, with a second teacher, second_answer and agreement. Raises `InputError` when
-    nothing is kept.
+    nothing is kept. Log probabilities are cut where the answer is.
     """
     if stage.done():
         return
@@ -169,6 +170,11 @@ def review_answers(  # noqa: PLR0917
             columns["agreement"] = pa.array(
                 [None if text is None else f1(own.text, [text]) for own, text in both], pa.float64()
             )
+        if "answer_logprobs" in table.column_names:
+            given = table.column("answer_logprobs").to_pylist()
+            of_kept = [one and for_answer(one, own.text) for one, own in zip(given, reviews, strict=True)]
+            place = table.column_names.index("answer_logprobs")
+            table = table.set_column(place, "answer_logprobs", pa.array(of_kept, ARROW))
         cut_texts = pa.array([own.text for own in reviews], pa.large_string())
         table = table.set_column(table.column_names.index("text"), "text", cut_texts)
         for name, values in columns.items():
@@ -196,6 +202,7 @@ def _answered(second: Stage, shard: int) -> Iterable[tuple[str, str]]:
 
 def _finish(stage: Stage, rows: list[int], second: Stage | None) -> None:
     kept: list[int] = []
+    bare = 0
     problems: collections.Counter[str] = collections.Counter()
     sums: collections.Counter[str] = collections.Counter()
     agreeing = 0
@@ -203,6 +210,8 @@ def _finish(stage: Stage, rows: list[int], second: Stage | None) -> None:
         table = stage.table(shard)
         kept.append(table.num_rows)
         problems.update(json.loads(table.schema.metadata[b"seen"]))
+        if "answer_logprobs" in table.column_names:
+            bare += table.column("answer_logprobs").null_count
         sums["groundedness"] += sum(table.column("groundedness").to_pylist())
         if second:
             values = [value for value in table.column("agreement").to_pylist() if value is not None]
@@ -219,4 +228,6 @@ def _finish(stage: Stage, rows: list[int], second: Stage | None) -> None:
     rejected = sum(rows) - sum(kept) - problems["contaminated"]
     counts = {"kept": sum(kept), "rejected": rejected}
     counts |= {_COUNTED[name]: problems[name] for name in _COUNTED if problems[name]}
+    if bare:
+        counts["without_logprobs"] = bare
     stage.finish(kept, counts, measured)

@@ -79,7 +79,8 @@ def choose_backend(engine: Engine, source: ModelSource, device: str, generation:
         return "endpoint"
     if device.startswith("cuda") and not bits and importlib.util.find_spec("vllm"):
         return "vllm"
-    if device == "cpu" and not bits and importlib.util.find_spec("openvino_genai"):
+    beyond_openvino = bits or generation.logprobs
+    if device == "cpu" and not beyond_openvino and importlib.util.find_spec("openvino_genai"):
         if is_exported(source):
             return "openvino"
         log.info("OpenVINO would be faster: run %s %s once", EXPORT, source.name)

@@ -9,6 +9,7 @@ import pyarrow as pa
 from scaledown.config import PrepareConfig
 from scaledown.data.answer_log import AnswerLog, ask
 from scaledown.data.corpus import PassageTable
+from scaledown.data.logprobs import ARROW
 from scaledown.data.prompts import PAPER, Prompt, Template, answer_prompt
 from scaledown.data.review import problem
 from scaledown.data.teachers import Rejection, Teacher
@@ -18,6 +19,8 @@ from scaledown.records import Answer, full_text
 from scaledown.stage import Stage
 
 _AGAIN_TEMPERATURE: Final = 0.7
+_KINDS: Final = {"text": pa.large_string(), "finish_reason": pa.large_string(), "answer_logprobs": ARROW}
+"""Of the columns of `Answer` that are no counts."""
 
 
 class Teaching(NamedTuple):
@@ -30,6 +33,8 @@ class Teaching(NamedTuple):
     flush_seconds: float = PrepareConfig.flush_seconds
     prices: tuple[float, float] = (0.0, 0.0)
     """Of a million prompt tokens and of a million answer tokens."""
+    logprobs: bool = False
+    """Whether answers come with log probabilities."""
 
 
 def teach(
@@ -62,7 +67,8 @@ def teach(
             first = 0
             for shard, table in zip(group, tables, strict=True):
                 last = first + table.num_rows
-                yield _answered(stage, shard, table, prompts[first:last], answers[first:last])
+                both = list(zip(prompts[first:last], answers[first:last], strict=True))
+                yield _answered(stage, shard, table, both, logprobs=teaching.logprobs)
                 first = last
             log.remove()
 
@@ -151,7 +157,8 @@ def retry(
 
 def _mended(table: pa.Table, better: Mapping[int, Answer], retried: int) -> pa.Table:
     """A shard of answers with better ones in their rows; how many is in its metadata."""
-    for name in Answer._fields if better else ():
+    own = [name for name in Answer._fields if name in table.column_names]
+    for name in own if better else ():
         values = table.column(name).to_pylist()
         for row, answer in better.items():
             values[row] = getattr(answer, name)
@@ -213,7 +220,7 @@ def _written(
             for record in stage.table(shard).to_pylist():
                 place = places.get(record["query_id"], -1)
                 if place >= 0 and record["prompt_hash"] == prompts[place].digest:
-                    found[place] = Answer(*(record[name] for name in Answer._fields))
+                    found[place] = Answer(*(record.get(name) for name in Answer._fields))
         first += table.num_rows
     return found
 
@@ -222,11 +229,11 @@ def _answered(
     stage: Stage,
     shard: int,
     table: pa.Table,
-    prompts: Sequence[Prompt],
-    answers: Sequence[Answer | Rejection],
+    both: Sequence[tuple[Prompt, Answer | Rejection]],
+    *,
+    logprobs: bool,
 ) -> pa.Table:
     """The queries of a shard that have an answer, with it; the others go to the quarantine."""
-    both = list(zip(prompts, answers, strict=True))
     stage.quarantine(
         f"{shard:06d}",
         [
@@ -236,10 +243,11 @@ def _answered(
         ],
     )
     table = table.take(pa.array([i for i, (_, a) in enumerate(both) if isinstance(a, Answer)], pa.int64()))
-    given = [answer for answer in answers if isinstance(answer, Answer)]
+    given = [answer for _, answer in both if isinstance(answer, Answer)]
     for name in Answer._fields:
-        kind = pa.large_string() if name in {"text", "finish_reason"} else pa.int64()
-        table = table.append_column(name, pa.array([getattr(a, name) for a in given], kind))
+        if name != "answer_logprobs" or logprobs:
+            values = [getattr(answer, name) for answer in given]
+            table = table.append_column(name, pa.array(values, _KINDS.get(name, pa.int64())))
     hashes = [prompt.digest for prompt, answer in both if isinstance(answer, Answer)]
     return table.append_column("prompt_hash", pa.array(hashes, pa.string()))
 

@@ -18,6 +18,7 @@ import scipy.sparse as sp
 from scaledown.config import PrepareConfig
 from scaledown.data.encoders import Encoder, load_encoder
 from scaledown.data.index import Ranking, Vectors, pack, search
+from scaledown.data.logprobs import ARROW
 from scaledown.data.prompts import answer_prompt, load_template
 from scaledown.data.queries import SCHEMA, questions_about
 from scaledown.data.reranker import Pair, Reranker, load_reranker, resolve_reranker
@@ -27,7 +28,7 @@ from scaledown.data.teachers import Engine, Generation, Rejection, Teacher, answ
 from scaledown.errors import MissingExtraError, ModelError
 from scaledown.executor import cores
 from scaledown.models import choose_device, resolve
-from scaledown.records import Answer, Passage, full_text
+from scaledown.records import Answer, Logprobs, Passage, full_text
 
 _TRIAL_SECONDS: Final = 5.0  # after as many, no further batch
 _QUERIES_SEARCHED: Final = 256
@@ -159,11 +160,14 @@ class Trials(NamedTuple):
 
         cost, made = self._try_teacher(answer)
         given = [answer for batch in made or () for answer in batch if isinstance(answer, Answer)]
-        given = given or [Answer("x" * 4 * config.max_new_tokens, "length", 0, 0, 0)]  # four letters a token
+        given = given or [_longest(config.max_new_tokens, config.teacher_logprobs)]
         table = self.candidates(self.documents_per_query, ranked=config.reranks)
         for name in Answer._fields:
-            values = [getattr(given[row % len(given)], name) for row in range(len(table))]
-            table = table.append_column(name, pa.array(values))
+            if name != "answer_logprobs" or config.teacher_logprobs:
+                values = [getattr(given[row % len(given)], name) for row in range(len(table))]
+                table = table.append_column(
+                    name, pa.array(values, ARROW if name == "answer_logprobs" else None)
+                )
         hashes = pa.array([prompts[row % len(prompts)].digest for row in range(len(table))])
         return table.append_column("prompt_hash", hashes), cost
 
@@ -186,7 +190,11 @@ class Trials(NamedTuple):
         }
         if self.config.enable_reranking:
             record["reranking_scores"] = [-1.2345678901] * self.documents_per_query
-        return len(orjson.dumps(record, option=orjson.OPT_INDENT_2))
+        size = len(orjson.dumps(record, option=orjson.OPT_INDENT_2))
+        if self.config.teacher_logprobs:
+            every = answers.column("answer_logprobs").to_pylist()
+            size += sum(len(orjson.dumps(one, option=orjson.OPT_INDENT_2)) for one in every) // len(every)
+        return size
 
     def _document(self, row: int) -> str:
         return full_text(self.passages[row].title, self.passages[row].text)
@@ -222,6 +230,18 @@ class Trials(NamedTuple):
             each, made = use(model)
             cost = Cost(start, each, peak(device))
         return cost, made
+
+
+def _longest(tokens: int, logprobs: int) -> Answer:
+    """An answer of so many tokens, of four letters each, for want of one that a teacher wrote."""
+    each: Logprobs = {
+        "tokens": ["xxxx"] * tokens,
+        "token_ids": None,
+        "top_tokens": [["xxxx"] * logprobs] * tokens,
+        "top_ids": None,
+        "top_logprobs": [[-12.3456] * logprobs] * tokens,
+    }
+    return Answer("xxxx" * tokens, "length", 0, 0, 0, each if logprobs else None)
 
 
 def _timed(

@@ -23,6 +23,8 @@ class Generation(NamedTuple):
     """Tokens that are shown of each document; 0 is all."""
     context: int = 0
     """Tokens of prompt and answer together; 0 is what the model takes."""
+    logprobs: int = 0
+    """How many log probabilities come with each answer token; 0 is none."""
 
     @classmethod
     def of(cls, config: PrepareConfig) -> "Generation":
@@ -35,6 +37,7 @@ class Generation(NamedTuple):
             load_in_4bit=config.teacher_4bit,
             document_tokens=config.teacher_document_tokens,
             context=config.teacher_context,
+            logprobs=config.teacher_logprobs,
         )
 
 

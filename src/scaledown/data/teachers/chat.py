@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import httpx2
 
+from scaledown.data.logprobs import for_answer, from_server
 from scaledown.data.prompts import Prompt
 from scaledown.data.teachers import Generation, seed_of
 from scaledown.errors import one_line
@@ -29,6 +30,10 @@ _SYSTEM_ROLE: Final = re.compile(
 )
 # What ends a turn in the chat templates of common models: text from data shall not.
 _CONTROL: Final = re.compile(r"<\|[^|<>\n]{1,40}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|<<SYS>>")
+
+
+class NoLogprobsError(ValueError):
+    """A reply without the log probabilities that were asked for."""
 
 
 class Draft:
@@ -68,6 +73,8 @@ class Chat:
 
     def __init__(self, model: str, generation: Generation, secret: str) -> None:
         self.model = model
+        self.logprobs = generation.logprobs
+        """How many are asked for with each token."""
         self._generation = generation
         self._secret = secret
         self._folds_system = False
@@ -93,6 +100,8 @@ class Chat:
         }
         if prompt.temperature:
             body["seed"] = seed_of(self._generation.seed, prompt.key)
+        if self.logprobs:
+            body |= {"logprobs": True, "top_logprobs": self.logprobs}
         return body
 
     def adapts(self, body: dict[str, Any], draft: Draft, response: httpx2.Response) -> bool:
@@ -110,7 +119,11 @@ class Chat:
         return status in {400, 413, 422} and bool(_TOO_LONG.search(text)) and draft.shorten()
 
     def read(self, draft: Draft, response: httpx2.Response) -> tuple[Answer, str]:
-        """The answer in a reply, and the model that gave it. Raises `ValueError` for any other reply."""
+        """The answer in a reply, and the model that gave it.
+
+        Log probabilities of other tokens than the answer's, such as a model's thoughts, are left out. Raises
+        `NoLogprobsError` for an answer without those that were asked for, `ValueError` for any other reply.
+        """
         try:
             reply = response.json()
             choice, usage = reply["choices"][0], reply.get("usage") or {}
@@ -123,9 +136,14 @@ class Chat:
                 _tokens(usage.get("completion_tokens"), text),
                 draft.dropped_tokens,
             )
-            return answer, str(reply.get("model") or self.model)
+            content = (choice.get("logprobs") or {}).get("content")
+            logprobs = from_server(content, self.logprobs) if self.logprobs else None
+            model = str(reply.get("model") or self.model)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise ValueError(f"the reply is not a chat completion ({type(error).__name__})") from None
+        if self.logprobs and text and not logprobs:
+            raise NoLogprobsError("the reply has no log probabilities")
+        return answer._replace(answer_logprobs=logprobs and for_answer(logprobs, text)), model
 
     def is_other(self, model: str) -> bool:
         """Whether a reply came from a model that is clearly another one; servers decorate names."""

@@ -17,7 +17,7 @@ import httpx2
 
 from scaledown.data.prompts import Prompt
 from scaledown.data.teachers import Generation, Rejection
-from scaledown.data.teachers.chat import Chat, Draft, listed
+from scaledown.data.teachers.chat import Chat, Draft, NoLogprobsError, listed
 from scaledown.data.teachers.pacing import MOST_IN_FLIGHT, Endpoint, Fault, Rate, retry_after
 from scaledown.errors import ModelError, one_line
 from scaledown.models import Halving
@@ -70,6 +70,9 @@ class EndpointTeacher:
             raise ModelError(f"{KEY} has characters that no key has: set it again")
         self.chat = Chat(model, generation, self._key)
         self.answered = False
+        self.has_logprobs = False
+        """Whether an answer came with those that were asked for."""
+        self._without = 0
         self._refused: list[int] = []
         self._others: list[str] = []
         for endpoint in self.endpoints:
@@ -135,6 +138,20 @@ class EndpointTeacher:
                 f"the server answers for --teacher_model {self.chat.model} with {self.chat.plain(model)}: if "
                 "that is the one you want, name it"
             )
+
+    def gave_logprobs(self, url: str, *, of_answer: bool) -> None:
+        """Count an answer's log probabilities. Raises `ModelError` where they are always of other tokens."""
+        self.has_logprobs |= of_answer
+        self._without += not of_answer
+        if self._without >= TRIES and not self.has_logprobs:
+            self.refuse_logprobs(url, "gives those of other tokens than the answer's")
+
+    def refuse_logprobs(self, url: str, why: str) -> NoReturn:
+        """The server has no log probabilities as they are wanted: no answer would have them."""
+        raise ModelError(
+            f"--teacher_logprobs {self.chat.logprobs}: {url} {why}: lower it or leave it out, or use a "
+            "server or an engine (--teacher_backend transformers, vllm) that gives them"
+        )
 
     def _look(self) -> None:
         """Find out at once which servers are there, and whether they have the model."""
@@ -361,7 +378,7 @@ class _Crew:
         """What a reply amounts to; None is to be asked again, changed."""
         chat, status = self._teacher.chat, response.status_code
         if response.is_success:
-            return self._read(draft, response)
+            return self._read(endpoint, draft, response)
         if status == 401 or (status == 403 and not self._teacher.answered):  # later: of this prompt
             self._teacher.refuse_key(endpoint.url, status)
         if status == 402:
@@ -380,20 +397,26 @@ class _Crew:
             )
         if chat.adapts(body, draft, response):
             return None
+        if chat.logprobs and "logprobs" in response.text and not self._teacher.answered:
+            self._teacher.refuse_logprobs(endpoint.url, f"refuses it ({chat.said(response)})")
         self._teacher.refused(status, chat.said(response))
         return Rejection(f"the server refused it with status {status}: {chat.said(response)}")
 
-    def _read(self, draft: Draft, response: httpx2.Response) -> Answer | Fault:
+    def _read(self, endpoint: Endpoint, draft: Draft, response: httpx2.Response) -> Answer | Fault:
         chat = self._teacher.chat
         try:
             answer, model = chat.read(draft, response)
         except ValueError as error:
+            if isinstance(error, NoLogprobsError) and not self._teacher.has_logprobs:
+                self._teacher.refuse_logprobs(endpoint.url, "gives none")
             return Fault(str(error))
         # It cost what it cost, even where it cannot be used.
         self._teacher.spent_tokens += answer.prompt_tokens + answer.answer_tokens
         if chat.is_other(model):
             self._teacher.answered_by(model)
             return Fault(f"answered by another model: {chat.plain(model)}")
+        if chat.logprobs and answer.text:
+            self._teacher.gave_logprobs(endpoint.url, of_answer=answer.answer_logprobs is not None)
         self._teacher.answered = True
         return answer
 

@@ -2,10 +2,11 @@
 
 import itertools
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from scaledown.data.logprobs import from_ids
 from scaledown.data.prompts import Prompt
 from scaledown.data.teachers import Generation, Rejection, seed_of
 from scaledown.data.teachers.context import Context, context_tokens
@@ -15,6 +16,15 @@ from scaledown.records import Answer
 
 if TYPE_CHECKING:
     import torch
+
+
+class _Written(NamedTuple):
+    """What the model wrote after a prompt, whatever comes behind its end included."""
+
+    tokens: list[int]
+    top_ids: list[list[int]]
+    """[T][K], at each token; empty where nobody asked."""
+    top_logprobs: list[list[float]]
 
 
 class TransformersTeacher:
@@ -67,7 +77,7 @@ class TransformersTeacher:
         order = sorted(inputs, key=lambda number: -len(inputs[number][0]))
         size = self._generation.batch_size
 
-        def generate(batch: Sequence[int]) -> list[list[int]]:
+        def generate(batch: Sequence[int]) -> list[_Written]:
             return self._generate(
                 [inputs[number][0] for number in batch], [prompts[number] for number in batch]
             )
@@ -77,17 +87,21 @@ class TransformersTeacher:
             if all(number in have for number in chosen):
                 continue
             generated = itertools.chain.from_iterable(self.halving(generate, chosen))
-            for number, tokens in zip(chosen, generated, strict=True):
+            for number, written in zip(chosen, generated, strict=True):
                 ids, dropped = inputs[number]
-                yield number, self._answer(tokens, len(ids), dropped)
+                yield number, self._answer(written, len(ids), dropped)
 
-    def _answer(self, tokens: list[int], prompt_tokens: int, dropped: int) -> Answer:
-        stop = next((i for i, token in enumerate(tokens) if token in self._stops), None)
-        written = tokens if stop is None else tokens[:stop]
-        text = self._tokenizer.decode(written, skip_special_tokens=True).strip()
-        return Answer(text, "length" if stop is None else "stop", prompt_tokens, len(written), dropped)
+    def _answer(self, written: _Written, prompt_tokens: int, dropped: int) -> Answer:
+        stop = next((i for i, token in enumerate(written.tokens) if token in self._stops), None)
+        tokens = written.tokens[:stop]
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        logprobs = None
+        if self._generation.logprobs:
+            logprobs = from_ids(self._tokenizer, tokens, written.top_ids, written.top_logprobs)
+        reason = "length" if stop is None else "stop"
+        return Answer(text, reason, prompt_tokens, len(tokens), dropped, logprobs)
 
-    def _generate(self, batch: list[list[int]], prompts: Sequence[Prompt]) -> list[list[int]]:
+    def _generate(self, batch: list[list[int]], prompts: Sequence[Prompt]) -> list[_Written]:
         import torch
         from transformers import LogitsProcessorList
 
@@ -98,6 +112,9 @@ class TransformersTeacher:
             ids[row, length - len(tokens) :] = torch.tensor(tokens)
             mask[row, length - len(tokens) :] = 1
         processors = LogitsProcessorList()
+        likeliest = TopLogprobs(self._generation.logprobs) if self._generation.logprobs else None
+        if likeliest:
+            processors.append(likeliest)  # first: of what the model gives, not of what is sampled from
         if any(prompt.temperature for prompt in prompts):
             processors.append(GumbelSampling(prompts, self._generation.seed))
         with torch.inference_mode():
@@ -107,7 +124,30 @@ class TransformersTeacher:
                 logits_processor=processors,
             )
         generated: list[list[int]] = output[:, length:].tolist()
-        return generated
+        if not likeliest:
+            return [_Written(tokens, [], []) for tokens in generated]
+        return [_Written(*row) for row in zip(generated, *likeliest.rows(), strict=True)]
+
+
+class TopLogprobs:
+    """Keeps the `count` likeliest tokens of each step, with their log probabilities; changes no logits."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._steps: list[tuple[torch.Tensor, torch.Tensor]] = []  # each twice [batch, count]
+
+    def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
+        """Logits [batch, vocabulary] -> the same."""
+        logprobs, ids = scores.float().log_softmax(-1).topk(self._count)
+        self._steps.append((ids, logprobs))
+        return scores
+
+    def rows(self) -> tuple[list[list[list[int]]], list[list[list[float]]]]:
+        """Token ids and natural log probabilities, best first, each [batch][steps][count]."""
+        import torch
+
+        ids, logprobs = (torch.stack(steps, 1).tolist() for steps in zip(*self._steps, strict=True))
+        return ids, logprobs
 
 
 class GumbelSampling:

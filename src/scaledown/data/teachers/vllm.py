@@ -3,16 +3,17 @@
 import importlib.util
 import json
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from scaledown.data.logprobs import from_ids
 from scaledown.data.prompts import Prompt
 from scaledown.data.teachers import Generation, Rejection, seed_of
 from scaledown.data.teachers.context import Context
 from scaledown.errors import MissingExtraError, ModelError
 from scaledown.models import Halving, ModelSource, loadable, loading
-from scaledown.records import Answer
+from scaledown.records import Answer, Logprobs
 
 _WAITING: Final = 1024  # requests that the engine holds: it never runs dry, and memory stays bounded
 
@@ -107,6 +108,7 @@ class VllmTeacher:
             temperature=prompt.temperature,
             seed=seed_of(self._generation.seed, prompt.key) if prompt.temperature else None,
             max_tokens=self._generation.max_new_tokens,
+            logprobs=self._generation.logprobs or None,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -122,7 +124,16 @@ class VllmTeacher:
         if tokens and tokens[-1] in self._ends:
             tokens.pop()
         text = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        return Answer(text, written.finish_reason, len(output.prompt_token_ids or ()), len(tokens), dropped)
+        logprobs = self._logprobs(tokens, written.logprobs) if self._generation.logprobs else None
+        prompt_tokens = len(output.prompt_token_ids or ())
+        return Answer(text, written.finish_reason, prompt_tokens, len(tokens), dropped, logprobs)
+
+    def _logprobs(self, tokens: list[int], steps: Sequence[Mapping[int, Any]]) -> Logprobs:
+        """From what the engine gives at each token: the likeliest ones, and the token itself besides."""
+        most = self._generation.logprobs
+        best = [sorted(step.items(), key=lambda item: -item[1].logprob)[:most] for step in steps]
+        ids = [[token for token, _ in step] for step in best]
+        return from_ids(self._tokenizer, tokens, ids, [[each.logprob for _, each in step] for step in best])
 
 
 def _rank(lora: str) -> int:

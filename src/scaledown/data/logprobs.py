@@ -1,0 +1,174 @@
+"""The teacher's log probabilities of an answer: from what an engine gives, cut with the answer, checked."""
+
+import codecs
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import pyarrow as pa
+
+from scaledown.records import Logprobs
+
+ARROW: Final = pa.struct(
+    {
+        "tokens": pa.list_(pa.string()),
+        "token_ids": pa.list_(pa.int32()),
+        "top_tokens": pa.list_(pa.list_(pa.string())),
+        "top_ids": pa.list_(pa.list_(pa.int32())),
+        "top_logprobs": pa.list_(pa.list_(pa.float64())),
+    }
+)
+"""`Logprobs` in shards and Parquet."""
+
+_LEAST: Final = -9999.0  # what vLLM gives for a probability of 0, which has no finite logarithm
+_DIGITS: Final = 4  # more would double the size of JSON and tell nothing: bfloat16 has three
+_HALF_CHARACTER: Final = "\ufffd"  # a tokenizer decodes the first bytes of a character to this
+
+
+def rounded(logprob: float) -> float:
+    """A log probability as it is kept: from -9999 to 0, with four decimals."""
+    return round(min(logprob, 0.0) if logprob > _LEAST else _LEAST, _DIGITS)
+
+
+def from_ids(
+    tokenizer: Any,
+    token_ids: Sequence[int],
+    top_ids: Sequence[Sequence[int]],
+    top_logprobs: Sequence[Sequence[float]],
+) -> Logprobs:
+    """The log probabilities of an answer from an engine that gives token ids.
+
+    Args:
+        tokenizer: The teacher's Hugging Face tokenizer.
+        token_ids: The tokens of the answer, [T].
+        top_ids: The likeliest tokens at each of them, best first, [T][K]; what is behind T is ignored.
+        top_logprobs: Their natural log probabilities, [T][K].
+
+    Returns:
+        What is kept of them.
+    """
+    count = len(token_ids)
+    return {
+        "tokens": _texts(tokenizer, token_ids),
+        "token_ids": list(token_ids),
+        "top_tokens": None,
+        "top_ids": [list(row) for row in top_ids[:count]],
+        "top_logprobs": [[rounded(value) for value in row] for row in top_logprobs[:count]],
+    }
+
+
+def _texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+    """The text that each token adds to those before it; joined, they are the text of all of them."""
+    if not token_ids:
+        return []
+    starts = [
+        tokenizer.decode(token_ids[:count], skip_special_tokens=True).rstrip(_HALF_CHARACTER)
+        for count in range(len(token_ids))
+    ]
+    text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
+    # A tokenizer may tidy the text before a token: the ends then stay in order all the same.
+    ends = itertools.accumulate((min(len(start), len(text)) for start in starts), max)
+    return [text[start:end] for start, end in itertools.pairwise([*ends, len(text)])]
+
+
+def from_server(content: Any, count: int) -> Logprobs | None:
+    """The log probabilities of an answer from a reply in the chat completions format.
+
+    Args:
+        content: The `logprobs.content` of a choice: one object a token, with `token`, `bytes` (which servers
+            may leave out) and `top_logprobs`.
+        count: How many are kept at each token, if the server gives so many.
+
+    Returns:
+        What is kept of them; None where the server gives none.
+
+    Raises:
+        TypeError, LookupError, AttributeError: The content has another form.
+    """
+    if not content or not all(step.get("top_logprobs") for step in content):
+        return None
+    # A character may be in several tokens, each with some of its bytes.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    best = [sorted(step["top_logprobs"], key=lambda top: -top["logprob"])[:count] for step in content]
+    return {
+        "tokens": [decoder.decode(_bytes(step), step is content[-1]) for step in content],
+        "token_ids": None,
+        "top_tokens": [[_plain(top["token"]) for top in step] for step in best],
+        "top_ids": None,
+        "top_logprobs": [[rounded(top["logprob"]) for top in step] for step in best],
+    }
+
+
+def _bytes(token: Any) -> bytes:
+    """Those of a server's token: as given, or of its text."""
+    own = token.get("bytes")
+    return _plain(token["token"]).encode() if own is None else bytes(own)
+
+
+def _plain(text: str) -> str:
+    """Text without halves of characters, which JSON may hold and no file does."""
+    return text.encode(errors="replace").decode()
+
+
+def for_answer(logprobs: Logprobs, answer: str) -> Logprobs | None:
+    """The log probabilities of the first tokens, as many as `answer` has.
+
+    Args:
+        logprobs: Of the text that the teacher wrote.
+        answer: What is kept of that text, without white space around it.
+
+    Returns:
+        Those of the fewest tokens whose text, joined and stripped, is `answer`; None where no such tokens
+        exist: `answer` ends inside a token, or is another text.
+    """
+    text = ""
+    for count, token in enumerate(logprobs["tokens"], 1):
+        text += token
+        if text.strip() == answer:
+            lists = ((name, logprobs[name]) for name in ARROW.names)  # type: ignore[literal-required]
+            return {name: None if of is None else of[:count] for name, of in lists}  # type: ignore[return-value]
+    return None
+
+
+def problem(value: Any, answer: str) -> str:  # noqa: PLR0911 (one a check)
+    """What keeps `value` from being the `answer_logprobs` of `answer`; empty where nothing does."""
+    if value is None:
+        return ""
+    if not isinstance(value, dict) or not value.keys() <= set(ARROW.names):
+        return f"is not an object of {', '.join(ARROW.names)}"
+    lists: dict[str, Any] = {name: value.get(name) for name in ARROW.names}
+    tokens, top_logprobs = lists["tokens"], lists["top_logprobs"]
+    if not _is_list(tokens, _is_text) or not _is_table(top_logprobs, _is_logprob):
+        return f"lacks tokens as texts or top_logprobs as lists of numbers from {_LEAST:.0f} to 0"
+    if "".join(tokens).strip() != answer.strip():
+        return "is of another text: its tokens, joined, are not the answer"
+    if not all(len(of) == len(tokens) for of in lists.values() if isinstance(of, list)):
+        return "has lists of different lengths"
+    if lists["token_ids"] is not None and not _is_list(lists["token_ids"], _is_id):
+        return "token_ids is not a list of ids"
+    for name, check in (("top_ids", _is_id), ("top_tokens", _is_text)):
+        if (rows := lists[name]) is not None and not (
+            _is_table(rows, check) and list(map(len, rows)) == list(map(len, top_logprobs))
+        ):
+            return f"{name} has not the shape of top_logprobs"
+    return ""
+
+
+def _is_table(value: Any, check: Callable[[Any], bool]) -> bool:
+    return _is_list(value, lambda row: _is_list(row, check))
+
+
+def _is_list(value: Any, check: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(check, value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
+
+
+def _is_logprob(value: Any) -> bool:
+    return type(value) in {int, float} and _LEAST <= value <= 0
