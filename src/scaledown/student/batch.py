@@ -241,8 +241,9 @@ class Reader:
         """
         if not documents:
             raise InputError("there are no documents to compress: give at least one")
+        copied = answer if self._config.is_pointer else None
         return Encoded(
-            self.read(query, documents, rate=rate),
+            self.read(query, documents, copied or "", rate=rate),
             self._pieces.around(self._prompt(query), len(documents)),
             [] if answer is None else self.answer_ids(answer),
             None if scores is None else list(scores),

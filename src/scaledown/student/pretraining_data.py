@@ -52,10 +52,10 @@ def pretraining_parts(config: PretrainConfig, tokenizer: Any, folder: Path) -> P
 def pretraining_examples(
     config: PretrainConfig, tokenizer: Any, bad: list[str]
 ) -> Iterator[tuple[str, TrainingExample]]:
-    """Examples of each passage, behind its name; rows that are no article are told in `bad`.
+    """An example of each passage, behind its name; rows that are no article are told in `bad`.
 
-    A pointer gets a cloze question of each sentence that has one. Others get one task a passage; which,
-    depends on `config.seed` and the name; the last passage of an article is repeated.
+    A pointer gets a cloze question of one sentence, if any has one. Others get one of the two tasks; the last
+    passage of an article is repeated. All depends on `config.seed` and the name alone.
     """
     examples = _questions if config.compressor == POINTER else _of_article
     corpus = files.locate(config.corpus_path, "--corpus_path")
@@ -87,6 +87,8 @@ def _of_article(passages: list[Passage], seed: int) -> Iterator[tuple[str, Train
 def _questions(passages: list[Passage], seed: int) -> Iterator[tuple[str, TrainingExample]]:
     for passage in passages:
         name = passage.passage_id
-        for cloze in cloze_questions(passage.text, Random(f"{seed} {name}")):  # noqa: S311
+        random = Random(f"{seed} {name}")  # noqa: S311
+        if found := list(cloze_questions(passage.text, random)):
+            cloze = random.choice(found)
             document = full_text(passage.title, passage.text)
             yield name, TrainingExample(cloze.query, [document], cloze.answer, None)

@@ -68,7 +68,6 @@ class EncodedExamples(Dataset[Encoded]):
             encoded = self._reader.encode_text(query, shown, len(ids))._replace(answer_ids=ids)
         elif self._is_pointer:
             encoded = self._reader.encode(query, documents, answer, rate=rate)
-            encoded = encoded._replace(documents=self._reader.read(query, documents, answer, rate=rate))
         else:
             encoded = self._reader.encode(query, documents, answer, scores)
         room = self._reader.context - encoded.prompt_length
@@ -236,7 +235,7 @@ class StudentTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                     losses = self._losses(model, part, whole)  # [losses]
                     loss = (losses * losses.new_tensor(list(WEIGHTS.values()))).sum()
-                    if loss.requires_grad:  # not of a batch whose answers copy nothing
+                    if loss.requires_grad:  # not of text that a frozen generator reads
                         self.accelerator.backward(loss * self.args.world_size)
                 sums += losses.detach()
                 self._advance(len(part))

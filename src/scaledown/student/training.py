@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from scaledown.atomic import read_json
 from scaledown.errors import MissingExtraError, UsageError
 from scaledown.models import choose_dtype
-from scaledown.student.train_settings import StudentConfig
+from scaledown.student.train_settings import StudentConfig, TrainConfig
 from scaledown.student.trainer import StudentTrainer
 from scaledown.student.training_data import Part, shares, training_order
 
@@ -68,7 +68,7 @@ def make_trainer(
         warmup_steps=int(WARM_UP * steps),  # none in a run so short that it would be all of it
         max_grad_norm=GRADIENT_NORM,
         adam_beta2=POINTER_BETA if model.config.is_pointer else ADAM_BETA,
-        ddp_find_unused_parameters=model.config.is_pointer,  # a batch may be text alone, or copy nothing
+        ddp_find_unused_parameters=model.config.is_pointer or _reads_text(config),
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         use_cpu=device == "cpu",
@@ -99,6 +99,11 @@ def make_trainer(
         held=held,
         micro_batch=min(share, config.micro_batch_size or (CPU_MICRO_BATCH if device == "cpu" else share)),
     )
+
+
+def _reads_text(config: StudentConfig) -> bool:
+    """Whether a batch may have no documents to compress."""
+    return isinstance(config, TrainConfig) and config.text_fraction + config.closed_book_fraction > 0
 
 
 def reporters(name: str) -> list[str]:
