@@ -63,7 +63,7 @@ class Gold(NamedTuple):
     answers: list[str]
 
 
-def side(folder: str, title: str) -> str:
+def side(title: str) -> str:
     """`train`, `development` or `test`, by an article's title alone.
 
     What an earlier version of this benchmark held out is in no test: choices were made on it.
@@ -99,7 +99,7 @@ def write_inputs(folders: list[Path], work: Path, recipe: Recipe) -> dict[str, G
         sides: dict[str, str] = {}
         for line in (folder / "kilt.jsonl").read_text(encoding="utf-8").splitlines():
             article = json.loads(line)
-            name = sides[article["wikipedia_id"]] = side(folder.name, article["wikipedia_title"])
+            name = sides[article["wikipedia_id"]] = side(article["wikipedia_title"])
             articles[name].append(line)
         for line in (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines():
             question = json.loads(line)

@@ -1,0 +1,68 @@
+"""The split of the learning benchmark: by article, and clean of what was looked at before."""
+
+import importlib.util
+import json
+import sys
+from collections import Counter
+from hashlib import blake2b
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from conftest import ROOT
+
+FOLDER = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def learns(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    spec = importlib.util.spec_from_file_location("learns", FOLDER / "learns.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "learns", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_articles_that_were_held_out_before_are_never_tested(learns: ModuleType) -> None:
+    titles = [f"Article {number}" for number in range(3000)]
+    sides = {title: learns.side(title) for title in titles}
+    for title in titles:
+        first = blake2b(f"0 {title}".encode(), digest_size=2).digest()[0]
+        if first % 10 == 0 or first % 100 < 13:
+            assert sides[title] != "test"
+    shares = {name: count / len(titles) for name, count in Counter(sides.values()).items()}
+    assert 0.10 < shares["test"] < 0.18
+    assert 0.05 < shares["development"] < 0.11
+
+
+def test_training_sees_no_article_of_the_other_sides(learns: ModuleType, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    articles = [
+        {"wikipedia_id": str(n), "wikipedia_title": f"Article {n}", "text": [f"Article {n}\n", f"Text {n}."]}
+        for n in range(200)
+    ]
+    questions = [
+        {"id": f"{n} {m}", "question": f"What {n} {m}?", "answers": [answer], "wikipedia_id": str(n)}
+        for n in range(200)
+        for m, answer in enumerate(("red", "Yes.", "blah " * 20))
+    ]
+    for name, rows in (("kilt", articles), ("questions", questions)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    gold = learns.write_inputs([folder], tmp_path, learns.RECIPES["short"])
+    assert len(gold) == 200, "open questions with short answers only"
+
+    def ids(name: str, key: str) -> set[str]:
+        lines = (tmp_path / name).read_text().splitlines()
+        return {str(json.loads(line)[key]).partition(" ")[0] for line in lines}
+
+    asked = {name: ids(f"{name}.queries.jsonl", "id") for name in ("train", "development", "test")}
+    trained = ids("train.corpus.jsonl", "wikipedia_id")
+    assert asked["train"] == trained
+    assert not trained & (asked["development"] | asked["test"])
+    assert not asked["development"] & asked["test"]
+    assert ids("test.corpus.jsonl", "wikipedia_id") == {str(n) for n in range(200)}
