@@ -106,11 +106,10 @@ def write_inputs(folders: list[Path], work: Path, recipe: Recipe) -> dict[str, G
             if is_open(question["answers"]):
                 gold[question["id"]] = Gold(f"{folder.name}/{question['wikipedia_id']}", question["answers"])
                 questions[sides[question["wikipedia_id"]]].append(question)
-    everything = [line for lines in articles.values() for line in lines]
+    write(work / "all.corpus.jsonl", [line for lines in articles.values() for line in lines])
+    write(work / "train.corpus.jsonl", articles["train"])
     for name, own in questions.items():
         chosen = own[: recipe.questions]
-        corpus = articles["train"] if name == "train" else everything
-        write(work / f"{name}.corpus.jsonl", corpus)
         write(
             work / f"{name}.queries.jsonl",
             [json.dumps({"id": one["id"], "query": one["question"]}) for one in chosen],
@@ -139,11 +138,17 @@ def command(log: Path, *words: str) -> None:
 
 
 def prepare(work: Path, name: str) -> Path:
-    """Records of one side: retrieved passages, and the teacher's answers."""
-    output = work / f"{name}.jsonl"
+    """Records of one side: passages retrieved from training articles, or from all, and teacher's answers."""
+    output, corpus = work / f"{name}.jsonl", "train" if name == "train" else "all"
     command(
         work / "prepare.log",
-        *("prepare", "--corpus_path", str(work / f"{name}.corpus.jsonl")),
+        *(
+            "prepare",
+            "--corpus_path",
+            str(work / f"{corpus}.corpus.jsonl"),
+            "--index_dir",
+            str(work / f"{corpus}.index"),
+        ),
         *("--queries_file", str(work / f"{name}.queries.jsonl"), "--retriever_model", "bundled:splade-tiny"),
         *("--passage_tokens", str(PASSAGE_TOKENS), "--top_k_retrieval", str(TOP)),
         *("--teacher_model", GENERATOR, "--teacher_batch_size", "16"),  # by OpenVINO where that is at hand

@@ -65,4 +65,4 @@ def test_training_sees_no_article_of_the_other_sides(learns: ModuleType, tmp_pat
     assert asked["train"] == trained
     assert not trained & (asked["development"] | asked["test"])
     assert not asked["development"] & asked["test"]
-    assert ids("test.corpus.jsonl", "wikipedia_id") == {str(n) for n in range(200)}
+    assert ids("all.corpus.jsonl", "wikipedia_id") == {str(n) for n in range(200)}
