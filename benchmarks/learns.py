@@ -8,9 +8,11 @@ article of the other two. Every step leaves its result in --work_dir; the same c
 `wikipedia_id`). --recipe short is 30 minutes of training on two cores, --quick does little of each step.
 """
 
+import itertools
 import json
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Iterable
 from hashlib import blake2b
 from pathlib import Path
@@ -63,31 +65,36 @@ class Gold(NamedTuple):
     answers: list[str]
 
 
-def side(title: str) -> str:
-    """`train`, `development` or `test`, by an article's title alone.
+def plain(title: str) -> str:
+    """A title as it is compared: "Otter" and "otter" are one article in two data sets."""
+    return unicodedata.normalize("NFKC", title.replace("_", " ")).casefold().strip()
 
-    What an earlier version of this benchmark held out is in no test: choices were made on it.
-    """
 
-    def draw(seed: int) -> int:
-        return blake2b(f"{seed} {title}".encode(), digest_size=2).digest()[0]
+def looked_at(title: str) -> bool:
+    """Whether an earlier version of this benchmark, or its pilot, held an article out and chose by it."""
+    number = blake2b(f"0 {title}".encode(), digest_size=2).digest()[0]
+    return number % 10 == 0 or number % 100 < 13
 
-    looked_at = draw(0) % 10 == 0 or draw(0) % 100 < 13
-    number = int.from_bytes(blake2b(f"{SPLIT_SEED} {title}".encode(), digest_size=4).digest(), "big") % 100
-    if number < TEST_SHARE:
-        return "train" if looked_at else "test"
-    return "development" if number < TEST_SHARE + DEVELOPMENT_SHARE else "train"
+
+def split(titles: Iterable[str]) -> dict[str, str]:
+    """`train`, `development` or `test` for each title; what was looked at before is in no test."""
+    titles = list(titles)
+    before = {plain(title) for title in titles if looked_at(title)}
+    found = {}
+    for title in titles:
+        name = plain(title)
+        number = int.from_bytes(blake2b(f"{SPLIT_SEED} {name}".encode(), digest_size=4).digest(), "big") % 100
+        if number < TEST_SHARE:
+            found[title] = "train" if name in before else "test"
+        else:
+            found[title] = "development" if number < TEST_SHARE + DEVELOPMENT_SHARE else "train"
+    return found
 
 
 def is_open(answers: Iterable[str]) -> bool:
     """Whether a question has a short answer that is not yes or no, which many an answer holds by chance."""
-    plain = [normalized(answer) for answer in answers]
-    plain = [answer for answer in plain if answer]
-    return (
-        bool(plain)
-        and not any(answer.split()[0] in {"yes", "no"} for answer in plain)
-        and (min(len(answer.split()) for answer in plain) <= 8)
-    )
+    words = [normalized(answer).split() for answer in answers if normalized(answer)]
+    return bool(words) and not any(own[0] in {"yes", "no"} for own in words) and min(map(len, words)) <= 8
 
 
 def write_inputs(folders: list[Path], work: Path, recipe: Recipe) -> dict[str, Gold]:
@@ -95,17 +102,22 @@ def write_inputs(folders: list[Path], work: Path, recipe: Recipe) -> dict[str, G
     gold: dict[str, Gold] = {}
     articles: dict[str, list[str]] = {"train": [], "development": [], "test": []}
     questions: dict[str, list[dict[str, Any]]] = {name: [] for name in articles}
-    for folder in folders:
-        sides: dict[str, str] = {}
-        for line in (folder / "kilt.jsonl").read_text(encoding="utf-8").splitlines():
-            article = json.loads(line)
-            name = sides[article["wikipedia_id"]] = side(article["wikipedia_title"])
+    lines = {folder: (folder / "kilt.jsonl").read_text(encoding="utf-8").splitlines() for folder in folders}
+    content = {folder: [json.loads(line) for line in own] for folder, own in lines.items()}
+    sides = split(article["wikipedia_title"] for own in content.values() for article in own)
+    for folder, own in content.items():
+        names = {article["wikipedia_id"]: sides[article["wikipedia_title"]] for article in own}
+        for line, name in zip(lines[folder], names.values(), strict=True):
             articles[name].append(line)
         for line in (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines():
             question = json.loads(line)
             if is_open(question["answers"]):
                 gold[question["id"]] = Gold(f"{folder.name}/{question['wikipedia_id']}", question["answers"])
-                questions[sides[question["wikipedia_id"]]].append(question)
+                questions[names[question["wikipedia_id"]]].append(question)
+    for one, other in itertools.combinations(questions, 2):
+        both = {plain(asked["question"]) for asked in questions[one]}
+        if shared := both & {plain(asked["question"]) for asked in questions[other]}:
+            sys.exit(f"{one} and {other} ask the same: {min(shared)!r}; take one of the two out")
     write(work / "all.corpus.jsonl", [line for lines in articles.values() for line in lines])
     write(work / "train.corpus.jsonl", articles["train"])
     for name, own in questions.items():
@@ -203,12 +215,20 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def with_others(path: Path) -> Path:
-    """The same questions, each with the documents of another about another article."""
+def with_others(path: Path, gold: dict[str, Gold]) -> Path:
+    """The same questions, each with the documents of the next, from the middle on, about another article."""
     output = path.with_name(path.stem + ".others.jsonl")
     content = records(path)
-    half = len(content) // 2
-    shifted = content[half:] + content[:half]
+    articles = [gold[record["query_id"]].article for record in content]
+    places = range(len(content))
+    shifted = [
+        next(
+            content[(place + step) % len(content)]
+            for step in (*places[len(content) // 2 :], *places)
+            if articles[(place + step) % len(content)] != articles[place]
+        )
+        for place in places
+    ]
     write(
         output,
         [
@@ -307,7 +327,7 @@ def report(work: Path, model: Path, data: Path, gold: dict[str, Gold], recipe: R
     p_value = 1.0
     for rate in RATES:
         answers = evaluate(work, model, data, "own", rate, ("compressed", *recipe.systems))
-        others = evaluate(work, model, with_others(data), "others", rate, ("compressed",))
+        others = evaluate(work, model, with_others(data, gold), "others", rate, ("compressed",))
         found = {
             name: judge.score([record["systems"][name]["answer"] for record in answers])
             for name in ("compressed", *recipe.systems)

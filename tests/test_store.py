@@ -94,7 +94,7 @@ def test_a_damaged_shard_says_what_to_delete(kept, tmp_path: Path) -> None:
         stage.path(0).unlink()
     else:
         stage.path(0).write_bytes(stage.path(0).read_bytes()[:kept])
-    with pytest.raises(RunDirectoryError, match="delete it and done.json"):
+    with pytest.raises(RunDirectoryError, match="delete the file and done.json"):
         stage.table(0)
 
 

@@ -282,17 +282,22 @@ class _Mirror(Storage):
             ) from None
 
     def publish(self, path: Path) -> None:
-        def send() -> None:
+        for last in (False, False, True):
             size = path.stat().st_size
-            self._system.put_file(str(path), self._at(path))
-            self._note(path)
-            if (kept := self._listing(path.parent).get(path.name)) and kept.size < size:
-                raise OSError(f"it keeps {kept.size:,} bytes of {size:,}")
+            self._put(path, lambda: self._system.put_file(str(path), self._at(path)))
+            kept = self._note(path)
+            if kept is None or kept.size >= size or self._on_hub:  # which tells of what was there before
+                return
+            lost = f"{self.shown(path)}: the store keeps {kept.size:,} bytes of {size:,}"
+            if last:
+                raise OutputError(
+                    f"{lost}; finished work is kept: check the store, and run the same command again"
+                )
+            log.warning("%s: sending it again", lost)
 
-        self._put(path, send)
-
-    def _note(self, path: Path) -> None:
-        """Keep in mind what was just published, and what time it is there."""
+    def _note(self, path: Path) -> _Entry | None:
+        """Keep in mind what was just published, and what time it is there; gives it, if it is there."""
+        entry = None
         if info := self._info(path):
             entry = _Entry.of(info)
             if not entry.time:
@@ -302,6 +307,7 @@ class _Mirror(Storage):
             self._here.add(path)
             with contextlib.suppress(FileNotFoundError):
                 os.utime(path, (entry.time, entry.time))
+        return entry
 
     def check_writable(self, output: Path) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ final name only when it is whole; `done.json` says that a stage has all of its s
 """
 
 import contextlib
+import errno
 import json
 import logging
 import time
@@ -24,6 +25,7 @@ from scaledown.store import ABSENT, GIVEN_UP, SCHEMA, RunDirectory, fingerprint
 log = logging.getLogger("scaledown")
 
 _CHECKSUM_BYTES: Final = 4
+_OUT_OF_RESOURCES: Final = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # which say nothing about a file
 _WAIT_SECONDS: Final = 0.1
 
 
@@ -169,10 +171,15 @@ class Stage:
             try:
                 return _mapped(path, check=check)
             except (pa.ArrowException, OSError, ValueError) as error:
+                if getattr(error, "errno", None) in _OUT_OF_RESOURCES:
+                    raise
                 self.storage.drop(path)  # else it would be taken for whole the next time
                 if (pause := next(pauses, None)) is None:
+                    # What another process may be making is not to be deleted.
                     raise RunDirectoryError(
-                        f"{self.storage.shown(path)} is missing or damaged: {self._run.remedy()}"
+                        f"{self.storage.shown(path)} is missing or damaged: run the same command again when "
+                        "no other process works on this run; if it still fails then, delete the file and "
+                        "done.json beside it"
                     ) from error
             time.sleep(pause)
             check |= self.storage.fetch(path)

@@ -87,7 +87,6 @@ class RunDirectory:
         self.part = part
         self.opened: dict[str, Path] = {}
         """The folders of the stages that this process has opened, by their names."""
-        self._note: Path | None = None
         worker = worker or f"{socket.gethostname()}-{os.getpid()}"
         self.leases = Leases(path / "locks", worker, storage)
         if path.exists() and not path.is_dir():
@@ -155,7 +154,6 @@ class RunDirectory:
             mine.acquire()
             write_json(note, {"request": request, "pid": os.getpid(), "host": socket.gethostname()})
             self.storage.publish(note)
-        self._note = note
         try:
             with self.storage.keeping(note):
                 yield live / name
@@ -163,13 +161,6 @@ class RunDirectory:
             self.storage.remove(note)
             lock.unlink(missing_ok=True)
             mine.release()
-
-    def remedy(self) -> str:
-        """What to do about a damaged shard. What another process may be making is not to be deleted."""
-        notes = self.storage.glob(self.path / "live", "*.json")
-        if any(self._lives(note) for note in notes if note != self._note):
-            return "another process works on this run: run the same command again when that has ended"
-        return "delete it and done.json beside it, and run the same command again"
 
     def _lives(self, note: Path) -> bool:
         """Whether the process that left a note lives; else forget it."""

@@ -173,6 +173,8 @@ def test_a_pointer_keeps_its_rate_scores_and_answers_in_its_folder(
                 assert torch.equal(left, right)
     assert again.rerank(QUERY, DOCUMENTS) == model.rerank(QUERY, DOCUMENTS)
     half = ScaleDownModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.pointer.words.dtype == torch.int64
+    assert torch.equal(half.pointer.words, model.pointer.words)
     assert {parameter.dtype for parameter in half.pointer.parameters()} == {torch.float32}
     assert half.generator.dtype == torch.bfloat16
     assert len(half.answer(QUERY, DOCUMENTS, max_new_tokens=4)) >= 0
@@ -216,8 +218,11 @@ def test_tokens_of_one_word_count_as_the_same(models: dict[str, Path]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(models["causal_lm"])
     numbers = pointer.same_words(tokenizer, len(tokenizer) + 3)
     assert len(numbers) == len(tokenizer) + 3
-    words = {}
+    words: dict[int, set[str]] = {}
+    assert {numbers[token] for token in tokenizer.all_special_ids} == {pointer.NO_WORD}
     for token, number in enumerate(numbers[: len(tokenizer)]):
+        if number == pointer.NO_WORD:
+            continue
         words.setdefault(number, set()).add(tokenizer.decode([token]).strip().lower())
     assert all(len({word.rstrip("s") for word in own}) == 1 for own in words.values() if len(own) > 1)
 
@@ -230,8 +235,18 @@ def test_an_answer_copies_its_whole_occurrences() -> None:
         [],
         ["THE MOON"],
     ]
-    assert occurrences("a+b and a+b", "a+b") == [(0, 3), (8, 11)]
-    assert occurrences("anything", " . ") == []
+    assert occurrences("ab+b and ab+b", "ab+b") == [(0, 4), (9, 13)]
+    for document, answer in [
+        ("anything", " . "),
+        ("There is no rain. Yes!", "No"),
+        ("a vitamin A", "A"),
+        ("it is the sun", "the"),
+        ("1,000 or 1.5 or 1-2 or 21", "1"),
+        ("Spider-Man and manly", "Man"),
+    ]:
+        assert occurrences(document, answer) == [], (document, answer)
+        assert copied_spans("Who?", [document], answer) == [[]] or answer in {"1", "Man"}
+    assert occurrences("There is 1, or 1.", "1") == [(9, 10), (15, 16)]
 
 
 def test_a_longer_answer_copies_content_words_of_what_supports_it() -> None:
@@ -246,6 +261,28 @@ def test_a_longer_answer_copies_content_words_of_what_supports_it() -> None:
         [],
     ]
     assert copied_spans("Who?", documents, "") == [[], [], []]
+
+
+@torch.no_grad()
+def test_documents_without_tokens_have_no_embeddings(model: ScaleDownModel) -> None:
+    for documents in (["", DOCUMENTS[0]], [""], ["", "", DOCUMENTS[1], {"title": "", "text": ""}]):
+        for budget in ("each", "shared"):
+            found = model.compress(QUERY, documents, budget=budget)
+            assert [bool(len(own)) for own in found] == [document in DOCUMENTS for document in documents]
+            scores = model.rerank(QUERY, documents)
+            assert all(score < -1000 for own, score in zip(found, scores, strict=True) if not len(own))
+            assert model.answer(QUERY, documents, budget=budget, max_new_tokens=4) is not None
+    loss = model(**collate([model.reader.encode(QUERY, ["", DOCUMENTS[0]], "1889")])).loss
+    assert loss.isfinite()
+    assert model(**collate([model.reader.encode(QUERY, [""], "1889")])).loss.isfinite()
+
+
+def test_labels_are_of_what_is_not_cut(models: dict[str, Path]) -> None:
+    model = build(models, doc_max_length=8)
+    late = "wind " * 20 + "gravity oceans"
+    read = model.reader.read("What?", [late, "gravity and more"], "It is gravity in oceans")
+    assert not any(read[0].copied)
+    assert any(read[1].copied)
 
 
 def test_cloze_questions_hide_what_stands_nowhere_else() -> None:

@@ -73,6 +73,10 @@ def main(argv: Sequence[str], program: str = "scaledown answer") -> int:
         start_logging(options.log_level, options.log_format)
         if bool(options.query) == bool(options.data):
             raise UsageError("give --query TEXT, or --data FILE with --output_file FILE")
+        if options.uncompressed and (options.compression_rate or options.budget != "each"):
+            raise UsageError(
+                "--uncompressed leaves --compression_rate and --budget no meaning: leave them out"
+            )
         if options.data and not options.output_file:
             raise UsageError("--data needs --output_file FILE for the answers")
         if options.data:

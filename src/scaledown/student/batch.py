@@ -8,7 +8,7 @@ import torch
 from scaledown.data.prompts import CLOSED_BOOK, Prompt, answer_prompt
 from scaledown.data.teachers import Generation, Rejection
 from scaledown.data.teachers.context import Context
-from scaledown.errors import InputError
+from scaledown.errors import InputError, ModelError
 from scaledown.records import document_text
 from scaledown.student.labels import copied_spans
 from scaledown.student.settings import ScaleDownConfig
@@ -114,7 +114,7 @@ def collate(examples: Sequence[Encoded]) -> Batch:
         labels[row, place : place + len(answer)] = answer
         scores += example.scores if example.scores is not None else [float("nan")] * len(example.documents)
     documents = [document for example in examples for document in example.documents]
-    copied = torch.zeros(len(documents), max((one.stop - one.start for one in documents), default=0))
+    copied = torch.zeros(len(documents), max((one.stop - one.start for one in documents), default=1) or 1)
     for row, document in enumerate(documents):
         copied[row, : len(document.copied)] = torch.tensor(document.copied, dtype=torch.float32)
     return {
@@ -213,6 +213,10 @@ class Reader:
     def __init__(
         self, config: ScaleDownConfig, tokenizer: Any, compressor_tokenizer: Any, context: int
     ) -> None:
+        if config.is_pointer and not compressor_tokenizer.is_fast:
+            raise ModelError(
+                f"{config.generator_name}: has no fast tokenizer, which a pointer needs; use another model"
+            )
         self.cut = 0
         self.cut_queries = 0
         self.context = context
@@ -281,29 +285,32 @@ class Reader:
             asked = self._plain_ids(query)
             self.cut_queries += len(asked) > config.query_max_length
             asked = asked[: config.query_max_length] + (self._end or self._plain_ids("\n"))
-        texts = [document_text(document) for document in documents]
-        spans = copied_spans(query, texts, answer) if answer else [[] for _ in texts]
-        found = []
-        for text, own in zip(texts, spans, strict=True):
+        start = len(self._start) + len(asked)
+        found, texts, offsets = [], [], []
+        for document in documents:
+            text = document_text(document)
             read = self._compressor(
                 text,
                 add_special_tokens=False,
                 split_special_tokens=True,
                 verbose=False,
-                return_offsets_mapping=bool(own),
+                return_offsets_mapping=bool(answer),
             )
             tokens = read["input_ids"]
             self.cut += len(tokens) > config.doc_max_length
             tokens = tokens[: config.doc_max_length]
-            start = len(self._start) + len(asked)
-            copied: tuple[bool, ...] = ()
-            if own:
-                offsets = read["offset_mapping"][: len(tokens)]
-                copied = tuple(any(a < end and b > begin for begin, end in own) for a, b in offsets)
             memory = config.memory_tokens_of(len(tokens), rate or config.compression_rate)
             ids = [*self._start, *asked, *tokens, *self._end]
-            found.append(Document(ids, start, start + len(tokens), memory, copied))
-        return found
+            found.append(Document(ids, start, start + len(tokens), memory))
+            if answer:
+                offsets.append(read["offset_mapping"][: len(tokens)])
+                texts.append(text[: max((end for _, end in offsets[-1]), default=0)])  # what is not cut
+        if not answer:
+            return found
+        return [
+            one._replace(copied=tuple(any(a < end and b > begin for begin, end in spans) for a, b in own))
+            for one, own, spans in zip(found, offsets, copied_spans(query, texts, answer), strict=True)
+        ]
 
     def answer_ids(self, answer: str) -> list[int]:
         """The answer's tokens with the token that ends it."""

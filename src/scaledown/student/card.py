@@ -37,7 +37,7 @@ tags:
 
 Answers questions about retrieved documents. A compressor reads each document together with the question
 and {left}, which the generator reads instead of its text
-(OSCAR, [arXiv 2504.07109](https://arxiv.org/abs/2504.07109)).
+({"after " if config.is_pointer else ""}OSCAR, [arXiv 2504.07109](https://arxiv.org/abs/2504.07109)).
 
 ```python
 from scaledown.student.model import ScaleDownModel

@@ -28,18 +28,19 @@ class Cloze(NamedTuple):
     answer: str
 
 
-def cloze_questions(text: str, random: Random) -> Iterator[Cloze]:
-    """At most one question of each sentence of `text`, whose answer occurs nowhere else in it.
+def cloze_questions(text: str, random: Random, title: str = "") -> Iterator[Cloze]:
+    """At most one question of each sentence of `text`, whose answer occurs nowhere else in text and title.
 
     What is asked is a window of words around the gap: real questions are no whole sentences.
     """
+    whole = f"{title}\n{text}".lower()
     for sentence in sentences(text):
         if len(sentence.split()) not in _WORDS:
             continue
         found = [
             match
             for match in _HIDDEN.finditer(sentence)
-            if match.start() and text.lower().count(match.group().lower()) == 1
+            if match.start() and whole.count(match.group().lower()) == 1
         ]
         if found:
             match = random.choice(found)

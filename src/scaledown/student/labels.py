@@ -21,7 +21,7 @@ def copied_spans(query: str, documents: Sequence[str], answer: str) -> list[list
     whole = [occurrences(document, answer) for document in documents]
     if any(whole):
         return whole
-    words = set(content_words(answer)) - set(content_words(query))
+    words = _content(answer) - _content(query)
     found = [
         [match.span() for match in WORD.finditer(document) if match.group().lower() in words]
         for document in documents
@@ -37,9 +37,20 @@ def copied_spans(query: str, documents: Sequence[str], answer: str) -> list[list
 
 
 def occurrences(document: str, answer: str) -> list[Span]:
-    """Where a document has the whole answer as words of its own, whatever the case."""
+    """Where a document has the whole answer as words of its own, whatever the case.
+
+    Nowhere, if the answer is yes or no, a single letter, or has function words only: these are in many a
+    document by chance.
+    """
     text = answer.strip().strip(".").strip()
-    if not text:
+    if not _content(text):
         return []
-    pattern = re.compile(rf"(?<!\w){re.escape(text)}(?!\w)", re.IGNORECASE)
+    # Neither a part of another word ("Man" of "Spider-Man") nor of another number ("1" of "1,000").
+    pattern = re.compile(rf"(?<![\w-])(?<!\d[.,]){re.escape(text)}(?![\w-])(?![.,]\d)", re.IGNORECASE)
     return [match.span() for match in pattern.finditer(document)]
+
+
+def _content(text: str) -> set[str]:
+    """Words that say something by themselves."""
+    words = set(content_words(text)) - {"yes", "no"}
+    return {word for word in words if not (len(word) == 1 and word.isascii() and word.isalpha())}

@@ -24,7 +24,7 @@ from scaledown.student import compressors, pointer
 from scaledown.student.answering import Answering
 from scaledown.student.batch import IGNORED, Group, Reader
 from scaledown.student.card import model_card
-from scaledown.student.pointer import Pointer
+from scaledown.student.pointer import PADDED, Pointer
 from scaledown.student.settings import ScaleDownConfig
 
 WEIGHTS: Final = {"answer_loss": 1.0, "rerank_loss": 0.05, "pointer_loss": 1.0}
@@ -62,6 +62,21 @@ class Compressed(NamedTuple):
     """[documents, tokens] bool: what a pointer picked."""
 
 
+class _Scored(NamedTuple):
+    """A group of documents, their own tokens only."""
+
+    ids: torch.Tensor
+    """[documents, tokens]."""
+    states: torch.Tensor
+    """[documents, tokens, width]."""
+    scores: torch.Tensor
+    """[documents, tokens] float32."""
+    lengths: torch.Tensor
+    """[documents]."""
+    counts: torch.Tensor
+    """[documents]: tokens to be picked of each."""
+
+
 class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # transformers has no types
     """OSCAR (arXiv 2504.07109): documents compressed for their query, and a generator that reads the result.
 
@@ -72,7 +87,7 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     _supports_sdpa = True  # the choice of transformers; each part makes its own
-    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"pointer"}  # small, and ranks tokens
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["pointer"]  # small, and ranks tokens
 
     def __init__(self, config: ScaleDownConfig, generator: Any = None, compressor: Any = None) -> None:
         super().__init__(config)
@@ -240,28 +255,49 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         if not groups:
             none = self.get_input_embeddings().weight.new_zeros(0, self.get_input_embeddings().embedding_dim)
             return Compressed(none, [], none[:, 0].float())
-        longest = max(int((group["stops"] - group["starts"]).max()) for group in groups)
-        parts = []
-        for group in groups:
-            ids, starts = group["ids"].to(self.device), group["starts"].to(self.device)
-            lengths = group["stops"].to(self.device) - starts
-            states = self.compressor(input_ids=ids).last_hidden_state  # causal: padding is on the right
-            steps = torch.arange(longest, device=ids.device)
-            places = (starts[:, None] + steps).clamp(max=ids.shape[1] - 1)  # [documents, tokens]
-            states = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
-            matches = pointer.matches(self.pointer.words[ids], starts, places)
-            scores = self.pointer(states, lengths, matches)
-            parts.append((ids.gather(1, places), states, scores, lengths, group["counts"].to(ids.device)))
-        order = _order(groups).to(self.device)
-        ids, states, scores, lengths, counts = (
-            torch.cat(column)[order] for column in zip(*parts, strict=True)
+        scored = [self._score(group) for group in groups]
+        order = _order(groups)
+        longest = max(own.scores.shape[1] for own in scored)
+        scores = torch.cat(
+            [
+                nn.functional.pad(own.scores, (0, longest - own.scores.shape[1]), value=PADDED)
+                for own in scored
+            ]
         )
-        if shared:
-            chosen = pointer.share(scores, counts, lengths, shared)
+        counts, lengths = (
+            torch.cat([getattr(own, name) for own in scored]) for name in ("counts", "lengths")
+        )
+        if shared:  # over the documents of a question, in their order
+            chosen = torch.empty_like(scores, dtype=torch.bool)
+            chosen[order] = pointer.share(scores[order], counts[order], lengths[order], shared)
         else:
             chosen = pointer.choose(scores, counts, lengths)
-        embeddings = self.pointer.embed(self.get_input_embeddings()(ids), states, chosen)
-        return Compressed(embeddings, chosen.sum(1).tolist(), scores.max(1).values, scores, chosen)
+        picked: list[torch.Tensor] = []
+        first = 0
+        for own in scored:  # states of all documents side by side would be padded to the longest
+            mine = chosen[first : first + len(own.ids), : own.ids.shape[1]]
+            first += len(own.ids)
+            words = self.get_input_embeddings()(own.ids)
+            embeddings = self.pointer.embed(words, own.states, mine)
+            picked += torch.split(embeddings, mine.sum(1).tolist())
+        return Compressed(
+            torch.cat([picked[place] for place in order.tolist()]),
+            [len(picked[place]) for place in order.tolist()],
+            scores[order].max(1).values,
+            scores[order],
+            chosen[order],
+        )
+
+    def _score(self, group: Group) -> "_Scored":
+        ids, starts = group["ids"].to(self.device), group["starts"].to(self.device)
+        lengths = group["stops"].to(self.device) - starts
+        states = self.compressor(input_ids=ids).last_hidden_state  # causal: padding is on the right
+        steps = torch.arange(max(1, int(lengths.max())), device=ids.device)
+        places = (starts[:, None] + steps).clamp(max=ids.shape[1] - 1)  # [documents, tokens]
+        states = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+        matches = pointer.matches(self.pointer.words[ids], starts, places)
+        scores = self.pointer(states, lengths, matches)
+        return _Scored(ids.gather(1, places), states, scores, lengths, group["counts"].to(ids.device))
 
     def embed(
         self, ids: torch.Tensor, is_memory: torch.Tensor, embeddings: torch.Tensor | None
@@ -345,6 +381,8 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         tokenizer = compressor_tokenizer = load_tokenizer(source)
         if model.config.compressor_name is not None:
             compressor_tokenizer = load_tokenizer(source, COMPRESSOR_FOLDER)
+        if model.config.is_pointer:
+            model.pointer.words = model.pointer.words.long()  # kept in float32 with the rest
         model._set_trained()  # loading has made all of it trainable
         model._attach(tokenizer, compressor_tokenizer, generation)
         return model

@@ -98,6 +98,7 @@ def _pretrained(config: StudentConfig, name: str, *, reranks: bool) -> Origin:
     source = resolve(name)
     settings = read_settings(source)
     settings.enable_reranking |= reranks
+    settings.check_reranking()
     origin = Origin(settings, source, is_pretrained=True)
     defaults = {item.name: item.default for item in fields(config)}
     for flag, there in origin.settled.items():

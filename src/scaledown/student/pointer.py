@@ -1,7 +1,6 @@
 """The pointer: of each document it picks the tokens that matter for the query; their embeddings stand for it.
 
-Hard selection learns from a few thousand examples, where new memory tokens learn to fetch nothing.
-`docs/results.md` has the measurements.
+Hard selection needs no new tokens that have to learn to fetch something from a document.
 """
 
 import re
@@ -11,11 +10,12 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+NO_WORD: Final = -1
 _SCORED: Final = 128  # units that read a state
 _CONTEXT: Final = 96  # units of the recurrent layer, each way
 _FEATURES: Final = 2
 _WINDOW: Final = 11  # tokens over which matches with the query are averaged
-_NOWHERE: Final = -1e4  # the score of padding: finite, so that a softmax over it has gradients
+PADDED: Final = -1e4  # the score of padding: finite, so that a softmax over it has gradients
 
 
 class Pointer(nn.Module):
@@ -29,13 +29,16 @@ class Pointer(nn.Module):
 
     def __init__(self, width: int, vocabulary: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, 1)
-        self.score_state = nn.Sequential(nn.Linear(width, _SCORED), nn.GELU(), nn.Linear(_SCORED, 1))
+        # Without biases at the end: they would move all scores alike, which changes nothing.
+        self.linear = nn.Linear(width, 1, bias=False)
+        self.score_state = nn.Sequential(
+            nn.Linear(width, _SCORED), nn.GELU(), nn.Linear(_SCORED, 1, bias=False)
+        )
         self.narrow = nn.Linear(width, _SCORED)
         read = _SCORED + _FEATURES
         self.context = nn.GRU(read, _CONTEXT, bidirectional=True, batch_first=True)
         self.score_context = nn.Sequential(
-            nn.Linear(2 * _CONTEXT + read, _CONTEXT), nn.GELU(), nn.Linear(_CONTEXT, 1)
+            nn.Linear(2 * _CONTEXT + read, _CONTEXT), nn.GELU(), nn.Linear(_CONTEXT, 1, bias=False)
         )
         self.carry = nn.Linear(width, width, bias=False)
         # Which tokens are the same word to the features.
@@ -64,7 +67,8 @@ class Pointer(nn.Module):
                 [nn.functional.gelu(self.narrow(states)), matches[..., None], near[..., None]], -1
             )  # [documents, tokens, 130]
             # Packed: reading backwards begins at a document's own end, not in its padding.
-            packed = nn.utils.rnn.pack_padded_sequence(read, lengths.cpu(), True, enforce_sorted=False)
+            some = lengths.clamp(min=1).cpu()  # of a document without tokens one is read, and never picked
+            packed = nn.utils.rnn.pack_padded_sequence(read, some, True, enforce_sorted=False)
             around, _ = nn.utils.rnn.pad_packed_sequence(
                 self.context(packed)[0], batch_first=True, total_length=states.shape[1]
             )  # [documents, tokens, 192]
@@ -73,7 +77,7 @@ class Pointer(nn.Module):
                 + self.score_state(states)
                 + self.score_context(torch.cat([around, read], -1))
             )
-        masked: torch.Tensor = scores[..., 0].float().masked_fill(~inside, _NOWHERE)
+        masked: torch.Tensor = scores[..., 0].float().masked_fill(~inside, PADDED)
         return masked
 
     def embed(self, tokens: torch.Tensor, states: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
@@ -95,7 +99,7 @@ def matches(words: torch.Tensor, starts: torch.Tensor, places: torch.Tensor) -> 
     before = torch.arange(words.shape[1], device=words.device) < starts[:, None]  # [documents, length]
     own = words.gather(1, places)  # [documents, tokens]
     same = (own[:, :, None] == words[:, None, :]) & before[:, None, :]
-    return same.any(-1).float()
+    return (same.any(-1) & (own != NO_WORD)).float()
 
 
 def normed(states: torch.Tensor) -> torch.Tensor:
@@ -156,12 +160,18 @@ def pointer_loss(scores: torch.Tensor, targets: torch.Tensor, sizes: Sequence[in
 
 
 def same_words(tokenizer: Any, vocabulary: int) -> list[int]:
-    """For each token a number that tokens of the same word share, whatever their case, space or plural."""
+    """For each token a number that tokens of the same word share, whatever their case, space or plural.
+
+    Special tokens, punctuation and white space have `NO_WORD`.
+    """
     numbers: dict[str, int] = {}
+    special = set(tokenizer.all_special_ids)
     found = []
     for token in range(vocabulary):
-        text = tokenizer.decode([token]).strip().lower() if token < len(tokenizer) else ""
-        word = text if len(text) > 1 and re.match(r"\w", text) else f"\0{token}"
+        word = tokenizer.decode([token]).strip().lower() if token < len(tokenizer) else ""
+        if token in special or not re.search(r"\w", word):
+            found.append(NO_WORD)
+            continue
         if len(word) > 4 and word.endswith("s"):
             word = word[:-1]
         found.append(numbers.setdefault(word, len(numbers)))

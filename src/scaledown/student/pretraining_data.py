@@ -44,7 +44,8 @@ def pretraining_parts(config: PretrainConfig, tokenizer: Any, folder: Path) -> P
     if len(bad) > _MESSAGES:
         log.warning("%s more rows are unusable", f"{len(bad) - _MESSAGES:,}")
     if not len(examples):
-        raise InputError(f"--corpus_path {config.corpus_path}: no article with text; check the file")
+        asked = " in which a name or a number can be hidden" if config.compressor == POINTER else ""
+        raise InputError(f"--corpus_path {config.corpus_path}: no article with text{asked}; check the file")
     examples.skipped = len(bad)
     return split_parts(examples, config)
 
@@ -88,7 +89,7 @@ def _questions(passages: list[Passage], seed: int) -> Iterator[tuple[str, Traini
     for passage in passages:
         name = passage.passage_id
         random = Random(f"{seed} {name}")  # noqa: S311
-        if found := list(cloze_questions(passage.text, random)):
+        if found := list(cloze_questions(passage.text, random, passage.title)):
             cloze = random.choice(found)
             document = full_text(passage.title, passage.text)
             yield name, TrainingExample(cloze.query, [document], cloze.answer, None)

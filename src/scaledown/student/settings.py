@@ -61,8 +61,7 @@ class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers h
                 f"--compression_rate {self.compression_rate}: use {LOWEST_RATE} to {HIGHEST_RATE} tokens a "
                 "memory token"
             )
-        if self.is_pointer and self.enable_reranking:
-            raise UsageError("--enable_reranking: a pointer ranks documents by its own scores: leave it out")
+        self.check_reranking()
         self.check_rate(self.compression_rate)
         for name in ("num_layers", "doc_max_length", "query_max_length", "mapping_width", "lora_rank"):
             if (value := getattr(self, name)) < 1:
@@ -84,6 +83,11 @@ class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers h
         """Whether documents are compressed to embeddings of tokens that are picked from them."""
         return self.compressor == POINTER
 
+    def check_reranking(self) -> None:
+        """Raise `UsageError` for a pointer with a reranking head."""
+        if self.is_pointer and self.enable_reranking:
+            raise UsageError("--enable_reranking: a pointer ranks documents by its own scores: leave it out")
+
     @property
     def ranks(self) -> bool:
         """Whether the model tells how relevant documents are."""
@@ -104,8 +108,8 @@ class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers h
             )
 
     def memory_tokens_of(self, tokens: int, rate: int) -> int:
-        """Memory tokens that stand for a document of `tokens` tokens at `rate`, at least 1."""
-        return max(1, math.ceil(tokens / rate)) if self.is_pointer else self.memory_tokens
+        """Memory tokens that stand for a document of `tokens` tokens at `rate`; a pointer's may be none."""
+        return math.ceil(tokens / rate) if self.is_pointer else self.memory_tokens
 
     @property
     def compressor_name(self) -> str | None:

@@ -7,7 +7,7 @@ import statistics
 import sys
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -80,7 +80,7 @@ def train(config: Config) -> Trained:
     with _alone(home):
         origin = find_origin(config)
         given, config = config, _here(config)
-        memory = _recall(output, _identity(given, config, home, origin), origin.settled)
+        memory = _recall(output, _identity(given, config, home, origin), origin.settled, type(config))
         if result := memory.get("result"):
             documents = Lengths(**result.pop("documents"))
             return Trained(**result, documents=documents)._replace(
@@ -146,7 +146,9 @@ def _inputs(config: Config, home: RunDirectory) -> dict[str, Any]:
     return inputs
 
 
-def _recall(output: Path, identity: dict[str, Any], settled: Container[str]) -> dict[str, Any]:
+def _recall(
+    output: Path, identity: dict[str, Any], settled: Container[str], kind: type[Config]
+) -> dict[str, Any]:
     """What the folder remembers of this same run, at least `identity`; its models settle some flags.
 
     Raises `RunDirectoryError` where it holds another run, or a model of another origin.
@@ -159,13 +161,17 @@ def _recall(output: Path, identity: dict[str, Any], settled: Container[str]) -> 
                     f"--output_dir {output} holds {path.name}, and no run: choose another"
                 )
         return identity
+    defaults = {
+        item.name: item.default for item in fields(kind)
+    }  # of flags that a run of before did not have
     compared = [
         {
             **{
                 name: value
-                for name, value in side["parameters"].items()
+                for name, value in (_plain(defaults) | side["parameters"]).items()
                 if name not in FREE and name not in settled
             },
+            **({"gold": []} if kind is TrainConfig else {}),
             **side["inputs"],
             **side["models"],
         }

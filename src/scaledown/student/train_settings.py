@@ -225,6 +225,10 @@ class TrainConfig(StudentConfig):
         self._check_files("train_data", "eval_data", "gold")
         for name in ("text_fraction", "closed_book_fraction"):
             self._check_share(name)
+        if self.generator_training == "frozen" and self.text_fraction + self.closed_book_fraction:
+            raise UsageError(
+                "--text_fraction and --closed_book_fraction teach a frozen generator nothing: leave them out"
+            )
         if self.text_fraction + self.closed_book_fraction >= 1:
             raise UsageError(
                 "--text_fraction and --closed_book_fraction leave nothing to compress: lower them"

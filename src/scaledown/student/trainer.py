@@ -46,7 +46,8 @@ class EncodedExamples(Dataset[Encoded]):
     """Examples as token ids, tokenised when they are asked for.
 
     In training (`trains`) a pointer compresses each at one of its rates, and some examples have their
-    documents as text or none at all. Which, depends on the seed and the example's row.
+    documents as text or none at all. Which, depends on the seed and the place alone: `place` counts on from
+    pass to pass, so that a record is drawn anew in each.
     """
 
     def __init__(self, examples: Examples, model: Any, config: StudentConfig, *, trains: bool) -> None:
@@ -56,15 +57,15 @@ class EncodedExamples(Dataset[Encoded]):
         self._config = config
         self._trains = trains
 
-    def __getitem__(self, row: int) -> Encoded:
-        query, documents, answer, scores = self._examples[row]
-        config, random = self._config, np.random.default_rng((self._config.seed, row))
+    def __getitem__(self, place: int) -> Encoded:
+        query, documents, answer, scores = self._examples[place % len(self._examples)]
+        config, random = self._config, np.random.default_rng((self._config.seed, place))
         if isinstance(config, PretrainConfig) and self._is_pointer:  # nothing is generated
             return Encoded(self._reader.read(query, documents, answer), [], [], None)
         rate, chance = (int(random.choice(POINTER_RATES)), random.random()) if self._trains else (0, 1.0)
         if isinstance(config, TrainConfig) and chance < config.text_fraction + config.closed_book_fraction:
             shown = documents if chance < config.text_fraction else []
-            ids = self._reader.answer_ids(answer)
+            ids = self._reader.answer_ids(answer)[: self._reader.context // 2]
             encoded = self._reader.encode_text(query, shown, len(ids))._replace(answer_ids=ids)
         elif self._is_pointer:
             encoded = self._reader.encode(query, documents, answer, rate=rate)
@@ -102,7 +103,7 @@ def parameter_groups(model: nn.Module, generator_rate: float, compressor_rate: f
     """What is trained, by learning rate and weight decay.
 
     Decay is for matrices. Norms, biases and the embeddings of memory and RR are left out: they place and
-    scale what the model sees, and pulling them to zero regularises nothing.
+    scale what the model sees, and pulling them to zero regularises nothing. So is a pointer's scorer.
     """
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     rates = {
@@ -115,6 +116,7 @@ def parameter_groups(model: nn.Module, generator_rate: float, compressor_rate: f
         if parameter.requires_grad:
             part = "carry" if name.startswith("pointer.carry.") else name.partition(".")[0]
             decays = parameter.ndim > 1 and name not in {"memory", "rerank_token"}
+            decays &= part not in {"pointer", "carry"}
             groups.setdefault((part if part in rates else "compressor", decays), []).append(parameter)
     return [
         {
@@ -235,8 +237,7 @@ class StudentTrainer(Trainer):  # type: ignore[misc]  # transformers has no type
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                     losses = self._losses(model, part, whole)  # [losses]
                     loss = (losses * losses.new_tensor(list(WEIGHTS.values()))).sum()
-                    if loss.requires_grad:  # not of text that a frozen generator reads
-                        self.accelerator.backward(loss * self.args.world_size)
+                    self.accelerator.backward(loss * self.args.world_size)
                 sums += losses.detach()
                 self._advance(len(part))
                 done += len(part)

@@ -52,7 +52,8 @@ def make_trainer(
         raise UsageError(f"--batch_size {config.batch_size}: must be a multiple of the {ranks} processes")
     total = config.max_steps * config.batch_size or max(1, round(config.num_epochs * len(train.rows)))
     order = training_order(np.asarray(train.rows), total, config.seed)
-    batches = shares(order, config.batch_size, rank, ranks)
+    places = order + np.arange(total) // len(train.rows) * len(train.examples)  # count on from pass to pass
+    batches = shares(places, config.batch_size, rank, ranks)
     steps, share = len(batches), config.batch_size // ranks
     eval_steps = config.eval_steps or math.ceil(steps / EVALUATIONS)
     dtype = choose_dtype(config.dtype, device)

@@ -116,10 +116,10 @@ def read_examples(
     Raises `InputError` where a file cannot be read or no record is usable, `UsageError` where no record has
     the scores it needs.
     """
-    bad = unscored = 0
+    bad = unscored = known = 0
 
     def found() -> Iterator[tuple[str, TrainingExample]]:
-        nonlocal bad, unscored
+        nonlocal bad, unscored, known
         for file in files:
             for number, entry in enumerate(entries(Path(file)), 1):
                 wrong = [entry.problem] if entry.problem else problems(entry.record)
@@ -127,6 +127,7 @@ def read_examples(
                     wrong = ["has no reranking_scores, which --enable_reranking needs"]
                     unscored += 1
                 if not wrong:
+                    known += bool(gold and gold.answers(entry.record["query"]))
                     yield _example(entry.record, gold)
                     continue
                 bad += 1
@@ -134,6 +135,9 @@ def read_examples(
                     log.warning("%s:%s: record %s: %s; skipped", file, entry.line, number, wrong[0])
 
     examples = store_examples(found(), folder)
+    if gold is not None:
+        told = log.info if known else log.warning
+        told("%s of %s questions have a right answer in --gold", f"{known:,}", f"{len(examples):,}")
     if bad > _MESSAGES:
         log.warning("%s more records are unusable; `scaledown validate` lists all", f"{bad - _MESSAGES:,}")
     if unscored and not len(examples):
