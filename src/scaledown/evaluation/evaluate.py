@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from scaledown.atomic import atomic, read_json
 from scaledown.data.fetching import fetched
@@ -46,6 +46,9 @@ from scaledown.stage import Stage
 from scaledown.store import RunDirectory, fingerprint
 from scaledown.urls import without_secrets
 
+if TYPE_CHECKING:
+    from scaledown.student.settings import ScaleDownConfig
+
 log = logging.getLogger("scaledown")
 
 ANSWERS: Final = "answers.jsonl"
@@ -56,7 +59,7 @@ _ROWS: Final = 64  # of a shard, which is what a crash costs at most
 _WORK: Final = "work"  # in the output: a run directory
 _RERANKER_BATCH: Final = 16
 _MODEL_FACTS: Final = (
-    *("generator_name", "compressor", "num_layers", "compression_rate", "doc_max_length"),
+    *("generator_name", "compressor", "num_layers", "doc_max_length"),
     *("enable_reranking", "generator_training"),
 )
 
@@ -171,13 +174,16 @@ def _evaluate_model(
     from scaledown.student.model import ScaleDownModel, read_settings
 
     settings = read_settings(sources.model)
+    rate = config.compression_rate or settings.compression_rate
+    settings.check_rate(rate)
+    settings.check_budget(config.budget)
     device = choose_device(config.device)
     machine = {"device": device.partition(":")[0], "dtype": str(choose_dtype(config.dtype, device))}
     identities = known["models"]
     judging = Judging.of(config, sources.judge, identities, machine) if sources.judge else None
 
     asked = _questions(config, run, known["inputs"])
-    sentences = _sentences(run, config, sources, settings.memory_tokens, asked, identities, machine)
+    sentences = _sentences(run, config, sources, settings, asked, identities, machine)
 
     @functools.cache
     def load() -> Any:
@@ -196,7 +202,9 @@ def _evaluate_model(
     answers: dict[str, Stage] = {}
     for system in config.systems:
         pruned = sentences if system == "pruned" else None
-        depends = {"sentences": pruned.fingerprint} if pruned else {}
+        depends: dict[str, Any] = {"sentences": pruned.fingerprint} if pruned else {}
+        if settings.is_pointer and system == "compressed":
+            depends = {"compression_rate": rate, "budget": config.budget}
         answers[system] = Stage(run, system, answering | depends)
         systems.answer(answers[system], asked, pruned, load, config)
         _check_whole(run)
@@ -212,10 +220,15 @@ def _evaluate_model(
         for name, stage in stages.items():
             counts[system][f"no_verdict_{name}"] = stage.finished().counts["no_verdict"]
     facts = {name: getattr(settings, name) for name in _MODEL_FACTS}
+    facts |= {
+        "compression_rate": rate,
+        "memory_tokens": settings.memory_tokens_of(settings.doc_max_length, rate),
+        "budget": config.budget,
+    }
     return Results(
         kind="answers",
         **known,
-        model={"name": sources.model.name, "memory_tokens": settings.memory_tokens, **facts},
+        model={"name": sources.model.name, **facts},
         right_answers="gold" if config.gold else "teacher",
         counts=asked.finished().counts | {"articles": len(set(scored.articles))},
         baseline=config.baseline,
@@ -246,7 +259,7 @@ def _sentences(  # noqa: PLR0917
     run: RunDirectory,
     config: EvaluateConfig,
     sources: Sources,
-    memory_tokens: int,
+    settings: "ScaleDownConfig",
     asked: Stage,
     identities: dict[str, str],
     machine: dict[str, str],
@@ -254,11 +267,15 @@ def _sentences(  # noqa: PLR0917
     """The stage of documents that are pruned to as many tokens as compression takes, finished."""
     if not sources.reranker:
         return None
+    from scaledown.student.batch import plain_ids
     from scaledown.student.model import load_tokenizer
 
     source = sources.reranker
+    rate = config.compression_rate or settings.compression_rate
     scoring = {"reranker": identities["reranker"], "prompts": PROMPT_VERSION, "batch_size": _RERANKER_BATCH}
-    budget = {"tokenizer": identities["model"], "tokens": memory_tokens}
+    budget: dict[str, Any] = {"tokenizer": identities["model"], "tokens": settings.memory_tokens}
+    if settings.is_pointer:
+        budget["compression_rate"] = rate
     stage = Stage(run, "sentences", {"questions": asked.fingerprint, **scoring, **budget, **machine})
     tokenizer = functools.cache(lambda: load_tokenizer(sources.model))
     tokens = Tokens(
@@ -267,7 +284,12 @@ def _sentences(  # noqa: PLR0917
     )
     device = choose_device(config.device)
     load = functools.cache(lambda: load_reranker(source, device, config.dtype, _RERANKER_BATCH))
-    prune(stage, asked, load, tokens, memory_tokens)
+
+    def memory(document: str) -> int:
+        read = min(len(plain_ids(tokenizer(), document)), settings.doc_max_length)
+        return settings.memory_tokens_of(read, rate)
+
+    prune(stage, asked, load, tokens, memory)
     return stage
 
 

@@ -9,6 +9,7 @@ from scaledown.errors import UsageError
 from scaledown.options import is_url, option
 from scaledown.shared_config import DTYPES, ENDPOINT, ENGINE, MACHINE, EngineConfig
 from scaledown.store import SYSTEMS
+from scaledown.student.train_settings import BUDGETS
 
 MODEL: Final = "answers of a model"
 RANKINGS: Final = "or rankings"
@@ -55,6 +56,21 @@ class EvaluateConfig(EngineConfig):
         "of pruned: a cross-encoder, or ql:NAME for query likelihood under a causal LM",
         metavar="MODEL",
     )
+    compression_rate: int = option(
+        0,
+        MODEL,
+        "of a pointer: 4 to 32 document tokens to one memory token; the number of tokens that pruned and the "
+        "baselines read follows; 0 is the model's own",
+        "tokens",
+        metavar="N",
+    )
+    budget: str = option(
+        "each",
+        MODEL,
+        "of a pointer: each document has memory tokens by its length, or those of a question share them by "
+        "score",
+        choices=BUDGETS,
+    )
     num_examples: int = option(0, MODEL, "take only the first so many", "questions", metavar="N")
     max_new_tokens: int = option(128, MODEL, "longest answer", "tokens", metavar="N")
     batch_size: int = option(8, MODEL, "questions answered at once", "questions", metavar="N")
@@ -88,7 +104,7 @@ class EvaluateConfig(EngineConfig):
         self._check_engine()
         self._check_files("gold", "run", "systems", "measures")
         self._check_at_least(1, "max_new_tokens", "batch_size")
-        self._check_at_least(0, "num_examples", "seed")
+        self._check_at_least(0, "num_examples", "seed", "compression_rate")
         answers, rankings = (self.model, self.data), (self.run, self.qrels)
         if (all(answers) and not any(rankings)) == (all(rankings) and not any(answers)):
             raise UsageError("give --model DIR and --data FILE, or --run FILE and --qrels FILE")

@@ -31,12 +31,13 @@ def answer(
     """Let the system that `stage` is named after answer each shard of questions.
 
     Of a question that cannot be asked the answer is empty and `error` says why. `scores` are those of the
-    reranking head, where compressing gives any.
+    reranking head or the pointer, where compressing gives any.
     """
     if stage.done():
         return
     rows = asked.finished().rows
     done = sum(count for shard, count in enumerate(rows) if stage.has(shard))
+    compressed = stage.name == "compressed"
     with track(stage.name, "answers", sum(rows), done, stage) as tracker:
 
         def work(shard: int) -> pa.Table:
@@ -56,10 +57,12 @@ def answer(
                     given,
                     max_new_tokens=config.max_new_tokens,
                     batch_size=config.batch_size,
-                    compressed=stage.name == "compressed",
+                    compressed=compressed,
+                    compression_rate=config.compression_rate,
+                    budget=config.budget,
                 )
                 scores: list[list[float] | None] = [None] * len(written)
-                if stage.name == "compressed" and model.config.enable_reranking:
+                if compressed and model.config.ranks:
                     scores = model.rerank(asked_of, given, batch_size=config.batch_size)
                 return [_Answered(text, "", own) for text, own in zip(written, scores, strict=True)]
 
