@@ -31,7 +31,7 @@ from scaledown.logs import start_logging
 from scaledown.models import choose_device, choose_dtype, quiet_libraries, resolve
 from scaledown.options import Checked, is_url, option
 from scaledown.shared_config import DTYPES, MACHINE
-from scaledown.store import SYSTEMS, fingerprint
+from scaledown.store import DEFAULT_SYSTEMS, fingerprint
 from scaledown.student.train import train
 from scaledown.student.train_settings import TrainConfig
 
@@ -61,7 +61,7 @@ class CompareConfig(Checked):
         ("uncompressed", "closed_book"),
         QUALITY,
         "what the first run's generator does without compression, for comparison",
-        choices=tuple(system for system in SYSTEMS if system != "compressed"),
+        choices=tuple(system for system in DEFAULT_SYSTEMS if system != "compressed"),
     )
     pruning_reranker: str = option(
         EvaluateConfig.pruning_reranker, QUALITY, "of pruned, as for scaledown evaluate", metavar="MODEL"

@@ -1,16 +1,18 @@
 """`scaledown evaluate`: a model beside its baselines, or rankings -> `results.json`, answers with scores."""
 
+import contextlib
 import functools
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from scaledown.atomic import atomic, read_json
+from scaledown.data.encoders import is_sparse
 from scaledown.data.fetching import fetched
 from scaledown.data.files import locate
 from scaledown.data.gold import read_gold
@@ -20,8 +22,9 @@ from scaledown.data.reranker import LIKELIHOOD_PREFIX, load_reranker, resolve_re
 from scaledown.data.summary import program_name
 from scaledown.data.teacher import find_teacher
 from scaledown.data.teachers import Engine
-from scaledown.errors import ModelError, OutputError, RunDirectoryError, run_command
+from scaledown.errors import ModelError, OutputError, RunDirectoryError, UsageError, run_command
 from scaledown.evaluation import questions, ranking, systems
+from scaledown.evaluation.baselines import ECHOES, READERS
 from scaledown.evaluation.judge import Judging, judge
 from scaledown.evaluation.pages import evaluation_page
 from scaledown.evaluation.pruning import Tokens, prune
@@ -69,6 +72,7 @@ class Sources(NamedTuple):
 
     model: ModelSource
     reranker: ModelSource | None
+    keyword_model: ModelSource | None
     judge: ModelSource | None
 
 
@@ -129,17 +133,27 @@ def _inputs(config: EvaluateConfig, run: RunDirectory) -> dict[str, list[str]]:
 
 def _find(config: EvaluateConfig) -> Sources:
     """The models, found before any work. Raises `ModelError`."""
-    model, reranker, judging = resolve(config.model), None, None
+    model, reranker, keywords, judging = resolve(config.model), None, None, None
     if "pruned" in config.systems:
-        try:
+        with _or_without("pruned", "pruning_reranker"):
             reranker = resolve_reranker(config.pruning_reranker)
-        except ModelError as error:
-            raise ModelError(
-                f"{error}; or leave pruned out of --systems, or give --pruning_reranker"
-            ) from error
+    if "keywords" in config.systems:
+        with _or_without("keywords", "keyword_model"):
+            keywords = resolve(config.keyword_model)
+            if not is_sparse(keywords):
+                raise ModelError(f"{config.keyword_model} is no SPLADE model")
     if config.judge_model:
         judging = find_teacher(config.judge_model, Engine.of(config))
-    return Sources(model, reranker, judging)
+    return Sources(model, reranker, keywords, judging)
+
+
+@contextlib.contextmanager
+def _or_without(system: str, flag: str) -> Iterator[None]:
+    """Say of a model that cannot be used that its system can be left out."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{error}; or leave {system} out of --systems, or give --{flag}") from error
 
 
 def _identities(config: EvaluateConfig, run: RunDirectory, sources: Sources | None) -> dict[str, str]:
@@ -177,6 +191,11 @@ def _evaluate_model(
     rate = config.compression_rate or settings.compression_rate
     settings.check_rate(rate)
     settings.check_budget(config.budget)
+    if not settings.is_pointer and (echoes := [system for system in config.systems if system in ECHOES]):
+        raise UsageError(
+            f"--systems {echoes[0]}: only a pointer picks tokens: evaluate a model trained with --compressor "
+            f"pointer, or leave {' and '.join(echoes)} out"
+        )
     device = choose_device(config.device)
     machine = {"device": device.partition(":")[0], "dtype": str(choose_dtype(config.dtype, device))}
     identities = known["models"]
@@ -203,8 +222,14 @@ def _evaluate_model(
     for system in config.systems:
         pruned = sentences if system == "pruned" else None
         depends: dict[str, Any] = {"sentences": pruned.fingerprint} if pruned else {}
-        if settings.is_pointer and system == "compressed":
-            depends = {"compression_rate": rate, "budget": config.budget}
+        if settings.is_pointer and system in {"compressed", "echo", *READERS}:
+            depends["compression_rate"] = rate
+        if settings.is_pointer and system in {"compressed", "echo"}:
+            depends["budget"] = config.budget
+        if system == "keywords":
+            depends["keyword_model"] = identities["keyword_model"]
+        if system == "random":
+            depends["seed"] = config.seed
         answers[system] = Stage(run, system, answering | depends)
         systems.answer(answers[system], asked, pruned, load, config)
         _check_whole(run)
