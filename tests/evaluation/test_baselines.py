@@ -102,6 +102,24 @@ def test_the_answers_are_those_of_the_rate_and_budget(
     assert len(found) == 3, "each way answers in its own words"
 
 
+def test_a_pointers_scores_rank_the_documents(
+    evaluate: Evaluate, pointer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate("--systems", "compressed", "closed_book") == 0
+    assert "R@1 model" in capsys.readouterr().out
+    model = ScaleDownModel.from_pretrained(str(pointer))
+    for record, found in zip(RECORDS, answers(tmp_path / "out"), strict=True):
+        paint, tower = model.rerank(record["query"], record["documents"])
+        assert found["compressed"]["R@1 order"] == 0, "the tower's document holds the answer"
+        assert found["compressed"]["R@1 model"] == (tower > paint)
+        assert found["compressed"]["tau"] == (1 if tower > paint else -1)
+        # Of two documents both standardised scores are 1 and -1: they agree, or the first one stays.
+        assert found["compressed"]["R@1 sum"] == (tower > paint)
+        assert "R@1 order" not in found["closed_book"]
+    measures = read_results(tmp_path / "out").systems["compressed"].measures
+    assert measures["R@1 order"].n == 3
+
+
 @pytest.fixture
 def answered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The systems that had to answer, in their order."""

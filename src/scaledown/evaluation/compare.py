@@ -290,7 +290,7 @@ def numbers(comparison: Comparison) -> str:
     writer.writerow(("run", *made, "system", "batch", "measure", "value", "low", "high", "n"))
     for run in comparison.runs:
         facts = run.results.model
-        layers = facts["num_layers"] if facts["compressor"] == "n_layers" else ""
+        layers = facts["num_layers"] if facts["compressor"] in {"n_layers", "pointer"} else ""
         model = [layers if name == "num_layers" else facts.get(name, "") for name in made]
         mine = [run.name, *model, "compressed", ""]
         for system, own in run.results.systems.items():

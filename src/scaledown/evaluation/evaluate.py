@@ -33,6 +33,7 @@ from scaledown.evaluation.results import (
     SCHEMA,
     Results,
     conclude,
+    held_table,
     read_results,
     remarks,
     table,
@@ -255,9 +256,11 @@ def _evaluate_model(
         **known,
         model={"name": sources.model.name, **facts},
         right_answers="gold" if config.gold else "teacher",
-        counts=asked.finished().counts | {"articles": len(set(scored.articles))},
+        counts=asked.finished().counts | {"articles": len(set(scored.articles)), "held": sum(scored.held)},
         baseline=config.baseline,
-        systems=conclude(scored.values, scored.articles, config.baseline, counts, config.seed),
+        systems=conclude(
+            scored.values, scored.articles, config.baseline, counts, seed=config.seed, held=scored.held
+        ),
         files={ANSWERS: run.content_hash(written)},
     )
 
@@ -337,7 +340,7 @@ def _evaluate_rankings(config: EvaluateConfig, run: RunDirectory, known: dict[st
         right_answers="qrels",
         counts={"queries": len(qrels)},
         baseline=names[0],
-        systems=conclude(values, None, names[0], counts, config.seed),
+        systems=conclude(values, None, names[0], counts, seed=config.seed),
         files={QUERIES: run.content_hash(written)},
     )
 
@@ -358,7 +361,9 @@ def summary(results: Results, config: EvaluateConfig) -> str:
             kept = f"evaluate --config {shlex.quote(f'{output}/{FILE}')} --judge_model MODEL"
             following = f"{program_name()} {kept} grades the same answers, which are in {output}/{ANSWERS}"
     told = [f"  {line}" for line in remarks(results)]
-    return "\n".join([*lines, "", table(results), *(["", *told] if told else []), "", f"next: {following}"])
+    tables = [text for text in (table(results), held_table(results)) if text]
+    parts = ["\n".join(lines), *tables, *(["\n".join(told)] if told else []), f"next: {following}"]
+    return "\n\n".join(parts)
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown evaluate") -> int:
