@@ -96,7 +96,7 @@ def run(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         small += ["--cost_documents", "2", "--cost_document_tokens", "8", "--cost_query_tokens", "4"]
         assert cli.main([*words[1:], *small]) == 0
     elif words[:2] == ["scaledown", "evaluate"]:
-        evaluated(place)
+        evaluated(place, "pointer" if "pointer" in words else "model")
         small = ["--device", "cpu", "--max_new_tokens", "4"] if "--model" in words else []
         assert cli.main([*words[1:], *small]) == 0
     elif words[0] == "scaledown":
@@ -155,16 +155,17 @@ def evaluation_files(folder: Path) -> None:
     (folder / "bioasq.jsonl").write_text(json.dumps(question) + "\n")
 
 
-def evaluated(place: Path) -> None:
+def evaluated(place: Path, name: str = "model") -> None:
     """What the commands of evaluation name: a model, held-out data, right answers, rankings."""
     record = {"query": "Who painted it?", "documents": ["It\nAda painted it. It is red."], "answer": "Ada"}
     (place / "held_out.json").write_text(json.dumps([record]))
     (place / "gold.jsonl").write_text('{"question": "who painted it", "answer": ["Ada"]}\n')
-    for name in ("splade.run", "reranked.run"):
-        (place / name).write_text("q1 Q0 a 1 2.0 x\nq1 Q0 b 2 1.0 x\n")
+    for ranking in ("splade.run", "reranked.run"):
+        (place / ranking).write_text("q1 Q0 a 1 2.0 x\nq1 Q0 b 2 1.0 x\n")
     (place / "qrels.txt").write_text("q1 0 a 1\n")
-    if not (place / "model").exists():
-        flags = ["--train_data", "held_out.json", "--output_dir", "model", "--num_layers", "1"]
+    if not (place / name).exists():
+        flags = ["--train_data", "held_out.json", "--output_dir", name, "--num_layers", "1"]
+        flags += ["--compressor", "pointer"] if name == "pointer" else []
         assert cli.main(["train", *flags, "--batch_size", "1", "--device", "cpu"]) == 0
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from scaledown.metrics import accuracy, exact_match, f1, normalized, rouge_l
+from scaledown.metrics import accuracy, exact_match, f1, holds, normalized, rouge_l
 
 
 def test_normalized() -> None:
@@ -123,3 +123,18 @@ def test_accuracy(answer: str, right: list[str], expected: float) -> None:
 )
 def test_f1(answer: str, right: list[str], expected: float) -> None:
     assert f1(answer, right) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("document", "right", "expected"),
+    [
+        ("Tower\nPainted by Ada, in 1889.", ["ADA"], True),
+        ("Painted by Adam.", ["Ada"], False),  # whole words
+        ("The iron, tower", ["iron tower", "x"], True),
+        ("anything", ["the", ""], False),  # nothing is left of them
+        ("", ["Ada"], False),
+        ("Ada", [], False),
+    ],
+)
+def test_what_a_document_holds(document: str, right: list[str], expected: bool) -> None:
+    assert holds(document, right) is expected

@@ -19,6 +19,12 @@ def accuracy(answer: str, right: Sequence[str]) -> float:
     return float(any(gold in text for gold in golds))
 
 
+def holds(document: str, right: Sequence[str]) -> bool:
+    """Whether a right answer stands in the document as whole words, both normalized."""
+    text = f" {normalized(document)} "
+    return any(f" {gold} " in text for gold in filter(None, map(normalized, right)))
+
+
 def exact_match(answer: str, right: Sequence[str]) -> float:
     """1 if the answer is a right answer, both normalized, as in SQuAD (Rajpurkar et al. 2016)."""
     return float(normalized(answer) in map(normalized, right))

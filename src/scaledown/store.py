@@ -22,8 +22,10 @@ from scaledown.storage import Storage
 log = logging.getLogger("scaledown")
 
 SCHEMA: Final = 2
-SYSTEMS: Final = ("compressed", "uncompressed", "closed_book", "pruned")
-"""What `scaledown evaluate` compares: each answers in a stage of its own."""
+DEFAULT_SYSTEMS: Final = ("compressed", "uncompressed", "closed_book", "pruned")
+"""What `scaledown evaluate` compares where nothing else is asked for."""
+SYSTEMS: Final = (*DEFAULT_SYSTEMS, "first", "keywords", "random", "echo", "echo_span")
+"""What it can compare: each answers in a stage of its own."""
 STAGES: Final = (
     "synthetic",
     "queries",

@@ -102,6 +102,24 @@ def test_page_tables_and_summary(compare: Compare, students: dict[str, Path], tm
     assert accuracy["n"] == "6"
 
 
+def test_a_pointer_is_compared_as_others_are(
+    compare: Compare, models: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    config = ScaleDownConfig(compressor="pointer", num_layers=1, doc_max_length=32, compression_rate=8)
+    folder = tmp_path / "pointing"
+    ScaleDownModel.build(config, resolve(str(models["causal_lm"]))).save_pretrained(folder)
+    assert compare(str(folder), str(students["rate8"])) == 0
+    card = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| pointing | pointer on first 1 layers | 8x |" in card
+    assert "| pointing | embeddings | 2 |" in card
+    with (tmp_path / "out" / "comparison.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["run"] == "pointing"]
+    assert {row["num_layers"] for row in rows} == {"1"}
+    flops = [float(row["value"]) for row in rows if row["measure"] == "compression FLOPs"]
+    assert flops[0] > 0, "of compressed answers"
+    assert {"R@1 model", "tau"} <= {row["measure"] for row in rows}
+
+
 def test_differences_are_to_the_first_runs_text(
     compare: Compare, students: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -55,6 +55,47 @@ def test_flops_are_those_of_the_formula(model: ScaleDownModel) -> None:
     assert compressed.flops == compressed.compression_flops + compressed.generation_flops
 
 
+def test_flops_of_a_pointer_are_those_of_the_formula(models: dict[str, Path]) -> None:
+    settings = ScaleDownConfig(compressor="pointer", num_layers=1, doc_max_length=64, compression_rate=16)
+    model = ScaleDownModel.build(settings, resolve(str(models["causal_lm"]))).eval()
+    compressed, text = costs(model, [1], shape=SHAPE, repeats=1)
+    (query,), (documents,) = inputs(model, 1, SHAPE)
+    read = model.reader.encode(query, documents)
+    formula = Formula(model)
+    lengths = [len(one.ids) for one in read.documents]
+    assert len(set(lengths)) == 1, "nothing is padded"
+    layers = sum(formula.layer(length, length) for length in lengths)
+    own, picked = (
+        sum(one.stop - one.start for one in read.documents),
+        sum(one.memory for one in read.documents),
+    )
+    scorer = model.pointer
+    of_each = [scorer.linear, scorer.score_state, scorer.narrow, scorer.context, scorer.score_context]
+    weights = [w.numel() for part in of_each for w in part.parameters() if w.ndim == 2]
+    assert compressed.compression_flops == (
+        layers + 2 * own * sum(weights) + 2 * picked * scorer.carry.weight.numel()
+    )
+    assert compressed.generation_flops == formula.generation(read.prompt_length, SHAPE.new_tokens)
+    whole = model.reader.encode_text(query, documents, SHAPE.new_tokens)
+    assert text.generation_flops == formula.generation(whole.prompt_length, SHAPE.new_tokens)
+
+
+def test_a_recurrent_layer_counts_the_same_on_a_gpu() -> None:
+    """By the operator of cuDNN, on shapes alone."""
+    layer = torch.nn.GRU(10, 6, bidirectional=True, batch_first=True)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.zeros(2, 5, 10), torch.tensor([5, 3]), True)
+    weights = [parameter.to("meta") for parameter in layer.parameters()]
+    read, state = packed.data.to("meta"), torch.zeros(2, 2, 6, device="meta")
+    sizes = packed.batch_sizes.tolist()
+
+    def on_a_gpu() -> object:
+        return torch.ops.aten._cudnn_rnn(
+            *(read, weights, 4, None, state, None, 3, 6, 0, 1, False, 0.0, False, True, sizes, None)
+        )
+
+    assert efficiency.flops(on_a_gpu) == efficiency.flops(lambda: layer(packed)) > 0
+
+
 def test_batches_and_sides(model: ScaleDownModel) -> None:
     stops = model.generator.generation_config.eos_token_id
     found = costs(model, [2, 1, 2], shape=SHAPE, repeats=3)

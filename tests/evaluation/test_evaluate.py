@@ -16,6 +16,7 @@ from misbehaving import Misbehaving
 from scaledown.cli import main
 from scaledown.evaluation import systems
 from scaledown.evaluation.results import read_results
+from scaledown.evaluation.scoring import _first_of_each_order
 from scaledown.metrics import accuracy, f1
 from scaledown.models import choose_device, resolve
 from scaledown.student.model import ScaleDownModel
@@ -142,16 +143,18 @@ def test_all_systems_are_measured(
     found = lines(output)
     assert [line["gold"] for line in found] == [["Ada", "Countess"]] * 5 + [["Ada"]] * 3
     for system, result in results.systems.items():
-        reranks = {"tau"} if system == "compressed" else set()
-        assert result.measures.keys() == {"accuracy", "EM", "F1", "ROUGE-L"} | reranks
+        reranks = {"tau", "R@1 order", "R@1 model", "R@1 sum"} if system == "compressed" else set()
+        assert result.measures.keys() == {"accuracy", "EM", "F1", "ROUGE-L", "length"} | reranks
         for name, measure in (("accuracy", accuracy), ("F1", f1)):
             scores = [line["answers"][system][name] for line in found]
             expected = [measure(line["answers"][system]["answer"], line["gold"]) for line in found]
             assert scores == expected
             assert result.measures[name].mean == pytest.approx(sum(scores) / 8)
             assert result.measures[name].n == 8
+        words = [len(line["answers"][system]["answer"].split()) for line in found]
+        assert result.measures["length"].mean == pytest.approx(sum(words) / 8)
         assert bool(result.differences) == (system != "uncompressed")
-        assert "tau" not in result.differences
+        assert result.differences.keys().isdisjoint({"tau", "length"})
     # Each system is the same model, used in another way.
     model = ScaleDownModel.from_pretrained(str(student))
     query = "Who painted tower number 0?"
@@ -167,6 +170,55 @@ def test_all_systems_are_measured(
     ours = model.rerank(query, documents)
     assert found[0]["answers"]["compressed"]["tau"] == (1 if ours[0] > ours[1] else -1)
     assert found[5]["answers"]["compressed"]["tau"] is None  # the teacher's scores of that record are none
+
+
+def test_measures_are_told_apart_by_whether_the_documents_hold_a_right_answer(
+    evaluate: Evaluate, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate("--systems", "uncompressed", "closed_book") == 0
+    told = capsys.readouterr().out
+    assert "held (7)" in told
+    assert "not held (1)" in told
+    assert "Apart by whether the documents hold a right answer" in (output / "report.html").read_text()
+    results, found = read_results(output), lines(output)
+    assert results.counts["held"] == 7
+    assert [line["held"] for line in found] == [True] * 7 + [False], "the documents of the last say nothing"
+    for system, result in results.systems.items():
+        for group, held, count in ((result.held, True, 7), (result.not_held, False, 1)):
+            assert group.keys() == result.measures.keys()
+            for name, own in group.items():
+                scores = [line["answers"][system][name] for line in found if line["held"] == held]
+                assert own.n == count
+                assert own.mean == pytest.approx(sum(scores) / count)
+
+
+def test_where_all_documents_hold_the_answer_nothing_is_told_apart(
+    evaluate: Evaluate, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate("--systems", "closed_book", "--num_examples", "3") == 0
+    assert "not held" not in capsys.readouterr().out
+    result = read_results(output).systems["closed_book"]
+    assert result.held == result.measures
+    assert not result.not_held
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "holding", "expected"),
+    [
+        ([1.0, 2.0, 0.0], [5.0, 0.0, 0.0], [True, False, False], [1, 0, 1]),
+        ([1.0, 2.0], [0.5, 0.5], [False, True], [0, 1, 1]),  # the data's scores say nothing
+        ([2.0, 2.0], [0.0, 100.0], [True, False], [1, 1, 0]),  # the earlier of two that are alike
+        # Thousands do not drown ones: standardised, both count the same.
+        ([9.0, 0.0, 8.9], [3000.0, 1000.0, 3100.0], [False, False, True], [0, 0, 1]),
+        ([1.0, 2.0], None, [True, True], [1, 1, None]),
+        ([1.0, 2.0], [1.0, 2.0], [False, False], [None, None, None]),
+        (None, [1.0, 2.0], [True, False], [None, None, None]),
+        ([], None, [], [None, None, None]),
+    ],
+)
+def test_the_first_document_of_each_order(own: Any, given: Any, holding: Any, expected: Any) -> None:
+    names = ("R@1 order", "R@1 model", "R@1 sum")
+    assert _first_of_each_order(own, given, holding) == dict(zip(names, expected, strict=True))
 
 
 def test_a_second_call_reads_what_there_is_without_torch(
@@ -343,6 +395,7 @@ def test_a_question_that_does_not_fit_is_counted_and_wrong(
         "unusable": 1,
         "without_right_answer": 0,
         "articles": 2,
+        "held": 0,
     }
     assert results.systems["compressed"].counts["errors"] == 1
     assert "the generator takes" in lines(output)[0]["answers"]["compressed"]["error"]

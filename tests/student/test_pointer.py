@@ -182,6 +182,22 @@ def test_a_pointer_keeps_its_rate_scores_and_answers_in_its_folder(
 
 
 @torch.no_grad()
+def test_each_token_is_told_with_its_score(model: ScaleDownModel) -> None:
+    read = model.reader.read(QUERY, DOCUMENTS, rate=4)
+    found = model.point(QUERY, DOCUMENTS, compression_rate=4)
+    for own, one, scores in zip(found, read, scores_of(model, DOCUMENTS), strict=True):
+        assert own.ids == one.ids[one.start : one.stop]
+        assert own.scores == pytest.approx(scores.tolist(), abs=1e-4)
+        best = sorted(range(len(own.ids)), key=lambda place: -own.scores[place])
+        assert own.picked == sorted(best[: one.memory])
+    shared = model.point(QUERY, DOCUMENTS, compression_rate=4, budget="shared")
+    assert [own.scores for own in shared] == [own.scores for own in found]
+    lengths = [len(own) for own in model.compress(QUERY, DOCUMENTS, compression_rate=4, budget="shared")]
+    assert [len(own.picked) for own in shared] == lengths != [len(own.picked) for own in found]
+    assert model.point(QUERY, []) == []
+
+
+@torch.no_grad()
 def test_relevance_is_the_best_tokens_score(model: ScaleDownModel) -> None:
     expected = [float(own.max()) for own in scores_of(model, DOCUMENTS)]
     assert model.rerank(QUERY, DOCUMENTS) == pytest.approx(expected, abs=1e-4)
@@ -196,7 +212,7 @@ def test_relevance_is_the_best_tokens_score(model: ScaleDownModel) -> None:
     ],
 )
 def test_rates_and_budgets_that_it_does_not_have(model: ScaleDownModel, options: Any, message: str) -> None:
-    for call in (model.answer, model.compress, model.pick):
+    for call in (model.answer, model.compress, model.pick, model.point):
         with pytest.raises(UsageError, match=message):
             call(QUERY, DOCUMENTS, **options)
 

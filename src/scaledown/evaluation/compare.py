@@ -31,7 +31,7 @@ from scaledown.logs import start_logging
 from scaledown.models import choose_device, choose_dtype, quiet_libraries, resolve
 from scaledown.options import Checked, is_url, option
 from scaledown.shared_config import DTYPES, MACHINE
-from scaledown.store import SYSTEMS, fingerprint
+from scaledown.store import DEFAULT_SYSTEMS, fingerprint
 from scaledown.student.train import train
 from scaledown.student.train_settings import TrainConfig
 
@@ -61,7 +61,7 @@ class CompareConfig(Checked):
         ("uncompressed", "closed_book"),
         QUALITY,
         "what the first run's generator does without compression, for comparison",
-        choices=tuple(system for system in SYSTEMS if system != "compressed"),
+        choices=tuple(system for system in DEFAULT_SYSTEMS if system != "compressed"),
     )
     pruning_reranker: str = option(
         EvaluateConfig.pruning_reranker, QUALITY, "of pruned, as for scaledown evaluate", metavar="MODEL"
@@ -290,7 +290,7 @@ def numbers(comparison: Comparison) -> str:
     writer.writerow(("run", *made, "system", "batch", "measure", "value", "low", "high", "n"))
     for run in comparison.runs:
         facts = run.results.model
-        layers = facts["num_layers"] if facts["compressor"] == "n_layers" else ""
+        layers = facts["num_layers"] if facts["compressor"] in {"n_layers", "pointer"} else ""
         model = [layers if name == "num_layers" else facts.get(name, "") for name in made]
         mine = [run.name, *model, "compressed", ""]
         for system, own in run.results.systems.items():

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import platform
 import statistics
@@ -184,7 +185,12 @@ def flops(call: Callable[[], object]) -> float:
     def count(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:  # of their shapes
         return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
-    known = {} if attention in flop_registry else {attention: count}
+    # Nor a recurrent layer of cuDNN, whose input is packed, [tokens, width]. On a CPU it is made of products.
+    def count_recurrent(read: Any, weights: Any, *_: Any, **__: Any) -> int:
+        return int(2 * read[0] * sum(math.prod(shape) for shape in weights if len(shape) == 2))
+
+    new = {attention: count, torch.ops.aten._cudnn_rnn: count_recurrent}
+    known = {operator: formula for operator, formula in new.items() if operator not in flop_registry}
     with FlopCounterMode(display=False, custom_mapping=known) as counter:
         call()
     return float(counter.get_total_flops())

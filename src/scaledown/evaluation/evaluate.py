@@ -1,16 +1,18 @@
 """`scaledown evaluate`: a model beside its baselines, or rankings -> `results.json`, answers with scores."""
 
+import contextlib
 import functools
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from scaledown.atomic import atomic, read_json
+from scaledown.data.encoders import is_sparse
 from scaledown.data.fetching import fetched
 from scaledown.data.files import locate
 from scaledown.data.gold import read_gold
@@ -20,8 +22,9 @@ from scaledown.data.reranker import LIKELIHOOD_PREFIX, load_reranker, resolve_re
 from scaledown.data.summary import program_name
 from scaledown.data.teacher import find_teacher
 from scaledown.data.teachers import Engine
-from scaledown.errors import ModelError, OutputError, RunDirectoryError, run_command
+from scaledown.errors import ModelError, OutputError, RunDirectoryError, UsageError, run_command
 from scaledown.evaluation import questions, ranking, systems
+from scaledown.evaluation.baselines import ECHOES, READERS
 from scaledown.evaluation.judge import Judging, judge
 from scaledown.evaluation.pages import evaluation_page
 from scaledown.evaluation.pruning import Tokens, prune
@@ -30,6 +33,7 @@ from scaledown.evaluation.results import (
     SCHEMA,
     Results,
     conclude,
+    held_table,
     read_results,
     remarks,
     table,
@@ -46,6 +50,9 @@ from scaledown.stage import Stage
 from scaledown.store import RunDirectory, fingerprint
 from scaledown.urls import without_secrets
 
+if TYPE_CHECKING:
+    from scaledown.student.settings import ScaleDownConfig
+
 log = logging.getLogger("scaledown")
 
 ANSWERS: Final = "answers.jsonl"
@@ -56,7 +63,7 @@ _ROWS: Final = 64  # of a shard, which is what a crash costs at most
 _WORK: Final = "work"  # in the output: a run directory
 _RERANKER_BATCH: Final = 16
 _MODEL_FACTS: Final = (
-    *("generator_name", "compressor", "num_layers", "compression_rate", "doc_max_length"),
+    *("generator_name", "compressor", "num_layers", "doc_max_length"),
     *("enable_reranking", "generator_training"),
 )
 
@@ -66,6 +73,7 @@ class Sources(NamedTuple):
 
     model: ModelSource
     reranker: ModelSource | None
+    keyword_model: ModelSource | None
     judge: ModelSource | None
 
 
@@ -126,17 +134,27 @@ def _inputs(config: EvaluateConfig, run: RunDirectory) -> dict[str, list[str]]:
 
 def _find(config: EvaluateConfig) -> Sources:
     """The models, found before any work. Raises `ModelError`."""
-    model, reranker, judging = resolve(config.model), None, None
+    model, reranker, keywords, judging = resolve(config.model), None, None, None
     if "pruned" in config.systems:
-        try:
+        with _or_without("pruned", "pruning_reranker"):
             reranker = resolve_reranker(config.pruning_reranker)
-        except ModelError as error:
-            raise ModelError(
-                f"{error}; or leave pruned out of --systems, or give --pruning_reranker"
-            ) from error
+    if "keywords" in config.systems:
+        with _or_without("keywords", "keyword_model"):
+            keywords = resolve(config.keyword_model)
+            if not is_sparse(keywords):
+                raise ModelError(f"{config.keyword_model} is no SPLADE model")
     if config.judge_model:
         judging = find_teacher(config.judge_model, Engine.of(config))
-    return Sources(model, reranker, judging)
+    return Sources(model, reranker, keywords, judging)
+
+
+@contextlib.contextmanager
+def _or_without(system: str, flag: str) -> Iterator[None]:
+    """Say of a model that cannot be used that its system can be left out."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{error}; or leave {system} out of --systems, or give --{flag}") from error
 
 
 def _identities(config: EvaluateConfig, run: RunDirectory, sources: Sources | None) -> dict[str, str]:
@@ -171,13 +189,21 @@ def _evaluate_model(
     from scaledown.student.model import ScaleDownModel, read_settings
 
     settings = read_settings(sources.model)
+    rate = config.compression_rate or settings.compression_rate
+    settings.check_rate(rate)
+    settings.check_budget(config.budget)
+    if not settings.is_pointer and (echoes := [system for system in config.systems if system in ECHOES]):
+        raise UsageError(
+            f"--systems {echoes[0]}: only a pointer picks tokens: evaluate a model trained with --compressor "
+            f"pointer, or leave {' and '.join(echoes)} out"
+        )
     device = choose_device(config.device)
     machine = {"device": device.partition(":")[0], "dtype": str(choose_dtype(config.dtype, device))}
     identities = known["models"]
     judging = Judging.of(config, sources.judge, identities, machine) if sources.judge else None
 
     asked = _questions(config, run, known["inputs"])
-    sentences = _sentences(run, config, sources, settings.memory_tokens, asked, identities, machine)
+    sentences = _sentences(run, config, sources, settings, asked, identities, machine)
 
     @functools.cache
     def load() -> Any:
@@ -196,7 +222,15 @@ def _evaluate_model(
     answers: dict[str, Stage] = {}
     for system in config.systems:
         pruned = sentences if system == "pruned" else None
-        depends = {"sentences": pruned.fingerprint} if pruned else {}
+        depends: dict[str, Any] = {"sentences": pruned.fingerprint} if pruned else {}
+        if settings.is_pointer and system in {"compressed", "echo", *READERS}:
+            depends["compression_rate"] = rate
+        if settings.is_pointer and system in {"compressed", "echo"}:
+            depends["budget"] = config.budget
+        if system == "keywords":
+            depends["keyword_model"] = identities["keyword_model"]
+        if system == "random":
+            depends["seed"] = config.seed
         answers[system] = Stage(run, system, answering | depends)
         systems.answer(answers[system], asked, pruned, load, config)
         _check_whole(run)
@@ -212,14 +246,21 @@ def _evaluate_model(
         for name, stage in stages.items():
             counts[system][f"no_verdict_{name}"] = stage.finished().counts["no_verdict"]
     facts = {name: getattr(settings, name) for name in _MODEL_FACTS}
+    facts |= {
+        "compression_rate": rate,
+        "memory_tokens": settings.memory_tokens_of(settings.doc_max_length, rate),
+        "budget": config.budget,
+    }
     return Results(
         kind="answers",
         **known,
-        model={"name": sources.model.name, "memory_tokens": settings.memory_tokens, **facts},
+        model={"name": sources.model.name, **facts},
         right_answers="gold" if config.gold else "teacher",
-        counts=asked.finished().counts | {"articles": len(set(scored.articles))},
+        counts=asked.finished().counts | {"articles": len(set(scored.articles)), "held": sum(scored.held)},
         baseline=config.baseline,
-        systems=conclude(scored.values, scored.articles, config.baseline, counts, config.seed),
+        systems=conclude(
+            scored.values, scored.articles, config.baseline, counts, seed=config.seed, held=scored.held
+        ),
         files={ANSWERS: run.content_hash(written)},
     )
 
@@ -246,7 +287,7 @@ def _sentences(  # noqa: PLR0917
     run: RunDirectory,
     config: EvaluateConfig,
     sources: Sources,
-    memory_tokens: int,
+    settings: "ScaleDownConfig",
     asked: Stage,
     identities: dict[str, str],
     machine: dict[str, str],
@@ -254,11 +295,15 @@ def _sentences(  # noqa: PLR0917
     """The stage of documents that are pruned to as many tokens as compression takes, finished."""
     if not sources.reranker:
         return None
+    from scaledown.student.batch import plain_ids
     from scaledown.student.model import load_tokenizer
 
     source = sources.reranker
+    rate = config.compression_rate or settings.compression_rate
     scoring = {"reranker": identities["reranker"], "prompts": PROMPT_VERSION, "batch_size": _RERANKER_BATCH}
-    budget = {"tokenizer": identities["model"], "tokens": memory_tokens}
+    budget: dict[str, Any] = {"tokenizer": identities["model"], "tokens": settings.memory_tokens}
+    if settings.is_pointer:
+        budget["compression_rate"] = rate
     stage = Stage(run, "sentences", {"questions": asked.fingerprint, **scoring, **budget, **machine})
     tokenizer = functools.cache(lambda: load_tokenizer(sources.model))
     tokens = Tokens(
@@ -267,7 +312,12 @@ def _sentences(  # noqa: PLR0917
     )
     device = choose_device(config.device)
     load = functools.cache(lambda: load_reranker(source, device, config.dtype, _RERANKER_BATCH))
-    prune(stage, asked, load, tokens, memory_tokens)
+
+    def memory(document: str) -> int:
+        read = min(len(plain_ids(tokenizer(), document)), settings.doc_max_length)
+        return settings.memory_tokens_of(read, rate)
+
+    prune(stage, asked, load, tokens, memory)
     return stage
 
 
@@ -290,7 +340,7 @@ def _evaluate_rankings(config: EvaluateConfig, run: RunDirectory, known: dict[st
         right_answers="qrels",
         counts={"queries": len(qrels)},
         baseline=names[0],
-        systems=conclude(values, None, names[0], counts, config.seed),
+        systems=conclude(values, None, names[0], counts, seed=config.seed),
         files={QUERIES: run.content_hash(written)},
     )
 
@@ -311,7 +361,9 @@ def summary(results: Results, config: EvaluateConfig) -> str:
             kept = f"evaluate --config {shlex.quote(f'{output}/{FILE}')} --judge_model MODEL"
             following = f"{program_name()} {kept} grades the same answers, which are in {output}/{ANSWERS}"
     told = [f"  {line}" for line in remarks(results)]
-    return "\n".join([*lines, "", table(results), *(["", *told] if told else []), "", f"next: {following}"])
+    tables = [text for text in (table(results), held_table(results)) if text]
+    parts = ["\n".join(lines), *tables, *(["\n".join(told)] if told else []), f"next: {following}"]
+    return "\n\n".join(parts)
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown evaluate") -> int:

@@ -8,7 +8,8 @@ from typing import Final
 import orjson
 
 from scaledown.evaluation.efficiency import COMPRESSED, UNCOMPRESSED, Cost, Seconds
-from scaledown.evaluation.results import Comparison, Results, Run, remarks
+from scaledown.evaluation.results import Comparison, Results, Run, held_rows, remarks
+from scaledown.evaluation.scoring import LENGTH
 from scaledown.evaluation.statistics import Estimate
 from scaledown.report import plots
 from scaledown.report.page import (
@@ -42,7 +43,10 @@ def evaluation_page(results: Results, answers: Path) -> Page:
     )
     made = [(name.replace("_", " "), str(value)) for name, value in model.items()]
     sections = [
-        Section("Quality", [*_quality_plots(results), _measures(results), *map(Note, remarks(results))]),
+        Section(
+            "Quality",
+            [*_quality_plots(results), _measures(results), *_apart(results), *map(Note, remarks(results))],
+        ),
         Section("Answers", [_answers(answers, list(results.systems))]),
         Section("Model", [Table("", ("setting", "value"), made)]),
     ]
@@ -66,6 +70,16 @@ def _measures(results: Results) -> Table:
     return Table("Every measure of every system", columns, rows)
 
 
+def _apart(results: Results) -> list[Block]:
+    """The measures by whether the documents hold a right answer; nothing where all questions are alike."""
+    rows = held_rows(results)
+    if not rows:
+        return []
+    held, questions = results.counts["held"], results.counts["questions"]
+    columns = ("measure", "system", f"held: {held:,} questions", f"not held: {questions - held:,}")
+    return [Table("Apart by whether the documents hold a right answer", columns, rows)]
+
+
 def _named(results: Results) -> list[str]:
     return list(dict.fromkeys(name for own in results.systems.values() for name in own.measures))
 
@@ -73,6 +87,8 @@ def _named(results: Results) -> list[str]:
 def _quality_plots(results: Results) -> list[Block]:
     found: list[Block] = []
     for measure in _named(results):
+        if measure == LENGTH:
+            continue
         own = {
             name: one.measures[measure] for name, one in results.systems.items() if measure in one.measures
         }
@@ -157,10 +173,9 @@ def _ratio(sides: Sequence[Cost | None], what: str) -> str:
 
 def _compressor(run: Run) -> str:
     model = run.results.model
-    layers = (
-        f"first {model['num_layers']} layers" if model["compressor"] == "n_layers" else model["compressor"]
-    )
-    return f"{layers}, reranking" if model["enable_reranking"] else str(layers)
+    layers = f"first {model['num_layers']} layers"
+    made = {"n_layers": layers, "pointer": f"pointer on {layers}"}.get(run.compressor, run.compressor)
+    return f"{made}, reranking" if model["enable_reranking"] else made
 
 
 def _against_cost(comparison: Comparison) -> list[Block]:

@@ -64,8 +64,17 @@ def _texts(kept: Sequence[Sentence]) -> list[str]:
     return [" ".join(texts) for texts in documents.values()]
 
 
-def prune(stage: Stage, asked: Stage, load: Callable[[], Reranker], tokens: Tokens, each: int) -> None:
-    """Prune the documents of each question to `each` tokens a document, over all of them."""
+def prune(
+    stage: Stage,
+    asked: Stage,
+    load: Callable[[], Reranker],
+    tokens: Tokens,
+    memory: Callable[[str], int],
+) -> None:
+    """Prune the documents of each question to as many tokens as compression takes of them together.
+
+    `memory` tells how many it takes of a document.
+    """
     if stage.done():
         return
     rows = asked.finished().rows
@@ -83,9 +92,10 @@ def prune(stage: Stage, asked: Stage, load: Callable[[], Reranker], tokens: Toke
             reranker = load()
             with stage.noting(shard, lambda: reranker.halving.count):
                 scores = iter(score_once(reranker, pairs, lambda _: None))
+            budgets = [sum(map(memory, question.documents)) for question in own]
             kept = [
-                keep(sentences_, [next(scores) for _ in sentences_], each * len(question.documents), tokens)
-                for question, sentences_ in zip(own, found, strict=True)
+                keep(sentences_, [next(scores) for _ in sentences_], budget, tokens)
+                for budget, sentences_ in zip(budgets, found, strict=True)
             ]
             tracker.advance(len(own))
             return pa.table({"documents": pa.array(kept, pa.list_(pa.large_string()))})

@@ -10,10 +10,11 @@ from scaledown.atomic import read_json, write_json
 from scaledown.errors import InputError, one_line
 from scaledown.evaluation.efficiency import Cost, Shape
 from scaledown.evaluation.judge import PREFERRED
+from scaledown.evaluation.scoring import LENGTH
 from scaledown.evaluation.statistics import Difference, Estimate, difference, estimate
 from scaledown.progress import track
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 FILE: Final = "results.json"
 
 _FEW_ARTICLES: Final = 20  # fewer, and the bootstrap's intervals are too narrow
@@ -28,6 +29,10 @@ class SystemResult(NamedTuple):
     """To the baseline; empty for the baseline itself."""
     counts: dict[str, int]
     """What went wrong: `errors`, `no_verdict`, `missing`."""
+    held: dict[str, Estimate]
+    """The measures over the questions whose documents hold a right answer; none of rankings."""
+    not_held: dict[str, Estimate]
+    """The measures over the other questions."""
 
 
 class Results(NamedTuple):
@@ -92,13 +97,27 @@ def conclude(
     groups: Sequence[Hashable] | None,
     baseline: str,
     counts: Mapping[str, dict[str, int]],
+    *,
     seed: int,
+    held: Sequence[bool] = (),
 ) -> dict[str, SystemResult]:
-    """Means, intervals and differences of each system; a measure without any value is left out."""
+    """Means, intervals and differences of each system; a measure without any value is left out.
+
+    Args:
+        values: By system, then by measure, a value for each question; NaN where there is none.
+        groups: Of each question, what it shares with those that are like it.
+        baseline: The system that the others are compared with.
+        counts: Of each system, what went wrong.
+        seed: Seed of resampling.
+        held: Of each question, whether its documents hold a right answer; empty where there are none.
+
+    Returns:
+        A record for each system. `length` has no differences.
+    """
     found = {}
     with track("compare", "measures", sum(map(len, values.values()))) as tracker:
         for system, measures in values.items():
-            result = SystemResult({}, {}, counts[system])
+            result = SystemResult({}, {}, counts[system], {}, {})
             for measure, own in measures.items():
                 tie = [0.5 if measure == PREFERRED else math.nan] * len(own)
                 other = values[baseline].get(measure, tie)
@@ -106,7 +125,10 @@ def conclude(
                 both = [place for place in here if not math.isnan(other[place])]
                 if here:
                     result.measures[measure] = estimate(*_chosen(here, own, groups), seed=seed)
-                if both and system != baseline:
+                for found_there, wanted in ((result.held, True), (result.not_held, False)):
+                    if part := [place for place in here if held and held[place] == wanted]:
+                        found_there[measure] = estimate(*_chosen(part, own, groups), seed=seed)
+                if both and system != baseline and measure != LENGTH:
                     left, grouped = _chosen(both, own, groups)
                     right, _ = _chosen(both, other, None)
                     result.differences[measure] = difference(left, right, grouped, seed=seed)
@@ -129,6 +151,8 @@ def write_results(folder: Path, results: Results) -> None:
             "measures": {measure: own._asdict() for measure, own in system.measures.items()},
             "differences": {measure: own._asdict() for measure, own in system.differences.items()},
             "counts": system.counts,
+            "held": {measure: own._asdict() for measure, own in system.held.items()},
+            "not_held": {measure: own._asdict() for measure, own in system.not_held.items()},
         }
         for name, system in results.systems.items()
     }
@@ -146,6 +170,8 @@ def read_results(folder: Path) -> Results:
                 {measure: Estimate(**own) for measure, own in system["measures"].items()},
                 {measure: Difference(**own) for measure, own in system["differences"].items()},
                 system["counts"],
+                {measure: Estimate(**own) for measure, own in system["held"].items()},
+                {measure: Estimate(**own) for measure, own in system["not_held"].items()},
             )
             for name, system in content["systems"].items()
         }
@@ -171,6 +197,38 @@ def table(results: Results) -> str:
                 )
                 first = ""
     return "\n".join(lines)
+
+
+def held_table(results: Results) -> str:
+    """Measures apart for questions whose documents hold a right answer and others; empty if all are alike."""
+    rows = held_rows(results)
+    if not rows:
+        return ""
+    width = max(len(system) for _, system, _, _ in rows) + 2
+    held, questions = results.counts["held"], results.counts["questions"]
+    lines = [
+        "  apart by whether the documents hold a right answer",
+        f"  {'':<10}{'':<{width}}{f'held ({held:,})':<24}not held ({questions - held:,})",
+    ]
+    before = ""
+    for measure, system, own, other in rows:
+        first = "" if measure == before else measure
+        lines.append(f"  {first:<10}{one_line(system):<{width}}{own:<24}{other}".rstrip())
+        before = measure
+    return "\n".join(lines)
+
+
+def held_rows(results: Results) -> list[tuple[str, str, str, str]]:
+    """Measure, system, its estimate where documents hold a right answer and where not, if there are both."""
+    if results.counts.get("held", 0) in {0, results.counts.get("questions", 0)}:
+        return []
+    names = dict.fromkeys(name for own in results.systems.values() for name in own.measures)
+    return [
+        (measure, system, str(own.held.get(measure, "")), str(own.not_held.get(measure, "")))
+        for measure in names
+        for system, own in results.systems.items()
+        if measure in own.held and measure in own.not_held
+    ]
 
 
 def remarks(results: Results) -> Iterator[str]:

@@ -8,7 +8,8 @@ from scaledown.config import OUTPUT, PrepareConfig
 from scaledown.errors import UsageError
 from scaledown.options import is_url, option
 from scaledown.shared_config import DTYPES, ENDPOINT, ENGINE, MACHINE, EngineConfig
-from scaledown.store import SYSTEMS
+from scaledown.store import DEFAULT_SYSTEMS, SYSTEMS
+from scaledown.student.train_settings import BUDGETS
 
 MODEL: Final = "answers of a model"
 RANKINGS: Final = "or rankings"
@@ -17,7 +18,8 @@ GROUPS: Final = (MODEL, RANKINGS, JUDGE, ENGINE, ENDPOINT, OUTPUT, MACHINE)
 
 # Not compared between two runs: where things lie, which are known by their contents, and how fast a judge is.
 _APART: Final = {
-    *("model", "data", "gold", "run", "qrels", "pruning_reranker", "judge_model", "output_dir"),
+    *("model", "data", "gold", "run", "qrels", "pruning_reranker", "keyword_model", "judge_model"),
+    "output_dir",
     *("flush_seconds", "teacher_endpoint", "max_total_tokens", "max_requests_per_minute", "request_timeout"),
     *("input_price", "output_price"),
 }
@@ -43,10 +45,12 @@ class EvaluateConfig(EngineConfig):
         metavar="FILE",
     )
     systems: tuple[str, ...] = option(
-        SYSTEMS,
+        DEFAULT_SYSTEMS,
         MODEL,
         "what answers: the model, its generator with the documents' text, without documents, and with the "
-        "sentences that a reranker keeps of them in as many tokens as compression takes",
+        "sentences that a reranker keeps of them in as many tokens as compression takes; with the first of "
+        "each document's tokens, those of the most weight for the query, or random ones, as many; or no "
+        "generator: what a pointer picks, and its best span",
         choices=SYSTEMS,
     )
     pruning_reranker: str = option(
@@ -54,6 +58,27 @@ class EvaluateConfig(EngineConfig):
         MODEL,
         "of pruned: a cross-encoder, or ql:NAME for query likelihood under a causal LM",
         metavar="MODEL",
+    )
+    keyword_model: str = option(
+        PrepareConfig.retriever_model,
+        MODEL,
+        "of keywords: a SPLADE model",
+        metavar="MODEL",
+    )
+    compression_rate: int = option(
+        0,
+        MODEL,
+        "of a pointer: 4 to 32 document tokens to one memory token; the number of tokens that pruned and the "
+        "baselines read follows; 0 is the model's own",
+        "tokens",
+        metavar="N",
+    )
+    budget: str = option(
+        "each",
+        MODEL,
+        "of a pointer: each document has memory tokens by its length, or those of a question share them by "
+        "score",
+        choices=BUDGETS,
     )
     num_examples: int = option(0, MODEL, "take only the first so many", "questions", metavar="N")
     max_new_tokens: int = option(128, MODEL, "longest answer", "tokens", metavar="N")
@@ -79,7 +104,7 @@ class EvaluateConfig(EngineConfig):
     output_dir: str = option(
         "evaluation", OUTPUT, "results.json, answers.jsonl, and what goes on after a crash", metavar="DIR"
     )
-    seed: int = option(0, OUTPUT, "seed of resampling", metavar="N")
+    seed: int = option(0, OUTPUT, "seed of resampling, and of random", metavar="N")
     device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", metavar="DEVICE")
     dtype: str = option("auto", MACHINE, "auto is bfloat16 on CUDA, float32 elsewhere", choices=DTYPES)
 
@@ -88,7 +113,7 @@ class EvaluateConfig(EngineConfig):
         self._check_engine()
         self._check_files("gold", "run", "systems", "measures")
         self._check_at_least(1, "max_new_tokens", "batch_size")
-        self._check_at_least(0, "num_examples", "seed")
+        self._check_at_least(0, "num_examples", "seed", "compression_rate")
         answers, rankings = (self.model, self.data), (self.run, self.qrels)
         if (all(answers) and not any(rankings)) == (all(rankings) and not any(answers)):
             raise UsageError("give --model DIR and --data FILE, or --run FILE and --qrels FILE")

@@ -1,12 +1,13 @@
 """Questions -> answers, by one model in several ways that share everything else."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 
 from scaledown.errors import InputError
-from scaledown.evaluation import questions
+from scaledown.evaluation import baselines, questions
 from scaledown.evaluation.settings import EvaluateConfig
 from scaledown.progress import track
 from scaledown.stage import Stage
@@ -31,12 +32,14 @@ def answer(
     """Let the system that `stage` is named after answer each shard of questions.
 
     Of a question that cannot be asked the answer is empty and `error` says why. `scores` are those of the
-    reranking head, where compressing gives any.
+    reranking head or the pointer, where compressing gives any.
     """
     if stage.done():
         return
     rows = asked.finished().rows
     done = sum(count for shard, count in enumerate(rows) if stage.has(shard))
+    compressed = stage.name == "compressed"
+    weigh = functools.cache(lambda: baselines.weighing(stage.name, config))
     with track(stage.name, "answers", sum(rows), done, stage) as tracker:
 
         def work(shard: int) -> pa.Table:
@@ -51,15 +54,20 @@ def answer(
             def answers(places: Sequence[int]) -> list[_Answered]:
                 asked_of = [own[place].query for place in places]
                 given = [documents[place] for place in places]
-                written: list[str] = model.answer(
-                    asked_of,
-                    given,
-                    max_new_tokens=config.max_new_tokens,
-                    batch_size=config.batch_size,
-                    compressed=stage.name == "compressed",
-                )
+                if stage.name in {*baselines.READERS, *baselines.ECHOES}:
+                    written = baselines.answer(stage.name, model, asked_of, given, weigh=weigh, config=config)
+                else:
+                    written = model.answer(
+                        asked_of,
+                        given,
+                        max_new_tokens=config.max_new_tokens,
+                        batch_size=config.batch_size,
+                        compressed=compressed,
+                        compression_rate=config.compression_rate,
+                        budget=config.budget,
+                    )
                 scores: list[list[float] | None] = [None] * len(written)
-                if stage.name == "compressed" and model.config.enable_reranking:
+                if compressed and model.config.ranks:
                     scores = model.rerank(asked_of, given, batch_size=config.batch_size)
                 return [_Answered(text, "", own) for text, own in zip(written, scores, strict=True)]
 

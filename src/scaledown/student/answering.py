@@ -21,7 +21,6 @@ from scaledown.student.batch import (
     group,
 )
 from scaledown.student.settings import ScaleDownConfig
-from scaledown.student.train_settings import BUDGETS
 
 log = logging.getLogger("scaledown")
 
@@ -35,10 +34,21 @@ class Compression(NamedTuple):
     rate: int = 0
     """Document tokens to one memory token; 0 is the model's own."""
     budget: str = "each"
-    """One of `BUDGETS`."""
+    """`each` or `shared`."""
 
 
 OWN_WAY: Final = Compression()
+
+
+class Pointed(NamedTuple):
+    """A document's own tokens, as a pointer reads them for a query."""
+
+    ids: list[int]
+    """[tokens], of the generator's vocabulary; what is cut is not among them."""
+    scores: list[float]
+    """[tokens]: logits, which compare across the documents of a query; higher is more relevant."""
+    picked: list[int]
+    """Places in `ids` of the tokens that stand for the document, in order."""
 
 
 class _Question(NamedTuple):
@@ -236,6 +246,27 @@ class Answering:
 
         Raises `UsageError` for a model of another kind.
         """
+        found = self.point(query, documents, compression_rate=compression_rate, budget=budget)
+        return [[self.tokenizer.decode([own.ids[place]]) for place in own.picked] for own in found]
+
+    def point(
+        self, query: str, documents: Sequence[object], *, compression_rate: int = 0, budget: str = "each"
+    ) -> list[Pointed]:
+        """The tokens of each document with the scores that a pointer gives them for the query.
+
+        Args:
+            query: The question.
+            documents: Strings or `{"title", "text"}`.
+            compression_rate: Document tokens to one that is picked, 4 to 32; 0 is the model's own.
+            budget: `each`: every document has its own number of picked tokens; `shared`: the documents share
+                the sum of these numbers.
+
+        Returns:
+            One record a document, in the order of `documents`.
+
+        Raises:
+            UsageError: The model is no pointer, or does not have the rate or budget.
+        """
         if not self.config.is_pointer:
             raise UsageError("only a pointer picks tokens: train one with --compressor pointer")
         chosen_way = self._compression(compression_rate, budget)
@@ -244,18 +275,19 @@ class Answering:
         if not read:
             return []
         with self._using():
-            chosen = self.compress_ids(group(read), [len(read)] if budget == "shared" else ()).chosen
+            found = self.compress_ids(group(read), [len(read)] if budget == "shared" else ())
         return [
-            [self.tokenizer.decode([one.ids[one.start + place]]) for place in row.nonzero()[:, 0].tolist()]
-            for one, row in zip(read, chosen, strict=True)
+            Pointed(
+                one.ids[one.start : one.stop],
+                scores[: one.stop - one.start].tolist(),
+                picked.nonzero()[:, 0].tolist(),
+            )
+            for one, scores, picked in zip(read, found.token_scores, found.chosen, strict=True)
         ]
 
     def _compression(self, rate: int, budget: str) -> Compression:
         """What was asked for, if the model has it. Raises `UsageError`."""
-        if budget not in BUDGETS:
-            raise UsageError(f"--budget {budget}: use {' or '.join(BUDGETS)}")
-        if budget == "shared" and not self.config.is_pointer:
-            raise UsageError("--budget shared: only a pointer shares memory tokens; use each")
+        self.config.check_budget(budget)
         self.config.check_rate(rate or self.config.compression_rate)
         return Compression(rate, budget)
 

@@ -7,7 +7,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from scaledown.data.prompts import PAPER, QUESTION, Template
 from scaledown.errors import ModelError, UsageError
-from scaledown.student.train_settings import GENERATOR_TRAINING
+from scaledown.student.train_settings import BUDGETS, GENERATOR_TRAINING
 
 N_LAYERS: Final = "n_layers"
 POINTER: Final = "pointer"
@@ -106,6 +106,13 @@ class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers h
                 f"--compression_rate {rate}: a pointer takes {POINTER_RATES[0]} to {POINTER_RATES[-1]} "
                 "tokens a memory token"
             )
+
+    def check_budget(self, budget: str) -> None:
+        """Raise `UsageError` where the model does not have this way to give memory tokens to documents."""
+        if budget not in BUDGETS:
+            raise UsageError(f"--budget {budget}: use {' or '.join(BUDGETS)}")
+        if budget == "shared" and not self.is_pointer:
+            raise UsageError("--budget shared: only a pointer shares memory tokens; use each")
 
     def memory_tokens_of(self, tokens: int, rate: int) -> int:
         """Memory tokens that stand for a document of `tokens` tokens at `rate`; a pointer's may be none."""
