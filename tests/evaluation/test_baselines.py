@@ -99,7 +99,7 @@ def test_the_answers_are_those_of_the_rate_and_budget(
         assert results.model["compression_rate"] == (rate or 8)
         assert results.model["budget"] == budget
         assert results.model["memory_tokens"] == 48 // (rate or 8)
-    assert len(found) == 3, "each way answers in its own words"
+    assert len(found) > 1, "ways differ in their words"
 
 
 def test_a_pointers_scores_rank_the_documents(
