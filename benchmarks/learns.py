@@ -329,11 +329,11 @@ def report(work: Path, model: Path, data: Path, gold: dict[str, Gold], recipe: R
         answers = evaluate(work, model, data, "own", rate, ("compressed", *recipe.systems))
         others = evaluate(work, model, with_others(data, gold), "others", rate, ("compressed",))
         found = {
-            name: judge.score([record["systems"][name]["answer"] for record in answers])
+            name: judge.score([record["answers"][name]["answer"] for record in answers])
             for name in ("compressed", *recipe.systems)
         }
         found["another's documents"] = judge.score(
-            [record["systems"]["compressed"]["answer"] for record in others]
+            [record["answers"]["compressed"]["answer"] for record in others]
         )
         for name, scores in found.items():
             judge.row(f"{rate}x {name}", scores)
