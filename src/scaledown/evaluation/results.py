@@ -17,6 +17,7 @@ from scaledown.progress import track
 SCHEMA: Final = 2
 FILE: Final = "results.json"
 
+_MAIN: Final = "accuracy"
 _FEW_ARTICLES: Final = 20  # fewer, and the bootstrap's intervals are too narrow
 
 
@@ -200,21 +201,17 @@ def table(results: Results) -> str:
 
 
 def held_table(results: Results) -> str:
-    """Measures apart for questions whose documents hold a right answer and others; empty if all are alike."""
-    rows = held_rows(results)
+    """Accuracy apart for questions whose documents hold a right answer and for others, if there are both."""
+    rows = [row for row in held_rows(results) if row[0] == _MAIN]
     if not rows:
         return ""
     width = max(len(system) for _, system, _, _ in rows) + 2
     held, questions = results.counts["held"], results.counts["questions"]
     lines = [
-        "  apart by whether the documents hold a right answer",
+        f"  {_MAIN} apart by whether the documents hold a right answer",
         f"  {'':<10}{'':<{width}}{f'held ({held:,})':<24}not held ({questions - held:,})",
     ]
-    before = ""
-    for measure, system, own, other in rows:
-        first = "" if measure == before else measure
-        lines.append(f"  {first:<10}{one_line(system):<{width}}{own:<24}{other}".rstrip())
-        before = measure
+    lines += [f"  {'':<10}{system:<{width}}{own:<24}{other}" for _, system, own, other in rows]
     return "\n".join(lines)
 
 
