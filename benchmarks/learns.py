@@ -121,7 +121,8 @@ def write_inputs(folders: list[Path], work: Path, recipe: Recipe) -> dict[str, G
     write(work / "all.corpus.jsonl", [line for lines in articles.values() for line in lines])
     write(work / "train.corpus.jsonl", articles["train"])
     for name, own in questions.items():
-        chosen = own[: recipe.questions]
+        count = min(recipe.questions or len(own), len(own))
+        chosen = [own[place * len(own) // count] for place in range(count)]  # of as many articles as can be
         write(
             work / f"{name}.queries.jsonl",
             [json.dumps({"id": one["id"], "query": one["question"]}) for one in chosen],
@@ -220,6 +221,8 @@ def with_others(path: Path, gold: dict[str, Gold]) -> Path:
     output = path.with_name(path.stem + ".others.jsonl")
     content = records(path)
     articles = [gold[record["query_id"]].article for record in content]
+    if len(set(articles)) < 2:
+        sys.exit(f"{path}: all questions are about one article: give more --data")
     places = range(len(content))
     shifted = [
         next(
