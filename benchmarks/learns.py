@@ -373,7 +373,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     print(machine())
     gold = write_inputs(folders, work, recipe)
-    for name in ("train", "development", options.split):
+    for name in dict.fromkeys(("train", "development", options.split)):
         prepare(work, name)
     p_values = []
     for seed in options.seeds:
