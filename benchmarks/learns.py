@@ -5,7 +5,7 @@ development (all choices are made there) and test (looked at once, at the end). 
 article of the other two. Every step leaves its result in --work_dir; the same command goes on from there.
 
 --data takes folders with `kilt.jsonl` (KILT lines) and `questions.jsonl` (`id`, `question`, `answers`,
-`wikipedia_id`). --recipe short is 30 minutes of training on two cores, --quick does little of each step.
+`wikipedia_id`). --recipe says how many steps are trained, --quick does little of each.
 """
 
 import itertools

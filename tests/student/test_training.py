@@ -21,11 +21,12 @@ from scaledown.errors import MissingExtraError, ModelError, RunDirectoryError, U
 from scaledown.models import resolve
 from scaledown.student import train as command
 from scaledown.student.batch import collate
+from scaledown.student.learning_rates import parameter_groups
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
 from scaledown.student.train import Trained, main, train
 from scaledown.student.train_settings import TrainConfig
-from scaledown.student.trainer import StudentTrainer, parameter_groups
+from scaledown.student.trainer import StudentTrainer
 from scaledown.student.training import make_trainer, newest_checkpoint, reporters
 from scaledown.student.training_data import load_parts
 from web import Server

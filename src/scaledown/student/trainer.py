@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,15 +31,14 @@ from scaledown.atomic import read_json
 from scaledown.errors import ModelError
 from scaledown.progress import Tracker, track
 from scaledown.student.batch import Encoded, Reader, collate
+from scaledown.student.learning_rates import COMPRESSOR_RATES, SEPARATE_RATE, parameter_groups
 from scaledown.student.model import WEIGHTS
-from scaledown.student.settings import N_LAYERS, POINTER, POINTER_RATES
+from scaledown.student.settings import POINTER_RATES
 from scaledown.student.signals import noticing_signals
 from scaledown.student.train_settings import PretrainConfig, StudentConfig, TrainConfig
 from scaledown.student.training_data import Examples, Part
 
 log = logging.getLogger("scaledown")
-
-WEIGHT_DECAY: Final = 0.1  # the paper's (arXiv 2504.07109, table 7)
 
 
 class EncodedExamples(Dataset[Encoded]):
@@ -88,45 +87,6 @@ class _EvaluateAtTheEnd(TrainerCallback):  # type: ignore[misc]  # transformers 
     ) -> None:
         if state.global_step >= state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = True
-
-
-# Of the compressor's learning rate. What scores tokens is new; and one step at the full rate would move what
-# is added to a token's embedding by the length of an embedding.
-_SCORER_RATE: Final = 10 / 3
-_CARRY_RATE: Final = 1 / 15
-COMPRESSOR_RATES: Final = {N_LAYERS: 5e-5, POINTER: 3e-4}
-"""Learning rates of compressors; the paper's for N-Layers, which is not the generator's."""
-SEPARATE_RATE: Final = 1e-4
-
-
-def parameter_groups(model: nn.Module, generator_rate: float, compressor_rate: float) -> list[dict[str, Any]]:
-    """What is trained, by learning rate and weight decay.
-
-    Decay is for matrices. Norms, biases and the embeddings of memory and RR are left out: they place and
-    scale what the model sees, and pulling them to zero regularises nothing. So is a pointer's scorer.
-    """
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    rates = {
-        "generator": generator_rate,
-        "compressor": compressor_rate,
-        "pointer": compressor_rate * _SCORER_RATE,
-        "carry": compressor_rate * _CARRY_RATE,
-    }
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part = "carry" if name.startswith("pointer.carry.") else name.partition(".")[0]
-            decays = parameter.ndim > 1 and name not in {"memory", "rerank_token"}
-            decays &= part not in {"pointer", "carry"}
-            groups.setdefault((part if part in rates else "compressor", decays), []).append(parameter)
-    return [
-        {
-            "name": part,
-            "lr": rates[part],
-            "weight_decay": WEIGHT_DECAY if decays else 0.0,
-            "params": parameters,
-        }
-        for (part, decays), parameters in groups.items()
-    ]
 
 
 class StudentTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
