@@ -5,7 +5,9 @@ development (all choices are made there) and test (looked at once, at the end). 
 article of the other two. Every step leaves its result in --work_dir; the same command goes on from there.
 
 --data takes folders with `kilt.jsonl` (KILT lines) and `questions.jsonl` (`id`, `question`, `answers`,
-`wikipedia_id`). --recipe says how many steps are trained, --quick does little of each.
+`wikipedia_id`). --recipe says how many steps are trained, --quick does little of each. --student trains
+another student for as many steps: `n_layers`, the paper's compressor, one model a rate; or a control,
+`first`, `keywords` or `random`: a generator that learns to read as many tokens as compression takes.
 """
 
 import itertools
@@ -16,19 +18,25 @@ import unicodedata
 from collections.abc import Iterable
 from hashlib import blake2b
 from pathlib import Path
+from random import Random
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from common import SHARED, machine, parser
 
+from scaledown.evaluation.baselines import ECHOES, READERS, best, memory_tokens, text_of, tokenised, weighing
+from scaledown.evaluation.settings import EvaluateConfig
 from scaledown.evaluation.statistics import difference, estimate
 from scaledown.metrics import accuracy, exact_match, f1, normalized
+from scaledown.student.settings import N_LAYERS, POINTER, POINTER_RATES
 
 TOP: Final = 3
 PASSAGE_TOKENS: Final = 64
 DOCUMENT_TOKENS: Final = 80  # of the generator's tokenizer, which cuts finer
 NEW_TOKENS: Final = 24
 GENERATOR: Final = "bundled:smollm2-135m"
+RETRIEVER: Final = "bundled:splade-tiny"
+TEXT, NONE = 0.12, 0.08  # shares of examples that the generator reads as text, and without documents
 SPLIT_SEED: Final = 7
 TEST_SHARE, DEVELOPMENT_SHARE = 18, 8  # of 100 articles
 RATES: Final = (16, 4)
@@ -40,6 +48,7 @@ SHARED_FLAGS: Final = ("--batch_size", str(BATCH), "--dtype", "bfloat16", "--rep
 class Recipe(NamedTuple):
     """How much of everything."""
 
+    name: str
     questions: int | None
     """On each side; None is all."""
     pretraining_steps: int
@@ -47,14 +56,17 @@ class Recipe(NamedTuple):
     steps: int
     """Of 8 records."""
     systems: tuple[str, ...]
-    """Beside the student, from the same documents."""
+    """Beside the student, from as many tokens of the same documents."""
 
 
-BASELINES: Final = ("uncompressed", "closed_book", "first", "keywords", "random", "echo", "echo_span")
+WHOLE: Final = ("uncompressed", "closed_book")  # the same at every rate
 RECIPES: Final = {
-    "quick": Recipe(12, 2, 3, ("uncompressed", "closed_book")),
-    "short": Recipe(None, 200, 350, BASELINES),
-    "long": Recipe(None, 500, 1500, BASELINES),
+    one.name: one
+    for one in (
+        Recipe("quick", 12, 2, 3, ()),
+        Recipe("short", None, 200, 350, (*READERS, *ECHOES)),
+        Recipe("long", None, 500, 1500, (*READERS, *ECHOES)),
+    )
 }
 
 
@@ -162,7 +174,7 @@ def prepare(work: Path, name: str) -> Path:
             "--index_dir",
             str(work / f"{corpus}.index"),
         ),
-        *("--queries_file", str(work / f"{name}.queries.jsonl"), "--retriever_model", "bundled:splade-tiny"),
+        *("--queries_file", str(work / f"{name}.queries.jsonl"), "--retriever_model", RETRIEVER),
         *("--passage_tokens", str(PASSAGE_TOKENS), "--top_k_retrieval", str(TOP)),
         *("--teacher_model", GENERATOR, "--teacher_batch_size", "16"),  # by OpenVINO where that is at hand
         *("--max_new_tokens", str(NEW_TOKENS), "--columns", "query_id", "--output_file", str(output)),
@@ -170,45 +182,84 @@ def prepare(work: Path, name: str) -> Path:
     return output
 
 
-def pretrain(work: Path, recipe: Recipe, seed: int) -> Path:
-    """The pointer alone, on cloze questions about training articles."""
-    output = work / f"pretrained-{seed}"
+def pretrain(work: Path, recipe: Recipe, seed: int, kind: str = POINTER, rate: int = RATES[0]) -> Path:
+    """The compressor alone: a pointer on cloze questions about training articles, another on their text."""
+    output = work / f"pretrained-{recipe.name}-{named(kind, rate)}{seed}"
     command(
         work / f"train-{seed}.log",
         *("pretrain", "--corpus_path", str(work / "train.corpus.jsonl"), "--output_dir", str(output)),
-        *("--generator_model", GENERATOR, "--compressor", "pointer", "--num_layers", "8"),
-        *("--compression_rate", str(RATES[0]), "--doc_max_length", str(DOCUMENT_TOKENS)),
+        *("--generator_model", GENERATOR, "--compressor", kind, "--num_layers", "8"),
+        *("--compression_rate", str(rate), "--doc_max_length", str(DOCUMENT_TOKENS)),
         *("--lora_dropout", "0", "--max_steps", str(recipe.pretraining_steps), "--seed", str(seed)),
         *("--batch_size", "16", "--micro_batch_size", "16", "--eval_fraction", "0.01", *SHARED_FLAGS[2:]),
     )
     return output
 
 
-def train(work: Path, recipe: Recipe, seed: int, labels: str) -> Path:
-    """Pointer and generator on records; what is learned are right answers, or the teacher's."""
-    output = work / f"trained-{labels}-{seed}"
-    right = ("--gold", str(work / "train.gold.jsonl")) if labels == "right" else ()
-    held = ("--gold", str(work / "development.gold.jsonl")) if labels == "right" else ()
+def train(work: Path, recipe: Recipe, seed: int, labels: str, student: str, rate: int) -> Path:
+    """Compressor and generator on records, or the generator of a control; gives the model's folder."""
+    kind = N_LAYERS if student == N_LAYERS else POINTER
+    start = pretrain(work, recipe, seed, kind, rate)
+    output = work / f"trained-{recipe.name}-{named(student, rate)}{labels}-{seed}"
+    data, held = work / "train.jsonl", work / "development.jsonl"
+    text_fraction = TEXT
+    if student in READERS:
+        data, held = (
+            with_picks(work, start, one, student, share=1 - TEXT / (1 - NONE)) for one in (data, held)
+        )
+        text_fraction = 1 - NONE
+    golds = [work / "train.gold.jsonl", work / "development.gold.jsonl"] if labels == "right" else []
     command(
         work / f"train-{seed}.log",
-        *("train", "--train_data", str(work / "train.jsonl"), "--eval_data", str(work / "development.jsonl")),
-        *(
-            *right,
-            *held,
-            "--output_dir",
-            str(output),
-            "--pretrained_model",
-            str(pretrain(work, recipe, seed)),
-        ),
-        *("--learning_rate_generator", "5e-4", "--text_fraction", "0.12", "--closed_book_fraction", "0.08"),
+        *("train", "--train_data", str(data), "--eval_data", str(held)),
+        *(word for gold in golds for word in ("--gold", str(gold))),
+        *("--output_dir", str(output), "--pretrained_model", str(start)),
+        *("--learning_rate_generator", "5e-4"),
+        *("--text_fraction", str(text_fraction), "--closed_book_fraction", str(NONE)),
         *("--max_steps", str(recipe.steps), "--eval_steps", str(max(1, recipe.steps // 4))),
         *("--micro_batch_size", str(BATCH), "--seed", str(seed), *SHARED_FLAGS),
     )
     seconds = 0.0
-    for folder in (work / f"pretrained-{seed}", output):
+    for folder in (start, output):
         result = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["result"]
         seconds += result["steps"] * result["seconds_per_step"]
-    print(f"  seed {seed}, {labels} answers: {seconds / 60:.0f} min of training")
+    print(f"  {output.name}: {seconds / 60:.0f} min of training")
+    return output
+
+
+def named(student: str, rate: int) -> str:
+    """What tells a model of this student from others; a pointer serves every rate, as do controls."""
+    return {POINTER: "", N_LAYERS: f"{student}-{rate}x-"}.get(student, f"{student}-")
+
+
+def with_picks(
+    work: Path, model: Path, data: Path, system: str, *, rate: int = 0, share: float = 1.0
+) -> Path:
+    """The same records, the documents of a `share` of them cut to the tokens that a baseline picks.
+
+    A rate of 0 takes another for each record, as a pointer is trained.
+    """
+    output = data.with_name(f"{data.stem}.{system}-{rate}x.jsonl")
+    if output.exists():
+        return output
+    from scaledown.student.model import ScaleDownModel
+
+    loaded = ScaleDownModel.from_pretrained(str(model))
+    weigh = weighing(system, EvaluateConfig(model=str(model), data=str(data), keyword_model=RETRIEVER))
+    lines = []
+    for record in records(data):
+        random = Random(record["query_id"])
+        chosen = rate or random.choice(POINTER_RATES)
+        if random.random() < share:
+            read = [tokenised(loaded, text) for text in record["documents"]]
+            kept = [
+                best(weights, memory_tokens(loaded, one, chosen))
+                for one, weights in zip(read, weigh(record["query"], read), strict=True)
+            ]
+            texts = [text_of(loaded, one.ids, places) for one, places in zip(read, kept, strict=True)]
+            record["documents"] = [text or "-" for text in texts]
+        lines.append(json.dumps(record))
+    write(output, lines)
     return output
 
 
@@ -240,21 +291,6 @@ def with_others(path: Path, gold: dict[str, Gold]) -> Path:
         ],
     )
     return output
-
-
-def evaluate(
-    work: Path, model: Path, data: Path, name: str, rate: int, systems: Iterable[str]
-) -> list[dict[str, Any]]:
-    """The answers of each system to each question."""
-    output = work / f"{model.name}-{name}-{rate}x"
-    command(
-        work / "evaluate.log",
-        *("evaluate", "--model", str(model), "--data", str(data), "--output_dir", str(output)),
-        *("--gold", str(work / f"{data.name.partition('.')[0]}.gold.jsonl"), "--compression_rate", str(rate)),
-        *("--systems", *systems, "--keyword_model", "bundled:splade-tiny"),
-        *("--max_new_tokens", str(NEW_TOKENS), "--batch_size", "16", "--dtype", "bfloat16"),
-    )
-    return records(output / "answers.jsonl")
 
 
 class Scores(NamedTuple):
@@ -308,8 +344,8 @@ class Judge(NamedTuple):
         return found[0].p_value if found[0].mean > 0 else 1.0
 
 
-def report(work: Path, model: Path, data: Path, gold: dict[str, Gold], recipe: Recipe) -> float:
-    """Print the table of one student; gives the p-value of 4x above closed-book."""
+def judge_of(data: Path, gold: dict[str, Gold]) -> Judge:
+    """Who judges the answers to some questions."""
     asked = records(data)
     right = [gold[record["query_id"]] for record in asked]
     held = [
@@ -327,29 +363,88 @@ def report(work: Path, model: Path, data: Path, gold: dict[str, Gold], recipe: R
         "hold a right answer\n"
         f"  {'':<34} {'accuracy':<22} {'F1':<22} EM     held / not       words"
     )
-    p_value = 1.0
-    for rate in RATES:
-        answers = evaluate(work, model, data, "own", rate, ("compressed", *recipe.systems))
-        others = evaluate(work, model, with_others(data, gold), "others", rate, ("compressed",))
-        found = {
-            name: judge.score([record["answers"][name]["answer"] for record in answers])
-            for name in ("compressed", *recipe.systems)
-        }
-        found["another's documents"] = judge.score(
-            [record["answers"]["compressed"]["answer"] for record in others]
+    return judge
+
+
+class Asked(NamedTuple):
+    """Where a student's answers come from."""
+
+    work: Path
+    data: Path
+    judge: Judge
+
+    def answers(
+        self, model: Path, rate: int, *systems: str, data: Path | None = None, budget: str = "each"
+    ) -> dict[str, Scores]:
+        """The scores of each system's answers; `data` has other documents than the own."""
+        data = data or self.data
+        output = self.work / f"{model.name}-{data.stem}-{rate}x-{budget}"
+        command(
+            self.work / "evaluate.log",
+            *("evaluate", "--model", str(model), "--data", str(data), "--output_dir", str(output)),
+            *("--gold", str(self.work / f"{data.name.partition('.')[0]}.gold.jsonl")),
+            *("--compression_rate", str(rate), "--budget", budget),
+            *("--systems", *systems, "--keyword_model", RETRIEVER),
+            *("--max_new_tokens", str(NEW_TOKENS), "--batch_size", "16", "--dtype", "bfloat16"),
         )
+        found = records(output / "answers.jsonl")
+        return {
+            system: self.judge.score([record["answers"][system]["answer"] for record in found])
+            for system in systems
+        }
+
+
+def report(asked: Asked, models: dict[int, Path], before: Path, recipe: Recipe, others: Path) -> float:
+    """Print the table of one student, its model by rate; gives the p-value of 4x above closed-book."""
+    judge, p_value = asked.judge, 1.0
+    whole: dict[Path, dict[str, Scores]] = {}
+    untrained = asked.answers(before, 0, *WHOLE)
+    for name, scores in untrained.items():
+        judge.row(f"{name}, before training", scores)
+    for rate, model in models.items():
+        if model not in whole:
+            whole[model] = asked.answers(model, 0, *WHOLE)
+            for name, scores in whole[model].items():
+                judge.row(name, scores)
+        own_rate = 0 if N_LAYERS in model.name else rate
+        found = asked.answers(model, own_rate, "compressed", *(recipe.systems if own_rate else ()))
+        if own_rate and recipe.systems:
+            found["budget shared"] = asked.answers(model, rate, "compressed", budget="shared")["compressed"]
+        found["another's documents"] = asked.answers(model, own_rate, "compressed", data=others)["compressed"]
         for name, scores in found.items():
             judge.row(f"{rate}x {name}", scores)
-        for name in ("closed_book", "another's documents", "uncompressed"):
-            value = judge.difference(f"{rate}x compressed - {name}", found["compressed"], found[name])
-            if (rate, name) == (RATES[-1], "closed_book"):
+        student, text = found.pop("compressed"), whole[model]["uncompressed"]
+        none = max(
+            (untrained["closed_book"], whole[model]["closed_book"]), key=lambda one: one.accuracy.mean()
+        )
+        for name, scores in {"closed_book": none, "text": text, **found}.items():
+            value = judge.difference(f"{rate}x compressed - {name}", student, scores)
+            if name == "closed_book":
                 p_value = value
-        for what in ("accuracy", "f1"):
-            own, text, none = (
-                getattr(found[name], what).mean() for name in ("compressed", "uncompressed", "closed_book")
-            )
-            ratio = (own - none) / (text - none)
-            print(f"  {rate}x, {what}: (student - closed-book) / (text - closed-book) {ratio:.2f}")
+        print_ratios(f"{rate}x", student, none, text)
+    return p_value
+
+
+def print_ratios(name: str, student: Scores, none: Scores, text: Scores) -> None:
+    """Print which share of what the documents' text is worth a student keeps."""
+    for what in ("accuracy", "f1"):
+        own, read, closed = (getattr(one, what).mean() for one in (student, text, none))
+        ratio = (own - closed) / (read - closed)
+        print(f"  {name}, {what}: (student - closed-book) / (text - closed-book) {ratio:.2f}")
+
+
+def report_control(asked: Asked, model: Path, student: str) -> float:
+    """Print the table of a generator that reads picked tokens; gives the p-value of 4x above closed-book."""
+    whole = asked.answers(model, 0, *WHOLE)
+    for name, scores in whole.items():
+        asked.judge.row(name, scores)
+    p_value = 1.0
+    for rate in RATES:
+        picks = with_picks(asked.work, model, asked.data, student, rate=rate)
+        scores = asked.answers(model, 0, "uncompressed", data=picks)["uncompressed"]
+        asked.judge.row(f"{rate}x {student}, trained to read it", scores)
+        p_value = asked.judge.difference(f"{rate}x {student} - closed_book", scores, whole["closed_book"])
+        print_ratios(f"{rate}x", scores, whole["closed_book"], whole["uncompressed"])
     return p_value
 
 
@@ -360,13 +455,14 @@ def main() -> None:
     flags.add_argument(
         "--labels", choices=("right", "teacher"), default="right", help="which answers are learned"
     )
+    flags.add_argument("--student", choices=(POINTER, N_LAYERS, *READERS), default=POINTER)
     flags.add_argument("--seeds", type=int, nargs="+", default=[0], help="one student for each")
     flags.add_argument(
         "--split", choices=("development", "test"), default="development", help="what is asked about"
     )
     flags.add_argument("--work_dir", default="learns.work", help="where each step leaves its result")
     options = flags.parse_args()
-    recipe = RECIPES["quick" if options.quick else options.recipe]
+    recipe, student = RECIPES["quick" if options.quick else options.recipe], options.student
     names = ("xquad-dev",) if options.quick else ("xquad-dev", "qed-dev", "cmu-dev")
     folders = [Path(name) for name in options.data] if options.data else [SHARED / name for name in names]
     work = Path(options.work_dir)
@@ -375,10 +471,18 @@ def main() -> None:
     gold = write_inputs(folders, work, recipe)
     for name in dict.fromkeys(("train", "development", options.split)):
         prepare(work, name)
+    data = work / f"{options.split}.jsonl"
+    asked = Asked(work, data, judge_of(data, gold))
     p_values = []
     for seed in options.seeds:
-        model = train(work, recipe, seed, options.labels)
-        p_values.append(report(work, model, work / f"{options.split}.jsonl", gold, recipe))
+        rates = RATES if student == N_LAYERS else RATES[:1]
+        trained = {rate: train(work, recipe, seed, options.labels, student, rate) for rate in rates}
+        models = {rate: trained.get(rate, trained[RATES[0]]) for rate in RATES}
+        if student in READERS:
+            p_values.append(report_control(asked, models[RATES[0]], student))
+        else:
+            before = work / f"pretrained-{recipe.name}-{named(student, RATES[0])}{seed}"
+            p_values.append(report(asked, models, before, recipe, with_others(data, gold)))
     worst = max(p_values)
     print(f"learns: p {worst:.4f} that 4x is not above closed-book (bar 0.05)")
     sys.exit(0 if worst < 0.05 or options.quick else 1)

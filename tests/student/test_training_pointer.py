@@ -267,7 +267,7 @@ def test_pretraining_asks_cloze_questions_and_leaves_the_generator(
     ("changes", "message"),
     [
         ({"text_fraction": 1.2}, "must lie between 0 and 1"),
-        ({"text_fraction": 0.6, "closed_book_fraction": 0.4}, "leave nothing to compress"),
+        ({"text_fraction": 0.6, "closed_book_fraction": 0.5}, "are more than all examples"),
         ({"compression_rate": 64}, "takes 4 to 32"),
         ({"generator_training": "frozen"}, "teach a frozen generator nothing"),
         ({"enable_reranking": True}, "by its own scores"),
@@ -283,6 +283,18 @@ def test_a_long_answer_does_not_end_training(setting: Setting, tmp_path: Path) -
     path.write_text(json.dumps([{**record, "answer": "tide " * 9000} for record in records(4)]))
     config = setting(train_data=(str(path),), eval_fraction=0.0, text_fraction=0.5, closed_book_fraction=0.4)
     assert train(replace(config, max_steps=1)).steps == 1
+
+
+def test_a_generator_can_learn_from_text_alone(setting: Setting, tmp_path: Path) -> None:
+    config = setting(text_fraction=0.9, closed_book_fraction=0.1, max_steps=2)
+    before = train(replace(config, max_steps=1, learning_rate_generator=1e-9, output_dir=str(tmp_path / "b")))
+    after = train(config)
+    weights = [load_file(Path(result.output) / "model.safetensors") for result in (before, after)]
+    for name, value in weights[1].items():
+        if not name.startswith("generator."):
+            assert torch.equal(value, weights[0][name]), f"{name}: nothing was compressed"
+    lora = [name for name in weights[1] if ".lora_B." in name]
+    assert any(not torch.allclose(weights[0][name], weights[1][name]) for name in lora)
 
 
 def test_a_run_of_before_these_flags_goes_on(setting: Setting) -> None:

@@ -229,9 +229,9 @@ class TrainConfig(StudentConfig):
             raise UsageError(
                 "--text_fraction and --closed_book_fraction teach a frozen generator nothing: leave them out"
             )
-        if self.text_fraction + self.closed_book_fraction >= 1:
+        if self.text_fraction + self.closed_book_fraction > 1:
             raise UsageError(
-                "--text_fraction and --closed_book_fraction leave nothing to compress: lower them"
+                "--text_fraction and --closed_book_fraction are more than all examples: lower them"
             )
 
     @property
