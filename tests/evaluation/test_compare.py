@@ -120,6 +120,36 @@ def test_a_pointer_is_compared_as_others_are(
     assert {"R@1 model", "tau"} <= {row["measure"] for row in rows}
 
 
+def test_a_pointer_is_compared_at_several_rates(
+    compare: Compare, models: dict[str, Path], students: dict[str, Path], tmp_path: Path
+) -> None:
+    config = ScaleDownConfig(compressor="pointer", num_layers=1, doc_max_length=32, compression_rate=8)
+    folder = tmp_path / "pointing"
+    ScaleDownModel.build(config, resolve(str(models["causal_lm"]))).save_pretrained(folder)
+    words = ["--compression_rates", "4", "32", "--budget", "shared"]
+    baselines = ["--baselines", "uncompressed", "first", "echo", "echo_span"]
+    assert compare(str(folder), str(students["rate8"]), *words, *baselines) == 0
+    card = (tmp_path / "out" / "comparison.md").read_text()
+    for row in (
+        "pointing-4x | pointer on first 1 layers | 4x",
+        "pointing-32x | pointer on first 1 layers | 32x",
+    ):
+        assert card.count(f"| {row} |") == 1
+    assert card.count("| rate8 | first 2 layers, reranking | 8x |") == 1, "it has but one rate"
+    for system, rates in {"first": ["4x", "32x"], "echo": ["4x", "32x"], "uncompressed": [""]}.items():
+        found = [line.split(" | ")[2] for line in card.splitlines() if line.startswith(f"| {system} | ")]
+        assert [cell.strip() for cell in found] == rates
+    with (tmp_path / "out" / "comparison.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    sums = {
+        run: sum(
+            float(row["value"]) for row in rows if row["run"] == run and row["measure"] == "generation FLOPs"
+        )
+        for run in ("pointing-4x", "pointing-32x")
+    }
+    assert sums["pointing-4x"] > sums["pointing-32x"], "more embeddings cost more"
+
+
 def test_differences_are_to_the_first_runs_text(
     compare: Compare, students: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -195,6 +225,10 @@ def test_settings_are_trained_first_and_once(
         (["{rate8}", "--cost_document_tokens", "64"], "compresses 32 tokens of a document"),
         (["{rate8}", "--baselines", "pruned", "--pruning_reranker", "nowhere/at/all"], "nowhere/at/all"),
         (["{rate8}", "--cost_batches", "0"], "--cost_batches 0"),
+        (["{rate8}", "--compression_rates", "many"], "--compression_rates many"),
+        (["{rate8}", "--compression_rates", "4", "4"], "name each once"),
+        (["{rate8}", "--compression_rates", "4"], "no run is a pointer"),
+        (["{rate8}", "--baselines", "echo"], "echo"),
         (["{rate8}", "--cost_documents", "1000"], "lower --cost_documents"),
         (["{rate8}", "--gold", "missing.jsonl"], "missing.jsonl"),
     ],

@@ -24,6 +24,8 @@ READERS: Final = ("first", "keywords", "random")
 """Let the generator read tokens of the documents."""
 ECHOES: Final = ("echo", "echo_span")
 """Have no generator, and need a pointer."""
+OF_A_RATE: Final = ("pruned", *READERS, "echo")
+"""Take as many tokens of the documents as compression does."""
 
 _LONGEST_SPAN: Final = 8  # tokens
 _LEAST_SHARE: Final = 1 / 4  # of the best token's probability

@@ -5,7 +5,7 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -20,6 +20,7 @@ from scaledown.data.gold import read_gold
 from scaledown.data.reranker import resolve_reranker
 from scaledown.data.summary import program_name
 from scaledown.errors import InputError, UsageError, run_command
+from scaledown.evaluation.baselines import ECHOES, OF_A_RATE
 from scaledown.evaluation.efficiency import Cost, Seconds, Shape, costs, machine
 from scaledown.evaluation.evaluate import ANSWERS, evaluate
 from scaledown.evaluation.results import Comparison, Results, Run
@@ -31,9 +32,9 @@ from scaledown.logs import start_logging
 from scaledown.models import choose_device, choose_dtype, quiet_libraries, resolve
 from scaledown.options import Checked, is_url, option
 from scaledown.shared_config import DTYPES, MACHINE
-from scaledown.store import DEFAULT_SYSTEMS, fingerprint
+from scaledown.store import SYSTEMS, fingerprint
 from scaledown.student.train import train
-from scaledown.student.train_settings import TrainConfig
+from scaledown.student.train_settings import BUDGETS, TrainConfig
 
 if TYPE_CHECKING:
     from scaledown.student.settings import ScaleDownConfig
@@ -61,7 +62,18 @@ class CompareConfig(Checked):
         ("uncompressed", "closed_book"),
         QUALITY,
         "what the first run's generator does without compression, for comparison",
-        choices=tuple(system for system in DEFAULT_SYSTEMS if system != "compressed"),
+        choices=tuple(system for system in SYSTEMS if system != "compressed"),
+    )
+    compression_rates: tuple[str, ...] = option(
+        (),
+        QUALITY,
+        "compare a pointer at each of these, 4 to 32 document tokens to one memory token; nothing is its own",
+        "tokens",
+        metavar="N",
+    )
+    budget: str = option("each", QUALITY, "of pointers, as for scaledown evaluate", choices=BUDGETS)
+    keyword_model: str = option(
+        EvaluateConfig.keyword_model, QUALITY, "of keywords, as for scaledown evaluate", metavar="MODEL"
     )
     pruning_reranker: str = option(
         EvaluateConfig.pruning_reranker, QUALITY, "of pruned, as for scaledown evaluate", metavar="MODEL"
@@ -94,9 +106,12 @@ class CompareConfig(Checked):
         sizes = ("cost_documents", "cost_document_tokens", "cost_query_tokens", "cost_new_tokens")
         self._check_at_least(1, "max_new_tokens", "batch_size", "cost_repeats", *sizes)
         self._check_at_least(0, "num_examples", "seed")
-        for size in self.cost_batches:
-            if not size.isdecimal() or not int(size):
-                raise UsageError(f"--cost_batches {size}: must be whole numbers, at least 1")
+        for name in ("cost_batches", "compression_rates"):
+            for number in getattr(self, name):
+                if not number.isdecimal() or not int(number):
+                    raise UsageError(f"--{name} {number}: must be whole numbers, at least 1")
+        if len(set(self.compression_rates)) < len(self.compression_rates):
+            raise UsageError("--compression_rates: name each once")
 
     @property
     def shape(self) -> Shape:
@@ -117,17 +132,22 @@ def compare(names: Sequence[str], config: CompareConfig) -> Comparison:
     short = _names(names)
     settings = [_settings(Path(name), output) if name.endswith(".json") else None for name in names]
     _check(names, settings, config)
-    folders = [train(own).output if own else name for name, own in zip(names, settings, strict=True)]
+    folders = [str(train(own).output) if own else name for name, own in zip(names, settings, strict=True)]
     runs: list[Run] = []
-    for name, folder in zip(short, folders, strict=True):
+    for name, folder, rate, budget in _ways(short, folders, config):
         log.info("compare: %s", name)
-        systems = ("compressed", *(config.baselines if not runs else ()))
+        baselines = config.baselines
+        if runs:  # of the first model alone, and once if the rate does not matter to them
+            baselines = tuple(one for one in baselines if one in OF_A_RATE and folder == folders[0])
         results = evaluate(
             EvaluateConfig(
-                model=str(folder),
+                model=folder,
                 data=config.data,
                 gold=config.gold,
-                systems=systems,
+                systems=("compressed", *baselines),
+                compression_rate=rate,
+                budget=budget,
+                keyword_model=config.keyword_model,
                 pruning_reranker=config.pruning_reranker,
                 num_examples=config.num_examples,
                 max_new_tokens=config.max_new_tokens,
@@ -148,6 +168,29 @@ def compare(names: Sequence[str], config: CompareConfig) -> Comparison:
     comparison = Comparison(runs, reference, machine(), config.shape)
     _write(output, comparison)
     return comparison
+
+
+class _Way(NamedTuple):
+    """A model, and how it compresses."""
+
+    name: str
+    folder: str
+    rate: int
+    """0 is the model's own."""
+    budget: str
+
+
+def _ways(names: Sequence[str], folders: Sequence[str], config: CompareConfig) -> Iterator[_Way]:
+    """Each model once, a pointer once for each rate."""
+    from scaledown.student.model import read_settings as read_model
+
+    for name, folder in zip(names, folders, strict=True):
+        is_pointer = read_model(resolve(folder)).is_pointer
+        budget = config.budget if is_pointer else "each"
+        if not is_pointer or not config.compression_rates:
+            yield _Way(name, folder, 0, budget)
+        else:
+            yield from (_Way(f"{name}-{n}x", folder, int(n), budget) for n in config.compression_rates)
 
 
 def _names(names: Sequence[str]) -> list[str]:
@@ -185,9 +228,26 @@ def _check(names: Sequence[str], settings: Sequence[TrainConfig | None], config:
         read_gold(config.gold, "--gold")
     if "pruned" in config.baselines:
         resolve_reranker(config.pruning_reranker)
-    for name, own in zip(names, settings, strict=True):
-        if own is None:
-            _check_shape(name, read_model(resolve(name)), config.shape)
+    trained = [name for name, own in zip(names, settings, strict=True) if own is None]
+    models = {name: read_model(resolve(name)) for name in trained}
+    for name, model in models.items():
+        _check_shape(name, model, config.shape)
+        for rate in config.compression_rates if model.is_pointer else ():
+            model.check_rate(int(rate))
+    if (
+        config.compression_rates
+        and not any(settings)
+        and not any(model.is_pointer for model in models.values())
+    ):
+        raise UsageError(
+            "--compression_rates: no run is a pointer, and others have but one rate: leave it out"
+        )
+    if (
+        settings[0] is None
+        and not models[names[0]].is_pointer
+        and (found := set(config.baselines) & set(ECHOES))
+    ):
+        raise UsageError(f"--baselines {min(found)}: the first run is no pointer: leave it out")
 
 
 def _check_shape(name: str, model: "ScaleDownConfig", shape: Shape) -> None:
@@ -241,6 +301,8 @@ def _costs(path: Path, results: Results, config: CompareConfig) -> list[Cost]:
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     of = [results.models["model"], batches, config.shape, config.cost_repeats, device, str(dtype), machine()]
+    way = {name: results.parameters[name] for name in ("compression_rate", "budget")}
+    of += [way] if way["compression_rate"] else []
     request = fingerprint({"of": of})
     kept = read_json(path)
     if isinstance(kept, dict) and kept.get("request") == request:
@@ -251,7 +313,7 @@ def _costs(path: Path, results: Results, config: CompareConfig) -> list[Cost]:
     model = ScaleDownModel.from_pretrained(results.model["name"], dtype=dtype).to(device)
     _check_shape(results.model["name"], model.config, config.shape)
     _check_room(model, config.shape)
-    measured = costs(model, batches, shape=config.shape, repeats=config.cost_repeats)
+    measured = costs(model, batches, shape=config.shape, repeats=config.cost_repeats, **way)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"request": request, "machine": machine(), "costs": [one._asdict() for one in measured]})
     return measured

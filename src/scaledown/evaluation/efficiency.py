@@ -75,9 +75,17 @@ class Cost(NamedTuple):
 
 
 def costs(
-    model: "ScaleDownModel", batches: Sequence[int], *, shape: Shape = AS_THE_PAPER, repeats: int = 3
+    model: "ScaleDownModel",
+    batches: Sequence[int],
+    *,
+    shape: Shape = AS_THE_PAPER,
+    repeats: int = 3,
+    compression_rate: int = 0,
+    budget: str = "each",
 ) -> list[Cost]:
     """Costs of answering from compressed documents and from their text, for each size of a batch.
+
+    A pointer compresses at `compression_rate` (0: its own) and by `budget`, see `ScaleDownModel.answer`.
 
     Both sides are run in turn, once to warm up and `repeats` times more. LoRA is folded into the weights
     before, and no answer ends early. Batches from the first that does not fit into memory on are left out.
@@ -89,10 +97,11 @@ def costs(
         model.merge_lora()
     stops, model.generator.generation_config.eos_token_id = model.generator.generation_config.eos_token_id, []
     found: list[Cost] = []
+    way = {"compression_rate": compression_rate, "budget": budget}
     try:
         for batch in sorted(set(batches)):
             try:
-                found += _of_batch(model, batch, shape, repeats)
+                found += _of_batch(model, batch, shape, repeats, way)
             except torch.OutOfMemoryError:
                 log.warning("batches of %s and more do not fit into memory", batch)
                 break
@@ -101,12 +110,14 @@ def costs(
     return found
 
 
-def _of_batch(model: "ScaleDownModel", batch: int, shape: Shape, repeats: int) -> list[Cost]:
+def _of_batch(
+    model: "ScaleDownModel", batch: int, shape: Shape, repeats: int, way: dict[str, Any]
+) -> list[Cost]:
     queries, documents = inputs(model, batch, shape)
-    embeddings = model.compress(queries, documents, batch_size=batch)
+    embeddings = model.compress(queries, documents, batch_size=batch, **way)
 
     def compress() -> object:
-        return model.compress(queries, documents, batch_size=batch)
+        return model.compress(queries, documents, batch_size=batch, **way)
 
     def generate() -> object:
         return model.answer(queries, embeddings, max_new_tokens=shape.new_tokens, batch_size=batch)

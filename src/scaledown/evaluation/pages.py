@@ -7,6 +7,7 @@ from typing import Final
 
 import orjson
 
+from scaledown.evaluation.baselines import OF_A_RATE
 from scaledown.evaluation.efficiency import COMPRESSED, UNCOMPRESSED, Cost, Seconds
 from scaledown.evaluation.results import Comparison, Results, Run, held_rows, remarks
 from scaledown.evaluation.scoring import LENGTH
@@ -147,11 +148,12 @@ def quality_rows(comparison: Comparison) -> tuple[Sequence[str], list[list[Cell]
     columns = ["run", "compressor", "rate", "accuracy", "F1", f"accuracy against {comparison.reference}"]
     columns += ["fewer FLOPs", *(f"faster, batch {batch}" for batch in batches)]
     rows: list[list[Cell]] = []
-    first = comparison.runs[0]
-    for system, own in first.results.systems.items():
-        if system != COMPRESSED:
-            measured = [str(own.measures[name]) for name in (_QUALITY, "F1")]
-            rows.append([system, "", "", *measured, *[""] * (len(columns) - 5)])
+    for run in comparison.runs:
+        for system, own in run.results.systems.items():
+            if system != COMPRESSED:
+                measured = [str(own.measures[name]) for name in (_QUALITY, "F1")]
+                rate = f"{run.results.model['compression_rate']}x" if system in OF_A_RATE else ""
+                rows.append([system, "", rate, *measured, *[""] * (len(columns) - 5)])
     for run in comparison.runs:
         own = run.results.systems[COMPRESSED]
         against = run.differences.get(_QUALITY)
