@@ -182,9 +182,10 @@ def prepare(work: Path, name: str) -> Path:
     return output
 
 
-def pretrain(work: Path, recipe: Recipe, seed: int, kind: str = POINTER, rate: int = RATES[0]) -> Path:
-    """The compressor alone: a pointer on cloze questions about training articles, another on their text."""
-    output = work / f"pretrained-{recipe.name}-{named(kind, rate)}{seed}"
+def pretrain(work: Path, recipe: Recipe, seed: int, labels: str, kind: str, rate: int) -> Path:
+    """The compressor alone: a pointer on cloze questions and records, another on training articles' text."""
+    output = work / f"pretrained-{recipe.name}-{named(kind, rate)}{labels}-{seed}"
+    records = ("--train_data", str(work / "train.jsonl"), *right(work, labels)) if kind == POINTER else ()
     command(
         work / f"train-{seed}.log",
         *("pretrain", "--corpus_path", str(work / "train.corpus.jsonl"), "--output_dir", str(output)),
@@ -192,14 +193,21 @@ def pretrain(work: Path, recipe: Recipe, seed: int, kind: str = POINTER, rate: i
         *("--compression_rate", str(rate), "--doc_max_length", str(DOCUMENT_TOKENS)),
         *("--lora_dropout", "0", "--max_steps", str(recipe.pretraining_steps), "--seed", str(seed)),
         *("--batch_size", "16", "--micro_batch_size", "16", "--eval_fraction", "0.01", *SHARED_FLAGS[2:]),
+        *records,
     )
     return output
+
+
+def right(work: Path, labels: str, *sides: str) -> list[str]:
+    """The flags that give right answers, if they are what is learned."""
+    files = [work / f"{side}.gold.jsonl" for side in sides or ("train",)]
+    return [word for file in files for word in ("--gold", str(file))] if labels == "right" else []
 
 
 def train(work: Path, recipe: Recipe, seed: int, labels: str, student: str, rate: int) -> Path:
     """Compressor and generator on records, or the generator of a control; gives the model's folder."""
     kind = N_LAYERS if student == N_LAYERS else POINTER
-    start = pretrain(work, recipe, seed, kind, rate)
+    start = pretrain(work, recipe, seed, labels, kind, rate)
     output = work / f"trained-{recipe.name}-{named(student, rate)}{labels}-{seed}"
     data, held = work / "train.jsonl", work / "development.jsonl"
     text_fraction = TEXT
@@ -208,11 +216,10 @@ def train(work: Path, recipe: Recipe, seed: int, labels: str, student: str, rate
             with_picks(work, start, one, student, share=1 - TEXT / (1 - NONE)) for one in (data, held)
         )
         text_fraction = 1 - NONE
-    golds = [work / "train.gold.jsonl", work / "development.gold.jsonl"] if labels == "right" else []
     command(
         work / f"train-{seed}.log",
         *("train", "--train_data", str(data), "--eval_data", str(held)),
-        *(word for gold in golds for word in ("--gold", str(gold))),
+        *right(work, labels, "train", "development"),
         *("--output_dir", str(output), "--pretrained_model", str(start)),
         *("--learning_rate_generator", "5e-4"),
         *("--text_fraction", str(text_fraction), "--closed_book_fraction", str(NONE)),
@@ -481,7 +488,7 @@ def main() -> None:
         if student in READERS:
             p_values.append(report_control(asked, models[RATES[0]], student))
         else:
-            before = work / f"pretrained-{recipe.name}-{named(student, RATES[0])}{seed}"
+            before = work / f"pretrained-{recipe.name}-{named(student, RATES[0])}{options.labels}-{seed}"
             p_values.append(report(asked, models, before, recipe, with_others(data, gold)))
     worst = max(p_values)
     print(f"learns: p {worst:.4f} that 4x is not above closed-book (bar 0.05)")

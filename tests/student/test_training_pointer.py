@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from scaledown.errors import RunDirectoryError, UsageError
 from scaledown.models import resolve
 from scaledown.student.batch import collate
-from scaledown.student.model import ScaleDownModel
+from scaledown.student.cloze import ASK
+from scaledown.student.model import ScaleDownModel, load_tokenizer
+from scaledown.student.pretraining_data import pretraining_parts
 from scaledown.student.settings import POINTER_RATES, ScaleDownConfig
 from scaledown.student.train import Trained, train
 from scaledown.student.train_settings import PretrainConfig, TrainConfig
@@ -220,22 +222,25 @@ def test_right_answers_take_the_teachers_place(
 
 
 @pytest.fixture
-def pretrained(models: dict[str, Path], corpus: Path, tmp_path: Path) -> Trained:
-    return train(
-        PretrainConfig(
-            corpus_path=str(corpus),
-            generator_model=str(models["causal_lm"]),
-            compressor="pointer",
-            num_layers=1,
-            doc_max_length=64,
-            max_steps=6,
-            batch_size=4,
-            learning_rate_compressor=3e-3,
-            output_dir=str(tmp_path / "pretrained"),
-            report_to="none",
-            device="cpu",
-        )
+def pretraining(models: dict[str, Path], corpus: Path, tmp_path: Path) -> PretrainConfig:
+    return PretrainConfig(
+        corpus_path=str(corpus),
+        generator_model=str(models["causal_lm"]),
+        compressor="pointer",
+        num_layers=1,
+        doc_max_length=64,
+        max_steps=6,
+        batch_size=4,
+        learning_rate_compressor=3e-3,
+        output_dir=str(tmp_path / "pretrained"),
+        report_to="none",
+        device="cpu",
     )
+
+
+@pytest.fixture
+def pretrained(pretraining: PretrainConfig) -> Trained:
+    return train(pretraining)
 
 
 def test_pretraining_asks_cloze_questions_and_leaves_the_generator(
@@ -261,6 +266,58 @@ def test_pretraining_asks_cloze_questions_and_leaves_the_generator(
     trained = ScaleDownModel.from_pretrained(result.output)
     assert trained.config.is_pointer
     assert trained.config.doc_max_length == 64
+
+
+def test_pretraining_learns_from_records_too(
+    pretraining: PretrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, gold = tmp_path / "records.json", tmp_path / "gold.jsonl"
+    content = records(40)
+    data.write_text(json.dumps(content))
+    asked = content[0]["query"]
+    gold.write_text(json.dumps({"question": asked, "answers": ["Bees", content[0]["answer"]]}) + "\n")
+    config = replace(
+        pretraining,
+        train_data=(str(data),),
+        gold=(str(gold),),
+        output_dir=str(tmp_path / "both"),
+        max_steps=0,
+        max_corpus_size=3,
+    )
+    tokenizer = load_tokenizer(resolve(config.generator_model))
+    parts = pretraining_parts(config, tokenizer, tmp_path)
+    examples = parts.train.examples
+    found = [examples[row] for row in range(len(examples))]
+    cloze = [place for place, one in enumerate(found) if one.query.startswith(ASK)]
+    count = len(cloze)
+    assert 0 < count < 40
+    assert cloze == list(range(0, 2 * count, 2)), "one of each in turn, then the rest"
+    asked_records = [one.query for one in found if not one.query.startswith(ASK)]
+    assert asked_records == [record["query"] for record in content]
+    assert examples[1].documents == content[0]["documents"]
+    held = {found[row].query for row in parts.held_out.rows} if parts.held_out else set()
+    assert not held & {found[row].query for row in parts.train.rows}
+    caplog.set_level("INFO")
+    result = train(replace(config, max_steps=3))
+    assert "1 of 40 questions have a right answer" in caplog.text
+    assert result.steps == 3
+    data.write_text(json.dumps(content[1:]))
+    with pytest.raises(RunDirectoryError, match="another --train_data"):
+        train(replace(config, max_steps=3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_data": ("x.json",), "compressor": "n_layers"}, "give --compressor pointer"),
+        ({"gold": ("x.json",)}, "give that, too"),
+    ],
+)
+def test_records_are_for_a_pointer(
+    pretraining: PretrainConfig, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        replace(pretraining, **changes)
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,22 @@ from typing import Any, Final
 from scaledown.data import files
 from scaledown.data.chunking import Chunker
 from scaledown.data.corpus import ROWS_AT_ONCE, cut_rows, plain
+from scaledown.data.gold import read_gold
 from scaledown.data.prompts import CONTINUE, REPEAT
 from scaledown.errors import InputError, ModelError
 from scaledown.records import Passage, full_text
 from scaledown.student.cloze import cloze_questions
 from scaledown.student.settings import POINTER
 from scaledown.student.train_settings import PretrainConfig
-from scaledown.student.training_data import Parts, TrainingExample, split_parts, store_examples
+from scaledown.student.training_data import (
+    Examples,
+    Parts,
+    TrainingExample,
+    named,
+    read_examples,
+    split_parts,
+    store_examples,
+)
 
 log = logging.getLogger("scaledown")
 
@@ -34,6 +43,11 @@ def pretraining_parts(config: PretrainConfig, tokenizer: Any, folder: Path) -> P
         raise ModelError(f"{tokenizer.name_or_path}: has no fast tokenizer, which cutting passages needs")
     bad: list[str] = []
     found = pretraining_examples(config, tokenizer, bad)
+    records = None
+    if config.train_data:
+        gold = read_gold(config.gold, "--gold") if config.gold else None
+        records = read_examples(config.train_data, folder, gold=gold)
+        found = _alternating(found, records)
     if config.max_steps:
         found = itertools.islice(
             found, math.ceil(config.max_steps * config.batch_size / (1 - config.eval_fraction))
@@ -46,8 +60,20 @@ def pretraining_parts(config: PretrainConfig, tokenizer: Any, folder: Path) -> P
     if not len(examples):
         asked = " in which a name or a number can be hidden" if config.compressor == POINTER else ""
         raise InputError(f"--corpus_path {config.corpus_path}: no article with text{asked}; check the file")
-    examples.skipped = len(bad)
+    examples.skipped = len(bad) + (records.skipped if records else 0)
     return split_parts(examples, config)
+
+
+def _alternating(
+    questions: Iterator[tuple[str, TrainingExample]], records: Examples
+) -> Iterator[tuple[str, TrainingExample]]:
+    """A record after each cloze question, from the first on again where they are fewer; then the rest."""
+    number = 0
+    for question in questions:
+        yield question
+        yield named(records[number % len(records)])
+        number += 1
+    yield from (named(records[place]) for place in range(number, len(records)))
 
 
 def pretraining_examples(

@@ -37,6 +37,7 @@ Config = TrainConfig | PretrainConfig
 
 SETTINGS_FILE: Final = "settings.json"
 
+_FILES: Final = ("train_data", "eval_data", "gold")  # flags that take several
 _OWN_FOLDER: Final = ".train"  # in the output: hashes of what was read, and a lock
 _FOREIGN: Final = ("config.json", "model.safetensors", "checkpoint-*")
 
@@ -113,11 +114,10 @@ def _is_first() -> bool:
 
 def _here(config: Config) -> Config:
     """The same, but for training data behind URLs, which is fetched."""
-    if isinstance(config, PretrainConfig):
-        return config
     files = {
         name: tuple(str(fetched(file, f"--{name}")) for file in getattr(config, name))
-        for name in ("train_data", "eval_data", "gold")
+        for name in _FILES
+        if hasattr(config, name)
     }
     return replace(config, **files)  # type: ignore[arg-type]
 
@@ -133,10 +133,12 @@ def _identity(given: Config, config: Config, home: RunDirectory, origin: Origin)
 
 
 def _inputs(config: Config, home: RunDirectory) -> dict[str, Any]:
+    inputs: dict[str, Any] = {}
     if isinstance(config, PretrainConfig):
-        return {"corpus_path": corpus_identity(home, locate(config.corpus_path, "--corpus_path"))}
-    inputs = {}
+        inputs["corpus_path"] = corpus_identity(home, locate(config.corpus_path, "--corpus_path"))
     for name in ("train_data", "eval_data"):
+        if not hasattr(config, name):
+            continue
         paths = [Path(file) for file in getattr(config, name)]
         for path in paths:
             if not path.is_file():
@@ -171,7 +173,8 @@ def _recall(
                 for name, value in (_plain(defaults) | side["parameters"]).items()
                 if name not in FREE and name not in settled
             },
-            **({"gold": []} if kind is TrainConfig else {}),
+            "train_data": [],
+            "gold": [],
             **side["inputs"],
             **side["models"],
         }

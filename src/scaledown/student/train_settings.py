@@ -254,6 +254,15 @@ class PretrainConfig(StudentConfig):
     max_corpus_size: int = option(
         0, DATA, "read only this many articles from the start", "articles", metavar="N"
     )
+    train_data: tuple[str, ...] = option(
+        (),
+        DATA,
+        "a pointer learns from these records, too: one after each cloze question; as for scaledown train",
+        metavar="FILE",
+    )
+    gold: tuple[str, ...] = option(
+        (), DATA, "right answers to the questions of --train_data, as for scaledown train", metavar="FILE"
+    )
     doc_max_length: int = option(
         160,
         MODEL,
@@ -269,5 +278,12 @@ class PretrainConfig(StudentConfig):
         super().__post_init__()
         if not self.corpus_path:
             raise UsageError("no text: give --corpus_path PATH")
+        self._check_files("train_data", "gold")
+        if self.train_data and self.compressor != "pointer":
+            raise UsageError(
+                "--train_data: only a pointer is pretrained on records: give --compressor pointer"
+            )
+        if self.gold and not self.train_data:
+            raise UsageError("--gold answers the questions of --train_data: give that, too")
         self._check_at_least(16, "doc_max_length")
         self._check_at_least(0, "max_corpus_size")

@@ -159,7 +159,11 @@ def _example(record: dict[str, Any], gold: Gold | None) -> tuple[str, TrainingEx
     if gold is not None and (right := gold.answers(record["query"])):
         # Of several, the first that a document has: a pointer learns where it stands.
         answer = next((one for one in right if any(occurrences(text, one) for text in documents)), right[0])
-    example = TrainingExample(record["query"], documents, answer, record.get("reranking_scores"))
+    return named(TrainingExample(record["query"], documents, answer, record.get("reranking_scores")))
+
+
+def named(example: TrainingExample) -> tuple[str, TrainingExample]:
+    """An example behind what tells that two ask the same."""
     return "query: " + example.query.strip().lower(), example
 
 
