@@ -1,6 +1,7 @@
 """Costs are counted as the formula of a transformer has them, and told for the sizes that were asked for."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,10 +115,12 @@ def test_what_does_not_fit_ends_the_list(
 ) -> None:
     measure = efficiency._of_batch
 
-    def small(model: ScaleDownModel, batch: int, shape: Shape, repeats: int) -> list[efficiency.Cost]:
+    def small(
+        model: ScaleDownModel, batch: int, shape: Shape, repeats: int, way: dict[str, Any]
+    ) -> list[efficiency.Cost]:
         if batch > 1:
             raise torch.OutOfMemoryError
-        return measure(model, batch, shape, repeats)
+        return measure(model, batch, shape, repeats, way)
 
     monkeypatch.setattr(efficiency, "_of_batch", small)
     with caplog.at_level("WARNING", logger="scaledown"):
