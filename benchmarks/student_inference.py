@@ -1,8 +1,8 @@
 """Compression and generation against the documents' text, same model and inputs: FLOPs and time.
 
-10 documents of 128 tokens, 32 new tokens (arXiv 2504.07109, table 5), SmolLM2-135M in bfloat16; --device cuda
-on a GPU. FLOPs are those of matrix products and attention, as torch counts them. The model is untrained: what
-it answers does not matter here.
+10 documents of 128 tokens, 32 new tokens (arXiv 2504.07109, table 5), SmolLM2-135M, in bfloat16 where the
+processor multiplies it; --device cuda on a GPU. FLOPs are those of matrix products and attention, as torch
+counts them. The model is untrained: what it answers does not matter here.
 """
 
 import functools
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import close, machine, paired, parser, verdict
+from common import close, fast_dtype, machine, paired, parser, verdict
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
 
 from scaledown.models import quiet_libraries, resolve
@@ -40,7 +40,8 @@ def attention_on_cpu(query: Any, key: Any, value: Any, *_: Any, out_shape: Any =
 
 def build(layers: int, device: str) -> ScaleDownModel:
     config = ScaleDownConfig(num_layers=layers, doc_max_length=DOCUMENT_TOKENS)
-    model = ScaleDownModel.build(config, resolve(GENERATOR), dtype=torch.bfloat16, device=device).eval()
+    dtype = torch.bfloat16 if device.startswith("cuda") else getattr(torch, fast_dtype())
+    model = ScaleDownModel.build(config, resolve(GENERATOR), dtype=dtype, device=device).eval()
     model.merge_lora()
     model.generator.generation_config.eos_token_id = []  # no answer ends early
     return model

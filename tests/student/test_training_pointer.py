@@ -15,6 +15,7 @@ from scaledown.errors import RunDirectoryError, UsageError
 from scaledown.models import resolve
 from scaledown.student.batch import collate
 from scaledown.student.cloze import ASK
+from scaledown.student.labels import copied_spans
 from scaledown.student.model import ScaleDownModel, load_tokenizer
 from scaledown.student.pretraining_data import pretraining_parts
 from scaledown.student.settings import POINTER_RATES, ScaleDownConfig
@@ -273,7 +274,8 @@ def test_pretraining_learns_from_records_too(
 ) -> None:
     data, gold = tmp_path / "records.json", tmp_path / "gold.jsonl"
     content = records(40)
-    data.write_text(json.dumps(content))
+    silent = {"query": "What is nowhere?", "documents": ["Bees\nfly far."], "answer": "an unrelated remark"}
+    data.write_text(json.dumps([content[0], silent, *content[1:]]))
     asked = content[0]["query"]
     gold.write_text(json.dumps({"question": asked, "answers": ["Bees", content[0]["answer"]]}) + "\n")
     config = replace(
@@ -293,13 +295,16 @@ def test_pretraining_learns_from_records_too(
     assert 0 < count < 40
     assert cloze == list(range(0, 2 * count, 2)), "one of each in turn, then the rest"
     asked_records = [one.query for one in found if not one.query.startswith(ASK)]
-    assert asked_records == [record["query"] for record in content]
-    assert examples[1].documents == content[0]["documents"]
+    assert asked_records == [record["query"] for record in content], "what is copied from nowhere is left out"
+    spans = copied_spans(asked, content[0]["documents"], content[0]["answer"])
+    assert examples[1].documents == [
+        text for text, own in zip(content[0]["documents"], spans, strict=True) if own
+    ]
     held = {found[row].query for row in parts.held_out.rows} if parts.held_out else set()
     assert not held & {found[row].query for row in parts.train.rows}
     caplog.set_level("INFO")
     result = train(replace(config, max_steps=3))
-    assert "1 of 40 questions have a right answer" in caplog.text
+    assert "1 of 41 questions have a right answer" in caplog.text
     assert result.steps == 3
     data.write_text(json.dumps(content[1:]))
     with pytest.raises(RunDirectoryError, match="another --train_data"):

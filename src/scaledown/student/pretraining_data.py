@@ -17,6 +17,7 @@ from scaledown.data.prompts import CONTINUE, REPEAT
 from scaledown.errors import InputError, ModelError
 from scaledown.records import Passage, full_text
 from scaledown.student.cloze import cloze_questions
+from scaledown.student.labels import copied_spans
 from scaledown.student.settings import POINTER
 from scaledown.student.train_settings import PretrainConfig
 from scaledown.student.training_data import (
@@ -68,12 +69,28 @@ def _alternating(
     questions: Iterator[tuple[str, TrainingExample]], records: Examples
 ) -> Iterator[tuple[str, TrainingExample]]:
     """A record after each cloze question, from the first on again where they are fewer; then the rest."""
-    number = 0
+    taught = _copied_from(records)
     for question in questions:
         yield question
-        yield named(records[number % len(records)])
-        number += 1
-    yield from (named(records[place]) for place in range(number, len(records)))
+        record = next(taught, None)
+        if record is None:
+            taught = _copied_from(records)
+            record = next(taught, None)
+        if record is not None:
+            yield named(record)
+    yield from map(named, taught)
+
+
+def _copied_from(records: Examples) -> Iterator[TrainingExample]:
+    """Records with those of their documents that the answer copies; the others teach nothing here.
+
+    A pass over them costs a third as much. How documents compare is learned in training.
+    """
+    for place in range(len(records)):
+        example = records[place]
+        spans = copied_spans(example.query, example.documents, example.answer)
+        if copied := [text for text, own in zip(example.documents, spans, strict=True) if own]:
+            yield example._replace(documents=copied, scores=None)
 
 
 def pretraining_examples(
