@@ -354,15 +354,16 @@ def test_flags_of_the_pages_exist() -> None:
     from scaledown.config import PrepareConfig
     from scaledown.evaluation.compare import CompareConfig
     from scaledown.evaluation.settings import EvaluateConfig
+    from scaledown.serving.settings import ServeConfig
     from scaledown.student.train_settings import PretrainConfig, TrainConfig
 
-    commands = (PrepareConfig, TrainConfig, PretrainConfig, EvaluateConfig, CompareConfig)
+    commands = (PrepareConfig, TrainConfig, PretrainConfig, EvaluateConfig, CompareConfig, ServeConfig)
     known = {item.name for command in commands for item in fields(command)}
     known |= {"model", "query", "document", "data", "format"}  # of scaledown answer and export
     known |= {"push_to_hub", "output"}  # of scaledown export and report
     known |= {"nproc_per_node", "array", "gpus", "head", "address"}  # of torchrun, Slurm and Ray
     known |= {"config", "preset", "dry_run", "debug", "help", "log_level", "log_format", "json", "quick"}
-    names = ("teachers", "student", "cleaning", "evaluation", "formats", "scaling")
+    names = ("teachers", "student", "cleaning", "evaluation", "formats", "scaling", "serving")
     pages = [ROOT / "docs" / f"{name}.md" for name in names]
     for page in (ROOT / "README.md", *pages):
         for flag in re.findall(r"(?<![\w-])--([a-z][a-z0-9_]+)", page.read_text(encoding="utf-8")):

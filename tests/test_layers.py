@@ -8,7 +8,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"evaluation"},
+    {"evaluation", "serving"},
     {"student"},
     {"data"},
     {"overview", "prometheus"},

@@ -6,6 +6,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -246,3 +247,17 @@ def fill_hub_cache(cache: Path) -> None:
             made[make] = make(snapshot)
         (repository / "refs").mkdir()
         (repository / "refs" / "main").write_text(COMMIT)
+
+
+def pointer_student(generator: Path) -> Any:
+    """A student that picks tokens, its weights random: as if it had learned something."""
+    from scaledown.models import resolve
+    from scaledown.student.model import ScaleDownModel
+    from scaledown.student.settings import ScaleDownConfig
+
+    torch.manual_seed(0)
+    settings = ScaleDownConfig(compressor="pointer", num_layers=1, doc_max_length=48, query_max_length=32)
+    made = ScaleDownModel.build(settings, resolve(str(generator)))
+    for parameter in made.pointer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return made.eval()

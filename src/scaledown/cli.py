@@ -25,6 +25,7 @@ _COMMANDS: Final = {
     "pretrain": ("scaledown.student.pretrain", ()),
     "train": ("scaledown.student.train", ()),
     "answer": ("scaledown.student.answer", ()),
+    "serve": ("scaledown.serving.serve", ()),
     "evaluate": ("scaledown.evaluation.evaluate", ()),
     "compare": ("scaledown.evaluation.compare", ()),
 }
@@ -71,6 +72,7 @@ def _run(words: list[str]) -> int:
     commands.add_parser("pretrain", help="teach a compressor on any text, before training", add_help=False)
     commands.add_parser("train", help="train a compressor on training data", add_help=False)
     commands.add_parser("answer", help="answer with a trained model", add_help=False)
+    commands.add_parser("serve", help="serve a trained model to OpenAI's clients", add_help=False)
     commands.add_parser("evaluate", help="how good answers or rankings are, with intervals", add_help=False)
     commands.add_parser("compare", help="models side by side: quality against cost", add_help=False)
     commands.add_parser(

@@ -147,7 +147,7 @@ def test_out_of_memory_halves_the_batch(
 def test_answers_end_at_an_end_token(models: dict[str, Path]) -> None:
     model = student(models, generator_training="full").eval()
     assert model.generator.generation_config.eos_token_id == [1]
-    embedded, mask = model._prompts([model._question("Why?", ["No."], 8, compressed=True)])
+    embedded, mask = model.prompts([model._question("Why?", ["No."], 8, compressed=True)])
     ((first,), *_) = model._write(embedded, mask, 8)
     assert model.answer("Why?", ["No."], max_new_tokens=8)
     model.generator.generation_config.eos_token_id = [first]
@@ -163,7 +163,7 @@ def test_answers_are_those_of_generate(model: ScaleDownModel, compressed: bool) 
         for query, own in zip(QUERIES, DOCUMENTS, strict=True)
     ]
     with torch.no_grad():
-        embedded, mask = model._prompts(questions)
+        embedded, mask = model.prompts(questions)
         assert 0 in mask, "prompts of one length are not padded"
         written = model.generator.generate(inputs_embeds=embedded, attention_mask=mask, max_new_tokens=12)
     expected = [text.strip() for text in model.tokenizer.batch_decode(written, skip_special_tokens=True)]

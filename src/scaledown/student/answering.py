@@ -1,7 +1,6 @@
 """Using a trained model: answers, embeddings to keep, relevance scores, tokens as they come."""
 
 import contextlib
-import inspect
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from scaledown.student.batch import (
     collate,
     group,
 )
+from scaledown.student.decoding import Decoding
 from scaledown.student.settings import ScaleDownConfig
 
 log = logging.getLogger("scaledown")
@@ -51,7 +51,9 @@ class Pointed(NamedTuple):
     """Places in `ids` of the tokens that stand for the document, in order."""
 
 
-class _Question(NamedTuple):
+class Question(NamedTuple):
+    """A prompt, and what stands for its documents where that is known."""
+
     encoded: Encoded
     embeddings: torch.Tensor | None
     """[memory tokens of all documents, width] where they were given."""
@@ -159,11 +161,11 @@ class Answering:
         chosen_way = self._compression(compression_rate, budget)
         with self._reading():
             question = self._question(query, documents, max_new_tokens, chosen_way, compressed=compressed)
-        with self._using():
-            embedded, mask = self._prompts([question], budget)
+        with self.using():
+            embedded, mask = self.prompts([question], budget)
         ids, shown = [], ""
         for (token,) in self._write(embedded, mask, max_new_tokens):
-            if token in self._stops:
+            if token in self.stops:
                 break
             ids.append(token)
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -274,7 +276,7 @@ class Answering:
             read = self.reader.read(query, documents, rate=chosen_way.rate)
         if not read:
             return []
-        with self._using():
+        with self.using():
             found = self.compress_ids(group(read), [len(read)] if budget == "shared" else ())
         return [
             Pointed(
@@ -293,7 +295,7 @@ class Answering:
 
     def _compress(
         self, query: str | list[str], documents: Any, batch_size: int, way: Compression
-    ) -> list["_Own"]:
+    ) -> list["StandIns"]:
         queries, many = _many(query, documents)
         _check_positive(batch_size=batch_size)
         with self._reading():
@@ -302,8 +304,8 @@ class Answering:
             ]
         halving = Halving("batch_size")
 
-        def work(batch: Sequence[list[Document]]) -> list[_Own]:
-            return self._compress_read(batch, way.budget)
+        def work(batch: Sequence[list[Document]]) -> list[StandIns]:
+            return self.compress_read(batch, way.budget)
 
         return [
             found
@@ -312,10 +314,10 @@ class Answering:
             for found in part
         ]
 
-    def _compress_read(self, read: Sequence[list[Document]], budget: str) -> list["_Own"]:
+    def compress_read(self, read: Sequence[list[Document]], budget: str) -> list["StandIns"]:
         """What stands for each query's documents, compressed together."""
         sizes = [len(documents) for documents in read]
-        with self._using():
+        with self.using():
             most = CPU_PASS_TOKENS if self.device.type == "cpu" else PASS_TOKENS
             documents = [one for documents in read for one in documents]
             found = self.compress_ids(group(documents, most), sizes if budget == "shared" else ())
@@ -325,7 +327,7 @@ class Answering:
             first += size
         embeddings = torch.split(found.embeddings, [sum(own) for own in counts])
         relevance = [None] * len(sizes) if found.relevance is None else torch.split(found.relevance, sizes)
-        return [_Own(*own) for own in zip(embeddings, counts, relevance, strict=True)]
+        return [StandIns(*own) for own in zip(embeddings, counts, relevance, strict=True)]
 
     def _question(
         self,
@@ -335,7 +337,7 @@ class Answering:
         way: Compression = OWN_WAY,
         *,
         compressed: bool,
-    ) -> _Question:
+    ) -> Question:
         embeddings = None
         given = [isinstance(document, torch.Tensor) for document in documents]
         if any(given):
@@ -346,11 +348,11 @@ class Answering:
             embeddings, counts = self._joined(documents)
             read = [Document([], 0, 0, count) for count in counts]
             parts = self.reader.prompt_parts(query, len(documents))
-            question = _Question(Encoded(read, parts, [], None), embeddings)
+            question = Question(Encoded(read, parts, [], None), embeddings)
         elif compressed and len(documents):
-            question = _Question(self.reader.encode(query, documents, rate=way.rate), None)
+            question = Question(self.reader.encode(query, documents, rate=way.rate), None)
         else:
-            return _Question(self.reader.encode_text(query, documents, max_new_tokens), None)
+            return Question(self.reader.encode_text(query, documents, max_new_tokens), None)
         length = question.encoded.prompt_length
         if length + max_new_tokens > self.reader.context:
             raise InputError(
@@ -374,14 +376,14 @@ class Answering:
         return torch.cat(list(documents)), [len(own) for own in documents]
 
     def _generate(
-        self, questions: Sequence[_Question], max_new_tokens: int, budget: str = "each"
+        self, questions: Sequence[Question], max_new_tokens: int, budget: str = "each"
     ) -> list[str]:
-        with self._using():
-            embedded, mask = self._prompts(questions, budget)
+        with self.using():
+            embedded, mask = self.prompts(questions, budget)
         written = zip(*self._write(embedded, mask, max_new_tokens), strict=True)
         return [
             self.tokenizer.decode(
-                list(itertools.takewhile(lambda token: token not in self._stops, tokens)),
+                list(itertools.takewhile(lambda token: token not in self.stops, tokens)),
                 skip_special_tokens=True,
             ).strip()
             for tokens in written
@@ -392,43 +394,34 @@ class Answering:
 
         The mask [batch, length] is 0 where a prompt is padded, on its left.
         """
-        places = (mask.cumsum(1) - 1).clamp(min=0)  # [batch, length]
-        # As an index: of a slice, torch would copy the output layer's weights for every row.
-        step: dict[str, Any] = {
-            "inputs_embeds": embedded,
-            "logits_to_keep": torch.tensor([mask.shape[1] - 1], device=mask.device),
-        }
-        takes_places = "position_ids" in inspect.signature(self.generator.forward).parameters
-        cache, ended = None, [False] * len(mask)
+        decoding, ended = Decoding(self.generator), [False] * len(mask)
+        chosen: torch.Tensor | None = None
         for _ in range(max_new_tokens):
             # No gradients within a step only: between two, the caller's own code runs.
-            with self._using():
-                if takes_places:
-                    step["position_ids"] = places
-                output = self.generator(**step, attention_mask=mask, past_key_values=cache, use_cache=True)
-                chosen = output.logits[:, -1].argmax(-1)  # [batch]
+            with self.using():
+                if chosen is None:
+                    decoding.join(embedded, mask)
+                else:
+                    decoding.step(chosen)
+                chosen = decoding.logits.argmax(-1)  # [batch]
             tokens: list[int] = chosen.tolist()
             yield tokens
-            ended = [was or token in self._stops for was, token in zip(ended, tokens, strict=True)]
+            ended = [was or token in self.stops for was, token in zip(ended, tokens, strict=True)]
             if all(ended):
                 return
-            cache = output.past_key_values
-            step = {"input_ids": chosen[:, None]}
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            places = places[:, -1:] + 1
 
     @property
-    def _stops(self) -> list[int]:
+    def stops(self) -> list[int]:
         """Tokens that end an answer."""
         stops: list[int] = self.generator.generation_config.eos_token_id
         return stops
 
-    def _prompts(
-        self, questions: Sequence[_Question], budget: str = "each"
+    def prompts(
+        self, questions: Sequence[Question], budget: str = "each"
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of prompts [batch, length, width], padded on the left, and the mask [batch, length]."""
         new = [question.encoded.documents for question in questions if _is_new(question)]
-        compressed = iter(self._compress_read(new, budget) if new else [])
+        compressed = iter(self.compress_read(new, budget) if new else [])
         device = self.device
         encoded, given = [], []
         for question in questions:
@@ -454,7 +447,7 @@ class Answering:
         return left, mask
 
     @contextlib.contextmanager
-    def _using(self) -> Iterator[None]:
+    def using(self) -> Iterator[None]:
         """Without gradients and dropout; afterwards the model trains on if it did."""
         was_training = self.training
         if was_training:
@@ -485,7 +478,7 @@ class Answering:
                 )
 
 
-class _Own(NamedTuple):
+class StandIns(NamedTuple):
     """What stands for the documents of one query."""
 
     embeddings: torch.Tensor
@@ -494,7 +487,7 @@ class _Own(NamedTuple):
     relevance: torch.Tensor | None
 
 
-def _is_new(question: _Question) -> bool:
+def _is_new(question: Question) -> bool:
     """Whether its documents are still to be compressed."""
     return question.embeddings is None and bool(question.encoded.documents)
 

@@ -186,9 +186,13 @@ def _partition(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
 class _Pieces(Context):
     """The teacher's prompt in pieces, around documents that the generator sees as embeddings."""
 
+    def spelled(self, text: str) -> str:
+        """Text from outside, in which special tokens and the place of the documents are nothing special."""
+        return self._plain(text).replace(_DOCUMENTS, "")
+
     def around(self, prompt: Prompt, documents: int) -> list[list[int]]:
         """Token ids before, between and after `documents` documents, tokenised piece by piece."""
-        user = self._plain(prompt.before) + _DOCUMENTS + self._plain(prompt.after)
+        user = self.spelled(prompt.before) + _DOCUMENTS + self.spelled(prompt.after)
         special = self._tokenizer.chat_template is None
         if special:
             text = f"{prompt.system}\n\n{user}\nAnswer:".lstrip()
@@ -253,19 +257,24 @@ class Reader:
             None if scores is None else list(scores),
         )
 
-    def prompt_parts(self, query: str, documents: int) -> list[list[int]]:
-        """The generator's prompt around documents that are embeddings already."""
-        return self._pieces.around(self._prompt(query), documents)
+    def prompt_parts(self, query: str, documents: int, system: str = "") -> list[list[int]]:
+        """The generator's prompt around documents that are embeddings already.
 
-    def encode_text(self, query: str, documents: Sequence[object], max_new_tokens: int) -> Encoded:
+        A `system` message takes the place of the template's.
+        """
+        return self._pieces.around(self._instructed(self._prompt(query), system), documents)
+
+    def encode_text(
+        self, query: str, documents: Sequence[object], max_new_tokens: int, system: str = ""
+    ) -> Encoded:
         """A prompt in plain text, as the teacher reads it: the documents themselves, or none.
 
-        Documents that do not fit the context lose their ends, from the last one. Raises `InputError` where
-        the question alone does not fit.
+        Documents that do not fit the context lose their ends, from the last one. A `system` message takes the
+        place of the template's. Raises `InputError` where the question alone does not fit.
         """
         texts = [document_text(document) for document in documents]
         template = self._config.template if texts else CLOSED_BOOK
-        prompt = answer_prompt("", query, texts, 0.0, template)
+        prompt = self._instructed(answer_prompt("", query, texts, 0.0, template), system)
         generation = Generation(max_new_tokens=max_new_tokens)
         fitted = Context(self._config.generator_name, self._tokenizer, self.context, generation).fit(prompt)
         if isinstance(fitted, Rejection):
@@ -323,6 +332,10 @@ class Reader:
 
     def _prompt(self, query: str) -> Prompt:
         return answer_prompt("", query, (), 0.0, self._config.template)
+
+    def _instructed(self, prompt: Prompt, system: str) -> Prompt:
+        """The prompt with another system message, if there is one; it comes from outside, as a query does."""
+        return prompt._replace(system=self._pieces.spelled(system)) if system else prompt
 
     def _plain_ids(self, text: str) -> list[int]:
         return plain_ids(self._compressor, text)

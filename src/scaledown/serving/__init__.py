@@ -1,0 +1,1 @@
+"""A trained model behind the HTTP interface that OpenAI's clients speak."""

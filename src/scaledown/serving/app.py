@@ -1,0 +1,372 @@
+"""The HTTP interface: routes, keys, limits. Texts come in and go out; the engine does the work."""
+
+import asyncio
+import hmac
+import logging
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from scaledown.errors import UsageError
+from scaledown.records import document_text
+from scaledown.serving.engine import End, Engine, Event, Job, Piece, Scores, Usage
+from scaledown.serving.metrics import Metrics
+from scaledown.serving.protocol import ChatRequest, Document, RequestError, RerankRequest, parsed
+from scaledown.serving.settings import ServeConfig
+from scaledown.student.settings import ScaleDownConfig
+
+log = logging.getLogger("scaledown")
+
+_CHAT: Final = "/v1/chat/completions"
+_RERANK: Final = "/v1/rerank"
+_OPEN: Final = "/health"  # for load balancers, which have no key
+_AWAY: Final = 499  # nginx's status for a client that left
+_RETRY_SECONDS: Final = 1
+_LOOK_SECONDS: Final = 0.5  # between two looks at whether a client is still there
+
+
+@dataclass
+class _Waiting:
+    """A request in the engine, seen from the event loop."""
+
+    job: Job
+    events: asyncio.Queue[Event]
+    deadline: float
+    usage: Usage = field(default_factory=Usage)
+
+
+class Server:
+    """The routes of one model."""
+
+    def __init__(
+        self, engine: Engine, model: ScaleDownConfig, name: str, config: ServeConfig, key: str
+    ) -> None:
+        self._engine = engine
+        self._model = model
+        self._name = name
+        self._config = config
+        self._key = key.encode()
+        self._metrics = Metrics(engine)
+        self._started = int(time.time())
+
+    def app(self) -> FastAPI:
+        """The application, without pages of documentation: those would load scripts from elsewhere."""
+        app = FastAPI(title="ScaleDown", docs_url=None, redoc_url=None, openapi_url=None)
+        app.add_api_route(_CHAT, self._guarded(self._chat), methods=["POST"])
+        app.add_api_route(_RERANK, self._guarded(self._rerank), methods=["POST"])
+        app.add_api_route("/v1/models", self._guarded(self._models), methods=["GET"])
+        app.add_api_route("/metrics", self._guarded(self._told), methods=["GET"])
+        app.add_api_route(_OPEN, self._guarded(self._health), methods=["GET"])
+        app.add_exception_handler(HTTPException, _not_found)
+        app.add_exception_handler(Exception, _unexpected)
+        return app
+
+    def _guarded(
+        self, route: Callable[[Request], Awaitable[Response]]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """A route whose errors have OpenAI's shape, for clients that know the key."""
+
+        async def guarded(request: Request) -> Response:
+            started, path = time.perf_counter(), request.url.path
+            try:
+                self._check_key(request)
+                return await route(request)
+            except RequestError as error:
+                status = error.status
+                response = _json(error.told(), status)
+            except ClientDisconnect:
+                status = _AWAY
+                response = Response(status_code=status)
+            if status in {429, 503}:
+                response.headers["Retry-After"] = str(_RETRY_SECONDS)
+            if status == 401:
+                response.headers["WWW-Authenticate"] = "Bearer"
+            self._done(path, status, started, Usage())
+            return response
+
+        return guarded
+
+    def _check_key(self, request: Request) -> None:
+        if not self._key or request.url.path == _OPEN:
+            return
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._key):
+            raise RequestError(
+                "the key is missing or wrong: send it as Authorization: Bearer KEY",
+                401,
+                kind="authentication_error",
+            )
+
+    def _done(self, path: str, status: int, started: float, usage: Usage) -> None:
+        seconds = time.perf_counter() - started
+        self._metrics.done(path, status, seconds, usage)
+        if path in {_CHAT, _RERANK}:
+            log.info("%s %s %.3f s, prompt %s, answer %s, documents %s -> %s", path, status, seconds, *usage)
+
+    # Routes.
+
+    async def _health(self, _: Request) -> Response:
+        failed = self._engine.failed
+        return _json({"status": failed or "ok"}, 503 if failed else 200)
+
+    async def _told(self, _: Request) -> Response:
+        return Response(self._metrics.told(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _models(self, _: Request) -> Response:
+        model = {"id": self._name, "object": "model", "created": self._started, "owned_by": "scaledown"}
+        return _json({"object": "list", "data": [model]})
+
+    async def _chat(self, request: Request) -> Response:
+        started = time.perf_counter()
+        asked = parsed(await self._body(request), ChatRequest)
+        waiting = self._submit(self._chat_job(asked))
+        identity = f"chatcmpl-{uuid.uuid4().hex}"
+        head = {"id": identity, "created": int(time.time()), "model": self._name}
+        if asked.stream:
+            first = await self._next(request, waiting)  # what fails before any text has a status of its own
+            with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
+            events = self._streamed(request, waiting, first, head, started, with_usage=with_usage)
+            return StreamingResponse(events, media_type="text/event-stream")
+        text, reason = "", "stop"
+        while True:
+            event = await self._next(request, waiting)
+            if isinstance(event, Piece):
+                self._first(text, started)
+                text += event.text
+            elif isinstance(event, End):
+                reason, waiting.usage = event.reason, event.usage
+                break
+        self._log_texts(waiting.job, text)
+        self._done(_CHAT, 200, started, waiting.usage)
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text},
+            "logprobs": None,
+            "finish_reason": reason,
+        }
+        return _json(
+            {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(waiting.usage)}
+        )
+
+    async def _streamed(
+        self,
+        request: Request,
+        waiting: _Waiting,
+        event: Event,
+        head: dict[str, Any],
+        started: float,
+        *,
+        with_usage: bool,
+    ) -> AsyncIterator[bytes]:
+        """Server-sent events of an answer, whose first `event` is here already."""
+
+        def chunk(delta: dict[str, Any], reason: str | None = None) -> bytes:
+            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+            extra = {"usage": None} if with_usage else {}
+            return _event({**head, "object": "chat.completion.chunk", "choices": [choice], **extra})
+
+        status, text = _AWAY, ""
+        try:
+            yield chunk({"role": "assistant", "content": ""})
+            while not isinstance(event, End):
+                if isinstance(event, Piece):
+                    self._first(text, started)
+                    text += event.text
+                    yield chunk({"content": event.text})
+                event = await self._next(request, waiting)
+            waiting.usage, status = event.usage, 200
+            yield chunk({}, event.reason)
+            if with_usage:
+                told = {"object": "chat.completion.chunk", "choices": [], "usage": _usage(event.usage)}
+                yield _event({**head, **told})
+            yield b"data: [DONE]\n\n"
+            self._log_texts(waiting.job, text)
+        except RequestError as error:  # the response has begun: the error is its last event
+            status = error.status
+            yield _event(error.told())
+        finally:
+            waiting.job.cancelled = True
+            self._done(_CHAT, status, started, waiting.usage)
+
+    async def _rerank(self, request: Request) -> Response:
+        started = time.perf_counter()
+        asked = parsed(await self._body(request), RerankRequest)
+        if not self._model.ranks:
+            raise RequestError("this model does not rank documents: train one with --enable_reranking")
+        if not asked.documents:
+            raise RequestError("documents: give at least one", param="documents")
+        job = self._job(asked.query.strip(), asked.documents)
+        job.ranks, job.rate = True, self._model.compression_rate
+        waiting = self._submit(job)
+        event = await self._next(request, waiting)
+        if not isinstance(event, Scores):
+            raise RequestError("the model gave no scores", 500)
+        waiting.usage = event.usage
+        order = sorted(range(len(job.documents)), key=lambda place: -event.relevance[place])
+        results = [
+            {"index": place, "relevance_score": event.relevance[place]}
+            | ({"document": {"text": job.documents[place]}} if asked.return_documents else {})
+            for place in order[: asked.top_n]
+        ]
+        self._done(_RERANK, 200, started, waiting.usage)
+        return _json(
+            {
+                "id": f"rerank-{uuid.uuid4().hex}",
+                "model": self._name,
+                "results": results,
+                "usage": {"total_tokens": event.usage.document_tokens},
+            }
+        )
+
+    # What routes share.
+
+    async def _body(self, request: Request) -> bytes:
+        """The body, if it is not too long; no more of it is read than that."""
+        most = self._config.max_body
+        too_long = RequestError(f"the body is longer than {most:,} bytes: send less", 413)
+        with suppress(ValueError):
+            if int(request.headers.get("content-length", "0")) > most:
+                raise too_long
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._config.request_timeout):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > most:
+                        raise too_long
+        except TimeoutError:
+            raise RequestError("the body did not arrive in time", 408) from None
+        return bytes(body)
+
+    def _chat_job(self, asked: ChatRequest) -> Job:
+        config, model = self._config, self._model
+        query = asked.query
+        new_tokens = asked.max_completion_tokens or asked.max_tokens or config.default_new_tokens
+        if new_tokens > config.max_new_tokens:
+            raise RequestError(
+                f"max_tokens: at most {config.max_new_tokens:,} here", param="max_completion_tokens"
+            )
+        job = self._job(query, asked.documents or [])
+        job.rate = asked.compression_rate or config.compression_rate or model.compression_rate
+        job.budget = asked.budget or config.budget
+        try:
+            model.check_rate(job.rate)
+            model.check_budget(job.budget)
+        except UsageError as error:
+            raise RequestError(str(error).removeprefix("--")) from None
+        job.system, job.compressed, job.stops = asked.system, asked.compressed, asked.stops
+        job.max_new_tokens, job.seed = new_tokens, asked.seed
+        job.temperature = asked.temperature or 0.0
+        job.top_p = 1.0 if asked.top_p is None else asked.top_p
+        return job
+
+    def _job(self, query: str, documents: list[str | Document]) -> Job:
+        config = self._config
+        if not query:
+            raise RequestError("there is no question: the query, or the last message of the user, is empty")
+        if len(documents) > config.max_documents:
+            raise RequestError(f"documents: at most {config.max_documents:,} here", param="documents")
+        texts = [
+            own if isinstance(own, str) else document_text({"title": own.title, "text": own.text})
+            for own in documents
+        ]
+        for place, text in enumerate(texts):
+            if not text.strip():
+                raise RequestError(f"documents.{place}: is empty: leave it out", param=f"documents.{place}")
+            if len(text) > config.max_document_characters:
+                raise RequestError(
+                    f"documents.{place}: at most {config.max_document_characters:,} characters here",
+                    param=f"documents.{place}",
+                )
+        return Job(query, texts, lambda _: None)
+
+    def _submit(self, job: Job) -> _Waiting:
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event] = asyncio.Queue()
+
+        def send(event: Event) -> None:
+            with suppress(RuntimeError):  # the loop has ended, and with it whoever waits
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        job.send = send
+        self._engine.submit(job)
+        return _Waiting(job, events, loop.time() + self._config.request_timeout)
+
+    async def _next(self, request: Request, waiting: _Waiting) -> Event:
+        """What the engine says next.
+
+        Raises `RequestError` where it failed or time is up, `ClientDisconnect` where nobody waits any more.
+        """
+        try:
+            event = await self._event(request, waiting)
+        except BaseException:
+            waiting.job.cancelled = True
+            raise
+        if isinstance(event, RequestError):
+            raise event
+        return event
+
+    @staticmethod
+    async def _event(request: Request, waiting: _Waiting) -> Event:
+        loop = asyncio.get_running_loop()
+        while (left := waiting.deadline - loop.time()) > 0:
+            with suppress(TimeoutError):
+                return await asyncio.wait_for(waiting.events.get(), min(left, _LOOK_SECONDS))
+            if await request.is_disconnected():
+                raise ClientDisconnect
+        raise RequestError("the answer took too long: ask for less, or try again", 504)
+
+    def _first(self, text: str, started: float) -> None:
+        if not text:
+            self._metrics.first(time.perf_counter() - started)
+
+    def _log_texts(self, job: Job, answer: str) -> None:
+        if self._config.log_texts:
+            log.info("query %r, answer %r", job.query, answer)
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    """In OpenAI's shape, and what compression did."""
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.prompt + usage.completion,
+        "compression": {"document_tokens": usage.document_tokens, "embeddings": usage.embeddings},
+    }
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(content) + b"\n\n"
+
+
+def _json(content: dict[str, Any], status: int = 200) -> Response:
+    finite = {"results": [_finite(row) for row in content["results"]]} if "results" in content else {}
+    return Response(orjson.dumps({**content, **finite}), status, media_type="application/json")
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """A score that is no number is none, in JSON."""
+    score = row["relevance_score"]
+    return {**row, "relevance_score": score if math.isfinite(score) else None}
+
+
+async def _unexpected(_: Request, error: Exception) -> Response:
+    """A fault of the server; what it was stands in the log alone."""
+    return _json(RequestError("the server failed on this request", 500).told(), 500)
+
+
+async def _not_found(_: Request, error: Exception) -> Response:
+    """Paths and methods that are not served, in the same shape."""
+    status = getattr(error, "status_code", 500)
+    words = {404: "there is no such path", 405: "this path has another method"}
+    return _json(RequestError(words.get(status, str(error)), status).told(), status)

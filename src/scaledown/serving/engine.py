@@ -1,0 +1,502 @@
+"""The engine: requests wait, join the answers that are being written, and leave when they are done.
+
+One thread owns the model. Requests come in and pieces of answers go out by thread-safe calls.
+"""
+
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any, Final, NamedTuple
+
+import torch
+
+from scaledown.errors import InputError, ScaleDownError
+from scaledown.serving.protocol import RequestError
+from scaledown.serving.settings import ServeConfig
+from scaledown.student.answering import Question
+from scaledown.student.batch import Document, Encoded
+from scaledown.student.decoding import Decoding
+from scaledown.student.train_settings import BUDGETS
+
+log = logging.getLogger("scaledown")
+
+_SHUTTING_DOWN: Final = "the server is shutting down"
+_FAILURES: Final = 3  # steps in a row that may fail unexpectedly before the engine gives up
+_POSITIONS: Final = 1 << 13  # of prompts that are read together, padding included: bounds memory
+
+
+class Usage(NamedTuple):
+    """What a request took."""
+
+    prompt: int = 0
+    """Positions of the generator's prompt, tokens and embeddings."""
+    completion: int = 0
+    """Tokens written."""
+    document_tokens: int = 0
+    """Of the compressor's; those that were compressed."""
+    embeddings: int = 0
+    """That stand for them."""
+
+
+class Piece(NamedTuple):
+    """Some more text of an answer."""
+
+    text: str
+
+
+class End(NamedTuple):
+    """The answer is complete."""
+
+    reason: str
+    """`stop`, or `length` where it was cut."""
+    usage: Usage
+
+
+class Scores(NamedTuple):
+    """The relevance of each document."""
+
+    relevance: list[float]
+    usage: Usage
+
+
+Event = Piece | End | Scores | RequestError
+
+
+@dataclass(eq=False)
+class Job:
+    """One request on its way through the engine."""
+
+    query: str
+    documents: list[str]
+    send: Callable[[Event], None]
+    """Called from the engine's thread."""
+    system: str = ""
+    compressed: bool = True
+    ranks: bool = False
+    """Whether the documents' relevance is asked for, and no answer."""
+    rate: int = 0
+    budget: str = "each"
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stops: tuple[str, ...] = ()
+    cancelled: bool = False
+    """Set by whoever no longer waits."""
+    arrived: float = field(default_factory=time.monotonic)
+
+
+class _Text:
+    """Tokens -> text as it comes, without what may turn out to be the beginning of a stop text."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._ids: list[int] = []
+        self._start = self._read = 0  # the tokens between are decoded again, for the spaces between words
+        self._held = ""
+        self._is_first = True
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """The text that a token settles."""
+        self._ids.append(token)
+        return self._settled(self._new_text())
+
+    def rest(self) -> str:
+        """What was held back, at the end of the answer."""
+        before = len(self._decode(self._start, self._read))
+        text, self.stopped = self._cut(self._held + self._decode(self._start, len(self._ids))[before:])
+        self._held, self._read = "", len(self._ids)
+        return self._shown(text.rstrip())
+
+    def _new_text(self) -> str:
+        before = self._decode(self._start, self._read)
+        text = self._decode(self._start, len(self._ids))
+        if len(text) <= len(before) or text.endswith("\ufffd"):  # a character whose bytes are not all there
+            return ""
+        self._start, self._read = self._read, len(self._ids)
+        return text[len(before) :]
+
+    def _decode(self, start: int, stop: int) -> str:
+        text: str = self._tokenizer.decode(self._ids[start:stop], skip_special_tokens=True)
+        return text
+
+    def _settled(self, new: str) -> str:
+        text, self.stopped = self._cut(self._held + new)
+        kept = 0 if self.stopped else max((_beginning(text, stop) for stop in self._stops), default=0)
+        sure = text[: len(text) - kept].rstrip()  # white space at the end of an answer is no part of it
+        self._held = text[len(sure) :]
+        return self._shown(sure)
+
+    def _shown(self, text: str) -> str:
+        """Without white space at the beginning of the answer."""
+        text = text.lstrip() if self._is_first else text
+        self._is_first &= not text
+        return text
+
+    def _cut(self, text: str) -> tuple[str, bool]:
+        """The text before the first stop text, and whether there is one."""
+        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        return (text[: min(places)], True) if places else (text, False)
+
+
+def _beginning(text: str, stop: str) -> int:
+    """How many characters at the end of a text may begin `stop`."""
+    return next((size for size in range(len(stop) - 1, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+@dataclass(eq=False)
+class _Row:
+    """An answer that is being written."""
+
+    job: Job
+    text: _Text
+    usage: Usage
+    written: int = 0
+    random: torch.Generator | None = None
+
+
+class EmbeddingCache:
+    """What stands for (query, document) pairs seen before; the least recently used go first."""
+
+    def __init__(self, gigabytes: float) -> None:
+        self._room = int(gigabytes * 1e9)
+        self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self.size = 0
+        """Bytes in use."""
+
+    def get(self, key: bytes) -> torch.Tensor | None:
+        """The embeddings, [memory tokens, width], if they are there."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
+
+    def put(self, key: bytes, embeddings: torch.Tensor) -> None:
+        """Keep embeddings, if there is room for them at all."""
+        if embeddings.nbytes > self._room or key in self._kept:
+            return
+        self._kept[key] = embeddings.clone()  # alone, not the whole batch that it is a part of
+        self.size += embeddings.nbytes
+        while self.size > self._room:
+            self.size -= self._kept.popitem(last=False)[1].nbytes
+
+
+def _key(job: Job, document: str) -> bytes:
+    hashed = blake2b(f"{job.rate} {len(job.query)} ".encode(), digest_size=16)
+    hashed.update(job.query.encode())
+    hashed.update(document.encode())
+    return hashed.digest()
+
+
+class _Asked(NamedTuple):
+    """A request and its documents as the compressor reads them; none where their text is read."""
+
+    job: Job
+    documents: list[Document]
+
+
+class _Made(NamedTuple):
+    """What stands for the documents of a request."""
+
+    embeddings: list[torch.Tensor]
+    """[memory tokens, width] of each document."""
+    relevance: list[float]
+    """Of each document, where that was asked for."""
+
+
+class Engine:
+    """Answers and scores by one `ScaleDownModel`, many at a time."""
+
+    def __init__(self, model: Any, config: ServeConfig) -> None:
+        self._model = model
+        self._config = config
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._rows: list[_Row] = []
+        self._decoding = Decoding(model.generator)
+        self._most_rows = config.batch_size
+        self._cache = EmbeddingCache(config.embedding_cache)
+        self._failures = 0
+        self._draining = self._closed = False
+        self._on_failure: Callable[[], None] = lambda: None
+        self.failed = ""
+        """Why the engine gave up; empty while it works."""
+        self.hits = self.misses = 0
+        """Pairs of query and document that were in the cache, and that were not."""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self, on_failure: Callable[[], None]) -> None:
+        """Begin to work; `on_failure` is called if the engine gives up."""
+        self._on_failure = on_failure
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Let a request wait for its turn.
+
+        Raises:
+            RequestError: Too many wait (429), the server is about to end, or the engine gave up (503).
+        """
+        with self._changed:
+            if self.failed or self._draining:
+                raise RequestError(self.failed or _SHUTTING_DOWN, 503)
+            if len(self._waiting) >= self._config.max_waiting + self._most_rows - len(self._rows):
+                raise RequestError("too many requests wait: try again soon", 429, kind="rate_limit_error")
+            self._waiting.append(job)
+            self._changed.notify()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Answers that are being written."""
+        return len(self._rows)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Of embeddings that are kept."""
+        return self._cache.size
+
+    def stop(self, patience: float) -> None:
+        """Take no more requests, finish those that are there within `patience` seconds, and fail the rest."""
+        with self._changed:
+            self._draining = True
+            self._changed.notify()
+        self._thread.join(patience)
+        self._closed = True
+        self._fail_all(RequestError(_SHUTTING_DOWN, 503))
+
+    # The engine's thread.
+
+    def _run(self) -> None:
+        while not (self.failed or self._closed):
+            with self._changed:
+                if not self._waiting and not self._rows:
+                    if self._draining:
+                        return
+                    self._changed.wait()
+                    continue
+            try:
+                self._admit()
+                if self._rows:
+                    self._advance()
+                self._failures = 0
+            except torch.OutOfMemoryError:
+                self._reset(RequestError("out of memory: ask for less at once, or try again", 503))
+                self._shrink(self._most_rows)
+            except Exception:
+                log.exception("the model failed; the requests that it worked on get an error")
+                self._reset(RequestError("the model failed on this request", 500))
+                self._failures += 1
+                if self._failures == _FAILURES:
+                    self.failed = "the model does not work any more: start the server again"
+        if self.failed:
+            self._fail_all(RequestError(self.failed, 503))
+            self._on_failure()
+
+    def _shrink(self, rows: int) -> None:
+        """So many answers at once were too many."""
+        self._most_rows = max(1, rows // 2)
+        log.warning("out of memory: at most %s answers at once from here on", self._most_rows)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _admit(self) -> None:
+        """Begin with as many of those that wait as there is room for."""
+        room = self._most_rows - len(self._rows) if self._decoding.can_grow else 0
+        jobs: list[Job] = []
+        with self._changed:
+            while self._waiting and len(jobs) < room:
+                job = self._waiting.popleft()
+                if not job.cancelled:
+                    jobs.append(job)
+        if not jobs:
+            return
+        try:
+            self._begin(jobs)
+        except torch.OutOfMemoryError:
+            begun = {row.job for row in self._rows}
+            left = [job for job in jobs if job not in begun]
+            if len(left) + len(self._rows) == 1:
+                left[0].send(RequestError("out of memory: ask for less", 503))
+            else:
+                with self._changed:
+                    self._waiting.extendleft(reversed(left))
+                self._shrink(len(left) + len(self._rows))
+        except Exception:
+            begun = {row.job for row in self._rows}
+            for job in jobs:
+                if job not in begun:
+                    job.send(RequestError("the model failed on this request", 500))
+            raise
+
+    def _begin(self, jobs: Sequence[Job]) -> None:
+        read: list[_Asked] = []
+        for job in jobs:
+            try:
+                read.append(_Asked(job, self._read(job)))
+            except ScaleDownError as error:
+                job.send(RequestError(str(error)))
+        with self._model.using():
+            made = self._compressed(read)
+        begun: list[tuple[_Row, Question]] = []
+        for asked in read:
+            job, own = asked.job, made[asked.job]
+            tokens = sum(one.stop - one.start for one in asked.documents)
+            if job.ranks:
+                job.send(Scores(own.relevance, Usage(document_tokens=tokens)))
+                continue
+            try:
+                question = self._question(asked, own)
+            except ScaleDownError as error:
+                job.send(RequestError(str(error)))
+                continue
+            usage = Usage(question.encoded.prompt_length, 0, tokens, sum(map(len, own.embeddings)))
+            begun.append((self._row(job, usage), question))
+        parts = _alike(begun)
+        while parts and self._decoding.can_grow:
+            part = parts.pop(0)
+            with self._model.using():
+                self._decoding.join(*self._model.prompts([question for _, question in part]))
+            self._rows += [row for row, _ in part]
+        with self._changed:  # what could not join comes first, when these are done
+            self._waiting.extendleft(row.job for part in reversed(parts) for row, _ in reversed(part))
+
+    def _row(self, job: Job, usage: Usage) -> _Row:
+        random = None
+        if job.temperature:
+            random = torch.Generator()
+            if job.seed is None:
+                random.seed()
+            else:
+                random.manual_seed(job.seed % (1 << 63))
+        return _Row(job, _Text(self._model.tokenizer, job.stops), usage, 0, random)
+
+    def _read(self, job: Job) -> list[Document]:
+        """The documents as the compressor reads them; none where their text is read."""
+        if not (job.compressed or job.ranks):
+            return []
+        documents: list[Document] = self._model.reader.read(job.query, job.documents, rate=job.rate)
+        return documents
+
+    def _compressed(self, read: Sequence["_Asked"]) -> dict[Job, "_Made"]:
+        """What stands for the documents of each request."""
+        found = self._by_pair([own for own in read if own.job.budget == "each" and not own.job.ranks])
+        for budget in BUDGETS:
+            chosen = [own for own in read if own.job not in found and own.job.budget == budget]
+            if chosen:
+                made = self._model.compress_read([own.documents for own in chosen], budget)
+                for asked, own in zip(chosen, made, strict=True):
+                    relevance = own.relevance.tolist() if own.relevance is not None else []
+                    found[asked.job] = _Made(list(torch.split(own.embeddings, own.counts)), relevance)
+        return found
+
+    def _by_pair(self, read: Sequence["_Asked"]) -> dict[Job, "_Made"]:
+        """Embeddings that depend on a query and one document alone; from the cache, where they are there."""
+        pairs = {
+            asked.job: [
+                (_key(asked.job, text), one)
+                for text, one in zip(asked.job.documents, asked.documents, strict=True)
+            ]
+            for asked in read
+            if asked.documents
+        }
+        kept = {key: self._cache.get(key) for own in pairs.values() for key, _ in own}
+        new = {key: one for own in pairs.values() for key, one in own if kept[key] is None}
+        self.hits += len(kept) - len(new)
+        self.misses += len(new)
+        if new:
+            made = self._model.compress_read([[one] for one in new.values()], "each")
+            for key, own in zip(new, made, strict=True):
+                kept[key] = own.embeddings
+                self._cache.put(key, own.embeddings)
+        embeddings = {key: own for key, own in kept.items() if own is not None}
+        return {
+            asked.job: _Made([embeddings[key] for key, _ in pairs.get(asked.job, ())], []) for asked in read
+        }
+
+    def _question(self, asked: "_Asked", made: "_Made") -> Question:
+        reader, job = self._model.reader, asked.job
+        if not asked.documents:
+            encoded = reader.encode_text(job.query, job.documents, job.max_new_tokens, job.system)
+            return Question(encoded, None)
+        laid = [Document([], 0, 0, len(own)) for own in made.embeddings]
+        encoded = Encoded(laid, reader.prompt_parts(job.query, len(laid), job.system), [], None)
+        if encoded.prompt_length + job.max_new_tokens > reader.context:
+            raise InputError(
+                f"the prompt has {encoded.prompt_length:,} positions and {job.max_new_tokens:,} new tokens "
+                f"are asked for; the model takes {reader.context:,}: give fewer documents or ask for fewer "
+                "tokens"
+            )
+        return Question(encoded, torch.cat(made.embeddings))
+
+    def _advance(self) -> None:
+        """One token for each answer that is being written."""
+        likeliest = self._decoding.logits.argmax(-1).tolist()
+        tokens = [
+            token if row.random is None else _by_chance(self._decoding.logits[place], row.job, row.random)
+            for place, (row, token) in enumerate(zip(self._rows, likeliest, strict=True))
+        ]
+        going: list[int] = []
+        stops = self._model.stops
+        for place, (row, token) in enumerate(zip(self._rows, tokens, strict=True)):
+            if row.job.cancelled:
+                continue
+            ended = token in stops
+            row.written += 1
+            if not ended and (text := row.text.add(token)):
+                row.job.send(Piece(text))
+            if ended or row.text.stopped or row.written >= row.job.max_new_tokens:
+                if not row.text.stopped and (text := row.text.rest()):
+                    row.job.send(Piece(text))
+                reason = "stop" if ended or row.text.stopped else "length"
+                row.job.send(End(reason, row.usage._replace(completion=row.written)))
+            else:
+                going.append(place)
+        with self._model.using():
+            if len(going) < len(self._rows):
+                self._rows = [self._rows[place] for place in going]
+                self._decoding.keep(going)
+            if going:
+                chosen = torch.tensor([tokens[place] for place in going], device=self._model.device)
+                self._decoding.step(chosen)
+
+    def _reset(self, error: RequestError) -> None:
+        """Give up on the answers that are being written."""
+        for row in self._rows:
+            row.job.send(error)
+        self._rows = []
+        self._decoding.keep([])
+
+    def _fail_all(self, error: RequestError) -> None:
+        with self._changed:
+            jobs = [*(row.job for row in self._rows), *self._waiting]
+            self._waiting.clear()
+            self._rows = []
+        for job in jobs:
+            job.send(error)
+
+
+def _by_chance(logits: torch.Tensor, job: Job, random: torch.Generator) -> int:
+    """The next token, drawn by its probability: of those that together have `top_p`."""
+    ordered, places = (logits.float().cpu() / job.temperature).softmax(-1).sort(descending=True)
+    ordered[ordered.cumsum(-1) - ordered >= job.top_p] = 0
+    return int(places[torch.multinomial(ordered, 1, generator=random)])
+
+
+def _alike(begun: Sequence[tuple[_Row, Question]]) -> list[list[tuple[_Row, Question]]]:
+    """Prompts that are read together: of similar length, and not too many positions."""
+    parts: list[list[tuple[_Row, Question]]] = []
+    for row, question in sorted(begun, key=lambda own: own[1].encoded.prompt_length):
+        longest = question.encoded.prompt_length
+        if not parts or (len(parts[-1]) + 1) * longest > _POSITIONS:
+            parts.append([])
+        parts[-1].append((row, question))
+    return parts

@@ -1,0 +1,111 @@
+"""`scaledown serve`: the command."""
+
+import logging
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scaledown.errors import MissingExtraError, UsageError, run_command
+from scaledown.flags import command_parser, from_flags, underscored
+from scaledown.logs import start_logging
+from scaledown.models import choose_device, choose_dtype, quiet_libraries
+from scaledown.serving.settings import GROUPS, ServeConfig, api_key
+
+log = logging.getLogger("scaledown")
+
+
+def main(argv: Sequence[str] | None = None, program: str = "scaledown serve") -> int:
+    """The command line; gives the exit status."""
+    description = "Serve a trained model over HTTP, as clients of OpenAI's chat completions ask for answers."
+    parser, _ = command_parser(program, ServeConfig, "--model DIR", description, GROUPS)
+    words = underscored(sys.argv[1:] if argv is None else argv)
+
+    def command() -> int:
+        flags = vars(parser.parse_args(words))
+        flags.pop("debug", None)
+        start_logging(flags.pop("log_level", "info"), flags.pop("log_format", "text"))
+        return serve(from_flags(flags, ServeConfig))
+
+    return run_command(command, debug="--debug" in words)
+
+
+def serve(config: ServeConfig) -> int:
+    """Serve until SIGTERM or Ctrl-C; gives the exit status, 1 where the model failed again and again.
+
+    Raises `ScaleDownError` where it cannot begin.
+    """
+    key = api_key(config)
+    try:
+        import uvicorn
+
+        from scaledown.serving.app import Server
+    except ImportError as error:
+        raise MissingExtraError(
+            f"scaledown serve needs {error.name}: pip install 'fastapi>=0.115' 'uvicorn>=0.34' "
+            "'prometheus-client>=0.21'"
+        ) from error
+    from scaledown.serving.engine import Engine
+
+    listener = listen(config)  # before the model is loaded: a port that is taken is told at once
+    with listener:
+        model = _load(config)
+        model.config.check_rate(config.compression_rate or model.config.compression_rate)
+        model.config.check_budget(config.budget)
+        name = Path(config.model).name if Path(config.model).is_dir() else config.model
+        engine = Engine(model, config)
+        app = Server(engine, model.config, name, config, key).app()
+        options: dict[str, Any] = {
+            "log_config": None,
+            "access_log": False,
+            "server_header": False,
+            "timeout_graceful_shutdown": max(1, round(config.drain_seconds)),
+        }
+        server = uvicorn.Server(uvicorn.Config(app, **options))
+        engine.start(on_failure=lambda: setattr(server, "should_exit", True))
+        host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        log.info("ready: %s at http://%s:%s/v1, on %s", name, host, port, model.device)
+        try:
+            server.run([listener])
+        except KeyboardInterrupt:  # uvicorn raises the signal again when all is done
+            log.info("stopped")
+        finally:
+            engine.stop(1.0)
+    return 1 if engine.failed else 0
+
+
+def listen(config: ServeConfig) -> socket.socket:
+    """A socket at the address that is asked for. Raises `UsageError` where there can be none."""
+    listener = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)  # uvicorn listens: who comes while the model loads is refused at once
+    except OSError as error:
+        if listener is not None:
+            listener.close()
+        raise UsageError(
+            f"--host {config.host} --port {config.port}: {error.strerror or error}; choose another"
+        ) from error
+    return listener
+
+
+def _load(config: ServeConfig) -> Any:
+    quiet_libraries()
+    from scaledown.student.model import ScaleDownModel
+
+    device = choose_device(config.device)
+    model = ScaleDownModel.from_pretrained(config.model, dtype=choose_dtype(config.dtype, device))
+    model = model.to(device).eval()
+    if model.config.generator_training == "lora":
+        model.merge_lora()
+    return model
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

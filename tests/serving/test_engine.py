@@ -1,0 +1,284 @@
+"""The engine alone: many requests at once, pieces of text, failures that stay with their own."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from scaledown.serving.engine import EmbeddingCache, End, Engine, Event, Job, Piece, Scores, _Text
+from scaledown.serving.protocol import RequestError
+from scaledown.serving.settings import ServeConfig
+from scaledown.student.model import ScaleDownModel
+from tiny import pointer_student
+
+WORDS = ["tower", "river", "city", "tree", "bird", "stone", "book", "bridge", "moon", "tide", "iron", "bee"]
+
+
+@pytest.fixture(scope="module")
+def model(models: dict[str, Path]) -> ScaleDownModel:
+    made: ScaleDownModel = pointer_student(models["causal_lm"])
+    return made
+
+
+@pytest.fixture
+def engine(model: ScaleDownModel) -> Iterator[Engine]:
+    made = Engine(model, ServeConfig(model="x", batch_size=16, max_waiting=5000))
+    made.start(lambda: None)
+    yield made
+    made.stop(10)
+    assert not made._thread.is_alive()
+
+
+class Asked:
+    """A request, and what came back."""
+
+    def __init__(self, engine: Engine, query: str, documents: list[str], **changes: Any) -> None:
+        self.events: queue.Queue[Event] = queue.Queue()
+        self.job = Job(query, documents, self.events.put, **{"rate": 16, "max_new_tokens": 6, **changes})
+        engine.submit(self.job)
+
+    def all(self) -> list[Event]:
+        found = [self.events.get(timeout=60)]
+        while isinstance(found[-1], Piece):
+            found.append(self.events.get(timeout=60))
+        return found
+
+    def text(self) -> str:
+        *pieces, end = self.all()
+        assert isinstance(end, End), end
+        return "".join(piece.text for piece in pieces if isinstance(piece, Piece))
+
+
+def test_a_thousand_at_once_get_their_own_answers(engine: Engine, model: ScaleDownModel) -> None:
+    """Texts in float32: what is batched together changes nothing."""
+    queries = [f"What about the {WORDS[n % 12]} {n}?" for n in range(1000)]
+    documents = [[f"The {WORDS[n % 11]} has number {n}.", f"{WORDS[n % 7]} {n * 7}"] for n in range(1000)]
+    expected = model.answer(queries, documents, max_new_tokens=6, batch_size=50, compressed=False)
+    assert len(set(expected)) > 500
+    asked = [
+        Asked(engine, query, own, compressed=False) for query, own in zip(queries, documents, strict=True)
+    ]
+    assert [one.text() for one in asked] == expected
+    assert engine.running == engine.waiting == 0
+
+
+@pytest.mark.parametrize("budget", ["each", "shared"])
+@pytest.mark.parametrize("rate", [4, 16])
+def test_compressed_answers_are_those_of_the_model(
+    engine: Engine, model: ScaleDownModel, budget: str, rate: int
+) -> None:
+    queries = [f"What about the {word}?" for word in WORDS]
+    documents = [
+        [f"A {word} by the {other} is old, tall and far away." for other in WORDS[: n + 1]]
+        for n, word in enumerate(WORDS)
+    ]
+    ways = {"compression_rate": rate, "budget": budget}
+    expected = [
+        model.answer(*pair, max_new_tokens=6, **ways) for pair in zip(queries, documents, strict=True)
+    ]
+    for _ in range(2):  # the second time from the cache
+        asked = [
+            Asked(engine, *pair, rate=rate, budget=budget) for pair in zip(queries, documents, strict=True)
+        ]
+        assert [one.text() for one in asked] == expected
+    assert engine.hits == (sum(map(len, documents)) if budget == "each" else 0)
+
+
+def test_usage_counts_positions_and_what_compression_did(engine: Engine, model: ScaleDownModel) -> None:
+    documents = ["The tower by the river is old.", "A bird."]
+    read = model.reader.encode("Why?", documents, rate=4)
+    end = Asked(engine, "Why?", documents, rate=4, max_new_tokens=3).all()[-1]
+    assert isinstance(end, End)
+    tokens = [one.stop - one.start for one in read.documents]
+    assert end.usage == (read.prompt_length, 3, sum(tokens), sum(-(-count // 4) for count in tokens))
+    assert end.reason == "length"
+    end = Asked(engine, "Why?", documents, compressed=False, max_new_tokens=3).all()[-1]
+    assert isinstance(end, End)
+    assert end.usage.embeddings == end.usage.document_tokens == 0
+    assert end.usage.prompt == model.reader.encode_text("Why?", documents, 3).prompt_length
+
+
+def test_scores_are_those_of_the_model(engine: Engine, model: ScaleDownModel) -> None:
+    documents = [f"The {word} is old and stands by the road." for word in WORDS]
+    (found,) = Asked(engine, "Which tower?", documents, ranks=True).all()
+    assert isinstance(found, Scores)
+    assert found.relevance == pytest.approx(model.rerank("Which tower?", documents), abs=1e-5)
+
+
+def test_a_request_that_cannot_be_read_fails_alone(engine: Engine, model: ScaleDownModel) -> None:
+    long = "very " * model.reader.context
+    many = [f"The {word} is old." for word in WORDS] * model.reader.context
+    bad = [Asked(engine, long, ["A."], compressed=False), Asked(engine, "Why?", many, rate=4)]
+    good = Asked(engine, "Why?", ["No."])
+    for one in bad:
+        (error,) = one.all()
+        assert isinstance(error, RequestError)
+        assert error.status == 400
+    assert good.text() == model.answer("Why?", ["No."], max_new_tokens=6)
+
+
+def test_chance_depends_on_the_seed_alone(engine: Engine) -> None:
+    def written(seed: int, top_p: float = 1.0) -> str:
+        return Asked(engine, "Why?", ["No."], temperature=1.5, seed=seed, top_p=top_p).text()
+
+    assert written(1) == written(1)
+    assert len({written(seed) for seed in range(8)}) > 4
+    assert len({written(seed, 1e-9) for seed in range(4)}) == 1, "the likeliest only"
+
+
+def test_who_is_gone_leaves_room(model: ScaleDownModel) -> None:
+    engine = Engine(model, ServeConfig(model="x", batch_size=1, max_new_tokens=3_900))
+    engine.start(lambda: None)
+    try:
+        first = Asked(engine, "Why?", ["No."], max_new_tokens=3_900, temperature=5.0, seed=0)
+        waits = Asked(engine, "Why?", ["No."], max_new_tokens=1)
+        never = Asked(engine, "Why?", ["Never."], max_new_tokens=1)
+        never.job.cancelled = True
+        assert isinstance(first.events.get(timeout=30), Piece)
+        first.job.cancelled = True
+        assert isinstance(waits.all()[-1], End)
+        deadline = time.monotonic() + 30
+        while (engine.running or engine.waiting) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert never.events.empty()
+    finally:
+        engine.stop(10)
+
+
+def test_no_more_wait_than_may(model: ScaleDownModel) -> None:
+    engine = Engine(model, ServeConfig(model="x", batch_size=2, max_waiting=3))  # not started: all wait
+    for _ in range(5):
+        engine.submit(Job("Why?", [], lambda _: None))
+    with pytest.raises(RequestError, match="too many") as error:
+        engine.submit(Job("Why?", [], lambda _: None))
+    assert error.value.status == 429
+
+
+def failing(
+    model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch, error: Callable[[str], Exception | None]
+) -> None:
+    """Let reading prompts fail for queries, as `error` says."""
+    prompts = model.prompts
+
+    def fails(questions: Any, budget: str = "each") -> Any:
+        for question in questions:
+            text = model.tokenizer.decode([token for part in question.encoded.prompt_parts for token in part])
+            if (found := error(text)) is not None:
+                raise found
+        return prompts(questions, budget)
+
+    monkeypatch.setattr(model, "prompts", fails)
+
+
+def test_a_failure_ends_its_requests_and_the_engine_goes_on(
+    engine: Engine, model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(model, monkeypatch, lambda text: ValueError("broken") if "poison" in text else None)
+    (error,) = Asked(engine, "poison", ["A."]).all()
+    assert isinstance(error, RequestError)
+    assert error.status == 500
+    assert "broken" not in str(error)
+    assert Asked(engine, "Why?", ["No."]).text() == model.answer("Why?", ["No."], max_new_tokens=6)
+
+
+def test_an_engine_that_fails_again_and_again_says_so(
+    model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(model, monkeypatch, lambda _: ValueError("broken"))
+    told = threading.Event()
+    engine = Engine(model, ServeConfig(model="x"))
+    engine.start(told.set)
+    for _ in range(3):
+        (error,) = Asked(engine, "Why?", ["No."]).all()
+        assert isinstance(error, RequestError)
+    assert told.wait(30)
+    assert "start the server again" in engine.failed
+    with pytest.raises(RequestError) as refused:
+        engine.submit(Job("Why?", [], lambda _: None))
+    assert refused.value.status == 503
+    engine.stop(10)
+
+
+def test_out_of_memory_halves_the_answers_at_once(
+    model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, most = model.prompts, 4
+
+    def small(questions: Any, budget: str = "each") -> Any:
+        if len(questions) > most:
+            raise torch.OutOfMemoryError
+        return prompts(questions, budget)
+
+    monkeypatch.setattr(model, "prompts", small)
+    engine = Engine(model, ServeConfig(model="x", batch_size=16))
+    asked = [Asked(engine, f"Why {n}?", ["No."]) for n in range(16)]
+    engine.start(lambda: None)
+    expected = [model.answer(f"Why {n}?", ["No."], max_new_tokens=6) for n in range(16)]
+    assert [one.text() for one in asked] == expected
+    assert engine._most_rows == 4
+    most = 0
+    (error,) = Asked(engine, "Why?", ["No."]).all()
+    assert isinstance(error, RequestError)
+    assert error.status == 503
+    engine.stop(10)
+
+
+def test_a_stopped_engine_leaves_nobody_waiting(model: ScaleDownModel) -> None:
+    engine = Engine(model, ServeConfig(model="x", batch_size=1, max_new_tokens=3_900))
+    engine.start(lambda: None)
+    asked = [Asked(engine, "Why?", ["No."], max_new_tokens=3_900, temperature=5.0, seed=n) for n in range(3)]
+    assert isinstance(asked[0].events.get(timeout=30), Piece)
+    engine.stop(0.05)
+    for one in asked:
+        assert isinstance(one.all()[-1], RequestError)
+    engine._thread.join(10)
+    assert not engine._thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(models: dict[str, Path]) -> Any:
+    return AutoTokenizer.from_pretrained(models["causal_lm"])
+
+
+@given(
+    text=st.text(st.sampled_from("ab c\n.éß語🙂"), max_size=30),
+    stop=st.text(st.sampled_from("ab c\né"), max_size=4),
+)
+def test_pieces_are_the_text_before_the_stop(tokenizer: Any, text: str, stop: str) -> None:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    stops = [stop] if stop else []
+    reader, shown = _Text(tokenizer, stops), ""
+    for token in ids:
+        shown += reader.add(token)
+        if reader.stopped:
+            break
+    else:
+        shown += reader.rest()
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    assert reader.stopped == (bool(stop) and stop in whole)
+    assert shown == (whole.partition(stop)[0] if stop else whole).strip()
+
+
+def test_the_cache_forgets_what_was_not_used_for_longest() -> None:
+    cache = EmbeddingCache(1e-9 * 4 * 100)  # a hundred numbers
+    for name in (b"a", b"b"):
+        cache.put(name, torch.ones(4, 10))
+    assert cache.get(b"a") is not None
+    cache.put(b"c", torch.ones(4, 10))
+    assert cache.get(b"b") is None
+    assert cache.get(b"a") is not None
+    assert cache.size == 320
+    cache.put(b"d", torch.ones(11, 10))
+    assert cache.get(b"d") is None, "what has no room at all takes none"
+    assert cache.size == 320
+    own = torch.ones(100, 10)
+    cache.put(b"e", own[:2])
+    assert cache.get(b"e").untyped_storage().nbytes() == 80  # type: ignore[union-attr]
