@@ -48,6 +48,7 @@ for compressed in (True, False):
     told = response.json()
     if not response.ok:
         sys.exit(told["error"]["message"])
-    way = "compressed" if compressed else "as text"
+    way = "compressed" if compressed else "text"
     positions = told["usage"]["prompt_tokens"]
-    print(f"{way:<12} {positions:>5} positions  {seconds:.2f} s  {told['choices'][0]['message']['content']}")
+    answer = " ".join(told["choices"][0]["message"]["content"].split())
+    print(f"{way:<12} {positions:>5} positions  {seconds:.2f} s  {answer}")

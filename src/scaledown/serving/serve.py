@@ -64,6 +64,7 @@ def serve(config: ServeConfig) -> int:
         }
         server = uvicorn.Server(uvicorn.Config(app, **options))
         engine.start(on_failure=lambda: setattr(server, "should_exit", True))
+        listener.listen(1024)  # not before: who comes while the model loads is refused at once
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         log.info("ready: %s at http://%s:%s/v1, on %s", name, host, port, model.device)
@@ -85,7 +86,7 @@ def listen(config: ServeConfig) -> socket.socket:
         )[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)  # uvicorn listens: who comes while the model loads is refused at once
+        listener.bind(address)
     except OSError as error:
         if listener is not None:
             listener.close()
