@@ -152,19 +152,8 @@ class StudentConfig(Checked):
             )
         if not 0 <= self.eval_fraction < 1:
             raise UsageError(f"--eval_fraction {self.eval_fraction}: must be at least 0 and below 1")
-        if self.early_stopping_patience:
-            self._check_early_stopping()
-
-    def _check_early_stopping(self) -> None:
-        if not self.holds_out:
+        if self.early_stopping_patience and not self.holds_out:
             raise UsageError("--early_stopping_patience needs held-out data: --eval_data or --eval_fraction")
-        if self.save_steps % (self.eval_steps or 1):
-            raise UsageError(
-                f"--save_steps {self.save_steps}: with --early_stopping_patience, a multiple of --eval_steps "
-                f"{self.eval_steps}, for only a saved model can be the best"
-            )
-        if self.save_steps and not self.eval_steps:
-            raise UsageError("--save_steps with --early_stopping_patience: give --eval_steps, too")
 
     @property
     def holds_out(self) -> bool:
