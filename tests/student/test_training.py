@@ -714,6 +714,66 @@ def test_all_processes_halve_when_one_is_full(
     assert {entry["micro_batch_size"] for entry in history(together) if "loss" in entry} == {1}
 
 
+# As on a machine with two GPUs, but for the arithmetic, which the CPU does.
+TWO_GPUS = """
+import os, sys, torch
+from accelerate.state import DistributedType, PartialState
+from scaledown.student import train
+
+os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+{}
+sys.exit(train.main())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_on_two_gpus_train(
+    setting: Setting, environment: dict[str, str], tmp_path: Path
+) -> None:
+    script = tmp_path / "two_gpus.py"
+    believes = "torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 2"
+    script.write_text(TWO_GPUS.format(believes))
+    alone = train(setting("alone", num_epochs=1.0, generator_training="full"))
+    words = flags(setting("together"), "--eval_steps", "3", "--generator_training", "full")
+    words[words.index("--device") + 1] = "auto"
+    done = by_two(script, [*words, "--dtype", "float32"], environment)
+    assert done.returncode == 0, done.stderr
+    assert "cuda:0, float32" in done.stderr
+    assert_close(alone, alone._replace(output=setting("together").output_dir))
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_model(setting: Setting, environment: dict[str, str], tmp_path: Path) -> None:
+    """By FSDP, as `accelerate launch` puts it into the environment; resumed before the last step."""
+    script = tmp_path / "shared.py"
+    script.write_text(TWO_GPUS.format("train.choose_device = lambda _: 'cuda:0'"))
+    environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+    environment |= {
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    }
+    alone = train(setting("alone", num_epochs=1.0, generator_training="full"))
+    words = flags(
+        setting("together"), "--eval_steps", "3", "--generator_training", "full", "--dtype", "float32"
+    )
+    words[words.index("--device") + 1] = "auto"
+    done = by_two(script, words, environment)
+    assert done.returncode == 0, done.stderr
+    output = Path(setting("together").output_dir)
+    together = alone._replace(output=str(output))
+    assert_close(alone, together)
+    before = weights(together)
+    shutil.rmtree(output / "checkpoint-4")
+    (output / "model.safetensors").unlink()
+    memory = json.loads((output / "settings.json").read_text())
+    del memory["result"]
+    (output / "settings.json").write_text(json.dumps(memory))
+    done = by_two(script, [*words, "--resume"], environment)
+    assert done.returncode == 0, done.stderr
+    assert all(torch.equal(value, before[name]) for name, value in weights(together).items())
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(setting: Setting, environment: dict[str, str]) -> None:
     changes: dict[str, Any] = {"max_steps": 60, "eval_steps": 20, "micro_batch_size": 0, "num_epochs": 1.0}

@@ -288,9 +288,11 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin) -> Trained:
 def _device(config: Config) -> str:
     """Where this process trains. Raises `UsageError` for what cannot be."""
     device = choose_device(config.device)
-    if ":" in device:
-        number = device.partition(":")[2]
-        raise UsageError(f"--device {device}: set CUDA_VISIBLE_DEVICES={number} and give --device cuda")
+    if ":" in config.device:  # of what is chosen the number is this process's own
+        number = config.device.partition(":")[2]
+        raise UsageError(
+            f"--device {config.device}: set CUDA_VISIBLE_DEVICES={number} and give --device cuda"
+        )
     if config.dtype == "float16" and not device.startswith("cuda"):
         raise UsageError("--dtype float16 trains on CUDA only: use bfloat16 or float32")
     return device
