@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 
 from conftest import ROOT
 from scaledown.errors import MissingExtraError, ModelError, RunDirectoryError, UsageError
+from scaledown.flags import from_flags
 from scaledown.models import resolve
 from scaledown.student import train as command
+from scaledown.student import training
 from scaledown.student.batch import collate
 from scaledown.student.checkpoints import delete_old, newest_checkpoint
 from scaledown.student.learning_rates import parameter_groups
@@ -400,6 +402,57 @@ def test_gradient_checkpointing_and_bfloat16_train(setting: Setting) -> None:
     assert half.loss == pytest.approx(plain.loss, rel=0.05)
     trained = {value.dtype for name, value in weights(half).items() if "compressor" in name or "lora" in name}
     assert trained == {torch.float32}
+
+
+def test_gradients_reach_the_compressor_through_layers_computed_again(
+    setting: Setting, tmp_path: Path
+) -> None:
+    """Through a frozen generator with LoRA that is given embeddings."""
+    found = []
+    for recomputes in (False, True):
+        trainer = trainer_of(setting(gradient_checkpointing=recomputes), tmp_path / "work")
+        examples = [trainer.batches.examples[place] for place in trainer.batches.places[0]]
+        trainer.passes.gradients(examples)
+        layers = [module for module in trainer.model.modules() if hasattr(module, "gradient_checkpointing")]
+        assert any(module.gradient_checkpointing for module in layers) is recomputes
+        found.append({name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad})
+    kept, again = found
+    for name, gradient in kept.items():
+        assert gradient is not None
+        torch.testing.assert_close(again[name], gradient, msg=name)
+    reached = {name for name, gradient in again.items() if gradient is not None and gradient.abs().sum() > 0}
+    assert {"memory", "compressor.layers.0.self_attn.q_proj.weight"} < reached
+    assert any("lora_B" in name for name in reached)
+
+
+def test_large_models_compute_activations_again(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recomputes(**changes: Any) -> bool:
+        model = trainer_of(setting(**changes), tmp_path / "work").model
+        return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+    assert not recomputes()
+    monkeypatch.setattr(training, "LARGE", 1000)
+    assert recomputes()
+    assert not recomputes(gradient_checkpointing=False)
+
+
+def test_a_run_goes_on_with_activations_computed_again(setting: Setting) -> None:
+    """As where memory did not suffice; a run of before has the old default in its settings."""
+    assert train(setting(max_steps=1, gradient_checkpointing=False)).steps == 1
+    assert train(setting(max_steps=1)).already_done
+    assert train(setting(max_steps=1, gradient_checkpointing=True)).already_done
+
+
+@pytest.mark.parametrize(("value", "found"), [("null", None), ("true", True), ("false", False)])
+def test_gradient_checkpointing_in_a_settings_file(value: str, found: bool | None, tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text(f'{{"parameters": {{"train_data": ["x"], "gradient_checkpointing": {value}}}}}')
+    assert from_flags({"config": str(path)}, TrainConfig).gradient_checkpointing is found
+    path.write_text('{"gradient_checkpointing": 1}')
+    with pytest.raises(UsageError, match="gradient_checkpointing must be bool, not 1"):
+        from_flags({"config": str(path)}, TrainConfig)
 
 
 def test_separate_compressor_trains(setting: Setting, models: dict[str, Path]) -> None:

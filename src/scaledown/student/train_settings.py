@@ -21,7 +21,7 @@ GROUPS: Final = (DATA, MODEL, TRAINING, OUTPUT, MACHINE)
 
 # Settings that a run may change when it goes on. Files and models are known by their contents.
 FREE: Final = (
-    *("resume", "report_to", "device", "output_dir"),
+    *("resume", "report_to", "device", "output_dir", "gradient_checkpointing"),
     *("train_data", "eval_data", "gold", "corpus_path", "generator_model", "compressor", "pretrained_model"),
 )
 
@@ -106,8 +106,11 @@ class StudentConfig(Checked):
         "evaluations",
         metavar="N",
     )
-    gradient_checkpointing: bool = option(
-        False, TRAINING, "compute activations again instead of keeping them: less memory, a third slower"
+    gradient_checkpointing: bool | None = option(
+        None,
+        TRAINING,
+        "compute activations again instead of keeping them: less memory, a third slower; auto is on from a "
+        "billion trained weights on",
     )
     seed: int = option(0, TRAINING, "seed of every random choice", metavar="N")
     output_dir: str = option("model", OUTPUT, "the model, and checkpoints on the way", metavar="DIR")

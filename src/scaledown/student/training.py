@@ -24,6 +24,8 @@ POINTER_BETA: Final = 0.98  # of runs of hundreds of steps, which a longer memor
 
 CPU_MICRO_BATCH: Final = 4  # more is no faster there, and Linux kills what takes too much memory
 
+LARGE: Final = 1_000_000_000  # trained weights, which are 16 GB with gradients and moments
+
 _PRECISIONS: Final = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -84,10 +86,13 @@ def _held_out(model: Any, config: StudentConfig, held: Part) -> Batches:
 
 def _optimizer(model: Any, config: StudentConfig) -> torch.optim.Optimizer:
     """AdamW over a model's weights that are trained, which it makes ready for that."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # small updates would be rounded away in half precision
-            parameter.data = parameter.data.float()
-    if config.gradient_checkpointing:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:  # small updates would be rounded away in half precision
+        parameter.data = parameter.data.float()
+    recomputes = config.gradient_checkpointing
+    if recomputes is None:
+        recomputes = sum(parameter.numel() for parameter in trained) >= LARGE
+    if recomputes:
         names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # within transformers 5
         enable = next(getattr(model, name) for name in names if hasattr(model, name))
         enable({"use_reentrant": False})
