@@ -455,6 +455,22 @@ def test_gradient_checkpointing_in_a_settings_file(value: str, found: bool | Non
         from_flags({"config": str(path)}, TrainConfig)
 
 
+def test_idle_gpus_are_told(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with caplog.at_level("WARNING", "scaledown"):
+        assert command._device(setting(device="auto")) == "cuda"
+    assert "7 are idle: torchrun --nproc_per_node 8 -m scaledown train, with the same flags" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with caplog.at_level("WARNING", "scaledown"):
+        assert command._device(setting(device="auto")) == "cuda:3"
+    assert not caplog.text
+
+
 def test_separate_compressor_trains(setting: Setting, models: dict[str, Path]) -> None:
     result = train(setting(compressor=str(models["splade"]), eval_fraction=0.0, max_steps=2))
     assert result.steps == 2

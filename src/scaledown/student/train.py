@@ -295,12 +295,26 @@ def _device(config: Config) -> str:
         )
     if config.dtype == "float16" and not device.startswith("cuda"):
         raise UsageError("--dtype float16 trains on CUDA only: use bfloat16 or float32")
+    if device == "cuda" and not _is_one_of_several():
+        _tell_idle_gpus(config)
     return device
 
 
 def _is_one_of_several() -> bool:
     """Whether torchrun or `accelerate launch` started this process."""
     return "RANK" in os.environ
+
+
+def _tell_idle_gpus(config: Config) -> None:
+    import torch
+
+    if (count := torch.cuda.device_count()) > 1:
+        command = "pretrain" if isinstance(config, PretrainConfig) else "train"
+        log.warning(
+            "this trains on one GPU, and %s are idle: torchrun --nproc_per_node %s -m scaledown %s, with the "
+            "same flags, trains on all",
+            *(count - 1, count, command),
+        )
 
 
 def summary(result: Trained, *, pretrained: bool = False) -> str:
