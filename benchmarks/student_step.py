@@ -101,9 +101,7 @@ def measure(options: argparse.Namespace, folder: Path) -> float:
     limit = measure_documents([parts.train.examples], tokenizer, 0).longest
     settings = ScaleDownConfig(doc_max_length=limit, lora_dropout=0.0)  # so that all sides compute the same
     model = ScaleDownModel.build(settings, generator, dtype=torch.bfloat16, device=options.device)
-    trainer = make_trainer(model, config, parts.train, None, options.device)
-    trainer.create_optimizer()
-    prepared = trainer.accelerator.prepare_model(model)  # as training does: mixed precision
+    passes = make_trainer(model, config, parts.train, None, options.device).passes
     steps = 1 if options.quick else STEPS
     everything = [model.reader.encode(*parts.train.examples[row]) for row in parts.train.rows]
     chosen = everything[:: len(everything) // (BATCH * steps)][: BATCH * steps]
@@ -118,17 +116,17 @@ def measure(options: argparse.Namespace, folder: Path) -> float:
 
     def update() -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
+        passes.optimizer.step()
+        passes.optimizer.zero_grad()
 
     def ours(examples: list[Encoded]) -> float:
-        return float(trainer.training_step(prepared, examples))
+        return passes.gradients(examples)["answer_loss"]
 
     def padded(examples: list[Encoded], loss: Callable[[Batch], torch.Tensor]) -> float:
         total = 0.0
         tokens = sum(len(example.answer_ids) for example in examples)
-        for start in range(0, BATCH, trainer.micro_batch):
-            part = examples[start : start + trainer.micro_batch]
+        for start in range(0, BATCH, passes.micro_batch):
+            part = examples[start : start + passes.micro_batch]
             documents = [one.ids for example in part for one in example.documents]
             batch: Batch = {**collate(part), "groups": one_group(documents, longest)}
             with torch.autocast(options.device, torch.bfloat16):
@@ -144,7 +142,7 @@ def measure(options: argparse.Namespace, folder: Path) -> float:
             update()
         return total / steps
 
-    for own in trainer.optimizer.param_groups:
+    for own in passes.optimizer.param_groups:
         own["lr"] = 0.0  # so that every run computes the same
     sides = {
         "ours": lambda: run(ours),

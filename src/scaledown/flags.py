@@ -131,11 +131,13 @@ def _add_flag(group: argparse._ActionsContainer, item: "dataclasses.Field[Any]",
     flag = f"--{item.name}"
     absent = item.default in ("", ()) or (item.default == 0 and meta["unit"])
     default = "off" if item.default is False else "none" if absent else item.default
+    if item.default is None:
+        default = "auto"
     if isinstance(default, tuple):
         default = " ".join(default)
     details = [*([meta["unit"]] if meta["unit"] else []), f"default: {default}"]
     text = f"{meta['text']} [{'; '.join(details)}]"
-    if hint is bool:
+    if hint in {bool, bool | None}:
         group.add_argument(flag, action="store_true", help=text)
         group.add_argument(f"--no_{item.name}", dest=item.name, action="store_false", help=argparse.SUPPRESS)
         return
@@ -209,6 +211,10 @@ def read_settings(path: Path, config: type[Any]) -> dict[str, Any]:
         if name not in hints:
             raise UsageError(f"--config {path}: unknown setting {name!r}")
         hint = hints[name]
+        if hint == bool | None:
+            if value is None:
+                continue
+            hint = bool
         kind: Any = list if isinstance(hint, types.GenericAlias) else hint
         fits = isinstance(value, (int, float) if kind is float else kind)
         if not fits or (isinstance(value, bool) and kind is not bool):

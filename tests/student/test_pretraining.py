@@ -276,8 +276,8 @@ def test_what_pretraining_settled_is_not_changed(
 
 def test_separate_compressor_has_its_own_rate(pretrained: str, data: str, tmp_path: Path) -> None:
     result = train(training(data, pretrained, tmp_path, max_steps=3))
-    state = json.loads((Path(result.output) / "checkpoint-3" / "trainer_state.json").read_text())
-    rates = next(entry for entry in state["log_history"] if "learning_rate_compressor" in entry)
+    state = json.loads((Path(result.output) / "checkpoint-3" / "training.json").read_text())
+    rates = next(entry for entry in state["log"] if "learning_rate_compressor" in entry)
     assert rates["learning_rate_compressor"] == rates["learning_rate_generator"] == pytest.approx(1e-4)
 
 

@@ -14,15 +14,17 @@ from safetensors.torch import load_file
 from scaledown.errors import RunDirectoryError, UsageError
 from scaledown.models import resolve
 from scaledown.student.batch import collate
+from scaledown.student.checkpoints import newest_checkpoint
 from scaledown.student.cloze import ASK
+from scaledown.student.encoded_examples import EncodedExamples
 from scaledown.student.labels import copied_spans
-from scaledown.student.model import ScaleDownModel, load_tokenizer
+from scaledown.student.model import WEIGHTS, ScaleDownModel, load_tokenizer
+from scaledown.student.passes import Passes
 from scaledown.student.pretraining_data import pretraining_parts
 from scaledown.student.settings import POINTER_RATES, ScaleDownConfig
 from scaledown.student.train import Trained, train
 from scaledown.student.train_settings import PretrainConfig, TrainConfig
-from scaledown.student.trainer import EncodedExamples, StudentTrainer
-from scaledown.student.training import make_trainer, newest_checkpoint
+from scaledown.student.training import make_trainer
 from scaledown.student.training_data import load_parts
 
 THINGS = ["tower", "river", "city", "tree", "bird", "stone", "book", "bridge"]
@@ -93,13 +95,13 @@ def setting(models: dict[str, Path], data: Path, tmp_path: Path) -> Setting:
 def history(result: Trained) -> list[dict[str, Any]]:
     newest = newest_checkpoint(Path(result.output))
     assert newest is not None
-    found: list[dict[str, Any]] = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    found: list[dict[str, Any]] = json.loads((newest / "training.json").read_text())["log"]
     return found
 
 
 def test_a_resumed_pointer_is_the_undisturbed_one(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = train(setting("undisturbed"))
-    original, seen = StudentTrainer._losses, 0
+    original, seen = Passes._losses, 0
 
     def interrupted(self: Any, *arguments: Any) -> Any:
         nonlocal seen
@@ -109,7 +111,7 @@ def test_a_resumed_pointer_is_the_undisturbed_one(setting: Setting, monkeypatch:
         return original(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StudentTrainer, "_losses", interrupted)
+        patch.setattr(Passes, "_losses", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(setting("resumed"))
     resumed = train(setting("resumed", resume=True))
@@ -157,14 +159,15 @@ def test_gradients_do_not_depend_on_micro_batches(micro: int, setting: Setting, 
     )
     model = ScaleDownModel.build(settings, resolve(config.generator_model))
     trainer = make_trainer(model, config, parts.train, None, "cpu")
-    examples = [trainer.train_dataset[row] for row in parts.train.rows[:10]]
+    examples = [trainer.batches.examples[row] for row in parts.train.rows[:10]]
     assert {bool(example.documents) for example in examples} == {True, False}
     expected = model(**collate(examples)).loss
     expected.backward()
     wanted = {name: own.grad.clone() for name, own in model.named_parameters() if own.grad is not None}
     model.zero_grad()
-    loss = trainer.training_step(model, examples)
-    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-5)
+    losses = trainer.passes.gradients(examples)
+    loss = sum(WEIGHTS[name] * value for name, value in losses.items())
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
     for name, own in model.named_parameters():
         if name in wanted:
             torch.testing.assert_close(own.grad, wanted[name], rtol=1e-3, atol=1e-5)

@@ -203,18 +203,14 @@ def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _train(config: Config, memory: dict[str, Any], origin: Origin) -> Trained:
     output = Path(config.output_dir)
-    device = choose_device(config.device)
-    if ":" in device:
-        number = device.partition(":")[2]
-        raise UsageError(f"--device {device}: set CUDA_VISIBLE_DEVICES={number} and give --device cuda")
-    if config.dtype == "float16" and not device.startswith("cuda"):
-        raise UsageError("--dtype float16 trains on CUDA only: use bfloat16 or float32")
+    device = _device(config)
     dtype = choose_dtype(config.dtype, device)
 
     quiet_libraries()
-    from transformers import set_seed
+    from accelerate.utils import set_seed
 
-    from scaledown.student.training import make_trainer, newest_checkpoint
+    from scaledown.student.checkpoints import newest_checkpoint
+    from scaledown.student.training import make_trainer
 
     checkpoint = newest_checkpoint(output)
     if checkpoint and not config.resume:
@@ -251,19 +247,19 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin) -> Trained:
     if _is_first():
         write_json(output / SETTINGS_FILE, memory)
     set_seed(config.seed)
-    started_alone = "RANK" not in os.environ  # else the Trainer knows which device is this process's
-    model = origin.load(dtype, device if started_alone else "cpu")
+    # Accelerate knows which device is that of each of several processes.
+    model = origin.load(dtype, "cpu" if _is_one_of_several() else device)
     if isinstance(config, PretrainConfig) and model.config.is_pointer:
         model.train_pointer_only()
     trainer = make_trainer(model, config, taught, held, device)
     log.info(
         "%s examples, %s steps of %s, %s held out; %s memory tokens a document of up to %s; %s",
-        *(f"{len(taught.rows):,}", trainer.args.max_steps, config.batch_size, len(held.rows) if held else 0),
+        *(f"{len(taught.rows):,}", trainer.schedule.steps, config.batch_size, len(held.rows) if held else 0),
         *(settings.memory_tokens, settings.doc_max_length, f"{device}, {dtype}".replace("torch.", "")),
     )
     trainer.run(checkpoint)
     before, after = trainer.held_out_losses()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = [entry["loss"] for entry in trainer.log if "loss" in entry]
     few = max(1, len(losses) // 20)
     result = Trained(
         output=config.output_dir,
@@ -273,8 +269,8 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin) -> Trained:
         shared=shared,
         doc_max_length=settings.doc_max_length,
         documents=documents,
-        steps=trainer.state.global_step,
-        planned_steps=trainer.state.max_steps,
+        steps=trainer.step,
+        planned_steps=trainer.schedule.steps,
         batch_size=config.batch_size,
         loss_before=statistics.fmean(losses[:few]),
         loss=statistics.fmean(losses[-few:]),
@@ -282,11 +278,43 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin) -> Trained:
         held_out_loss=after,
         seconds_per_step=statistics.median(trainer.seconds) if trainer.seconds else 0.0,
     )
-    trainer.save_model(config.output_dir)
+    trainer.save(output)
     if _is_first():
         content = result._asdict() | {"documents": documents._asdict()}
         write_json(output / SETTINGS_FILE, memory | {"result": content})
     return result
+
+
+def _device(config: Config) -> str:
+    """Where this process trains. Raises `UsageError` for what cannot be."""
+    device = choose_device(config.device)
+    if ":" in config.device:  # of what is chosen the number is this process's own
+        number = config.device.partition(":")[2]
+        raise UsageError(
+            f"--device {config.device}: set CUDA_VISIBLE_DEVICES={number} and give --device cuda"
+        )
+    if config.dtype == "float16" and not device.startswith("cuda"):
+        raise UsageError("--dtype float16 trains on CUDA only: use bfloat16 or float32")
+    if device == "cuda" and not _is_one_of_several():
+        _tell_idle_gpus(config)
+    return device
+
+
+def _is_one_of_several() -> bool:
+    """Whether torchrun or `accelerate launch` started this process."""
+    return "RANK" in os.environ
+
+
+def _tell_idle_gpus(config: Config) -> None:
+    import torch
+
+    if (count := torch.cuda.device_count()) > 1:
+        command = "pretrain" if isinstance(config, PretrainConfig) else "train"
+        log.warning(
+            "this trains on one GPU, and %s are idle: torchrun --nproc_per_node %s -m scaledown %s, with the "
+            "same flags, trains on all",
+            *(count - 1, count, command),
+        )
 
 
 def summary(result: Trained, *, pretrained: bool = False) -> str:

@@ -21,7 +21,7 @@ GROUPS: Final = (DATA, MODEL, TRAINING, OUTPUT, MACHINE)
 
 # Settings that a run may change when it goes on. Files and models are known by their contents.
 FREE: Final = (
-    *("resume", "report_to", "device", "output_dir"),
+    *("resume", "report_to", "device", "output_dir", "gradient_checkpointing"),
     *("train_data", "eval_data", "gold", "corpus_path", "generator_model", "compressor", "pretrained_model"),
 )
 
@@ -106,8 +106,11 @@ class StudentConfig(Checked):
         "evaluations",
         metavar="N",
     )
-    gradient_checkpointing: bool = option(
-        False, TRAINING, "compute activations again instead of keeping them: less memory, a third slower"
+    gradient_checkpointing: bool | None = option(
+        None,
+        TRAINING,
+        "compute activations again instead of keeping them: less memory, a third slower; auto is on from a "
+        "billion trained weights on",
     )
     seed: int = option(0, TRAINING, "seed of every random choice", metavar="N")
     output_dir: str = option("model", OUTPUT, "the model, and checkpoints on the way", metavar="DIR")
@@ -152,19 +155,8 @@ class StudentConfig(Checked):
             )
         if not 0 <= self.eval_fraction < 1:
             raise UsageError(f"--eval_fraction {self.eval_fraction}: must be at least 0 and below 1")
-        if self.early_stopping_patience:
-            self._check_early_stopping()
-
-    def _check_early_stopping(self) -> None:
-        if not self.holds_out:
+        if self.early_stopping_patience and not self.holds_out:
             raise UsageError("--early_stopping_patience needs held-out data: --eval_data or --eval_fraction")
-        if self.save_steps % (self.eval_steps or 1):
-            raise UsageError(
-                f"--save_steps {self.save_steps}: with --early_stopping_patience, a multiple of --eval_steps "
-                f"{self.eval_steps}, for only a saved model can be the best"
-            )
-        if self.save_steps and not self.eval_steps:
-            raise UsageError("--save_steps with --early_stopping_patience: give --eval_steps, too")
 
     @property
     def holds_out(self) -> bool:
