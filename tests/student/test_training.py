@@ -26,7 +26,7 @@ from scaledown.student.batch import collate
 from scaledown.student.checkpoints import delete_old, newest_checkpoint
 from scaledown.student.learning_rates import parameter_groups
 from scaledown.student.model import WEIGHTS, ScaleDownModel
-from scaledown.student.passes import Passes
+from scaledown.student.passes import Passes, Size
 from scaledown.student.schedule import Schedule
 from scaledown.student.settings import ScaleDownConfig
 from scaledown.student.train import Trained, main, train
@@ -268,6 +268,21 @@ def test_accumulated_gradients_are_those_of_one_batch(micro: int, setting: Setti
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_process_with_fewer_examples_goes_along_and_adds_nothing(setting: Setting, tmp_path: Path) -> None:
+    """As one of several that share a model."""
+    passes = trainer_of(setting(generator_training="full", micro_batch_size=2), tmp_path / "work").passes
+    examples = [passes._stand_in] * 3
+    found = []
+    for is_shared, most in ((False, 3), (True, 3), (True, 7)):
+        passes.is_shared = is_shared
+        passes.optimizer.zero_grad()
+        losses = passes._pass(examples, most, Size(3 * len(examples[0].answer_ids), 3))
+        found.append((losses, {name: p.grad for name, p in passes.model.named_parameters()}))
+    for losses, gradients in found[1:]:
+        torch.testing.assert_close(losses, found[0][0])
+        torch.testing.assert_close(gradients, found[0][1])
 
 
 def test_out_of_memory_halves_micro_batches_and_changes_nothing_else(
@@ -744,6 +759,33 @@ def test_control_c_leaves_a_checkpoint(setting: Setting, environment: dict[str, 
     assert (Path(found[2]) / "training.json").exists()
     assert told.splitlines()[-1] == "interrupted"
     shutil.rmtree(setting().output_dir)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on_bit_for_bit(
+    setting: Setting, environment: dict[str, str]
+) -> None:
+    def words(output: str) -> list[str]:
+        return flags(setting(output), "--max_steps", "150", "--eval_steps", "1000")
+
+    assert by_two(ROOT / "train.py", words("undisturbed"), environment).returncode == 0
+    start = [sys.executable, "-m", *TORCHRUN, str(ROOT / "train.py"), *words("stopped")]
+    with subprocess.Popen(start, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "held-out loss" in line:  # before the first step
+                break
+        time.sleep(1)
+        process.terminate()
+        told = process.stderr.read()
+        process.wait(timeout=60)
+    stopped = Path(setting("stopped").output_dir)
+    assert not (stopped / "model.safetensors").exists(), told
+    assert by_two(ROOT / "train.py", [*words("stopped"), "--resume"], environment).returncode == 0
+    undisturbed = Path(setting("undisturbed").output_dir)
+    names = ("model.safetensors", "checkpoint-150/optimizer.safetensors", "checkpoint-150/training.json")
+    for name in names:
+        assert (stopped / name).read_bytes() == (undisturbed / name).read_bytes(), name
 
 
 FULL_GPU = """

@@ -38,7 +38,7 @@ class Passes:
         accelerator: Where, how precisely, and who shares what.
         optimizer: Of the model's trained weights.
         micro_batch: How many examples at once; halved where they do not fit.
-        stand_in: An example for a process that has none left while others have.
+        stand_in: An example for a process that has none left while others that share its model have.
         before: Told how many examples come next, before each micro batch; what it raises ends the pass.
     """
 
@@ -102,8 +102,8 @@ class Passes:
         """The losses over all batches and processes. It leaves nothing, not even in random numbers.
 
         Args:
-            batches: What this process has of each; it may be nothing.
-            most: How many examples one of the processes has of each.
+            batches: What this process has of each, which may be nothing.
+            most: How many examples the process with the largest part has of each.
         """
         before = random_state(self.device)
         self.model.eval()
@@ -164,12 +164,12 @@ class Passes:
     def _pass(self, examples: Sequence[Encoded], most: int, whole: Size) -> torch.Tensor:
         """This process's share of each loss, [losses]; in training with its gradients.
 
-        There are equally many micro batches in each process, of which one has at most `most` examples:
-        processes that share a model go through it together.
+        Processes that share a model go through it together: each has as many micro batches as that with the
+        largest part, which is of `most` examples.
         """
         sums = torch.zeros(len(WEIGHTS), device=self.device)
         weights = sums.new_tensor(list(WEIGHTS.values()))
-        for start in range(0, most, self.micro_batch):
+        for start in range(0, most if self.is_shared else len(examples), self.micro_batch):
             part = examples[start : start + self.micro_batch]
             self._before(len(part))
             losses = self._losses(part, whole)  # [losses]
