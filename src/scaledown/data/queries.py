@@ -20,6 +20,7 @@ from scaledown.data.answer_log import AnswerLog, ask
 from scaledown.data.corpus import RENAMED, PassageTable
 from scaledown.data.prompts import Prompt, question_prompt
 from scaledown.data.seen import Ids
+from scaledown.data.similar import question_key
 from scaledown.data.teachers import Rejection, Teacher
 from scaledown.errors import InputError
 from scaledown.models import hub_errors, reach_hub
@@ -337,11 +338,6 @@ def as_question(text: str, passage: str) -> str | None:
     return None
 
 
-def normalized(question: str) -> str:
-    """What two questions share when they are the same: words without case or punctuation."""
-    return " ".join(re.findall(r"\w+", question.lower()))
-
-
 def write_questions(
     stage: Stage, passages: Stage, load: Callable[[], Teacher], config: PrepareConfig
 ) -> None:
@@ -375,7 +371,7 @@ def write_questions(
                     kept.remove()
                 before = len(seen)
                 written = stage.table(len(rows)).column("question").to_pylist()
-                seen.update(normalized(question) for question in written if question)
+                seen.update(question_key(question) for question in written if question)
                 tracker.advance(min(len(seen), wanted) - min(before, wanted))
                 rows.append(len(turn))
                 asked += len(turn)
@@ -421,5 +417,5 @@ def _written(stage: Stage, wanted: int) -> list[Query]:
     for table in stage.tables():
         for question in table.column("question").to_pylist():
             if question:
-                different.setdefault(normalized(question), question)
+                different.setdefault(question_key(question), question)
     return [Query("", question) for question in itertools.islice(different.values(), wanted)]
