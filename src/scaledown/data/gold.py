@@ -21,7 +21,7 @@ log = logging.getLogger("scaledown")
 
 # In NQ-open, SQuAD, TriviaQA, HotpotQA, PopQA, BioASQ, ASQA, KILT, FlashRAG, RAGAS and our own files.
 _QUERY_KEYS: Final = (*QUERY_KEYS, "input", "body", "ambiguous_question", "user_input")
-_ANSWER_KEYS: Final = (
+_ANSWER_KEYS: Final[tuple[tuple[str, ...], ...]] = (
     ("ground_truth", "ground_truths"),  # first: beside them `answer` is what a model said
     *(("answers", "answer", "possible_answers", "golden_answers", "exact_answer", "output", "qa_pairs"),),
     ("label", "labels"),
@@ -200,7 +200,7 @@ def _question(record: Any) -> GoldQuestion | None:
         return None
     ids = (*ID_KEYS, "questionid")
     query_id = next((str(record[key]) for key in ids if isinstance(record.get(key), str | int)), "")
-    keys = next((keys for keys in _ANSWER_KEYS if not record.keys().isdisjoint(keys)), ())
+    keys: tuple[str, ...] = next((keys for keys in _ANSWER_KEYS if not record.keys().isdisjoint(keys)), ())
     if "user_input" in record and "reference" in record:  # RAGAS'; elsewhere it names a source
         keys = ("reference",)
     answers = dict.fromkeys(text for key in keys for text in _texts(record.get(key)) if not _is_none(text))
