@@ -840,6 +840,14 @@ def test_a_prompt_refused_in_words_about_them_is_its_own_affair_later(serve: Any
 FLAGS = ("--teacher_model", "wise-owl", "--flush_seconds", "0.05")
 
 
+def test_a_run_without_an_answer_says_why(serve: Any, prepare: Any, capsys: Any) -> None:
+    server = serve()
+    server.message, server.finish_reason = {"content": None, "reasoning_content": "Well."}, "length"
+    assert prepare(*FLAGS, "--teacher_endpoint", server.url) == 1
+    said = "no query was answered (all 10 tokens of the reply went into reasoning: raise --max_new_tokens"
+    assert said in capsys.readouterr().err
+
+
 def test_a_run_counts_thoughts_and_the_name_behind_an_alias(serve: Any, prepare: Any, capsys: Any) -> None:
     server = serve()
     server.completion_model = lambda: "Qwen2.5-7B"

@@ -95,7 +95,8 @@ def teach(
         for name in ("prompt_tokens", "answer_tokens"):
             counts[name] += sum(table.column(name).to_pylist())
     if not counts["answers"] and stage.name == "answers":
-        raise InputError("no query was answered: quarantine/ in the run directory says why, one by one")
+        why = f" ({meter.reason})" if meter.reason else ""
+        raise InputError(f"no query was answered{why}: quarantine/ in the run directory says why, one by one")
     stage.finish(answered, counts | heard_counts(stage, len(rows)))
 
 
@@ -199,6 +200,8 @@ class Meter:
         self._started = time.monotonic()
         self._tokens = 0
         self._cost = 0.0
+        self.reason = ""
+        """Why the last prompt without an answer has none."""
 
     def add(self, answer: Answer | Rejection) -> None:
         """An answer came."""
@@ -206,6 +209,8 @@ class Meter:
             self._tokens += answer.prompt_tokens + answer.answer_tokens
             price = zip(self._prices, (answer.prompt_tokens, answer.answer_tokens), strict=True)
             self._cost += sum(each * count / 1e6 for each, count in price)
+        else:
+            self.reason = answer.reason
         rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
         cost = f", cost so far {self._cost:,.2f}" if any(self._prices) else ""
         self._tracker.note = f"{rate:,.0f} tokens/s{cost}"

@@ -111,16 +111,17 @@ class EndpointTeacher:
         # Behind a proxy's settings, which others need, a server on this machine is out of reach.
         return {"headers": headers, "trust_env": not _is_loopback(url)}
 
-    def _refuses_model(self, client: httpx2.Client, url: str) -> bool:
-        """Whether the server knows no such model, by a question of one token."""
+    def _refusal(self, client: httpx2.Client, url: str) -> str:
+        """What the server says to a question of one token where it knows no such model; else nothing."""
         body = {
             "model": self.chat.model,
             "messages": [{"role": "user", "content": "Hi"}],
             "max_tokens": 1,
         }
         response = client.post(_path(url, "chat/completions"), json=body, timeout=self.request_timeout)
-        status: int = response.status_code
-        return 400 <= status < 500 and status != 429
+        status = self.chat.status(response)
+        known = not 400 <= status < 500 or status == 429 or self.chat.is_spent(response)
+        return "" if known else self.chat.said(response) or f"status {status}"
 
     def refuse_key(self, url: str, status: int) -> NoReturn:
         """The key, or its absence, is wrong: no prompt can be asked."""
@@ -183,7 +184,7 @@ class EndpointTeacher:
                 if models and not unlisted:
                     self._lists.add(url)
                 # Some servers list a part of what they load when asked.
-                refused = unlisted and self._refuses_model(client, url)
+                refusal = self._refusal(client, url) if unlisted else ""
         except httpx2.HTTPError as error:
             return _unreachable(error)
         if response.status_code in {401, 403}:
@@ -192,9 +193,9 @@ class EndpointTeacher:
             raise ModelError(f"--teacher_endpoint {url} leads elsewhere: give the URL that it leads to")
         if response.status_code in _GATEWAY:  # others may fail at the list and answer all the same
             return f"status {response.status_code}"
-        if refused:
+        if refusal:
             raise ModelError(
-                f"--teacher_model {self.chat.model} is not at {url}: give one that is, such as "
+                f"--teacher_model {self.chat.model} is not at {url} ({refusal}): give one that is, such as "
                 + ", ".join(map(self.chat.plain, models[:5]))
             )
         return ""
