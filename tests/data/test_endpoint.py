@@ -388,6 +388,20 @@ def test_a_listed_model_may_answer_under_other_names(
     assert caplog.text.count("answers for teach under the name") == 1
 
 
+def test_an_alias_is_one_at_each_server_alone(serve: Any) -> None:
+    servers = [serve(), serve()]
+    for server in servers:
+        server.delay = 0.01
+    servers[0].completion_model = lambda: "Qwen2.5-7B"
+    results = dict(teacher(*servers).answers(prompts(60)))
+    assert right(results, 60)
+    assert {result.model for result in results.values()} == {"", "Qwen2.5-7B"}
+    servers[0].completion_model = lambda: "wise-owl-2"
+    servers[1].completion_model = lambda: "Qwen2.5-7B"
+    servers[1].models = None  # it may answer with whatever it has
+    assert {result.model for _, result in teacher(*servers).answers(prompts(20))} == {""}
+
+
 def test_a_server_that_falls_back_to_another_model_is_asked_again(serve: Any) -> None:
     one = teacher(serve(["", *["model"] * 5]))
     assert right(dict(one.answers(prompts(1))), 1)

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -77,9 +78,11 @@ class EndpointTeacher:
         """Whether an answer came with those that were asked for."""
         self._without = 0
         self._refused: list[str] = []
-        self._others: list[str] = []
+        # By URL: answers under other names, where the model is listed, named so, and known by another name.
+        self._others: Counter[str] = Counter()
         self._lists: set[str] = set()
-        self._is_alias = False
+        self._named: set[str] = set()
+        self._aliased: set[str] = set()
         for endpoint in self.endpoints:
             if self._key and endpoint.url.startswith("http://") and not _is_loopback(endpoint.url):
                 log.warning("%s goes to %s unencrypted: use https:// where others listen", KEY, endpoint.url)
@@ -133,22 +136,30 @@ class EndpointTeacher:
         if len(self._refused) >= REFUSALS and not self.answered:
             raise ModelError(f"the server {how} ({said}): mend that and run the same command again")
 
+    def named(self, url: str) -> None:
+        """Remember that a server answered under the name it was asked by."""
+        self._named.add(url)
+
     def takes(self, url: str, model: str) -> bool:
-        """Whether to take an answer under another name: where the server lists the wanted one, and never
-        answers under that. Raises `ModelError` where the wanted one never answers otherwise.
+        """Whether to take an answer under another name: where the server lists the wanted one, and has not
+        answered under that. Raises `ModelError` where no server ever does, nor lists it.
         """
-        self._others.append(model)
-        first = self.chat.plain(model)
-        if not self.answered and not self._is_alias:
-            if url in self._lists and len(self._others) >= ALIAS:
-                self._is_alias = True
-                log.warning("%s answers for %s under the name %s: both are kept", url, self.chat.model, first)
-            elif len(self._others) >= TRIES:
-                raise ModelError(
-                    f"the server answers for --teacher_model {self.chat.model} with {first}: if that is the "
-                    "one you want, name it"
-                )
-        return self._is_alias
+        if url in self._aliased:
+            return True
+        self._others[url] += 1
+        if url in self._lists and url not in self._named:
+            if self._others[url] < ALIAS:
+                return False
+            said = (url, self.chat.model, self.chat.plain(model))
+            log.warning("%s answers for %s under the name %s: both are kept", *said)
+            self._aliased.add(url)
+            return True
+        if self._others.total() >= TRIES and not self.answered:
+            raise ModelError(
+                f"the server answers for --teacher_model {self.chat.model} with {self.chat.plain(model)}: if "
+                "that is the one you want, name it"
+            )
+        return False
 
     def gave_logprobs(self, url: str, *, of_answer: bool) -> None:
         """Count an answer's log probabilities. Raises `ModelError` where they are always of other tokens."""
@@ -459,6 +470,8 @@ class _Crew:
             return answer
         if other:
             answer = answer._replace(model=chat.plain(model))
+        else:
+            self._teacher.named(endpoint.url)
         if chat.logprobs and answer.text:
             self._teacher.gave_logprobs(endpoint.url, of_answer=answer.answer_logprobs is not None)
         self._teacher.answered = True
