@@ -70,11 +70,15 @@ class Misbehaving(ThreadingHTTPServer):
         self.newer_limit = False  # knows only max_completion_tokens
         self.context = 1 << 40  # characters of all messages
         self.poison: dict[str, str] = {}  # question -> the fault it always meets
-        self.usage: dict[str, int] | None = {"prompt_tokens": 90, "completion_tokens": 10}
+        self.usage: Any = {"prompt_tokens": 90, "completion_tokens": 10}
         self.text: Any = None
         self.logprobs = "given"  # where asked for; or ignored, refused, thoughts: of these, too
         self.said = ""  # with a fault that is a status
-        self.finish_reason = "stop"
+        self.error: Any = "no more"  # with the fault "error", under status 200
+        self.message: dict[str, Any] = {}  # of each answer, besides
+        self.completion_model: Callable[[], str] = str  # the name under which it answers, if another
+        self.only_temperature: float | None = None
+        self.finish_reason: Any = "stop"
         self.asked: Counter[str] = Counter()
         self.paid: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
@@ -158,13 +162,21 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(400, {"error": {"message": "Use 'max_completion_tokens' instead of 'max_tokens'."}})
         elif server.logprobs == "refused" and "logprobs" in body:
             self.reply(400, {"error": {"message": "This model does not support logprobs"}})
+        elif server.only_temperature not in {None, body.get("temperature", server.only_temperature)}:
+            said = (
+                "Unsupported value: 'temperature' does not support 0.0 with this model. Only the default (1)"
+            )
+            self.reply(400, {"error": {"message": said, "param": "temperature"}})
         elif sum(len(message["content"]) for message in body["messages"]) > server.context:
             self.reply(400, {"error": {"message": f"maximum context length is {server.context}"}})
         elif fault == "hang":
             server.released.wait(server.hang)
             self.close_connection = True
         elif fault == "429":
-            self.reply(429, {"error": {"message": "slow down"}}, {"Retry-After": server.retry_after})
+            said = {"error": {"message": server.said or "slow down"}}
+            self.reply(429, said, {"Retry-After": server.retry_after})
+        elif fault == "error":
+            self.reply(200, {"error": server.error})
         elif fault == "json":
             self.reply(200, {"choices": "none", "model": 3})
         elif fault.isdecimal():
@@ -179,13 +191,14 @@ class Handler(BaseHTTPRequestHandler):
     def completion(self, body: dict[str, Any], question: str, fault: str) -> dict[str, Any]:
         server = self.server
         text = answer_to(question) if server.text is None else server.text
-        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": server.finish_reason}
+        message = {"role": "assistant", "content": text} | server.message
+        choice = {"message": message, "finish_reason": server.finish_reason}
         if body.get("logprobs") and server.logprobs != "ignored" and fault != "bare":
             thoughts = "Well, well." if server.logprobs == "thoughts" else ""
             choice["logprobs"] = {"content": logprobs_of(thoughts + text, body["top_logprobs"])}
         return {
             "object": "chat.completion",
-            "model": "impostor" if fault == "model" else body["model"],
+            "model": "impostor" if fault == "model" else server.completion_model() or body["model"],
             "choices": [choice],
             "usage": server.usage,
         }

@@ -21,6 +21,13 @@ def test_normalized() -> None:
         ("An apple\u2014the one", "apple\u2014 one"),  # only ASCII punctuation
         ("the\u00a0end", "end"),
         ("", ""),
+        ("It is -5.", "it is \u22125"),  # a sign is no punctuation
+        ("\u22125 and \u20135 (-5)", "\u22125 and \u22125 \u22125"),
+        ("1914-1918, 1914\u20131918", "19141918 19141918"),
+        ("Jose\u0301", "jos\u00e9"),
+        ("O\u2019Neill\u2019s \u201cX\u201d", "oneills x"),
+        ("\uff21\uff22\uff11\uff01\u3000\uff08\u6771\u4eac\u3002\uff09", "ab1 \u6771\u4eac"),
+        ("Stra\u00dfe", "strasse"),
     ],
 )
 def test_normalization_is_in_the_order_of_squad(text: str, expected: str) -> None:
@@ -119,6 +126,10 @@ def test_accuracy(answer: str, right: list[str], expected: float) -> None:
         ("the", ["a"], 1),
         ("", ["Paris"], 0),
         ("Paris", [], 0),
+        ("-5", ["5"], 0),
+        ("caf\u00e9", ["cafe\u0301"], 1),
+        ("\u6771\u4eac\u90fd\u3002", ["\u6771\u4eac"], 0.8),  # by characters
+        ("\u0e01\u0e23\u0e38\u0e07", ["\u0e01\u0e23"], 2 / 3),
     ],
 )
 def test_f1(answer: str, right: list[str], expected: float) -> None:
@@ -134,6 +145,8 @@ def test_f1(answer: str, right: list[str], expected: float) -> None:
         ("anything", ["the", ""], False),  # nothing is left of them
         ("", ["Ada"], False),
         ("Ada", [], False),
+        ("\u90fd\u5e02\u6771\u4eac\u3067\u3059", ["\u6771\u4eac"], True),  # no spaces between words
+        ("It is -5.", ["5"], False),
     ],
 )
 def test_what_a_document_holds(document: str, right: list[str], expected: bool) -> None:

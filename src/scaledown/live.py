@@ -43,6 +43,8 @@ class Work(NamedTuple):
     shards: tuple[int, int] | None
     """From and to: what `in_flight` is about."""
     in_flight: int
+    waiting: str = ""
+    """For what it waits, if it does."""
 
     @classmethod
     def told(cls, content: Any) -> "Work | None":
@@ -53,6 +55,7 @@ class Work(NamedTuple):
         shards = tuple(at) if isinstance(at, list) and [type(own) for own in at] == [int, int] else None
         sound = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
         sound &= isinstance(content["stage"], str) and isinstance(content["total"], int | None)
+        sound &= isinstance(content["waiting"], str)
         return cls(**{**content, "shards": shards}) if sound else None
 
     @classmethod
@@ -61,7 +64,7 @@ class Work(NamedTuple):
         at = (tracker.at.start, tracker.at.stop) if tracker.at else None
         shown = (tracker.unit, tracker.done, tracker.total, tracker.guess, tracker.rate())
         name = tracker.stage.name if tracker.stage else tracker.name
-        return cls(name, *shown, at, tracker.in_flight)
+        return cls(name, *shown, at, tracker.in_flight, tracker.waiting)
 
 
 class Process(NamedTuple):

@@ -63,7 +63,7 @@ class Overview:
 
 def notes(stage: StageStatus) -> list[str]:
     """What else there is to say of a stage: who is at it, what went wrong."""
-    return [
+    counted = [
         f"{count:,} {one if count == 1 else many}"
         for count, one, many in (
             (stage.workers, "worker", "workers"),
@@ -73,6 +73,7 @@ def notes(stage: StageStatus) -> list[str]:
         )
         if count
     ]
+    return [*counted, one_line(stage.waiting, 200)] if stage.waiting else counted
 
 
 def table(status: Status) -> str:

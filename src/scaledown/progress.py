@@ -28,6 +28,8 @@ class Tracker:
         self.stage = stage
         self.note = ""
         """What else is worth a look while it runs: tokens a second, cost."""
+        self.waiting = ""
+        """For what it waits, if it does."""
         self.guess = 0
         """Without a total, what it may be."""
         self.at: range | None = None
@@ -52,6 +54,12 @@ class Tracker:
         """Say that `count` more were done before this process: they do not count for the rate."""
         self._first += count
         self.advance(count)
+
+    def wait(self, reason: str) -> None:
+        """Show for what it waits; empty: it goes on."""
+        if reason != self.waiting:
+            self.waiting = reason
+            self._show()
 
     def tell(self, done: int, total: int | None, rate: float, note: str) -> None:
         """Show what others do, all of them together."""
@@ -84,7 +92,7 @@ class Tracker:
         text = f"{self.name}: {self.counts()}, {rate:,.1f}/s"
         if (left := self._left(rate)) is not None:
             text += f", {duration(left)} left"
-        return text + (f", {self.note}" if self.note else "")
+        return ", ".join(filter(None, (text, self.note, self.waiting)))
 
     def fields(self) -> dict[str, Any]:
         """The line for machines; rate is a second's, a total of None is unknown."""
@@ -119,7 +127,7 @@ class _Bar(Tracker):
             self._task,
             completed=self.done,
             total=self.total or self.guess or None,
-            rate="  ".join(filter(None, (self.counts(), f"{self.rate():,.1f}/s", self.note))),
+            rate="  ".join(filter(None, (self.counts(), f"{self.rate():,.1f}/s", self.note, self.waiting))),
         )
 
 

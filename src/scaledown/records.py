@@ -59,7 +59,10 @@ class Logprobs(TypedDict):
 
 
 class Answer(NamedTuple):
-    """What the teacher wrote; `finish_reason` is `stop`, or `length` where it ran into its limit."""
+    """What the teacher wrote; `finish_reason` is `stop`, or `length` where it ran into its limit.
+
+    A server's other words for an end are kept as they are.
+    """
 
     text: str
     finish_reason: str
@@ -69,6 +72,10 @@ class Answer(NamedTuple):
     """Document tokens left out so that the prompt fits the teacher's context."""
     answer_logprobs: Logprobs | None = None
     """Where they were asked for and the engine gave those of this answer."""
+    left_out: int = 0
+    """Characters of thoughts and chat markers that were written around it."""
+    model: str = ""
+    """The name under which a server answered, where that is another than it was asked for by."""
 
 
 class DocumentDict(TypedDict):

@@ -54,6 +54,8 @@ class StageStatus(NamedTuple):
     given_up: int
     quarantined: int
     finished: bool
+    waiting: str = ""
+    """For what those that are at it wait, if one does."""
 
     @property
     def done(self) -> int:
@@ -279,6 +281,7 @@ def _stage(
         sum(entry.name.endswith(ABSENT) for entry in _entries(folder)),
         sum(_lines(path) for path in _beside(folder, "quarantine", ".jsonl") if "given-up" not in path.name),
         own.finished,
+        next((work.waiting for work in working if work.waiting), ""),
     )
 
 

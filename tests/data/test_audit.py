@@ -10,7 +10,7 @@ import pytest
 from scaledown.data import audit as room
 from scaledown.data.audit import Part, audit, marked, recall
 from scaledown.data.gold import Gold
-from scaledown.data.queries import normalized
+from scaledown.data.similar import question_key
 from scaledown.errors import InputError
 
 Write = Callable[..., Path]
@@ -29,7 +29,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def gold(**answers: str) -> Gold:
-    return Gold({normalized(query.replace("_", " ")): (answer,) for query, answer in answers.items()})
+    return Gold({question_key(query.replace("_", " ")): (answer,) for query, answer in answers.items()})
 
 
 def test_counts(write: Write) -> None:

@@ -81,6 +81,9 @@ def test_short_questions_other_numbers_and_words_that_come_again() -> None:
     )
     assert matched("What is septicemia?", "What is photosynthesis?") is None
     assert matched("who won the super bowl in 2015", "who won the super bowl in 2016") is None
+    assert matched("What is -5?", "What is 5?", EXACT) is matched("What is -5?", "What is 5?") is None
+    assert matched("What is \u22125?", "what is \u20135", EXACT) == 1
+    assert matched("in 1914-1918", "in 1914\u20131918", EXACT) == 1
     assert matched("who sang who are you", "who sang are you") == pytest.approx(4 / 5)
     assert matched("谁在一九九八年写了这本书", "谁在一九九八年买了这本书") == pytest.approx(11 / 13)
 

@@ -206,6 +206,25 @@ RECORDS = [{"id": str(i), "title": f"Title {i}", "text": f"Text number {i}."} fo
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
 
 
+def test_articles_that_share_an_id_are_told_apart_also_after_a_crash(tmp_path: Path, models) -> None:
+    path = tmp_path / "c.jsonl"
+    records = [RECORDS[0], RECORDS[1], RECORDS[0], {"id": "2", "text": ""}, RECORDS[2], RECORDS[0]] * 20
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    whole = passages_of(path, tmp_path / "whole", models, passages_per_shard=16)
+    assert len(whole.finished().rows) > 3
+    assert whole.finished().counts["ids_made_unique"] == 97
+    articles = [record["doc_id"] for table in whole.tables() for record in table.to_pylist()]
+    assert articles[:6] == ["0", "1", "0#2", "2", "0#3", "0#4"]
+    assert len(set(articles)) == 100
+    assert whole.table(0).column("passage_id")[2].as_py() == "0#2_0"
+    parts = Stage(RunDirectory(tmp_path / "part"), "passages", {"path": str(path), "passages_per_shard": 16})
+    for shard in (0, 1):
+        parts.write(shard, whole.table(shard))
+    again = passages_of(path, tmp_path / "part", models, passages_per_shard=16)
+    assert [table.to_pylist() for table in again.tables()] == [t.to_pylist() for t in whole.tables()]
+    assert again.finished().counts == whole.finished().counts
+
+
 def _write(path: Path, kind: str) -> Path:
     if kind == "parquet":
         path = path / "c.parquet"

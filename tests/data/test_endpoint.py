@@ -5,6 +5,7 @@ import gc
 import itertools
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -24,6 +25,8 @@ from scaledown.data.teachers import Generation, Rejection, endpoint, pacing
 from scaledown.data.teachers.endpoint import EndpointTeacher
 from scaledown.data.teachers.pacing import Endpoint, Fault, Rate, retry_after
 from scaledown.errors import ModelError
+from scaledown.live import Work
+from scaledown.progress import Tracker
 from scaledown.records import Answer
 
 KEY = "sk-very-secret"
@@ -363,9 +366,211 @@ def test_what_is_no_fault_of_a_prompt_ends_the_run_and_sets_nothing_aside(
 
 def test_a_server_that_answers_with_another_model_alone_is_told(serve: Any) -> None:
     server = serve(lambda _: "model")
+    server.models = None
     with pytest.raises(ModelError, match="with impostor: if that is the one you want"):
         list(teacher(server).answers(prompts(50)))
     assert server.asked.total() < 50
+
+
+@pytest.mark.parametrize("names", [["Qwen/Qwen2.5-7B"], ["gpt-a", "gpt-b"]])
+def test_a_listed_model_may_answer_under_other_names(
+    serve: Any, names: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve()
+    server.models = ["teach"]
+    turns = itertools.cycle(names)
+    server.completion_model = lambda: next(turns)
+    asked = teacher(server, model="teach")
+    results = dict(asked.answers(prompts(12)))
+    assert right(results, 12)
+    assert {result.model for result in results.values()} == set(names)
+    assert server.asked.total() == 12 + endpoint.ALIAS - 1
+    assert caplog.text.count("answers for teach under the name") == 1
+
+
+def test_an_alias_is_one_at_each_server_alone(serve: Any) -> None:
+    servers = [serve(), serve()]
+    for server in servers:
+        server.delay = 0.01
+    servers[0].completion_model = lambda: "Qwen2.5-7B"
+    results = dict(teacher(*servers).answers(prompts(60)))
+    assert right(results, 60)
+    assert {result.model for result in results.values()} == {"", "Qwen2.5-7B"}
+    servers[0].completion_model = lambda: "wise-owl-2"
+    servers[1].completion_model = lambda: "Qwen2.5-7B"
+    servers[1].models = None  # it may answer with whatever it has
+    assert {result.model for _, result in teacher(*servers).answers(prompts(20))} == {""}
+
+
+def test_a_server_that_falls_back_to_another_model_is_asked_again(serve: Any) -> None:
+    one = teacher(serve(["", *["model"] * 5]))
+    assert right(dict(one.answers(prompts(1))), 1)
+    assert [answer.model for _, answer in one.answers(prompts(4))] == [""] * 4
+
+
+@pytest.mark.parametrize(
+    ("said", "expected", "reason"),
+    [
+        ("<think>It is\nold.</think>\n\nParis.", "Paris.", ""),
+        ("It is old.</think>Paris.<|im_end|>", "Paris.", ""),
+        ("assistant\n\nParis.", "Paris.", ""),
+        ([{"type": "thinking", "thinking": "Old."}, {"type": "text", "text": "Paris."}], "Paris.", ""),
+        ("<think>It is old", None, "all 10 tokens of the reply went into reasoning: raise --max_new_tokens"),
+        ("<|im_end|>", None, "all 10 tokens of the reply went into reasoning: raise --max_new_tokens"),
+    ],
+)
+def test_reasoning_is_never_part_of_an_answer(serve: Any, said: Any, expected: str, reason: str) -> None:
+    server = serve()
+    server.text, server.finish_reason = said, "length"
+    ((_, result),) = teacher(server).answers(prompts(1))
+    if expected:
+        whole = "".join(part.get("text", "") for part in said) if isinstance(said, list) else said
+        assert result == Answer(expected, "length", 90, 10, 0, None, len(whole) - len(expected))
+    else:
+        assert isinstance(result, Rejection)
+        assert result.reason.startswith(reason)
+
+
+def test_reasoning_beside_an_empty_answer_is_told_and_ends_a_run_of_nothing_else(serve: Any) -> None:
+    server = serve()
+    server.message = {"content": None, "reasoning_content": "Well, well."}
+    server.finish_reason = "length"
+    asked = teacher(server)
+    ((_, result),) = asked.answers(prompts(1))
+    assert "went into reasoning: raise --max_new_tokens" in result.reason
+    assert asked.spent_tokens == 100
+    with pytest.raises(ModelError, match=r"gives no prompt an answer \(all 10 tokens .*--max_new_tokens"):
+        list(asked.answers(prompts(100)))
+    server.finish_reason = "stop"
+    ((_, result),) = teacher(server).answers(prompts(1))
+    assert result == Rejection("the reply holds reasoning or chat markers, and no answer")
+
+
+@pytest.mark.parametrize(
+    ("end", "kept"),
+    [
+        *((word, "length") for word in ("length", "model_length", "max_tokens", "MAX_TOKENS")),
+        *((word, word) for word in ("stop", "eos", "tool_calls", "STOP")),
+        (None, "stop"),
+        ({"type": "stop"}, "stop"),
+        (7, "stop"),
+    ],
+)
+def test_why_an_answer_ends_is_kept(serve: Any, end: Any, kept: str) -> None:
+    server = serve()
+    server.finish_reason = end
+    ((_, answer),) = teacher(server).answers(prompts(1))
+    assert answer.finish_reason == kept
+
+
+@pytest.mark.parametrize(
+    ("end", "tries", "said"),
+    [
+        ("content_filter", 1, "the server withheld the answer: content_filter"),
+        ("SAFETY", 1, "the server withheld the answer: SAFETY"),
+        ("abort", 8, "given up after 8 tries: the server broke off the answer: abort"),
+        ("error", 8, "given up after 8 tries: the server broke off the answer: error"),
+    ],
+)
+def test_some_ends_are_no_answer(serve: Any, end: str, tries: int, said: str) -> None:
+    server = serve()
+    server.finish_reason = end
+    asked = teacher(server)
+    ((_, result),) = asked.answers(prompts(1))
+    assert result == Rejection(said)
+    assert server.asked.total() == tries
+    assert asked.spent_tokens == 100 * tries
+
+
+@pytest.mark.parametrize("usage", [[], [1], "many", {"prompt_tokens": 1e30}, {"prompt_tokens": -1}, 7])
+def test_an_answer_is_kept_whatever_its_bookkeeping(serve: Any, usage: Any) -> None:
+    server = serve()
+    server.usage = usage
+    assert right(dict(teacher(server).answers(prompts(2))), 2)
+    server.usage = {"prompt_tokens": 90.0, "completion_tokens": 10.0}
+    ((_, answer),) = teacher(server).answers(prompts(1))
+    assert (answer.prompt_tokens, answer.answer_tokens) == (90, 10)
+
+
+@pytest.mark.parametrize(
+    ("error", "tries", "said"),
+    [
+        ("the model sleeps", 8, "given up after 8 tries: the server reports an error: the model sleeps"),
+        ({"message": "asleep", "code": 500}, 8, "given up after 8 tries: status 500: asleep"),
+        ({"message": "bad", "code": 400}, 1, "the server refused it with status 400: bad"),
+        (
+            {"message": "bad", "type": "invalid_request_error", "code": None},
+            1,
+            "the server refused it with status 400: bad",
+        ),
+    ],
+)
+def test_an_error_under_status_200_reaches_the_user(serve: Any, error: Any, tries: int, said: str) -> None:
+    server = serve()
+    server.error = error
+    server.poison["Question 1"] = "error"
+    results = dict(teacher(server).answers(prompts(3)))
+    assert results[1] == Rejection(said)
+    assert server.asked["Question 1"] == tries
+
+
+def test_a_reply_that_is_none_is_shown(serve: Any) -> None:
+    server = serve()
+    server.poison["Question 0"] = "json"
+    ((_, result),) = teacher(server).answers(prompts(1))
+    assert result.reason.endswith('chat completion (TypeError: {"choices": "none", "model": 3})')
+
+
+def test_a_server_with_one_temperature_names_the_flag_or_gets_none(
+    serve: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve()
+    server.only_temperature = 1.0
+    flagged = Generation(max_new_tokens=16, temperature=0.0)
+    with pytest.raises(
+        ModelError, match=r"--temperature 0: .*Only the default \(1\)\): give --temperature 1"
+    ):
+        list(teacher(server, generation=flagged).answers(prompts(20)))
+    warm = [prompt(0, temperature=1.0)]
+    assert right(dict(teacher(server, generation=flagged._replace(temperature=1.0)).answers(warm)), 1)
+    assert "none is sent" not in caplog.text
+    assert right(dict(teacher(server).answers(prompts(3))), 3)  # a judge, whose temperature no flag decides
+    assert "takes no temperature but its own" in caplog.text
+    assert "temperature" not in server.bodies[-1]
+
+
+def test_what_waiting_does_not_mend_ends_the_run_at_once(serve: Any) -> None:
+    server = serve(lambda _: "429")
+    server.said, server.retry_after = "insufficient_quota: check your plan", "7200"
+    started = time.monotonic()
+    with pytest.raises(
+        ModelError, match=r"payment or a larger quota \(insufficient_quota: check your plan\)"
+    ):
+        list(teacher(server).answers(prompts(20)))
+    server.said = "come back tomorrow"
+    with pytest.raises(ModelError, match=r"wants no request for 7,200 s \(come back tomorrow\)"):
+        list(teacher(server).answers(prompts(20)))
+    assert time.monotonic() - started < 10
+
+
+def test_a_wait_is_shown_as_long_as_it_lasts(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(endpoint, "LOUD_WAIT", 0.2)
+    monkeypatch.setattr(pacing, "LOUD_WAIT", 0.2)
+    tracker = Tracker("teach", "answers", 1, 0)
+    monkeypatch.setattr(endpoint, "at_work", lambda: [tracker])
+    shown: list[str] = []
+    monkeypatch.setattr(tracker, "_show", lambda: shown.append(tracker.line()))
+    server = serve(["429"])
+    server.retry_after = "1"
+    assert right(dict(teacher(server).answers(prompts(1))), 1)
+    assert re.search(rf"waits until \d\d:\d\d:\d\d for {server.url} \(status 429: slow down\)", shown[0])
+    assert "waits" not in shown[-1]
+    assert Work.of(tracker).waiting == ""
+    tracker.wait("waits until 12:00:00")
+    assert Work.told(Work.of(tracker)._asdict()) == Work.of(tracker)
+    assert f"{server.url} wants 1 s before the next request: status 429: slow down" in caplog.text
 
 
 def test_403_after_answers_is_the_prompts_own(serve: Any) -> None:
@@ -580,6 +785,15 @@ def test_few_requests_are_made_at_a_time(serve: Any) -> None:
     assert server.most_running <= 10
 
 
+def test_log_probabilities_are_cut_with_the_thoughts(serve: Any) -> None:
+    server = serve()
+    server.text = "<think>Caf\u00e9?</think>\n Tea. <|im_end|>"
+    [(_, answer)] = teacher(server, generation=ASKED).answers(prompts(1))
+    assert answer.text == "Tea."
+    assert answer.answer_logprobs["tokens"] == [*"Tea."]
+    assert len(answer.answer_logprobs["top_logprobs"]) == 4
+
+
 ASKED = Generation(max_new_tokens=16, seed=5, logprobs=3)
 
 
@@ -638,6 +852,28 @@ def test_a_prompt_refused_in_words_about_them_is_its_own_affair_later(serve: Any
 
 
 FLAGS = ("--teacher_model", "wise-owl", "--flush_seconds", "0.05")
+
+
+def test_a_run_without_an_answer_says_why(serve: Any, prepare: Any, capsys: Any) -> None:
+    server = serve()
+    server.message, server.finish_reason = {"content": None, "reasoning_content": "Well."}, "length"
+    assert prepare(*FLAGS, "--teacher_endpoint", server.url) == 1
+    said = "no query was answered (all 10 tokens of the reply went into reasoning: raise --max_new_tokens"
+    assert said in capsys.readouterr().err
+
+
+def test_a_run_counts_thoughts_and_the_name_behind_an_alias(serve: Any, prepare: Any, capsys: Any) -> None:
+    server = serve()
+    server.completion_model = lambda: "Qwen2.5-7B"
+    server.text = "<think>Well.</think>It is old.<|im_end|>"
+    assert prepare(*FLAGS, "--teacher_endpoint", server.url) == 0
+    records = json.loads(prepare.output.read_text())
+    assert {record["answer"] for record in records} == {"It is old."}
+    manifest = json.loads((prepare.work / "manifest.json").read_text())
+    counts = manifest["stages"]["answers"]["counts"]
+    assert counts["freed_of_thoughts"] == counts["by Qwen2.5-7B"] == len(records)
+    assert "freed_of_thoughts" in capsys.readouterr().out
+    assert "wise-owl" in json.dumps(manifest["models"])
 
 
 def test_a_run_with_a_server_writes_its_log_probabilities(serve: Any, prepare: Any, tmp_path: Path) -> None:

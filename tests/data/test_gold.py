@@ -1,5 +1,6 @@
 """Right answers are found in the shapes that data sets come in."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -47,6 +48,24 @@ SHAPES = {
         ("a", "b", "c"),
         ("It is.",),
     ),
+    "ragas": (
+        {"question": "who?", "answer": "what a model said", "ground_truth": "a", "contexts": ["It is a."]},
+        ("a",),
+        ("It is a.",),
+    ),
+    "ragas_2": (
+        {"user_input": "who?", "response": "x", "reference": "a", "reference_contexts": ["It is a."]},
+        ("a",),
+        ("It is a.",),
+    ),
+    "label": ({"question": "who?", "label": "a"}, ("a",), ()),
+    "answer_and_label": ({"question": "who?", "answer": "a", "label": 1}, ("a",), ()),
+    "mrqa": (
+        {"context": "It was a.", "qas": [{"qid": "7", "question": "who?", "answers": ["a", "b"]}]},
+        ("a", "b"),
+        ("It was a.",),
+    ),
+    "floats": ({"question": "who?", "answer": [1984.0, 2.5]}, ("1984", "2.5"), ()),
     "asqa": (
         {"ambiguous_question": "who?", "qa_pairs": [{"short_answers": ["a"]}, {"short_answers": ["b"]}]},
         ("a", "b"),
@@ -77,6 +96,103 @@ def test_a_json_list_is_read_too(tmp_path: Path) -> None:
     path = tmp_path / "dev.json"
     path.write_text(json.dumps([{"question": "who?", "answer": "a"}, {"question": "why?", "answer": "b"}]))
     assert [one.query for one in gold_questions(str(path), "--gold")] == ["who?", "why?"]
+
+
+SQUAD = {
+    "version": "v2.0",
+    "data": [
+        {
+            "title": "T",
+            "paragraphs": [
+                {
+                    "context": "It was a.",
+                    "qas": [
+                        {"id": "7", "question": "Who?", "answers": [{"text": "a", "answer_start": 7}]},
+                        {
+                            "id": "8",
+                            "question": "Why?",
+                            "answers": [],
+                            "is_impossible": True,
+                            "plausible_answers": [{"text": "a"}],
+                        },
+                    ],
+                }
+            ],
+        }
+    ],
+}
+TRIVIA_QA = {
+    "Data": [
+        {
+            "Question": "Who?",
+            "QuestionId": "7",
+            "Answer": {"Value": "a", "Aliases": ["a", "A."], "NormalizedValue": "x"},
+        },
+        {"Question": "Why?", "QuestionId": "8"},
+    ]
+}
+
+
+@pytest.mark.parametrize("indent", [None, 4])
+@pytest.mark.parametrize(("content", "answers"), [(SQUAD, ("a",)), (TRIVIA_QA, ("a", "A."))])
+def test_official_files(content: dict, answers: tuple, indent: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "dev.json"
+    path.write_text(json.dumps(content, indent=indent))
+    found = list(gold_questions(str(path), "--gold"))
+    assert [(one.query_id, one.query, one.answers) for one in found] == [
+        ("7", "Who?", answers),
+        ("8", "Why?", ()),
+    ]
+    assert found[0].passages == (("It was a.",) if content is SQUAD else ())
+
+
+@pytest.mark.parametrize(
+    ("cell", "answers"),
+    [
+        ("['Goethe', 'J. W. Goethe']", ("Goethe", "J. W. Goethe")),
+        ("['Goethe' 'J. W. Goethe']", ("Goethe", "J. W. Goethe")),
+        ("['Goethe'\n \"O'Neill\"]", ("Goethe", "O'Neill")),
+        ("{'text': array(['a', 'b'], dtype=object), 'answer_start': array([1, 2])}", ("a", "b")),
+        ('["a", "b"]', ("a", "b")),
+        ("[sic] a [b]", ("[sic] a [b]",)),
+        ("[a, b]", ("[a, b]",)),
+        ("1984.0", ("1984",)),
+        ("4.0", ("4", "4.0")),
+        ("3.14", ("3.14",)),
+        *((none, ()) for none in ("[]", "<unk>", "No Answer Present.", "CANNOTANSWER", "...", "nan", "-")),
+        ("['<unk>', 'a']", ("a",)),
+    ],
+)
+def test_what_a_cell_of_a_table_says(cell: str, answers: tuple, tmp_path: Path) -> None:
+    path = tmp_path / "gold.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["question", "answer"], ["who?", cell]])
+    (found,) = gold_questions(str(path), "--gold")
+    assert found.answers == answers
+
+
+def test_all_answers_of_a_question_count_wherever_they_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = tmp_path / "a.csv", tmp_path / "b.jsonl"
+    one.write_text("question,answer\nWho?,a\nwho,b\nWhy?,No Answer Present.\n")
+    other.write_text('{"question": "Who?", "answer": ["b", "c"]}\n')
+    with caplog.at_level("INFO", logger="scaledown"):
+        gold = read_gold([str(one), str(other)], "--gold")
+    assert gold.answers("who?") == ("a", "b", "c")
+    assert gold.answers("why?") == ()
+    assert "a.csv: 2 questions with right answers, 1 without; 1 came again" in caplog.text
+    assert "b.jsonl: 1 questions with right answers, 0 without; 1 came again" in caplog.text
+
+
+def test_questions_that_differ_in_a_sign_are_two(tmp_path: Path) -> None:
+    path = tmp_path / "gold.csv"
+    path.write_text(
+        "question,answer\nWhat is 5?,five\nWhat is -5?,minus five\nWhat is C#?,a\nWhat is C++?,b\n"
+    )
+    gold = read_gold([str(path)], "--gold")
+    asked = ["what is 5", "What is \u22125?", "What is C#", "What is c++"]
+    assert [gold.answers(one) for one in asked] == [("five",), ("minus five",), ("a",), ("b",)]
 
 
 @pytest.mark.parametrize(

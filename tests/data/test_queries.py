@@ -71,6 +71,14 @@ def test_several_files_in_the_order_given(tmp_path: Path) -> None:
     assert collected(tmp_path, queries_file=files) == [("q1", "second first"), ("7", "then this")]
 
 
+def test_ids_that_come_again_are_told_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one = write(tmp_path / "a.tsv", "7\tWho is it?\nq4\tWho was it?\n")
+    other = write(tmp_path / "b.jsonl", '{"id": 7, "query": "What is it?"}\n{"query": "What was it?"}\n')
+    found = collected(tmp_path, queries_file=(one, other))
+    assert [query_id for query_id, _ in found] == ["7", "q4", "7#2", "q4#2"]
+    assert "2 queries have the id of another: told apart by #2" in caplog.text
+
+
 def test_shards_follow_the_flag(tmp_path: Path) -> None:
     file = write(tmp_path / "q.txt", "".join(f"query {n}\n" for n in range(10)))
     config = PrepareConfig(output_file="o.json", queries_file=(file,), queries_per_shard=4)

@@ -2,7 +2,7 @@
 
 import random
 
-from scaledown.data.seen import Seen
+from scaledown.data.seen import Ids, Seen
 
 
 def test_it_is_a_set() -> None:
@@ -22,6 +22,14 @@ def test_spaces_around_a_query_do_not_count() -> None:
     assert seen.add("who?")
     assert seen.add("")
     assert not seen.add(" ")
+
+
+def test_each_gets_an_id_of_its_own() -> None:
+    ids = Ids()
+    given = ["a", "b", "a", "a#2", "a", "x y", "x_y", "", "b"]
+    assert [ids.own(one) for one in given] == ["a", "b", "a#2", "a#2#2", "a#3", "x y", "x_y#2", "", "b#2"]
+    assert ids.renamed == 5
+    assert [ids.own("n") for _ in range(20_000)][-1] == "n#20000"
 
 
 def test_it_is_small() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from scaledown.cli import main
 from scaledown.data import share
+from scaledown.evaluation.ranking import read_run
 
 RECORDS = [
     {
@@ -130,6 +131,25 @@ def test_rankings_as_trec_runs(prepare, tmp_path: Path, capsys) -> None:
     first = [one.score for one in retrieved if one.query_id == retrieved[0].query_id]
     assert first == sorted(first, reverse=True)
     assert "\tQ0\t" in (folder / "retrieved.run").read_text()
+
+
+def test_rankings_of_ids_that_come_again_can_be_evaluated(
+    prepare, corpus: Path, queries: Path, tmp_path: Path, capsys
+) -> None:
+    articles = [json.loads(line) | {"id": "a 1", "_id": "a 1"} for line in corpus.read_text().splitlines()]
+    corpus.write_text("".join(json.dumps(article) + "\n" for article in articles))
+    lines = queries.read_text().splitlines()
+    queries.with_suffix(".tsv").write_text("".join(f"7\t{line}\n" for line in lines))
+    assert prepare(*RERANK, "--queries_file", str(queries.with_suffix(".tsv"))) == 0
+    told = capsys.readouterr()
+    assert "queries have the id of another: told apart by #2" in told.err
+    assert "articles have the id of another: told apart by #2" in told.err
+    assert "ids_made_unique" in told.out
+    folder = tmp_path / "runs"
+    assert main(["export", str(prepare.output), "--format", "trec", "--output_dir", str(folder)]) == 0
+    found = read_run(folder / "reranked.run")
+    assert {"7", "7#2", "7#3", "7#4"} <= found.keys()
+    assert all(len(own) == 6 for own in found.values())
 
 
 @pytest.mark.parametrize(

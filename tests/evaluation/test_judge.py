@@ -105,7 +105,7 @@ def test_replies_to_shards_that_were_asked_together_are_not_paid_again(tmp_path:
     asked.finish([1, 1, 1], {})
     with AnswerLog.of(stage, range(3), 60).writing() as writer:
         for place, prompt in enumerate(prompts):
-            writer.add(place, prompt, Answer(("1", "0", "0.5")[place], "stop", 1, 1, 0))
+            writer.add(place, prompt, Answer(("1", "0", "0.5")[place], "stop", 1, 1, 0, None, place, "other"))
     with pytest.raises(MemoryError), run.leases.hold(f"judged_compressed-{stage.fingerprint}-000000-000003"):
         raise MemoryError
     run.leases.died(run.leases.held()[0].worker, "SIGKILL")
@@ -121,3 +121,7 @@ def test_replies_to_shards_that_were_asked_together_are_not_paid_again(tmp_path:
     )
     assert [judge.read(stage, shard) for shard in range(3)] == [[1.0], [0.0], [0.5]]
     assert AnswerLog.every(stage) == []
+    assert stage.finished().counts == {
+        **{"verdicts": 3, "no_verdict": 0},
+        **{"freed_of_thoughts": 2, "by other": 3},
+    }

@@ -60,8 +60,85 @@ def test_malformed_runs_are_named_with_their_line(text: str, said: str, tmp_path
 def test_malformed_qrels_are_named_with_their_line(tmp_path: Path) -> None:
     path = tmp_path / "qrels.txt"
     path.write_text("q1 0 a 1\nq1 0 b 1.5\n")
-    with pytest.raises(InputError, match=r"--qrels .*qrels\.txt:2: relevance '1\.5' is no number"):
+    with pytest.raises(InputError, match=r"--qrels .*qrels\.txt:2: relevance '1\.5' is no whole number"):
         read_qrels(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("q1 0 a 1\nq1 0 a 0\n", "there twice"),
+        ("q1 0 a 1e300\n", "use small grades"),
+        ("q1 0 a 1 x\n", "5 fields, expected 4: qid 0 docid relevance or 3: query-id corpus-id score"),
+        ("q1 0 a inf\n", "is no whole number"),
+        ("query-id\tcorpus-id\tscore\n", "is empty"),
+    ],
+)
+def test_qrels_that_cannot_be_used_are_refused(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "qrels.txt"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        read_qrels(path)
+    assert said in str(error.value)
+
+
+def test_qrels_of_other_forms(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = {"q1": {"b": 1, "c": 2, "d": 0}, "q2": {"a": 1}}
+    for name, text in {
+        "floats": "q1 0 b 1.0\nq1 0 c 2.0\nq1 0 d 0.0\nq2 0 a 1.0\n",
+        "again": "q1 0 b 1\nq1 0 b 1\nq1 0 c 2\nq1 0 d 0\nq2 0 a 1\n",
+        "beir": "query-id\tcorpus-id\tscore\nq1\tb\t1\nq1\tc\t2\nq1\td\t0\nq2\ta\t1\n",
+        "plain": "q1\tb\t1\nq1\tc\t2\nq1\td\t0\nq2\ta\t1\n",
+        "below": "q1 0 b 1\nq1 0 c 2\nq1 0 d -1\nq2 0 a 1\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            assert read_qrels(tmp_path / name) == expected, name
+        assert ("read as query-id corpus-id score, after a line" in caplog.text) == (name == "beir")
+        assert ("1 relevances below 0 count as 0" in caplog.text) == (name == "below")
+    (tmp_path / "tabs").write_text("query-id\tcorpus-id\tscore\nq 1\ta b\t1\n")
+    assert read_qrels(tmp_path / "tabs") == {"q 1": {"a b": 1}}
+
+
+def test_a_run_with_ranks_alone(qrels: Path, run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "msmarco.tsv"
+    path.write_text("q1\ta\t1\nq1\tb\t2\nq1\tc\t3\nq2\tb\t1\n")
+    measures = parse_measures(["nDCG@10", "R@2", "RR@10"])
+    assert read_run(path) == {"q1": {"a": -1, "b": -2, "c": -3}, "q2": {"b": -1}}
+    judged = read_qrels(qrels)
+    assert per_query(read_run(path), judged, measures) == per_query(read_run(run), judged, measures)
+    path.write_text("q1\ta\t0.93\n")
+    with pytest.raises(InputError, match=r"rank '0\.93' is no whole number"):
+        read_run(path)
+
+
+def test_ranks_that_contradict_scores_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.run"
+    lines = ("q1 Q0 a 1 1.0", "q1 Q0 b 2 2.0", "q2 Q0 a 1 2", "q2 Q0 b 2 1", "q3 Q0 a 0 1", "q3 Q0 b 0 2")
+    path.write_text("".join(f"{line} x\n" for line in lines))
+    read_run(path)
+    assert "the ranks of 1 of 3 queries contradict their scores: scores count" in caplog.text
+
+
+def test_no_judgement_ends_the_process_and_ids_may_be_anything() -> None:
+    measures = parse_measures(["nDCG@10", "R@20", "RR@10", "AP", "P@5", "Judged@10", "Bpref"])
+    run = {"q\0": {"a\0b": 2.0, "a": 1.0}, "\U0001f989": {"a": 1e300, "b": -1e300}}
+    found = per_query(run, {"q\0": {"a": 1, "z": 0}, "\U0001f989": {"b": 0}, "q": {"a": 3}}, measures)
+    assert found["RR@10"] == [0.5, 0, 0]
+    assert found["AP"] == [0.5, 0, 0]
+
+
+def test_ties_are_broken_in_one_way_by_all_measures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As trec_eval does: of equal scores, the larger id first, whatever the rank says."""
+    path = tmp_path / "a.run"
+    path.write_text("q1 Q0 a 1 1 x\nq1 Q0 b 2 1 x\nq2 Q0 b 1 1 x\nq2 Q0 a 2 1 x\n")
+    measures = parse_measures(["nDCG@1", "R@1", "RR@10", "P@1", "AP"])
+    with caplog.at_level("INFO"):
+        run = read_run(path)
+    assert "2 ties, broken as trec_eval does" in caplog.text
+    found = per_query(run, {"q1": {"a": 1}, "q2": {"b": 1}}, measures)
+    assert found == {"nDCG@1": [0, 1], "R@1": [0, 1], "RR@10": [0.5, 1], "P@1": [0, 1], "AP": [0.5, 1]}
 
 
 @pytest.mark.parametrize("name", ["nDCG@ten", "goodness", "", "__import__('os')"])

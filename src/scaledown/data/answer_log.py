@@ -148,7 +148,8 @@ class Writer:
 
     def add(self, place: int, prompt: Prompt, answer: Answer) -> None:
         """Keep an answer."""
-        own = {name: value for name, value in answer._asdict().items() if value is not None}
+        usual = Answer._field_defaults
+        own = {name: value for name, value in answer._asdict().items() if (name, value) not in usual.items()}
         record = {"place": place, "prompt_hash": prompt.digest, **own}
         self._write(json.dumps(record, ensure_ascii=True).encode() + b"\n")
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from scaledown.data.formats import entries, problems
 from scaledown.data.gold import Gold
-from scaledown.data.queries import normalized as normalized_query
 from scaledown.data.review import content_words, groundedness, problem
+from scaledown.data.similar import question_key
 from scaledown.errors import InputError
 from scaledown.metrics import accuracy
 from scaledown.progress import track
@@ -122,7 +122,7 @@ def audit(path: Path, gold: Gold | None = None, *, sample: int = SAMPLE, seed: i
                 sample = (len(chosen) + 1) // 2
                 chosen = draw.sample(chosen, sample)
                 size = sum(map(_characters, chosen))
-            queries.append(_hash(normalized_query(record["query"])))
+            queries.append(_hash(question_key(record["query"])))
             total += len(record["documents"])
             documents.extend({_hash(text) for text in record["documents"]})
     if not queries:

@@ -17,7 +17,7 @@ from scaledown.urls import redacted
 
 log = logging.getLogger("scaledown")
 
-VERSION: Final = 2  # of what counts as a match
+VERSION: Final = 3  # of what counts as a match
 # Least similarity, chosen from data (docs/cleaning.md): one word of four replaced, or one of nine.
 _LIKE_EVALUATION: Final = 0.6
 _LIKE_EARLIER: Final = 0.8

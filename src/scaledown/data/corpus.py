@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from scaledown.config import IndexConfig
 from scaledown.data import files
 from scaledown.data.chunking import Chunker
+from scaledown.data.seen import Ids
 from scaledown.errors import InputError, ModelError
 from scaledown.executor import cores, in_order
 from scaledown.models import ModelSource, loadable, loading
@@ -29,6 +30,7 @@ from scaledown.urls import without_query
 log = logging.getLogger("scaledown")
 
 ID_KEYS: Final = ("id", "_id", "doc_id", "docid", "wikipedia_id", "kilt_id")
+RENAMED: Final = "ids_made_unique"
 TITLE_KEYS: Final = ("title", "wikipedia_title")
 TEXT_KEYS: Final = ("text", "contents", "content", "body")
 _TEXTS: Final = tuple((name, pa.large_string()) for name in Passage._fields)
@@ -110,15 +112,18 @@ def build_passages(
             return
         rows: list[int] = []
         counts = {"lines": 0, "articles": 0, "passages": 0, "bad": 0, "empty": 0}
+        ids = Ids()
         while stage.has(len(rows)):
             table = stage.table(len(rows))
+            for doc_id, _ in itertools.groupby(table.column("doc_id").to_pylist()):
+                ids.own(doc_id)
             rows.append(table.num_rows)
             counts = json.loads(table.schema.metadata[b"counts"])
         started = time.perf_counter()
         meter = files.Meter(files.sources(corpus, "--corpus_path"))
         limit = config.max_corpus_size
         with track("passages", "passages", None, counts["passages"], stage) as tracker:
-            for passages, now, rejected in _shards(corpus, meter, config, retriever, counts, check):
+            for passages, now, rejected in _shards(corpus, meter, config, retriever, counts, ids, check):
                 stage.quarantine(f"{now['lines']:012d}", rejected)
                 if not passages.num_rows:
                     counts = now
@@ -139,6 +144,8 @@ def build_passages(
                 f"{corpus}: no article with text among {counts['lines']:,} lines; expected KILT lines, or "
                 "id, title and text in each record"
             )
+        if renamed := counts.get(RENAMED, 0):
+            log.warning("%s: %s articles have the id of another: told apart by #2 …", corpus, f"{renamed:,}")
         stage.finish(rows, counts)
 
 
@@ -148,22 +155,26 @@ def _shards(  # noqa: PLR0917
     config: IndexConfig,
     retriever: ModelSource,
     counts: dict[str, int],
+    ids: Ids,
     check: Callable[[], None],
 ) -> Iterator[tuple[pa.Table, dict[str, int], list[dict[str, Any]]]]:
     """Passages of each shard, the counts after it, and rows rejected; an empty table passes those on."""
     intake = files.Intake("the corpus", config.max_bad_fraction, counts["lines"], counts["bad"])
     articles, empty, total = counts["articles"], counts["empty"], counts["passages"]
+    before = counts.get(RENAMED, 0) - ids.renamed
     limit = config.max_corpus_size
     waiting: list[pa.Table] = []
     nothing = pa.schema(_TEXTS).empty_table()
 
     def state() -> dict[str, int]:
+        renamed = {RENAMED: before + ids.renamed} if before + ids.renamed else {}
         return {
             "lines": intake.rows,
             "articles": articles,
             "passages": total,
             "bad": intake.bad,
             "empty": empty,
+            **renamed,
         }
 
     def shard() -> pa.Table:
@@ -193,7 +204,7 @@ def _shards(  # noqa: PLR0917
             intake.rows += cut.rows
             for row, reason in cut.rejected:
                 intake.reject(row, reason)
-            waiting.append(table)
+            waiting.append(_with_own_ids(table, pieces, ids))
             if limit and articles >= limit:
                 break
             if sum(part.num_rows for part in waiting) >= config.passages_per_shard:
@@ -202,6 +213,22 @@ def _shards(  # noqa: PLR0917
                 yield nothing, state(), intake.take_rejected()
     yield shard(), state(), intake.take_rejected()
     intake.close()
+
+
+def _with_own_ids(table: pa.Table, pieces: list[int], ids: Ids) -> pa.Table:
+    """The passages of articles, of which no two have one id."""
+    given = table.column("doc_id").to_pylist()
+    places = [place for place, count in zip(np.cumsum([0, *pieces]), pieces, strict=False) if count]
+    own = [ids.own(given[place]) for place in places]
+    if own == [given[place] for place in places]:
+        return table
+    every = [name for name, count in zip(own, filter(None, pieces), strict=True) for _ in range(count)]
+    passages = zip(every, given, table.column("passage_id").to_pylist(), strict=True)
+    named = [name + passage.removeprefix(old) for name, old, passage in passages]
+    for column, values in (("doc_id", every), ("passage_id", named)):
+        place = table.column_names.index(column)
+        table = table.set_column(place, column, pa.array(values, pa.large_string()))
+    return table
 
 
 def cutting_processes(size: int) -> int:

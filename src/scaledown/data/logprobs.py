@@ -130,6 +130,25 @@ def for_answer(logprobs: Logprobs, answer: str) -> Logprobs | None:
     return None
 
 
+def for_part(logprobs: Logprobs, answer: str) -> Logprobs | None:
+    """The log probabilities of the last tokens that `answer` is in, where it stands behind other text.
+
+    Args:
+        logprobs: Of all that the teacher wrote.
+        answer: A part of it.
+
+    Returns:
+        Those of the fewest tokens, as `for_answer` gives them; None where `answer` begins inside a token.
+    """
+    tokens = logprobs["tokens"]
+    for first in reversed(range(len(tokens))):
+        if "".join(tokens[first:]).lstrip().startswith(answer):
+            lists = ((name, logprobs[name]) for name in ARROW.names)  # type: ignore[literal-required]
+            rest: Logprobs = {name: None if of is None else of[first:] for name, of in lists}  # type: ignore[assignment]
+            return for_answer(rest, answer)
+    return None
+
+
 def problem(value: Any, answer: str) -> str:  # noqa: PLR0911 (one a check)
     """What keeps `value` from being the `answer_logprobs` of `answer`; empty where nothing does."""
     if value is None:

@@ -17,8 +17,10 @@ from scaledown.atomic import atomic
 from scaledown.config import PrepareConfig
 from scaledown.data import files
 from scaledown.data.answer_log import AnswerLog, ask
-from scaledown.data.corpus import PassageTable
+from scaledown.data.corpus import RENAMED, PassageTable
 from scaledown.data.prompts import Prompt, question_prompt
+from scaledown.data.seen import Ids
+from scaledown.data.similar import question_key
 from scaledown.data.teachers import Rejection, Teacher
 from scaledown.errors import InputError
 from scaledown.models import hub_errors, reach_hub
@@ -117,7 +119,7 @@ def collect_queries(
     What is `left_out` goes to the quarantine and is counted by its `problem`.
     """
     if done := stage.done():
-        rows_read = sum(done.counts.values())
+        rows_read = sum(done.counts.values()) - done.counts.get(RENAMED, 0)
         files.Intake("the queries", config.max_bad_fraction, rows_read, done.counts["bad"]).close()
         return
     with stage.lease("all", wait=True):
@@ -128,8 +130,10 @@ def collect_queries(
             given = itertools.chain(from_files(config, intake), from_dataset(config, intake))
         else:
             given = itertools.chain(_written(synthetic, config.num_synthetic_queries))
+        ids = Ids()
         source: Iterator[Query] = (
-            query._replace(query_id=query.query_id or f"q{number}") for number, query in enumerate(given, 1)
+            query._replace(query_id=ids.own(query.query_id or f"q{number}"))
+            for number, query in enumerate(given, 1)
         )
         counts: Counter[str] = Counter()
         if left_out:
@@ -151,6 +155,9 @@ def collect_queries(
         if not rows:
             raise InputError("there are no queries in what was given: expected one query a line")
         named = {_COUNTED[problem]: count for problem, count in sorted(counts.items())}
+        if ids.renamed:
+            log.warning("%s queries have the id of another: told apart by #2, #3 …", f"{ids.renamed:,}")
+            named[RENAMED] = ids.renamed
         stage.finish(rows, {"queries": sum(rows), "bad": intake.bad, **named})
 
 
@@ -331,11 +338,6 @@ def as_question(text: str, passage: str) -> str | None:
     return None
 
 
-def normalized(question: str) -> str:
-    """What two questions share when they are the same: words without case or punctuation."""
-    return " ".join(re.findall(r"\w+", question.lower()))
-
-
 def write_questions(
     stage: Stage, passages: Stage, load: Callable[[], Teacher], config: PrepareConfig
 ) -> None:
@@ -369,7 +371,7 @@ def write_questions(
                     kept.remove()
                 before = len(seen)
                 written = stage.table(len(rows)).column("question").to_pylist()
-                seen.update(normalized(question) for question in written if question)
+                seen.update(question_key(question) for question in written if question)
                 tracker.advance(min(len(seen), wanted) - min(before, wanted))
                 rows.append(len(turn))
                 asked += len(turn)
@@ -415,5 +417,5 @@ def _written(stage: Stage, wanted: int) -> list[Query]:
     for table in stage.tables():
         for question in table.column("question").to_pylist():
             if question:
-                different.setdefault(normalized(question), question)
+                different.setdefault(question_key(question), question)
     return [Query("", question) for question in itertools.islice(different.values(), wanted)]

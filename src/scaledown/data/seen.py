@@ -1,6 +1,8 @@
-"""Which queries came before, in about 20 bytes each: a set of Python's takes 80."""
+"""Which queries or ids came before, in about 20 bytes each: a set of Python's takes 80."""
 
 import hashlib
+import itertools
+from collections.abc import Iterator
 from typing import Final
 
 _BYTES: Final = 12  # of a query's hash: among a billion, one chance in 10^11 that two are taken for one
@@ -25,6 +27,28 @@ class Seen:
     def size(self) -> int:
         """Its memory in bytes."""
         return sum(len(part.places) for part in self._parts)
+
+
+class Ids:
+    """Gives each query or article an id that no other has, also as one word, as TREC's formats need it."""
+
+    def __init__(self) -> None:
+        self.renamed = 0
+        self._seen = Seen()
+        self._next: dict[str, Iterator[int]] = {}
+
+    def own(self, given: str) -> str:
+        """The id that was given; with `#2`, `#3` … where others came before that have it."""
+        found = given
+        while not self._seen.add(one_word(found)):
+            found = f"{given}#{next(self._next.setdefault(given, itertools.count(2)))}"
+        self.renamed += found != given
+        return found
+
+
+def one_word(name: str) -> str:
+    """Without white space, which parts the columns of TREC's formats."""
+    return "_".join(name.split()) or "_"
 
 
 class _Table:

@@ -15,12 +15,12 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
+from scaledown.metrics import MINUS, UNSPACED, folded
+
 Array: TypeAlias = np.ndarray[Any, Any]
 
 EXACT: Final = 1.0
-# Scripts that leave no space between words are taken by character: Thai to Myanmar, Khmer, Japanese, Chinese.
-_UNSPACED: Final = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-_WORD: Final = re.compile(rf"[{_UNSPACED}]|[^\s!-/:-@\[-`{{-~{_UNSPACED}]+[+#]*")
+_WORD: Final = re.compile(rf"[{UNSPACED}]|[^\s!-/:-@\[-`{{-~{UNSPACED}]+[+#]*")
 _DROPPED: Final = re.compile(r"['’ʼ\u0300-\u036f]")  # apostrophes, accents
 _ARTICLES: Final = frozenset(("a", "an", "the"))
 
@@ -33,11 +33,17 @@ _BLOCK: Final = 1024
 
 def words(text: str) -> list[str]:
     """The words of a text in any language, without case, punctuation, accents and English articles."""
-    plain = _DROPPED.sub("", unicodedata.normalize("NFKD", text).casefold())
+    plain = _DROPPED.sub("", unicodedata.normalize("NFKD", folded(text)))
     if not plain.isascii():  # \w has no vowel signs
-        plain = "".join(c if unicodedata.category(c)[0] in "LMN" or c in "+#" else " " for c in plain)
+        kept = f"+#{MINUS}"
+        plain = "".join(c if unicodedata.category(c)[0] in "LMN" or c in kept else " " for c in plain)
     found = _WORD.findall(plain)
     return [word for word in found if word not in _ARTICLES] or found or text.split()
+
+
+def question_key(text: str) -> str:
+    """What two questions share when they are the same: their words in their order."""
+    return " ".join(words(text))
 
 
 class Found(NamedTuple):

@@ -1,7 +1,9 @@
 """The stage that asks the teacher: ranked passages -> answers, on disk as they come."""
 
+import collections
+import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
@@ -21,6 +23,8 @@ from scaledown.stage import Stage
 _AGAIN_TEMPERATURE: Final = 0.7
 _KINDS: Final = {"text": pa.large_string(), "finish_reason": pa.large_string(), "answer_logprobs": ARROW}
 """Of the columns of `Answer` that are no counts."""
+_HEARD: Final = {"left_out", "model"}
+"""What of `Answer` is counted and no column."""
 
 
 class Teaching(NamedTuple):
@@ -91,8 +95,9 @@ def teach(
         for name in ("prompt_tokens", "answer_tokens"):
             counts[name] += sum(table.column(name).to_pylist())
     if not counts["answers"] and stage.name == "answers":
-        raise InputError("no query was answered: quarantine/ in the run directory says why, one by one")
-    stage.finish(answered, counts)
+        why = f" ({meter.reason})" if meter.reason else ""
+        raise InputError(f"no query was answered{why}: quarantine/ in the run directory says why, one by one")
+    stage.finish(answered, counts | heard_counts(stage, len(rows)))
 
 
 def retry(
@@ -195,6 +200,8 @@ class Meter:
         self._started = time.monotonic()
         self._tokens = 0
         self._cost = 0.0
+        self.reason = ""
+        """Why the last prompt without an answer has none."""
 
     def add(self, answer: Answer | Rejection) -> None:
         """An answer came."""
@@ -202,6 +209,8 @@ class Meter:
             self._tokens += answer.prompt_tokens + answer.answer_tokens
             price = zip(self._prices, (answer.prompt_tokens, answer.answer_tokens), strict=True)
             self._cost += sum(each * count / 1e6 for each, count in price)
+        else:
+            self.reason = answer.reason
         rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
         cost = f", cost so far {self._cost:,.2f}" if any(self._prices) else ""
         self._tracker.note = f"{rate:,.0f} tokens/s{cost}"
@@ -220,7 +229,7 @@ def _written(
             for record in stage.table(shard).to_pylist():
                 place = places.get(record["query_id"], -1)
                 if place >= 0 and record["prompt_hash"] == prompts[place].digest:
-                    found[place] = Answer(*(record.get(name) for name in Answer._fields))
+                    found[place] = Answer(**{name: record[name] for name in Answer._fields if name in record})
         first += table.num_rows
     return found
 
@@ -245,11 +254,31 @@ def _answered(
     table = table.take(pa.array([i for i, (_, a) in enumerate(both) if isinstance(a, Answer)], pa.int64()))
     given = [answer for _, answer in both if isinstance(answer, Answer)]
     for name in Answer._fields:
-        if name != "answer_logprobs" or logprobs:
+        if name not in _HEARD and (name != "answer_logprobs" or logprobs):
             values = [getattr(answer, name) for answer in given]
             table = table.append_column(name, pa.array(values, _KINDS.get(name, pa.int64())))
     hashes = [prompt.digest for prompt, answer in both if isinstance(answer, Answer)]
-    return table.append_column("prompt_hash", pa.array(hashes, pa.string()))
+    table = table.append_column("prompt_hash", pa.array(hashes, pa.string()))
+    return with_heard(table, given)
+
+
+def with_heard(table: pa.Table, answers: Iterable[Answer]) -> pa.Table:
+    """A shard of answers that says how many were freed of thoughts, or came under which other name."""
+    counts: collections.Counter[str] = collections.Counter()
+    for answer in answers:
+        counts["freed_of_thoughts"] += bool(answer.left_out)
+        if answer.model:
+            counts[f"by {answer.model}"] += 1
+    return table.replace_schema_metadata({"heard": json.dumps(+counts)})
+
+
+def heard_counts(stage: Stage, shards: int) -> dict[str, int]:
+    """What `with_heard` counted in all shards of a stage."""
+    counts: collections.Counter[str] = collections.Counter()
+    for shard in range(shards):
+        told = stage.table(shard).schema.metadata or {}  # none of a shard that was given up
+        counts.update(json.loads(told.get(b"heard", b"{}")))
+    return dict(counts)
 
 
 def _first_documents(table: pa.Table, count: int) -> pa.Table:

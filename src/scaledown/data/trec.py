@@ -1,5 +1,6 @@
 """The rankings of a run as TREC runs: `qid Q0 docid rank score tag`, with tabs."""
 
+import logging
 from pathlib import Path
 from typing import Final
 
@@ -7,9 +8,12 @@ from scaledown.atomic import atomic, check_writable
 from scaledown.data.corpus import PassageTable
 from scaledown.data.manifest import manifest_of
 from scaledown.data.reordering import finished_stages
+from scaledown.data.seen import Ids, one_word
 from scaledown.errors import InputError
 from scaledown.stage import Stage
 from scaledown.storage import Storage
+
+log = logging.getLogger("scaledown")
 
 _TAG: Final = "scaledown"
 
@@ -40,17 +44,20 @@ def export_trec(data: Path, output: Path) -> dict[str, int]:
 
 def _write(path: Path, stage: Stage, passages: PassageTable, column: str) -> int:
     lines = 0
+    queries, again = Ids(), 0
     with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for table in stage.tables():
             for record in table.to_pylist():
-                for rank, (row, score) in enumerate(zip(record["rows"], record[column], strict=True), 1):
-                    place = _plain(passages[row].passage_id)
-                    fields = (_plain(record["query_id"]), "Q0", place, str(rank), f"{score:.9g}", _TAG)
+                query = one_word(queries.own(record["query_id"]))
+                places = [one_word(passages[row].passage_id) for row in record["rows"]]
+                if len(set(places)) < len(places):
+                    found = Ids()
+                    places = [found.own(place) for place in places]
+                    again += found.renamed
+                for rank, (place, score) in enumerate(zip(places, record[column], strict=True), 1):
+                    fields = (query, "Q0", place, str(rank), f"{score:.9g}", _TAG)
                     file.write("\t".join(fields) + "\n")
                     lines += 1
+    if renamed := queries.renamed + again:
+        log.warning("%s: %s ids of queries or passages come again: told apart by #2, #3 …", path, renamed)
     return lines
-
-
-def _plain(name: str) -> str:
-    """Without white space, which parts the columns."""
-    return "_".join(name.split()) or "_"

@@ -14,7 +14,7 @@ from scaledown.data.answer_log import AnswerLog, ask
 from scaledown.data.prompts import JUDGE_VERSION, Prompt, judge_prompt, preference_prompt
 from scaledown.data.teacher import choose_backend, load_teacher
 from scaledown.data.teachers import Engine, Generation, Rejection, Teacher
-from scaledown.data.teaching import Meter, spent_tokens
+from scaledown.data.teaching import Meter, heard_counts, spent_tokens, with_heard
 from scaledown.evaluation import questions, systems
 from scaledown.evaluation.settings import EvaluateConfig
 from scaledown.metrics import normalized
@@ -96,6 +96,7 @@ class Judging(NamedTuple):
             load_in_8bit=config.teacher_8bit,
             load_in_4bit=config.teacher_4bit,
             context=config.teacher_context,
+            if_cut_short=f"a verdict has {NEW_TOKENS}, so take a --judge_model that does not reason",
         )
         engine = Engine.of(config)
         engine = engine._replace(backend=choose_backend(engine, source, device, generation))
@@ -214,7 +215,8 @@ def _judge(
     for left in AnswerLog.every(stage):  # of groups whose shards were then made one by one
         left.remove()
     without = sum(stage.table(shard).column("verdict").null_count for shard in range(len(rows)))
-    stage.finish(rows, {"verdicts": sum(rows) - without, "no_verdict": without})
+    counts = {"verdicts": sum(rows) - without, "no_verdict": without}
+    stage.finish(rows, counts | heard_counts(stage, len(rows)))
 
 
 def _table(
@@ -234,7 +236,7 @@ def _table(
             (sum(answer.prompt_tokens for answer in answers), sum(answer.answer_tokens for answer in answers))
         )
     stage.quarantine(f"{shard:06d}", rejected)
-    return pa.table(
+    table = pa.table(
         {
             "verdict": pa.array(verdicts, pa.float64()),
             "replies": pa.array(texts, pa.list_(pa.large_string())),
@@ -242,6 +244,7 @@ def _table(
             "answer_tokens": pa.array([answer for _, answer in tokens], pa.int64()),
         }
     )
+    return with_heard(table, (reply for own in given for reply in own if isinstance(reply, Answer)))
 
 
 def read(stage: Stage, shard: int) -> list[float | None]:

@@ -1,9 +1,11 @@
 """Measures of rankings, by ir_measures: TREC runs against TREC relevance judgements, query by query."""
 
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 
@@ -11,47 +13,129 @@ from scaledown.atomic import atomic
 from scaledown.data import files
 from scaledown.errors import InputError, UsageError
 
-_RUN: Final = ("qid", "Q0", "docid", "rank", "score", "tag")
-_QRELS: Final = ("qid", "0", "docid", "relevance")
+log = logging.getLogger("scaledown")
+
+_MOST_RELEVANCE: Final = 10_000  # more would be memory: trec_eval counts each grade
+_HEADINGS: Final = frozenset({"score", "relevance", "rel", "label", "rank"})
 
 Scores = dict[str, dict[str, float]]
 """By query, then by document."""
 
 
+class _Form(NamedTuple):
+    """The columns of a file, and which of them are the document and its value."""
+
+    columns: tuple[str, ...]
+    document: int
+    value: int
+
+
+_RUNS: Final = (  # TREC's and MS MARCO's
+    _Form(("qid", "Q0", "docid", "rank", "score", "tag"), 2, 4),
+    _Form(("qid", "docid", "rank"), 1, 2),
+)
+_QRELS: Final = (  # TREC's and BEIR's
+    _Form(("qid", "0", "docid", "relevance"), 2, 3),
+    _Form(("query-id", "corpus-id", "score"), 1, 2),
+)
+
+
 def read_run(path: Path) -> Scores:
-    """The scores of a TREC run. Raises `InputError` that names file and line."""
-    return _read(path, "--run", _RUN, 4, float)
+    """The scores of a TREC run, or of one with ranks alone. Raises `InputError` that names file and line.
+
+    Ranks beside scores count for nothing, as in trec_eval; where they contradict them, the log says so.
+    """
+    found: Scores = {}
+    ranks: dict[str, list[tuple[float, float]]] = {}
+    for where, form, fields in _rows(path, "--run", _RUNS):
+        value = _number(fields[form.value], where, form, whole=form is not _RUNS[0])
+        score = value if form is _RUNS[0] else -value
+        query, document = fields[0], fields[form.document]
+        if document in found.setdefault(query, {}):
+            raise InputError(f"{where}: document {document} is there twice for query {query}: keep one")
+        found[query][document] = score
+        if form is _RUNS[0] and fields[3].isdecimal():
+            ranks.setdefault(query, []).append((int(fields[3]), -score))
+    if wrong := sum(map(_contradict, ranks.values())):
+        log.warning(
+            "--run %s: the ranks of %s of %s queries contradict their scores: scores count, higher is better",
+            *(path, f"{wrong:,}", f"{len(found):,}"),
+        )
+    tied = sum(len(own) - len(set(own.values())) for own in found.values())
+    if tied:
+        log.info("--run %s: %s ties, broken as trec_eval does: the larger id comes first", path, f"{tied:,}")
+    return found
+
+
+def _contradict(ranked: list[tuple[float, float]]) -> bool:
+    """Whether ranks and falling scores are two orders."""
+    return any(rank < other and low > high for (rank, low), (other, high) in pairwise(sorted(ranked)))
 
 
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
-    """The relevance of judged documents. Raises `InputError` that names file and line."""
-    return _read(path, "--qrels", _QRELS, 3, int)
+    """The relevance of judged documents. Raises `InputError` that names file and line.
+
+    Below 0 it is 0, as in trec_eval. The same judgement twice is one.
+    """
+    found: dict[str, dict[str, int]] = {}
+    below = 0
+    for where, form, fields in _rows(path, "--qrels", _QRELS):
+        value = _number(fields[form.value], where, form, whole=True)
+        if value > _MOST_RELEVANCE:
+            raise InputError(f"{where}: relevance {value:g} is above {_MOST_RELEVANCE:,}: use small grades")
+        below += value < 0
+        relevance = max(0, int(value))
+        query, document = fields[0], fields[form.document]
+        if found.setdefault(query, {}).setdefault(document, relevance) != relevance:
+            raise InputError(f"{where}: document {document} is there twice for query {query}: keep one")
+    if below:
+        log.warning("--qrels %s: %s relevances below 0 count as 0, as in trec_eval", path, f"{below:,}")
+    return found
 
 
-def _read(
-    path: Path, flag: str, columns: Sequence[str], place: int, kind: Callable[[str], Any]
-) -> dict[str, dict[str, Any]]:
+def _rows(path: Path, flag: str, forms: Sequence[_Form]) -> Iterator[tuple[str, _Form, list[str]]]:
+    """Each line as where it is, the form of the file, and its fields; a line of headings is passed over."""
     if not path.is_file():
         raise InputError(f"{flag} {path}: there is no such file; check the path")
-    found: dict[str, dict[str, Any]] = {}
+    form = None
+    empty = True
     for number, line in files.lines(path):
-        fields = line.decode("utf-8", "replace").split()
+        text = line.decode("utf-8", "replace")
         where = f"{flag} {path}:{number}"
-        if len(fields) != len(columns):
-            raise InputError(f"{where}: {len(fields)} fields, expected {len(columns)}: {' '.join(columns)}")
-        try:
-            value = kind(fields[place])
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            raise InputError(f"{where}: {columns[place]} {fields[place]!r} is no number: mend that line")
-        query, document = fields[0], fields[2]
-        if document in found.setdefault(query, {}):
-            raise InputError(f"{where}: document {document} is there twice for query {query}: keep one")
-        found[query][document] = value
-    if not found:
-        raise InputError(f"{flag} {path}: is empty; it needs lines of {' '.join(columns)}")
-    return found
+        for known in (form,) if form else forms:
+            # Only white space parts most files; in one with tabs an id may hold a space.
+            tabs = [field.strip() for field in text.split("\t")]
+            fields = tabs if len(tabs) == len(known.columns) and all(tabs) else text.split()
+            if len(fields) == len(known.columns):
+                break
+        else:
+            expected = " or ".join(
+                f"{len(known.columns)}: {' '.join(known.columns)}" for known in ((form,) if form else forms)
+            )
+            raise InputError(f"{where}: {len(fields)} fields, expected {expected}")
+        if form is None:
+            form = known
+            heads = fields[form.value].lower() in _HEADINGS
+            if heads or form is not forms[0]:
+                headed = "after a line of headings" if heads else "no line of headings"
+                log.info("%s %s: read as %s, %s", flag, path, " ".join(form.columns), headed)
+            if heads:
+                continue
+        empty = False
+        yield where, form, fields
+    if empty:
+        raise InputError(f"{flag} {path}: is empty; it needs lines of {' '.join(forms[0].columns)}")
+
+
+def _number(text: str, where: str, form: _Form, *, whole: bool) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or (whole and not value.is_integer()):
+        kind = "whole number" if whole else "number"
+        raise InputError(f"{where}: {form.columns[form.value]} {text!r} is no {kind}: mend that line")
+    return value
 
 
 def parse_measures(names: Sequence[str]) -> list[Any]:
@@ -75,17 +159,34 @@ def per_query(
     """By the measures' names, a value for each query of `qrels` in their order; 0 where the run has none."""
     import ir_measures
 
-    places = {query: place for place, query in enumerate(qrels)}
-    found = {str(measure): [0.0] * len(places) for measure in measures}
+    judged, ranked = _plain(run, qrels)
+    found = {str(measure): [0.0] * len(qrels) for measure in measures}
     try:
-        for value in ir_measures.iter_calc(measures, qrels, run):
-            found[str(value.measure)][places[value.query_id]] = float(value.value)
+        for value in ir_measures.iter_calc(measures, judged, ranked):
+            found[str(value.measure)][int(value.query_id)] = float(value.value)
     except Exception as error:  # its providers raise all kinds
         raise UsageError(
             f"--measures {' '.join(map(str, measures))}: ir_measures cannot compute one of them here "
             f"({type(error).__name__}); use nDCG@10, R@20, RR@10, AP, P@5 …"
         ) from error
     return found
+
+
+def _plain(run: Scores, qrels: Mapping[str, Mapping[str, int]]) -> tuple[dict[str, dict[str, int]], Scores]:
+    """Judgements and rankings for which all measures agree on an order: numbers for ids, and no ties.
+
+    Among equal scores the larger id comes first, as in trec_eval.
+    """
+    judged: dict[str, dict[str, int]] = {}
+    ranked: Scores = {}
+    for number, (query, relevant) in enumerate(qrels.items()):
+        scores = run.get(query, {})
+        order = sorted(sorted(scores, reverse=True), key=lambda document: -scores[document])
+        names = {document: str(place) for place, document in enumerate([*order, *relevant])}
+        judged[str(number)] = {names[document]: grade for document, grade in relevant.items()}
+        if order:
+            ranked[str(number)] = {names[document]: -float(place) for place, document in enumerate(order)}
+    return judged, ranked
 
 
 def write_queries(

@@ -25,6 +25,10 @@ class Generation(NamedTuple):
     """Tokens of prompt and answer together; 0 is what the model takes."""
     logprobs: int = 0
     """How many log probabilities come with each answer token; 0 is none."""
+    temperature: float | None = None
+    """That of answers, where `--temperature` decides it."""
+    if_cut_short: str = "raise --max_new_tokens, or let the model reason less"
+    """What to do where a reply ends before its answer begins."""
 
     @classmethod
     def of(cls, config: PrepareConfig) -> "Generation":
@@ -38,6 +42,7 @@ class Generation(NamedTuple):
             document_tokens=config.teacher_document_tokens,
             context=config.teacher_context,
             logprobs=config.teacher_logprobs,
+            temperature=config.temperature,
         )
 
 

@@ -2,16 +2,18 @@
 
 import logging
 import re
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import httpx2
 
 from scaledown.data.logprobs import for_answer, from_server
 from scaledown.data.prompts import Prompt
-from scaledown.data.teachers import Generation, seed_of
-from scaledown.errors import one_line
-from scaledown.records import Answer
+from scaledown.data.teachers import Generation, Rejection, seed_of
+from scaledown.data.teachers.pacing import Fault
+from scaledown.data.teachers.reply import CONTROL, heard
+from scaledown.errors import ModelError, one_line
+from scaledown.records import Answer, Logprobs
 
 log = logging.getLogger("scaledown")
 
@@ -28,8 +30,23 @@ _TOO_LONG: Final = re.compile(
 _SYSTEM_ROLE: Final = re.compile(
     r"system.{0,40}role|role.{0,40}system|conversation roles must alternate", re.DOTALL
 )
-# What ends a turn in the chat templates of common models: text from data shall not.
-_CONTROL: Final = re.compile(r"<\|[^|<>\n]{1,40}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|<<SYS>>")
+_TEMPERATURE: Final = re.compile(
+    r"temperature.{0,80}(only|default|support|fixed|must be 1\b)|(only|support).{0,80}temperature", re.DOTALL
+)
+# How servers say that an answer ran into its limit; that it may not be, and that it broke off.
+_CUT: Final = re.compile(r"length|(model|max)_length|token_limit|max_\w*tokens")
+_FILTERED: Final = re.compile(r"content_filter\w*|safety|recitation|blocklist|prohibited_content|refusal")
+_BROKEN: Final = re.compile(r"abort(ed)?|error\w*|\w+_error|fail(ed|ure)|cancell?ed|timeout|interrupted")
+# What waiting does not mend. A server may say the same of a minute's quota, with the seconds to wait.
+_SPENT: Final = re.compile(
+    r"insufficient[_ ](quota|balance|credits?|funds)|billing_(hard_limit|not_active)|out of credits|"
+    r"credit balance is too low|account.{0,20}(deactivated|suspended|overdue|in arrears)|"
+    r"exceeded your current quota(?!.*retry)",
+    re.DOTALL,
+)
+_SPENT_STATUS: Final = frozenset({402, 403, 429})
+_THOUGHTS: Final = ("reasoning_content", "reasoning", "thinking")
+_MOST_TOKENS: Final = 1 << 40  # a larger count is none
 
 
 class NoLogprobsError(ValueError):
@@ -43,7 +60,7 @@ class Draft:
         most = document_tokens * _CHARACTERS_A_TOKEN
         self.prompt = prompt
         plain = [
-            _CONTROL.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text) for text in prompt.documents
+            CONTROL.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text) for text in prompt.documents
         ]
         self._all = sum(map(len, plain))
         self.documents = [_head(text, most) if most else text for text in plain]
@@ -68,6 +85,14 @@ class Draft:
         return length > 0
 
 
+class Reply(NamedTuple):
+    """What a completion amounts to, the model that it names, and what it cost in tokens."""
+
+    result: Answer | Rejection | Fault
+    model: str
+    tokens: int
+
+
 class Chat:
     """How one model is asked over the wire, adapted to what its servers refuse. `secret` is in no message."""
 
@@ -78,6 +103,7 @@ class Chat:
         self._generation = generation
         self._secret = secret
         self._folds_system = False
+        self._own_temperature = False
         self._limit = "max_tokens"
 
     def draft(self, prompt: Prompt) -> Draft:
@@ -98,6 +124,8 @@ class Chat:
             "temperature": prompt.temperature,
             "stream": False,
         }
+        if self._own_temperature:
+            del body["temperature"]
         if prompt.temperature:
             body["seed"] = seed_of(self._generation.seed, prompt.key)
         if self.logprobs:
@@ -106,9 +134,9 @@ class Chat:
 
     def adapts(self, body: dict[str, Any], draft: Draft, response: httpx2.Response) -> bool:
         """Whether a refused request is worth sending again, changed; whatever its server does not know
-        changes in all requests from then on.
+        changes in all requests from then on. Raises `ModelError` where `--temperature` has to change.
         """
-        text, status = response.text.lower(), response.status_code
+        text, status = response.text.lower(), self.status(response)
         if status == 400 and "max_completion_tokens" in text and "max_tokens" in body:
             self._limit = "max_completion_tokens"
             return True
@@ -116,34 +144,82 @@ class Chat:
             log.info("the server knows no system role: its text goes into the user's turn")
             self._folds_system = True
             return True
+        if status in {400, 422} and "temperature" in body and _TEMPERATURE.search(text):
+            if self._generation.temperature not in {None, 1.0}:
+                raise ModelError(
+                    f"--temperature {self._generation.temperature:g}: the server of {self.model} refuses it "
+                    f"({self.said(response)}): give --temperature 1"
+                )
+            log.warning("the server takes no temperature but its own (%s): none is sent", self.said(response))
+            self._own_temperature = True
+            return True
         return status in {400, 413, 422} and bool(_TOO_LONG.search(text)) and draft.shorten()
 
-    def read(self, draft: Draft, response: httpx2.Response) -> tuple[Answer, str]:
-        """The answer in a reply, and the model that gave it.
+    def read(self, draft: Draft, response: httpx2.Response) -> Reply:
+        """What is in a reply. Whatever else is odd in it, an answer is one.
 
         Log probabilities of other tokens than the answer's, such as a model's thoughts, are left out. Raises
         `NoLogprobsError` for an answer without those that were asked for, `ValueError` for any other reply.
         """
         try:
             reply = response.json()
-            choice, usage = reply["choices"][0], reply.get("usage") or {}
+            choice = reply["choices"][0]
+            message = choice["message"]
+            thought = any(message.get(name) for name in _THOUGHTS)
+            content = message.get("content") if thought else message["content"]
+            thought |= _holds_thoughts(content)
             # JSON may hold halves of characters, which no file does.
-            text = _text(choice["message"]["content"]).strip().encode(errors="replace").decode()
-            answer = Answer(
-                text,
-                "length" if choice.get("finish_reason") == "length" else "stop",
-                _tokens(usage.get("prompt_tokens"), draft.prompt.system + draft.prompt.user(draft.documents)),
-                _tokens(usage.get("completion_tokens"), text),
-                draft.dropped_tokens,
-            )
-            content = (choice.get("logprobs") or {}).get("content")
-            logprobs = from_server(content, self.logprobs) if self.logprobs else None
-            model = str(reply.get("model") or self.model)
+            text = _text(content).strip().encode(errors="replace").decode()
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise ValueError(f"the reply is not a chat completion ({type(error).__name__})") from None
-        if self.logprobs and text and not logprobs:
-            raise NoLogprobsError("the reply has no log probabilities")
-        return answer._replace(answer_logprobs=logprobs and for_answer(logprobs, text)), model
+            said = f"{type(error).__name__}: {self.said(response)}"
+            raise ValueError(f"the reply is not a chat completion ({said})") from None
+        usage = reply.get("usage")
+        usage = usage if isinstance(usage, Mapping) else {}
+        prompt = draft.prompt.system + draft.prompt.user(draft.documents)
+        answer = Answer(
+            text,
+            self._end(choice.get("finish_reason")),
+            _tokens(usage.get("prompt_tokens"), prompt),
+            _tokens(usage.get("completion_tokens"), text),
+            draft.dropped_tokens,
+        )
+        model = str(reply.get("model") or self.model)
+        tokens = answer.prompt_tokens + answer.answer_tokens
+        end = answer.finish_reason.lower()
+        if _FILTERED.fullmatch(end):
+            return Reply(Rejection(f"the server withheld the answer: {answer.finish_reason}"), model, tokens)
+        if _BROKEN.fullmatch(end):
+            why = f"{answer.finish_reason} {choice.get('error') or ''}".strip()
+            return Reply(Fault(f"the server broke off the answer: {self.plain(why)}"), model, tokens)
+        if not text and isinstance(declined := message.get("refusal"), str) and declined.strip():
+            return Reply(Rejection(f"the model declined: {self.plain(declined)}"), model, tokens)
+        if self.logprobs and text:
+            logprobs = _logprobs(choice.get("logprobs"), self.logprobs)
+            answer = answer._replace(answer_logprobs=for_answer(logprobs, text))
+        return Reply(heard(answer, self._generation, thought=thought), model, tokens)
+
+    def _end(self, reason: object) -> str:
+        """Why the server says that the answer ends: `stop`, `length`, or its own word for another reason."""
+        if isinstance(reason, Mapping):
+            reason = reason.get("type")
+        if not isinstance(reason, str) or not reason.strip():
+            return "stop"
+        return "length" if _CUT.fullmatch(reason.strip().lower()) else self.plain(reason)
+
+    def status(self, response: httpx2.Response) -> int:
+        """The status of a reply, also where the server says it in the text alone; 0 for an error without."""
+        error = _error(response)
+        status: int = response.status_code
+        if not response.is_success or error is None:
+            return status
+        code = error.get("code", error.get("status")) if isinstance(error, Mapping) else None
+        known = str(code).isdecimal() and 400 <= int(str(code)) < 600
+        return int(str(code)) if known else 400 if "invalid_request" in response.text else 0
+
+    def is_spent(self, response: httpx2.Response) -> bool:
+        """Whether the server wants what waiting does not bring: payment, or a larger quota."""
+        status = self.status(response)
+        return status == 402 or (status in _SPENT_STATUS and bool(_SPENT.search(response.text.lower())))
 
     def is_other(self, model: str) -> bool:
         """Whether a reply came from a model that is clearly another one; servers decorate names."""
@@ -159,20 +235,46 @@ class Chat:
 
     def said(self, response: httpx2.Response) -> str:
         """The message of a reply that is an error, or its text."""
-        try:
-            error = response.json()
-            error = error.get("error", error) if isinstance(error, dict) else error
-            message = error.get("message") if isinstance(error, dict) else error
-        except ValueError:
-            message = None
+        error = _error(response)
+        message = error.get("message") if isinstance(error, Mapping) else error
         return self.plain(message if isinstance(message, str) else response.text)
 
 
+def _error(response: httpx2.Response) -> Any:
+    """What a reply that is no completion says of an error; None where it says nothing."""
+    try:
+        content = response.json()
+    except ValueError:
+        return None
+    content = content[0] if isinstance(content, list) and content else content
+    if not isinstance(content, Mapping) or (response.is_success and content.get("choices")):
+        return None
+    return content.get("error") or (None if response.is_success else content)
+
+
 def _text(content: Any) -> str:
-    """The text of a message, which some servers give in parts."""
+    """The text of a message, which some servers give in parts; a part with thoughts has none."""
     if isinstance(content, list):
-        return "".join(part.get("text") or "" for part in content)
+        return "".join(part if isinstance(part, str) else part.get("text") or "" for part in content)
+    if not isinstance(content, str | None):
+        raise TypeError
     return content or ""
+
+
+def _holds_thoughts(content: Any) -> bool:
+    kinds = [str(part.get("type")) for part in content if isinstance(part, Mapping)] if content else []
+    return any("think" in kind or "reason" in kind for kind in kinds)
+
+
+def _logprobs(given: Any, count: int) -> Logprobs:
+    """Those of a choice. Raises `NoLogprobsError` where there are none, or none that can be read."""
+    try:
+        found = from_server(given["content"], count) if given else None
+    except (ValueError, TypeError, LookupError, AttributeError):
+        found = None
+    if not found:
+        raise NoLogprobsError("the reply has no log probabilities")
+    return found
 
 
 def listed(response: httpx2.Response) -> list[str]:
@@ -192,7 +294,9 @@ def _head(text: str, size: int) -> str:
 
 
 def _tokens(count: object, text: str) -> int:
-    return count if isinstance(count, int) and count >= 0 else len(text) // _CHARACTERS_A_TOKEN
+    if isinstance(count, int | float) and 0 <= count < _MOST_TOKENS:
+        return int(count)
+    return len(text) // _CHARACTERS_A_TOKEN
 
 
 def _base(model: str) -> str:

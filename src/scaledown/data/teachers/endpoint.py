@@ -8,6 +8,7 @@ import math
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ import httpx2
 from scaledown.data.prompts import Prompt
 from scaledown.data.teachers import Generation, Rejection
 from scaledown.data.teachers.chat import Chat, Draft, NoLogprobsError, listed
-from scaledown.data.teachers.pacing import MOST_IN_FLIGHT, Endpoint, Fault, Rate, retry_after
+from scaledown.data.teachers.pacing import LOUD_WAIT, MOST_IN_FLIGHT, Endpoint, Fault, Rate, retry_after
 from scaledown.errors import ModelError, one_line
 from scaledown.models import Halving
+from scaledown.progress import at_work
 from scaledown.records import Answer
 
 log = logging.getLogger("scaledown")
@@ -36,6 +38,8 @@ PATIENCE: Final = 1800.0
 """Seconds without a result after which the servers are given up."""
 REFUSALS: Final = 20
 """Prompts refused in a row with one status, and none answered, after which it is no prompt's fault."""
+ALIAS: Final = 3
+"""Answers under another name, and none under its own, after which a listed model is taken for an alias."""
 LOOK_TIMEOUT: Final = 10.0
 _GATEWAY: Final = frozenset({502, 503, 504, 529})
 
@@ -73,8 +77,12 @@ class EndpointTeacher:
         self.has_logprobs = False
         """Whether an answer came with those that were asked for."""
         self._without = 0
-        self._refused: list[int] = []
-        self._others: list[str] = []
+        self._refused: list[str] = []
+        # By URL: answers under other names, where the model is listed, named so, and known by another name.
+        self._others: Counter[str] = Counter()
+        self._lists: set[str] = set()
+        self._named: set[str] = set()
+        self._aliased: set[str] = set()
         for endpoint in self.endpoints:
             if self._key and endpoint.url.startswith("http://") and not _is_loopback(endpoint.url):
                 log.warning("%s goes to %s unencrypted: use https:// where others listen", KEY, endpoint.url)
@@ -106,38 +114,52 @@ class EndpointTeacher:
         # Behind a proxy's settings, which others need, a server on this machine is out of reach.
         return {"headers": headers, "trust_env": not _is_loopback(url)}
 
-    def _refuses_model(self, client: httpx2.Client, url: str) -> bool:
-        """Whether the server knows no such model, by a question of one token."""
+    def _refusal(self, client: httpx2.Client, url: str) -> str:
+        """What the server says to a question of one token where it knows no such model; else nothing."""
         body = {
             "model": self.chat.model,
             "messages": [{"role": "user", "content": "Hi"}],
             "max_tokens": 1,
         }
         response = client.post(_path(url, "chat/completions"), json=body, timeout=self.request_timeout)
-        status: int = response.status_code
-        return 400 <= status < 500 and status != 429
+        status = self.chat.status(response)
+        known = not 400 <= status < 500 or status == 429 or self.chat.is_spent(response)
+        return "" if known else self.chat.said(response) or f"status {status}"
 
     def refuse_key(self, url: str, status: int) -> NoReturn:
         """The key, or its absence, is wrong: no prompt can be asked."""
         raise ModelError(f"--teacher_endpoint {url} answers {status}: set {KEY} to a key that it accepts")
 
-    def refused(self, status: int, said: str) -> None:
-        """Count a refused prompt. Raises `ModelError` where all are, so that not all are set aside."""
-        self._refused = [*self._refused, status] if status in self._refused[-1:] else [status]
+    def refused(self, how: str, said: str) -> None:
+        """Count a prompt that gets no answer. Raises `ModelError` where none does: not all are set aside."""
+        self._refused = [*self._refused, how] if how in self._refused[-1:] else [how]
         if len(self._refused) >= REFUSALS and not self.answered:
-            raise ModelError(
-                f"the server refuses every prompt with status {status} ({said}): mend that and run the same "
-                "command again"
-            )
+            raise ModelError(f"the server {how} ({said}): mend that and run the same command again")
 
-    def answered_by(self, model: str) -> None:
-        """Count an answer of another model. Raises `ModelError` where the wanted one never answers."""
-        self._others.append(model)
-        if len(self._others) >= TRIES and len(set(self._others)) == 1 and not self.answered:
+    def named(self, url: str) -> None:
+        """Remember that a server answered under the name it was asked by."""
+        self._named.add(url)
+
+    def takes(self, url: str, model: str) -> bool:
+        """Whether to take an answer under another name: where the server lists the wanted one, and has not
+        answered under that. Raises `ModelError` where no server ever does, nor lists it.
+        """
+        if url in self._aliased:
+            return True
+        self._others[url] += 1
+        if url in self._lists and url not in self._named:
+            if self._others[url] < ALIAS:
+                return False
+            said = (url, self.chat.model, self.chat.plain(model))
+            log.warning("%s answers for %s under the name %s: both are kept", *said)
+            self._aliased.add(url)
+            return True
+        if self._others.total() >= TRIES and not self.answered:
             raise ModelError(
                 f"the server answers for --teacher_model {self.chat.model} with {self.chat.plain(model)}: if "
                 "that is the one you want, name it"
             )
+        return False
 
     def gave_logprobs(self, url: str, *, of_answer: bool) -> None:
         """Count an answer's log probabilities. Raises `ModelError` where they are always of other tokens."""
@@ -170,8 +192,10 @@ class EndpointTeacher:
                 response = client.get(_path(url, "models"))
                 models = listed(response)
                 unlisted = bool(models) and not self.chat.is_among(models)
+                if models and not unlisted:
+                    self._lists.add(url)
                 # Some servers list a part of what they load when asked.
-                refused = unlisted and self._refuses_model(client, url)
+                refusal = self._refusal(client, url) if unlisted else ""
         except httpx2.HTTPError as error:
             return _unreachable(error)
         if response.status_code in {401, 403}:
@@ -180,9 +204,9 @@ class EndpointTeacher:
             raise ModelError(f"--teacher_endpoint {url} leads elsewhere: give the URL that it leads to")
         if response.status_code in _GATEWAY:  # others may fail at the list and answer all the same
             return f"status {response.status_code}"
-        if refused:
+        if refusal:
             raise ModelError(
-                f"--teacher_model {self.chat.model} is not at {url}: give one that is, such as "
+                f"--teacher_model {self.chat.model} is not at {url} ({refusal}): give one that is, such as "
                 + ", ".join(map(self.chat.plain, models[:5]))
             )
         return ""
@@ -229,6 +253,7 @@ class _Crew:
         self._stopped = asyncio.Event()
         self._stop: ModelError | None = None
         self._last_fault = "no reply"
+        self._waiting = ""
 
     async def next(self) -> tuple[int, Answer | Rejection] | None:
         """The next result; None after the last. Raises what stopped the crew once nothing is in flight."""
@@ -288,6 +313,7 @@ class _Crew:
             job.faults += 1
             self._last_fault = result.reason
             if job.tries >= TRIES:
+                self._teacher.refused("answers no prompt", result.reason)
                 return number, Rejection(f"given up after {job.tries} tries: {result.reason}")
             if not result.wait:  # which all who ask this server keep
                 longest = min(LONGEST_BACKOFF, BACKOFF * 2 ** (job.faults - 1))
@@ -325,6 +351,7 @@ class _Crew:
                 now = time.monotonic()
                 waits = {endpoint: endpoint.wait(now) for endpoint in teacher.endpoints}
                 wait = max(teacher.rate.wait(now), min(waits.values()))
+                self._tell(min(waits, key=waits.__getitem__), min(waits.values()))
                 if not wait:
                     teacher.rate.take(now)
                     free = [endpoint for endpoint in teacher.endpoints if not waits[endpoint]]
@@ -334,6 +361,17 @@ class _Crew:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(None if math.isinf(wait) else wait):
                         await self._changed.wait()
+
+    def _tell(self, endpoint: Endpoint, wait: float) -> None:
+        """Show a long wait for a server as long as it lasts."""
+        why = ""
+        if LOUD_WAIT <= wait < math.inf:
+            until = time.strftime("%H:%M:%S", time.localtime(time.time() + wait))
+            why = f"waits until {until} for {endpoint.url} ({endpoint.reason})"
+        if why != self._waiting:
+            self._waiting = why
+            for tracker in at_work():
+                tracker.wait(why)
 
     def _check_budget(self) -> None:
         most, spent = self._teacher.max_total_tokens, self._teacher.spent_tokens
@@ -370,21 +408,30 @@ class _Crew:
             return Fault(f"no reply within {timeout:g} s", down=True, slow=True), None
         except httpx2.HTTPError as error:  # whose text may hold a header
             return Fault(f"connection lost ({type(error).__name__})", down=True), None
-        return self._judge(endpoint, body, draft, response), response.status_code
+        status = self._teacher.chat.status(response) or response.status_code
+        return self._judge(endpoint, body, draft, response), status
 
     def _judge(
         self, endpoint: Endpoint, body: dict[str, Any], draft: Draft, response: httpx2.Response
     ) -> Answer | Rejection | Fault | None:
         """What a reply amounts to; None is to be asked again, changed."""
-        chat, status = self._teacher.chat, response.status_code
-        if response.is_success:
+        chat, status = self._teacher.chat, self._teacher.chat.status(response)
+        if status == 0:
+            return Fault(f"the server reports an error: {chat.said(response)}")
+        if status < 300:
             return self._read(endpoint, draft, response)
+        if chat.is_spent(response):  # also one with seconds to wait, and before a key is blamed
+            raise ModelError(
+                f"--teacher_endpoint {endpoint.url} wants payment or a larger quota ({chat.said(response)}): "
+                "the same command continues when there is credit, answers so far are kept"
+            )
         if status == 401 or (status == 403 and not self._teacher.answered):  # later: of this prompt
             self._teacher.refuse_key(endpoint.url, status)
-        if status == 402:
+        pause = retry_after(response.headers.get("Retry-After", ""), math.inf)
+        if status == 429 and pause > PATIENCE:
             raise ModelError(
-                f"--teacher_endpoint {endpoint.url} wants payment ({chat.said(response)}): the same command "
-                "continues when there is credit, answers so far are kept"
+                f"--teacher_endpoint {endpoint.url} wants no request for {pause:,.0f} s "
+                f"({chat.said(response)}): the same command continues then, answers so far are kept"
             )
         if status in {408, 429} or status >= 500:
             wait = retry_after(response.headers.get("Retry-After", ""))
@@ -399,22 +446,32 @@ class _Crew:
             return None
         if chat.logprobs and "logprobs" in response.text and not self._teacher.answered:
             self._teacher.refuse_logprobs(endpoint.url, f"refuses it ({chat.said(response)})")
-        self._teacher.refused(status, chat.said(response))
+        self._teacher.refused(f"refuses every prompt with status {status}", chat.said(response))
         return Rejection(f"the server refused it with status {status}: {chat.said(response)}")
 
-    def _read(self, endpoint: Endpoint, draft: Draft, response: httpx2.Response) -> Answer | Fault:
+    def _read(
+        self, endpoint: Endpoint, draft: Draft, response: httpx2.Response
+    ) -> Answer | Rejection | Fault:
         chat = self._teacher.chat
         try:
-            answer, model = chat.read(draft, response)
+            answer, model, tokens = chat.read(draft, response)
         except ValueError as error:
             if isinstance(error, NoLogprobsError) and not self._teacher.has_logprobs:
                 self._teacher.refuse_logprobs(endpoint.url, "gives none")
             return Fault(str(error))
         # It cost what it cost, even where it cannot be used.
-        self._teacher.spent_tokens += answer.prompt_tokens + answer.answer_tokens
-        if chat.is_other(model):
-            self._teacher.answered_by(model)
+        self._teacher.spent_tokens += tokens
+        if (other := chat.is_other(model)) and not self._teacher.takes(endpoint.url, model):
             return Fault(f"answered by another model: {chat.plain(model)}")
+        if isinstance(answer, Fault):
+            return answer
+        if isinstance(answer, Rejection):
+            self._teacher.refused("gives no prompt an answer", answer.reason)
+            return answer
+        if other:
+            answer = answer._replace(model=chat.plain(model))
+        else:
+            self._teacher.named(endpoint.url)
         if chat.logprobs and answer.text:
             self._teacher.gave_logprobs(endpoint.url, of_answer=answer.answer_logprobs is not None)
         self._teacher.answered = True

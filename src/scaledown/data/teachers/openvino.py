@@ -16,6 +16,7 @@ import numpy as np
 from scaledown.data.prompts import Prompt
 from scaledown.data.teachers import Generation, Rejection, seed_of
 from scaledown.data.teachers.context import Context, context_tokens
+from scaledown.data.teachers.reply import heard
 from scaledown.errors import MissingExtraError, ModelError
 from scaledown.models import Halving, ModelSource, hub_errors, quiet_libraries
 from scaledown.records import Answer
@@ -219,13 +220,14 @@ class OpenVINOTeacher:
             return Rejection(f"OpenVINO refused the prompt: {_first_line(error)}")
         return _Asked(place, handle, len(ids), dropped)
 
-    def _answer(self, asked: _Asked) -> Answer:
+    def _answer(self, asked: _Asked) -> Answer | Rejection:
         (output,) = asked.handle.read_all()
         tokens = list(output.generated_ids)
         stop = next((i for i, token in enumerate(tokens) if token in self._stops), len(tokens))
         text = self._tokenizer.decode(tokens[:stop], skip_special_tokens=True).strip()
         cut = output.finish_reason == self._library.GenerationFinishReason.LENGTH and stop == len(tokens)
-        return Answer(text, "length" if cut else "stop", asked.prompt_tokens, stop, asked.dropped)
+        answer = Answer(text, "length" if cut else "stop", asked.prompt_tokens, stop, asked.dropped)
+        return heard(answer, self._generation)
 
 
 def _stops(folder: Path, config: Any, tokenizer: Any) -> set[int]:

@@ -16,6 +16,8 @@ PAUSE: Final = 5.0
 """Seconds that it is left out for at first; doubled each time, up to `LONGEST_PAUSE`."""
 LONGEST_PAUSE: Final = 60.0
 LONGEST_RETRY_AFTER: Final = 300.0
+LOUD_WAIT: Final = 2.0
+"""Seconds of a wait from which on it is told."""
 
 
 class Fault(NamedTuple):
@@ -42,6 +44,8 @@ class Endpoint:
         self.running = 0
         self.paused = False
         """Left out, or probed."""
+        self.reason = ""
+        """Of the last wait."""
         self._sent = 0
         self._sent_when_halved = 0
         self._sent_when_paused = 0
@@ -74,7 +78,9 @@ class Endpoint:
             self.limit, self._good = max(1, self.limit // 2), 0
             self._sent_when_halved = self._sent
         if fault and fault.wait:
-            self._until = max(self._until, now + fault.wait)
+            if fault.wait >= LOUD_WAIT and self._until <= now:
+                log.warning("%s wants %.0f s before the next request: %s", self.url, fault.wait, fault.reason)
+            self._until, self.reason = max(self._until, now + fault.wait), fault.reason
         if fault and fault.down:
             self._failures += 1
             # What was sent before the pause says nothing about the time after it.
@@ -97,6 +103,7 @@ class Endpoint:
         self._until = max(self._until, now + self._pause)
         self._sent_when_paused = self._sent
         self._failures = max(self._failures, FAILURES)
+        self.reason = reason
         log.warning("%s is left out for %.0f s: %s", self.url, self._pause, reason)
 
 
@@ -116,8 +123,8 @@ class Rate:
         self._next = max(now, self._next) + self._interval
 
 
-def retry_after(value: str) -> float:
-    """Seconds that a `Retry-After` header asks for, as a number or a date; 0 without one."""
+def retry_after(value: str, most: float = LONGEST_RETRY_AFTER) -> float:
+    """Seconds that a `Retry-After` header asks for, as a number or a date, at most `most`; 0 without one."""
     try:
         seconds = float(value)
     except ValueError:
@@ -125,4 +132,4 @@ def retry_after(value: str) -> float:
             seconds = (parsedate_to_datetime(value).astimezone(UTC) - datetime.now(UTC)).total_seconds()
         except (ValueError, TypeError, OverflowError):
             return 0.0
-    return min(LONGEST_RETRY_AFTER, seconds) if seconds > 0 else 0.0
+    return min(most, seconds) if seconds > 0 else 0.0

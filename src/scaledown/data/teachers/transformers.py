@@ -10,6 +10,7 @@ from scaledown.data.logprobs import from_ids
 from scaledown.data.prompts import Prompt
 from scaledown.data.teachers import Generation, Rejection, seed_of
 from scaledown.data.teachers.context import Context, context_tokens
+from scaledown.data.teachers.reply import heard
 from scaledown.errors import ModelError
 from scaledown.models import Halving, ModelSource, choose_dtype, loadable, loading
 from scaledown.records import Answer
@@ -89,7 +90,7 @@ class TransformersTeacher:
             generated = itertools.chain.from_iterable(self.halving(generate, chosen))
             for number, written in zip(chosen, generated, strict=True):
                 ids, dropped = inputs[number]
-                yield number, self._answer(written, len(ids), dropped)
+                yield number, heard(self._answer(written, len(ids), dropped), self._generation)
 
     def _answer(self, written: _Written, prompt_tokens: int, dropped: int) -> Answer:
         stop = next((i for i, token in enumerate(written.tokens) if token in self._stops), None)

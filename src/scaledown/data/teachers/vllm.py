@@ -11,6 +11,7 @@ from scaledown.data.logprobs import from_ids
 from scaledown.data.prompts import Prompt
 from scaledown.data.teachers import Generation, Rejection, seed_of
 from scaledown.data.teachers.context import Context
+from scaledown.data.teachers.reply import heard
 from scaledown.errors import MissingExtraError, ModelError
 from scaledown.models import Halving, ModelSource, loadable, loading
 from scaledown.records import Answer, Logprobs
@@ -126,7 +127,8 @@ class VllmTeacher:
         text = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
         logprobs = self._logprobs(tokens, written.logprobs) if self._generation.logprobs else None
         prompt_tokens = len(output.prompt_token_ids or ())
-        return Answer(text, written.finish_reason, prompt_tokens, len(tokens), dropped, logprobs)
+        answer = Answer(text, written.finish_reason, prompt_tokens, len(tokens), dropped, logprobs)
+        return heard(answer, self._generation)
 
     def _logprobs(self, tokens: list[int], steps: Sequence[Mapping[int, Any]]) -> Logprobs:
         """From what the engine gives at each token: the likeliest ones, and the token itself besides."""
