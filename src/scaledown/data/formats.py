@@ -179,8 +179,8 @@ def problems(record: Any) -> list[str]:
             found.append(f"document {number} is neither a string nor an object with title and text")
         elif problem := _text_problem(text) or _unwritable(document):
             found.append(f"document {number} {problem}")
-    if "reranking_scores" in record:
-        found += _score_problems(record["reranking_scores"], len(documents))
+    if (scores := record.get("reranking_scores")) is not None:  # null, as Parquet has it, is none
+        found += _score_problems(scores, len(documents))
     if wrong := logprobs_problem(record.get("answer_logprobs"), str(record.get("answer"))):
         found.append(f"answer_logprobs {wrong}")
     others = ((name, value) for name, value in record.items() if name not in Example.__annotations__)
@@ -273,7 +273,7 @@ def validate(path: Path, max_messages: int = 100) -> Validation:
     for number, entry in enumerate(entries(path), 1):
         found = [entry.problem] if entry.problem else problems(entry.record)
         if not found:
-            has_scores = "reranking_scores" in entry.record
+            has_scores = entry.record.get("reranking_scores") is not None
             if with_scores is not None and has_scores != with_scores:
                 found = ["some records have reranking_scores and some have none"]
             with_scores = has_scores if with_scores is None else with_scores

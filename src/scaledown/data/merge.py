@@ -14,6 +14,7 @@ import orjson
 from scaledown.atomic import atomic
 from scaledown.config import OUTPUT_SUFFIXES
 from scaledown.data.clean import Cleaner, Left
+from scaledown.data.columns import columns_of
 from scaledown.data.export import write_examples
 from scaledown.data.formats import check_file, entries, problems
 from scaledown.data.manifest import manifest_of
@@ -101,7 +102,8 @@ def merge(
                     removed = {"query": record["query"], **why, "answer": record["answer"]}
                     record_removed(orjson.dumps(removed) + b"\n")
 
-        written = write_examples(output, kept())
+        columns = columns_of(paths) if output.suffix == ".parquet" else None
+        written = write_examples(output, kept(), columns)
     return Merged(written, counts["duplicate"], counts["contaminated"])
 
 
@@ -118,7 +120,7 @@ def _records(paths: Sequence[Path]) -> Iterator[Example]:
                         f"{path}:{entry.line}: record {number}: {found[0]}; "
                         f"`scaledown validate {shlex.quote(str(path))}` lists all"
                     )
-                has_scores = "reranking_scores" in entry.record
+                has_scores = entry.record.get("reranking_scores") is not None
                 if with_scores is not None and has_scores != with_scores:
                     raise InputError(
                         f"{path}:{entry.line}: some records have reranking_scores and some have none; "

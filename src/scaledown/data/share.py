@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from scaledown.data.columns import columns_of
 from scaledown.data.export import write_examples
 from scaledown.data.formats import sound_records
 from scaledown.data.report import write_report
@@ -28,7 +29,8 @@ def export_dataset(files: Sequence[Path], form: str, output: Path) -> int:
         whole = Path(folder) / "whole"
         whole.mkdir()
         data = whole / f"train.{form}"
-        count = write_examples(data, sound_records(files))
+        columns = columns_of(files) if form == "parquet" else None
+        count = write_examples(data, sound_records(files), columns)
         if not count:
             raise InputError(f"{files[0]}: there is no record in it; name another file")
         if earlier.is_file():
