@@ -13,11 +13,11 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from scaledown.config import OUTPUT_SUFFIXES
 from scaledown.data import files
 from scaledown.data.logprobs import problem as logprobs_problem
 from scaledown.data.seen import Seen
 from scaledown.errors import InputError
+from scaledown.outputs import OUTPUT_SUFFIXES
 from scaledown.progress import track
 from scaledown.records import Example, document_text
 
@@ -206,7 +206,7 @@ def _unwritable(value: Any, depth: int = 0) -> str:
     if isinstance(value, list):
         return next(filter(None, (_unwritable(item, depth + 1) for item in value)), "")
     if isinstance(value, str):
-        return "" if _is_unicode(value) else "holds half of a surrogate pair, which is no text"
+        return "" if is_unicode(value) else "holds half of a surrogate pair, which is no text"
     if isinstance(value, float):
         return "" if math.isfinite(value) else "holds a number that is not finite"
     if isinstance(value, int):
@@ -214,7 +214,8 @@ def _unwritable(value: Any, depth: int = 0) -> str:
     return "" if isinstance(value, _WRITABLE) else f"holds {type(value).__name__}, which JSON has not"
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: it holds no half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
