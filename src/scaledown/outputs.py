@@ -102,7 +102,7 @@ def note_made(output: Path, command: str) -> None:
 def is_made(output: Path, command: str) -> bool:
     """Whether a file is as this command made it."""
     output = output.resolve()
-    return read_json(_note(output)) == _made(output, command)
+    return bool(read_json(_note(output)) == _made(output, command))
 
 
 def _note(output: Path) -> Path:

@@ -9,7 +9,7 @@ from scaledown.data.approximate import seismic
 from scaledown.data.build_index import find_corpus
 from scaledown.data.clean import Cleaner
 from scaledown.data.encoders import is_sparse
-from scaledown.data.files import Source, locate, sources
+from scaledown.data.files import Source, locate, passed_over, sources
 from scaledown.data.prompts import load_template
 from scaledown.data.queries import query_files
 from scaledown.data.reranker import resolve_reranker
@@ -33,6 +33,8 @@ class Sources(NamedTuple):
     corpus: Source
     queries: list[Source]
     evaluation: list[Source]
+    passed_over: dict[str, dict[str, str]]
+    """By flag: files of folders that are not read, and why."""
 
     def models(self) -> dict[str, ModelSource]:
         """The models by their part in the run."""
@@ -64,7 +66,19 @@ def find(config: PrepareConfig) -> Sources:
         corpus=corpus,
         queries=queries,
         evaluation=evaluation_files(config),
+        passed_over=_passed_over(config, corpus),
     )
+
+
+def _passed_over(config: PrepareConfig, corpus: Source) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {"--corpus_path": passed_over(corpus, "--corpus_path")}
+    for flag, names in (("--queries_file", config.queries_file), ("--decontaminate", config.decontaminate)):
+        found[flag] = {}
+        for name in names:
+            source = locate(name, flag)
+            here = passed_over(source, flag)
+            found[flag] |= {f"{source}/{file}": reason for file, reason in here.items()}
+    return {flag: files for flag, files in found.items() if files}
 
 
 def find_inputs(config: PrepareConfig, *, fetch: bool = True) -> tuple[Source, list[Source]]:

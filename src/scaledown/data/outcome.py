@@ -50,7 +50,14 @@ def earlier_result(run: RunDirectory, request: str, output: File) -> Result | No
         for name, stage in manifest["stages"].items()
     }
     examples = manifest["output"]["examples"]
-    return Result(output.path, examples, stages, quarantined(stages), already_done=True)
+    return Result(
+        output.path,
+        examples,
+        stages,
+        quarantined(stages),
+        already_done=True,
+        documents=written.get("documents", ()),
+    )
 
 
 def _content(run: RunDirectory, output: File) -> str:

@@ -18,7 +18,7 @@ if __name__ == "__main__":  # before the imports that take long: Ctrl-C is one l
 import functools
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -55,6 +55,7 @@ from scaledown.logs import start_logging
 from scaledown.models import ModelSource, choose_device
 from scaledown.outputs import check_free
 from scaledown.prometheus import metrics_file
+from scaledown.records import Example
 from scaledown.stage import Stage
 from scaledown.store import RunDirectory
 
@@ -104,12 +105,15 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None, *, overw
                 half_written.unlink(missing_ok=True)
             score_scale = config.reranking_score_scale if config.enable_reranking else None
             records = examples(stages["reviewed"], stages["passages"], score_scale, config.extra_columns)
-            count = write_examples(output.path, records)
+            documents: set[int] = set()
+            count = write_examples(output.path, _measured(records, documents))
+            documents = {min(documents), max(documents)} if documents else set()
             output.storage.publish(output.path)
             told = {name: (stage, results[name]) for name, stage in stages.items()}
             written = {
                 "path": output.storage.address(output.path),
                 "examples": count,
+                "documents": sorted(documents),
                 "sha256": run.content_hash(output.path),
                 "state": output.storage.state(output.path),
             }
@@ -117,7 +121,21 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None, *, overw
                 run, config, entered.sources, request, entered.identities, entered.inputs, told, written
             )
             report_of(run, output)
-    return Result(output.path, count, results, quarantined(results), given_up=given_up)
+    return Result(
+        output.path,
+        count,
+        results,
+        quarantined(results),
+        given_up=given_up,
+        documents=sorted(documents),
+    )
+
+
+def _measured(records: Iterable[Example], numbers: set[int]) -> Iterator[Example]:
+    """Records as they are; how many documents they have is added to `numbers`."""
+    for record in records:
+        numbers.add(len(record["documents"]))
+        yield record
 
 
 def work(settings: Mapping[str, Any], worker: str) -> None:
@@ -272,7 +290,7 @@ def _run_stages(entered: Entered) -> dict[str, Stage]:
         {"vectors": vectors.fingerprint, "queries": queries.fingerprint, **searching},
         [queries],
     )
-    retrieve(candidates, queries, vectors, encoder, config=config, approximate=index.approximate)
+    retrieve(candidates, queries, passages, vectors, encoder, config=config, approximate=index.approximate)
     encoder.cache_clear()
     stages |= {"queries": queries, "passages": passages, "vectors": vectors, "candidates": candidates}
 

@@ -141,7 +141,13 @@ def _counts(found: Audit, manifest: Mapping[str, Any]) -> list[Block]:
         measured = [f"{key} {value:.4g}" for key, value in (stage.get("measured") or {}).items()]
         rows.append((name, ", ".join([counts, *measured]), duration(float(stage.get("seconds") or 0))))
     rows.append(("export", f"{found.records:,} records", ""))
-    return [Table("What each stage made, and how long it worked", ("stage", "counts", "time"), rows)]
+    blocks: list[Block] = [
+        Table("What each stage made, and how long it worked", ("stage", "counts", "time"), rows)
+    ]
+    if passed := manifest.get("passed_over"):
+        over = [(flag, name, why) for flag, files in passed.items() for name, why in files.items()]
+        blocks.append(Table("Files that were passed over", ("flag", "file", "why"), over))
+    return blocks
 
 
 def _answers(found: Audit) -> list[Block]:
