@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -43,6 +44,25 @@ def test_a_file_is_answered_with_scores(flags: list[str], folder: Path, tmp_path
     assert [record["query"] for record in found] == QUERIES
     for record, scores in zip(found, model.rerank(QUERIES, DOCUMENTS), strict=True):
         assert record["reranking_scores"] == pytest.approx(scores, abs=1e-5)
+
+
+def test_documents_are_read_once_for_answers_and_scores(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, calls = tmp_path / "data.json", []
+    data.write_text(
+        json.dumps([{"query": q, "documents": own} for q, own in zip(QUERIES, DOCUMENTS, strict=True)])
+    )
+    compress_ids = ScaleDownModel.compress_ids
+
+    def counted(self: ScaleDownModel, *given: Any, **named: Any) -> Any:
+        calls.append(given)
+        return compress_ids(self, *given, **named)
+
+    monkeypatch.setattr(ScaleDownModel, "compress_ids", counted)
+    words = ["--model", str(folder), "--data", str(data), "--output_file", str(tmp_path / "o.jsonl")]
+    assert main(["answer", *words, "--device", "cpu", "--max_new_tokens", "4"]) == 0
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl", "parquet"])

@@ -183,9 +183,16 @@ def _answers(model: Any, records: list[dict[str, Any]], options: argparse.Namesp
     def answers(part: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         queries = [record["query"] for record in part]
         documents = [record["documents"] for record in part]
+        given, scores = documents, None
+        if model.config.ranks and not options.uncompressed:
+            chosen = {"compression_rate": options.compression_rate, "budget": options.budget}
+            read = model.compress_and_rerank(queries, documents, batch_size=options.batch_size, **chosen)
+            given, scores = [embeddings for embeddings, _ in read], [relevance for _, relevance in read]
+        elif model.config.ranks:
+            scores = model.rerank(queries, documents, batch_size=options.batch_size)
         written = model.answer(
             queries,
-            documents,
+            given,
             max_new_tokens=options.max_new_tokens,
             batch_size=options.batch_size,
             **_way(options),
@@ -194,9 +201,8 @@ def _answers(model: Any, records: list[dict[str, Any]], options: argparse.Namesp
         if model.config.is_pointer and not options.uncompressed:
             rate = options.compression_rate or model.config.compression_rate
             made = [own | {"compression_rate": rate, "budget": options.budget} for own in made]
-        if not model.config.ranks:
+        if scores is None:
             return made
-        scores = model.rerank(queries, documents, batch_size=options.batch_size)
         return [own | {"reranking_scores": row} for own, row in zip(made, scores, strict=True)]
 
     found = each(answers, records)
