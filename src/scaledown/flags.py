@@ -110,7 +110,7 @@ def add_overwrite(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace what is there, even where this command did not make it [default: off]",
+        help="replace what is there, even if this command did not make it [default: off]",
     )
 
 

@@ -57,7 +57,7 @@ def check_free(
     there = state and not state.startswith("0 ")  # an empty file is nobody's
     if there and not overwrite and not (is_made(output.path, made) if isinstance(made, str) else made()):
         raise OutputError(
-            f"{flag} {output} is there already, and this command did not make it: name another, or give "
+            f"{flag} {output} is there already, and is not what this command made: name another, or give "
             "--overwrite to replace it"
         )
 

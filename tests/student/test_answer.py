@@ -131,7 +131,7 @@ def test_answers_take_the_place_of_nothing_else(
         assert f"{data} is also read: name another" in capsys.readouterr().err
     output.write_text("mine\n")
     assert main([*words, "--output_file", str(output)]) == 1
-    assert "this command did not make it" in capsys.readouterr().err
+    assert "is not what this command made" in capsys.readouterr().err
     assert (data.read_bytes(), output.read_text()) == (before, "mine\n")
     assert main([*words, "--output_file", str(output), "--overwrite"]) == 0
     assert main([*words, "--output_file", str(output)]) == 0, "its own"
