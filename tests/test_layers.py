@@ -17,6 +17,7 @@ LAYERS = [
         "config",
         "shared_config",
         "options",
+        "outputs",
         "logs",
         "stage",
         "store",

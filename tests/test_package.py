@@ -139,6 +139,22 @@ def test_a_reader_that_stops_early_is_no_error(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_lead_nowhere(closed: str, tmp_path: Path) -> None:
+    """A file that is opened later does not take the place of one."""
+    (tmp_path / "a.json").write_text('[{"query": "q", "documents": ["d"], "answer": "a"}]')
+    for words, status in (
+        (f"merge {tmp_path}/a.json --output_file {tmp_path}/full.json", 0),
+        (f"validate {tmp_path}/full.json", 0),
+        (f"status {tmp_path}/nowhere", 1),
+    ):
+        command = f"{sys.executable} -m scaledown {words} {closed}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stderr
+        assert "AttributeError" not in done.stderr
+    assert (tmp_path / "full.json").read_text().startswith("[\n")
+
+
 @pytest.mark.slow
 def test_the_api_reference_builds(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pdoc", "-o", str(tmp_path), "scaledown", "!scaledown.__main__"]

@@ -56,20 +56,20 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def check_writable(output: Path) -> None:
-    """Find out before any work whether `output` can be written. Raises `OutputError`."""
+def check_writable(output: Path, flag: str = "--output_file") -> None:
+    """Find out before any work whether `output`, which `flag` names, can be written. Raises `OutputError`."""
     try:
         output = output.resolve() if output.is_symlink() else output
     except (OSError, RuntimeError) as error:  # Python 3.13 changed the one to the other
-        raise OutputError(f"--output_file {output} is a link to itself: delete it") from error
+        raise OutputError(f"{flag} {output} is a link to itself: delete it") from error
     if output.is_dir():
-        raise OutputError(f"--output_file {output} is a folder: name a file in it")
+        raise OutputError(f"{flag} {output} is a folder: name a file in it")
+    if output.exists() and not output.is_file():
+        raise OutputError(f"{flag} {output} is a device or pipe, which cannot be replaced: name a file")
     probe = output.with_name(f".{output.name}.{os.getpid()}.probe")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OutputError(
-            f"--output_file {output} cannot be written ({error.strerror}): choose another"
-        ) from error
+        raise OutputError(f"{flag} {output} cannot be written ({error.strerror}): choose another") from error

@@ -11,8 +11,16 @@ from typing import Final
 
 import scaledown
 from scaledown.errors import UsageError, one_line, run_command
-from scaledown.flags import Parser, add_flags, add_log_flags, from_flags, underscored
-from scaledown.options import is_url
+from scaledown.flags import (
+    Parser,
+    add_flags,
+    add_log_flags,
+    add_overwrite,
+    from_flags,
+    local_path,
+    path_or_url,
+    underscored,
+)
 from scaledown.shared_config import CleanConfig
 
 # Commands with a parser of their own: the module, and flags that the command stands for.
@@ -47,18 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(command, debug="--debug" in words, resumes=resumes)
 
 
-def _path(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("is empty: name a file")
-    if is_url(text):
-        raise argparse.ArgumentTypeError("is a URL: fetch the file and give its path")
-    return Path(text).expanduser() if text.startswith("~/") else Path(text)
-
-
-def _place(text: str) -> str:
-    return text if is_url(text) else str(_path(text))
-
-
 def _run(words: list[str]) -> int:
     parser = Parser(
         prog="scaledown", description="Training data for OSCAR: retrieve, rerank, let a teacher answer."
@@ -80,22 +76,25 @@ def _run(words: list[str]) -> int:
     )
 
     validate = commands.add_parser("validate", help="check a training file, line by line")
-    validate.add_argument("files", nargs="+", type=_path, metavar="FILE", help=".json, .jsonl or .parquet")
+    validate.add_argument(
+        "files", nargs="+", type=local_path, metavar="FILE", help=".json, .jsonl or .parquet"
+    )
     validate.set_defaults(run=_validate)
 
     merge = commands.add_parser("merge", help="join training files, dropping queries that come again")
-    merge.add_argument("files", nargs="+", type=_path, metavar="FILE", help=".json, .jsonl or .parquet")
+    merge.add_argument("files", nargs="+", type=local_path, metavar="FILE", help=".json, .jsonl or .parquet")
     merge.add_argument(
-        "--output_file", required=True, type=_path, metavar="FILE", help="where the result goes"
+        "--output_file", required=True, type=local_path, metavar="FILE", help="where the result goes"
     )
     merge.add_argument(
         "--allow_different_settings", action="store_true", help="join files that were made differently"
     )
+    add_overwrite(merge)
     add_flags(lambda _: merge, CleanConfig)
     merge.set_defaults(run=_merge)
 
     export = commands.add_parser("export", help="write training files in the format of another trainer")
-    export.add_argument("files", nargs="+", type=_path, metavar="FILE", help=".json, .jsonl or .parquet")
+    export.add_argument("files", nargs="+", type=local_path, metavar="FILE", help=".json, .jsonl or .parquet")
     export.add_argument(
         "--format",
         required=True,
@@ -104,15 +103,18 @@ def _run(words: list[str]) -> int:
         "dataset on disk, as the trainer of OSCAR's authors reads it (github.com/naver/pisco); trec: the "
         "rankings of a run",
     )
-    export.add_argument("--output_dir", required=True, type=_path, metavar="DIR", help="a new folder")
+    export.add_argument("--output_dir", required=True, type=local_path, metavar="DIR", help="a new folder")
     export.add_argument(
         "--push_to_hub", metavar="NAME", help="share the dataset there, as org/name; log in by hf auth login"
     )
     export.add_argument("--private", action="store_true", help="for yourself and your organisation only")
+    add_overwrite(export)
     export.set_defaults(run=_export)
 
     status = commands.add_parser("status", help="how far a run is, while it works or not")
-    status.add_argument("path", type=_place, metavar="WORK_DIR", help="run or index directory, or output")
+    status.add_argument(
+        "path", type=path_or_url, metavar="WORK_DIR", help="run or index directory, or output"
+    )
     status.add_argument("--json", action="store_true", help="as JSON, times in seconds")
     status.set_defaults(run=_status)
     for command in (validate, merge, export, status):
@@ -149,18 +151,17 @@ def _counted(number: int, one: str, many: str) -> str:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from scaledown.atomic import check_writable
     from scaledown.data.merge import merge, removed_file
 
     given = {item.name: getattr(arguments, item.name) for item in fields(CleanConfig)}
     cleaning = from_flags({name: value for name, value in given.items() if value is not None}, CleanConfig)
     output: Path = arguments.output_file
-    check_writable(output.resolve() if output.is_symlink() else output)
     merged = merge(
         arguments.files,
         output,
         allow_different_settings=arguments.allow_different_settings,
         cleaning=cleaning,
+        overwrite=arguments.overwrite,
     )
     told = (
         f"{output}: {_counted(merged.records, 'record', 'records')} from "
@@ -191,11 +192,11 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.private and not arguments.push_to_hub:
         raise UsageError("--private is for --push_to_hub: give both")
     if arguments.format == "trec":
-        return _export_trec(arguments.files, output)
+        return _export_trec(arguments.files, output, overwrite=arguments.overwrite)
     if arguments.format == "pisco":
         from scaledown.data.pisco import export_pisco
 
-        count = export_pisco(arguments.files, output)
+        count = export_pisco(arguments.files, output, overwrite=arguments.overwrite)
         following = (
             "in a checkout of naver/pisco, after its pretraining: python pisco/train.py "
             f"--config-name=finetune data.training_dataset={output.resolve()} "
@@ -205,7 +206,7 @@ def _export(arguments: argparse.Namespace) -> int:
     else:
         from scaledown.data.share import export_dataset, push
 
-        count = export_dataset(arguments.files, arguments.format, output)
+        count = export_dataset(arguments.files, arguments.format, output, overwrite=arguments.overwrite)
         following = (
             f'datasets.load_dataset("{output}"), or --push_to_hub org/name; look: {output}/report.html'
         )
@@ -216,12 +217,12 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _export_trec(paths: Sequence[Path], output: Path) -> int:
+def _export_trec(paths: Sequence[Path], output: Path, *, overwrite: bool) -> int:
     from scaledown.data.trec import export_trec
 
     if len(paths) > 1:
         raise UsageError("--format trec takes one file: each run has rankings of its own")
-    written = export_trec(paths[0], output)
+    written = export_trec(paths[0], output, overwrite=overwrite)
     for name, lines in written.items():
         print(f"{name}: {_counted(lines, 'line', 'lines')}")
     print(f"\nnext: scaledown evaluate --run {' '.join(written)} --qrels QRELS --output_dir rankings")

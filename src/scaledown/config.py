@@ -6,11 +6,11 @@ Precedence, lowest first: defaults, `--preset`, `--config`, flags.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Final, Self
 
 from scaledown.errors import UsageError
 from scaledown.options import option
+from scaledown.outputs import check_ending
 from scaledown.places import File, storage_at
 from scaledown.shared_config import (
     CLEANING,
@@ -26,7 +26,6 @@ from scaledown.shared_config import (
 from scaledown.storage import Storage
 from scaledown.store import Part
 
-OUTPUT_SUFFIXES: Final = (".json", ".jsonl", ".parquet")
 MS_MARCO_URL: Final = "https://msmarco.z22.web.core.windows.net/msmarcoranking/queries.dev.small.tsv"
 
 WEIGHTS: Final = ("float16", "uint8", "float32")
@@ -306,11 +305,7 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
             raise UsageError("no output: give --output_file train_data.json")
         if str(self.output_file).endswith("/"):
             raise UsageError(f"--output_file {self.output_file} is a folder: name a file in it")
-        if Path(self.output_file).suffix not in OUTPUT_SUFFIXES:
-            raise UsageError(
-                f"--output_file {self.output_file}: the ending chooses the format; "
-                f"use one of {', '.join(OUTPUT_SUFFIXES)}"
-            )
+        check_ending("--output_file", self.output_file)
         self._check_teacher()
         found = re.fullmatch(r"(\d+)/(\d+)", self.shard or "0/1")
         if not found or int(found[1]) >= int(found[2]):

@@ -63,6 +63,7 @@ def run_command(command: Callable[[], int], *, debug: bool, resumes: bool = Fals
     0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated. `debug` lets exceptions through;
     `resumes` says that the same command continues.
     """
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that knows only ASCII is no reason to fail
@@ -94,6 +95,19 @@ def run_command(command: Callable[[], int], *, debug: bool, resumes: bool = Fals
             message = f"{type(error).__name__}: {error} (unexpected; --debug shows where{goes_on})"
         tell(f"error: {one_line(message)}")
         return 1
+
+
+def _open_closed_streams() -> None:
+    """Let what was closed by `>&-` lead nowhere; else the next file that is opened would take its place."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which takes the lowest number that is free
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 def tell(last_word: str) -> None:

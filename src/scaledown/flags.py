@@ -12,26 +12,11 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from scaledown.config import GROUPS, OUTPUT, PRESETS, IndexConfig, PrepareConfig
 from scaledown.errors import InputError, UsageError
-
-_PATHS: Final = {
-    *(
-        "corpus_path",
-        "index_dir",
-        "output_file",
-        "work_dir",
-        "cache_dir",
-        "query_dataset",
-        "queries_file",
-        "decontaminate",
-        "metrics_file",
-    ),
-    *("train_data", "eval_data", "pretrained_model", "output_dir"),
-    *("model", "data", "gold", "run", "qrels"),
-}
+from scaledown.options import is_url
 
 Config = TypeVar("Config")
 
@@ -97,6 +82,7 @@ def command_parser(
         metavar="FILE",
         help="take settings from JSON: a manifest.json or settings.json repeats its run [default: none]",
     )
+    add_overwrite(run)
     add_log_flags(run)
     return parser, run
 
@@ -117,6 +103,15 @@ def add_log_flags(group: argparse._ActionsContainer) -> None:
         help="how it is logged: for people, or a JSON object a line, without bars [default: text]",
     )
     group.add_argument("--debug", action="store_true", help="show tracebacks [default: off]")
+
+
+def add_overwrite(group: argparse._ActionsContainer) -> None:
+    """Add the flag that all commands share which write files."""
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace what is there, even if this command did not make it [default: off]",
+    )
 
 
 def add_flags(group: Callable[[str], argparse._ActionsContainer], config: type[Any]) -> None:
@@ -186,15 +181,33 @@ def from_flags(given: Mapping[str, Any], config: type[Config]) -> Config:
         if "preset" in given and PRESETS[preset].keys() <= settings.keys():
             raise UsageError(f"--preset {preset} changes nothing: --config {path} comes after it; give one")
     settings |= flags
-    for name in _PATHS & settings.keys():
-        value = settings[name]
-        if isinstance(value, str):
-            settings[name] = os.path.expanduser(value)  # noqa: PTH111 (a Path would lose a final slash)
-        else:
-            settings[name] = tuple(map(os.path.expanduser, value))
+    settings = {name: _expanded(value) for name, value in settings.items()}
     if issubclass(config, IndexConfig):
         return config.preset(preset, **settings)
     return config(**settings)
+
+
+def _expanded(value: Any) -> Any:
+    """A setting with the home folder in the place of a ~ in front, which no setting but a path has."""
+    if isinstance(value, tuple | list):
+        return tuple(map(_expanded, value))
+    if isinstance(value, str):
+        return os.path.expanduser(value)  # noqa: PTH111 (a Path would lose a final slash)
+    return value
+
+
+def local_path(text: str) -> Path:
+    """What a flag that takes a local path was given. Raises `ArgumentTypeError` for a URL."""
+    if is_url(text):
+        raise argparse.ArgumentTypeError("is a URL: fetch the file and give its path")
+    return Path(path_or_url(text))
+
+
+def path_or_url(text: str) -> str:
+    """What a flag that takes a path, URL or model name was given, its ~ expanded."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: name a file")
+    return text if is_url(text) else str(Path(_expanded(text)))
 
 
 def read_settings(path: Path, config: type[Any]) -> dict[str, Any]:

@@ -309,7 +309,7 @@ class _Mirror(Storage):
                 os.utime(path, (entry.time, entry.time))
         return entry
 
-    def check_writable(self, output: Path) -> None:
+    def check_writable(self, output: Path, flag: str = "--output_file") -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         probe = output.with_name(f".{output.name}.{self._name}.probe")
         self._put(output, lambda: self._system.pipe_file(self._at(probe), b"probe"))

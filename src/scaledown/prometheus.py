@@ -10,10 +10,12 @@ from typing import Final
 
 from scaledown.errors import OutputError
 from scaledown.live import SUPERVISOR, write_quickly
+from scaledown.outputs import check_free
 from scaledown.pulse import throughout
 from scaledown.status import StageStatus, Status, status_of
 
 _EVERY_SECONDS: Final = 5.0
+_FIRST: Final = b"# HELP scaledown_"
 
 Value = float | None
 
@@ -69,14 +71,17 @@ def _escaped(text: str) -> str:
 
 
 @contextlib.contextmanager
-def metrics_file(path: str, run: Path) -> Iterator[None]:
+def metrics_file(path: str, run: Path, *, overwrite: bool = False) -> Iterator[None]:
     """Write the metrics of a run to a file all the while, and once more at the end. Without a path, nothing.
 
-    Raises `OutputError` where the file cannot be written to begin with; later that ends nothing.
+    Raises `OutputError` where the file cannot be written to begin with, or is no such file unless
+    `overwrite` allows; later that ends nothing.
     """
     if not path:
         yield
         return
+    made = Path(path)
+    check_free("--metrics_file", made, lambda: made.read_bytes().startswith(_FIRST), overwrite=overwrite)
 
     def write() -> None:
         write_quickly(Path(path), metrics(status_of(run.resolve())))

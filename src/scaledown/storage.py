@@ -82,9 +82,9 @@ class Storage:
     def send_log(self, path: Path) -> None:
         """Let others see all of a file that only grows."""
 
-    def check_writable(self, output: Path) -> None:
+    def check_writable(self, output: Path, flag: str = "--output_file") -> None:
         """Find out before any work whether `output` can be written. Raises `OutputError`."""
-        check_writable(output)
+        check_writable(output, flag)
 
     def publish(self, path: Path) -> None:
         """Let others see a file that is whole."""

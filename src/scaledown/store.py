@@ -55,7 +55,7 @@ _OWN_NAMES: Final = {
     "report.html",
     "README.md",
 }
-
+_COMMON_NAMES: Final = {"manifest.json", "report.html", "README.md"}  # which alone are no run
 ABSENT: Final = ".absent.json"
 """Ends the name of the file that says of a shard that it was given up."""
 GIVEN_UP: Final = "-given-up"
@@ -97,11 +97,8 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot create the run directory {path} ({error.strerror})") from error
-        foreign = [
-            name
-            for name in storage.entries()
-            if name not in _OWN_NAMES and not name.startswith(".")  # .DS_Store, .nfs*, .*.tmp
-        ]
+        names = {name for name in storage.entries() if not name.startswith(".")}  # .DS_Store, .nfs*, .*.tmp
+        foreign = names - _OWN_NAMES or (names if names <= _COMMON_NAMES else set())
         if foreign:
             raise RunDirectoryError(
                 f"{storage} holds other things ({', '.join(sorted(foreign)[:3])}): "

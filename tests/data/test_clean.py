@@ -421,7 +421,7 @@ def test_merge_refuses_flags_that_do_not_fit(tmp_path: Path, capsys) -> None:
     assert "--decontaminate_answers needs --decontaminate" in capsys.readouterr().err
     dev = written(tmp_path / "dev.json", [{"question": "Who?"}])
     assert cli.main([*merge[:-1], dev, "--decontaminate", dev]) == 2
-    assert "is one of the files to be read" in capsys.readouterr().err
+    assert "is also read" in capsys.readouterr().err
 
 
 # Real questions

@@ -418,7 +418,7 @@ def test_merge_refuses_what_is_not_sound(tmp_path: Path) -> None:
     broken.write_text(json.dumps([{"query": "x"}]))
     with pytest.raises(InputError, match=r"c\.json:1: record 1: has no answer; `scaledown validate"):
         merge([plain, broken], tmp_path / "full.json")
-    with pytest.raises(UsageError, match="one of the files"):
+    with pytest.raises(UsageError, match="is also read"):
         merge([plain], plain)
     with pytest.raises(InputError, match="no such file"):
         merge([tmp_path / "none.json"], tmp_path / "full.json")

@@ -221,7 +221,7 @@ def test_a_linked_output_stays_a_link(prepare, tmp_path) -> None:
 def test_an_output_that_no_run_made_is_left_alone(prepare, tmp_path, capsys) -> None:
     prepare.output.write_text("mine")
     assert prepare("--top_k_retrieval", "2") == 1
-    assert f"error: --output_file {prepare.output} exists" in capsys.readouterr().err
+    assert f"error: --output_file {prepare.output} is there already" in capsys.readouterr().err
     assert prepare.output.read_text() == "mine"
     prepare.output.unlink()
     assert prepare("--top_k_retrieval", "2") == 0

@@ -102,8 +102,8 @@ def test_a_file_of_others_needs_no_run(tmp_path: Path, capsys) -> None:
         (["{data}", "--card", "report.html"], "are one file"),
         (["{data}", "--gold", "missing.jsonl"], "--gold missing.jsonl"),
         (["{empty}"], "holds no sound record"),
-        (["{data}", "--output", "data.json"], "data.json is read by this report"),
-        (["{data}", "--card", "notes.md"], "notes.md is there already, and is no report"),
+        (["{data}", "--output", "data.json"], "data.json is also read"),
+        (["{data}", "--card", "notes.md"], "notes.md is there already"),
     ],
 )
 def test_mistakes_are_told_in_a_line(words, message, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from test_answering import DOCUMENTS, QUERIES, student
 
@@ -42,6 +44,98 @@ def test_a_file_is_answered_with_scores(flags: list[str], folder: Path, tmp_path
     assert [record["query"] for record in found] == QUERIES
     for record, scores in zip(found, model.rerank(QUERIES, DOCUMENTS), strict=True):
         assert record["reranking_scores"] == pytest.approx(scores, abs=1e-5)
+
+
+def test_documents_are_read_once_for_answers_and_scores(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, calls = tmp_path / "data.json", []
+    data.write_text(
+        json.dumps([{"query": q, "documents": own} for q, own in zip(QUERIES, DOCUMENTS, strict=True)])
+    )
+    compress_ids = ScaleDownModel.compress_ids
+
+    def counted(self: ScaleDownModel, *given: Any, **named: Any) -> Any:
+        calls.append(given)
+        return compress_ids(self, *given, **named)
+
+    monkeypatch.setattr(ScaleDownModel, "compress_ids", counted)
+    words = ["--model", str(folder), "--data", str(data), "--output_file", str(tmp_path / "o.jsonl")]
+    assert main(["answer", *words, "--device", "cpu", "--max_new_tokens", "4"]) == 0
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl", "parquet"])
+def test_the_ending_decides_the_format(ending: str, folder: Path, tmp_path: Path) -> None:
+    data, output = tmp_path / "data.json", tmp_path / f"answers.{ending}"
+    data.write_text(json.dumps([{"query": QUERIES[0], "documents": DOCUMENTS[0]}, {"query": "no documents"}]))
+    words = [
+        "answer",
+        "--model",
+        str(folder),
+        "--data",
+        str(data),
+        "--device",
+        "cpu",
+        "--max_new_tokens",
+        "4",
+    ]
+    assert main([*words, "--output_file", str(output)]) == 0
+    if ending == "parquet":
+        found = [
+            {name: value for name, value in record.items() if value is not None}
+            for record in pq.read_table(output).to_pylist()
+        ]
+    else:
+        text = output.read_text()
+        found = json.loads(text) if ending == "json" else [json.loads(line) for line in text.splitlines()]
+    assert [sorted(record) for record in found] == [
+        ["answer", "query", "reranking_scores"],
+        ["error", "query"],
+    ]
+    assert main([*words, "--output_file", str(tmp_path / "answers.txt")]) == 2
+    assert not (tmp_path / "answers.txt").exists()
+
+
+def test_one_answer_into_a_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "answer.json"
+    words = ["--model", str(folder), "--query", QUERIES[0], "--document", "The moon.", "--device", "cpu"]
+    assert main(["answer", *words, "--output_file", str(output), "--max_new_tokens", "12"]) == 0
+    (record,) = json.loads(output.read_text())
+    model = ScaleDownModel.from_pretrained(str(folder))
+    assert record["query"] == QUERIES[0]
+    assert record["answer"] == model.answer(QUERIES[0], ["The moon."], max_new_tokens=12)
+    assert len(record["reranking_scores"]) == 1
+    assert f"{output}: 1 record\n" in capsys.readouterr().out
+
+
+def test_answers_take_the_place_of_nothing_else(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, output = tmp_path / "td.json", tmp_path / "out.jsonl"
+    data.write_text(json.dumps([{"query": QUERIES[0], "documents": DOCUMENTS[0], "answer": "a"}]))
+    before = data.read_bytes()
+    words = [
+        "answer",
+        "--model",
+        str(folder),
+        "--data",
+        str(data),
+        "--device",
+        "cpu",
+        "--max_new_tokens",
+        "4",
+    ]
+    for flags in ([], ["--overwrite"]):
+        assert main([*words, "--output_file", str(data), *flags]) == 2
+        assert f"{data} is also read: name another" in capsys.readouterr().err
+    output.write_text("mine\n")
+    assert main([*words, "--output_file", str(output)]) == 1
+    assert "is not what this command made" in capsys.readouterr().err
+    assert (data.read_bytes(), output.read_text()) == (before, "mine\n")
+    assert main([*words, "--output_file", str(output), "--overwrite"]) == 0
+    assert main([*words, "--output_file", str(output)]) == 0, "its own"
+    assert json.loads(output.read_text())["query"] == QUERIES[0]
 
 
 def test_a_pointer_answers_at_the_rate_that_is_asked_for(

@@ -91,6 +91,10 @@ def test_reranking_needs_scores(tmp_path: Path) -> None:
     mixed = examples(tmp_path, [record("q", "a"), record("r", "b", reranking_scores=[1])], needs_scores=True)
     assert (len(mixed), mixed.skipped) == (1, 1)
     assert mixed[0].scores == [1.0]
+    nulls = [record("q", "a", reranking_scores=None), record("r", "b", reranking_scores=[1])]
+    found = examples(tmp_path, nulls)
+    assert [found[0].scores, found[1].scores] == [None, [1.0]]
+    assert examples(tmp_path, nulls, needs_scores=True).skipped == 1
 
 
 def titles(found: Examples, rows: np.ndarray) -> set[str]:

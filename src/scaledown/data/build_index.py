@@ -20,6 +20,7 @@ from scaledown.flags import build_parser, from_flags, underscored
 from scaledown.live import publishing
 from scaledown.logs import start_logging
 from scaledown.models import ModelSource, choose_device, choose_dtype, resolve, same_bits
+from scaledown.outputs import check_apart
 from scaledown.progress import duration
 from scaledown.prometheus import metrics_file
 from scaledown.stage import Stage, StageResult
@@ -145,21 +146,20 @@ def work(settings: Mapping[str, Any], worker: str) -> None:
         _filled(home, config, find_corpus(config))
 
 
-def build_index(config: IndexConfig) -> IndexResult:
-    """Build the index that `config` describes in its `index_dir`, or continue one that was interrupted."""
+def build_index(config: IndexConfig, *, overwrite: bool = False) -> IndexResult:
+    """Build the index that `config` describes in its `index_dir`, or continue one that was interrupted.
+
+    With `overwrite` the metrics file takes the place of what is no such file.
+    """
     if not config.index_dir:
         raise UsageError("no index: give --index_dir DIR")
     corpus = find_corpus(config)
     folder = config.index_directory
-    if (
-        isinstance(corpus, Path)
-        and corpus.is_dir()
-        and folder.root.resolve().is_relative_to(corpus.resolve())
-    ):
-        raise UsageError(f"--index_dir {folder} lies in {corpus}, which is read: put it elsewhere")
+    check_apart("--index_dir", config.index_dir, [corpus])
+    check_apart("--metrics_file", config.metrics_file, [corpus])
     home = RunDirectory(folder)
     with (
-        metrics_file(config.metrics_file, home.path),
+        metrics_file(config.metrics_file, home.path, overwrite=overwrite),
         home.claim("index") as place,
         publishing(place, "", home),
     ):
@@ -180,9 +180,10 @@ def main(argv: Sequence[str], program: str = "scaledown index") -> int:
 
     flags = vars(parser.parse_args(underscored(argv)))
     flags.pop("debug", None)
+    overwrite = flags.pop("overwrite", False)
     start_logging(flags.pop("log_level", "info"), flags.pop("log_format", "text"))
     config = from_flags(flags, IndexConfig)
-    result = build_index(config)
+    result = build_index(config, overwrite=overwrite)
     print(f"{config.index_directory}: {result.size / 1e6:,.1f} MB")
     print()
     for name, stage in result.stages.items():

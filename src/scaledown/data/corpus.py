@@ -23,7 +23,7 @@ from scaledown.errors import InputError, ModelError
 from scaledown.executor import cores, in_order
 from scaledown.models import ModelSource, loadable, loading
 from scaledown.progress import track
-from scaledown.records import Article, Block, Passage
+from scaledown.records import Article, Block, Passage, full_text
 from scaledown.stage import Stage
 from scaledown.urls import without_query
 
@@ -329,10 +329,27 @@ class PassageTable:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    def same(self, rows: "np.ndarray[Any, Any]") -> dict[int, int]:
+        """For each of `rows`, the first of them that has the same text, its title included."""
+        first: dict[str, int] = {}
+        found = {}
+        shards = np.searchsorted(self._ends, rows, side="right")
+        for shard in np.unique(shards).tolist():
+            own = rows[shards == shard]
+            table = self._shard(shard).select(["title", "text"]).take(own - self._start(shard))
+            for row, one in zip(own.tolist(), table.to_pylist(), strict=True):
+                found[row] = first.setdefault(full_text(**one), row)
+        return found
+
     def __getitem__(self, row: int) -> Passage:
         shard = int(np.searchsorted(self._ends, row, side="right"))
+        table, local = self._shard(shard), row - self._start(shard)
+        return Passage(*(table.column(name)[local].as_py() for name in Passage._fields))
+
+    def _shard(self, shard: int) -> pa.Table:
         if shard not in self._tables:
             self._tables[shard] = self._stage.table(shard)
-        table = self._tables[shard]
-        local = row - (int(self._ends[shard - 1]) if shard else 0)
-        return Passage(*(table.column(name)[local].as_py() for name in Passage._fields))
+        return self._tables[shard]
+
+    def _start(self, shard: int) -> int:
+        return int(self._ends[shard - 1]) if shard else 0

@@ -1,35 +1,23 @@
 """Training records to a file: the guide's JSON, JSON lines or Parquet; complete or not there at all."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scaledown.atomic import atomic
+from scaledown.data.columns import Columns
 from scaledown.data.corpus import PassageTable
-from scaledown.data.logprobs import ARROW
 from scaledown.data.reranker import scaled
 from scaledown.errors import OutputError
 from scaledown.records import Example, full_text
 from scaledown.stage import Stage
 
-_BLOCK = 1000
-_EXTRA: Final = {
-    "query_id": pa.string(),
-    "finish_reason": pa.string(),
-    "problem": pa.string(),
-    "groundedness": pa.float64(),
-    "prompt_tokens": pa.int64(),
-    "answer_tokens": pa.int64(),
-    "prompt_hash": pa.string(),
-    "second_answer": pa.string(),
-    "agreement": pa.float64(),
-    "answer_logprobs": ARROW,
-}
+_BLOCK: Final = 1000
 
 
 def examples(
@@ -57,21 +45,28 @@ def examples(
             yield {**example, **extra}  # type: ignore[typeddict-item]
 
 
-def write_examples(path: Path, records: Iterable[Example]) -> int:
+def write_examples(path: Path, records: Iterable[Mapping[str, Any]], columns: pa.Schema | None = None) -> int:
     """Write `records` atomically in the format that the ending of `path` names; gives their number.
 
-    A symbolic link stays one: what it points to is written.
+    Parquet has the `columns`; without them, those of the first records, which all others must share. A
+    symbolic link stays one: what it points to is written. Raises `OutputError` for what Parquet cannot hold.
     """
     with atomic(path.resolve()) as temporary:
         if path.suffix == ".parquet":
-            return _write_parquet(temporary, records)
+            return _write_parquet(temporary, records, columns)
         if path.suffix == ".jsonl":
             return _write_json(temporary, records, opening=b"", between=b"\n", closing=b"\n", indent=False)
         return _write_json(temporary, records, opening=b"[\n", between=b",\n", closing=b"\n]\n", indent=True)
 
 
 def _write_json(
-    path: Path, records: Iterable[Example], *, opening: bytes, between: bytes, closing: bytes, indent: bool
+    path: Path,
+    records: Iterable[Mapping[str, Any]],
+    *,
+    opening: bytes,
+    between: bytes,
+    closing: bytes,
+    indent: bool,
 ) -> int:
     count = 0
     with path.open("wb") as file:
@@ -89,38 +84,41 @@ def _write_json(
     return count
 
 
-def _write_parquet(path: Path, records: Iterable[Example]) -> int:
+def _write_parquet(path: Path, records: Iterable[Mapping[str, Any]], schema: pa.Schema | None) -> int:
     source = iter(records)
     block = list(itertools.islice(source, _BLOCK))
-    fields = [
-        pa.field("query", pa.string()),
-        pa.field("documents", pa.list_(pa.string())),
-        pa.field("answer", pa.string()),
-    ]
-    if any("reranking_scores" in record for record in block):
-        fields.append(pa.field("reranking_scores", pa.list_(pa.float64())))
-    fields += [pa.field(name, kind) for name, kind in _EXTRA.items() if any(name in row for row in block)]
-    schema = pa.schema(fields)
+    schema = schema or _columns(block)
     count = 0
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        while block:
-            _check_columns(block, schema)
-            writer.write_table(pa.Table.from_pylist(block, schema=schema))
-            count += len(block)
-            block = list(itertools.islice(source, _BLOCK))
+    try:
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            while block:
+                rows = [_fitted(record, schema) for record in block]
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                count += len(block)
+                block = list(itertools.islice(source, _BLOCK))
+    except pa.ArrowException as error:
+        raise OutputError(
+            f"Parquet cannot hold a record behind the first {count:,} ({error}): write .json or .jsonl"
+        ) from error
     return count
 
 
-def _check_columns(block: list[Example], schema: pa.Schema) -> None:
-    """Fit extra columns of other origin to the schema. Raises `OutputError` for one that came late."""
-    for record in block:
-        for name, kind in _EXTRA.items():
-            value = record.get(name)
-            if value is None:
-                continue
-            if name not in schema.names:
-                raise OutputError(
-                    f"column {name} is in some records only, and the first {_BLOCK:,} lack it: write .jsonl"
-                )
-            if pa.types.is_string(kind) and not isinstance(value, str):
-                record[name] = str(value)  # type: ignore[literal-required]
+def _columns(records: Sequence[Mapping[str, Any]]) -> pa.Schema:
+    columns = Columns()
+    for record in records:
+        if problem := columns.add(record):
+            raise OutputError(f"{problem}, which Parquet cannot hold in one column: write .json or .jsonl")
+    return columns.schema
+
+
+def _fitted(record: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
+    """A record with texts where its columns are text. Raises `OutputError` for a column that came late."""
+    fitted = dict(record)
+    for name, value in record.items():
+        if name not in schema.names:
+            raise OutputError(
+                f"column {name} is in some records only, and the first {_BLOCK:,} lack it: write .jsonl"
+            )
+        if pa.types.is_string(schema.field(name).type) and not isinstance(value, str | None):
+            fitted[name] = str(value)
+    return fitted

@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from scaledown.data.teachers.openvino import WEIGHTS, exported, is_exported
 from scaledown.errors import ModelError, run_command
-from scaledown.flags import Parser, add_log_flags
+from scaledown.flags import Parser, add_log_flags, path_or_url
 from scaledown.logs import start_logging
 from scaledown.models import ModelSource, hub_errors, loadable, resolve
 from scaledown.storage import cache_directory
@@ -131,7 +131,7 @@ def main(argv: Sequence[str], program: str = "python -m scaledown.data.export_op
         prog=program,
         description="Export a teacher to OpenVINO, with weights at 8 bits, once: it is kept in the cache.",
     )
-    parser.add_argument("model", metavar="MODEL", help="what --teacher_model takes")
+    parser.add_argument("model", type=path_or_url, metavar="MODEL", help="what --teacher_model takes")
     add_log_flags(parser)
 
     arguments = parser.parse_args(argv)

@@ -18,6 +18,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from scaledown.data import folders
 from scaledown.data.remote import Remote, find
 from scaledown.errors import InputError
 from scaledown.options import is_url
@@ -31,10 +32,6 @@ _ARCHIVES: Final = (
     (rb"\xfd7zXZ\x00", "xz file", "xz -dk"),
     (rb"7z\xbc\xaf\x27\x1c", "7z archive", "7z x"),
 )
-_COMPRESSED: Final = {".gz", ".zst", ".zstd", ".bz2"}
-_TEXT: Final = {".txt", ".md"}
-_LINES: Final = {".json", ".jsonl", ".ndjson"}
-_TABLES: Final = {".parquet", ".csv", ".tsv"}
 _CHUNK_BYTES: Final = 1 << 22
 _MAX_LINE_BYTES: Final = 1 << 26
 
@@ -96,8 +93,7 @@ def _pure(source: Source | PurePath) -> PurePath:
 
 def inner_suffix(source: Source | PurePath) -> str:
     """The ending that names the format, without that of the compression: `a.jsonl.gz` -> `.jsonl`."""
-    path = _pure(source)
-    return Path(path.stem).suffix.lower() if path.suffix.lower() in _COMPRESSED else path.suffix.lower()
+    return folders.inner_suffix(_pure(source))
 
 
 def locate(name: str, what: str) -> Source:
@@ -110,9 +106,13 @@ def locate(name: str, what: str) -> Source:
         remote = find(name, what)
         if remote.files is None:
             return remote
-        base = remote.path
-        files = tuple(file for file in remote.files if _is_data(file.path.relative_to(base)))
-        return replace(remote, files=files) if files else _no_data(remote, what)
+        files: dict[PurePath, Remote] = {file.path.relative_to(remote.path): file for file in remote.files}
+        found = folders.chosen(files)
+        folders.tell(what, remote, found.passed_over)
+        if not found.files:
+            _no_data(remote, what)
+        inside = tuple(files[name] for name in found.files)
+        return replace(remote, files=inside, passed_over=found.passed_over)
     input_files(path, what)
     return path
 
@@ -132,21 +132,20 @@ def input_files(path: Path, what: str) -> list[Path]:
         raise InputError(f"{what} {str(path)!a}: the name is not valid Unicode; rename it") from None
     if path.is_file():
         return [path]
-    files = sorted(file for file in path.rglob("*") if _is_data(file.relative_to(path)) and file.is_file())
-    return files or _no_data(path, what)
+    found = folders.listed(path, what)
+    folders.tell(what, path, found.passed_over)
+    return [path / name for name in found.files] or _no_data(path, what)
 
 
-_KNOWN: Final = _TEXT | _LINES | _TABLES
+def passed_over(source: Source, what: str) -> dict[str, str]:
+    """What of a folder is not read, with the reasons; nothing of a file."""
+    if isinstance(source, Remote):
+        return dict(source.passed_over)
+    return folders.listed(source, what).passed_over if source.is_dir() else {}
 
 
 def _no_data(folder: Source, what: str) -> NoReturn:
-    raise InputError(f"{what} {folder}: the folder holds none of {', '.join(sorted(_KNOWN))}")
-
-
-def _is_data(path: PurePath) -> bool:
-    """By the ending; no dot files, and no run directories that lie among the data."""
-    hidden = any(part.startswith(".") or part.endswith(".work") for part in path.parts)
-    return inner_suffix(path) in _KNOWN and not hidden
+    raise InputError(f"{what} {folder}: the folder holds none of {', '.join(sorted(folders.KNOWN))}")
 
 
 class Meter:
@@ -266,7 +265,7 @@ def rows(path: Source, meter: Meter | None = None) -> Iterator[Row]:
         yield from _parquet_rows(path, meter)
     elif suffix in {".csv", ".tsv"}:
         yield from _csv_rows(path, "," if suffix == ".csv" else "\t", meter)
-    elif suffix in _TEXT:
+    elif suffix in folders.TEXT:
         try:
             with open_stream(path, meter) as stream:
                 content = {"title": _pure(path).stem.removesuffix(suffix), "text": stream.read()}

@@ -13,11 +13,11 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from scaledown.config import OUTPUT_SUFFIXES
 from scaledown.data import files
 from scaledown.data.logprobs import problem as logprobs_problem
 from scaledown.data.seen import Seen
 from scaledown.errors import InputError
+from scaledown.outputs import OUTPUT_SUFFIXES
 from scaledown.progress import track
 from scaledown.records import Example, document_text
 
@@ -179,8 +179,8 @@ def problems(record: Any) -> list[str]:
             found.append(f"document {number} is neither a string nor an object with title and text")
         elif problem := _text_problem(text) or _unwritable(document):
             found.append(f"document {number} {problem}")
-    if "reranking_scores" in record:
-        found += _score_problems(record["reranking_scores"], len(documents))
+    if (scores := record.get("reranking_scores")) is not None:  # null, as Parquet has it, is none
+        found += _score_problems(scores, len(documents))
     if wrong := logprobs_problem(record.get("answer_logprobs"), str(record.get("answer"))):
         found.append(f"answer_logprobs {wrong}")
     others = ((name, value) for name, value in record.items() if name not in Example.__annotations__)
@@ -206,7 +206,7 @@ def _unwritable(value: Any, depth: int = 0) -> str:
     if isinstance(value, list):
         return next(filter(None, (_unwritable(item, depth + 1) for item in value)), "")
     if isinstance(value, str):
-        return "" if _is_unicode(value) else "holds half of a surrogate pair, which is no text"
+        return "" if is_unicode(value) else "holds half of a surrogate pair, which is no text"
     if isinstance(value, float):
         return "" if math.isfinite(value) else "holds a number that is not finite"
     if isinstance(value, int):
@@ -214,7 +214,8 @@ def _unwritable(value: Any, depth: int = 0) -> str:
     return "" if isinstance(value, _WRITABLE) else f"holds {type(value).__name__}, which JSON has not"
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: it holds no half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -273,7 +274,7 @@ def validate(path: Path, max_messages: int = 100) -> Validation:
     for number, entry in enumerate(entries(path), 1):
         found = [entry.problem] if entry.problem else problems(entry.record)
         if not found:
-            has_scores = "reranking_scores" in entry.record
+            has_scores = entry.record.get("reranking_scores") is not None
             if with_scores is not None and has_scores != with_scores:
                 found = ["some records have reranking_scores and some have none"]
             with_scores = has_scores if with_scores is None else with_scores

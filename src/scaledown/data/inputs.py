@@ -9,7 +9,7 @@ from scaledown.data.approximate import seismic
 from scaledown.data.build_index import find_corpus
 from scaledown.data.clean import Cleaner
 from scaledown.data.encoders import is_sparse
-from scaledown.data.files import Source, locate, sources
+from scaledown.data.files import Source, locate, passed_over, sources
 from scaledown.data.prompts import load_template
 from scaledown.data.queries import query_files
 from scaledown.data.reranker import resolve_reranker
@@ -18,6 +18,7 @@ from scaledown.data.teachers import Engine
 from scaledown.errors import UsageError
 from scaledown.models import ModelSource, resolve
 from scaledown.options import is_url
+from scaledown.outputs import check_apart, lies_in
 
 log = logging.getLogger("scaledown")
 
@@ -32,6 +33,8 @@ class Sources(NamedTuple):
     corpus: Source
     queries: list[Source]
     evaluation: list[Source]
+    passed_over: dict[str, dict[str, str]]
+    """By flag: files of folders that are not read, and why."""
 
     def models(self) -> dict[str, ModelSource]:
         """The models by their part in the run."""
@@ -63,7 +66,19 @@ def find(config: PrepareConfig) -> Sources:
         corpus=corpus,
         queries=queries,
         evaluation=evaluation_files(config),
+        passed_over=_passed_over(config, corpus),
     )
+
+
+def _passed_over(config: PrepareConfig, corpus: Source) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {"--corpus_path": passed_over(corpus, "--corpus_path")}
+    for flag, names in (("--queries_file", config.queries_file), ("--decontaminate", config.decontaminate)):
+        found[flag] = {}
+        for name in names:
+            source = locate(name, flag)
+            here = passed_over(source, flag)
+            found[flag] |= {f"{source}/{file}": reason for file, reason in here.items()}
+    return {flag: files for flag, files in found.items() if files}
 
 
 def find_inputs(config: PrepareConfig, *, fetch: bool = True) -> tuple[Source, list[Source]]:
@@ -73,32 +88,23 @@ def find_inputs(config: PrepareConfig, *, fetch: bool = True) -> tuple[Source, l
     written = {"--output_file": output, "the run directory": run}
     if config.index_dir:
         written["--index_dir"] = config.index_dir
-        if _lies_in(config.index_dir, run) and _lies_in(run, config.index_dir):
+        if lies_in(config.index_dir, run) and lies_in(run, config.index_dir):
             raise UsageError(f"--index_dir {config.index_dir} is the run directory: name another folder")
     given = (str(corpus), *config.queries_file, *config.decontaminate, config.query_dataset)
     for read in filter(None, given):
         if not is_url(read) and not Path(read).is_dir():
             continue
         for what, path in written.items():
-            if _lies_in(path, read):
-                raise UsageError(f"{what} {path} lies in {read}, which is read: put it elsewhere")
+            check_apart(what, path, [read])
     queries = query_files(config, fetch=fetch)
     Cleaner(config).check()
-    files = map(str, (corpus, *queries, *evaluation_files(config)))
-    if any(_lies_in(output, file) for file in files):
-        raise UsageError(f"--output_file {output} is also read: name another, it would be overwritten")
-    if _lies_in(output, run):
+    check_apart("--output_file", output, (corpus, *queries, *evaluation_files(config)))
+    check_apart("--metrics_file", config.metrics_file, (corpus, *queries, *evaluation_files(config)))
+    if lies_in(output, run):
         raise UsageError(f"--output_file {output} lies in the run directory: put it elsewhere")
     if (folder := Path(config.query_dataset)).is_dir() and config.query_dataset:
         queries.append(folder)
     return corpus, queries
-
-
-def _lies_in(inner: str, outer: str) -> bool:
-    """Whether a path or URL is another, or lies in it."""
-    if is_url(inner) or is_url(outer):
-        return f"{inner.rstrip('/')}/".startswith(f"{outer.rstrip('/')}/")
-    return Path(inner).resolve().is_relative_to(Path(outer).resolve())
 
 
 def evaluation_files(config: PrepareConfig) -> list[Source]:

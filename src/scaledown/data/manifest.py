@@ -44,6 +44,7 @@ def write_manifest(  # noqa: PLR0917
         "parameters": repeatable(config, sources),
         "models": models,
         "inputs": inputs,
+        "passed_over": sources.passed_over,
         "stages": {
             name: {
                 "fingerprint": stage.fingerprint,

@@ -12,13 +12,14 @@ from typing import Any, Final, NamedTuple, cast
 import orjson
 
 from scaledown.atomic import atomic
-from scaledown.config import OUTPUT_SUFFIXES
 from scaledown.data.clean import Cleaner, Left
+from scaledown.data.columns import columns_of
 from scaledown.data.export import write_examples
 from scaledown.data.formats import check_file, entries, problems
 from scaledown.data.manifest import manifest_of
 from scaledown.data.seen import Seen
 from scaledown.errors import InputError, UsageError
+from scaledown.outputs import check_ending, check_output, note_made
 from scaledown.progress import track
 from scaledown.records import Example, document_text
 from scaledown.shared_config import CleanConfig
@@ -68,17 +69,19 @@ def merge(
     *,
     allow_different_settings: bool = False,
     cleaning: CleanConfig = CleanConfig(),  # noqa: B008 (frozen)
+    overwrite: bool = False,
 ) -> Merged:
     """Join training files into one, in the order given, the first record of each query kept.
 
     With `cleaning`, all that is left out, and why, is written into `removed_file`. Raises `UsageError` when
     the runs that made them (by their manifests) had different settings, unless allowed; `InputError` for a
-    record that is not one.
+    record that is not one; `OutputError` where something is that no merge made, unless `overwrite` allows.
     """
-    if output.suffix not in OUTPUT_SUFFIXES:
-        raise UsageError(f"--output_file {output}: use one of {', '.join(OUTPUT_SUFFIXES)}")
-    if any(path.resolve() == output.resolve() for path in (*paths, *map(Path, cleaning.decontaminate))):
-        raise UsageError(f"--output_file {output} is one of the files to be read: name another")
+    check_ending("--output_file", output)
+    written = [output, *([removed_file(output)] if cleaning != CleanConfig() else [])]
+    for path in written:
+        reads = (*paths, *cleaning.decontaminate)
+        check_output("--output_file", path, reads, made="merge", overwrite=overwrite)
     for path in paths:  # all of them, before hours are spent on the first
         check_file(path)
     if not allow_different_settings:
@@ -101,8 +104,11 @@ def merge(
                     removed = {"query": record["query"], **why, "answer": record["answer"]}
                     record_removed(orjson.dumps(removed) + b"\n")
 
-        written = write_examples(output, kept())
-    return Merged(written, counts["duplicate"], counts["contaminated"])
+        columns = columns_of(paths) if output.suffix == ".parquet" else None
+        number = write_examples(output, kept(), columns)
+    for path in written:
+        note_made(path, "merge")
+    return Merged(number, counts["duplicate"], counts["contaminated"])
 
 
 def _records(paths: Sequence[Path]) -> Iterator[Example]:
@@ -118,7 +124,7 @@ def _records(paths: Sequence[Path]) -> Iterator[Example]:
                         f"{path}:{entry.line}: record {number}: {found[0]}; "
                         f"`scaledown validate {shlex.quote(str(path))}` lists all"
                     )
-                has_scores = "reranking_scores" in entry.record
+                has_scores = entry.record.get("reranking_scores") is not None
                 if with_scores is not None and has_scores != with_scores:
                     raise InputError(
                         f"{path}:{entry.line}: some records have reranking_scores and some have none; "

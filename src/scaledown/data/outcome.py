@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from scaledown.data.formats import validate
 from scaledown.data.report import write_report
 from scaledown.data.summary import Result
-from scaledown.errors import OutputError
 from scaledown.places import File
 from scaledown.stage import StageResult
 from scaledown.store import RunDirectory
@@ -51,7 +50,14 @@ def earlier_result(run: RunDirectory, request: str, output: File) -> Result | No
         for name, stage in manifest["stages"].items()
     }
     examples = manifest["output"]["examples"]
-    return Result(output.path, examples, stages, quarantined(stages), already_done=True)
+    return Result(
+        output.path,
+        examples,
+        stages,
+        quarantined(stages),
+        already_done=True,
+        documents=written.get("documents", ()),
+    )
 
 
 def _content(run: RunDirectory, output: File) -> str:
@@ -59,22 +65,15 @@ def _content(run: RunDirectory, output: File) -> str:
     return run.content_hash(output.path)
 
 
-def check_ours(run: RunDirectory, output: File) -> None:
-    """Raise `OutputError` where `output` exists and was not written by a run of this directory."""
-    if not output.storage.state(output.path):
-        return
+def is_ours(run: RunDirectory, output: File) -> bool:
+    """Whether a run of this directory wrote the output that is there."""
     manifest = run.storage.read_json(run.manifest)
     written = manifest.get("output") if isinstance(manifest, dict) else None
     if isinstance(written, dict):
         named = output.storage.address(output.path) == written.get("path")
-        ours = named or _content(run, output) == written.get("sha256")
-    else:  # a run that was killed after it wrote the output and before the manifest
-        ours = bool(run.storage.glob(run.path, "answers/*/done.json"))
-    if not ours:
-        raise OutputError(
-            f"--output_file {output} exists, and {run.storage} does not know it: delete or rename it, or "
-            "choose another"
-        )
+        return named or _content(run, output) == written.get("sha256")
+    # a run that was killed after it wrote the output and before the manifest
+    return bool(run.storage.glob(run.path, "answers/*/done.json"))
 
 
 def quarantined(stages: Mapping[str, StageResult]) -> int:

@@ -18,7 +18,7 @@ if __name__ == "__main__":  # before the imports that take long: Ctrl-C is one l
 import functools
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -36,7 +36,7 @@ from scaledown.data.entrance import Entered, enter
 from scaledown.data.export import examples, write_examples
 from scaledown.data.inputs import Sources, find_inputs
 from scaledown.data.manifest import write_manifest
-from scaledown.data.outcome import check_ours, earlier_result, quarantined, report_of
+from scaledown.data.outcome import earlier_result, is_ours, quarantined, report_of
 from scaledown.data.plan import Plan, keep, make_plan, report
 from scaledown.data.prompts import VERSION as PROMPT_VERSION
 from scaledown.data.prompts import Template, load_template
@@ -53,7 +53,9 @@ from scaledown.data.workers import settings_of, share, supervised
 from scaledown.flags import build_parser, from_flags, underscored
 from scaledown.logs import start_logging
 from scaledown.models import ModelSource, choose_device
+from scaledown.outputs import check_free
 from scaledown.prometheus import metrics_file
+from scaledown.records import Example
 from scaledown.stage import Stage
 from scaledown.store import RunDirectory
 
@@ -66,21 +68,24 @@ _SHARDS_AT_ONCE: Final = 16  # for engines that schedule by themselves: they nev
 _WITH_LOGPROBS_AT_ONCE: Final = 4  # whose answers, held until their shards are whole, are large
 
 
-def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Result:
+def prepare_dataset(config: PrepareConfig, repeats: Path | None = None, *, overwrite: bool = False) -> Result:
     """Make training data as `config` says, or continue a run that was interrupted.
 
     Each stage leaves its shards in the run directory; what is there is not made again. `repeats` is the
-    manifest of a run to be repeated: inputs that differ from its are named in the log. Raises
-    `ScaleDownError`, each with a message that says what to do.
+    manifest of a run to be repeated: inputs that differ from its are named in the log. With `overwrite` the
+    output takes the place of what no run of this directory made. Raises `ScaleDownError`, each with a
+    message that says what to do.
     """
     output = config.output
     output.storage.check_writable(output.path)
-    with metrics_file(config.metrics_file, config.run_directory.root), enter(config, repeats) as entered:
+    metrics = metrics_file(config.metrics_file, config.run_directory.root, overwrite=overwrite)
+    with metrics, enter(config, repeats) as entered:
         run, request = entered.run, entered.request
         homes = [run, entered.home] if config.index_dir else [run]
         if finished := earlier_result(run, request, output):
             return finished
-        check_ours(run, output)
+        ours = functools.partial(is_ours, run, output)
+        check_free("--output_file", output, ours, overwrite=overwrite)
         if supervised(config):
             share(config, WORK, homes)
         stages = _run_stages(entered)
@@ -100,12 +105,15 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Resul
                 half_written.unlink(missing_ok=True)
             score_scale = config.reranking_score_scale if config.enable_reranking else None
             records = examples(stages["reviewed"], stages["passages"], score_scale, config.extra_columns)
-            count = write_examples(output.path, records)
+            documents: set[int] = set()
+            count = write_examples(output.path, _measured(records, documents))
+            documents = {min(documents), max(documents)} if documents else set()
             output.storage.publish(output.path)
             told = {name: (stage, results[name]) for name, stage in stages.items()}
             written = {
                 "path": output.storage.address(output.path),
                 "examples": count,
+                "documents": sorted(documents),
                 "sha256": run.content_hash(output.path),
                 "state": output.storage.state(output.path),
             }
@@ -113,7 +121,21 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None) -> Resul
                 run, config, entered.sources, request, entered.identities, entered.inputs, told, written
             )
             report_of(run, output)
-    return Result(output.path, count, results, quarantined(results), given_up=given_up)
+    return Result(
+        output.path,
+        count,
+        results,
+        quarantined(results),
+        given_up=given_up,
+        documents=sorted(documents),
+    )
+
+
+def _measured(records: Iterable[Example], numbers: set[int]) -> Iterator[Example]:
+    """Records as they are; how many documents they have is added to `numbers`."""
+    for record in records:
+        numbers.add(len(record["documents"]))
+        yield record
 
 
 def work(settings: Mapping[str, Any], worker: str) -> None:
@@ -122,7 +144,7 @@ def work(settings: Mapping[str, Any], worker: str) -> None:
         _run_stages(entered)
 
 
-def plan_dataset(config: PrepareConfig) -> Plan:
+def plan_dataset(config: PrepareConfig, *, overwrite: bool = False) -> Plan:
     """Plan the run that `config` describes, and keep the plan in the run directory for its summary.
 
     Makes nothing else. Models that are missing are in the plan; raises `ScaleDownError` for all else that
@@ -131,6 +153,8 @@ def plan_dataset(config: PrepareConfig) -> Plan:
     output = config.output
     output.storage.check_writable(output.path)
     corpus, _ = find_inputs(config, fetch=False)
+    ours = functools.partial(is_ours, RunDirectory(config.run_directory), output)
+    check_free("--output_file", output, ours, overwrite=overwrite)
     load_template(config.prompt)
     plan = make_plan(config, corpus)
     keep(plan, config)
@@ -266,7 +290,7 @@ def _run_stages(entered: Entered) -> dict[str, Stage]:
         {"vectors": vectors.fingerprint, "queries": queries.fingerprint, **searching},
         [queries],
     )
-    retrieve(candidates, queries, vectors, encoder, config=config, approximate=index.approximate)
+    retrieve(candidates, queries, passages, vectors, encoder, config=config, approximate=index.approximate)
     encoder.cache_clear()
     stages |= {"queries": queries, "passages": passages, "vectors": vectors, "candidates": candidates}
 
@@ -382,14 +406,15 @@ def main(argv: Sequence[str] | None = None, program: str = "python -m scaledown.
         flags.pop("debug", None)
         start_logging(flags.pop("log_level", "info"), flags.pop("log_format", "text"))
         repeats = Path(flags["config"]).expanduser() if "config" in flags else None
+        overwrite = flags.pop("overwrite", False)
         dry_run = flags.pop("dry_run", False)
         config = from_flags(flags, PrepareConfig)
         if dry_run:
-            plan = plan_dataset(config)
+            plan = plan_dataset(config, overwrite=overwrite)
             same = shlex.join(word for word in words if word != "--dry_run")
             print(f"{report(plan)}\n\nnext: {program_name()} prepare {same}")
             return 1 if plan.missing else 0
-        result = prepare_dataset(config, repeats)
+        result = prepare_dataset(config, repeats, overwrite=overwrite)
         print(summary(result, config))
         if result.given_up:
             lacking = f"part {config.shard}" if result.missing else result.output

@@ -47,6 +47,8 @@ class Remote:
     size: int | None = None
     state: str = ""
     files: tuple["Remote", ...] | None = None
+    passed_over: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Of a folder: what is not read, and why."""
     _system: Any = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:

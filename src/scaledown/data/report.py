@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from scaledown.atomic import atomic, check_writable
+from scaledown.atomic import atomic
 from scaledown.data.audit import UNGROUNDED, Audit, Looked, audit, marked, recall
 from scaledown.data.fidelity import fidelity, licences
 from scaledown.data.gold import Gold, read_gold
@@ -18,9 +18,10 @@ from scaledown.data.manifest import manifest_of
 from scaledown.data.reordering import QUERIES, Reordering, reordering
 from scaledown.data.review import content_words
 from scaledown.errors import InputError, UsageError, one_line, run_command
-from scaledown.flags import Parser, add_log_flags, underscored
+from scaledown.flags import Parser, add_log_flags, add_overwrite, local_path, path_or_url, underscored
 from scaledown.logs import start_logging
 from scaledown.options import is_url
+from scaledown.outputs import check_output, lies_in, note_made
 from scaledown.progress import duration
 from scaledown.report import plots
 from scaledown.report.page import (
@@ -140,7 +141,13 @@ def _counts(found: Audit, manifest: Mapping[str, Any]) -> list[Block]:
         measured = [f"{key} {value:.4g}" for key, value in (stage.get("measured") or {}).items()]
         rows.append((name, ", ".join([counts, *measured]), duration(float(stage.get("seconds") or 0))))
     rows.append(("export", f"{found.records:,} records", ""))
-    return [Table("What each stage made, and how long it worked", ("stage", "counts", "time"), rows)]
+    blocks: list[Block] = [
+        Table("What each stage made, and how long it worked", ("stage", "counts", "time"), rows)
+    ]
+    if passed := manifest.get("passed_over"):
+        over = [(flag, name, why) for flag, files in passed.items() for name, why in files.items()]
+        blocks.append(Table("Files that were passed over", ("flag", "file", "why"), over))
+    return blocks
 
 
 def _answers(found: Audit) -> list[Block]:
@@ -367,47 +374,49 @@ def main(argv: Sequence[str], program: str = "scaledown report") -> int:
         "one HTML page, and a dataset card beside it.",
     )
     add = parser.add_argument
-    add("data", metavar="FILE", help="training data: .json, .jsonl or .parquet")
-    add("--output", default="report.html", metavar="FILE", help="the page [default: report.html]")
-    add("--card", metavar="FILE", help="the dataset card [default: as --output, ending in .md]")
+    add("data", type=local_path, metavar="FILE", help="training data: .json, .jsonl or .parquet")
+    add(
+        "--output",
+        type=local_path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="the page [default: report.html]",
+    )
+    add(
+        "--card",
+        type=local_path,
+        metavar="FILE",
+        help="the dataset card [default: as --output, ending in .md]",
+    )
     add(
         "--gold",
         action="append",
+        type=path_or_url,
         default=[],
         metavar="FILE",
         help="questions with right answers, for R@k and accuracy; may be given several times [default: the "
         "run's queries, where they have answers]",
     )
+    add_overwrite(parser)
     add_log_flags(parser)
 
     def command() -> int:
         options = parser.parse_args(words)
         start_logging(options.log_level, options.log_format)
-        page = Path(options.output)
-        card = Path(options.card) if options.card else page.with_suffix(".md")
-        if page.resolve() == card.resolve():
+        page: Path = options.output
+        card: Path = options.card or page.with_suffix(".md")
+        if lies_in(str(page), str(card)):
             raise UsageError(f"--output {page} and --card are one file: name two")
-        read = {Path(name).resolve() for name in (options.data, *options.gold) if not is_url(name)}
+        for flag, path in (("--output", page), ("--card", card)):
+            reads = (options.data, *options.gold)
+            check_output(flag, path, reads, made="report", overwrite=options.overwrite)
+        report = write_report(options.data, page, card, options.gold)
         for path in (page, card):
-            if path.resolve() in read:
-                raise UsageError(f"{path} is read by this report: give another --output or --card")
-            check_writable(path)
-            _check_ours(path)
-        report = write_report(Path(options.data), page, card, options.gold)
+            note_made(path, "report")
         print(_summary(report))
         return 0
 
     return run_command(command, debug="--debug" in words)
-
-
-def _check_ours(path: Path) -> None:
-    """Raise `UsageError` where a file is there that no report has written."""
-    if (
-        path.is_file()
-        and path.stat().st_size
-        and MADE not in path.read_text(encoding="utf-8", errors="replace")
-    ):
-        raise UsageError(f"{path} is there already, and is no report: give another --output or --card")
 
 
 def _summary(report: Report) -> str:

@@ -287,6 +287,7 @@ def rerank(
             reranker = load()
             with stage.noting(shard, lambda: reranker.halving.count):
                 scores = iter(score_once(reranker, pairs, tracker.advance))
+            tracker.advance(len(records) * per_query - len(pairs))  # of queries with fewer
             columns: dict[str, list[Any]] = {"rows": [], "scores": [], "reranking_scores": []}
             for record in records:
                 own = [next(scores) for _ in record["rows"]]
@@ -307,4 +308,5 @@ def rerank(
         whole = stage.complete(len(rows), work)
     if whole:
         rows = stage.made()
-        stage.finish(rows, {"queries": sum(rows), "pairs": sum(rows) * per_query})
+        found = (stage.table(shard).column("rows").combine_chunks() for shard in range(len(rows)))
+        stage.finish(rows, {"queries": sum(rows), "pairs": sum(len(lists.flatten()) for lists in found)})

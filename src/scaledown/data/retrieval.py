@@ -14,6 +14,7 @@ import scipy.sparse as sp
 
 from scaledown.config import PrepareConfig
 from scaledown.data.approximate import CARES, Care, SeismicIndex, recall
+from scaledown.data.corpus import PassageTable
 from scaledown.data.encoders import DenseEncoder, Encoder, is_sparse
 from scaledown.data.index import Array, Ranking, Vectors, check_finite, nothing, pack, search
 from scaledown.data.splade import SpladeEncoder
@@ -27,9 +28,12 @@ from scaledown.stage import Stage
 log = logging.getLogger("scaledown")
 
 Check: TypeAlias = Callable[[], None]
-Find: TypeAlias = Callable[[Vectors, Callable[[float], None]], Ranking]
+Find: TypeAlias = Callable[[Vectors, int, Callable[[float], None]], Ranking]
 
 _QUERIES_AT_ONCE: Final = 4096
+_COMPARED: Final = 256  # queries whose candidates' texts are compared at once
+_PLACES: Final = 1 << 22  # of rankings that are held where search goes deeper
+_COLLAPSED: Final = b"collapsed"
 _SAMPLED: Final = 256  # queries on which the recall of approximate search is measured
 _BYTES_A_QUERY: Final = 2048  # some hundred terms, twice
 _BYTES_A_RESULT: Final = 12  # a row and a score
@@ -104,7 +108,7 @@ class SPLADERetriever(DenseRetriever):
         super().__init__(model_name, device=device, dtype=dtype, batch_size=batch_size)
 
 
-def _ignore(_: int) -> None:
+def _ignore(_: float) -> None:
     pass
 
 
@@ -193,6 +197,7 @@ class _Left(ScaleDownError):  # noqa: N818 (it is no fault of the work's)
 def retrieve(
     stage: Stage,
     queries: Stage,
+    passages: Stage,
     vectors: Stage,
     load: Callable[[], Encoder],
     *,
@@ -200,6 +205,8 @@ def retrieve(
     approximate: Callable[[float], SeismicIndex],
 ) -> None:
     """Rank the passages for each shard of queries: query, rows of passages and scores, best first.
+
+    The same text is one candidate of a query, however many passages have it (see `distinct`).
 
     So many shards of queries are searched together as `--search_memory` allows, at most 4,096 queries (of
     approximate search, 65,536): that is what a crash can cost, and reading the vectors is then a small part
@@ -211,13 +218,15 @@ def retrieve(
     warn_about_top_k(config.top_k_retrieval, searched(vectors))
     done = sum(count for shard, count in enumerate(rows) if stage.has(shard))
     plan = SearchPlan.of(vectors, config)
-    exact = functools.partial(_exact, vectors, config.top_k_retrieval, plan.threads)
+    top_k = config.top_k_retrieval
+    exact = functools.partial(_exact, vectors, plan.threads)
     find: Find = exact
+    depth = top_k + top_k // 4  # in one go, so that the same text seldom needs a second
     if config.search == "approximate":
         index = approximate(config.search_memory)
         sample = functools.cache(lambda: _sample(queries, load))
         care = _care(stage, index, exact, sample, config)
-        find = functools.partial(_approximate, index, care, config.top_k_retrieval, exact)
+        find, depth = functools.partial(_approximate, index, care, exact), top_k
     with track("retrieve", "queries", sum(rows), done, stage) as tracker:
 
         def work(group: range) -> list[pa.Table]:
@@ -227,20 +236,78 @@ def retrieve(
                 encoded = [encoder.queries(table.column("query").to_pylist(), _ignore) for table in tables]
             count = sum(table.num_rows for table in tables)
             before = tracker.done
+            together = _stacked(encoded)
             ranking = find(
-                _stacked(encoded), lambda share: tracker.advance(before + int(share * count) - tracker.done)
+                together, depth, lambda share: tracker.advance(before + int(share * count) - tracker.done)
             )
-            ends = np.cumsum([table.num_rows for table in tables])[:-1]
-            parts = zip(np.split(ranking.rows, ends), np.split(ranking.scores, ends), strict=True)
-            return [
-                candidates_table(table, Ranking(*part)) for table, part in zip(tables, parts, strict=True)
-            ]
+
+            def deeper(some: Sequence[int], more: int) -> Ranking:
+                return find(together[some], more, _ignore)
+
+            found = distinct(ranking, top_k, searched(vectors), PassageTable(passages), deeper)
+            made, first = [], 0
+            for table in tables:
+                own = found[first : first + table.num_rows]
+                made.append(candidates_table(table, own))
+                first += table.num_rows
+            return made
 
         whole = stage.complete_together(len(rows), plan.shards_at_once, work)
     if whole:
         rows = stage.made()
-        found = sum(rows) * min(config.top_k_retrieval, searched(vectors))
-        stage.finish(rows, {"queries": sum(rows), "candidates": found})
+        counts = {"queries": sum(rows), "candidates": 0, "collapsed": 0}
+        for table in map(stage.table, range(len(rows))):
+            counts["candidates"] += len(table.column("rows").combine_chunks().flatten())
+            counts["collapsed"] += int((table.schema.metadata or {}).get(_COLLAPSED, 0))
+        stage.finish(rows, {name: count for name, count in counts.items() if count or name != "collapsed"})
+
+
+class Candidates(NamedTuple):
+    """The passages found for a query, best first."""
+
+    rows: Array
+    scores: Array
+    collapsed: int = 0
+    """Passages left out because one that ranks above them has the same text."""
+
+
+def distinct(
+    ranking: Ranking,
+    top_k: int,
+    most: int,
+    texts: PassageTable,
+    deeper: Callable[[Sequence[int], int], Ranking],
+) -> list[Candidates]:
+    """The `top_k` best passages of each query whose texts differ; of the same text the first.
+
+    Where a `ranking` has fewer, `deeper` ranks more passages for some of the queries, given by their places,
+    until there are enough or `most`, which are all, were looked at.
+    """
+    found: list[Candidates] = [Candidates(*own) for own in zip(ranking.rows, ranking.scores, strict=True)]
+
+    def keep(places: Sequence[int], ranking: Ranking) -> list[int]:
+        """Keep what differs; gives the places of queries that need more."""
+        short = []
+        for start in range(0, len(places), _COMPARED):
+            block = slice(start, start + _COMPARED)
+            names = texts.same(np.unique(ranking.rows[block]))
+            parts = (places[block], ranking.rows[block], ranking.scores[block])
+            for place, rows, scores in zip(*parts, strict=True):
+                _, first = np.unique([names[row] for row in rows.tolist()], return_index=True)
+                kept = np.sort(first)[:top_k]
+                last = int(kept[-1]) + 1 if len(kept) == top_k else len(rows)
+                found[place] = Candidates(rows[kept], scores[kept], last - len(kept))
+                if len(kept) < min(top_k, most) and len(rows) < most:
+                    short.append(place)
+        return short
+
+    short, depth = keep(range(len(found)), ranking), ranking.rows.shape[1]
+    while short:
+        depth = min(2 * depth, most)
+        at_once = max(1, _PLACES // depth)
+        groups = [short[start : start + at_once] for start in range(0, len(short), at_once)]
+        short = [place for group in groups for place in keep(group, deeper(group, depth))]
+    return found
 
 
 def _stacked(parts: Sequence[Vectors]) -> Vectors:
@@ -250,7 +317,7 @@ def _stacked(parts: Sequence[Vectors]) -> Vectors:
 
 
 def _exact(
-    vectors: Stage, top_k: int, threads: int, encoded: Vectors, advance: Callable[[float], None]
+    vectors: Stage, threads: int, encoded: Vectors, top_k: int, advance: Callable[[float], None]
 ) -> Ranking:
     rows = vectors.finished().rows
     shards = [
@@ -273,10 +340,10 @@ def _care(
         known = [event for event in stage.journal() if "recall" in event]
         if known and known[-1]["recall"] >= config.min_recall:
             return Care(known[-1]["query_cut"], known[-1]["heap_factor"])
-        best = exact(sample(), lambda _: None)
+        best = exact(sample(), top_k, _ignore)
         count = len(best.rows)
         for care in CARES:
-            found = recall(_approximate(index, care, top_k, exact, sample(), lambda _: None), best)
+            found = recall(_approximate(index, care, exact, sample(), top_k, _ignore), best)
             if found >= config.min_recall:
                 log.info("approximate search: recall@%s %.4f on %s queries", top_k, found, count)
                 stage.note({"recall": round(found, 6), "sample": count, **care._asdict()})
@@ -290,16 +357,16 @@ def _care(
 def _approximate(  # noqa: PLR0917
     index: SeismicIndex,
     care: Care,
-    top_k: int,
     exact: Find,
     encoded: Vectors,
+    top_k: int,
     advance: Callable[[float], None],
 ) -> Ranking:
     ranking = index.search(encoded, top_k, care)
     # Where few passages share a term with the query, the rest follow as in exact search.
     short = np.flatnonzero((ranking.rows < 0).any(axis=1))
     if len(short):
-        filled = exact(encoded[short], lambda _: None)
+        filled = exact(encoded[short], top_k, _ignore)
         width = filled.rows.shape[1]
         ranking = Ranking(ranking.rows[:, :width], ranking.scores[:, :width])
         ranking.rows[short], ranking.scores[short] = filled
@@ -342,16 +409,18 @@ class SearchPlan(NamedTuple):
         return cls(threads, int(max(1, queries // config.queries_per_shard)))
 
 
-def candidates_table(queries: pa.Table, ranking: Ranking) -> pa.Table:
+def candidates_table(queries: pa.Table, found: Sequence[Candidates]) -> pa.Table:
     """Columns query_id, query, rows list<int64>, scores list<float32>."""
-    return pa.table(
+    table = pa.table(
         {
             "query_id": queries.column("query_id"),
             "query": queries.column("query"),
-            "rows": pa.array(list(ranking.rows), pa.list_(pa.int64())),
-            "scores": pa.array(list(ranking.scores), pa.list_(pa.float32())),
+            "rows": pa.array([own.rows for own in found], pa.list_(pa.int64())),
+            "scores": pa.array([own.scores for own in found], pa.list_(pa.float32())),
         }
     )
+    collapsed = sum(own.collapsed for own in found)
+    return table.replace_schema_metadata({_COLLAPSED: str(collapsed)}) if collapsed else table
 
 
 def searched(vectors: Stage) -> int:

@@ -5,41 +5,56 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from scaledown.data.columns import columns_of
 from scaledown.data.export import write_examples
 from scaledown.data.formats import sound_records
-from scaledown.data.report import write_report
+from scaledown.data.report import MADE, write_report
 from scaledown.errors import InputError, OutputError, UsageError
 from scaledown.models import hub_errors, reach_hub
+from scaledown.outputs import OUTPUT_SUFFIXES, check_folder
 
 
-def export_dataset(files: Sequence[Path], form: str, output: Path) -> int:
+def export_dataset(files: Sequence[Path], form: str, output: Path, *, overwrite: bool = False) -> int:
     """Write the records of training files to the folder `output` as json, jsonl or parquet; their number.
 
     `datasets.load_dataset(output)` reads it. README.md, its card, and report.html come with it; they tell of
     the run where there is one file and its run directory is there. The folder appears when it is whole; one
-    that has the same data already stays. Raises `InputError` for a record that is not sound, `OutputError`
-    where the folder cannot be made.
+    that has the same data already stays, one that an export made is replaced if `overwrite` allows. Raises
+    `InputError` for a record that is not sound, `OutputError` where the folder cannot be made.
     """
     earlier = output / f"train.{form}"
-    if output.exists() and not earlier.is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"--output_dir {output} is there already: name a new folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    made = _is_made(output)
+    check_folder(output, files, made=made)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.", suffix=".tmp") as folder:
         whole = Path(folder) / "whole"
         whole.mkdir()
         data = whole / f"train.{form}"
-        count = write_examples(data, sound_records(files))
+        columns = columns_of(files) if form == "parquet" else None
+        count = write_examples(data, sound_records(files), columns)
         if not count:
             raise InputError(f"{files[0]}: there is no record in it; name another file")
-        if earlier.is_file():
-            if not filecmp.cmp(earlier, data, shallow=False):
-                raise OutputError(f"--output_dir {output} holds other data: name a new folder")
+        if made and earlier.is_file() and filecmp.cmp(earlier, data, shallow=False):
             return count
+        if made and not overwrite:
+            raise OutputError(
+                f"--output_dir {output} holds other data: name a new folder, or give --overwrite"
+            )
         write_report(
             data, whole / "report.html", whole / "README.md", origin=files[0] if len(files) == 1 else None
         )
+        if made:
+            output.replace(Path(folder) / "before")
         whole.replace(output)
     return count
+
+
+def _is_made(folder: Path) -> bool:
+    """Whether a folder is an export, and nothing else is in it."""
+    card = folder / "README.md"
+    if not card.is_file() or MADE not in card.read_text(encoding="utf-8", errors="replace"):
+        return False
+    own = {"README.md", "report.html", *(f"train{ending}" for ending in OUTPUT_SUFFIXES)}
+    return {entry.name for entry in folder.iterdir()} <= own
 
 
 def push(folder: Path, repository: str, *, private: bool) -> str:

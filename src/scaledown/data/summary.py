@@ -4,8 +4,9 @@ import itertools
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from scaledown.config import PrepareConfig
 from scaledown.data.build_index import stage_line
@@ -16,6 +17,8 @@ from scaledown.options import is_url
 from scaledown.progress import duration
 from scaledown.records import Example
 from scaledown.stage import StageResult
+
+_NAMED: Final = 5  # files that are passed over; all are in the manifest
 
 
 class Result(NamedTuple):
@@ -31,6 +34,8 @@ class Result(NamedTuple):
     already_done: bool = False
     given_up: int = 0
     """Shards that workers died of, again and again."""
+    documents: Sequence[int] = ()
+    """The least and the most of a record; nothing where a version of before made it."""
     missing: int = 0
     """Shards of queries that other parts of the run have to make yet; there is no output until then."""
 
@@ -45,9 +50,8 @@ def summary(result: Result, config: PrepareConfig) -> str:
     lines = []
     if result.already_done:
         lines.append("nothing to do: this run is finished")
-    lines.append(
-        f"{config.output}: {result.examples:,} examples, {config.documents_per_query} documents each"
-    )
+    each = " to ".join(f"{number:,}" for number in sorted({*result.documents}))
+    lines.append(f"{config.output}: {result.examples:,} examples{f', {each} documents each' * bool(each)}")
     lines.append("")
     planned = planned_seconds(config)
     for name, stage in result.stages.items():
@@ -55,17 +59,8 @@ def summary(result: Result, config: PrepareConfig) -> str:
         lines.append(stage_line(name, stage, f"   planned {said:>10}" if planned else ""))
     if planned:
         lines += ["", compared(planned, result.stages)]
-    run = config.run_directory
-    where = run.shown(run.root / "quarantine")
-    if result.given_up:
-        shards = "1 shard was" if result.given_up == 1 else f"{result.given_up:,} shards were"
-        lines += ["", f"given up: {shards} the death of each worker, see {where}"]
-    if result.quarantined:
-        lines += ["", f"set aside: {result.quarantined:,} lines or queries, each with its reason, in {where}"]
-    kinds = ("contaminated", "duplicates")
-    left_out = sum(stage.counts.get(kind, 0) for stage in result.stages.values() for kind in kinds)
-    if left_out:
-        lines += ["", f"left out: {left_out:,} queries or answers, each with what it matches, in {where}"]
+    for told in _missing(result, config):
+        lines += ["", told]
     if config.top_k_reranking and not config.enable_reranking:
         lines += ["", "the reranker's scores are kept: --enable_reranking adds them without scoring again"]
     lines.append("")
@@ -73,10 +68,33 @@ def summary(result: Result, config: PrepareConfig) -> str:
         records = (entry.record for entry in itertools.islice(entries(result.output), 3))
         for number, record in enumerate(records, 1):
             lines += _shown(number, record)
-    if (report := run.root / "report.html").exists():
+    if (report := config.run_directory.root / "report.html").exists():
         lines.append(f"look: {report}")
     lines.append(f"next: {program_name()} {_training(config)}")
     return "\n".join(lines)
+
+
+def _missing(result: Result, config: PrepareConfig) -> Iterator[str]:
+    """What is not in the output, and where each is told with its reason."""
+    run = config.run_directory
+    where = run.shown(run.root / "quarantine")
+    if result.given_up:
+        shards = "1 shard was" if result.given_up == 1 else f"{result.given_up:,} shards were"
+        yield f"given up: {shards} the death of each worker, see {where}"
+    if result.quarantined:
+        yield f"set aside: {result.quarantined:,} lines or queries, each with its reason, in {where}"
+    manifest = run.read_json(run.root / "manifest.json") or {}
+    for flag, files in (manifest.get("passed_over") or {}).items():
+        named = [one_line(f"{name} ({reason})") for name, reason in itertools.islice(files.items(), _NAMED)]
+        yield f"passed over: {len(files):,} of {flag}: {', '.join(named + ['…'] * (len(files) > _NAMED))}"
+
+    def counted(*kinds: str) -> int:
+        return sum(stage.counts.get(kind, 0) for stage in result.stages.values() for kind in kinds)
+
+    if collapsed := counted("collapsed"):
+        yield f"collapsed: {collapsed:,} candidates had the text of one that ranked above them"
+    if left_out := counted("contaminated", "duplicates"):
+        yield f"left out: {left_out:,} queries or answers, each with what it matches, in {where}"
 
 
 def _training(config: PrepareConfig) -> str:

@@ -4,12 +4,13 @@ import logging
 from pathlib import Path
 from typing import Final
 
-from scaledown.atomic import atomic, check_writable
+from scaledown.atomic import atomic
 from scaledown.data.corpus import PassageTable
 from scaledown.data.manifest import manifest_of
 from scaledown.data.reordering import finished_stages
 from scaledown.data.seen import Ids, one_word
 from scaledown.errors import InputError
+from scaledown.outputs import check_output, note_made
 from scaledown.stage import Stage
 from scaledown.storage import Storage
 
@@ -18,13 +19,14 @@ log = logging.getLogger("scaledown")
 _TAG: Final = "scaledown"
 
 
-def export_trec(data: Path, output: Path) -> dict[str, int]:
+def export_trec(data: Path, output: Path, *, overwrite: bool = False) -> dict[str, int]:
     """Write `retrieved.run` and, if the run reranked, `reranked.run` to the folder `output`; lines of each.
 
-    `data` is what the run made. Raises `InputError` where its run directory is gone.
+    `data` is what the run made. Raises `InputError` where its run directory is gone, `OutputError` where
+    something is that no export made, unless `overwrite` allows.
     """
     manifest, work = manifest_of(data) or ({}, Storage(data.parent))
-    written = {}
+    found = {}
     for name, column, file in (
         ("candidates", "scores", "retrieved"),
         ("ranked", "reranking_scores", "reranked"),
@@ -33,12 +35,16 @@ def export_trec(data: Path, output: Path) -> dict[str, int]:
         if stages is None:
             continue
         path = output / f"{file}.run"
-        check_writable(path)
-        written[str(path)] = _write(path, stages[0], PassageTable(stages[1]), column)
-    if not written:
+        check_output("--output_dir", path, [data, work.root], made="export", overwrite=overwrite)
+        found[path] = stages, column
+    if not found:
         raise InputError(
             f"{data}: its run directory is not there, which has the rankings; name the run's output"
         )
+    written = {}
+    for path, (stages, column) in found.items():
+        written[str(path)] = _write(path, stages[0], PassageTable(stages[1]), column)
+        note_made(path, "export")
     return written
 
 

@@ -22,7 +22,7 @@ from scaledown.data.logprobs import ARROW
 from scaledown.data.prompts import answer_prompt, load_template
 from scaledown.data.queries import SCHEMA, questions_about
 from scaledown.data.reranker import Pair, Reranker, load_reranker, resolve_reranker
-from scaledown.data.retrieval import TokenLists, candidates_table
+from scaledown.data.retrieval import Candidates, TokenLists, candidates_table
 from scaledown.data.teacher import find_teacher, load_teacher
 from scaledown.data.teachers import Engine, Generation, Rejection, Teacher, answer_all
 from scaledown.errors import MissingExtraError, ModelError
@@ -68,8 +68,8 @@ class Trials(NamedTuple):
 
     def candidates(self, top_k: int, *, ranked: bool = False) -> pa.Table:
         """Candidates as a shard has them."""
-        nothing = np.zeros((len(self.texts), top_k))
-        table = candidates_table(self.queries(), Ranking(nothing, nothing))
+        nothing = np.zeros(top_k)
+        table = candidates_table(self.queries(), [Candidates(nothing, nothing)] * len(self.texts))
         return table.append_column("reranking_scores", table.column("scores")) if ranked else table
 
     def questions(self) -> tuple[pa.Table | None, Cost]:

@@ -27,10 +27,11 @@ from scaledown.evaluation.results import Comparison, Results, Run
 from scaledown.evaluation.scoring import MEASURES
 from scaledown.evaluation.settings import EvaluateConfig
 from scaledown.evaluation.statistics import Difference, difference
-from scaledown.flags import command_parser, from_flags, read_settings, underscored
+from scaledown.flags import command_parser, from_flags, path_or_url, read_settings, underscored
 from scaledown.logs import start_logging
 from scaledown.models import choose_device, choose_dtype, quiet_libraries, resolve
 from scaledown.options import Checked, is_url, option
+from scaledown.outputs import check_output
 from scaledown.shared_config import DTYPES, MACHINE
 from scaledown.store import SYSTEMS, fingerprint
 from scaledown.student.train import train
@@ -48,6 +49,7 @@ GROUPS: Final = (QUALITY, COST, OUTPUT, MACHINE)
 PAGE: Final = "comparison.html"
 TABLE: Final = "comparison.md"
 NUMBERS: Final = "comparison.csv"
+_EVALUATIONS: Final = "evaluations"  # a folder in the output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,14 +123,19 @@ class CompareConfig(Checked):
         )
 
 
-def compare(names: Sequence[str], config: CompareConfig) -> Comparison:
+def compare(names: Sequence[str], config: CompareConfig, *, overwrite: bool = False) -> Comparison:
     """Evaluate and time each run, training first those that are settings, and write page and tables.
 
     A run is the folder of a trained model, a name on the hub, or a JSON file with settings of `scaledown
-    train`. What was done once is not done again. Raises `ScaleDownError`.
+    train`. What was done once is not done again. With `overwrite` files that no comparison made are replaced.
+    Raises `ScaleDownError`.
     """
     quiet_libraries()
     output = Path(config.output_dir)
+    reads = (config.data, *config.gold, *(name for name in names if name.endswith(".json")))
+    for name in (PAGE, TABLE, NUMBERS):
+        ours = (output / _EVALUATIONS).is_dir
+        check_output("--output_dir", output / name, reads, made=ours, overwrite=overwrite)
     short = _names(names)
     settings = [_settings(Path(name), output) if name.endswith(".json") else None for name in names]
     _check(names, settings, config)
@@ -152,16 +159,17 @@ def compare(names: Sequence[str], config: CompareConfig) -> Comparison:
                 num_examples=config.num_examples,
                 max_new_tokens=config.max_new_tokens,
                 batch_size=config.batch_size,
-                output_dir=str(output / "evaluations" / name),
+                output_dir=str(output / _EVALUATIONS / name),
                 seed=config.seed,
                 device=config.device,
                 dtype=config.dtype,
-            )
+            ),
+            overwrite=overwrite,
         )
         measured = _costs(output / "costs" / f"{name}.json", results, config)
         runs.append(Run(name, Path(folder), results, measured, {}))
     reference = runs[0].results.baseline
-    answered = [_answered(output / "evaluations" / run.name / ANSWERS) for run in runs]
+    answered = [_answered(output / _EVALUATIONS / run.name / ANSWERS) for run in runs]
     for run, own in zip(runs, answered, strict=True):
         if run is not runs[0] or reference != "compressed":
             run.differences.update(_differences(own, answered[0], reference, config.seed))
@@ -196,9 +204,7 @@ def _ways(names: Sequence[str], folders: Sequence[str], config: CompareConfig) -
 def _names(names: Sequence[str]) -> list[str]:
     """Short names of the runs, which differ: of two that are called alike, with the folder they are in."""
     paths = [
-        Path(name).expanduser().resolve().with_suffix("")
-        if name.endswith(".json")
-        else Path(name).expanduser().resolve()
+        Path(name).resolve().with_suffix("") if name.endswith(".json") else Path(name).resolve()
         for name in names
     ]
     if len(set(paths)) < len(paths):
@@ -384,6 +390,7 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown compare") 
     parser.add_argument(
         "runs",
         nargs="+",
+        type=path_or_url,
         metavar="RUN",
         help="folder of a trained model, name on the hub, or JSON with settings of scaledown train, which is "
         "trained first",
@@ -393,11 +400,12 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown compare") 
     def command() -> int:
         flags = vars(parser.parse_args(words))
         flags.pop("debug", None)
+        overwrite = flags.pop("overwrite", False)
         start_logging(flags.pop("log_level", "info"), flags.pop("log_format", "text"))
         runs = flags.pop("runs")
         flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
         config = from_flags(flags, CompareConfig)
-        print(summary(compare(runs, config), config))
+        print(summary(compare(runs, config, overwrite=overwrite), config))
         return 0
 
     return run_command(command, debug="--debug" in words, resumes=True)

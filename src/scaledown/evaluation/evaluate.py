@@ -45,6 +45,7 @@ from scaledown.flags import command_parser, from_flags, underscored
 from scaledown.live import publishing
 from scaledown.logs import start_logging
 from scaledown.models import ModelSource, choose_device, choose_dtype, quiet_libraries, resolve
+from scaledown.outputs import check_output
 from scaledown.report.page import html
 from scaledown.stage import Stage
 from scaledown.store import RunDirectory, fingerprint
@@ -77,16 +78,17 @@ class Sources(NamedTuple):
     judge: ModelSource | None
 
 
-def evaluate(config: EvaluateConfig) -> Results:
+def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> Results:
     """Evaluate as `config` says into its `output_dir`, or go on with what is there.
 
     What was answered or judged once under the same settings is not asked again; a finished evaluation is
-    read. Raises `ScaleDownError`.
+    read. With `overwrite` it takes the place of files that no evaluation made. Raises `ScaleDownError`.
     """
     output = Path(config.output_dir)
-    there = read_json(output / FILE)
-    if (output / FILE).exists() and not (isinstance(there, dict) and "scaledown" in there):
-        raise OutputError(f"--output_dir {output} holds another {FILE}: choose another folder")
+    reads = (config.data, *config.gold, *config.run, config.qrels)
+    for name in (FILE, PAGE, ANSWERS if config.model else QUERIES):
+        ours = functools.partial(_is_ours, output)
+        check_output("--output_dir", output / name, reads, made=ours, overwrite=overwrite)
     try:
         run = RunDirectory(output / _WORK)
     except (OutputError, RunDirectoryError) as error:
@@ -119,6 +121,14 @@ def evaluate(config: EvaluateConfig) -> Results:
                 temporary.write_text(text, encoding="utf-8")
         write_results(output, results)
     return results
+
+
+def _is_ours(output: Path) -> bool:
+    """Whether a folder has an evaluation, finished or not."""
+    if not (output / FILE).exists():
+        return (output / _WORK).is_dir()
+    there = read_json(output / FILE)
+    return isinstance(there, dict) and "scaledown" in there
 
 
 def _inputs(config: EvaluateConfig, run: RunDirectory) -> dict[str, list[str]]:
@@ -381,10 +391,11 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown evaluate")
     def command() -> int:
         flags = vars(parser.parse_args(words))
         flags.pop("debug", None)
+        overwrite = flags.pop("overwrite", False)
         start_logging(flags.pop("log_level", "info"), flags.pop("log_format", "text"))
         flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
         config = from_flags(flags, EvaluateConfig)
-        results = evaluate(config)
+        results = evaluate(config, overwrite=overwrite)
         if os.environ.get("RANK", "0") == "0":  # of those that torchrun started, which share the work
             print(summary(results, config))
         return 0

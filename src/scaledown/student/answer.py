@@ -4,18 +4,18 @@ import argparse
 import itertools
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
-import orjson
+import pyarrow as pa
 
-from scaledown.atomic import atomic, check_writable
-from scaledown.data.formats import Entry, entries, problems
+from scaledown.data.export import write_examples
+from scaledown.data.formats import Entry, entries, is_unicode, problems
 from scaledown.errors import InputError, UsageError, run_command
-from scaledown.flags import Parser, add_log_flags, underscored
+from scaledown.flags import Parser, add_log_flags, add_overwrite, local_path, path_or_url, underscored
 from scaledown.logs import start_logging
 from scaledown.models import choose_device, choose_dtype
+from scaledown.outputs import check_ending, check_output, note_made
 from scaledown.progress import track
 from scaledown.student.train_settings import BUDGETS
 
@@ -25,6 +25,16 @@ Item = TypeVar("Item")
 Done = TypeVar("Done")
 
 _AT_ONCE: Final = 256  # records that are held
+_COLUMNS: Final = pa.schema(
+    {
+        "query": pa.string(),
+        "answer": pa.string(),
+        "error": pa.string(),
+        "compression_rate": pa.int64(),
+        "budget": pa.string(),
+        "reranking_scores": pa.list_(pa.float64()),
+    }
+)
 
 
 def main(argv: Sequence[str], program: str = "scaledown answer") -> int:
@@ -37,15 +47,25 @@ def main(argv: Sequence[str], program: str = "scaledown answer") -> int:
     )
     add = parser.add_argument
     add(
-        "--model", required=True, metavar="DIR", help="folder that scaledown train made, or a name on the hub"
+        "--model",
+        required=True,
+        type=path_or_url,
+        metavar="DIR",
+        help="folder that scaledown train made, or a name on the hub",
     )
     add("--query", metavar="TEXT", help="answer this, as it is written")
     add("--document", action="append", default=[], metavar="TEXT", help="may be given several times")
-    add("--data", metavar="FILE", help="answer the records of a training file (.json, .jsonl, .parquet)")
+    add(
+        "--data",
+        type=local_path,
+        metavar="FILE",
+        help="answer the records of a training file (.json, .jsonl, .parquet)",
+    )
     add(
         "--output_file",
+        type=local_path,
         metavar="FILE",
-        help="JSON lines: query and answer or error, and scores if trained for it",
+        help="query and answer or error, and scores if trained for it: .json, .jsonl or .parquet",
     )
     add("--uncompressed", action="store_true", help="let the generator read the documents' text")
     add(
@@ -66,6 +86,7 @@ def main(argv: Sequence[str], program: str = "scaledown answer") -> int:
     add("--batch_size", type=int, default=8, metavar="N", help="queries at once [default: 8]")
     add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    add_overwrite(parser)
     add_log_flags(parser)
 
     def command() -> int:
@@ -79,10 +100,14 @@ def main(argv: Sequence[str], program: str = "scaledown answer") -> int:
             )
         if options.data and not options.output_file:
             raise UsageError("--data needs --output_file FILE for the answers")
-        if options.data:
-            check_writable(Path(options.output_file))
+        if options.output_file:
+            check_ending("--output_file", options.output_file)
+            reads = filter(None, [options.data])
+            check_output(
+                "--output_file", options.output_file, reads, made="answer", overwrite=options.overwrite
+            )
         model = _load(options)
-        if options.query:
+        if not options.output_file:
             pieces = model.stream(
                 options.query,
                 options.document,
@@ -95,7 +120,7 @@ def main(argv: Sequence[str], program: str = "scaledown answer") -> int:
             return 0
         records, failed = _answer_file(model, options)
         told = f", {failed:,} of them errors, which their records tell" if failed else ""
-        print(f"{options.output_file}: {records:,} records{told}")
+        print(f"{options.output_file}: {records:,} {'record' if records == 1 else 'records'}{told}")
         return 1 if failed == records else 0
 
     return run_command(command, debug="--debug" in words)
@@ -124,14 +149,15 @@ class Answered(NamedTuple):
 
 
 def _answer_file(model: Any, options: argparse.Namespace) -> Answered:
-    """Answer the records of a file, some at a time, into a file that appears when it is whole."""
-    path, count, failed = Path(options.data), 0, 0
-    source = entries(path)
-    with (
-        track("answer", "answers", None) as tracker,
-        atomic(Path(options.output_file).resolve()) as temporary,
-        temporary.open("wb") as file,
-    ):
+    """Answer the records of a file, or one query, into a file that appears when it is whole."""
+    failed = 0
+    if options.data:
+        source = entries(options.data)
+    else:
+        source = iter([Entry(1, {"query": options.query, "documents": options.document})])
+
+    def answered() -> Iterator[dict[str, Any]]:
+        nonlocal failed
         while block := list(itertools.islice(source, _AT_ONCE)):
             wrong = {place: reason for place, entry in enumerate(block) if (reason := unanswerable(entry))}
             sound = [entry.record for place, entry in enumerate(block) if place not in wrong]
@@ -140,12 +166,14 @@ def _answer_file(model: Any, options: argparse.Namespace) -> Answered:
                 record = {"error": wrong[place]} if place in wrong else next(made)
                 if "error" in record:
                     failed += 1
-                    log.warning("%s:%s: %s", path, entry.line, record["error"])
+                    log.warning("%s:%s: %s", options.data or "--query", entry.line, record["error"])
                 query = entry.record.get("query") if isinstance(entry.record, dict) else None
-                record = {"query": query if isinstance(query, str) else None} | record
-                file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
-            count += len(block)
+                yield {"query": query if isinstance(query, str) and is_unicode(query) else None} | record
             tracker.advance(len(block))
+
+    with track("answer", "answers", None) as tracker:
+        count = write_examples(options.output_file, answered(), _COLUMNS)
+    note_made(options.output_file, "answer")
     return Answered(count, failed)
 
 
@@ -155,9 +183,16 @@ def _answers(model: Any, records: list[dict[str, Any]], options: argparse.Namesp
     def answers(part: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         queries = [record["query"] for record in part]
         documents = [record["documents"] for record in part]
+        given, scores = documents, None
+        if model.config.ranks and not options.uncompressed:
+            chosen = {"compression_rate": options.compression_rate, "budget": options.budget}
+            read = model.compress_and_rerank(queries, documents, batch_size=options.batch_size, **chosen)
+            given, scores = [embeddings for embeddings, _ in read], [relevance for _, relevance in read]
+        elif model.config.ranks:
+            scores = model.rerank(queries, documents, batch_size=options.batch_size)
         written = model.answer(
             queries,
-            documents,
+            given,
             max_new_tokens=options.max_new_tokens,
             batch_size=options.batch_size,
             **_way(options),
@@ -166,9 +201,8 @@ def _answers(model: Any, records: list[dict[str, Any]], options: argparse.Namesp
         if model.config.is_pointer and not options.uncompressed:
             rate = options.compression_rate or model.config.compression_rate
             made = [own | {"compression_rate": rate, "budget": options.budget} for own in made]
-        if not model.config.ranks:
+        if scores is None:
             return made
-        scores = model.rerank(queries, documents, batch_size=options.batch_size)
         return [own | {"reranking_scores": row} for own, row in zip(made, scores, strict=True)]
 
     found = each(answers, records)

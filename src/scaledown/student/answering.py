@@ -241,6 +241,25 @@ class Answering:
         ]
         return found[0] if isinstance(query, str) else found
 
+    def compress_and_rerank(
+        self,
+        query: list[str],
+        documents: Sequence[Sequence[object]],
+        *,
+        batch_size: int = 8,
+        compression_rate: int = 0,
+        budget: str = "each",
+    ) -> list[tuple[list[torch.Tensor], list[float]]]:
+        """What `compress` and `rerank` give for each query, by reading its documents once."""
+        chosen_way = self._compression(compression_rate, budget)
+        return [
+            (
+                list(torch.split(own.embeddings, own.counts)),
+                own.relevance.tolist() if own.relevance is not None else [],
+            )
+            for own in self._compress(query, documents, batch_size, chosen_way)
+        ]
+
     def pick(
         self, query: str, documents: Sequence[object], *, compression_rate: int = 0, budget: str = "each"
     ) -> list[list[str]]:

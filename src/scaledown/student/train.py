@@ -23,6 +23,7 @@ from scaledown.errors import OutputError, RunDirectoryError, UsageError, run_com
 from scaledown.flags import command_parser, from_flags, underscored
 from scaledown.logs import start_logging
 from scaledown.models import choose_device, choose_dtype, quiet_libraries
+from scaledown.outputs import check_apart
 from scaledown.progress import duration
 from scaledown.store import RunDirectory
 from scaledown.student.origin import MODEL_FLAGS, Origin, find_origin
@@ -39,7 +40,12 @@ SETTINGS_FILE: Final = "settings.json"
 
 _FILES: Final = ("train_data", "eval_data", "gold")  # flags that take several
 _OWN_FOLDER: Final = ".train"  # in the output: hashes of what was read, and a lock
-_FOREIGN: Final = ("config.json", "model.safetensors", "checkpoint-*")
+_CHECKPOINTS: Final = "checkpoint-*"
+# What training writes into its folder, as patterns.
+_WRITTEN: Final = (
+    *(_CHECKPOINTS, SETTINGS_FILE, "README.md", "config.json", "generation_config.json", "*.safetensors*"),
+    *("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "trainer_state.json"),
+)
 
 
 class Trained(NamedTuple):
@@ -67,13 +73,14 @@ class Trained(NamedTuple):
     already_done: bool = False
 
 
-def train(config: Config) -> Trained:
+def train(config: Config, *, overwrite: bool = False) -> Trained:
     """Train the model that `config` describes into its `output_dir`, or go on with `config.resume`.
 
-    A `PretrainConfig` does so on passages. A finished run is left as it is. Raises `ScaleDownError`; Ctrl-C
-    leaves a checkpoint first.
+    A `PretrainConfig` does so on passages. A finished run is left as it is. With `overwrite` the model takes
+    the place of files that no training made. Raises `ScaleDownError`; Ctrl-C leaves a checkpoint first.
     """
     output = Path(config.output_dir)
+    check_apart("--output_dir", config.output_dir, [getattr(config, "corpus_path", ""), *config.gold])
     try:
         home = RunDirectory(output / _OWN_FOLDER)
     except OutputError as error:
@@ -81,7 +88,8 @@ def train(config: Config) -> Trained:
     with _alone(home):
         origin = find_origin(config)
         given, config = config, _here(config)
-        memory = _recall(output, _identity(given, config, home, origin), origin.settled, type(config))
+        identity = _identity(given, config, home, origin)
+        memory = _recall(output, identity, origin.settled, type(config), overwrite=overwrite)
         if result := memory.get("result"):
             documents = Lengths(**result.pop("documents"))
             return Trained(**result, documents=documents)._replace(
@@ -149,18 +157,25 @@ def _inputs(config: Config, home: RunDirectory) -> dict[str, Any]:
 
 
 def _recall(
-    output: Path, identity: dict[str, Any], settled: Container[str], kind: type[Config]
+    output: Path,
+    identity: dict[str, Any],
+    settled: Container[str],
+    kind: type[Config],
+    *,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """What the folder remembers of this same run, at least `identity`; its models settle some flags.
 
-    Raises `RunDirectoryError` where it holds another run, or a model of another origin.
+    Raises `RunDirectoryError` where it holds another run, or files of another origin which `overwrite` does
+    not allow to replace; foreign checkpoints stay, for they would be gone on from.
     """
     memory = read_json(output / SETTINGS_FILE)
     if not isinstance(memory, dict) or not memory.keys() >= identity.keys():
-        for pattern in _FOREIGN:
+        for pattern in (_CHECKPOINTS,) if overwrite else _WRITTEN:
             for path in output.glob(pattern):
+                way = "" if pattern == _CHECKPOINTS else ", or give --overwrite to replace it"
                 raise RunDirectoryError(
-                    f"--output_dir {output} holds {path.name}, and no run: choose another"
+                    f"--output_dir {output} holds {path.name}, and no run: choose another{way}"
                 )
         return identity
     defaults = {
@@ -369,13 +384,14 @@ def run_command_line(
     def command() -> int:
         flags = vars(parser.parse_args(words))
         flags.pop("debug", None)
+        overwrite = flags.pop("overwrite", False)
         level = flags.pop("log_level", "info")
         start_logging(level if _is_first() else "error", flags.pop("log_format", "text"))
         flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
         for name in MODEL_FLAGS:
             if "pretrained_model" in flags and name in flags:
                 raise UsageError(f"--{name} is settled by --pretrained_model: leave one of them out")
-        result = train(from_flags(flags, kind))
+        result = train(from_flags(flags, kind), overwrite=overwrite)
         if _is_first():
             print(summary(result, pretrained=kind is PretrainConfig))
         return 0

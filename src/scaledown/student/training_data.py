@@ -123,7 +123,7 @@ def read_examples(
         for file in files:
             for number, entry in enumerate(entries(Path(file)), 1):
                 wrong = [entry.problem] if entry.problem else problems(entry.record)
-                if not wrong and needs_scores and "reranking_scores" not in entry.record:
+                if not wrong and needs_scores and entry.record.get("reranking_scores") is None:
                     wrong = ["has no reranking_scores, which --enable_reranking needs"]
                     unscored += 1
                 if not wrong:

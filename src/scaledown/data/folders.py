@@ -1,0 +1,132 @@
+"""Which files of a folder are input; all others are passed over, each with a reason."""
+
+import functools
+import logging
+import re
+import stat
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path, PurePath
+from typing import Final, NamedTuple
+
+from scaledown.errors import InputError, one_line
+
+log = logging.getLogger("scaledown")
+
+COMPRESSED: Final = {".gz", ".zst", ".zstd", ".bz2"}
+TEXT: Final = {".txt", ".md"}
+LINES: Final = {".json", ".jsonl", ".ndjson"}
+TABLES: Final = {".parquet", ".csv", ".tsv"}
+KNOWN: Final = TEXT | LINES | TABLES
+
+_ABOUT: Final = re.compile(
+    r"(readme|licen[cs]e|copying|notice|changelog|contributing|authors|citation)([-_.].*)?", re.IGNORECASE
+)
+_NAMED: Final = 20  # files in the log; all are in the manifest
+
+
+class Folder(NamedTuple):
+    """What is in a folder, by names within it."""
+
+    files: list[PurePath]
+    passed_over: dict[str, str]
+    """Why each other file, or folder that was not entered, is no input."""
+
+
+def inner_suffix(path: PurePath) -> str:
+    """The ending that names the format, without that of the compression: `a.jsonl.gz` -> `.jsonl`."""
+    return Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSED else path.suffix.lower()
+
+
+def chosen(names: Iterable[PurePath]) -> Folder:
+    """The data among the files of a folder, in order."""
+    files: list[PurePath] = []
+    passed_over: dict[str, str] = {}
+    for name in sorted(names):
+        outer, reason = _unentered(name) or (name, _unread(name))
+        if reason:
+            passed_over[str(outer)] = reason
+        else:
+            files.append(name)
+    texts_only = all(inner_suffix(name) in TEXT for name in files)
+    about = [name for name in files if _is_about(name, texts_only=texts_only)]
+    if len(about) < len(files):
+        passed_over |= dict.fromkeys(map(str, about), "is about the data")
+        files = [name for name in files if name not in about]
+    return Folder(files, passed_over)
+
+
+def _unentered(path: PurePath) -> tuple[PurePath, str] | None:
+    """The outermost part of a path that is not entered, and why; None where all is."""
+    for place, part in enumerate(path.parts, 1):
+        if part.startswith("."):
+            return PurePath(*path.parts[:place]), "is hidden"
+        if part.endswith(".work"):
+            return PurePath(*path.parts[:place]), "is a run directory"
+    return None
+
+
+def _unread(path: PurePath) -> str:
+    """Why a file is not read, by its ending; empty where it is."""
+    if inner_suffix(path) in KNOWN:
+        return ""
+    if not path.suffix:
+        return "has no ending, which would tell its format"
+    return f"its ending {path.suffix} names no format that is read"
+
+
+def _is_about(path: PurePath, *, texts_only: bool) -> bool:
+    """Whether a text tells of the data; among texts, which may have any title, by a name in capitals."""
+    if inner_suffix(path) not in TEXT or not _ABOUT.fullmatch(path.name):
+        return False
+    return not texts_only or re.split(r"[-_.]", path.name)[0].isupper()
+
+
+def listed(folder: Path, what: str) -> Folder:
+    """The data in a local folder. Links are followed; a file or folder is read once, by its own name.
+
+    Raises `InputError` for a link that leads nowhere, or what cannot be looked into.
+    """
+    names: list[PurePath] = []
+    passed_over: dict[str, str] = {}
+    known: dict[tuple[int, int], str] = {}
+    waiting, links = deque([folder]), deque[Path]()
+    while waiting or links:
+        entry = waiting.popleft() if waiting else links.popleft()
+        name = entry.relative_to(folder)
+        if _unentered(name):
+            names.append(name)  # for the reason
+            continue
+        try:
+            state = entry.stat()
+            inside = sorted(entry.iterdir()) if stat.S_ISDIR(state.st_mode) else []
+        except OSError as error:
+            problem = "is a link that leads nowhere" if entry.is_symlink() else "cannot be read"
+            raise InputError(
+                f"{what} {folder}: {name} {problem} ({error.strerror}): mend or delete it"
+            ) from error
+        same = known.setdefault((state.st_dev, state.st_ino), str(name))
+        if same != str(name):
+            passed_over[str(name)] = f"is the same as {same}"
+        elif stat.S_ISDIR(state.st_mode):
+            for one in inside:
+                (links if one.is_symlink() else waiting).append(one)
+        elif stat.S_ISREG(state.st_mode):
+            names.append(name)
+        else:
+            passed_over[str(name)] = "is no regular file"
+    found = chosen(names)
+    return Folder(found.files, dict(sorted((passed_over | found.passed_over).items())))
+
+
+def tell(what: str, folder: object, passed_over: dict[str, str]) -> None:
+    """Name in the log what of a folder is passed over, once."""
+    _tell(f"{what} {folder}", tuple(passed_over.items()))
+
+
+@functools.cache
+def _tell(shown: str, passed_over: tuple[tuple[str, str], ...]) -> None:
+    if passed_over:
+        more = f", and {len(passed_over) - _NAMED:,} more" if len(passed_over) > _NAMED else ""
+        named = ", ".join(one_line(f"{name} ({reason})") for name, reason in passed_over[:_NAMED])
+        log.warning("%s: passed over %s: %s%s", shown, f"{len(passed_over):,}", named, more)
