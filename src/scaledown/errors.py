@@ -11,12 +11,18 @@ ScaleDownError            exit status 1
 
 import contextlib
 import errno
+import importlib.metadata
 import io
 import logging
 import os
+import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from typing import Final
+
+DISTRIBUTION: Final = "scaledown-rag"
 
 
 class ScaleDownError(Exception):
@@ -49,6 +55,19 @@ class OutputError(ScaleDownError):
 
 class RunDirectoryError(ScaleDownError):
     """A run directory that another process uses with other settings, or that is not one."""
+
+
+def install_command(extra: str) -> str:
+    """The command that installs the packages of an extra, as the installed metadata names them."""
+    try:
+        needed = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        needed = []  # run from a checkout that is not installed
+    own = re.compile(rf"""extra == ['"]{extra}['"]""")
+    packages = [need.partition(";")[0].strip() for need in needed if own.search(need)]
+    if not packages:
+        return f"pip install -e '.[{extra}]' in a checkout"
+    return shlex.join(["pip", "install", *packages])
 
 
 def one_line(text: str, width: int = 1000) -> str:

@@ -6,7 +6,7 @@ import os
 import socket
 from typing import Any, Final
 
-from scaledown.errors import MissingExtraError, ScaleDownError, UsageError
+from scaledown.errors import MissingExtraError, ScaleDownError, UsageError, install_command
 from scaledown.executor import Ending, Order
 
 log = logging.getLogger("scaledown")
@@ -27,7 +27,7 @@ class RayPool:
             import ray
         except ImportError as error:
             raise MissingExtraError(
-                "--executor ray needs Ray: pip install 'scaledown[ray]', or leave out --executor"
+                f"--executor ray needs Ray: {install_command('ray')}, or leave out --executor"
             ) from error
         self._ray: Any = ray
         if not ray.is_initialized():

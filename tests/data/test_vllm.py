@@ -1,6 +1,7 @@
 """The vLLM engine against the library's signatures (see `record_vllm.py`); nothing here runs a model."""
 
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -12,7 +13,7 @@ import tiny
 from scaledown.data.prompts import answer_prompt
 from scaledown.data.teacher import choose_backend, load_teacher
 from scaledown.data.teachers import Engine, Generation, Rejection
-from scaledown.errors import MissingExtraError, ModelError, UsageError
+from scaledown.errors import MissingExtraError, ModelError, UsageError, install_command
 from scaledown.models import resolve
 
 SIGNATURES = json.loads(Path(__file__).with_name("vllm_signatures.json").read_text())["classes"]
@@ -230,7 +231,7 @@ def test_a_prompt_that_is_too_long_loses_documents_not_the_question(teacher) -> 
 
 def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch) -> None:
     source = resolve(str(tiny.causal_lm(tmp_path / "m")))
-    with pytest.raises(MissingExtraError, match=r"scaledown\[vllm\]"):
+    with pytest.raises(MissingExtraError, match=re.escape(install_command("vllm"))):
         choose_backend(Engine(backend="vllm"), source, "cuda", Generation())
 
 

@@ -11,7 +11,7 @@ from scaledown.data.reranker import check_records
 from scaledown.data.teachers import Engine, Generation, Rejection, Teacher, answer_all
 from scaledown.data.teachers.openvino import EXPORT, is_exported, openvino_genai
 from scaledown.data.teachers.vllm import check_vllm
-from scaledown.errors import MissingExtraError, ModelError, UsageError
+from scaledown.errors import MissingExtraError, ModelError, UsageError, install_command
 from scaledown.models import ModelSource, choose_device, hub_errors, read_config_file, resolve
 from scaledown.progress import track
 from scaledown.records import Example, QueryWithDocuments, document_text
@@ -30,10 +30,7 @@ def check_teacher(source: ModelSource, *, load_in_8bit: bool, load_in_4bit: bool
     if load_in_8bit or load_in_4bit:
         flag = "--teacher_8bit" if load_in_8bit else "--teacher_4bit"
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise MissingExtraError(
-                f"{flag} needs bitsandbytes: pip install 'scaledown[quantization]' "
-                "(or pip install bitsandbytes)"
-            )
+            raise MissingExtraError(f"{flag} needs bitsandbytes: {install_command('quantization')}")
     if source.gguf_file or not source.location:
         return
     with hub_errors(source.name):

@@ -11,7 +11,7 @@ from scaledown.data.logprobs import from_ids
 from scaledown.data.prompts import Prompt
 from scaledown.data.teachers import Generation, Rejection, seed_of
 from scaledown.data.teachers.context import Context
-from scaledown.errors import MissingExtraError, ModelError
+from scaledown.errors import MissingExtraError, ModelError, install_command
 from scaledown.models import Halving, ModelSource, loadable, loading
 from scaledown.records import Answer, Logprobs
 
@@ -21,7 +21,7 @@ _WAITING: Final = 1024  # requests that the engine holds: it never runs dry, and
 def check_vllm() -> None:
     """Raise `MissingExtraError` where the library is not installed."""
     if importlib.util.find_spec("vllm") is None:
-        raise MissingExtraError("--teacher_backend vllm needs vLLM: pip install 'scaledown[vllm]' (CUDA)")
+        raise MissingExtraError(f"--teacher_backend vllm needs vLLM: {install_command('vllm')} (CUDA)")
 
 
 class VllmTeacher:
