@@ -163,22 +163,25 @@ def max_logits(
     [vocabulary, width]. On CUDA with Triton the logits are never written to memory (after Sparton, arXiv
     2603.25011).
     """
-    fused = _fused() if hidden.is_cuda else None
+    fused = _fused(hidden.device, hidden.dtype, hidden.shape[2]) if hidden.is_cuda else None
     return (fused or max_logits_tiled)(hidden, length, weight, bias)
 
 
 @functools.cache
-def _fused() -> Callable[..., "torch.Tensor"] | None:
-    """The CUDA kernel, if Triton is there and can compile it on this machine."""
+def _fused(device: "torch.device", dtype: "torch.dtype", width: int) -> Callable[..., "torch.Tensor"] | None:
+    """The CUDA kernel, if Triton is there, and compiles it for such states so that it is right."""
     import torch
 
     try:
         from scaledown.data.splade_triton import max_logits_fused
 
-        probe = torch.ones(1, 1, 16, device="cuda")
-        max_logits_fused(probe, torch.ones(1, device="cuda"), probe[0], None)
-    except Exception as error:
-        log.info("the SPLADE head runs in tiles instead of one kernel (%s: %s)", type(error).__name__, error)
+        probe = torch.ones(2, 2, width, device=device, dtype=dtype)
+        found = max_logits_fused(probe, torch.full([2], 2, device=device), probe[0], None)
+        reason = "" if (found == width).all() else "it computes something else"
+    except Exception as error:  # whatever a compiler or a driver does
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        log.warning("the SPLADE head runs in tiles instead of one kernel, which is slow (%s)", reason)
         return None
     return max_logits_fused
 
