@@ -15,7 +15,8 @@ import pytest
 from scaledown.config import PrepareConfig
 from scaledown.data import workers
 from scaledown.errors import InputError, RunDirectoryError, UsageError
-from scaledown.executor import Ending, LocalPool, Order, gpus, supervise
+from scaledown.executor import Ending, LocalPool, Order, supervise
+from scaledown.gpus import only
 from scaledown.leases import Leases
 from scaledown.ray_pool import RayPool
 from scaledown.stage import Stage
@@ -137,7 +138,8 @@ def test_a_shard_that_hangs_every_worker_is_its_fault_and_not_the_end(tmp_path: 
     ],
 )
 def test_each_place_has_gpus_of_its_own(visible: str, place: int, each: int, own: list[str]) -> None:
-    assert gpus({"CUDA_VISIBLE_DEVICES": visible}, place, each) == own
+    shown = only({"CUDA_VISIBLE_DEVICES": visible}, range(place * each, (place + 1) * each))
+    assert shown == {"CUDA_VISIBLE_DEVICES": ",".join(own)}
 
 
 def test_a_process_says_why_it_died(tmp_path: Path) -> None:

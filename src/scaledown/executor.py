@@ -23,6 +23,7 @@ from typing import IO, Any, Final, NamedTuple, Protocol, TypeVar, cast
 
 from scaledown import errors
 from scaledown.errors import InputError, RunDirectoryError, ScaleDownError
+from scaledown.gpus import only
 from scaledown.leases import TRIES, Leases
 
 log = logging.getLogger("scaledown")
@@ -227,15 +228,9 @@ class LocalPool:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // self._workers)))
         if self._gpus_each:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus(environment, place, self._gpus_each))
+            own = range(place * self._gpus_each, (place + 1) * self._gpus_each)
+            environment |= only(environment, own)
         return _Process(order, self._logs / f"{order.worker}.log", environment)
-
-
-def gpus(environment: Mapping[str, str], place: int, each: int) -> list[str]:
-    """The GPUs of a place, of those that the environment lets this process see."""
-    seen = [gpu.strip() for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()]
-    own = range(place * each, (place + 1) * each)
-    return [seen[number] for number in own] if seen else [str(number) for number in own]
 
 
 class _Process:

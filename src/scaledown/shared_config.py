@@ -112,6 +112,9 @@ class EngineConfig(Checked):
     )
     teacher_lora: str = option("", ENGINE, "folder of a LoRA adapter, with vllm", metavar="DIR")
     tensor_parallel: int = option(1, ENGINE, "GPUs that share the teacher, with vllm", "GPUs", metavar="N")
+    teacher_memory: float = option(
+        0.0, ENGINE, "share of its GPU that vllm takes; 0 is what is free", "0..1", metavar="X"
+    )
     flush_seconds: float = option(
         5.0, ENGINE, "answers are on disk after so long at most", "seconds", metavar="S"
     )
@@ -143,6 +146,7 @@ class EngineConfig(Checked):
         self._check_at_least(1, "teacher_batch_size", "tensor_parallel")
         self._check_at_least(0, "teacher_context", "max_total_tokens", "max_requests_per_minute")
         self._check_positive("flush_seconds", "request_timeout")
+        self._check_share("teacher_memory")
         self._check_finite("input_price", "output_price")
         if (self.teacher_backend == "endpoint") > bool(self.teacher_endpoint):
             raise UsageError("--teacher_backend endpoint: give --teacher_endpoint URL, too")

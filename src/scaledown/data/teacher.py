@@ -117,7 +117,13 @@ def load_teacher(  # noqa: PLR0917
         from scaledown.data.teachers.vllm import VllmTeacher
 
         return VllmTeacher(
-            source, device, dtype, generation, lora=engine.lora, tensor_parallel=engine.tensor_parallel
+            source,
+            device,
+            dtype,
+            generation,
+            lora=engine.lora,
+            tensor_parallel=engine.tensor_parallel,
+            memory=engine.memory,
         )
     if backend == "openvino":
         from scaledown.data.teachers.openvino import OpenVINOTeacher

@@ -21,7 +21,7 @@ _APART: Final = {
     *("model", "data", "gold", "run", "qrels", "pruning_reranker", "keyword_model", "judge_model"),
     "output_dir",
     *("flush_seconds", "teacher_endpoint", "max_total_tokens", "max_requests_per_minute", "request_timeout"),
-    *("input_price", "output_price"),
+    *("input_price", "output_price", "teacher_memory"),
 }
 
 
