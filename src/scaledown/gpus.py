@@ -1,9 +1,15 @@
-"""The GPUs that this process sees: their names in its environment, and how much of their memory is free."""
+"""The GPUs that this process sees: their names, their free memory, and the models that hold it."""
 
 import contextlib
+import gc
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Final
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Final, Generic, TypeVar
+
+log = logging.getLogger("scaledown")
+
+Model = TypeVar("Model")
 
 GIB: Final = 1 << 30
 
@@ -55,3 +61,52 @@ def free_share(numbers: Iterable[int]) -> float:
 
     known = [torch.cuda.mem_get_info(number) for number in numbers]
     return max(0.0, min(_MOST, *((free - GIB) / total for free, total in known)))
+
+
+def give_back() -> None:
+    """Free what nobody holds any more: models refer to themselves, and torch keeps memory for later."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class OnDevice(Generic[Model]):
+    """A model that is loaded when it is first called for, and held here alone until it is released."""
+
+    def __init__(self, name: str, device: str, load: Callable[[], Model]) -> None:
+        self._name, self._device, self._load = name, device, load
+        self._model: Model | None = None
+        self._free = 0
+
+    def __call__(self) -> Model:
+        """The model, loaded by now."""
+        if self._model is None:
+            self._free = self._free_memory()
+            self._model = self._load()
+        return self._model
+
+    def release(self) -> None:
+        """Drop the model, if it was loaded. Memory of a GPU that does not come back is told."""
+        if self._model is None:
+            return
+        if hasattr(self._model, "close"):
+            self._model.close()
+        self._model = None
+        give_back()
+        if (lost := self._free - self._free_memory()) > GIB:
+            log.warning(
+                "%s is released, but %.1f GiB of the GPU are not free again: the next model may not fit; "
+                "nvidia-smi shows who has them",
+                self._name,
+                lost / GIB,
+            )
+
+    def _free_memory(self) -> int:
+        """Bytes, of a CUDA device."""
+        if not self._device.startswith("cuda"):
+            return 0
+        import torch
+
+        return int(torch.cuda.mem_get_info(index(self._device))[0])

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from filelock import FileLock
 
 from scaledown.errors import ModelError, ScaleDownError
+from scaledown.gpus import give_back
 from scaledown.storage import cache_directory
 
 if TYPE_CHECKING:
@@ -348,18 +349,8 @@ class Halving:
         log.warning(
             "out of memory: %s texts at once were halved; a lower %s avoids this", len(batch), self.flag
         )
-        _free_memory()
+        give_back()
         return self(work, batch[:middle]) + self(work, batch[middle:])
-
-
-def _free_memory() -> None:
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def choose_dtype(name: str, device: str) -> "torch.dtype":

@@ -1,6 +1,5 @@
 """Corpus -> passages and their vectors, once for many runs: `scaledown index`, and a part of `prepare`."""
 
-import functools
 import logging
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from scaledown.data.retrieval import encode_passages
 from scaledown.data.workers import settings_of, share, supervised
 from scaledown.errors import UsageError, tell
 from scaledown.flags import build_parser, from_flags, underscored
+from scaledown.gpus import OnDevice
 from scaledown.live import publishing
 from scaledown.logs import start_logging
 from scaledown.models import ModelSource, choose_device, choose_dtype, resolve, same_bits
@@ -133,7 +133,11 @@ def _filled(home: RunDirectory, config: IndexConfig, corpus: Source) -> Index:
     retriever = resolve(config.retriever_model)
     index = open_index(home, config, corpus, retriever, retriever.identity(home.content_hash))
     device = choose_device(config.device)
-    index.fill(functools.cache(lambda: load_encoder(retriever, device, config.dtype, config.batch_size)))
+    encoder = OnDevice(
+        "the retriever", device, lambda: load_encoder(retriever, device, config.dtype, config.batch_size)
+    )
+    index.fill(encoder)
+    encoder.release()
     return index
 
 

@@ -15,7 +15,6 @@ if __name__ == "__main__":  # before the imports that take long: Ctrl-C is one l
     start = partial(run_command, debug="--debug" in sys.argv, resumes=True)
     raise SystemExit(start(lambda: import_module("scaledown.data.prepare_dataset").main()))
 
-import functools
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
@@ -51,6 +50,7 @@ from scaledown.data.teachers import Engine, Generation, Teacher
 from scaledown.data.teaching import Teaching, retry, spent_tokens, teach
 from scaledown.data.workers import settings_of, share, supervised
 from scaledown.flags import build_parser, from_flags, underscored
+from scaledown.gpus import OnDevice
 from scaledown.logs import start_logging
 from scaledown.models import ModelSource, choose_device
 from scaledown.prometheus import metrics_file
@@ -218,9 +218,11 @@ def _run_stages(entered: Entered) -> dict[str, Stage]:
     device = choose_device(config.device)
     machine_kind = machine(config)
     asking = _Asking.of(run, entered.request, config, sources, identities, device)
-    teacher = functools.cache(lambda: asking.load(sources.teacher))
-    encoder = functools.cache(
-        lambda: load_encoder(sources.retriever, device, config.dtype, config.batch_size)
+    teacher = OnDevice("the teacher", device, lambda: asking.load(sources.teacher))
+    encoder = OnDevice(
+        "the retriever",
+        device,
+        lambda: load_encoder(sources.retriever, device, config.dtype, config.batch_size),
     )
 
     stages: dict[str, Stage] = {}
@@ -242,7 +244,7 @@ def _run_stages(entered: Entered) -> dict[str, Stage]:
         }
         written = Stage(run, "synthetic", {**asking.settings, **number})
         write_questions(written, index.passages, teacher, config)
-        teacher.cache_clear()  # memory for the retriever and reranker
+        teacher.release()
         stages["synthetic"] = written
         questions["synthetic"] = written.fingerprint
     cleaning = {"clean": CLEAN_VERSION, "evaluation": inputs.get("evaluation")}
@@ -267,7 +269,7 @@ def _run_stages(entered: Entered) -> dict[str, Stage]:
         [queries],
     )
     retrieve(candidates, queries, vectors, encoder, config=config, approximate=index.approximate)
-    encoder.cache_clear()
+    encoder.release()
     stages |= {"queries": queries, "passages": passages, "vectors": vectors, "candidates": candidates}
 
     ranked = candidates
@@ -286,8 +288,10 @@ def _run_stages(entered: Entered) -> dict[str, Stage]:
             },
             [candidates],
         )
-        reranker = functools.cache(
-            lambda: load_reranker(source, device, config.dtype, config.reranker_batch_size)
+        reranker = OnDevice(
+            "the reranker",
+            device,
+            lambda: load_reranker(source, device, config.dtype, config.reranker_batch_size),
         )
         rerank(
             ranked,
@@ -296,7 +300,7 @@ def _run_stages(entered: Entered) -> dict[str, Stage]:
             reranker,
             min(config.top_k_retrieval, searched(vectors)),
         )
-        reranker.cache_clear()
+        reranker.release()
         stages["ranked"] = ranked
 
     shared = cleaning if config.decontaminate_answers else {}
@@ -339,24 +343,17 @@ def _run_teachers(  # noqa: PLR0917
             settings["logprobs"] = logprobs
         stage = stages[name] = Stage(run, name, settings, [ranked])
 
-        @functools.cache
         def load(model: ModelSource = model, stage: Stage = stage, logprobs: int = logprobs) -> Teacher:
             return asking.load(model, counted(stage), logprobs)
 
-        teach(stage, ranked, passages, load, teaching._replace(logprobs=bool(logprobs)))
-    answers, second = stages["answers"], stages.get("second")
-    if config.bad_answers == "retry":
-        sampled = {"answers": answers.fingerprint, "seed": config.seed, "review": REVIEW_VERSION}
-        again = stages["retried"] = Stage(run, "retried", sampled, [answers])
-        model, spent = sources.teacher, answers
-        retry(
-            again,
-            answers,
-            passages,
-            functools.cache(lambda: asking.load(model, counted(spent), config.teacher_logprobs)),
-            teaching,
-        )
-        answers = again
+        teacher = OnDevice(f"the teacher {model.name}", asking.device, load)
+        teach(stage, ranked, passages, teacher, teaching._replace(logprobs=bool(logprobs)))
+        if name == "answers" and config.bad_answers == "retry":
+            sampled = {"answers": stage.fingerprint, "seed": config.seed, "review": REVIEW_VERSION}
+            stages["retried"] = Stage(run, "retried", sampled, [stage])
+            retry(stages["retried"], stage, passages, teacher, teaching)
+        teacher.release()
+    answers, second = stages.get("retried", stages["answers"]), stages.get("second")
     limits = {
         "review": REVIEW_VERSION,
         "answers": answers.fingerprint,

@@ -13,6 +13,7 @@ from scaledown.data.corpus import PassageTable
 from scaledown.data.prompts import LIKELIHOOD_AFTER, LIKELIHOOD_BEFORE
 from scaledown.data.splade import by_length
 from scaledown.errors import InputError, ModelError, UsageError
+from scaledown.gpus import OnDevice
 from scaledown.models import (
     Halving,
     ModelSource,
@@ -225,14 +226,16 @@ def add_reranking_scores(
     if score_scale not in {"raw", "sigmoid"}:
         raise UsageError(f"score_scale {score_scale!r}: use raw or sigmoid")
     check_records(queries_with_docs)
-    reranker = load_reranker(resolve_reranker(reranker_model), choose_device(device), dtype, batch_size)
+    device, source = choose_device(device), resolve_reranker(reranker_model)
+    reranker = OnDevice("the reranker", device, lambda: load_reranker(source, device, dtype, batch_size))
     pairs = [
         Pair(record["query"], document_text(document))
         for record in queries_with_docs
         for document in record["documents"]
     ]
     with track("rerank", "pairs", len(pairs)) as tracker:
-        scores = iter(score_once(reranker, pairs, tracker.advance))
+        scores = iter(score_once(reranker(), pairs, tracker.advance))
+    reranker.release()
     result = []
     for record in queries_with_docs:
         documents: list[Any] = list(record["documents"])

@@ -12,6 +12,7 @@ from scaledown.data.teachers import Engine, Generation, Rejection, Teacher, answ
 from scaledown.data.teachers.openvino import EXPORT, is_exported, openvino_genai
 from scaledown.data.teachers.vllm import check_vllm
 from scaledown.errors import MissingExtraError, ModelError, UsageError, install_command
+from scaledown.gpus import OnDevice
 from scaledown.models import ModelSource, choose_device, hub_errors, read_config_file, resolve
 from scaledown.progress import track
 from scaledown.records import Example, QueryWithDocuments, document_text
@@ -164,7 +165,8 @@ def generate_teacher_answers(
     generation = Generation(max_new_tokens, seed, batch_size, load_in_8bit, load_in_4bit)
     engine = Engine(backend, tuple(endpoints))
     source = find_teacher(teacher_model, engine)
-    teacher = load_teacher(source, choose_device(device), dtype, generation, engine)
+    device = choose_device(device)
+    teacher = OnDevice("the teacher", device, lambda: load_teacher(source, device, dtype, generation, engine))
     template = load_template(prompt)
     texts = [[document_text(document) for document in record["documents"]] for record in queries_with_docs]
     prompts = [
@@ -172,7 +174,8 @@ def generate_teacher_answers(
         for number, (record, documents) in enumerate(zip(queries_with_docs, texts, strict=True))
     ]
     with track("teach", "answers", len(prompts)) as tracker:
-        answers = answer_all(teacher, prompts, tracker.advance)
+        answers = answer_all(teacher(), prompts, tracker.advance)
+    teacher.release()
     examples: list[Example] = []
     for record, documents, answer in zip(queries_with_docs, texts, answers, strict=True):
         if isinstance(answer, Rejection) or not answer.text:

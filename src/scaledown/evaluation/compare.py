@@ -28,6 +28,7 @@ from scaledown.evaluation.scoring import MEASURES
 from scaledown.evaluation.settings import EvaluateConfig
 from scaledown.evaluation.statistics import Difference, difference
 from scaledown.flags import command_parser, from_flags, read_settings, underscored
+from scaledown.gpus import OnDevice
 from scaledown.logs import start_logging
 from scaledown.models import choose_device, choose_dtype, quiet_libraries, resolve
 from scaledown.options import Checked, is_url, option
@@ -310,10 +311,12 @@ def _costs(path: Path, results: Results, config: CompareConfig) -> list[Cost]:
     from scaledown.student.model import ScaleDownModel
 
     log.info("cost: batches of %s, %s", ", ".join(config.cost_batches), config.shape)
-    model = ScaleDownModel.from_pretrained(results.model["name"], dtype=dtype).to(device)
-    _check_shape(results.model["name"], model.config, config.shape)
-    _check_room(model, config.shape)
-    measured = costs(model, batches, shape=config.shape, repeats=config.cost_repeats, **way)
+    name = results.model["name"]
+    model = OnDevice(name, device, lambda: ScaleDownModel.from_pretrained(name, dtype=dtype).to(device))
+    _check_shape(name, model().config, config.shape)
+    _check_room(model(), config.shape)
+    measured = costs(model(), batches, shape=config.shape, repeats=config.cost_repeats, **way)
+    model.release()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"request": request, "machine": machine(), "costs": [one._asdict() for one in measured]})
     return measured

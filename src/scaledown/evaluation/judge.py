@@ -17,6 +17,7 @@ from scaledown.data.teachers import Engine, Generation, Rejection, Teacher
 from scaledown.data.teaching import Meter, spent_tokens
 from scaledown.evaluation import questions, systems
 from scaledown.evaluation.settings import EvaluateConfig
+from scaledown.gpus import OnDevice
 from scaledown.metrics import normalized
 from scaledown.models import ModelSource, choose_device
 from scaledown.progress import track
@@ -74,6 +75,7 @@ class Judging(NamedTuple):
 
     load: Callable[[int], Teacher]
     """With the tokens that were spent on it before."""
+    device: str
     at_once: int
     """Shards that are asked together."""
     settings: dict[str, Any]
@@ -115,7 +117,7 @@ class Judging(NamedTuple):
         if engine.backend == "endpoint":
             load()  # looks for the server, the key and the model, before any work
         prices = (config.input_price, config.output_price)
-        return cls(load, 1 if batches else _SHARDS_AT_ONCE, settings, config.flush_seconds, prices)
+        return cls(load, device, 1 if batches else _SHARDS_AT_ONCE, settings, config.flush_seconds, prices)
 
 
 def judge(
@@ -133,12 +135,13 @@ def judge(
             pair = {"others": answers[against].fingerprint, **settings}
             found[system][PREFERRED] = Stage(run, f"preferred_{system}", pair)
     every = [stage for own in found.values() for stage in own.values()]
-    load = functools.cache(lambda: judging.load(sum(map(spent_tokens, every))))
+    teacher = OnDevice("the judge", judging.device, lambda: judging.load(sum(map(spent_tokens, every))))
     for system, stages in found.items():
-        _judge(stages[JUDGED], asked, _grading(asked, answers[system]), load, judging)
+        _judge(stages[JUDGED], asked, _grading(asked, answers[system]), teacher, judging)
         if against and PREFERRED in stages:
             pairs = _comparing(asked, answers[system], answers[against])
-            _judge(stages[PREFERRED], asked, pairs, load, judging)
+            _judge(stages[PREFERRED], asked, pairs, teacher, judging)
+    teacher.release()
     return found
 
 
