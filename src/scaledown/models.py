@@ -226,6 +226,11 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return named or (isinstance(error, RuntimeError) and said)
 
 
+def onto(device: str) -> dict[str, Any]:
+    """What lets `from_pretrained` read weights straight onto a device: a machine may have less memory than it."""
+    return {} if device == "cpu" else {"device_map": {"": device}}
+
+
 def loadable(source: ModelSource) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` takes: a name or folder, and the keywords that pin it and refuse its code."""
     quiet_libraries()

@@ -21,6 +21,7 @@ from scaledown.models import (
     choose_dtype,
     loadable,
     loading,
+    onto,
     resolve,
 )
 from scaledown.progress import track
@@ -95,8 +96,10 @@ class QueryLikelihoodReranker:
         name, pinned = loadable(source)
         with loading(source):
             self._tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=choose_dtype(dtype, device), **pinned)
-            self._model = model.to(device).eval()
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=choose_dtype(dtype, device), **pinned, **onto(device)
+            )
+        self._model = model.eval()
         self.name = source.name
         self._device = device
         self._batch_size = batch_size

@@ -30,7 +30,7 @@ from scaledown.evaluation.statistics import Difference, difference
 from scaledown.flags import command_parser, from_flags, read_settings, underscored
 from scaledown.gpus import OnDevice
 from scaledown.logs import start_logging
-from scaledown.models import choose_device, choose_dtype, quiet_libraries, resolve
+from scaledown.models import choose_device, choose_dtype, onto, quiet_libraries, resolve
 from scaledown.options import Checked, is_url, option
 from scaledown.shared_config import DTYPES, MACHINE
 from scaledown.store import SYSTEMS, fingerprint
@@ -312,7 +312,7 @@ def _costs(path: Path, results: Results, config: CompareConfig) -> list[Cost]:
 
     log.info("cost: batches of %s, %s", ", ".join(config.cost_batches), config.shape)
     name = results.model["name"]
-    model = OnDevice(name, device, lambda: ScaleDownModel.from_pretrained(name, dtype=dtype).to(device))
+    model = OnDevice(name, device, lambda: ScaleDownModel.from_pretrained(name, dtype=dtype, **onto(device)))
     _check_shape(name, model().config, config.shape)
     _check_room(model(), config.shape)
     measured = costs(model(), batches, shape=config.shape, repeats=config.cost_repeats, **way)

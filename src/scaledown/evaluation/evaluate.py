@@ -45,7 +45,7 @@ from scaledown.flags import command_parser, from_flags, underscored
 from scaledown.gpus import OnDevice
 from scaledown.live import publishing
 from scaledown.logs import start_logging
-from scaledown.models import ModelSource, choose_device, choose_dtype, quiet_libraries, resolve
+from scaledown.models import ModelSource, choose_device, choose_dtype, onto, quiet_libraries, resolve
 from scaledown.report.page import html
 from scaledown.stage import Stage
 from scaledown.store import RunDirectory, fingerprint
@@ -209,7 +209,7 @@ def _evaluate_model(
     def load() -> Any:
         log.info("model: %s on %s, %s", sources.model.name, device, machine["dtype"])
         dtype = choose_dtype(config.dtype, device)
-        return ScaleDownModel.from_pretrained(sources.model.name, dtype=dtype).to(device).eval()
+        return ScaleDownModel.from_pretrained(sources.model.name, dtype=dtype, **onto(device))
 
     model = OnDevice("the model", device, load)
 

@@ -11,7 +11,7 @@ from scaledown.data.prompts import Prompt
 from scaledown.data.teachers import Generation, Rejection, seed_of
 from scaledown.data.teachers.context import Context, context_tokens
 from scaledown.errors import ModelError
-from scaledown.models import Halving, ModelSource, choose_dtype, loadable, loading
+from scaledown.models import Halving, ModelSource, choose_dtype, loadable, loading, onto
 from scaledown.records import Answer
 
 if TYPE_CHECKING:
@@ -35,15 +35,15 @@ class TransformersTeacher:
 
         name, pinned = loadable(source)
         quantization = _quantization(generation, device, dtype)
-        arguments: dict[str, Any] = {"quantization_config": quantization} if quantization else {}
+        arguments = onto(device)
         if quantization:
-            arguments["device_map"] = {"": device}
+            arguments = {"quantization_config": quantization, "device_map": {"": device}}
         with loading(source):
             self._tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **pinned)
             model = AutoModelForCausalLM.from_pretrained(
                 name, dtype=choose_dtype(dtype, device), **pinned, **arguments
             )
-        self._model = (model if quantization else model.to(device)).eval()
+        self._model = model.eval()
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         stops = model.generation_config.eos_token_id
