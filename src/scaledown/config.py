@@ -13,6 +13,7 @@ from scaledown.errors import UsageError
 from scaledown.options import option
 from scaledown.places import File, storage_at
 from scaledown.shared_config import (
+    AUTO_DTYPE,
     CLEANING,
     DTYPES,
     ENDPOINT,
@@ -137,7 +138,7 @@ class IndexConfig(WorkersConfig):
         8192, OUTPUT, "passages kept in memory and lost at most by a crash", "passages", metavar="N"
     )
     device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", metavar="DEVICE")
-    dtype: str = option("auto", MACHINE, "auto is bfloat16 on CUDA, float32 elsewhere", choices=DTYPES)
+    dtype: str = option("auto", MACHINE, AUTO_DTYPE, choices=DTYPES)
 
     def __post_init__(self) -> None:
         self._check_choices()

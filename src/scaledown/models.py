@@ -227,7 +227,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def onto(device: str) -> dict[str, Any]:
-    """What lets `from_pretrained` read weights straight onto a device: a machine may have less memory than it."""
+    """What lets `from_pretrained` read weights straight onto a device: hosts may have less memory."""
     return {} if device == "cpu" else {"device_map": {"": device}}
 
 
@@ -303,15 +303,15 @@ def same_bits() -> None:
 
 
 def choose_device(name: str) -> str:
-    """`auto` becomes the best device there is, of several GPUs that of this process under torchrun.
+    """`auto` becomes the best device there is; `auto` and `cuda` that of this process under torchrun.
 
     Raises `ModelError` for one that is not.
     """
     import torch
 
+    if name in {"auto", "cuda"} and torch.cuda.is_available():
+        return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
     if name == "auto":
-        if torch.cuda.is_available():
-            return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
@@ -366,6 +366,19 @@ def choose_dtype(name: str, device: str) -> "torch.dtype":
         name = "bfloat16" if device.startswith("cuda") else "float32"
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def dtype_to_run(name: str, device: str) -> "torch.dtype":
+    """`choose_dtype` where nothing is trained: `auto` becomes float16 on GPUs that only emulate bfloat16."""
+    import torch
+
+    emulates = (
+        device.startswith("cuda")
+        and torch.cuda.is_available()
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) < (8, 0)
+    )
+    return torch.float16 if name == "auto" and emulates else choose_dtype(name, device)
 
 
 def quiet_libraries() -> None:

@@ -9,6 +9,7 @@ from scaledown.errors import UsageError
 from scaledown.options import Checked, is_url, option
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+AUTO_DTYPE: Final = "auto is bfloat16 on CUDA, float16 on its GPUs before compute capability 8, else float32"
 BACKENDS: Final = ("auto", "transformers", "vllm", "endpoint", "openvino")
 EXECUTORS: Final = ("local", "ray")
 DUPLICATES: Final = ("exact", "near")

@@ -27,6 +27,7 @@ from transformers import (
 import tiny
 from scaledown.data.encoders import load_encoder
 from scaledown.data.splade import SpladeEncoder, max_logits_tiled
+from scaledown.errors import ModelError
 from scaledown.models import resolve
 
 TEXTS = [
@@ -254,3 +255,14 @@ def test_the_kernel_is_launched_where_its_input_is(monkeypatch) -> None:
     monkeypatch.setattr(splade_triton, "kernel", Kernel())
     splade_triton.max_logits_fused(hidden, torch.ones(1), hidden[0], None)
     assert order == ["device", "launched", "left"]
+
+
+def test_states_that_float16_cannot_hold_are_told(tmp_path) -> None:
+    folder = save(tmp_path, "bert")
+    model = BertForMaskedLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.cls.predictions.transform.LayerNorm.weight.fill_(1e5)
+    model.save_pretrained(folder)
+    with pytest.raises(ModelError, match="too large for float16: give --dtype float32"):
+        SpladeEncoder(resolve(str(folder)), "cpu", "float16", 2)
+    assert SpladeEncoder(resolve(str(folder)), "cpu", "float32", 2).documents(TEXTS, lambda _: None).nnz

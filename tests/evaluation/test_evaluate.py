@@ -513,3 +513,4 @@ def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch: pytest.Monke
     assert choose_device("auto") == "cuda"
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert choose_device("auto") == "cuda:3"
+    assert choose_device("cuda") == "cuda:3"

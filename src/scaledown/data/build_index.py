@@ -19,7 +19,7 @@ from scaledown.flags import build_parser, from_flags, underscored
 from scaledown.gpus import OnDevice
 from scaledown.live import publishing
 from scaledown.logs import start_logging
-from scaledown.models import ModelSource, choose_device, choose_dtype, resolve, same_bits
+from scaledown.models import ModelSource, choose_device, dtype_to_run, resolve, same_bits
 from scaledown.progress import duration
 from scaledown.prometheus import metrics_file
 from scaledown.stage import Stage, StageResult
@@ -106,7 +106,7 @@ def open_index(
 def machine(config: IndexConfig) -> dict[str, str]:
     """What the last bits of a model's output depend on besides its weights: device kind and dtype."""
     device = choose_device(config.device)
-    return {"device": device.partition(":")[0], "dtype": str(choose_dtype(config.dtype, device))}
+    return {"device": device.partition(":")[0], "dtype": str(dtype_to_run(config.dtype, device))}
 
 
 def stage_line(name: str, stage: StageResult, planned: str = "") -> str:

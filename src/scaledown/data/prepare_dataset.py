@@ -284,6 +284,7 @@ def _run_stages(entered: Entered) -> dict[str, Stage]:
                 "reranker": identities["reranker"],
                 "likelihood_prompt": PROMPT_VERSION if likelihood else None,
                 "batch_size": config.reranker_batch_size,
+                **({} if likelihood or machine_kind["dtype"] == "torch.float32" else {"head": "float32"}),
                 **machine_kind,
             },
             [candidates],

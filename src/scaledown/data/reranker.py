@@ -18,7 +18,7 @@ from scaledown.models import (
     Halving,
     ModelSource,
     choose_device,
-    choose_dtype,
+    dtype_to_run,
     loadable,
     loading,
     onto,
@@ -57,13 +57,14 @@ class CrossEncoderReranker:
         from sentence_transformers import CrossEncoder
 
         name, pinned = loadable(source)
-        arguments: dict[str, Any] = {"model_kwargs": {"dtype": choose_dtype(dtype, device)}}
+        arguments: dict[str, Any] = {"model_kwargs": {"dtype": dtype_to_run(dtype, device)}}
         with loading(source):
             self._model = CrossEncoder(name, device=device, **pinned, **arguments)
         if self._model.num_labels != 1:
             raise ModelError(
                 f"model {source.name} gives {self._model.num_labels} scores a pair; a reranker gives one"
             )
+        _score_in_float32(self._model.model)
         self.name = source.name
         self._batch_size = batch_size
         self._raw = torch.nn.Identity()
@@ -97,7 +98,7 @@ class QueryLikelihoodReranker:
         with loading(source):
             self._tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
             model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=choose_dtype(dtype, device), **pinned, **onto(device)
+                name, dtype=dtype_to_run(dtype, device), **pinned, **onto(device)
             )
         self._model = model.eval()
         self.name = source.name
@@ -150,6 +151,14 @@ class QueryLikelihoodReranker:
             float(row[-len(question) :].mean()) if question else -math.inf
             for row, question in zip(chosen, questions, strict=True)
         ]
+
+
+def _score_in_float32(model: Any) -> None:
+    """Let the last layers of a classifier compute in float32: in bfloat16 many scores are the same number."""
+    for name in ("classifier", "score"):
+        if (head := getattr(model, name, None)) is not None:
+            head.float()
+            head.register_forward_pre_hook(lambda _, given: tuple(part.float() for part in given))
 
 
 def _in_batches(

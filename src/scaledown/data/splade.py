@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
-from scaledown.models import Halving, ModelSource, choose_dtype, loadable, loading
+from scaledown.errors import ModelError
+from scaledown.models import Halving, ModelSource, dtype_to_run, loadable, loading
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ class SpladeEncoder:
         from sentence_transformers import SparseEncoder
 
         name, pinned = loadable(source)
-        arguments: dict[str, Any] = {"model_kwargs": {"dtype": choose_dtype(dtype, device)}}
+        arguments: dict[str, Any] = {"model_kwargs": {"dtype": dtype_to_run(dtype, device)}}
         with loading(source):
             self._model = SparseEncoder(name, device=device, **pinned, **arguments)
         self._batch_size = batch_size
@@ -143,6 +144,8 @@ class _Fast(NamedTuple):
             batch = torch.from_numpy(padded).to(device)  # [batch, longest]
             mask = torch.arange(batch.shape[1], device=device) < real[:, None]  # [batch, longest]
             hidden = self.model(input_ids=batch, attention_mask=mask.long()).logits  # [batch, longest, width]
+            if hidden.dtype is torch.float16 and not hidden.isfinite().all():  # a maximum may pass over it
+                raise ModelError("the retriever's states are too large for float16: give --dtype float32")
             logits = max_logits(hidden, real, self.weight, self.bias)  # [batch, vocabulary]
             weights = logits.relu_().log1p_()
             if self.twice:
@@ -247,6 +250,8 @@ def _fast(model: Any) -> tuple[str, _Fast | None]:
         if difference <= _TOLERANCE[str(decoder.weight.dtype)]:
             return "", fast
         reason = f"its vectors differ by {difference:.2g}"
+    except ModelError:
+        raise
     except Exception as error:  # whatever a foreign model does
         reason = f"{type(error).__name__}: {error}"
     del decoder.forward

@@ -30,9 +30,9 @@ from scaledown.evaluation.statistics import Difference, difference
 from scaledown.flags import command_parser, from_flags, read_settings, underscored
 from scaledown.gpus import OnDevice
 from scaledown.logs import start_logging
-from scaledown.models import choose_device, choose_dtype, onto, quiet_libraries, resolve
+from scaledown.models import choose_device, dtype_to_run, onto, quiet_libraries, resolve
 from scaledown.options import Checked, is_url, option
-from scaledown.shared_config import DTYPES, MACHINE
+from scaledown.shared_config import AUTO_DTYPE, DTYPES, MACHINE
 from scaledown.store import SYSTEMS, fingerprint
 from scaledown.student.train import train
 from scaledown.student.train_settings import BUDGETS, TrainConfig
@@ -95,7 +95,7 @@ class CompareConfig(Checked):
     )
     seed: int = option(0, OUTPUT, "seed of resampling", metavar="N")
     device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", metavar="DEVICE")
-    dtype: str = option("auto", MACHINE, "auto is bfloat16 on CUDA, float32 elsewhere", choices=DTYPES)
+    dtype: str = option("auto", MACHINE, AUTO_DTYPE, choices=DTYPES)
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -300,7 +300,7 @@ def _costs(path: Path, results: Results, config: CompareConfig) -> list[Cost]:
     """Measured, or as they were measured here before."""
     batches = [int(size) for size in config.cost_batches]
     device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
+    dtype = dtype_to_run(config.dtype, device)
     of = [results.models["model"], batches, config.shape, config.cost_repeats, device, str(dtype), machine()]
     way = {name: results.parameters[name] for name in ("compression_rate", "budget")}
     of += [way] if way["compression_rate"] else []

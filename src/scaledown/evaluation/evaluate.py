@@ -45,7 +45,7 @@ from scaledown.flags import command_parser, from_flags, underscored
 from scaledown.gpus import OnDevice
 from scaledown.live import publishing
 from scaledown.logs import start_logging
-from scaledown.models import ModelSource, choose_device, choose_dtype, onto, quiet_libraries, resolve
+from scaledown.models import ModelSource, choose_device, dtype_to_run, onto, quiet_libraries, resolve
 from scaledown.report.page import html
 from scaledown.stage import Stage
 from scaledown.store import RunDirectory, fingerprint
@@ -199,7 +199,7 @@ def _evaluate_model(
             f"pointer, or leave {' and '.join(echoes)} out"
         )
     device = choose_device(config.device)
-    machine = {"device": device.partition(":")[0], "dtype": str(choose_dtype(config.dtype, device))}
+    machine = {"device": device.partition(":")[0], "dtype": str(dtype_to_run(config.dtype, device))}
     identities = known["models"]
     judging = Judging.of(config, sources.judge, identities, machine) if sources.judge else None
 
@@ -208,7 +208,7 @@ def _evaluate_model(
 
     def load() -> Any:
         log.info("model: %s on %s, %s", sources.model.name, device, machine["dtype"])
-        dtype = choose_dtype(config.dtype, device)
+        dtype = dtype_to_run(config.dtype, device)
         return ScaleDownModel.from_pretrained(sources.model.name, dtype=dtype, **onto(device))
 
     model = OnDevice("the model", device, load)

@@ -7,7 +7,7 @@ from typing import Any, Final
 from scaledown.config import OUTPUT, PrepareConfig
 from scaledown.errors import UsageError
 from scaledown.options import is_url, option
-from scaledown.shared_config import DTYPES, ENDPOINT, ENGINE, MACHINE, EngineConfig
+from scaledown.shared_config import AUTO_DTYPE, DTYPES, ENDPOINT, ENGINE, MACHINE, EngineConfig
 from scaledown.store import DEFAULT_SYSTEMS, SYSTEMS
 from scaledown.student.train_settings import BUDGETS
 
@@ -106,7 +106,7 @@ class EvaluateConfig(EngineConfig):
     )
     seed: int = option(0, OUTPUT, "seed of resampling, and of random", metavar="N")
     device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", metavar="DEVICE")
-    dtype: str = option("auto", MACHINE, "auto is bfloat16 on CUDA, float32 elsewhere", choices=DTYPES)
+    dtype: str = option("auto", MACHINE, AUTO_DTYPE, choices=DTYPES)
 
     def __post_init__(self) -> None:
         self._check_choices()

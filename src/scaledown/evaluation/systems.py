@@ -74,10 +74,11 @@ def answer(
                     scores = model.rerank(asked_of, given, batch_size=config.batch_size)
                 return [_Answered(text, "", own) for text, own in zip(written, scores, strict=True)]
 
-            found = [
-                _Answered("", str(one), None) if isinstance(one, InputError) else one
-                for one in each(answers, range(len(own)))
-            ]
+            with stage.noting(shard, lambda: model.halving.count):
+                found = [
+                    _Answered("", str(one), None) if isinstance(one, InputError) else one
+                    for one in each(answers, range(len(own)))
+                ]
             tracker.advance(len(own))
             return pa.Table.from_pylist([one._asdict() for one in found], _SCHEMA)
 

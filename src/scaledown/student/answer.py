@@ -15,7 +15,7 @@ from scaledown.data.formats import Entry, entries, problems
 from scaledown.errors import InputError, UsageError, run_command
 from scaledown.flags import Parser, add_log_flags, underscored
 from scaledown.logs import start_logging
-from scaledown.models import choose_device, choose_dtype, onto
+from scaledown.models import choose_device, dtype_to_run, onto
 from scaledown.progress import track
 from scaledown.student.train_settings import BUDGETS
 
@@ -105,7 +105,7 @@ def _load(options: argparse.Namespace) -> Any:
     from scaledown.student.model import ScaleDownModel
 
     device = choose_device(options.device)
-    dtype = choose_dtype(options.dtype, device)
+    dtype = dtype_to_run(options.dtype, device)
     return ScaleDownModel.from_pretrained(options.model, dtype=dtype, **onto(device))
 
 

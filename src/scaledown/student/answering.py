@@ -5,7 +5,7 @@ import inspect
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, NamedTuple, overload
+from typing import Any, ClassVar, Final, NamedTuple, overload
 
 import torch
 
@@ -65,6 +65,7 @@ class _Question(NamedTuple):
 class Answering:
     """What `ScaleDownModel` offers those who use it. Decoding is greedy."""
 
+    halving: ClassVar = Halving("batch_size")
     config: ScaleDownConfig
     generator: Any
     tokenizer: Any
@@ -131,7 +132,6 @@ class Answering:
                 for text, own in zip(queries, many, strict=True)
             ]
         order = sorted(range(len(questions)), key=lambda number: -questions[number].length)
-        halving = Halving("batch_size")
         answers = [""] * len(questions)
 
         def work(batch: Sequence[int]) -> list[str]:
@@ -139,7 +139,7 @@ class Answering:
 
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            written = [text for part in halving(work, chosen) for text in part]
+            written = [text for part in self.halving(work, chosen) for text in part]
             for number, text in zip(chosen, written, strict=True):
                 answers[number] = text
         return answers[0] if isinstance(query, str) else answers
@@ -300,7 +300,6 @@ class Answering:
             read = [
                 self.reader.read(text, own, rate=way.rate) for text, own in zip(queries, many, strict=True)
             ]
-        halving = Halving("batch_size")
 
         def work(batch: Sequence[list[Document]]) -> list[_Own]:
             return self._compress_read(batch, way.budget)
@@ -308,7 +307,7 @@ class Answering:
         return [
             found
             for start in range(0, len(read), batch_size)
-            for part in halving(work, read[start : start + batch_size])
+            for part in self.halving(work, read[start : start + batch_size])
             for found in part
         ]
 

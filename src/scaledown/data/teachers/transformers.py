@@ -11,7 +11,7 @@ from scaledown.data.prompts import Prompt
 from scaledown.data.teachers import Generation, Rejection, seed_of
 from scaledown.data.teachers.context import Context, context_tokens
 from scaledown.errors import ModelError
-from scaledown.models import Halving, ModelSource, choose_dtype, loadable, loading, onto
+from scaledown.models import Halving, ModelSource, dtype_to_run, loadable, loading, onto
 from scaledown.records import Answer
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class TransformersTeacher:
         with loading(source):
             self._tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **pinned)
             model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=choose_dtype(dtype, device), **pinned, **arguments
+                name, dtype=dtype_to_run(dtype, device), **pinned, **arguments
             )
         self._model = model.eval()
         if self._tokenizer.pad_token_id is None:
@@ -186,5 +186,5 @@ def _quantization(generation: Generation, device: str, dtype: str) -> Any:
     if generation.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=choose_dtype(dtype, device)
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype_to_run(dtype, device)
     )
