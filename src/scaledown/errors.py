@@ -4,6 +4,7 @@ ScaleDownError            exit status 1
 ├── UsageError            exit status 2: the command line contradicts itself
 ├── InputError            queries, corpus or training data cannot be used
 ├── ModelError            a model cannot be found, read or run
+│   └── NoRoomError       a device is too small for it, or full
 ├── MissingExtraError     an optional dependency is not installed
 ├── OutputError           the output cannot be written
 └── RunDirectoryError     the run directory is busy or belongs to other settings
@@ -43,6 +44,10 @@ class InputError(ScaleDownError):
 
 class ModelError(ScaleDownError):
     """A model that is unknown, gated, out of reach, or of the wrong kind."""
+
+
+class NoRoomError(ModelError):
+    """A model that does not fit the device, which others may use, or one text of it."""
 
 
 class MissingExtraError(ScaleDownError):

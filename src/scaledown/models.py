@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from filelock import FileLock
 
-from scaledown.errors import ModelError, ScaleDownError
+from scaledown.errors import ModelError, NoRoomError, ScaleDownError
 from scaledown.gpus import give_back
 from scaledown.storage import cache_directory
 
@@ -142,7 +142,7 @@ def hub_errors(name: str, kind: str = "model") -> Iterator[None]:
     except Exception as error:  # libraries raise all kinds here; --debug shows the original
         causes = list(_causes(error))
         if any(map(_is_out_of_memory, causes)):
-            raise ModelError(
+            raise NoRoomError(
                 f"{kind} {name}: out of memory while loading; use a smaller model, --dtype bfloat16, "
                 "or for a teacher --teacher_8bit or --teacher_4bit"
             ) from error
@@ -345,7 +345,7 @@ class Halving:
             if not _is_out_of_memory(error):
                 raise
             if len(batch) == 1:
-                raise ModelError(
+                raise NoRoomError(
                     f"out of memory with one text at a time ({self.flag} 1): use a smaller model, shorter "
                     "texts or a larger machine"
                 ) from error

@@ -130,9 +130,10 @@ class IndexResult(NamedTuple):
 def _filled(home: RunDirectory, config: IndexConfig, corpus: Source) -> Index:
     """The index, with all that was missing."""
     same_bits()
+    device = choose_device(config.device)
+    config = config.sized(device)
     retriever = resolve(config.retriever_model)
     index = open_index(home, config, corpus, retriever, retriever.identity(home.content_hash))
-    device = choose_device(config.device)
     encoder = OnDevice(
         "the retriever", device, lambda: load_encoder(retriever, device, config.dtype, config.batch_size)
     )

@@ -54,7 +54,7 @@ from scaledown.gpus import OnDevice
 from scaledown.logs import start_logging
 from scaledown.models import ModelSource, choose_device
 from scaledown.prometheus import metrics_file
-from scaledown.stage import Stage
+from scaledown.stage import Stage, together
 from scaledown.store import RunDirectory
 
 log = logging.getLogger("scaledown")
@@ -212,10 +212,10 @@ def _keep_backend(  # noqa: PLR0917
 
 def _run_stages(entered: Entered) -> dict[str, Stage]:
     """The picture at the top, in order. A stage's settings hold all that its shards depend on."""
-    run, config, sources = entered.run, entered.config, entered.sources
+    device = choose_device(entered.config.device)
+    run, config, sources = entered.run, entered.config.sized(device), entered.sources
     identities, inputs = entered.identities, entered.inputs
     index = open_index(entered.home, config, sources.corpus, sources.retriever, identities["retriever"])
-    device = choose_device(config.device)
     machine_kind = machine(config)
     asking = _Asking.of(run, entered.request, config, sources, identities, device)
     teacher = OnDevice("the teacher", device, lambda: asking.load(sources.teacher))
@@ -321,7 +321,8 @@ def _run_teachers(  # noqa: PLR0917
     """Ranked passages -> answers of one teacher or two -> those that are kept."""
     sampling = {"temperature": config.temperature, "seed": config.seed} if config.temperature else {}
     shown = {"ranked": ranked.fingerprint, "documents": config.documents_per_query}
-    at_once = _WITH_LOGPROBS_AT_ONCE if config.teacher_logprobs else _SHARDS_AT_ONCE
+    most = _WITH_LOGPROBS_AT_ONCE if config.teacher_logprobs else _SHARDS_AT_ONCE
+    at_once = together(len(config.part.of(len(ranked.planned()))), most, config.workers)
     teaching = Teaching(
         documents_per_query=config.documents_per_query,
         temperature=config.temperature,

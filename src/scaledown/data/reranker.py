@@ -26,6 +26,7 @@ from scaledown.models import (
 )
 from scaledown.progress import track
 from scaledown.records import QueryWithDocuments, document_text, full_text
+from scaledown.shared_config import batch_for
 from scaledown.stage import Stage
 
 log = logging.getLogger("scaledown")
@@ -232,13 +233,14 @@ def add_reranking_scores(
     """
     if top_k is not None and top_k < 1:
         raise UsageError(f"top_k {top_k}: must be at least 1")
-    if batch_size < 1:
-        raise UsageError(f"batch_size {batch_size}: must be at least 1")
+    if batch_size < 0:
+        raise UsageError(f"batch_size {batch_size}: must not be negative; 0 suits the device")
     queries_with_docs = list(queries_with_docs)
     if score_scale not in {"raw", "sigmoid"}:
         raise UsageError(f"score_scale {score_scale!r}: use raw or sigmoid")
     check_records(queries_with_docs)
     device, source = choose_device(device), resolve_reranker(reranker_model)
+    batch_size = batch_for("reranker_batch_size", batch_size, device)
     reranker = OnDevice("the reranker", device, lambda: load_reranker(source, device, dtype, batch_size))
     pairs = [
         Pair(record["query"], document_text(document))

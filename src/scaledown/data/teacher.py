@@ -158,8 +158,8 @@ def generate_teacher_answers(
     empty is left out, and a warning names it. `backend`, `endpoints` and `prompt` are as the flags
     `--teacher_backend`, `--teacher_endpoint` and `--prompt`.
     """
-    if batch_size < 1 or max_new_tokens < 1:
-        raise UsageError("batch_size and max_new_tokens must be at least 1")
+    if batch_size < 0 or max_new_tokens < 1:
+        raise UsageError("batch_size must not be negative, max_new_tokens at least 1")
     queries_with_docs = list(queries_with_docs)
     check_records(queries_with_docs)
     generation = Generation(max_new_tokens, seed, batch_size, load_in_8bit, load_in_4bit)

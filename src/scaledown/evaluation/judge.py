@@ -22,6 +22,7 @@ from scaledown.metrics import normalized
 from scaledown.models import ModelSource, choose_device
 from scaledown.progress import track
 from scaledown.records import Answer
+from scaledown.shared_config import batch_for
 from scaledown.stage import Stage
 from scaledown.store import RunDirectory
 
@@ -92,9 +93,10 @@ class Judging(NamedTuple):
     ) -> "Judging":
         """As the settings say. Raises `ModelError` where there is no such server or model behind it."""
         device = choose_device(config.device)
+        size = batch_for("teacher_batch_size", config.teacher_batch_size, device)
         generation = Generation(
             NEW_TOKENS,
-            batch_size=config.teacher_batch_size,
+            batch_size=size,
             load_in_8bit=config.teacher_8bit,
             load_in_4bit=config.teacher_4bit,
             context=config.teacher_context,
@@ -110,7 +112,7 @@ class Judging(NamedTuple):
             "bits": 8 if config.teacher_8bit else 4 if config.teacher_4bit else 0,
             "context": config.teacher_context,
             "max_new_tokens": NEW_TOKENS,
-            "batch_size": config.teacher_batch_size if batches else None,
+            "batch_size": size if batches else None,
             "machine": None if engine.backend == "endpoint" else machine,
         }
         load = functools.partial(load_teacher, source, device, config.dtype, generation, engine)

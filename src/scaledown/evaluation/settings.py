@@ -7,7 +7,7 @@ from typing import Any, Final
 from scaledown.config import OUTPUT, PrepareConfig
 from scaledown.errors import UsageError
 from scaledown.options import is_url, option
-from scaledown.shared_config import AUTO_DTYPE, DTYPES, ENDPOINT, ENGINE, MACHINE, EngineConfig
+from scaledown.shared_config import AUTO_DTYPE, DTYPES, ENDPOINT, ENGINE, MACHINE, EngineConfig, batch_for
 from scaledown.store import DEFAULT_SYSTEMS, SYSTEMS
 from scaledown.student.train_settings import BUDGETS
 
@@ -141,4 +141,5 @@ class EvaluateConfig(EngineConfig):
     def compared(self) -> dict[str, Any]:
         """The settings that two runs must share to be one; files and models are known by their contents."""
         kept = {name: value for name, value in asdict(self).items() if name not in _APART}
+        kept["teacher_batch_size"] = batch_for("teacher_batch_size", self.teacher_batch_size, "")
         return kept | {"served": bool(self.teacher_endpoint), "device": self.device.partition(":")[0]}

@@ -13,6 +13,7 @@ from scaledown.data.teachers.context import Context, context_tokens
 from scaledown.errors import ModelError
 from scaledown.models import Halving, ModelSource, dtype_to_run, loadable, loading, onto
 from scaledown.records import Answer
+from scaledown.shared_config import batch_for
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,7 @@ class TransformersTeacher:
             pad_token_id=self._tokenizer.pad_token_id,
         )
         self._device = device
+        self._batch_size = batch_for("teacher_batch_size", generation.batch_size, device)
         self._generation = generation
         tokens = context_tokens(model.config, self._tokenizer)
         self._context = Context(source.name, self._tokenizer, tokens, generation)
@@ -75,7 +77,7 @@ class TransformersTeacher:
             else:
                 inputs[number] = fitted
         order = sorted(inputs, key=lambda number: -len(inputs[number][0]))
-        size = self._generation.batch_size
+        size = self._batch_size
 
         def generate(batch: Sequence[int]) -> list[_Written]:
             return self._generate(
