@@ -18,6 +18,7 @@ from scaledown.data.retrieval import SPLADERetriever
 from scaledown.data.teachers import Generation, Teacher
 from scaledown.data.teachers.openvino import OpenVINOTeacher
 from scaledown.data.teachers.transformers import TransformersTeacher
+from scaledown.errors import install_command
 from scaledown.metrics import accuracy
 from scaledown.models import resolve
 from scaledown.records import Answer, DocumentDict, full_text
@@ -89,7 +90,7 @@ def main() -> None:
     fast = verdict(f"transformers, batch {BATCH}", f"{ratio:.2f}x", "1.4x", met=ratio >= 1.4)
     print("  not measured: vllm (CUDA only), endpoint (its server's speed)")
     if importlib.util.find_spec("openvino_genai") is None:
-        print(f"  not measured: openvino (pip install 'scaledown[openvino]'); accuracy {theirs.mean():.3f}")
+        print(f"  not measured: openvino ({install_command('openvino')}); accuracy {theirs.mean():.3f}")
         close("teachers", ratio, 1.4)
     export(source)
     teacher = OpenVINOTeacher(source, Generation(NEW_TOKENS))

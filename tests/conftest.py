@@ -152,7 +152,7 @@ def server() -> Iterator[web.Server]:
 def s3_server() -> Iterator[Any]:
     """An S3 server on loopback; what is in it survives stopping and starting."""
     moto = pytest.importorskip("moto.server", reason="no S3 server: pip install 'moto[server]'")
-    pytest.importorskip("s3fs", reason="no s3fs: pip install 'scaledown[s3]'")
+    pytest.importorskip("s3fs", reason="no s3fs: pip install s3fs")
     server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     server._port = server.get_host_and_port()[1]
@@ -170,7 +170,7 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture(scope="session")
 def gs_server() -> Iterator[str]:
     """The address of a server of Google's protocol on loopback."""
-    pytest.importorskip("gcsfs", reason="no gcsfs: pip install 'scaledown[gs]'")
+    pytest.importorskip("gcsfs", reason="no gcsfs: pip install gcsfs")
     with google.gs_server() as address:
         yield address
 

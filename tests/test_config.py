@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from scaledown.config import PRESETS, PrepareConfig
+from scaledown.data.manifest import compared_settings
 from scaledown.errors import InputError, UsageError
 from scaledown.flags import build_parser, from_flags, underscored
 
@@ -143,7 +144,7 @@ def test_config_files_that_are_none(content, error, match, tmp_path: Path) -> No
         ({"output_file": "o.txt"}, "ending chooses the format"),
         ({"output_file": "o.json/"}, "is a folder"),
         ({"teacher_8bit": True, "teacher_4bit": True}, "exclude each other"),
-        ({"batch_size": 0}, "--batch_size 0"),
+        ({"batch_size": -1}, "--batch_size -1: must not be negative"),
         ({"passage_tokens": 3}, "at least 16"),
         ({"max_bad_fraction": 1.5}, "between 0 and 1"),
         ({"temperature": -1.0}, "not be negative"),
@@ -184,3 +185,20 @@ def test_help_groups_every_flag_with_unit_and_default(capsys: pytest.CaptureFixt
         "machine",
     ):
         assert f"{group}" in text
+
+
+@pytest.mark.parametrize(
+    ("device", "sizes"), [("cpu", (32, 16, 8)), ("mps", (32, 16, 8)), ("cuda:1", (256, 128, 32))]
+)
+def test_batches_suit_the_device_where_none_are_given(device: str, sizes: tuple[int, ...]) -> None:
+    config = PrepareConfig(**BASE).sized(device)
+    assert (config.batch_size, config.reranker_batch_size, config.teacher_batch_size) == sizes
+    given = PrepareConfig(**BASE, batch_size=3, teacher_batch_size=5).sized(device)
+    assert (given.batch_size, given.reranker_batch_size, given.teacher_batch_size) == (3, sizes[1], 5)
+
+
+def test_a_run_of_an_earlier_version_with_its_default_batches_goes_on() -> None:
+    """Its settings have the numbers that are zeros now."""
+    numbers = {"batch_size": 32, "reranker_batch_size": 16, "teacher_batch_size": 8}
+    before = compared_settings(PrepareConfig(**BASE, **numbers))
+    assert compared_settings(PrepareConfig(**BASE)) == before

@@ -14,11 +14,12 @@ import pytest
 
 from scaledown.config import PrepareConfig
 from scaledown.data import workers
-from scaledown.errors import InputError, RunDirectoryError, UsageError
-from scaledown.executor import Ending, LocalPool, Order, gpus, supervise
+from scaledown.errors import InputError, NoRoomError, RunDirectoryError, UsageError
+from scaledown.executor import Ending, LocalPool, Order, supervise
+from scaledown.gpus import only
 from scaledown.leases import Leases
 from scaledown.ray_pool import RayPool
-from scaledown.stage import Stage
+from scaledown.stage import Stage, together
 from scaledown.store import Part, RunDirectory
 
 WELL = Ending(well=True)
@@ -76,6 +77,50 @@ def test_an_error_of_the_user_ends_all(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no article"):
         supervise(pool, "m:f", {}, 2, [Leases(tmp_path, "me")])
     assert [name[:8] for name in pool.killed] == ["worker-0"]
+
+
+def test_a_worker_whose_gpu_is_full_stops_and_the_others_go_on(tmp_path: Path, caplog: Any) -> None:
+    full = Ending.told("NoRoomError", "model x: out of memory while loading")
+    pool = Scripted(full, WELL, WELL)
+    supervise(pool, "m:f", {}, 3, [Leases(tmp_path, "me")])
+    assert len(pool.orders) == 3, "none begins in its place"
+    assert "stops, the others go on: model x: out of memory" in caplog.text
+    with pytest.raises(NoRoomError, match="out of memory while loading"):
+        supervise(Scripted(full, full), "m:f", {}, 2, [Leases(tmp_path, "me")])
+
+
+def test_a_shard_is_given_back_by_a_worker_without_room(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    stage = Stage(run, "ranked", {})
+
+    def full(shard: int) -> pa.Table:
+        raise NoRoomError("out of memory")
+
+    for _ in range(4):
+        with pytest.raises(NoRoomError):
+            stage.complete(1, full)
+    assert stage.complete(1, lambda n: pa.table({"n": [n]})), "nobody died of it"
+
+
+@pytest.mark.parametrize(
+    ("shards", "most", "workers", "count"),
+    [(28, 16, 0, 16), (28, 16, 1, 16), (28, 16, 8, 1), (3490, 16, 8, 16), (100, 16, 8, 6), (1, 16, 8, 1)],
+)
+def test_no_worker_takes_what_others_could_make(shards: int, most: int, workers: int, count: int) -> None:
+    assert together(shards, most, workers) == count
+
+
+def test_workers_are_told_how_many_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+
+    def supervise(_pool: Any, _target: str, settings: dict[str, Any], *_: Any) -> None:
+        told.update(settings["config"])
+
+    monkeypatch.setattr(workers, "supervise", supervise)
+    monkeypatch.setattr(workers, "gpus_here", lambda _: 8)
+    config = PrepareConfig(queries_file=("q.txt",), output_file="o.json")
+    workers.share(config, "m:f", [RunDirectory(tmp_path / "run")])
+    assert told["workers"] == 8
 
 
 def test_workers_that_die_of_nothing_end_the_run(tmp_path: Path) -> None:
@@ -137,7 +182,8 @@ def test_a_shard_that_hangs_every_worker_is_its_fault_and_not_the_end(tmp_path: 
     ],
 )
 def test_each_place_has_gpus_of_its_own(visible: str, place: int, each: int, own: list[str]) -> None:
-    assert gpus({"CUDA_VISIBLE_DEVICES": visible}, place, each) == own
+    shown = only({"CUDA_VISIBLE_DEVICES": visible}, range(place * each, (place + 1) * each))
+    assert shown == {"CUDA_VISIBLE_DEVICES": ",".join(own)}
 
 
 def test_a_process_says_why_it_died(tmp_path: Path) -> None:
@@ -396,12 +442,19 @@ class FakeRay:
 
 
 @pytest.mark.parametrize(
-    ("gpus_there", "asked", "each", "count", "own"),
-    [(16, 0, 1, 16, 1), (16, 0, 4, 4, 4), (16, 3, 1, 3, 1), (0, 0, 1, 2, 0)],
+    ("gpus_there", "asked", "each", "count", "own", "threads"),
+    [(16, 0, 1, 16, 1, 4), (16, 0, 4, 4, 4, 16), (16, 3, 1, 3, 1, 4), (0, 0, 1, 2, 0, 32)],
 )
 def test_workers_on_ray_take_their_gpus(
-    gpus_there: int, asked: int, each: int, count: int, own: int, monkeypatch: pytest.MonkeyPatch
+    gpus_there: int,
+    asked: int,
+    each: int,
+    count: int,
+    own: int,
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     ray = FakeRay(gpus_there)
     monkeypatch.setitem(sys.modules, "ray", ray)
     pool = RayPool("auto", asked, each)
@@ -410,7 +463,7 @@ def test_workers_on_ray_take_their_gpus(
     (options,) = ray.options
     assert (options["num_gpus"], options["max_retries"]) == (own, 0)
     assert options["num_cpus"] == (1 if own else 32)
-    assert "OMP_NUM_THREADS" in options["runtime_env"]["env_vars"]
+    assert options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == str(threads)
     ending = worker.ended()
     assert ending is not None
     assert "isinstance() arg 2 must be a type" in ending.reason

@@ -259,6 +259,20 @@ def test_parallel_processing_of_the_guide(place: Path, monkeypatch: pytest.Monke
     assert sorted(record["query"] for record in again) == sorted(record["query"] for record in merged)
 
 
+def test_the_loop_of_the_guide_names_no_gpu_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "queries.txt").write_text("".join(f"What is number {n}?\n" for n in range(20)))
+    (tmp_path / "bin").mkdir()
+    for name, does in (("python", "echo $CUDA_VISIBLE_DEVICES >> gpus"), ("scaledown", ":")):
+        script = tmp_path / "bin" / name
+        script.write_text(f"#!/bin/sh\n{does}\n")
+        script.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    text = SCRIPTS[0].text.replace("split -l 1000", "split -l 1")
+    subprocess.run(["bash", "-e", "-c", text], cwd=tmp_path, env=environment, check=True)
+    named = sorted(map(int, (tmp_path / "gpus").read_text().split()))
+    assert named == sorted(number % 8 for number in range(20))
+
+
 @pytest.mark.parametrize("fence", [f for f in GUIDE_FENCES if f.language == "python"], ids=titled)
 def test_snippets_of_the_guide(fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.redirect_stdout(io.StringIO()):

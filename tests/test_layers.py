@@ -12,7 +12,7 @@ LAYERS = [
     {"student"},
     {"data"},
     {"overview", "prometheus"},
-    {"report", "metrics", "status", "live", "progress", "executor", "ray_pool", "models", "flags"},
+    {"report", "metrics", "status", "live", "progress", "executor", "ray_pool", "models", "gpus", "flags"},
     {
         "config",
         "shared_config",

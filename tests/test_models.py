@@ -9,11 +9,12 @@ from pathlib import Path
 
 import httpx2
 import pytest
+import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from scaledown import models as loading
 from scaledown.errors import ModelError
-from scaledown.models import ModelSource, choose_device, hub_errors, read_config_file, resolve
+from scaledown.models import ModelSource, choose_device, dtype_to_run, hub_errors, read_config_file, resolve
 from tiny import COMMIT
 
 
@@ -184,3 +185,23 @@ def test_devices() -> None:
     for name in ("cuda:99", "abacus", "meta"):
         with pytest.raises(ModelError, match="--device"):
             choose_device(name)
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "asked", "found"),
+    [
+        ((7, 0), None, "auto", torch.float16),
+        ((7, 5), None, "auto", torch.float16),
+        ((7, 5), None, "bfloat16", torch.bfloat16),
+        ((8, 0), None, "auto", torch.bfloat16),
+        ((9, 0), "6.4", "auto", torch.bfloat16),
+    ],
+)
+def test_a_gpu_that_only_emulates_bfloat16_runs_in_float16(
+    capability, hip, asked, found, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert dtype_to_run(asked, "cuda:1") is found
+    assert dtype_to_run("auto", "cpu") is torch.float32

@@ -1,5 +1,6 @@
 """What people install: the wheel, the command, the API reference."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import scaledown
 from conftest import ROOT
 from scaledown.cli import main
+from scaledown.errors import DISTRIBUTION, install_command
 
 
 @pytest.mark.slow
@@ -113,6 +115,39 @@ def test_versions_agree() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     assert f'version = "{scaledown.__version__}"' in text
     assert f"## {scaledown.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_an_extra_is_told_by_its_packages_however_it_was_installed(monkeypatch) -> None:
+    needed = {
+        "scaledown-rag": [
+            "torch>=2.6",
+            'ray>=2.40; extra == "ray"',
+            "pyseismic-lsr>=0.5; (sys_platform == 'linux') and extra == 'approximate'",
+            "one>=1; extra == 'both'",
+            "two; extra == 'both'",
+        ]
+    }
+
+    def requires(name: str) -> list[str]:
+        if name not in needed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return needed[name]
+
+    monkeypatch.setattr(importlib.metadata, "requires", requires)
+    assert install_command("ray") == "pip install 'ray>=2.40'"
+    assert install_command("approximate") == "pip install 'pyseismic-lsr>=0.5'"
+    assert install_command("both") == "pip install 'one>=1' two"
+    needed.clear()
+    assert install_command("ray") == "pip install -e '.[ray]' in a checkout"
+
+
+def test_nobody_is_sent_to_the_package_of_another_project() -> None:
+    assert f'name = "{DISTRIBUTION}"' in (ROOT / "pyproject.toml").read_text()
+    told = [ROOT / "README.md", ROOT / "tests" / "conftest.py", *(ROOT / "docs").glob("*.md")]
+    for path in [*told, *(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        text = path.read_text()
+        assert "scaledown[" not in text, path
+        assert "pip install scaledown" not in text, path
 
 
 def test_dependencies_have_reasons() -> None:

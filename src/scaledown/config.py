@@ -5,7 +5,7 @@ Precedence, lowest first: defaults, `--preset`, `--config`, flags.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Self
 
 from scaledown.errors import UsageError
@@ -13,6 +13,8 @@ from scaledown.options import option
 from scaledown.outputs import check_ending
 from scaledown.places import File, storage_at
 from scaledown.shared_config import (
+    AUTO_DTYPE,
+    BATCHES,
     CLEANING,
     DTYPES,
     ENDPOINT,
@@ -22,6 +24,7 @@ from scaledown.shared_config import (
     CleanConfig,
     EngineConfig,
     WorkersConfig,
+    batch_for,
 )
 from scaledown.storage import Storage
 from scaledown.store import Part
@@ -115,7 +118,9 @@ class IndexConfig(WorkersConfig):
         "SPLADE model or sentence-transformers bi-encoder (dense retrieval)",
         metavar="MODEL",
     )
-    batch_size: int = option(32, RETRIEVAL, "texts encoded at once", "texts", metavar="N")
+    batch_size: int = option(
+        0, RETRIEVAL, "texts encoded at once; 0 is 32, on CUDA 256", "texts", metavar="N"
+    )
     weights: str = option(
         "float16", RETRIEVAL, "how the weights of sparse vectors are stored", choices=WEIGHTS
     )
@@ -136,17 +141,24 @@ class IndexConfig(WorkersConfig):
         8192, OUTPUT, "passages kept in memory and lost at most by a crash", "passages", metavar="N"
     )
     device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", metavar="DEVICE")
-    dtype: str = option("auto", MACHINE, "auto is bfloat16 on CUDA, float32 elsewhere", choices=DTYPES)
+    dtype: str = option("auto", MACHINE, AUTO_DTYPE, choices=DTYPES)
 
     def __post_init__(self) -> None:
         self._check_choices()
         self._check_workers()
-        self._check_at_least(1, "batch_size", "passages_per_shard")
-        self._check_at_least(0, "max_corpus_size")
+        self._check_at_least(1, "passages_per_shard")
+        self._check_at_least(0, "batch_size", "max_corpus_size")
         self._check_at_least(16, "passage_tokens")
         self._check_share("max_bad_fraction")
         for name in ("index_dir", "output_file", "work_dir"):
             storage_at(getattr(self, name, ""))  # which says of a URL whether it can be
+
+    def sized(self, device: str) -> Self:
+        """With batches that suit the device where none are given."""
+        sizes: dict[str, Any] = {
+            name: batch_for(name, getattr(self, name), device) for name in BATCHES if hasattr(self, name)
+        }
+        return replace(self, **sizes)
 
     @property
     def index_directory(self) -> Storage:
@@ -225,7 +237,9 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
     reranking_score_scale: str = option(
         "raw", RERANKING, "reranking_scores as the model gives them, or mapped to 0..1", choices=SCORE_SCALES
     )
-    reranker_batch_size: int = option(16, RERANKING, "pairs scored at once", "pairs", metavar="N")
+    reranker_batch_size: int = option(
+        0, RERANKING, "pairs scored at once; 0 is 16, on CUDA 128", "pairs", metavar="N"
+    )
     teacher_model: str = option(
         "mistralai/Mistral-7B-Instruct-v0.2",
         TEACHER,
@@ -347,12 +361,12 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
         self._check_at_least(
             1,
             "top_k_retrieval",
-            "reranker_batch_size",
             "max_new_tokens",
             "queries_per_shard",
         )
         self._check_at_least(
             0,
+            "reranker_batch_size",
             "num_synthetic_queries",
             "top_k_reranking",
             "teacher_document_tokens",

@@ -4,6 +4,7 @@ ScaleDownError            exit status 1
 ├── UsageError            exit status 2: the command line contradicts itself
 ├── InputError            queries, corpus or training data cannot be used
 ├── ModelError            a model cannot be found, read or run
+│   └── NoRoomError       a device is too small for it, or full
 ├── MissingExtraError     an optional dependency is not installed
 ├── OutputError           the output cannot be written
 └── RunDirectoryError     the run directory is busy or belongs to other settings
@@ -11,12 +12,18 @@ ScaleDownError            exit status 1
 
 import contextlib
 import errno
+import importlib.metadata
 import io
 import logging
 import os
+import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from typing import Final
+
+DISTRIBUTION: Final = "scaledown-rag"
 
 
 class ScaleDownError(Exception):
@@ -39,6 +46,10 @@ class ModelError(ScaleDownError):
     """A model that is unknown, gated, out of reach, or of the wrong kind."""
 
 
+class NoRoomError(ModelError):
+    """A model that does not fit the device, which others may use, or one text of it."""
+
+
 class MissingExtraError(ScaleDownError):
     """A feature whose optional dependency is not installed."""
 
@@ -49,6 +60,19 @@ class OutputError(ScaleDownError):
 
 class RunDirectoryError(ScaleDownError):
     """A run directory that another process uses with other settings, or that is not one."""
+
+
+def install_command(extra: str) -> str:
+    """The command that installs the packages of an extra, as the installed metadata names them."""
+    try:
+        needed = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        needed = []  # run from a checkout that is not installed
+    own = re.compile(rf"""extra == ['"]{extra}['"]""")
+    packages = [need.partition(";")[0].strip() for need in needed if own.search(need)]
+    if not packages:
+        return f"pip install -e '.[{extra}]' in a checkout"
+    return shlex.join(["pip", "install", *packages])
 
 
 def one_line(text: str, width: int = 1000) -> str:

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import IO, Any, Final, NamedTuple, Protocol, TypeVar, cast
 
 from scaledown import errors
-from scaledown.errors import InputError, RunDirectoryError, ScaleDownError
+from scaledown.errors import InputError, NoRoomError, RunDirectoryError, ScaleDownError
+from scaledown.gpus import only
 from scaledown.leases import TRIES, Leases
 
 log = logging.getLogger("scaledown")
@@ -138,8 +139,9 @@ def supervise(  # noqa: PLR0917
     """Let `count` workers carry out the same order until all have done so.
 
     In place of one that dies another begins; what it was at is counted in `leases`. One that is at a shard
-    for more than `task_timeout` seconds is killed, if that is not 0. `look` is called all the while. Raises
-    what a worker raised on purpose, and `RunDirectoryError` when workers die without having begun anything.
+    for more than `task_timeout` seconds is killed, if that is not 0. One whose device has no room for a model
+    stops, and the others go on. `look` is called all the while. Raises what a worker raised on purpose, and
+    `RunDirectoryError` when workers die without having begun anything.
     """
     ours = uuid.uuid4().hex[:4]  # another supervisor may be at the same run
     names = (f"worker-{number}-{ours}" for number in range(sys.maxsize))
@@ -167,6 +169,9 @@ def supervise(  # noqa: PLR0917
                         hung.add(name)
                     continue
                 del working[place]
+                if isinstance(ending.error, NoRoomError) and working:  # its shard is free again
+                    log.warning("%s stops, the others go on: %s", name, ending.error)
+                    continue
                 if ending.error:
                     raise ending.error
                 if ending.well:
@@ -227,15 +232,9 @@ class LocalPool:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // self._workers)))
         if self._gpus_each:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus(environment, place, self._gpus_each))
+            own = range(place * self._gpus_each, (place + 1) * self._gpus_each)
+            environment |= only(environment, own)
         return _Process(order, self._logs / f"{order.worker}.log", environment)
-
-
-def gpus(environment: Mapping[str, str], place: int, each: int) -> list[str]:
-    """The GPUs of a place, of those that the environment lets this process see."""
-    seen = [gpu.strip() for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()]
-    own = range(place * each, (place + 1) * each)
-    return [seen[number] for number in own] if seen else [str(number) for number in own]
 
 
 class _Process:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from filelock import FileLock
 
-from scaledown.errors import ModelError, ScaleDownError
+from scaledown.errors import ModelError, NoRoomError, ScaleDownError
+from scaledown.gpus import give_back
 from scaledown.storage import cache_directory
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def hub_errors(name: str, kind: str = "model") -> Iterator[None]:
     except Exception as error:  # libraries raise all kinds here; --debug shows the original
         causes = list(_causes(error))
         if any(map(_is_out_of_memory, causes)):
-            raise ModelError(
+            raise NoRoomError(
                 f"{kind} {name}: out of memory while loading; use a smaller model, --dtype bfloat16, "
                 "or for a teacher --teacher_8bit or --teacher_4bit"
             ) from error
@@ -225,6 +226,11 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return named or (isinstance(error, RuntimeError) and said)
 
 
+def onto(device: str) -> dict[str, Any]:
+    """What lets `from_pretrained` read weights straight onto a device: hosts may have less memory."""
+    return {} if device == "cpu" else {"device_map": {"": device}}
+
+
 def loadable(source: ModelSource) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` takes: a name or folder, and the keywords that pin it and refuse its code."""
     quiet_libraries()
@@ -297,15 +303,15 @@ def same_bits() -> None:
 
 
 def choose_device(name: str) -> str:
-    """`auto` becomes the best device there is, of several GPUs that of this process under torchrun.
+    """`auto` becomes the best device there is; `auto` and `cuda` that of this process under torchrun.
 
     Raises `ModelError` for one that is not.
     """
     import torch
 
+    if name in {"auto", "cuda"} and torch.cuda.is_available():
+        return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
     if name == "auto":
-        if torch.cuda.is_available():
-            return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
@@ -339,7 +345,7 @@ class Halving:
             if not _is_out_of_memory(error):
                 raise
             if len(batch) == 1:
-                raise ModelError(
+                raise NoRoomError(
                     f"out of memory with one text at a time ({self.flag} 1): use a smaller model, shorter "
                     "texts or a larger machine"
                 ) from error
@@ -348,18 +354,8 @@ class Halving:
         log.warning(
             "out of memory: %s texts at once were halved; a lower %s avoids this", len(batch), self.flag
         )
-        _free_memory()
+        give_back()
         return self(work, batch[:middle]) + self(work, batch[middle:])
-
-
-def _free_memory() -> None:
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def choose_dtype(name: str, device: str) -> "torch.dtype":
@@ -370,6 +366,19 @@ def choose_dtype(name: str, device: str) -> "torch.dtype":
         name = "bfloat16" if device.startswith("cuda") else "float32"
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def dtype_to_run(name: str, device: str) -> "torch.dtype":
+    """`choose_dtype` where nothing is trained: `auto` becomes float16 on GPUs that only emulate bfloat16."""
+    import torch
+
+    emulates = (
+        device.startswith("cuda")
+        and torch.cuda.is_available()
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) < (8, 0)
+    )
+    return torch.float16 if name == "auto" and emulates else choose_dtype(name, device)
 
 
 def quiet_libraries() -> None:

@@ -6,7 +6,7 @@ import os
 import socket
 from typing import Any, Final
 
-from scaledown.errors import MissingExtraError, ScaleDownError, UsageError
+from scaledown.errors import MissingExtraError, ScaleDownError, UsageError, install_command
 from scaledown.executor import Ending, Order
 
 log = logging.getLogger("scaledown")
@@ -27,7 +27,7 @@ class RayPool:
             import ray
         except ImportError as error:
             raise MissingExtraError(
-                "--executor ray needs Ray: pip install 'scaledown[ray]', or leave out --executor"
+                f"--executor ray needs Ray: {install_command('ray')}, or leave out --executor"
             ) from error
         self._ray: Any = ray
         if not ray.is_initialized():
@@ -49,7 +49,8 @@ class RayPool:
         """One for each of its GPUs, or for each of its nodes where it has none."""
         a_node = math.ceil(self.workers / len(nodes))
         cores = min(int(node.get("CPU", 1)) for node, fits in zip(nodes, room, strict=True) if fits)
-        self._cores_each = 1 if self.has_gpus else max(1, cores // a_node)
+        self._threads = max(1, cores // (max(room) if self.has_gpus else a_node))
+        self._cores_each = 1 if self.has_gpus else self._threads  # one that has a GPU waits for it alone
         log.info("Ray: %s nodes, %s workers", len(nodes), self.workers)
         free = self._ray.available_resources().get("GPU" if self.has_gpus else "CPU", 0)
         if free < self.workers * (gpus_each if self.has_gpus else self._cores_each):
@@ -58,7 +59,7 @@ class RayPool:
     def start(self, order: Order, place: int) -> "_Task":
         """Submit a worker; it waits while no node has room for it."""
         own = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
-        own.setdefault("OMP_NUM_THREADS", str(self._cores_each))
+        own.setdefault("OMP_NUM_THREADS", str(self._threads))
         remote = self._ray.remote(_carry_out).options(
             num_cpus=self._cores_each,
             num_gpus=self._gpus_each,

@@ -9,14 +9,22 @@ from scaledown.errors import UsageError
 from scaledown.options import Checked, is_url, option
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+AUTO_DTYPE: Final = "auto is bfloat16 on CUDA, float16 on its GPUs before compute capability 8, else float32"
 BACKENDS: Final = ("auto", "transformers", "vllm", "endpoint", "openvino")
 EXECUTORS: Final = ("local", "ray")
+BATCHES: Final = {"batch_size": (32, 256), "reranker_batch_size": (16, 128), "teacher_batch_size": (8, 32)}
+"""What is taken at once where nothing is given, and on CUDA, which smaller batches leave idle."""
 DUPLICATES: Final = ("exact", "near")
 CLEANING: Final = "cleaning (docs/cleaning.md)"
 ENGINE: Final = "what runs the teacher"
 ENDPOINT: Final = "teacher behind an OpenAI-compatible server"
 MACHINE: Final = "machine"
 WORKERS: Final = "workers (docs/scaling.md)"
+
+
+def batch_for(name: str, given: int, device: str) -> int:
+    """What is taken at once: what was given, or for 0 what suits the device."""
+    return given or BATCHES[name][device.startswith("cuda")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +107,9 @@ class EngineConfig(Checked):
 
     teacher_8bit: bool = option(False, ENGINE, "load the teacher in 8 bits (extra: quantization)")
     teacher_4bit: bool = option(False, ENGINE, "load the teacher in 4 bits (extra: quantization)")
-    teacher_batch_size: int = option(8, ENGINE, "prompts answered at once", "prompts", metavar="N")
+    teacher_batch_size: int = option(
+        0, ENGINE, "prompts answered at once; 0 is 8, on CUDA 32", "prompts", metavar="N"
+    )
     teacher_backend: str = option(
         "auto",
         ENGINE,
@@ -112,6 +122,9 @@ class EngineConfig(Checked):
     )
     teacher_lora: str = option("", ENGINE, "folder of a LoRA adapter, with vllm", metavar="DIR")
     tensor_parallel: int = option(1, ENGINE, "GPUs that share the teacher, with vllm", "GPUs", metavar="N")
+    teacher_memory: float = option(
+        0.0, ENGINE, "share of its GPU that vllm takes; 0 is what is free", "0..1", metavar="X"
+    )
     flush_seconds: float = option(
         5.0, ENGINE, "answers are on disk after so long at most", "seconds", metavar="S"
     )
@@ -140,9 +153,11 @@ class EngineConfig(Checked):
     output_price: float = option(0.0, ENDPOINT, "of a million answer tokens", metavar="X")
 
     def _check_engine(self) -> None:
-        self._check_at_least(1, "teacher_batch_size", "tensor_parallel")
-        self._check_at_least(0, "teacher_context", "max_total_tokens", "max_requests_per_minute")
+        self._check_at_least(1, "tensor_parallel")
+        self._check_at_least(0, "teacher_batch_size", "teacher_context")
+        self._check_at_least(0, "max_total_tokens", "max_requests_per_minute")
         self._check_positive("flush_seconds", "request_timeout")
+        self._check_share("teacher_memory")
         self._check_finite("input_price", "output_price")
         if (self.teacher_backend == "endpoint") > bool(self.teacher_endpoint):
             raise UsageError("--teacher_backend endpoint: give --teacher_endpoint URL, too")

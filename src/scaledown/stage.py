@@ -381,6 +381,14 @@ class Stage:
         self.storage.publish(path)
 
 
+def together(shards: int, most: int, workers: int) -> int:
+    """How many of so many shards are made at once: at most `most`, and each of several workers in turn twice.
+
+    It depends on nothing that changes while they work: all must see the same groups.
+    """
+    return most if workers < 2 else max(1, min(most, shards // (2 * workers)))
+
+
 def _mapped(path: Path, *, check: bool) -> pa.Table:
     """What is in a shard's file. Raises one of several errors where that is not whole."""
     mapped = pa.memory_map(str(path)).read_buffer()

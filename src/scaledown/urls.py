@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final
 
-from scaledown.errors import InputError, MissingExtraError, one_line
+from scaledown.errors import InputError, MissingExtraError, install_command, one_line
 from scaledown.options import is_url
 
 HTTP: Final = re.compile(r"https?://", re.IGNORECASE)
@@ -63,9 +63,7 @@ def file_system(url: str, shown: str) -> Any:
     except ImportError as error:
         for extra, package, schemes in (("s3", "s3fs", {"s3", "s3a"}), ("gs", "gcsfs", {"gs", "gcs"})):
             if scheme in schemes:
-                raise MissingExtraError(
-                    f"{shown} needs {package}: pip install 'scaledown[{extra}]'"
-                ) from None
+                raise MissingExtraError(f"{shown} needs {package}: {install_command(extra)}") from None
         raise MissingExtraError(f"{shown} needs another package: {error}") from None
     except (ValueError, TypeError):  # unknown, or one that a URL alone does not describe
         raise InputError(

@@ -14,6 +14,8 @@ RECORDED = {
     "vllm/inputs/llm.py": ("TokensPrompt",),
     "vllm/outputs.py": ("RequestOutput", "CompletionOutput"),
     "vllm/v1/engine/llm_engine.py": ("LLMEngine",),
+    "vllm/v1/engine/core_client.py": ("EngineCoreClient",),
+    "vllm/usage/usage_lib.py": ("UsageContext",),
 }
 
 

@@ -9,6 +9,7 @@ import scipy.sparse as sp
 
 from scaledown.data.approximate import CARES, SeismicIndex, recall
 from scaledown.data.index import Ranking, pack, search
+from scaledown.errors import install_command
 from scaledown.stage import Stage
 from scaledown.store import RunDirectory
 
@@ -85,7 +86,7 @@ def test_the_command_records_the_recall_and_stops_below_the_bar(prepare, capsys,
 def test_without_the_library_the_extra_is_named_before_any_work(prepare, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "seismic", None)
     assert prepare("--search", "approximate") == 1
-    assert "scaledown[approximate]" in capsys.readouterr().err
+    assert install_command("approximate") in capsys.readouterr().err
     assert not list(prepare.work.glob("passages/*"))
 
 

@@ -22,7 +22,7 @@ from scaledown.data.teachers import Generation, Rejection
 from scaledown.data.teachers import openvino as engine
 from scaledown.data.teachers.openvino import OpenVINOTeacher, exported, is_exported, openvino_genai
 from scaledown.data.teachers.transformers import TransformersTeacher
-from scaledown.errors import MissingExtraError, ModelError, UsageError
+from scaledown.errors import MissingExtraError, ModelError, UsageError, install_command
 from scaledown.models import resolve
 from scaledown.records import Answer
 
@@ -207,7 +207,7 @@ def test_decoding_is_greedy_or_seeded_by_prompt(teacher, monkeypatch) -> None:
 
 def test_without_the_library_the_error_names_the_extra(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino_genai", None)
-    with pytest.raises(MissingExtraError, match=re.escape("pip install 'scaledown[openvino]'")):
+    with pytest.raises(MissingExtraError, match=re.escape(install_command("openvino"))):
         openvino_genai()
 
 

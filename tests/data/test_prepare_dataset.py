@@ -18,6 +18,7 @@ from scaledown.data import build_index, entrance, reranker
 from scaledown.data import prepare_dataset as command
 from scaledown.data.formats import validate
 from scaledown.data.manifest import compared_settings
+from scaledown.errors import install_command
 from scaledown.models import Halving
 
 RERANK = ("--enable_reranking", "--top_k_retrieval", "6", "--top_k_reranking", "3")
@@ -515,7 +516,8 @@ def test_a_teacher_that_cannot_answer_is_noticed_before_any_work(
     find = importlib.util.find_spec
     absent = {"bitsandbytes": None}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: absent.get(name, name) and find(name))
-    assert "pip install 'scaledown[quantization]'" in refused(prepare, capsys, "--teacher_4bit")
+    command = install_command("quantization")
+    assert f"needs bitsandbytes: {command}" in refused(prepare, capsys, "--teacher_4bit")
     assert not prepare.work.exists()
 
 

@@ -24,7 +24,7 @@ from scaledown.config import PrepareConfig
 from scaledown.data import files, inputs, remote
 from scaledown.data.build_index import corpus_identity
 from scaledown.data.corpus import build_passages
-from scaledown.errors import InputError, MissingExtraError, UsageError
+from scaledown.errors import InputError, MissingExtraError, UsageError, install_command
 from scaledown.models import resolve
 from scaledown.stage import Stage
 from scaledown.store import RunDirectory
@@ -343,7 +343,7 @@ def test_a_host_that_is_not_found(monkeypatch) -> None:
 def test_a_store_without_its_package_names_the_extra(scheme: str, package: str, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, scheme, raising=False)  # another test's
-    with pytest.raises(MissingExtraError, match=rf"pip install 'scaledown\[{scheme}\]'"):
+    with pytest.raises(MissingExtraError, match=re.escape(f"needs {package}: {install_command(scheme)}")):
         files.locate(f"{scheme}://bucket/c.jsonl", "--corpus_path")
 
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import SHARED
 from scaledown.data.reranker import (
@@ -15,6 +16,7 @@ from scaledown.data.reranker import (
     scaled,
 )
 from scaledown.errors import InputError, ModelError, UsageError
+from scaledown.models import resolve
 
 RECORDS = [
     {
@@ -154,3 +156,10 @@ def test_query_likelihood_finds_real_paragraphs(caplog) -> None:
         for record, question in zip(scored, questions, strict=True)
     ]
     assert np.mean(hits) >= 0.75
+
+
+def test_scores_in_bfloat16_do_not_fall_onto_few_numbers(models) -> None:
+    reranker = load_reranker(resolve(str(models["cross_encoder"])), "cpu", "bfloat16", 4)
+    pairs = [Pair("Who painted it?", f"Number {number} was painted by Ada.") for number in range(8)]
+    scores = reranker.score(pairs, lambda _: None)
+    assert any(torch.tensor(score).bfloat16().item() != score for score in scores)

@@ -1,5 +1,6 @@
 """The fast SPLADE head against the slow, obvious one."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from transformers import (
 import tiny
 from scaledown.data.encoders import load_encoder
 from scaledown.data.splade import SpladeEncoder, max_logits_tiled
+from scaledown.errors import ModelError
 from scaledown.models import resolve
 
 TEXTS = [
@@ -146,11 +148,13 @@ def test_the_kernel_agrees_in_tritons_interpreter(tmp_path) -> None:
         from scaledown.data.splade_triton import max_logits_fused
 
         torch.manual_seed(0)
-        for batch, longest, width, vocabulary in ((3, 70, 128, 300), (2, 5, 96, 131), (1, 129, 32, 128)):
+        shapes = (3, 70, 128, 300), (2, 5, 96, 131), (1, 129, 32, 128), (1, 97, 16, 40), (1, 64, 64, 130)
+        for batch, longest, width, vocabulary in shapes:
             for dtype, error in ((torch.float32, 1e-4), (torch.float16, 0.05)):
                 hidden = torch.randn(batch, longest, width).to(dtype)
                 weight = torch.randn(vocabulary, width).to(dtype)
                 length = torch.randint(1, longest + 1, (batch,))
+                length[0] = longest
                 hidden[torch.arange(longest) >= length[:, None]] = 1000.0
                 for bias in (None, torch.randn(vocabulary)):
                     found = max_logits_fused(hidden, length, weight, bias)
@@ -163,3 +167,102 @@ def test_the_kernel_agrees_in_tritons_interpreter(tmp_path) -> None:
     words = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "agrees", done.stderr
+
+
+SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
+"""KiB that a block of each compute capability may have of a processor's own memory."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("capability", SHARED)
+def test_the_kernel_compiles_for_every_gpu(capability, dtype, tmp_path, monkeypatch) -> None:
+    triton = pytest.importorskip("triton", reason="Triton has wheels for Linux")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from scaledown.data.splade_triton import OPTIONS, TILES, kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    pointers = {"hidden": f"*{dtype}", "length": "*i32", "weight": f"*{dtype}", "result": "*fp32"}
+    numbers = dict.fromkeys(("batch", "longest", "width", "vocabulary"), "i32")
+    aligned = {(place,): [["tt.divisibility", 16]] for place in (0, 1, 2, 3, 6)}  # as those of BERT-base
+    signature = pointers | numbers | dict.fromkeys(TILES, "constexpr")
+    source = ASTSource(kernel, signature, constexprs=dict(TILES), attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=OPTIONS)
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared <= SHARED[capability] * 1024
+
+
+@pytest.mark.parametrize(
+    ("length", "rows"), [(1, 16), (16, 16), (32, 32), (33, 64), (64, 64), (96, 96), (97, 128), (130, 144)]
+)
+def test_a_text_that_is_a_little_longer_than_a_tile_takes_a_little_more(length, rows) -> None:
+    pytest.importorskip("triton", reason="Triton has wheels for Linux")
+    from scaledown.data.splade_triton import TILES, whole
+
+    end = whole.fn(length, TILES["TOKENS"], TILES["REST"])
+    assert end + len(range(end, length, TILES["REST"])) * TILES["REST"] == rows
+
+
+def test_the_kernel_is_tried_as_it_will_be_used_and_one_that_fails_is_told(monkeypatch, caplog) -> None:
+    pytest.importorskip("triton", reason="Triton has wheels for Linux")
+    from scaledown.data import splade_triton
+    from scaledown.data.splade import _fused, max_logits_tiled
+
+    seen = []
+
+    def right(hidden, length, weight, bias):
+        seen.append((hidden.device, hidden.dtype, weight.dtype, hidden.shape[2]))
+        return max_logits_tiled(hidden, length, weight, bias)
+
+    def failing(*_: object) -> None:
+        raise RuntimeError("no compiler")
+
+    states = torch.device("cpu"), torch.bfloat16, 96
+    _fused.cache_clear()
+    monkeypatch.setattr(splade_triton, "max_logits_fused", right)
+    assert _fused(*states) is right
+    assert seen == [(states[0], torch.bfloat16, torch.bfloat16, 96)]
+    assert not caplog.records
+    for wrong, said in ((failing, "RuntimeError: no compiler"), (lambda *_: torch.zeros(2, 2), "else")):
+        _fused.cache_clear()
+        monkeypatch.setattr(splade_triton, "max_logits_fused", wrong)
+        assert _fused(*states) is None
+        assert caplog.records[-1].levelname == "WARNING"
+        assert said in caplog.text
+    _fused.cache_clear()
+
+
+def test_the_kernel_is_launched_where_its_input_is(monkeypatch) -> None:
+    pytest.importorskip("triton", reason="Triton has wheels for Linux")
+    from scaledown.data import splade_triton
+
+    hidden, order = torch.ones(1, 1, 16), []
+
+    @contextlib.contextmanager
+    def device_of(tensor: torch.Tensor):
+        assert tensor is hidden
+        order.append("device")
+        yield
+        order.append("left")
+
+    class Kernel:
+        def __getitem__(self, programs):
+            return lambda *_, **__: order.append("launched")
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(splade_triton, "kernel", Kernel())
+    splade_triton.max_logits_fused(hidden, torch.ones(1), hidden[0], None)
+    assert order == ["device", "launched", "left"]
+
+
+def test_states_that_float16_cannot_hold_are_told(tmp_path) -> None:
+    folder = save(tmp_path, "bert")
+    model = BertForMaskedLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.cls.predictions.transform.LayerNorm.weight.fill_(1e5)
+    model.save_pretrained(folder)
+    with pytest.raises(ModelError, match="too large for float16: give --dtype float32"):
+        SpladeEncoder(resolve(str(folder)), "cpu", "float16", 2)
+    assert SpladeEncoder(resolve(str(folder)), "cpu", "float32", 2).documents(TEXTS, lambda _: None).nnz

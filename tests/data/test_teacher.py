@@ -1,6 +1,7 @@
 import contextlib
 import json
 import logging
+import re
 
 import pytest
 
@@ -8,7 +9,7 @@ from scaledown.data.prompts import PAPER, Prompt, answer_prompt
 from scaledown.data.teacher import check_teacher, generate_teacher_answers, load_teacher
 from scaledown.data.teachers import Generation, Rejection, answer_all
 from scaledown.data.teachers.transformers import TransformersTeacher
-from scaledown.errors import InputError, MissingExtraError, ModelError
+from scaledown.errors import InputError, MissingExtraError, ModelError, install_command
 from scaledown.models import resolve
 from scaledown.records import Answer
 
@@ -199,7 +200,7 @@ def test_quantization_without_its_library_names_the_extra(models, monkeypatch) -
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
     )
-    with pytest.raises(MissingExtraError, match=r"scaledown\[quantization\]"):
+    with pytest.raises(MissingExtraError, match=re.escape(install_command("quantization"))):
         teacher(models["causal_lm"], load_in_8bit=True)
 
 

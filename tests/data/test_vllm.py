@@ -1,18 +1,21 @@
 """The vLLM engine against the library's signatures (see `record_vllm.py`); nothing here runs a model."""
 
 import json
+import os
+import re
 import sys
 import types
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 import tiny
 from scaledown.data.prompts import answer_prompt
 from scaledown.data.teacher import choose_backend, load_teacher
 from scaledown.data.teachers import Engine, Generation, Rejection
-from scaledown.errors import MissingExtraError, ModelError, UsageError
+from scaledown.errors import MissingExtraError, ModelError, NoRoomError, UsageError, install_command
 from scaledown.models import resolve
 
 SIGNATURES = json.loads(Path(__file__).with_name("vllm_signatures.json").read_text())["classes"]
@@ -41,21 +44,31 @@ class Output(NamedTuple):
 class FakeEngine:
     """Answers with the prompt's last tokens, the last request first; refuses one in seven."""
 
+    every: "list[FakeEngine]" = []  # noqa: RUF012
     made: "FakeEngine"
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
+    def __init__(self, arguments: dict[str, Any], usage_context: str) -> None:
         self.arguments = arguments
-        self.model_config = types.SimpleNamespace(max_model_len=512)
+        self.usage_context = usage_context
+        self.environment = dict(os.environ)
+        self.engine_core = types.SimpleNamespace(shutdown=self.shutdown)
+        self.ended = False
         self.waiting: list[tuple[str, list[int], dict[str, Any]]] = []
         self.aborted: list[str] = []
         self.most = 0
+        self.beside = [other for other in FakeEngine.every if not other.ended]
         FakeEngine.made = self
+        FakeEngine.every.append(self)
 
     @classmethod
-    def from_engine_args(cls, engine_args: dict[str, Any]) -> "FakeEngine":
-        return cls(engine_args)
+    def from_engine_args(cls, engine_args: dict[str, Any], usage_context: str = "ENGINE_CONTEXT"):
+        return cls(engine_args, usage_context)
+
+    def shutdown(self) -> None:
+        self.ended = True
 
     def add_request(self, request_id, prompt, params, lora_request=None):
+        assert len(prompt["prompt_token_ids"]) + params["max_tokens"] <= self.arguments["max_model_len"]
         if int(request_id) % 7 == 6:
             raise ValueError("refused")
         self.waiting.append((request_id, prompt["prompt_token_ids"], {**params, "lora": lora_request}))
@@ -82,15 +95,36 @@ class FakeEngine:
         self.aborted += request_ids
 
 
+class Library(types.ModuleType):
+    """Notes how vLLM would start processes at the time it is imported."""
+
+    imported: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "LLMEngine":
+            Library.imported = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD")
+        return super().__getattribute__(name)
+
+
 @pytest.fixture
 def teacher(tmp_path, monkeypatch):
-    library = types.ModuleType("vllm")
+    library = Library("vllm")
+    monkeypatch.setattr(FakeEngine, "every", [])
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (79 << 30, 80 << 30))
     library.EngineArgs = lambda **values: fields("EngineArgs", values)  # type: ignore[attr-defined]
     library.SamplingParams = lambda **values: fields("SamplingParams", values)  # type: ignore[attr-defined]
     library.TokensPrompt = lambda **values: fields("TokensPrompt", values)  # type: ignore[attr-defined]
     library.LLMEngine = FakeEngine  # type: ignore[attr-defined]
     parts = {
         "vllm.sampling_params": {"RequestOutputKind": types.SimpleNamespace(FINAL_ONLY="final")},
+        "vllm.usage": {},
+        "vllm.usage.usage_lib": {"UsageContext": types.SimpleNamespace(LLM_CLASS="LLM_CLASS")},
         "vllm.lora": {},
         "vllm.lora.request": {
             "LoRARequest": lambda *values: dict(
@@ -105,10 +139,12 @@ def teacher(tmp_path, monkeypatch):
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
 
-    def load(lora: str = "", **settings: Any):
+    def load(
+        lora: str = "", device: str = "cuda", memory: float = 0.0, tensor_parallel: int = 2, **settings: Any
+    ):
         source = resolve(str(tiny.causal_lm(tmp_path / "m", positions=512)))
-        engine = Engine(backend="vllm", lora=lora, tensor_parallel=2)
-        return load_teacher(source, "cuda", "auto", Generation(max_new_tokens=8, **settings), engine)
+        engine = Engine(backend="vllm", lora=lora, tensor_parallel=tensor_parallel, memory=memory)
+        return load_teacher(source, device, "auto", Generation(max_new_tokens=8, **settings), engine)
 
     return load
 
@@ -122,6 +158,9 @@ def prompts(count: int, temperature: float = 0.0):
 
 def test_what_is_called_is_there() -> None:
     methods = SIGNATURES["LLMEngine"]["methods"]
+    assert methods["from_engine_args"][2] == "usage_context"
+    assert "LLM_CLASS" in SIGNATURES["UsageContext"]["fields"]
+    assert "shutdown" in SIGNATURES["EngineCoreClient"]["methods"]
     assert {"request_id", "prompt", "params", "lora_request"} <= set(methods["add_request"])
     assert methods["from_engine_args"][:2] == ["cls", "engine_args"]
     assert methods["abort_request"][:2] == ["self", "request_ids"]
@@ -206,10 +245,11 @@ def test_a_lora_adapter_is_handed_on(teacher, tmp_path) -> None:
 
 
 def test_a_shorter_context_is_handed_on_and_kept(teacher) -> None:
-    one = teacher(context=100)
-    assert FakeEngine.made.arguments["max_model_len"] == 100
+    one = teacher(context=300)
     ((_, answer),) = one.answers([answer_prompt("q", "Why?", ["word " * 400], 0.0)])
-    assert isinstance(answer, Rejection) or answer.prompt_tokens <= 92
+    assert FakeEngine.made.arguments["max_model_len"] == 300
+    assert answer.prompt_tokens <= 292
+    assert answer.dropped_tokens
 
 
 def test_it_is_for_cuda(tmp_path, teacher) -> None:
@@ -224,16 +264,93 @@ def test_a_prompt_that_is_too_long_loses_documents_not_the_question(teacher) -> 
     ((_, answer),) = one.answers([long])
     hopeless = answer_prompt("q", "why " * 600, ["word"], 0.0)
     assert isinstance(answer, Rejection) or answer.dropped_tokens > 300
+    assert FakeEngine.made.arguments["max_model_len"] == 512  # what the model takes
     ((_, rejected),) = one.answers([hopeless])
     assert "without documents" in rejected.reason
 
 
 def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch) -> None:
     source = resolve(str(tiny.causal_lm(tmp_path / "m")))
-    with pytest.raises(MissingExtraError, match=r"scaledown\[vllm\]"):
+    with pytest.raises(MissingExtraError, match=re.escape(install_command("vllm"))):
         choose_backend(Engine(backend="vllm"), source, "cuda", Generation())
 
 
 def test_bits_are_for_transformers(teacher) -> None:
     with pytest.raises(UsageError, match="quantised checkpoint"):
         teacher(load_in_8bit=True)
+
+
+def test_its_processes_are_spawned_whoever_used_cuda_before(teacher) -> None:
+    """A process that is forked from one that asked whether there is CUDA cannot use it."""
+    one = teacher()
+    list(one.answers(prompts(1)))
+    assert Library.imported == "spawn"
+    assert FakeEngine.made.environment["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+
+
+def test_many_requests_at_once_as_for_whole_files(teacher) -> None:
+    list(teacher().answers(prompts(1)))
+    assert FakeEngine.made.usage_context == "LLM_CLASS"
+
+
+def test_its_context_is_what_the_prompts_need_and_grows_with_them(teacher) -> None:
+    one = teacher()
+    assert not FakeEngine.every, "before any prompt is known"
+    short, long = prompts(5), [answer_prompt(f"l{n}", "Why?", ["word " * 150], 0.0) for n in range(3)]
+    assert len(dict(one.answers(short))) == 5
+    first = FakeEngine.made.arguments["max_model_len"]
+    assert first == 256
+    assert len(dict(one.answers(short))) == 5
+    assert len(FakeEngine.every) == 1
+    found = dict(one.answers([*short, *long]))
+    assert sorted(found) == list(range(8))
+    assert found[7].dropped_tokens == 0
+    assert [engine.ended for engine in FakeEngine.every] == [True, False]
+    assert not FakeEngine.made.beside, "there is no memory for two"
+    assert FakeEngine.made.arguments["max_model_len"] == 512
+    one.close()
+    assert FakeEngine.made.ended
+
+
+@pytest.mark.parametrize(("free", "given", "share"), [(80, 0.0, 0.92), (41, 0.0, 0.5), (80, 0.3, 0.3)])
+def test_it_takes_what_is_free_of_each_of_its_gpus(free, given, share, teacher, monkeypatch) -> None:
+    least = {0: 80.0, 1: free}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (int(least[number] * 2**30), 80 << 30))
+    list(teacher(memory=given).answers(prompts(1)))
+    assert FakeEngine.made.arguments["gpu_memory_utilization"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("shown", "device", "own"),
+    [
+        ("", "cuda", "0,1"),
+        ("", "cuda:3", "3,4"),
+        ("5,7,2,4", "cuda:1", "7,2"),
+        ("GPU-aa,GPU-bb,MIG-cc", "cuda:1", "GPU-bb,MIG-cc"),
+    ],
+)
+def test_its_gpus_are_of_those_that_this_process_sees(shown, device, own, teacher, monkeypatch) -> None:
+    if shown:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    one = teacher(device=device)
+    list(one.answers(prompts(1)))
+    assert FakeEngine.made.environment["CUDA_VISIBLE_DEVICES"] == own
+    assert os.environ.get("CUDA_VISIBLE_DEVICES", "") == shown, "for whatever is loaded next"
+
+
+def test_on_rocm_the_variable_of_hip_counts(teacher, monkeypatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "6,4,2")
+    list(teacher(device="cuda:1").answers(prompts(1)))
+    assert FakeEngine.made.environment["HIP_VISIBLE_DEVICES"] == "4,2"
+
+
+def test_more_gpus_than_there_are_is_told_before_it_starts(teacher) -> None:
+    with pytest.raises(ModelError, match="there are 8 GPUs"):
+        teacher(device="cuda:7")
+
+
+def test_a_gpu_without_free_memory_is_told(teacher, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (1 << 29, 80 << 30))
+    with pytest.raises(NoRoomError, match="no free memory"):
+        list(teacher().answers(prompts(1)))

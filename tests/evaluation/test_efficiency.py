@@ -1,5 +1,6 @@
 """Costs are counted as the formula of a transformer has them, and told for the sizes that were asked for."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,23 @@ def test_what_does_not_fit_ends_the_list(
     with caplog.at_level("WARNING", logger="scaledown"):
         found = costs(model, [1, 4, 8], shape=SHAPE, repeats=1)
     assert {one.batch for one in found} == {1}
+    assert "batches of 4 and more do not fit" in caplog.text
+
+
+def test_batches_that_were_halved_are_not_told_as_whole_ones(
+    model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    generate = model._generate
+
+    def small(questions: Sequence[Any], *arguments: Any) -> list[str]:
+        if len(questions) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(questions, *arguments)
+
+    monkeypatch.setattr(model, "_generate", small)
+    with caplog.at_level("WARNING", logger="scaledown"):
+        found = costs(model, [2, 4, 8], shape=SHAPE, repeats=1)
+    assert {one.batch for one in found} == {2}
     assert "batches of 4 and more do not fit" in caplog.text
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from conftest import ROOT
 from misbehaving import Misbehaving
 from scaledown.cli import main
+from scaledown.evaluation import judge as judging
 from scaledown.evaluation import systems
 from scaledown.evaluation.results import read_results
 from scaledown.evaluation.scoring import _first_of_each_order
@@ -367,6 +369,30 @@ def test_a_local_judge(evaluate: Evaluate, output: Path, models: dict[str, Path]
     assert counts["no_verdict_judge"] + (graded.n if graded else 0) == 8
 
 
+def test_the_model_is_gone_before_the_judge_is_loaded(
+    evaluate: Evaluate, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    alive: list[Any] = []
+    load, load_teacher = ScaleDownModel.from_pretrained, judging.load_teacher
+
+    def noted(*arguments: Any, **keywords: Any) -> Any:
+        model = load(*arguments, **keywords)
+        model.itself = [model]  # as parts of libraries refer to each other
+        loaded.append(weakref.ref(model))
+        return model
+
+    def looked(*arguments: Any) -> Any:
+        alive.extend(filter(None, (model() for model in loaded)))
+        return load_teacher(*arguments)
+
+    monkeypatch.setattr(ScaleDownModel, "from_pretrained", noted)
+    monkeypatch.setattr(judging, "load_teacher", looked)
+    assert evaluate("--systems", "closed_book", "--judge_model", str(models["instruct"])) == 0
+    assert loaded
+    assert not alive
+
+
 def test_without_gold_the_teachers_answers_are_right(
     student: Path, data: Path, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -487,3 +513,4 @@ def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch: pytest.Monke
     assert choose_device("auto") == "cuda"
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert choose_device("auto") == "cuda:3"
+    assert choose_device("cuda") == "cuda:3"

@@ -117,7 +117,7 @@ def test_replies_to_shards_that_were_asked_together_are_not_paid_again(tmp_path:
     teacher: Any = SimpleNamespace(answers=answers, halving=SimpleNamespace(count=0))
     inquiry = judge._Inquiry(1, lambda shard: [[prompts[shard]]], lambda replies: grade(*replies))
     judge._judge(
-        stage, asked, inquiry, lambda: teacher, judge.Judging(lambda _: teacher, 3, {}, 60.0, (0, 0))
+        stage, asked, inquiry, lambda: teacher, judge.Judging(lambda _: teacher, "cpu", 3, {}, 60.0, (0, 0))
     )
     assert [judge.read(stage, shard) for shard in range(3)] == [[1.0], [0.0], [0.5]]
     assert AnswerLog.every(stage) == []

@@ -18,7 +18,7 @@ import scipy.sparse as sp
 
 from scaledown.atomic import atomic
 from scaledown.data.index import Array, Ranking, best_of, unpack
-from scaledown.errors import MissingExtraError, OutputError
+from scaledown.errors import MissingExtraError, OutputError, install_command
 from scaledown.progress import track
 from scaledown.stage import Stage
 from scaledown.store import RunDirectory
@@ -47,7 +47,7 @@ def seismic() -> Any:
         import seismic as library
     except ImportError as error:
         raise MissingExtraError(
-            "--search approximate needs Seismic: pip install 'scaledown[approximate]' (Linux, Python 3.11 or "
+            f"--search approximate needs Seismic: {install_command('approximate')} (Linux, Python 3.11 or "
             "3.12), or use --search exact"
         ) from error
     return library

@@ -1,6 +1,5 @@
 """Corpus -> passages and their vectors, once for many runs: `scaledown index`, and a part of `prepare`."""
 
-import functools
 import logging
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +16,10 @@ from scaledown.data.retrieval import encode_passages
 from scaledown.data.workers import settings_of, share, supervised
 from scaledown.errors import UsageError, tell
 from scaledown.flags import build_parser, from_flags, underscored
+from scaledown.gpus import OnDevice
 from scaledown.live import publishing
 from scaledown.logs import start_logging
-from scaledown.models import ModelSource, choose_device, choose_dtype, resolve, same_bits
+from scaledown.models import ModelSource, choose_device, dtype_to_run, resolve, same_bits
 from scaledown.outputs import check_apart
 from scaledown.progress import duration
 from scaledown.prometheus import metrics_file
@@ -107,7 +107,7 @@ def open_index(
 def machine(config: IndexConfig) -> dict[str, str]:
     """What the last bits of a model's output depend on besides its weights: device kind and dtype."""
     device = choose_device(config.device)
-    return {"device": device.partition(":")[0], "dtype": str(choose_dtype(config.dtype, device))}
+    return {"device": device.partition(":")[0], "dtype": str(dtype_to_run(config.dtype, device))}
 
 
 def stage_line(name: str, stage: StageResult, planned: str = "") -> str:
@@ -131,10 +131,15 @@ class IndexResult(NamedTuple):
 def _filled(home: RunDirectory, config: IndexConfig, corpus: Source) -> Index:
     """The index, with all that was missing."""
     same_bits()
+    device = choose_device(config.device)
+    config = config.sized(device)
     retriever = resolve(config.retriever_model)
     index = open_index(home, config, corpus, retriever, retriever.identity(home.content_hash))
-    device = choose_device(config.device)
-    index.fill(functools.cache(lambda: load_encoder(retriever, device, config.dtype, config.batch_size)))
+    encoder = OnDevice(
+        "the retriever", device, lambda: load_encoder(retriever, device, config.dtype, config.batch_size)
+    )
+    index.fill(encoder)
+    encoder.release()
     return index
 
 

@@ -128,8 +128,8 @@ def compared_settings(config: PrepareConfig) -> dict[str, Any]:
         apart |= {"search_memory", "min_recall"}
     apart |= {"retriever_model", "reranker_model", "teacher_model", "second_teacher_model"}  # by identity
     apart |= {"flush_seconds", "teacher_endpoint", "max_total_tokens", "max_requests_per_minute"}
-    apart |= {"request_timeout", "input_price", "output_price"}
-    settings = {name: value for name, value in asdict(config).items() if name not in apart}
+    apart |= {"request_timeout", "input_price", "output_price", "teacher_memory"}
+    settings = {name: value for name, value in asdict(config.sized("")).items() if name not in apart}
     return settings | {
         "format": Path(config.output_file).suffix,
         "device": config.device.partition(":")[0],

@@ -77,6 +77,9 @@ class Queries(NamedTuple):
 def make_plan(config: PrepareConfig, corpus: files.Source) -> Plan:
     """Plan a run. Raises `InputError` for inputs that a run would refuse; missing models are listed."""
     missing: list[str] = []
+    device = "cpu"
+    with listed(missing):
+        device = choose_device(config.device)
     queries = _count_queries(config, missing)
     reading = Cost(math.inf if queries.seconds is None else queries.seconds, 0, peak("cpu"))
     tokenizer = _words()
@@ -91,7 +94,7 @@ def make_plan(config: PrepareConfig, corpus: files.Source) -> Plan:
     cutting = Cost(0, sample.seconds / table.num_rows / processes, peak("cpu") + workers)
     found = [Passage(**record) for record in table.select(Passage._fields).to_pylist()]
     trials = Trials(
-        config=config,
+        config=config.sized(device),
         texts=queries.texts
         or [f"What is {passage.title or passage.text[:40]}?" for passage in found[:_TEXTS]],
         passages=found,
@@ -101,9 +104,6 @@ def make_plan(config: PrepareConfig, corpus: files.Source) -> Plan:
         most=_TEXTS if queries.number is None else queries.number,
         missing=missing,
     )
-    device = "cpu"
-    with listed(missing):
-        device = choose_device(config.device)
 
     def of_queries(name: str, like: pa.Table, cost: Cost) -> StagePlan:
         return _stage(name, queries.number, config.queries_per_shard, like, cost)

@@ -51,12 +51,13 @@ from scaledown.data.teachers import Engine, Generation, Teacher
 from scaledown.data.teaching import Teaching, retry, spent_tokens, teach
 from scaledown.data.workers import settings_of, share, supervised
 from scaledown.flags import build_parser, from_flags, underscored
+from scaledown.gpus import OnDevice
 from scaledown.logs import start_logging
 from scaledown.models import ModelSource, choose_device
 from scaledown.outputs import check_free
 from scaledown.prometheus import metrics_file
 from scaledown.records import Example
-from scaledown.stage import Stage
+from scaledown.stage import Stage, together
 from scaledown.store import RunDirectory
 
 log = logging.getLogger("scaledown")
@@ -236,15 +237,17 @@ def _keep_backend(  # noqa: PLR0917
 
 def _run_stages(entered: Entered) -> dict[str, Stage]:
     """The picture at the top, in order. A stage's settings hold all that its shards depend on."""
-    run, config, sources = entered.run, entered.config, entered.sources
+    device = choose_device(entered.config.device)
+    run, config, sources = entered.run, entered.config.sized(device), entered.sources
     identities, inputs = entered.identities, entered.inputs
     index = open_index(entered.home, config, sources.corpus, sources.retriever, identities["retriever"])
-    device = choose_device(config.device)
     machine_kind = machine(config)
     asking = _Asking.of(run, entered.request, config, sources, identities, device)
-    teacher = functools.cache(lambda: asking.load(sources.teacher))
-    encoder = functools.cache(
-        lambda: load_encoder(sources.retriever, device, config.dtype, config.batch_size)
+    teacher = OnDevice("the teacher", device, lambda: asking.load(sources.teacher))
+    encoder = OnDevice(
+        "the retriever",
+        device,
+        lambda: load_encoder(sources.retriever, device, config.dtype, config.batch_size),
     )
 
     stages: dict[str, Stage] = {}
@@ -266,7 +269,7 @@ def _run_stages(entered: Entered) -> dict[str, Stage]:
         }
         written = Stage(run, "synthetic", {**asking.settings, **number})
         write_questions(written, index.passages, teacher, config)
-        teacher.cache_clear()  # memory for the retriever and reranker
+        teacher.release()
         stages["synthetic"] = written
         questions["synthetic"] = written.fingerprint
     cleaning = {"clean": CLEAN_VERSION, "evaluation": inputs.get("evaluation")}
@@ -291,7 +294,7 @@ def _run_stages(entered: Entered) -> dict[str, Stage]:
         [queries],
     )
     retrieve(candidates, queries, passages, vectors, encoder, config=config, approximate=index.approximate)
-    encoder.cache_clear()
+    encoder.release()
     stages |= {"queries": queries, "passages": passages, "vectors": vectors, "candidates": candidates}
 
     ranked = candidates
@@ -306,12 +309,15 @@ def _run_stages(entered: Entered) -> dict[str, Stage]:
                 "reranker": identities["reranker"],
                 "likelihood_prompt": PROMPT_VERSION if likelihood else None,
                 "batch_size": config.reranker_batch_size,
+                **({} if likelihood or machine_kind["dtype"] == "torch.float32" else {"head": "float32"}),
                 **machine_kind,
             },
             [candidates],
         )
-        reranker = functools.cache(
-            lambda: load_reranker(source, device, config.dtype, config.reranker_batch_size)
+        reranker = OnDevice(
+            "the reranker",
+            device,
+            lambda: load_reranker(source, device, config.dtype, config.reranker_batch_size),
         )
         rerank(
             ranked,
@@ -320,7 +326,7 @@ def _run_stages(entered: Entered) -> dict[str, Stage]:
             reranker,
             min(config.top_k_retrieval, searched(vectors)),
         )
-        reranker.cache_clear()
+        reranker.release()
         stages["ranked"] = ranked
 
     shared = cleaning if config.decontaminate_answers else {}
@@ -340,7 +346,8 @@ def _run_teachers(  # noqa: PLR0917
     """Ranked passages -> answers of one teacher or two -> those that are kept."""
     sampling = {"temperature": config.temperature, "seed": config.seed} if config.temperature else {}
     shown = {"ranked": ranked.fingerprint, "documents": config.documents_per_query}
-    at_once = _WITH_LOGPROBS_AT_ONCE if config.teacher_logprobs else _SHARDS_AT_ONCE
+    most = _WITH_LOGPROBS_AT_ONCE if config.teacher_logprobs else _SHARDS_AT_ONCE
+    at_once = together(len(config.part.of(len(ranked.planned()))), most, config.workers)
     teaching = Teaching(
         documents_per_query=config.documents_per_query,
         temperature=config.temperature,
@@ -363,24 +370,17 @@ def _run_teachers(  # noqa: PLR0917
             settings["logprobs"] = logprobs
         stage = stages[name] = Stage(run, name, settings, [ranked])
 
-        @functools.cache
         def load(model: ModelSource = model, stage: Stage = stage, logprobs: int = logprobs) -> Teacher:
             return asking.load(model, counted(stage), logprobs)
 
-        teach(stage, ranked, passages, load, teaching._replace(logprobs=bool(logprobs)))
-    answers, second = stages["answers"], stages.get("second")
-    if config.bad_answers == "retry":
-        sampled = {"answers": answers.fingerprint, "seed": config.seed, "review": REVIEW_VERSION}
-        again = stages["retried"] = Stage(run, "retried", sampled, [answers])
-        model, spent = sources.teacher, answers
-        retry(
-            again,
-            answers,
-            passages,
-            functools.cache(lambda: asking.load(model, counted(spent), config.teacher_logprobs)),
-            teaching,
-        )
-        answers = again
+        teacher = OnDevice(f"the teacher {model.name}", asking.device, load)
+        teach(stage, ranked, passages, teacher, teaching._replace(logprobs=bool(logprobs)))
+        if name == "answers" and config.bad_answers == "retry":
+            sampled = {"answers": stage.fingerprint, "seed": config.seed, "review": REVIEW_VERSION}
+            stages["retried"] = Stage(run, "retried", sampled, [stage])
+            retry(stages["retried"], stage, passages, teacher, teaching)
+        teacher.release()
+    answers, second = stages.get("retried", stages["answers"]), stages.get("second")
     limits = {
         "review": REVIEW_VERSION,
         "answers": answers.fingerprint,

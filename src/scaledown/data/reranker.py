@@ -13,17 +13,20 @@ from scaledown.data.corpus import PassageTable
 from scaledown.data.prompts import LIKELIHOOD_AFTER, LIKELIHOOD_BEFORE
 from scaledown.data.splade import by_length
 from scaledown.errors import InputError, ModelError, UsageError
+from scaledown.gpus import OnDevice
 from scaledown.models import (
     Halving,
     ModelSource,
     choose_device,
-    choose_dtype,
+    dtype_to_run,
     loadable,
     loading,
+    onto,
     resolve,
 )
 from scaledown.progress import track
 from scaledown.records import QueryWithDocuments, document_text, full_text
+from scaledown.shared_config import batch_for
 from scaledown.stage import Stage
 
 log = logging.getLogger("scaledown")
@@ -55,13 +58,14 @@ class CrossEncoderReranker:
         from sentence_transformers import CrossEncoder
 
         name, pinned = loadable(source)
-        arguments: dict[str, Any] = {"model_kwargs": {"dtype": choose_dtype(dtype, device)}}
+        arguments: dict[str, Any] = {"model_kwargs": {"dtype": dtype_to_run(dtype, device)}}
         with loading(source):
             self._model = CrossEncoder(name, device=device, **pinned, **arguments)
         if self._model.num_labels != 1:
             raise ModelError(
                 f"model {source.name} gives {self._model.num_labels} scores a pair; a reranker gives one"
             )
+        _score_in_float32(self._model.model)
         self.name = source.name
         self._batch_size = batch_size
         self._raw = torch.nn.Identity()
@@ -94,8 +98,10 @@ class QueryLikelihoodReranker:
         name, pinned = loadable(source)
         with loading(source):
             self._tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=choose_dtype(dtype, device), **pinned)
-            self._model = model.to(device).eval()
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype_to_run(dtype, device), **pinned, **onto(device)
+            )
+        self._model = model.eval()
         self.name = source.name
         self._device = device
         self._batch_size = batch_size
@@ -146,6 +152,14 @@ class QueryLikelihoodReranker:
             float(row[-len(question) :].mean()) if question else -math.inf
             for row, question in zip(chosen, questions, strict=True)
         ]
+
+
+def _score_in_float32(model: Any) -> None:
+    """Let the last layers of a classifier compute in float32: in bfloat16 many scores are the same number."""
+    for name in ("classifier", "score"):
+        if (head := getattr(model, name, None)) is not None:
+            head.float()
+            head.register_forward_pre_hook(lambda _, given: tuple(part.float() for part in given))
 
 
 def _in_batches(
@@ -219,20 +233,23 @@ def add_reranking_scores(
     """
     if top_k is not None and top_k < 1:
         raise UsageError(f"top_k {top_k}: must be at least 1")
-    if batch_size < 1:
-        raise UsageError(f"batch_size {batch_size}: must be at least 1")
+    if batch_size < 0:
+        raise UsageError(f"batch_size {batch_size}: must not be negative; 0 suits the device")
     queries_with_docs = list(queries_with_docs)
     if score_scale not in {"raw", "sigmoid"}:
         raise UsageError(f"score_scale {score_scale!r}: use raw or sigmoid")
     check_records(queries_with_docs)
-    reranker = load_reranker(resolve_reranker(reranker_model), choose_device(device), dtype, batch_size)
+    device, source = choose_device(device), resolve_reranker(reranker_model)
+    batch_size = batch_for("reranker_batch_size", batch_size, device)
+    reranker = OnDevice("the reranker", device, lambda: load_reranker(source, device, dtype, batch_size))
     pairs = [
         Pair(record["query"], document_text(document))
         for record in queries_with_docs
         for document in record["documents"]
     ]
     with track("rerank", "pairs", len(pairs)) as tracker:
-        scores = iter(score_once(reranker, pairs, tracker.advance))
+        scores = iter(score_once(reranker(), pairs, tracker.advance))
+    reranker.release()
     result = []
     for record in queries_with_docs:
         documents: list[Any] = list(record["documents"])

@@ -23,7 +23,8 @@ from scaledown.executor import threads_here
 from scaledown.models import choose_device, resolve
 from scaledown.progress import track
 from scaledown.records import DocumentDict, RetrievedDict, document_text, full_text
-from scaledown.stage import Stage
+from scaledown.shared_config import batch_for
+from scaledown.stage import Stage, together
 
 log = logging.getLogger("scaledown")
 
@@ -60,7 +61,9 @@ class DenseRetriever:
         if is_sparse(source) != (self._encoder_type is SpladeEncoder):
             kind, right = ("SPLADE", "SPLADERetriever") if is_sparse(source) else ("dense", "DenseRetriever")
             raise ModelError(f"model {model_name} is a {kind} model: use {right}")
-        self._encoder: Encoder = self._encoder_type(source, choose_device(device), dtype, batch_size)
+        device = choose_device(device)
+        size = batch_for("batch_size", batch_size, device)
+        self._encoder: Encoder = self._encoder_type(source, device, dtype, size)
 
     def retrieve(
         self, queries: Sequence[str], corpus: Sequence[DocumentDict], top_k: int = 5
@@ -217,7 +220,7 @@ def retrieve(
     rows = queries.finished().rows
     warn_about_top_k(config.top_k_retrieval, searched(vectors))
     done = sum(count for shard, count in enumerate(rows) if stage.has(shard))
-    plan = SearchPlan.of(vectors, config)
+    plan = SearchPlan.of(vectors, config, len(config.part.of(len(rows))))
     top_k = config.top_k_retrieval
     exact = functools.partial(_exact, vectors, plan.threads)
     find: Find = exact
@@ -395,8 +398,11 @@ class SearchPlan(NamedTuple):
     shards_at_once: int
 
     @classmethod
-    def of(cls, vectors: Stage, config: PrepareConfig) -> "SearchPlan":
-        """Half of the memory for the vectors (a shard per thread, or Seismic's), half for queries, top k."""
+    def of(cls, vectors: Stage, config: PrepareConfig, shards: int) -> "SearchPlan":
+        """Half of the memory for the vectors (a shard per thread, or Seismic's), half for queries, top k.
+
+        `shards` of queries are to be searched, by all workers together.
+        """
         half = config.search_memory * 1e9 / 2
         rows = vectors.finished().rows
         shard = max(vectors.size(number) for number in range(len(rows)))
@@ -406,7 +412,9 @@ class SearchPlan(NamedTuple):
         per_query += max(rows) * 4 if dense else 0
         most = _QUERIES_AT_ONCE * (16 if config.search == "approximate" else 1)  # loading costs more
         queries = min(most, half / per_query)
-        return cls(threads, int(max(1, queries // config.queries_per_shard)))
+        at_once = int(max(1, queries // config.queries_per_shard))
+        # The last bits of dense scores depend on how many are searched together.
+        return cls(threads, at_once if dense else together(shards, at_once, config.workers))
 
 
 def candidates_table(queries: pa.Table, found: Sequence[Candidates]) -> pa.Table:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
-from scaledown.models import Halving, ModelSource, choose_dtype, loadable, loading
+from scaledown.errors import ModelError
+from scaledown.models import Halving, ModelSource, dtype_to_run, loadable, loading
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ class SpladeEncoder:
         from sentence_transformers import SparseEncoder
 
         name, pinned = loadable(source)
-        arguments: dict[str, Any] = {"model_kwargs": {"dtype": choose_dtype(dtype, device)}}
+        arguments: dict[str, Any] = {"model_kwargs": {"dtype": dtype_to_run(dtype, device)}}
         with loading(source):
             self._model = SparseEncoder(name, device=device, **pinned, **arguments)
         self._batch_size = batch_size
@@ -143,6 +144,8 @@ class _Fast(NamedTuple):
             batch = torch.from_numpy(padded).to(device)  # [batch, longest]
             mask = torch.arange(batch.shape[1], device=device) < real[:, None]  # [batch, longest]
             hidden = self.model(input_ids=batch, attention_mask=mask.long()).logits  # [batch, longest, width]
+            if hidden.dtype is torch.float16 and not hidden.isfinite().all():  # a maximum may pass over it
+                raise ModelError("the retriever's states are too large for float16: give --dtype float32")
             logits = max_logits(hidden, real, self.weight, self.bias)  # [batch, vocabulary]
             weights = logits.relu_().log1p_()
             if self.twice:
@@ -163,22 +166,25 @@ def max_logits(
     [vocabulary, width]. On CUDA with Triton the logits are never written to memory (after Sparton, arXiv
     2603.25011).
     """
-    fused = _fused() if hidden.is_cuda else None
+    fused = _fused(hidden.device, hidden.dtype, hidden.shape[2]) if hidden.is_cuda else None
     return (fused or max_logits_tiled)(hidden, length, weight, bias)
 
 
 @functools.cache
-def _fused() -> Callable[..., "torch.Tensor"] | None:
-    """The CUDA kernel, if Triton is there and can compile it on this machine."""
+def _fused(device: "torch.device", dtype: "torch.dtype", width: int) -> Callable[..., "torch.Tensor"] | None:
+    """The CUDA kernel, if Triton is there, and compiles it for such states so that it is right."""
     import torch
 
     try:
         from scaledown.data.splade_triton import max_logits_fused
 
-        probe = torch.ones(1, 1, 16, device="cuda")
-        max_logits_fused(probe, torch.ones(1, device="cuda"), probe[0], None)
-    except Exception as error:
-        log.info("the SPLADE head runs in tiles instead of one kernel (%s: %s)", type(error).__name__, error)
+        probe = torch.ones(2, 2, width, device=device, dtype=dtype)
+        found = max_logits_fused(probe, torch.full([2], 2, device=device), probe[0], None)
+        reason = "" if (found == width).all() else "it computes something else"
+    except Exception as error:  # whatever a compiler or a driver does
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        log.warning("the SPLADE head runs in tiles instead of one kernel, which is slow (%s)", reason)
         return None
     return max_logits_fused
 
@@ -244,6 +250,8 @@ def _fast(model: Any) -> tuple[str, _Fast | None]:
         if difference <= _TOLERANCE[str(decoder.weight.dtype)]:
             return "", fast
         reason = f"its vectors differ by {difference:.2g}"
+    except ModelError:
+        raise
     except Exception as error:  # whatever a foreign model does
         reason = f"{type(error).__name__}: {error}"
     del decoder.forward

@@ -1,59 +1,89 @@
 """The SPLADE head as one CUDA kernel: product with the vocabulary and running maximum over tokens.
 
 After Sparton (arXiv 2603.25011). Logits live only in registers: what is written is [batch, vocabulary].
+Triton reads annotations of a kernel's arguments as types of its own: only its constants have any here.
 """
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
 import triton.language as tl
 
-_TERMS: Final = 128  # of the vocabulary, a program
-_TOKENS: Final = 64  # of the text, at once
-_WIDTH: Final = 64  # of the hidden state, at once
+TILES: Final = {
+    "TERMS": 128,  # of the vocabulary, a program
+    "TOKENS": 64,  # of the text, at once
+    "REST": 16,  # of its end, at once, where that is less work
+    "WIDTH": 64,  # of the hidden state, at once
+}
+OPTIONS: Final = {"enable_fp_fusion": True}  # of the compiler: a multiply and an add as one
+
+
+@triton.jit
+def whole(real, TOKENS, REST):  # type: ignore[no-untyped-def]  # noqa: N803
+    """Tokens that are taken by `TOKENS`: all, unless at most two tiles of `REST` hold what is over."""
+    return (real + TOKENS - 1 - 2 * REST) // TOKENS * TOKENS
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _kernel(  # noqa: PLR0917
-    hidden: Any,
-    length: Any,
-    weight: Any,
-    result: Any,
-    batch: Any,
-    longest: Any,
-    width: Any,
-    vocabulary: Any,
+def _best(  # type: ignore[no-untyped-def]  # noqa: PLR0917
+    states,
+    rows,
+    first,
+    real,
+    width,
+    known,
     TERMS: tl.constexpr,  # noqa: N803
     TOKENS: tl.constexpr,  # noqa: N803
     WIDTH: tl.constexpr,  # noqa: N803
-) -> None:
+):
+    """The maximum over `TOKENS` tokens from `first` on, for some terms."""
+    tokens = first + tl.arange(0, TOKENS)
+    inside = tokens < real
+    logits = tl.zeros([TOKENS, TERMS], tl.float32)
+    for start in range(0, width, WIDTH):
+        part = start + tl.arange(0, WIDTH)
+        left = tl.load(
+            states + tokens[:, None] * width + part[None, :],
+            mask=inside[:, None] & (part < width)[None, :],
+            other=0.0,
+        )  # [tokens, width]
+        right = tl.load(
+            rows[None, :] + part[:, None], mask=known[None, :] & (part < width)[:, None], other=0.0
+        )  # [width, terms]
+        logits = tl.dot(left, right, logits, input_precision="ieee")
+    return tl.max(tl.where(inside[:, None], logits, float("-inf")), 0)
+
+
+@triton.jit(do_not_specialize=["batch", "longest"])  # type: ignore[untyped-decorator]
+def kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0917
+    hidden,
+    length,
+    weight,
+    result,
+    batch,
+    longest,
+    width,
+    vocabulary,
+    TERMS: tl.constexpr,  # noqa: N803
+    TOKENS: tl.constexpr,  # noqa: N803
+    REST: tl.constexpr,  # noqa: N803
+    WIDTH: tl.constexpr,  # noqa: N803
+):
     """`result[text, terms] = max over tokens (hidden[text] @ weight[terms].T)` for one text, some terms."""
     program = tl.program_id(0).to(tl.int64)
     text = program % batch  # neighbours share a tile of the weights, which then comes from the cache
     terms = (program // batch) * TERMS + tl.arange(0, TERMS)
-    real = tl.load(length + text)
     known = terms < vocabulary
+    real = tl.load(length + text)
+    states = hidden + text * longest * width
+    rows = weight + terms * width
     best = tl.full([TERMS], float("-inf"), tl.float32)
-    for first in range(0, real, TOKENS):
-        tokens = first + tl.arange(0, TOKENS)
-        inside = tokens < real
-        logits = tl.zeros([TOKENS, TERMS], tl.float32)
-        for start in range(0, width, WIDTH):
-            part = start + tl.arange(0, WIDTH)
-            states = tl.load(
-                hidden + (text * longest + tokens[:, None]) * width + part[None, :],
-                mask=inside[:, None] & (part < width)[None, :],
-                other=0.0,
-            )  # [tokens, width]
-            rows = tl.load(
-                weight + terms[None, :] * width + part[:, None],
-                mask=known[None, :] & (part < width)[:, None],
-                other=0.0,
-            )  # [width, terms]
-            logits = tl.dot(states, rows, logits, input_precision="ieee")
-        logits = tl.where(inside[:, None], logits, float("-inf"))
-        best = tl.maximum(best, tl.max(logits, 0))
+    end = whole(real, TOKENS, REST)
+    for first in range(0, end, TOKENS):
+        best = tl.maximum(best, _best(states, rows, first, real, width, known, TERMS, TOKENS, WIDTH))
+    for first in range(end, real, REST):
+        best = tl.maximum(best, _best(states, rows, first, real, width, known, TERMS, REST, WIDTH))
     tl.store(result + text * vocabulary + terms, best, mask=known)
 
 
@@ -64,18 +94,18 @@ def max_logits_fused(
     batch, longest, width = hidden.shape
     vocabulary = len(weight)
     result = torch.empty(batch, vocabulary, dtype=torch.float32, device=hidden.device)
-    programs = (batch * triton.cdiv(vocabulary, _TERMS),)
-    _kernel[programs](
-        hidden.contiguous(),
-        length.to(torch.int32),
-        weight.contiguous(),
-        result,
-        batch,
-        longest,
-        width,
-        vocabulary,
-        TERMS=_TERMS,
-        TOKENS=_TOKENS,
-        WIDTH=_WIDTH,
-    )
+    programs = (batch * triton.cdiv(vocabulary, TILES["TERMS"]),)
+    with torch.cuda.device_of(hidden):  # type: ignore[no-untyped-call]  # Triton launches on the current one
+        kernel[programs](
+            hidden.contiguous(),
+            length.to(torch.int32),
+            weight.contiguous(),
+            result,
+            batch,
+            longest,
+            width,
+            vocabulary,
+            **TILES,
+            **OPTIONS,
+        )
     return result if bias is None else result.add_(bias)

@@ -11,7 +11,8 @@ from scaledown.data.reranker import check_records
 from scaledown.data.teachers import Engine, Generation, Rejection, Teacher, answer_all
 from scaledown.data.teachers.openvino import EXPORT, is_exported, openvino_genai
 from scaledown.data.teachers.vllm import check_vllm
-from scaledown.errors import MissingExtraError, ModelError, UsageError
+from scaledown.errors import MissingExtraError, ModelError, UsageError, install_command
+from scaledown.gpus import OnDevice
 from scaledown.models import ModelSource, choose_device, hub_errors, read_config_file, resolve
 from scaledown.progress import track
 from scaledown.records import Example, QueryWithDocuments, document_text
@@ -30,10 +31,7 @@ def check_teacher(source: ModelSource, *, load_in_8bit: bool, load_in_4bit: bool
     if load_in_8bit or load_in_4bit:
         flag = "--teacher_8bit" if load_in_8bit else "--teacher_4bit"
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise MissingExtraError(
-                f"{flag} needs bitsandbytes: pip install 'scaledown[quantization]' "
-                "(or pip install bitsandbytes)"
-            )
+            raise MissingExtraError(f"{flag} needs bitsandbytes: {install_command('quantization')}")
     if source.gguf_file or not source.location:
         return
     with hub_errors(source.name):
@@ -120,7 +118,13 @@ def load_teacher(  # noqa: PLR0917
         from scaledown.data.teachers.vllm import VllmTeacher
 
         return VllmTeacher(
-            source, device, dtype, generation, lora=engine.lora, tensor_parallel=engine.tensor_parallel
+            source,
+            device,
+            dtype,
+            generation,
+            lora=engine.lora,
+            tensor_parallel=engine.tensor_parallel,
+            memory=engine.memory,
         )
     if backend == "openvino":
         from scaledown.data.teachers.openvino import OpenVINOTeacher
@@ -154,14 +158,15 @@ def generate_teacher_answers(
     empty is left out, and a warning names it. `backend`, `endpoints` and `prompt` are as the flags
     `--teacher_backend`, `--teacher_endpoint` and `--prompt`.
     """
-    if batch_size < 1 or max_new_tokens < 1:
-        raise UsageError("batch_size and max_new_tokens must be at least 1")
+    if batch_size < 0 or max_new_tokens < 1:
+        raise UsageError("batch_size must not be negative, max_new_tokens at least 1")
     queries_with_docs = list(queries_with_docs)
     check_records(queries_with_docs)
     generation = Generation(max_new_tokens, seed, batch_size, load_in_8bit, load_in_4bit)
     engine = Engine(backend, tuple(endpoints))
     source = find_teacher(teacher_model, engine)
-    teacher = load_teacher(source, choose_device(device), dtype, generation, engine)
+    device = choose_device(device)
+    teacher = OnDevice("the teacher", device, lambda: load_teacher(source, device, dtype, generation, engine))
     template = load_template(prompt)
     texts = [[document_text(document) for document in record["documents"]] for record in queries_with_docs]
     prompts = [
@@ -169,7 +174,8 @@ def generate_teacher_answers(
         for number, (record, documents) in enumerate(zip(queries_with_docs, texts, strict=True))
     ]
     with track("teach", "answers", len(prompts)) as tracker:
-        answers = answer_all(teacher, prompts, tracker.advance)
+        answers = answer_all(teacher(), prompts, tracker.advance)
+    teacher.release()
     examples: list[Example] = []
     for record, documents, answer in zip(queries_with_docs, texts, answers, strict=True):
         if isinstance(answer, Rejection) or not answer.text:

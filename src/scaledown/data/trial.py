@@ -27,6 +27,7 @@ from scaledown.data.teacher import find_teacher, load_teacher
 from scaledown.data.teachers import Engine, Generation, Rejection, Teacher, answer_all
 from scaledown.errors import MissingExtraError, ModelError
 from scaledown.executor import cores
+from scaledown.gpus import OnDevice
 from scaledown.models import choose_device, resolve
 from scaledown.records import Answer, Logprobs, Passage, full_text
 
@@ -226,9 +227,11 @@ class Trials(NamedTuple):
 
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            model, start = _clocked(lambda: load(device))
-            each, made = use(model)
+            model = OnDevice("the model that was tried", device, lambda: load(device))
+            _, start = _clocked(model)
+            each, made = use(model())
             cost = Cost(start, each, peak(device))
+            model.release()
         return cost, made
 
 
@@ -249,9 +252,9 @@ def _timed(
 ) -> tuple[float, list[Made]]:
     """Seconds an item takes, and what was made: batches of middling, short and long ones of sorted `items`.
 
-    One item goes before, untimed: libraries get ready.
+    The longest goes before, untimed: libraries get ready for all.
     """
-    work(items[len(items) // 2 :][:1])
+    work(items[-1:])
     made: list[Made] = []
     seconds, done = 0.0, 0
     for place in (1 / 2, 1 / 6, 5 / 6):

@@ -31,7 +31,7 @@ def share(config: IndexConfig, target: str, runs: Sequence[RunDirectory]) -> Non
         raise UsageError(
             f"--{limits[0]} holds for one process: leave out --workers, which a server needs not"
         )
-    alone = {"workers": 0, "executor": "local", "task_timeout": 0.0, "metrics_file": ""}
+    alone = {"workers": count, "executor": "local", "task_timeout": 0.0, "metrics_file": ""}
     settings = {"config": asdict(config) | alone, "log": style()._asdict()}
     leases = [run.leases for run in runs]
     with supervising(), contextlib.closing(Overview(runs[0].path)) as overview:

@@ -28,11 +28,12 @@ from scaledown.evaluation.scoring import MEASURES
 from scaledown.evaluation.settings import EvaluateConfig
 from scaledown.evaluation.statistics import Difference, difference
 from scaledown.flags import command_parser, from_flags, path_or_url, read_settings, underscored
+from scaledown.gpus import OnDevice
 from scaledown.logs import start_logging
-from scaledown.models import choose_device, choose_dtype, quiet_libraries, resolve
+from scaledown.models import choose_device, dtype_to_run, onto, quiet_libraries, resolve
 from scaledown.options import Checked, is_url, option
 from scaledown.outputs import check_output
-from scaledown.shared_config import DTYPES, MACHINE
+from scaledown.shared_config import AUTO_DTYPE, DTYPES, MACHINE
 from scaledown.store import SYSTEMS, fingerprint
 from scaledown.student.train import train
 from scaledown.student.train_settings import BUDGETS, TrainConfig
@@ -96,7 +97,7 @@ class CompareConfig(Checked):
     )
     seed: int = option(0, OUTPUT, "seed of resampling", metavar="N")
     device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", metavar="DEVICE")
-    dtype: str = option("auto", MACHINE, "auto is bfloat16 on CUDA, float32 elsewhere", choices=DTYPES)
+    dtype: str = option("auto", MACHINE, AUTO_DTYPE, choices=DTYPES)
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -305,7 +306,7 @@ def _costs(path: Path, results: Results, config: CompareConfig) -> list[Cost]:
     """Measured, or as they were measured here before."""
     batches = [int(size) for size in config.cost_batches]
     device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
+    dtype = dtype_to_run(config.dtype, device)
     of = [results.models["model"], batches, config.shape, config.cost_repeats, device, str(dtype), machine()]
     way = {name: results.parameters[name] for name in ("compression_rate", "budget")}
     of += [way] if way["compression_rate"] else []
@@ -316,10 +317,12 @@ def _costs(path: Path, results: Results, config: CompareConfig) -> list[Cost]:
     from scaledown.student.model import ScaleDownModel
 
     log.info("cost: batches of %s, %s", ", ".join(config.cost_batches), config.shape)
-    model = ScaleDownModel.from_pretrained(results.model["name"], dtype=dtype).to(device)
-    _check_shape(results.model["name"], model.config, config.shape)
-    _check_room(model, config.shape)
-    measured = costs(model, batches, shape=config.shape, repeats=config.cost_repeats, **way)
+    name = results.model["name"]
+    model = OnDevice(name, device, lambda: ScaleDownModel.from_pretrained(name, dtype=dtype, **onto(device)))
+    _check_shape(name, model().config, config.shape)
+    _check_room(model(), config.shape)
+    measured = costs(model(), batches, shape=config.shape, repeats=config.cost_repeats, **way)
+    model.release()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"request": request, "machine": machine(), "costs": [one._asdict() for one in measured]})
     return measured

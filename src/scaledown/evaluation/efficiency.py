@@ -100,11 +100,14 @@ def costs(
     way = {"compression_rate": compression_rate, "budget": budget}
     try:
         for batch in sorted(set(batches)):
-            try:
-                found += _of_batch(model, batch, shape, repeats, way)
-            except torch.OutOfMemoryError:
+            before = model.halving.count
+            measured: list[Cost] = []
+            with contextlib.suppress(torch.OutOfMemoryError):
+                measured = _of_batch(model, batch, shape, repeats, way)
+            if not measured or model.halving.count > before:  # several smaller ones are not this one
                 log.warning("batches of %s and more do not fit into memory", batch)
                 break
+            found += measured
     finally:
         model.generator.generation_config.eos_token_id = stops
     return found

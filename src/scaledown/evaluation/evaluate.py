@@ -42,9 +42,10 @@ from scaledown.evaluation.results import (
 from scaledown.evaluation.scoring import score
 from scaledown.evaluation.settings import GROUPS, EvaluateConfig
 from scaledown.flags import command_parser, from_flags, underscored
+from scaledown.gpus import OnDevice
 from scaledown.live import publishing
 from scaledown.logs import start_logging
-from scaledown.models import ModelSource, choose_device, choose_dtype, quiet_libraries, resolve
+from scaledown.models import ModelSource, choose_device, dtype_to_run, onto, quiet_libraries, resolve
 from scaledown.outputs import check_output
 from scaledown.report.page import html
 from scaledown.stage import Stage
@@ -208,18 +209,19 @@ def _evaluate_model(
             f"pointer, or leave {' and '.join(echoes)} out"
         )
     device = choose_device(config.device)
-    machine = {"device": device.partition(":")[0], "dtype": str(choose_dtype(config.dtype, device))}
+    machine = {"device": device.partition(":")[0], "dtype": str(dtype_to_run(config.dtype, device))}
     identities = known["models"]
     judging = Judging.of(config, sources.judge, identities, machine) if sources.judge else None
 
     asked = _questions(config, run, known["inputs"])
     sentences = _sentences(run, config, sources, settings, asked, identities, machine)
 
-    @functools.cache
     def load() -> Any:
         log.info("model: %s on %s, %s", sources.model.name, device, machine["dtype"])
-        dtype = choose_dtype(config.dtype, device)
-        return ScaleDownModel.from_pretrained(sources.model.name, dtype=dtype).to(device).eval()
+        dtype = dtype_to_run(config.dtype, device)
+        return ScaleDownModel.from_pretrained(sources.model.name, dtype=dtype, **onto(device))
+
+    model = OnDevice("the model", device, load)
 
     answering = {
         "questions": asked.fingerprint,
@@ -242,9 +244,9 @@ def _evaluate_model(
         if system == "random":
             depends["seed"] = config.seed
         answers[system] = Stage(run, system, answering | depends)
-        systems.answer(answers[system], asked, pruned, load, config)
+        systems.answer(answers[system], asked, pruned, model, config)
         _check_whole(run)
-    load.cache_clear()  # memory for the judge
+    model.release()  # before the judge is loaded
     against = config.baseline if config.pairwise else None
     verdicts = judge(run, asked, answers, against, judging) if judging else {}
     _check_whole(run)
@@ -321,13 +323,16 @@ def _sentences(  # noqa: PLR0917
         lambda ids: tokenizer().decode(ids, skip_special_tokens=True),
     )
     device = choose_device(config.device)
-    load = functools.cache(lambda: load_reranker(source, device, config.dtype, _RERANKER_BATCH))
+    reranker = OnDevice(
+        "the reranker", device, lambda: load_reranker(source, device, config.dtype, _RERANKER_BATCH)
+    )
 
     def memory(document: str) -> int:
         read = min(len(plain_ids(tokenizer(), document)), settings.doc_max_length)
         return settings.memory_tokens_of(read, rate)
 
-    prune(stage, asked, load, tokens, memory)
+    prune(stage, asked, reranker, tokens, memory)
+    reranker.release()
     return stage
 
 

@@ -17,10 +17,12 @@ from scaledown.data.teachers import Engine, Generation, Rejection, Teacher
 from scaledown.data.teaching import Meter, heard_counts, spent_tokens, with_heard
 from scaledown.evaluation import questions, systems
 from scaledown.evaluation.settings import EvaluateConfig
+from scaledown.gpus import OnDevice
 from scaledown.metrics import normalized
 from scaledown.models import ModelSource, choose_device
 from scaledown.progress import track
 from scaledown.records import Answer
+from scaledown.shared_config import batch_for
 from scaledown.stage import Stage
 from scaledown.store import RunDirectory
 
@@ -74,6 +76,7 @@ class Judging(NamedTuple):
 
     load: Callable[[int], Teacher]
     """With the tokens that were spent on it before."""
+    device: str
     at_once: int
     """Shards that are asked together."""
     settings: dict[str, Any]
@@ -90,9 +93,10 @@ class Judging(NamedTuple):
     ) -> "Judging":
         """As the settings say. Raises `ModelError` where there is no such server or model behind it."""
         device = choose_device(config.device)
+        size = batch_for("teacher_batch_size", config.teacher_batch_size, device)
         generation = Generation(
             NEW_TOKENS,
-            batch_size=config.teacher_batch_size,
+            batch_size=size,
             load_in_8bit=config.teacher_8bit,
             load_in_4bit=config.teacher_4bit,
             context=config.teacher_context,
@@ -109,14 +113,14 @@ class Judging(NamedTuple):
             "bits": 8 if config.teacher_8bit else 4 if config.teacher_4bit else 0,
             "context": config.teacher_context,
             "max_new_tokens": NEW_TOKENS,
-            "batch_size": config.teacher_batch_size if batches else None,
+            "batch_size": size if batches else None,
             "machine": None if engine.backend == "endpoint" else machine,
         }
         load = functools.partial(load_teacher, source, device, config.dtype, generation, engine)
         if engine.backend == "endpoint":
             load()  # looks for the server, the key and the model, before any work
         prices = (config.input_price, config.output_price)
-        return cls(load, 1 if batches else _SHARDS_AT_ONCE, settings, config.flush_seconds, prices)
+        return cls(load, device, 1 if batches else _SHARDS_AT_ONCE, settings, config.flush_seconds, prices)
 
 
 def judge(
@@ -134,12 +138,13 @@ def judge(
             pair = {"others": answers[against].fingerprint, **settings}
             found[system][PREFERRED] = Stage(run, f"preferred_{system}", pair)
     every = [stage for own in found.values() for stage in own.values()]
-    load = functools.cache(lambda: judging.load(sum(map(spent_tokens, every))))
+    teacher = OnDevice("the judge", judging.device, lambda: judging.load(sum(map(spent_tokens, every))))
     for system, stages in found.items():
-        _judge(stages[JUDGED], asked, _grading(asked, answers[system]), load, judging)
+        _judge(stages[JUDGED], asked, _grading(asked, answers[system]), teacher, judging)
         if against and PREFERRED in stages:
             pairs = _comparing(asked, answers[system], answers[against])
-            _judge(stages[PREFERRED], asked, pairs, load, judging)
+            _judge(stages[PREFERRED], asked, pairs, teacher, judging)
+    teacher.release()
     return found
 
 

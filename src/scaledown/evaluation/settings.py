@@ -7,7 +7,7 @@ from typing import Any, Final
 from scaledown.config import OUTPUT, PrepareConfig
 from scaledown.errors import UsageError
 from scaledown.options import is_url, option
-from scaledown.shared_config import DTYPES, ENDPOINT, ENGINE, MACHINE, EngineConfig
+from scaledown.shared_config import AUTO_DTYPE, DTYPES, ENDPOINT, ENGINE, MACHINE, EngineConfig, batch_for
 from scaledown.store import DEFAULT_SYSTEMS, SYSTEMS
 from scaledown.student.train_settings import BUDGETS
 
@@ -21,7 +21,7 @@ _APART: Final = {
     *("model", "data", "gold", "run", "qrels", "pruning_reranker", "keyword_model", "judge_model"),
     "output_dir",
     *("flush_seconds", "teacher_endpoint", "max_total_tokens", "max_requests_per_minute", "request_timeout"),
-    *("input_price", "output_price"),
+    *("input_price", "output_price", "teacher_memory"),
 }
 
 
@@ -106,7 +106,7 @@ class EvaluateConfig(EngineConfig):
     )
     seed: int = option(0, OUTPUT, "seed of resampling, and of random", metavar="N")
     device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", metavar="DEVICE")
-    dtype: str = option("auto", MACHINE, "auto is bfloat16 on CUDA, float32 elsewhere", choices=DTYPES)
+    dtype: str = option("auto", MACHINE, AUTO_DTYPE, choices=DTYPES)
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -141,4 +141,5 @@ class EvaluateConfig(EngineConfig):
     def compared(self) -> dict[str, Any]:
         """The settings that two runs must share to be one; files and models are known by their contents."""
         kept = {name: value for name, value in asdict(self).items() if name not in _APART}
+        kept["teacher_batch_size"] = batch_for("teacher_batch_size", self.teacher_batch_size, "")
         return kept | {"served": bool(self.teacher_endpoint), "device": self.device.partition(":")[0]}

@@ -1,6 +1,5 @@
 """Questions -> answers, by one model in several ways that share everything else."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -9,6 +8,8 @@ import pyarrow as pa
 from scaledown.errors import InputError
 from scaledown.evaluation import baselines, questions
 from scaledown.evaluation.settings import EvaluateConfig
+from scaledown.gpus import OnDevice
+from scaledown.models import choose_device
 from scaledown.progress import track
 from scaledown.stage import Stage
 from scaledown.student.answer import each
@@ -39,7 +40,9 @@ def answer(
     rows = asked.finished().rows
     done = sum(count for shard, count in enumerate(rows) if stage.has(shard))
     compressed = stage.name == "compressed"
-    weigh = functools.cache(lambda: baselines.weighing(stage.name, config))
+    weigh = OnDevice(
+        "what weighs tokens", choose_device(config.device), lambda: baselines.weighing(stage.name, config)
+    )
     with track(stage.name, "answers", sum(rows), done, stage) as tracker:
 
         def work(shard: int) -> pa.Table:
@@ -71,14 +74,16 @@ def answer(
                     scores = model.rerank(asked_of, given, batch_size=config.batch_size)
                 return [_Answered(text, "", own) for text, own in zip(written, scores, strict=True)]
 
-            found = [
-                _Answered("", str(one), None) if isinstance(one, InputError) else one
-                for one in each(answers, range(len(own)))
-            ]
+            with stage.noting(shard, lambda: model.halving.count):
+                found = [
+                    _Answered("", str(one), None) if isinstance(one, InputError) else one
+                    for one in each(answers, range(len(own)))
+                ]
             tracker.advance(len(own))
             return pa.Table.from_pylist([one._asdict() for one in found], _SCHEMA)
 
         stage.complete(len(rows), work)
+    weigh.release()
     errors = reranked = 0
     for shard in range(len(rows)):
         table = stage.table(shard)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scaledown.errors import MissingExtraError, UsageError, run_command
+from scaledown.errors import MissingExtraError, UsageError, install_command, run_command
 from scaledown.flags import command_parser, from_flags, underscored
 from scaledown.logs import start_logging
-from scaledown.models import choose_device, choose_dtype, quiet_libraries
+from scaledown.models import choose_device, dtype_to_run, onto, quiet_libraries
 from scaledown.serving.settings import GROUPS, ServeConfig, api_key
 
 log = logging.getLogger("scaledown")
@@ -42,10 +42,7 @@ def serve(config: ServeConfig) -> int:
 
         from scaledown.serving.app import Server
     except ImportError as error:
-        raise MissingExtraError(
-            f"scaledown serve needs {error.name}: pip install 'fastapi>=0.115' 'uvicorn>=0.34' "
-            "'prometheus-client>=0.21'"
-        ) from error
+        raise MissingExtraError(f"scaledown serve needs {error.name}: {install_command('serve')}") from error
     from scaledown.serving.engine import Engine
 
     listener = listen(config)  # before the model is loaded: a port that is taken is told at once
@@ -101,8 +98,8 @@ def _load(config: ServeConfig) -> Any:
     from scaledown.student.model import ScaleDownModel
 
     device = choose_device(config.device)
-    model = ScaleDownModel.from_pretrained(config.model, dtype=choose_dtype(config.dtype, device))
-    model = model.to(device).eval()
+    dtype = dtype_to_run(config.dtype, device)
+    model = ScaleDownModel.from_pretrained(config.model, dtype=dtype, **onto(device)).eval()
     if model.config.generator_training == "lora":
         model.merge_lora()
     return model

@@ -8,7 +8,7 @@ from typing import Final
 from scaledown.config import OUTPUT
 from scaledown.errors import UsageError
 from scaledown.options import Checked, option
-from scaledown.shared_config import DTYPES, MACHINE
+from scaledown.shared_config import AUTO_DTYPE, DTYPES, MACHINE
 from scaledown.student.train_settings import BUDGETS
 
 MODEL: Final = "model"
@@ -81,7 +81,7 @@ class ServeConfig(Checked):
     )
     batch_size: int = option(32, MACHINE, "answers written at the same time", "answers", metavar="N")
     device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", metavar="DEVICE")
-    dtype: str = option("auto", MACHINE, "auto is bfloat16 on CUDA, float32 elsewhere", choices=DTYPES)
+    dtype: str = option("auto", MACHINE, AUTO_DTYPE, choices=DTYPES)
 
     def __post_init__(self) -> None:
         if not self.model:

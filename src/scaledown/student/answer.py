@@ -14,7 +14,7 @@ from scaledown.data.formats import Entry, entries, is_unicode, problems
 from scaledown.errors import InputError, UsageError, run_command
 from scaledown.flags import Parser, add_log_flags, add_overwrite, local_path, path_or_url, underscored
 from scaledown.logs import start_logging
-from scaledown.models import choose_device, choose_dtype
+from scaledown.models import choose_device, dtype_to_run, onto
 from scaledown.outputs import check_ending, check_output, note_made
 from scaledown.progress import track
 from scaledown.student.train_settings import BUDGETS
@@ -130,8 +130,8 @@ def _load(options: argparse.Namespace) -> Any:
     from scaledown.student.model import ScaleDownModel
 
     device = choose_device(options.device)
-    model = ScaleDownModel.from_pretrained(options.model, dtype=choose_dtype(options.dtype, device))
-    return model.to(device).eval()
+    dtype = dtype_to_run(options.dtype, device)
+    return ScaleDownModel.from_pretrained(options.model, dtype=dtype, **onto(device))
 
 
 def _way(options: argparse.Namespace) -> dict[str, Any]:

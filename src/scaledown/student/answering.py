@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, NamedTuple, overload
+from typing import Any, ClassVar, Final, NamedTuple, overload
 
 import torch
 
@@ -67,6 +67,7 @@ class Question(NamedTuple):
 class Answering:
     """What `ScaleDownModel` offers those who use it. Decoding is greedy."""
 
+    halving: ClassVar = Halving("batch_size")
     config: ScaleDownConfig
     generator: Any
     tokenizer: Any
@@ -133,7 +134,6 @@ class Answering:
                 for text, own in zip(queries, many, strict=True)
             ]
         order = sorted(range(len(questions)), key=lambda number: -questions[number].length)
-        halving = Halving("batch_size")
         answers = [""] * len(questions)
 
         def work(batch: Sequence[int]) -> list[str]:
@@ -141,7 +141,7 @@ class Answering:
 
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            written = [text for part in halving(work, chosen) for text in part]
+            written = [text for part in self.halving(work, chosen) for text in part]
             for number, text in zip(chosen, written, strict=True):
                 answers[number] = text
         return answers[0] if isinstance(query, str) else answers
@@ -321,7 +321,6 @@ class Answering:
             read = [
                 self.reader.read(text, own, rate=way.rate) for text, own in zip(queries, many, strict=True)
             ]
-        halving = Halving("batch_size")
 
         def work(batch: Sequence[list[Document]]) -> list[StandIns]:
             return self.compress_read(batch, way.budget)
@@ -329,7 +328,7 @@ class Answering:
         return [
             found
             for start in range(0, len(read), batch_size)
-            for part in halving(work, read[start : start + batch_size])
+            for part in self.halving(work, read[start : start + batch_size])
             for found in part
         ]
 

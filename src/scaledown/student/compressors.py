@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from scaledown.errors import ModelError, UsageError
-from scaledown.models import ModelSource, loadable, loading
+from scaledown.models import ModelSource, loadable, loading, onto
 from scaledown.student.settings import ScaleDownConfig
 
 # What decoders call the norm after their last layer.
@@ -42,19 +42,24 @@ def new_compressor(config: ScaleDownConfig) -> Any:
 
 def first_layers(config: ScaleDownConfig, generator: Any) -> Any:
     """A copy of the generator's embeddings and first `config.num_layers` layers."""
-    compressor = new_compressor(config)
+    with generator.device:
+        compressor = new_compressor(config)
     weights = generator.get_decoder().state_dict()
     compressor.load_state_dict({name: weights[name] for name in compressor.state_dict()})
     return compressor.to(generator.dtype)
 
 
-def load_compressor(config: ScaleDownConfig, source: ModelSource, dtype: torch.dtype) -> Any:
+def load_compressor(
+    config: ScaleDownConfig, source: ModelSource, dtype: torch.dtype, device: str = "cpu"
+) -> Any:
     """A pretrained encoder or decoder. Raises `ModelError` for what is neither, or reads too little."""
     from transformers import AutoModel
 
     name, pinned = loadable(source)
     with loading(source):
-        compressor, info = AutoModel.from_pretrained(name, dtype=dtype, **pinned, output_loading_info=True)
+        compressor, info = AutoModel.from_pretrained(
+            name, dtype=dtype, **pinned, **onto(device), output_loading_info=True
+        )
     compressor = _bare(compressor)
     if missing := set(info["missing_keys"]) & compressor.state_dict().keys():
         raise ModelError(f"--compressor {source.name} lacks weights ({min(missing)}): use another model")

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from scaledown.data.teachers.context import context_tokens
 from scaledown.errors import ModelError
-from scaledown.models import ModelSource, hub_errors, loadable, loading, read_config_file, resolve
+from scaledown.models import ModelSource, hub_errors, loadable, loading, onto, read_config_file, resolve
 from scaledown.student import compressors, pointer
 from scaledown.student.answering import Answering
 from scaledown.student.batch import IGNORED, Group, Reader
@@ -164,7 +164,7 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         name, pinned = loadable(generator_source)
         with loading(generator_source):
             tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
-            generator = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **pinned)
+            generator = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **pinned, **onto(device))
             generation = generator.generation_config
         if tokenizer.eos_token_id is None:
             raise ModelError(
@@ -173,9 +173,10 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         config.generator = compressors.architecture_of(generator)
         config.generator_name = generator_source.name
         if compressor_source is None:
-            compressor, compressor_tokenizer = compressors.first_layers(config, generator), tokenizer
+            with hub_errors(generator_source.name):
+                compressor, compressor_tokenizer = compressors.first_layers(config, generator), tokenizer
         else:
-            compressor = compressors.load_compressor(config, compressor_source, dtype)
+            compressor = compressors.load_compressor(config, compressor_source, dtype, device)
             config.compressor_config = compressors.architecture_of(compressor)
             compressor_tokenizer = load_tokenizer(compressor_source)
         model = cls(config, generator, compressor)
@@ -186,7 +187,8 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         if config.enable_reranking:
             model.rerank_token.data = compressors.token_like(compressor, 1)[0]
         model._attach(tokenizer, compressor_tokenizer, generation)
-        model.to(device=device, dtype=dtype)
+        with hub_errors(generator_source.name):
+            model.to(device=device, dtype=dtype)
         if config.is_pointer:
             model.pointer.float()
         return model

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from scaledown.errors import UsageError
-from scaledown.models import ModelSource, resolve
+from scaledown.models import ModelSource, onto, resolve
 from scaledown.student.train_settings import StudentConfig
 
 if TYPE_CHECKING:
@@ -63,10 +63,9 @@ class Origin(NamedTuple):
             return ScaleDownModel.build(
                 self.settings, self.source, self.compressor, dtype=dtype, device=device
             )
-        model: ScaleDownModel = ScaleDownModel.from_pretrained(self.source.name, dtype=dtype)
+        model: ScaleDownModel = ScaleDownModel.from_pretrained(self.source.name, dtype=dtype, **onto(device))
         if self.settings.enable_reranking and not model.config.enable_reranking:
             model.add_reranking()
-        model.to(device)
         return model
 
 

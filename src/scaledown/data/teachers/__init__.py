@@ -61,6 +61,8 @@ class Engine(NamedTuple):
     request_timeout: float = PrepareConfig.request_timeout
     lora: str = ""
     tensor_parallel: int = 1
+    memory: float = 0.0
+    """The share of its GPU that vLLM takes; 0 is what is free."""
 
     @classmethod
     def of(cls, config: EngineConfig) -> "Engine":
@@ -73,6 +75,7 @@ class Engine(NamedTuple):
             config.request_timeout,
             config.teacher_lora,
             config.tensor_parallel,
+            config.teacher_memory,
         )
 
 

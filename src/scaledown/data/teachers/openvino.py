@@ -17,7 +17,7 @@ from scaledown.data.prompts import Prompt
 from scaledown.data.teachers import Generation, Rejection, seed_of
 from scaledown.data.teachers.context import Context, context_tokens
 from scaledown.data.teachers.reply import heard
-from scaledown.errors import MissingExtraError, ModelError
+from scaledown.errors import MissingExtraError, ModelError, install_command
 from scaledown.models import Halving, ModelSource, hub_errors, quiet_libraries
 from scaledown.records import Answer
 from scaledown.storage import cache_directory
@@ -39,7 +39,7 @@ def openvino_genai() -> Any:
         import openvino_genai as library
     except ImportError as error:
         raise MissingExtraError(
-            "--teacher_backend openvino needs OpenVINO GenAI: pip install 'scaledown[openvino]'"
+            f"--teacher_backend openvino needs OpenVINO GenAI: {install_command('openvino')}"
         ) from error
     return library
 

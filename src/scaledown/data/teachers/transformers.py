@@ -12,8 +12,9 @@ from scaledown.data.teachers import Generation, Rejection, seed_of
 from scaledown.data.teachers.context import Context, context_tokens
 from scaledown.data.teachers.reply import heard
 from scaledown.errors import ModelError
-from scaledown.models import Halving, ModelSource, choose_dtype, loadable, loading
+from scaledown.models import Halving, ModelSource, dtype_to_run, loadable, loading, onto
 from scaledown.records import Answer
+from scaledown.shared_config import batch_for
 
 if TYPE_CHECKING:
     import torch
@@ -36,15 +37,15 @@ class TransformersTeacher:
 
         name, pinned = loadable(source)
         quantization = _quantization(generation, device, dtype)
-        arguments: dict[str, Any] = {"quantization_config": quantization} if quantization else {}
+        arguments = onto(device)
         if quantization:
-            arguments["device_map"] = {"": device}
+            arguments = {"quantization_config": quantization, "device_map": {"": device}}
         with loading(source):
             self._tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **pinned)
             model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=choose_dtype(dtype, device), **pinned, **arguments
+                name, dtype=dtype_to_run(dtype, device), **pinned, **arguments
             )
-        self._model = (model if quantization else model.to(device)).eval()
+        self._model = model.eval()
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         stops = model.generation_config.eos_token_id
@@ -59,6 +60,7 @@ class TransformersTeacher:
             pad_token_id=self._tokenizer.pad_token_id,
         )
         self._device = device
+        self._batch_size = batch_for("teacher_batch_size", generation.batch_size, device)
         self._generation = generation
         tokens = context_tokens(model.config, self._tokenizer)
         self._context = Context(source.name, self._tokenizer, tokens, generation)
@@ -76,7 +78,7 @@ class TransformersTeacher:
             else:
                 inputs[number] = fitted
         order = sorted(inputs, key=lambda number: -len(inputs[number][0]))
-        size = self._generation.batch_size
+        size = self._batch_size
 
         def generate(batch: Sequence[int]) -> list[_Written]:
             return self._generate(
@@ -187,5 +189,5 @@ def _quantization(generation: Generation, device: str, dtype: str) -> Any:
     if generation.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=choose_dtype(dtype, device)
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype_to_run(dtype, device)
     )
