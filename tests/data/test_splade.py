@@ -79,6 +79,25 @@ def test_every_masked_language_model_has_the_vectors_of_sentence_transformers(
     assert "fast SPLADE head does not serve" not in caplog.text
 
 
+def test_sentence_transformers_is_not_imported_for_models_that_ours_serves(models, tmp_path) -> None:
+    modules = [MLMTransformer(str(models["splade"])), SpladePooling("max", "relu")]
+    SparseEncoder(modules=modules, device="cpu").save(str(tmp_path))
+    program = """
+        import sys
+        from scaledown.data.encoders import load_encoder
+        from scaledown.models import resolve
+
+        bare, saved = (
+            load_encoder(resolve(folder), "cpu", "float32", 2).documents(["Tides"], lambda _: None)
+            for folder in sys.argv[1:]
+        )
+        print((bare != saved).nnz, bare.nnz > 0, "sentence_transformers" in sys.modules)
+    """
+    words = [sys.executable, "-c", textwrap.dedent(program), str(models["splade"]), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["0", "True", "False"], done.stderr
+
+
 def test_token_ids_give_what_texts_give(models) -> None:
     encoder = SpladeEncoder(resolve(str(models["splade"])), "cpu", "float32", 2)
     tokens = encoder._fast.tokenised(TEXTS)

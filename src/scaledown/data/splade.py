@@ -6,6 +6,7 @@ maximum is taken of the raw logits, in tiles of the vocabulary: batch x length x
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scaledown.errors import ModelError
-from scaledown.models import Halving, ModelSource, dtype_to_run, loadable, loading
+from scaledown.models import Halving, ModelSource, dtype_to_run, loadable, loading, onto, read_config_file
 
 if TYPE_CHECKING:
     import torch
@@ -29,22 +30,24 @@ _TOLERANCE: Final = {"torch.float32": 1e-3, "torch.bfloat16": 0.2, "torch.float1
 class SpladeEncoder:
     """A masked language model with SPLADE pooling.
 
-    sentence-transformers loads it; the head is ours wherever it is a linear layer over the vocabulary with
-    max pooling, else sentence-transformers' own, which the log says.
+    The head is ours wherever it is a linear layer over the vocabulary with max pooling, else that of
+    sentence-transformers, which the log says. Only then it is imported: that takes longer than all else here.
     """
 
     def __init__(self, source: ModelSource, device: str, dtype: str, batch_size: int) -> None:
-        from sentence_transformers import SparseEncoder
-
-        name, pinned = loadable(source)
-        arguments: dict[str, Any] = {"model_kwargs": {"dtype": dtype_to_run(dtype, device)}}
-        with loading(source):
-            self._model = SparseEncoder(name, device=device, **pinned, **arguments)
         self._batch_size = batch_size
         self.halving = Halving("--batch_size")
-        reason, self._fast = _fast(self._model)
-        if reason:
+        self._model: Any = None
+        reason, parts = _from_files(source, device, dtype)
+        if parts is None:
+            self._model = _from_sentence_transformers(source, device, dtype)
+            reason, parts = _parts_of(self._model)
+        self._fast: _Fast | None = None
+        if parts is not None:
+            reason, self._fast = _fast(parts)
+        if self._fast is None:
             log.info("retriever: the fast SPLADE head does not serve it (%s)", reason)
+            self._model = self._model or _from_sentence_transformers(source, device, dtype)
 
     def documents(
         self,
@@ -222,12 +225,102 @@ def max_logits_tiled(
     return result if bias is None else result.add_(bias)
 
 
-def _fast(model: Any) -> tuple[str, _Fast | None]:
-    """Why the fast head does not serve a `SparseEncoder`, or the head. Its decoder is then switched off."""
-    if reason := _unsuited(model):
-        return reason, None
-    tokenizer, masked = model.tokenizer, model[0].auto_model
+class _Parts(NamedTuple):
+    """What makes a text a vector, by max pooling."""
+
+    model: Any
+    """A masked language model."""
+    tokenizer: Any
+    longest: int
+    twice: bool
+
+
+# What sentence-transformers keeps of a model; with other values than these it does more than we do.
+_KNOWN: Final[dict[str, tuple[Any, ...]]] = {
+    "do_lower_case": (False, None),
+    "transformer_task": ("fill-mask",),
+    "query_length": (None,),
+    "document_length": (None,),
+    "query_expansion": (None,),
+    "processing_kwargs": (None, {}),
+}
+_IRRELEVANT: Final = {"max_seq_length", "modality_config", "module_output_name", "unpad_inputs"}
+_POOLING: Final = "1_SpladePooling"
+_TASKS: Final = (".MLMTransformer", ".Transformer")
+
+
+def _from_files(source: ModelSource, device: str, dtype: str) -> tuple[str, _Parts | None]:
+    """The parts of a bare masked language model, or of one that sentence-transformers saved with max pooling.
+
+    None, and the reason, where its files tell of something else.
+    """
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    modules = read_config_file(source, "modules.json")
+    pooling = (read_config_file(source, f"{_POOLING}/config.json") or {}) if modules else {}
+    kept = read_config_file(source, "sentence_bert_config.json") or {}
+    whole = read_config_file(source, "config_sentence_transformers.json") or {}
+    if modules:
+        first, second = [*modules, {}, {}][:2]
+        if len(modules) != 2 or not str(second.get("type")).endswith(".SpladePooling"):
+            return "its modules are not a masked language model and SPLADE pooling", None
+        is_known = first.get("path") == "" and second.get("path") == _POOLING
+        if not is_known or not str(first.get("type")).endswith(_TASKS):
+            return "its modules are of another kind", None
+    if pooling.get("pooling_strategy", "max") != "max":
+        return f"its pooling is {pooling['pooling_strategy']}", None
+    if any((whole.get("prompts") or {}).values()) or whole.get("max_active_dims"):
+        return "it has prompts or a limit of active terms", None
+    for name, value in kept.items():
+        if name not in _IRRELEVANT and value not in _KNOWN.get(name, ()):
+            return f"its {name} is {value}", None
+    name, pinned = loadable(source)
+    with loading(source):
+        tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
+        model = AutoModelForMaskedLM.from_pretrained(
+            name, dtype=dtype_to_run(dtype, device), **pinned, **onto(device)
+        ).eval()
+    longest = kept.get("max_seq_length")
+    if longest is None:
+        positions = getattr(model.config, "max_position_embeddings", -1)
+        longest = min(tokenizer.model_max_length, positions if positions != -1 else math.inf)
+    return "", _Parts(model, tokenizer, longest, pooling.get("activation_function") == "log1p_relu")
+
+
+def _from_sentence_transformers(source: ModelSource, device: str, dtype: str) -> Any:
+    from sentence_transformers import SparseEncoder
+
+    name, pinned = loadable(source)
+    arguments: dict[str, Any] = {"model_kwargs": {"dtype": dtype_to_run(dtype, device)}}
+    with loading(source):
+        return SparseEncoder(name, device=device, **pinned, **arguments)
+
+
+def _parts_of(model: Any) -> tuple[str, _Parts | None]:
+    """The parts of a `SparseEncoder`. None, and the reason, where it does something else."""
+    from sentence_transformers.sparse_encoder.modules import SpladePooling
+
+    modules = list(model)
+    if len(modules) != 2 or not isinstance(modules[1], SpladePooling):
+        return "its modules are not a masked language model and SPLADE pooling", None
+    if modules[1].pooling_strategy != "max":
+        return f"its pooling is {modules[1].pooling_strategy}", None
+    if any(model.prompts.values()) or model.max_active_dims:
+        return "it has prompts or a limit of active terms", None
+    masked = getattr(modules[0], "auto_model", None)
+    if not hasattr(masked, "get_output_embeddings"):
+        return "its first module is no masked language model", None
+    longest = model.max_seq_length or model.tokenizer.model_max_length
+    return "", _Parts(masked, model.tokenizer, longest, modules[1].activation_function == "log1p_relu")
+
+
+def _fast(parts: _Parts) -> tuple[str, _Fast | None]:
+    """Why the fast head does not serve a model, or the head. The model's decoder is then switched off."""
+    tokenizer, masked = parts.tokenizer, parts.model
     decoder = masked.get_output_embeddings()
+    weight = getattr(decoder, "weight", None)
+    if weight is None or weight.ndim != 2:
+        return "its last layer is not a linear one over the vocabulary", None
     bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     place = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)
     if place is None or tokenizer.padding_side != "right":
@@ -239,14 +332,14 @@ def _fast(model: Any) -> tuple[str, _Fast | None]:
         bias=None if getattr(decoder, "bias", None) is None else decoder.bias.detach(),
         before=whole[:place],
         after=whole[place + len(bare) :],
-        longest=model.max_seq_length or tokenizer.model_max_length,
-        twice=model[1].activation_function == "log1p_relu",
+        longest=parts.longest,
+        twice=parts.twice,
     )
-    expected = model.encode(list(_CHECKED_ON), convert_to_sparse_tensor=False, show_progress_bar=False)
+    expected = [_obvious(parts, text) for text in _CHECKED_ON]
     decoder.forward = lambda hidden: hidden
     try:
         found = fast.encode(fast.tokenised(_CHECKED_ON)).toarray()
-        difference = abs(expected.float().cpu().numpy() - found).max()
+        difference = abs(np.stack(expected) - found).max()
         if difference <= _TOLERANCE[str(decoder.weight.dtype)]:
             return "", fast
         reason = f"its vectors differ by {difference:.2g}"
@@ -258,22 +351,16 @@ def _fast(model: Any) -> tuple[str, _Fast | None]:
     return reason, None
 
 
-def _unsuited(model: Any) -> str:
-    """What about a `SparseEncoder` the fast head is not made for; empty when nothing is."""
-    from sentence_transformers.sparse_encoder.modules import SpladePooling
+def _obvious(parts: _Parts, text: str) -> np.ndarray[Any, Any]:
+    """The vector of one text by the definition, [vocabulary]."""
+    import torch
 
-    modules = list(model)
-    if len(modules) != 2 or not isinstance(modules[1], SpladePooling):
-        return "its modules are not a masked language model and SPLADE pooling"
-    if modules[1].pooling_strategy != "max":
-        return f"its pooling is {modules[1].pooling_strategy}"
-    if any(model.prompts.values()) or model.max_active_dims:
-        return "it has prompts or a limit of active terms"
-    find = getattr(getattr(modules[0], "auto_model", None), "get_output_embeddings", lambda: None)
-    weight = getattr(find(), "weight", None)
-    if weight is None or weight.ndim != 2:
-        return "its last layer is not a linear one over the vocabulary"
-    return ""
+    read = parts.tokenizer(text, return_tensors="pt")
+    with torch.inference_mode():
+        ids, mask = (read[name].to(parts.model.device) for name in ("input_ids", "attention_mask"))
+        weights = parts.model(input_ids=ids, attention_mask=mask).logits[0].amax(0).float().relu().log1p()
+        found: np.ndarray[Any, Any] = (weights.log1p() if parts.twice else weights).cpu().numpy()
+    return found
 
 
 def by_length(texts: Sequence[Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
