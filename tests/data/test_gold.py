@@ -153,6 +153,8 @@ def test_official_files(content: dict, answers: tuple, indent: int | None, tmp_p
         ("['Goethe' 'J. W. Goethe']", ("Goethe", "J. W. Goethe")),
         ("['Goethe'\n \"O'Neill\"]", ("Goethe", "O'Neill")),
         ("{'text': array(['a', 'b'], dtype=object), 'answer_start': array([1, 2])}", ("a", "b")),
+        ("array(['a', 'b'], dtype=object)", ("a", "b")),
+        ("[1984 1990.]", ("1984", "1990")),
         ('["a", "b"]', ("a", "b")),
         ("[sic] a [b]", ("[sic] a [b]",)),
         ("[a, b]", ("[a, b]",)),
