@@ -155,6 +155,7 @@ def test_official_files(content: dict, answers: tuple, indent: int | None, tmp_p
         ("{'text': array(['a', 'b'], dtype=object), 'answer_start': array([1, 2])}", ("a", "b")),
         ("array(['a', 'b'], dtype=object)", ("a", "b")),
         ("[1984 1990.]", ("1984", "1990")),
+        ("[007 008]", ("[007 008]",)),
         ('["a", "b"]', ("a", "b")),
         ("[sic] a [b]", ("[sic] a [b]",)),
         ("[a, b]", ("[a, b]",)),

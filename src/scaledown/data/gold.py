@@ -248,9 +248,9 @@ def _read(text: str) -> Any:
         return text
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
-    if _NUMPY.fullmatch(text):  # Python would join its texts
-        return [ast.literal_eval(own) for own in re.findall(_ITEM, text)]
     with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        if _NUMPY.fullmatch(text):  # Python would join its texts
+            return [ast.literal_eval(own) for own in re.findall(_ITEM, text)]
         value = ast.literal_eval(_ARRAY.sub(r"\1", text))
         return value if isinstance(value, list | dict) else text
     return text
