@@ -547,7 +547,10 @@ def test_what_waiting_does_not_mend_ends_the_run_at_once(serve: Any) -> None:
         ModelError, match=r"payment or a larger quota \(insufficient_quota: check your plan\)"
     ):
         list(teacher(server).answers(prompts(20)))
-    server.said = "come back tomorrow"
+    server.script, server.error = (lambda _: "error"), {"message": "no credit", "type": "insufficient_quota"}
+    with pytest.raises(ModelError, match=r"payment or a larger quota \(no credit\)"):
+        list(teacher(server).answers(prompts(20)))
+    server.script, server.said = (lambda _: "429"), "come back tomorrow"
     with pytest.raises(ModelError, match=r"wants no request for 7,200 s \(come back tomorrow\)"):
         list(teacher(server).answers(prompts(20)))
     assert time.monotonic() - started < 10

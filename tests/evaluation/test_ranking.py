@@ -147,6 +147,21 @@ def test_unknown_measures_are_refused(name: str) -> None:
         parse_measures([name])
 
 
+def test_what_a_ranking_lacks_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "a.run").write_text("q1 Q0 a 1 1 x\nq1 Q0 b 2 2 x\nq1 Q0 c 3 1 x\n")
+    (tmp_path / "qrels").write_text("q1 0 a 1\nq1 0 b -2\n")
+    words = ["evaluate", "--run", str(tmp_path / "a.run"), "--qrels", str(tmp_path / "qrels")]
+    assert main([*words, "--output_dir", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "1 judgements below 0 count as 0" in out
+    assert "a.run: the ranks of 1 queries contradict their scores" in out
+    assert "a.run: 1 scores are tied" in out
+    results = read_results(tmp_path / "out")
+    assert results.counts == {"queries": 1, "below_0": 1}
+    assert results.systems["a.run"].counts == {"missing": 0, "contradicted": 1, "tied": 1}
+    assert results.systems["a.run"].measures["RR@10"].mean == pytest.approx(1 / 3)
+
+
 def test_two_runs_are_compared(run: Path, qrels: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     other = tmp_path / "b.run"
     other.write_text("q1 Q0 c 1 2 x\nq1 Q0 b 2 1 x\nq2 Q0 a 1 9 x\n")

@@ -44,7 +44,8 @@ _NO_ANSWER: Final = frozenset(
 )
 _DOTS: Final = ".\u2026-\u2013\u2014?_ "
 _QUOTED: Final = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-_NUMPY: Final = re.compile(rf"\[\s*{_QUOTED}(?:\s+{_QUOTED})*\s*\]")
+_ITEM: Final = rf"(?:{_QUOTED}|-?\d+(?:\.\d*)?)"
+_NUMPY: Final = re.compile(rf"\[\s*{_ITEM}(?:\s+{_ITEM})*\s*\]")
 _ARRAY: Final = re.compile(r"array\((\[[^\]]*\])(?:,\s*dtype=[^()]*)?\)")
 _WHOLE: Final = re.compile(r"(-?\d+)\.0")
 
@@ -241,13 +242,15 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _read(text: str) -> Any:
     """The list or record that a text stands for, as JSON, Python or NumPy write it; else the text."""
+    if array := _ARRAY.fullmatch(text):
+        text = array[1]
     if text[:1] + text[-1:] not in {"[]", "{}"}:
         return text
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
-    if _NUMPY.fullmatch(text):  # Python would join its texts
-        return [ast.literal_eval(own) for own in re.findall(_QUOTED, text)]
     with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        if _NUMPY.fullmatch(text):  # Python would join its texts
+            return [ast.literal_eval(own) for own in re.findall(_ITEM, text)]
         value = ast.literal_eval(_ARRAY.sub(r"\1", text))
         return value if isinstance(value, list | dict) else text
     return text

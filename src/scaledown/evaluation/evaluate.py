@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -338,14 +339,16 @@ def _sentences(  # noqa: PLR0917
 
 def _evaluate_rankings(config: EvaluateConfig, run: RunDirectory, known: dict[str, Any]) -> Results:
     measures = ranking.parse_measures(config.measures)
-    qrels = ranking.read_qrels(Path(config.qrels))
+    judged: Counter[str] = Counter()
+    qrels = ranking.read_qrels(Path(config.qrels), judged)
     short = [Path(name).name for name in config.run]
     names = short if len(set(short)) == len(short) else list(config.run)
     values, counts = {}, {}
     for name, path in zip(names, config.run, strict=True):
-        found = ranking.read_run(Path(path))
+        told: Counter[str] = Counter()
+        found = ranking.read_run(Path(path), told)
         values[name] = ranking.per_query(found, qrels, measures)
-        counts[name] = {"missing": len(qrels.keys() - found.keys())}
+        counts[name] = {"missing": len(qrels.keys() - found.keys()), **told}
     written = Path(config.output_dir) / QUERIES
     ranking.write_queries(written, list(qrels), values)
     return Results(
@@ -353,7 +356,7 @@ def _evaluate_rankings(config: EvaluateConfig, run: RunDirectory, known: dict[st
         **known,
         model={},
         right_answers="qrels",
-        counts={"queries": len(qrels)},
+        counts={"queries": len(qrels), **judged},
         baseline=names[0],
         systems=conclude(values, None, names[0], counts, seed=config.seed),
         files={QUERIES: run.content_hash(written)},

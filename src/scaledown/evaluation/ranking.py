@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -40,10 +41,11 @@ _QRELS: Final = (  # TREC's and BEIR's
 )
 
 
-def read_run(path: Path) -> Scores:
+def read_run(path: Path, counts: Counter[str] | None = None) -> Scores:
     """The scores of a TREC run, or of one with ranks alone. Raises `InputError` that names file and line.
 
-    Ranks beside scores count for nothing, as in trec_eval; where they contradict them, the log says so.
+    Ranks beside scores count for nothing, as in trec_eval; the log and `counts` say where they contradict
+    them (`contradicted`), and how many scores are `tied`.
     """
     found: Scores = {}
     ranks: dict[str, list[tuple[float, float]]] = {}
@@ -56,13 +58,16 @@ def read_run(path: Path) -> Scores:
         found[query][document] = score
         if form is _RUNS[0] and fields[3].isdecimal():
             ranks.setdefault(query, []).append((int(fields[3]), -score))
+    counts = Counter() if counts is None else counts
     if wrong := sum(map(_contradict, ranks.values())):
         log.warning(
             "--run %s: the ranks of %s of %s queries contradict their scores: scores count, higher is better",
             *(path, f"{wrong:,}", f"{len(found):,}"),
         )
+        counts["contradicted"] = wrong
     tied = sum(len(own) - len(set(own.values())) for own in found.values())
     if tied:
+        counts["tied"] = tied
         log.info("--run %s: %s ties, broken as trec_eval does: the larger id comes first", path, f"{tied:,}")
     return found
 
@@ -72,10 +77,10 @@ def _contradict(ranked: list[tuple[float, float]]) -> bool:
     return any(rank < other and low > high for (rank, low), (other, high) in pairwise(sorted(ranked)))
 
 
-def read_qrels(path: Path) -> dict[str, dict[str, int]]:
+def read_qrels(path: Path, counts: Counter[str] | None = None) -> dict[str, dict[str, int]]:
     """The relevance of judged documents. Raises `InputError` that names file and line.
 
-    Below 0 it is 0, as in trec_eval. The same judgement twice is one.
+    Below 0 it is 0, as in trec_eval, which `counts` says as `below_0`. The same judgement twice is one.
     """
     found: dict[str, dict[str, int]] = {}
     below = 0
@@ -89,6 +94,8 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
         if found.setdefault(query, {}).setdefault(document, relevance) != relevance:
             raise InputError(f"{where}: document {document} is there twice for query {query}: keep one")
     if below:
+        if counts is not None:
+            counts["below_0"] = below
         log.warning("--qrels %s: %s relevances below 0 count as 0, as in trec_eval", path, f"{below:,}")
     return found
 

@@ -29,7 +29,7 @@ class SystemResult(NamedTuple):
     differences: dict[str, Difference]
     """To the baseline; empty for the baseline itself."""
     counts: dict[str, int]
-    """What went wrong: `errors`, `no_verdict`, `missing`."""
+    """What went wrong: `errors`, `no_verdict`, `missing`; of rankings also `contradicted` and `tied`."""
     held: dict[str, Estimate]
     """The measures over the questions whose documents hold a right answer; none of rankings."""
     not_held: dict[str, Estimate]
@@ -238,11 +238,17 @@ def remarks(results: Results) -> Iterator[str]:
         yield f"{counts['unusable']:,} of {counts['records']:,} records cannot be asked: left out"
     if counts.get("articles", _FEW_ARTICLES) < _FEW_ARTICLES:
         yield f"intervals and p-values from {counts['articles']:,} articles are rough: have {_FEW_ARTICLES}"
+    if counts.get("below_0"):
+        yield f"{counts['below_0']:,} judgements below 0 count as 0, as in trec_eval"
     for system, own in results.systems.items():
         for name, count in own.counts.items():
             if count and name == "errors":
                 yield f"{system}: {count:,} questions could not be asked and count as not answered"
             elif count and name == "missing":
                 yield f"{system}: {count:,} judged queries are not in it and count as 0"
+            elif count and name == "contradicted":
+                yield f"{system}: the ranks of {count:,} queries contradict their scores, which count"
+            elif count and name == "tied":
+                yield f"{system}: {count:,} scores are tied: the larger id comes first, as in trec_eval"
             elif count:
                 yield f"{system}: the judge gave no verdict about {count:,} answers ({name}): left out"

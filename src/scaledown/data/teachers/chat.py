@@ -44,7 +44,7 @@ _SPENT: Final = re.compile(
     r"exceeded your current quota(?!.*retry)",
     re.DOTALL,
 )
-_SPENT_STATUS: Final = frozenset({402, 403, 429})
+_SPENT_STATUS: Final = frozenset({0, 402, 403, 429})
 _THOUGHTS: Final = ("reasoning_content", "reasoning", "thinking")
 _MOST_TOKENS: Final = 1 << 40  # a larger count is none
 

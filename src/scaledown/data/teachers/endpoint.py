@@ -416,15 +416,15 @@ class _Crew:
     ) -> Answer | Rejection | Fault | None:
         """What a reply amounts to; None is to be asked again, changed."""
         chat, status = self._teacher.chat, self._teacher.chat.status(response)
-        if status == 0:
-            return Fault(f"the server reports an error: {chat.said(response)}")
-        if status < 300:
+        if 0 < status < 300:
             return self._read(endpoint, draft, response)
         if chat.is_spent(response):  # also one with seconds to wait, and before a key is blamed
             raise ModelError(
                 f"--teacher_endpoint {endpoint.url} wants payment or a larger quota ({chat.said(response)}): "
                 "the same command continues when there is credit, answers so far are kept"
             )
+        if status == 0:
+            return Fault(f"the server reports an error: {chat.said(response)}")
         if status == 401 or (status == 403 and not self._teacher.answered):  # later: of this prompt
             self._teacher.refuse_key(endpoint.url, status)
         pause = retry_after(response.headers.get("Retry-After", ""), math.inf)
