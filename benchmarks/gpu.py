@@ -1,0 +1,551 @@
+"""What a GPU alone can show: a table of checks, what is expected beside what is found.
+
+Weights are random and of the real shapes; nothing is downloaded. Status 1 when a check falls short. The same
+rows as JSON are for an issue. Rows that a CPU can do are done in the tests, by this code at tiny shapes.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from scaledown.data.encoders import load_encoder
+from scaledown.data.prompts import answer_prompt
+from scaledown.data.reranker import Pair, load_reranker
+from scaledown.data.splade import max_logits, max_logits_tiled
+from scaledown.data.teachers import Generation, Rejection, answer_all
+from scaledown.data.teachers.transformers import TransformersTeacher
+from scaledown.errors import ModelError
+from scaledown.evaluation.efficiency import machine
+from scaledown.gpus import GIB, OnDevice, give_back, index
+from scaledown.models import choose_device, dtype_to_run, loadable, resolve
+from scaledown.shared_config import batch_for
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = ("tower", "river", "moon", "bread", "queen", "glass", "winter", "paper", "stone", "music")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Of the largest logit. Tiles round their products; the kernel does not."""
+
+
+class Check(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    expected: str
+    found: str
+    met: bool
+
+
+class Scale(NamedTuple):
+    """The models and the work: as users have them, or so small that a test does them on a CPU."""
+
+    device: str
+    encoder: dict[str, Any]
+    reranker: dict[str, Any]
+    teacher: dict[str, Any]
+    kernel_batch: int = 256
+    kernel_widths: tuple[int, ...] = (128, 768)
+    kernel_longest: int = 512
+    texts: int = 2048
+    pairs: int = 512
+    prompts: int = 64
+    new_tokens: int = 32
+    batches: tuple[int, ...] = (32, 128, 256, 512)
+    demo: tuple[str, ...] = ("--preset", "demo")
+    student: str = "bundled:smollm2-135m"
+
+
+REAL = Scale(
+    device="cuda",
+    encoder={},  # BERT-base is what the configuration says
+    reranker={"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+    | {"intermediate_size": 4096, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+    | {"position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True},
+    teacher={},  # and Mistral-7B
+)
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+TINY = Scale(
+    device="cpu",
+    encoder=SMALL,
+    reranker=SMALL,
+    teacher=SMALL | {"num_key_value_heads": 2, "head_dim": 16},
+    kernel_batch=4,
+    kernel_widths=(16,),
+    kernel_longest=70,
+    texts=12,
+    pairs=12,
+    prompts=4,
+    new_tokens=4,
+    batches=(2, 4),
+)
+
+
+# Models of random weights
+
+
+def save(model: Any, tokenizer: str, folder: Path) -> Path:
+    """A model beside the tokenizer of a bundled one."""
+    name, pinned = loadable(resolve(tokenizer))
+    AutoTokenizer.from_pretrained(name, **pinned).save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+def make(scale: Scale, folder: Path) -> dict[str, Path]:
+    """Encoder, reranker and teacher, each in a folder."""
+    torch.manual_seed(0)
+    dtype = dtype_to_run("auto", scale.device)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(scale.device):
+            made = {
+                "encoder": BertForMaskedLM(BertConfig(vocab_size=30522, **scale.encoder)),
+                "reranker": DebertaV2ForSequenceClassification(
+                    DebertaV2Config(vocab_size=30522, num_labels=1, **scale.reranker)
+                ),
+                "teacher": MistralForCausalLM(
+                    MistralConfig(
+                        **{"vocab_size": 49152, "eos_token_id": 2, "bos_token_id": 1} | scale.teacher
+                    )
+                ),
+            }
+    finally:
+        torch.set_default_dtype(before)
+    decoder = made["encoder"].get_output_embeddings()  # else half of the vocabulary is in each vector
+    decoder.bias.data.fill_(-0.06 * decoder.weight.shape[1] ** 0.5)
+    tokenizers = {"teacher": "bundled:smollm2-135m"}
+    return {
+        name: save(model, tokenizers.get(name, "bundled:splade-tiny"), folder / name)
+        for name, model in made.items()
+    }
+
+
+def text(number: int, words: int) -> str:
+    """Some words that differ from those of other numbers."""
+    return " ".join(WORDS[(number * 7 + place * (number % 5 + 1)) % len(WORDS)] for place in range(words))
+
+
+# The checks. Each gives its rows; one that raises is a row, too.
+
+
+def of_device(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
+    device = choose_device(scale.device)
+    found = float(torch.ones(2, device=device).sum())
+    yield Check("device", f"computes on {scale.device}", machine(), found == 2)
+    dtype = dtype_to_run("auto", device)
+    code = f"import torch; print(torch.ones(2, device={device!r}).sum().item())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    yield Check(
+        "a process started after the device was chosen",
+        "computes there",
+        child.stdout.strip(),
+        not child.returncode,
+    )
+    compiler = importlib.util.find_spec("triton") is not None
+    yield Check(
+        "dtype, compiler", "told", f"{dtype}, Triton {'is' if compiler else 'is not'} there", met=True
+    )
+
+
+def of_kernel(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
+    torch.manual_seed(0)
+    for width in scale.kernel_widths:
+        length = torch.randint(1, scale.kernel_longest + 1, (scale.kernel_batch,), device=scale.device)
+        length[:3] = torch.tensor([1, scale.kernel_longest, min(130, scale.kernel_longest)])[
+            : len(length[:3])
+        ]
+        for dtype, error in TOLERANCE.items():
+            hidden = torch.randn(
+                scale.kernel_batch, scale.kernel_longest, width, device=scale.device, dtype=dtype
+            )
+            weight = torch.randn(4096, width, device=scale.device, dtype=dtype)
+            exact = torch.stack(
+                [
+                    (states[:real].double() @ weight.double().T).amax(0)
+                    for states, real in zip(hidden, length.tolist(), strict=True)
+                ]
+            )
+            found = max_logits(hidden, length, weight, None)
+            off = float((found.double() - exact).abs().max() / exact.abs().max())
+            name = f"SPLADE head, width {width}, {dtype}"
+            yield Check(name, f"within {error:g} of float64", f"{off:.1e}", off <= error)
+            if hidden.is_cuda:
+                faster = ratio(hidden, length, weight)
+                yield Check(f"{name}, against tiles", "2x", f"{faster:.1f}x", faster >= 2)
+
+
+def ratio(hidden: torch.Tensor, length: torch.Tensor, weight: torch.Tensor) -> float:
+    """How many times as fast as in tiles."""
+    slow, fast = (
+        seconds(lambda head=head: head(hidden, length, weight, None))
+        for head in (max_logits_tiled, max_logits)
+    )
+    return slow / fast
+
+
+def of_encoding(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
+    texts = [text(number, 100) for number in range(scale.texts)]
+    own = batch_for("batch_size", 0, scale.device)
+
+    def rate(size: int) -> float:
+        encoder = OnDevice(
+            "the encoder",
+            scale.device,
+            lambda: load_encoder(resolve(str(models["encoder"])), scale.device, "auto", size),
+        )
+        taken = seconds(lambda: encoder().documents(texts, nothing))
+        encoder.release()
+        return len(texts) / taken
+
+    yield share("encoding", "texts", {size: rate(size) for size in {*scale.batches, own}}, own)
+
+
+def of_reranking(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
+    pairs = [Pair(text(number, 8), text(number + 1, 120)) for number in range(scale.pairs)]
+    own = batch_for("reranker_batch_size", 0, scale.device)
+
+    def rate(size: int) -> float:
+        reranker = OnDevice(
+            "the reranker",
+            scale.device,
+            lambda: load_reranker(resolve(str(models["reranker"])), scale.device, "auto", size),
+        )
+        taken = seconds(lambda: reranker().score(pairs, nothing))
+        reranker.release()
+        return len(pairs) / taken
+
+    yield share("reranking", "pairs", {size: rate(size) for size in {*scale.batches, own}}, own)
+
+
+def share(name: str, items: str, rates: dict[int, float], own: int) -> Check:
+    """How near the default batch comes to the best one."""
+    best = max(rates.values())
+    told = ", ".join(f"{size}: {rate:,.0f}" for size, rate in sorted(rates.items()))
+    found = f"{rates[own] / best:.0%} at {own}; {items}/s by batch: {told}"
+    return Check(name, "60% of the best batch's rate", found, rates[own] >= 0.6 * best)
+
+
+def of_teacher(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
+    source = resolve(str(models["teacher"]))
+    size = sum(file.stat().st_size for file in models["teacher"].glob("*.safetensors"))
+    documents = [text(number, 100) for number in range(5)]
+    prompts = [answer_prompt(str(n), text(n, 8), documents, 0.0) for n in range(scale.prompts)]
+    kinds: dict[str, dict[str, Any]] = {"": {}}
+    if importlib.util.find_spec("bitsandbytes") and scale.device.startswith("cuda"):
+        kinds |= {" in 8 bits": {"load_in_8bit": True}, " in 4 bits": {"load_in_4bit": True}}
+    for kind, bits in kinds.items():
+        for batch in scale.batches[:2]:
+            generation = Generation(scale.new_tokens, batch_size=batch, **bits)
+            teacher = OnDevice(
+                "the teacher",
+                scale.device,
+                lambda given=generation: TransformersTeacher(source, scale.device, "auto", given),
+            )
+            free = free_memory(scale.device)
+            with host_memory() as peak:
+                teacher()
+            if not kind and batch == scale.batches[0]:
+                most = max(GIB, size // 2)
+                yield Check(
+                    "teacher, host memory while loading",
+                    f"at most {most / GIB:.1f} GiB of {size / GIB:.1f}",
+                    f"{peak[0] / GIB:.1f} GiB",
+                    peak[0] <= most,
+                )
+            started = time.perf_counter()
+            answers = answer_all(teacher(), prompts)
+            rate = len(answers) / (time.perf_counter() - started)
+            halved = teacher().halving.count
+            whole = not any(isinstance(answer, Rejection) for answer in answers)
+            found = f"{rate:.2f}/s, {halved} halvings"
+            yield Check(f"teacher{kind}, batches of {batch}", "answers", found, whole)
+            teacher.release()
+            lost = free - free_memory(scale.device)
+            yield Check(
+                f"teacher{kind}, batches of {batch}, released",
+                "free memory back within 1 GiB",
+                f"{lost / GIB:.2f} GiB are not",
+                lost <= GIB,
+            )
+
+
+def of_capped_memory(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
+    if not scale.device.startswith("cuda"):
+        return
+    total = torch.cuda.mem_get_info(index(scale.device))[1]
+    source = resolve(str(models["teacher"]))
+    told = "nothing"
+    torch.cuda.set_per_process_memory_fraction(GIB / total, index(scale.device))
+    try:
+        TransformersTeacher(source, scale.device, "auto", Generation())
+    except ModelError as error:
+        told = str(error)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, index(scale.device))
+    yield Check("a teacher that does not fit", "a hint", told[-90:], "--teacher_4bit" in told)
+    encoder = load_encoder(resolve(str(models["encoder"])), scale.device, "auto", 512)
+    texts = [text(number, 300) for number in range(512)]
+    whole = encoder.documents(texts, nothing)
+    room = (torch.cuda.memory_allocated() + GIB) / total
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(room, index(scale.device))
+    try:
+        halved = encoder.documents(texts, nothing)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, index(scale.device))
+    off = abs(whole - halved).max()
+    found = f"{encoder.halving.count} halvings, vectors differ by {off:.2g}"
+    yield Check(
+        "encoding in too little memory", "halved batches", found, encoder.halving.count > 0 and off < 0.5
+    )
+
+
+def of_demo(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / f"{name}.json" for name in ("one", "two", "killed")]
+        for output in outputs[:2]:
+            prepare(scale, output).wait()
+        killed = prepare(scale, outputs[2])
+        try:
+            killed.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(killed.pid, signal.SIGKILL)
+            killed.wait()
+            prepare(scale, outputs[2]).wait()
+        made = [output.read_bytes() if output.exists() else b"" for output in outputs]
+        for name, output, found in zip(("again", "killed and again"), outputs[1:], made[1:], strict=True):
+            told = f"{len(found):,} bytes" if found else output.with_suffix(".log").read_text()[-90:]
+            yield Check(f"a run, {name}", "the same bytes", told, bool(found) and found == made[0])
+
+
+def prepare(scale: Scale, output: Path) -> "subprocess.Popen[bytes]":
+    """A run of `scaledown prepare` by itself; what it says is beside its output."""
+    words = [sys.executable, "-m", "scaledown.data.prepare_dataset", *scale.demo, "--device", scale.device]
+    words += ["--queries_file", str(ROOT / "examples" / "queries.txt"), "--teacher_backend", "transformers"]
+    words += ["--output_file", str(output)]
+    with output.with_suffix(".log").open("wb") as said:
+        return subprocess.Popen(words, stdout=said, stderr=said, start_new_session=True)
+
+
+def of_training(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
+    """A student by torchrun, in one process: the steps of `train.py` as many processes would take them."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "train.json"
+        documents = [text(number, 60) for number in range(5)]
+        data.write_text(
+            json.dumps(
+                [{"query": text(n, 6), "documents": documents, "answer": text(n, 4)} for n in range(24)]
+            )
+        )
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+        words += [str(ROOT / "train.py"), "--train_data", str(data), "--generator_model", scale.student]
+        words += ["--device", scale.device, "--num_layers", "1", "--batch_size", "8", "--eval_fraction", "0"]
+        ways = {
+            "": ["--max_steps", "3"],
+            ", checkpointed": ["--max_steps", "3", "--gradient_checkpointing"],
+            ", gone on with": ["--max_steps", "3", "--save_steps", "1", "--resume"],
+        }
+        for way, flags in ways.items():
+            output = Path(folder) / f"model{len(way)}"
+            command = [*words, *flags, "--output_dir", str(output)]
+            if "--resume" in flags:
+                stop_after_a_step(command, output)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            made = (output / "model.safetensors").exists()
+            told = "made" if made else (done.stderr or done.stdout).strip()[-90:]
+            yield Check(f"training by torchrun{way}", "a model after 3 steps", told, made)
+
+
+def stop_after_a_step(command: Sequence[str], output: Path) -> None:
+    """Begin to train, and kill it when its first checkpoint is there."""
+    begun = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while begun.poll() is None and not list(output.glob("checkpoint-*")):
+        time.sleep(0.1)
+    if begun.poll() is None:
+        os.killpg(begun.pid, signal.SIGKILL)
+    begun.wait()
+
+
+def of_vllm(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
+    if not importlib.util.find_spec("vllm"):
+        return
+    answer = f"""
+        from scaledown.data.teacher import generate_teacher_answers
+        records = [{{"query": "What is red?", "documents": ["The tower is red."]}}] * 4
+        print("answers:", len(generate_teacher_answers(
+            records, {str(models["teacher"])!r}, max_new_tokens=8, backend="vllm", device="cuda"
+        )))
+    """
+    encode = f"""
+        from scaledown.data.retrieval import SPLADERetriever
+        retriever = SPLADERetriever({str(models["encoder"])!r}, device="cuda")
+        retriever.retrieve(["red"], [{{"text": "The tower is red."}}])
+        del retriever
+    """
+    shown = subprocess.run(
+        ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.split()
+    ways = {
+        "first in its process": (answer, {}),
+        "after an encoder": (encode + answer, {}),
+        "under a UUID": (answer, {"CUDA_VISIBLE_DEVICES": shown[0]} if shown else {}),
+    }
+    for way, (lines, variables) in ways.items():
+        code = 'if __name__ == "__main__":\n' + lines
+        with tempfile.TemporaryDirectory() as folder:
+            script = Path(folder) / "asks.py"
+            script.write_text(code)
+            done = subprocess.run(
+                [sys.executable, str(script)],
+                env={**os.environ, **variables},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        found = next((line for line in done.stdout.splitlines() if line.startswith("answers:")), "")
+        said = found or done.stderr.strip()[-90:]
+        yield Check(f"vLLM, {way}", "answers", said, bool(found))
+
+
+CHECKS: tuple[Callable[[Scale, dict[str, Path]], Iterator[Check]], ...] = (
+    *(
+        of_device,
+        of_kernel,
+        of_encoding,
+        of_reranking,
+        of_teacher,
+        of_capped_memory,
+        of_demo,
+        of_training,
+        of_vllm,
+    ),
+)
+
+
+# What they measure with
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Of the second time."""
+    for _ in range(2):
+        wait()
+        started = time.perf_counter()
+        work()
+        wait()
+        taken = time.perf_counter() - started
+    return taken
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def free_memory(device: str) -> int:
+    """Of a GPU, in bytes."""
+    return torch.cuda.mem_get_info(index(device))[0] if device.startswith("cuda") else 0
+
+
+@contextlib.contextmanager
+def host_memory() -> Iterator[list[int]]:
+    """The most memory that was taken inside beyond what was there, in bytes; mapped files do not count."""
+    taken, done = [0], threading.Event()
+    status = Path("/proc/self/status")
+
+    def now() -> int:
+        lines = status.read_text().splitlines() if status.exists() else []
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+
+    before = now()
+
+    def look() -> None:
+        while not done.wait(0.02):
+            taken[0] = max(taken[0], now() - before)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield taken
+    finally:
+        done.set()
+        thread.join()
+
+
+def nothing(_: int) -> None:
+    pass
+
+
+def run(
+    scale: Scale, checks: Sequence[Callable[[Scale, dict[str, Path]], Iterator[Check]]] = CHECKS
+) -> list[Check]:
+    """All rows, printed as they come."""
+    rows: list[Check] = []
+    with tempfile.TemporaryDirectory() as folder:
+        models = make(scale, Path(folder))
+        give_back()
+        for check in checks:
+            try:
+                for row in check(scale, models):
+                    rows.append(row)
+                    tell(row)
+            except Exception as error:  # a check that cannot end is one that fell short
+                rows.append(
+                    Check(
+                        check.__name__.removeprefix("of_"),
+                        "no error",
+                        f"{type(error).__name__}: {error}",
+                        met=False,
+                    )
+                )
+                tell(rows[-1])
+    return rows
+
+
+def tell(row: Check) -> None:
+    print(f"{'ok  ' if row.met else 'MISS'}  {row.name:<44}  {row.expected:<36}  {row.found}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", default="gpu.json", help="the same rows for an issue", metavar="FILE")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu: there is no CUDA device here; the tests do what a CPU can", file=sys.stderr)
+        return 1
+    rows = run(REAL)
+    content = {"machine": machine(), "checks": [row._asdict() for row in rows]}
+    Path(options.json).write_text(json.dumps(content, indent=1) + "\n")
+    short = sum(not row.met for row in rows)
+    print(f"gpu: {len(rows)} checks, {short} fell short; {options.json}")
+    return 1 if short else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

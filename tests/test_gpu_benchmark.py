@@ -1,0 +1,84 @@
+"""`make gpu`: the rows that a CPU can do, at tiny shapes, and what it makes of them. Rates are not judged."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from conftest import ROOT
+
+FILE = ROOT / "benchmarks" / "gpu.py"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rows_that_a_cpu_can_do(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    checks = [gpu.of_device, gpu.of_kernel, gpu.of_encoding, gpu.of_reranking, gpu.of_teacher]
+    rows = gpu.run(gpu.TINY, [*checks, gpu.of_capped_memory])
+    assert not [row for row in rows if not row.met and "rate" not in row.expected]
+    names = "\n".join(row.name for row in rows)
+    for name in (
+        "device",
+        "width 16, torch.bfloat16",
+        "encoding",
+        "reranking",
+        "host memory",
+        "batches of 4",
+    ):
+        assert name in names
+    assert capsys.readouterr().out.count("\n") == len(rows)
+
+
+@pytest.mark.slow
+def test_the_demo_has_the_same_bytes_again_and_after_a_kill(gpu: ModuleType, tiny_flags: list[str]) -> None:
+    rows = list(gpu.of_demo(gpu.TINY._replace(demo=tuple(tiny_flags)), {}))
+    assert [row.met for row in rows] == [True, True], rows
+
+
+@pytest.mark.slow
+def test_training_by_torchrun(gpu: ModuleType, models: dict[str, Path]) -> None:
+    rows = list(gpu.of_training(gpu.TINY._replace(student=str(models["causal_lm"])), {}))
+    assert [row.met for row in rows] == [True] * 3, rows
+
+
+def test_a_check_that_cannot_end_is_a_row_that_falls_short(gpu: ModuleType) -> None:
+    def of_nothing(*_: object) -> None:
+        raise RuntimeError("no driver")
+
+    (row,) = gpu.run(gpu.TINY, [of_nothing])
+    assert (row.name, row.met, row.found) == ("nothing", False, "RuntimeError: no driver")
+
+
+@pytest.mark.parametrize("met", [True, False])
+def test_the_status_says_whether_all_is_as_expected(
+    met: bool, gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [gpu.Check("one", "1", "1", met=True), gpu.Check("two", "2", "?", met=met)]
+    monkeypatch.setattr(gpu, "run", lambda scale: rows)
+    monkeypatch.setattr(gpu, "machine", lambda: "a machine")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--json", str(tmp_path / "gpu.json")])
+    assert gpu.main() == (0 if met else 1)
+    kept = json.loads((tmp_path / "gpu.json").read_text())
+    assert kept["machine"] == "a machine"
+    assert [check["met"] for check in kept["checks"]] == [True, met]
+
+
+def test_without_a_gpu_it_says_so(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert gpu.main() == 1
+    assert "there is no CUDA device here" in capsys.readouterr().err
