@@ -73,6 +73,7 @@ class Scale(NamedTuple):
     new_tokens: int = 32
     batches: tuple[int, ...] = (32, 128, 256, 512)
     demo: tuple[str, ...] = ("--preset", "demo")
+    student: str = "bundled:smollm2-135m"
 
 
 REAL = Scale(
@@ -348,6 +349,47 @@ def prepare(scale: Scale, output: Path) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(words, stdout=said, stderr=said, start_new_session=True)
 
 
+def of_training(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
+    """A student by torchrun, in one process: the steps of `train.py` as many processes would take them."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "train.json"
+        documents = [text(number, 60) for number in range(5)]
+        data.write_text(
+            json.dumps(
+                [{"query": text(n, 6), "documents": documents, "answer": text(n, 4)} for n in range(24)]
+            )
+        )
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+        words += [str(ROOT / "train.py"), "--train_data", str(data), "--generator_model", scale.student]
+        words += ["--device", scale.device, "--num_layers", "1", "--batch_size", "8", "--eval_fraction", "0"]
+        ways = {
+            "": ["--max_steps", "3"],
+            ", checkpointed": ["--max_steps", "3", "--gradient_checkpointing"],
+            ", gone on with": ["--max_steps", "3", "--save_steps", "1", "--resume"],
+        }
+        for way, flags in ways.items():
+            output = Path(folder) / f"model{len(way)}"
+            command = [*words, *flags, "--output_dir", str(output)]
+            if "--resume" in flags:
+                stop_after_a_step(command, output)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            made = (output / "model.safetensors").exists()
+            told = "made" if made else (done.stderr or done.stdout).strip()[-90:]
+            yield Check(f"training by torchrun{way}", "a model after 3 steps", told, made)
+
+
+def stop_after_a_step(command: Sequence[str], output: Path) -> None:
+    """Begin to train, and kill it when its first checkpoint is there."""
+    begun = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while begun.poll() is None and not list(output.glob("checkpoint-*")):
+        time.sleep(0.1)
+    if begun.poll() is None:
+        os.killpg(begun.pid, signal.SIGKILL)
+    begun.wait()
+
+
 def of_vllm(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
     if not importlib.util.find_spec("vllm"):
         return
@@ -393,7 +435,17 @@ def of_vllm(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
 
 
 CHECKS: tuple[Callable[[Scale, dict[str, Path]], Iterator[Check]], ...] = (
-    *(of_device, of_kernel, of_encoding, of_reranking, of_teacher, of_capped_memory, of_demo, of_vllm),
+    *(
+        of_device,
+        of_kernel,
+        of_encoding,
+        of_reranking,
+        of_teacher,
+        of_capped_memory,
+        of_demo,
+        of_training,
+        of_vllm,
+    ),
 )
 
 

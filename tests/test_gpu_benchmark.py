@@ -48,6 +48,12 @@ def test_the_demo_has_the_same_bytes_again_and_after_a_kill(gpu: ModuleType, tin
     assert [row.met for row in rows] == [True, True], rows
 
 
+@pytest.mark.slow
+def test_training_by_torchrun(gpu: ModuleType, models: dict[str, Path]) -> None:
+    rows = list(gpu.of_training(gpu.TINY._replace(student=str(models["causal_lm"])), {}))
+    assert [row.met for row in rows] == [True] * 3, rows
+
+
 def test_a_check_that_cannot_end_is_a_row_that_falls_short(gpu: ModuleType) -> None:
     def of_nothing(*_: object) -> None:
         raise RuntimeError("no driver")
