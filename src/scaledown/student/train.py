@@ -225,6 +225,7 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin) -> Trained:
     from accelerate.utils import set_seed
 
     from scaledown.student.checkpoints import newest_checkpoint
+    from scaledown.student.memory import memory_of
     from scaledown.student.training import make_trainer
 
     checkpoint = newest_checkpoint(output)
@@ -272,6 +273,7 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin) -> Trained:
         *(f"{len(taught.rows):,}", trainer.schedule.steps, config.batch_size, len(held.rows) if held else 0),
         *(settings.memory_tokens, settings.doc_max_length, f"{device}, {dtype}".replace("torch.", "")),
     )
+    log.info("memory: %s", memory_of(model))
     trainer.run(checkpoint)
     before, after = trainer.held_out_losses()
     losses = [entry["loss"] for entry in trainer.log if "loss" in entry]
