@@ -343,6 +343,23 @@ def test_contradictions_name_their_flags(setting: Setting, changes: dict[str, An
         train(setting(**changes))
 
 
+@pytest.mark.parametrize(("silent", "level"), [(2, "INFO"), (7, "WARNING")])
+def test_examples_that_teach_nothing_are_counted(
+    silent: int, level: str, setting: Setting, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "records.json"
+    others = [
+        {"query": f"What is {number}?", "documents": ["Bees fly far."], "answer": "an unrelated remark"}
+        for number in range(silent)
+    ]
+    path.write_text(json.dumps([*records(6), *others]))
+    caplog.set_level("INFO")
+    train(setting(train_data=(str(path),), eval_fraction=0.0, max_steps=1))
+    (told,) = [one for one in caplog.records if "copies nothing" in one.getMessage()]
+    assert f"of {silent} of {6 + silent} examples" in told.getMessage()
+    assert told.levelname == level
+
+
 def test_a_long_answer_does_not_end_training(setting: Setting, tmp_path: Path) -> None:
     path = tmp_path / "long.json"
     path.write_text(json.dumps([{**record, "answer": "tide " * 9000} for record in records(4)]))

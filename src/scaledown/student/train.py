@@ -26,10 +26,11 @@ from scaledown.models import choose_device, choose_dtype, quiet_libraries
 from scaledown.outputs import check_apart
 from scaledown.progress import duration
 from scaledown.store import RunDirectory
+from scaledown.student.labels import copied_spans
 from scaledown.student.origin import MODEL_FLAGS, Origin, find_origin
 from scaledown.student.pretraining_data import pretraining_parts
 from scaledown.student.train_settings import FREE, GROUPS, PretrainConfig, TrainConfig
-from scaledown.student.training_data import Lengths, load_parts, measure_documents
+from scaledown.student.training_data import Lengths, Part, load_parts, measure_documents
 from scaledown.urls import without_secrets
 
 log = logging.getLogger("scaledown")
@@ -39,6 +40,7 @@ Config = TrainConfig | PretrainConfig
 SETTINGS_FILE: Final = "settings.json"
 
 _FILES: Final = ("train_data", "eval_data", "gold")  # flags that take several
+_LOOKED_AT: Final = 1000  # examples, at least, where there are so many
 _OWN_FOLDER: Final = ".train"  # in the output: hashes of what was read, and a lock
 _CHECKPOINTS: Final = "checkpoint-*"
 # What training writes into its folder, as patterns.
@@ -260,6 +262,8 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin) -> Trained:
             *(documents.longest, documents.most, documents.most),
         )
     settings.doc_max_length = settings.doc_max_length or max(1, documents.longest)
+    if settings.is_pointer:
+        _tell_labels(taught)
     if _is_first():
         write_json(output / SETTINGS_FILE, memory)
     set_seed(config.seed)
@@ -300,6 +304,18 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin) -> Trained:
         content = result._asdict() | {"documents": documents._asdict()}
         write_json(output / SETTINGS_FILE, memory | {"result": content})
     return result
+
+
+def _tell_labels(part: Part) -> None:
+    """Say how many examples have answers that teach a pointer nothing."""
+    rows = part.rows[:: max(1, len(part.rows) // _LOOKED_AT)]
+    without = sum(not any(copied_spans(*part.examples[row][:3])) for row in rows)
+    told = log.warning if 2 * without > len(rows) else log.info
+    told(
+        "of %s of %s examples looked at, the answer copies nothing from the documents: they teach a pointer "
+        "nothing",
+        *(f"{without:,}", f"{len(rows):,}"),
+    )
 
 
 def _device(config: Config) -> str:
