@@ -376,7 +376,18 @@ def test_flags_of_the_pages_exist() -> None:
     known |= {"model", "query", "document", "data", "format"}  # of scaledown answer and export
     known |= {"push_to_hub", "output"}  # of scaledown export and report
     known |= {"nproc_per_node", "array", "gpus", "head", "address"}  # of torchrun, Slurm and Ray
-    known |= {"config", "preset", "dry_run", "debug", "help", "log_level", "log_format", "json", "quick"}
+    known |= {
+        "config",
+        "preset",
+        "dry_run",
+        "overwrite",
+        "debug",
+        "help",
+        "log_level",
+        "log_format",
+        "json",
+        "quick",
+    }
     names = ("teachers", "student", "cleaning", "evaluation", "formats", "scaling", "serving")
     pages = [ROOT / "docs" / f"{name}.md" for name in names]
     for page in (ROOT / "README.md", *pages):

@@ -158,7 +158,7 @@ def test_a_lost_or_changed_output_in_a_bucket(remote, system, bucket, made, capl
     system.pipe_file(f"{bucket}/other.json", b"mine")
     capsys.readouterr()
     assert remote("--work_dir", f"{output}.work", output=f"{bucket}/other.json") == 1
-    assert f"--output_file {bucket}/other.json exists" in capsys.readouterr().err
+    assert f"--output_file {bucket}/other.json is there already" in capsys.readouterr().err
 
 
 @EVERY
