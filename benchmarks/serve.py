@@ -69,6 +69,7 @@ def serve(layers: int) -> None:
     app = Server(engine, model.config, "student", config, "").app()
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
     listener = listen(config)
+    listener.listen()
     told = {"port": listener.getsockname()[1], "words": one_token_words(model.tokenizer)}
     print(json.dumps(told), flush=True)
     engine.start(lambda: None)
@@ -220,7 +221,8 @@ def main() -> None:
             served.round(1, 1, compressed=side)
         for clients in clients_of:
             rounds: dict[bool, list[Round]] = {side: [] for side in SIDES}
-            for _, side in itertools.product(range(repeats), SIDES):
+            # A round of many clients is long, and has many requests to take medians of.
+            for _, side in itertools.product(range(repeats if clients <= 8 else 1), SIDES):
                 rounds[side].append(served.round(clients, max(2, clients), compressed=side))
             found[layers, clients] = rounds
             print(f"{layers} layers, {clients} clients")
