@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -268,14 +270,47 @@ def shards(work: Path) -> list[Path]:
     return [path for path in work.rglob("*") if path.suffix in {".arrow", ".npz"}]
 
 
+class Undisturbed(NamedTuple):
+    """What a run gives that nothing disturbs."""
+
+    output: bytes
+    shards: int
+    counts: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[tuple[str, ...], Undisturbed]:
+    return {}
+
+
+@pytest.fixture
+def undisturbed(prepare, tmp_path, known, monkeypatch) -> Callable[..., Undisturbed]:
+    """A run by its flags, made once for all tests: it depends on no path. No run here draws its report."""
+    monkeypatch.setattr(command, "report_of", lambda *_: None)
+
+    def made(*flags: str) -> Undisturbed:
+        if flags not in known:
+            whole = tmp_path / "whole.json"
+            assert prepare(*flags, "--output_file", str(whole)) == 0
+            work = Path(f"{whole}.work")
+            known[flags] = Undisturbed(whole.read_bytes(), len(shards(work)), stage_counts(work))
+        return known[flags]
+
+    return made
+
+
+def stage_counts(work: Path) -> dict[str, Any]:
+    stages = json.loads((work / "manifest.json").read_text())["stages"]
+    return {name: stage["counts"] for name, stage in stages.items()}
+
+
 @pytest.mark.parametrize("crash_at", range(13))
-def test_a_crash_anywhere_changes_nothing(crash_at: int, prepare, monkeypatch, tmp_path) -> None:
+def test_a_crash_anywhere_changes_nothing(crash_at: int, prepare, monkeypatch, undisturbed) -> None:
     """The process dies after its n-th shard; the same command then gives the bytes of an undisturbed run."""
     from scaledown.stage import Stage
 
-    whole = tmp_path / "whole.json"
-    assert prepare(*RERANK, *SHARDS, "--output_file", str(whole)) == 0
-    assert len(shards(tmp_path / "whole.json.work")) == 12
+    whole = undisturbed(*RERANK, *SHARDS)
+    assert whole.shards == 12
     write, written = Stage.write, []
 
     def dying(self, *arguments, **keywords):
@@ -298,7 +333,7 @@ def test_a_crash_anywhere_changes_nothing(crash_at: int, prepare, monkeypatch, t
 
     monkeypatch.setattr(Stage, "write", counting)
     assert prepare(*RERANK, *SHARDS) == 0
-    assert prepare.output.read_bytes() == whole.read_bytes()
+    assert prepare.output.read_bytes() == whole.output
     # Queries are read again from the start when their stage is unfinished: they cost nothing.
     again = kept.count("queries") if crash_at < 2 else 0
     assert len(written) == 12 - crash_at + again
@@ -308,11 +343,10 @@ def test_a_crash_anywhere_changes_nothing(crash_at: int, prepare, monkeypatch, t
     "stage", ["queries", "passages", "vectors", "candidates", "ranked", "answers", "reviewed"]
 )
 @pytest.mark.parametrize("flags", [(), ("--max_corpus_size", "7")], ids=["all", "limited"])
-def test_a_crash_before_a_stage_is_marked_as_done(stage, flags, prepare, monkeypatch, tmp_path) -> None:
+def test_a_crash_before_a_stage_is_marked_as_done(stage, flags, prepare, monkeypatch, undisturbed) -> None:
     from scaledown.stage import Stage
 
-    whole = tmp_path / "whole.json"
-    assert prepare(*RERANK, *SHARDS, *flags, "--output_file", str(whole)) == 0
+    whole = undisturbed(*RERANK, *SHARDS, *flags)
     finish = Stage.finish
 
     def dying(self, *arguments):
@@ -324,12 +358,8 @@ def test_a_crash_before_a_stage_is_marked_as_done(stage, flags, prepare, monkeyp
         patch.setattr(Stage, "finish", dying)
         assert prepare(*RERANK, *SHARDS, *flags) == 130
     assert prepare(*RERANK, *SHARDS, *flags) == 0
-    assert prepare.output.read_bytes() == whole.read_bytes()
-    counts = [
-        json.loads((work / "manifest.json").read_text())["stages"]
-        for work in (prepare.work, Path(f"{whole}.work"))
-    ]
-    assert {k: v["counts"] for k, v in counts[0].items()} == {k: v["counts"] for k, v in counts[1].items()}
+    assert prepare.output.read_bytes() == whole.output
+    assert stage_counts(prepare.work) == whole.counts
 
 
 def test_a_crash_while_writing_the_output_leaves_no_half_of_it(prepare, monkeypatch) -> None:
