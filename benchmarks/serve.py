@@ -1,7 +1,7 @@
 """A server that compresses against the same server reading the text: requests a second, time to first token.
 
 10 documents of 128 tokens, a query of 16, 32 new tokens (arXiv 2504.07109, table 5), 16x, SmolLM2-135M, 5 and
-8 layers, at 1, 8 and 32 clients that each send a request after the other. Both sides ask one process of
+8 layers; bursts of 1, 8 and 32 requests at the same time. Both sides ask one process of
 `scaledown serve`'s own engine, in turn; no pair of query and document comes twice, so nothing comes from the
 cache of embeddings. Answers do not end early. The student is untrained: what it answers does not matter here.
 """
@@ -128,6 +128,8 @@ class Served:
         else:
             sys.exit(f"the server failed: status {response.status}")
         connection.close()
+        if not first:
+            sys.exit("an answer had no text: its first token cannot be timed")
         return Request(first, time.perf_counter() - started)
 
     def round(self, clients: int, requests: int, *, compressed: bool) -> Round:

@@ -41,6 +41,18 @@ def atomic(path: Path, room: int = 0) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def put_in_place(new: Path, target: Path, aside: Path) -> None:
+    """Let a folder take the place of another, which goes `aside`, and comes back where that fails."""
+    if target.exists():
+        target.replace(aside)
+    try:
+        new.replace(target)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            aside.replace(target)
+        raise
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write `content` atomically, readable by people."""
     with atomic(path) as temporary:

@@ -141,7 +141,7 @@ def hub_errors(name: str, kind: str = "model") -> Iterator[None]:
         raise
     except Exception as error:  # libraries raise all kinds here; --debug shows the original
         causes = list(_causes(error))
-        if any(map(_is_out_of_memory, causes)):
+        if any(map(is_out_of_memory, causes)):
             raise NoRoomError(
                 f"{kind} {name}: out of memory while loading; use a smaller model, --dtype bfloat16, "
                 "or for a teacher --teacher_8bit or --teacher_4bit"
@@ -219,7 +219,8 @@ def _is_network_error(error: BaseException) -> bool:
     )
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory does not suffice, on any device."""
     # CUDA raises OutOfMemoryError; MPS and the CPU's allocator a RuntimeError that says so.
     named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
     said = "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower()
@@ -342,7 +343,7 @@ class Halving:
         try:
             return [work(batch)]
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:
                 raise NoRoomError(

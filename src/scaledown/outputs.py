@@ -43,8 +43,8 @@ def check_output(
         OutputError: Something else is there, or the output cannot be written.
     """
     file = output if isinstance(output, File) else File.at(str(output))
-    file.storage.check_writable(file.path, flag)
     check_apart(flag, str(output), reads)
+    file.storage.check_writable(file.path, flag)
     check_free(flag, file, made, overwrite=overwrite)
 
 

@@ -381,12 +381,13 @@ class Stage:
         self.storage.publish(path)
 
 
-def together(shards: int, most: int, workers: int) -> int:
-    """How many of so many shards are made at once: at most `most`, and each of several workers in turn twice.
+def together(shards: int, most: int) -> int:
+    """How many of so many shards are made at once: at most `most`, and so few that 8 workers have two turns.
 
-    It depends on nothing that changes while they work: all must see the same groups.
+    How many workers there are does not count: any may come later, and all must see the same groups, else
+    two of them make the same shards.
     """
-    return most if workers < 2 else max(1, min(most, shards // (2 * workers)))
+    return max(1, min(most, shards // 16))
 
 
 def _mapped(path: Path, *, check: bool) -> pa.Table:

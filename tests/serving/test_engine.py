@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from scaledown.serving.engine import EmbeddingCache, End, Engine, Event, Job, Piece, Scores, _Text
 from scaledown.serving.protocol import RequestError
 from scaledown.serving.settings import ServeConfig
+from scaledown.student import decoding
 from scaledown.student.model import ScaleDownModel
 from tiny import pointer_student
 
@@ -98,7 +99,8 @@ def test_usage_counts_positions_and_what_compression_did(engine: Engine, model: 
     end = Asked(engine, "Why?", documents, rate=4, max_new_tokens=3).all()[-1]
     assert isinstance(end, End)
     tokens = [one.stop - one.start for one in read.documents]
-    assert end.usage == (read.prompt_length, 3, sum(tokens), sum(-(-count // 4) for count in tokens))
+    embeddings = sum(-(-count // 4) for count in tokens)
+    assert end.usage == (read.prompt_length, 3, sum(tokens), embeddings, 0)
     assert end.reason == "length"
     end = Asked(engine, "Why?", documents, compressed=False, max_new_tokens=3).all()[-1]
     assert isinstance(end, End)
@@ -136,6 +138,31 @@ def test_chance_depends_on_the_seed_alone(engine: Engine) -> None:
     assert len({written(seed, 1e-9) for seed in range(4)}) == 1, "the likeliest only"
 
 
+@pytest.mark.parametrize("extreme", [{"temperature": 1e-40}, {"temperature": 1.0, "top_p": 1e-50}])
+def test_extremes_of_chance_give_the_likeliest(
+    engine: Engine, model: ScaleDownModel, extreme: dict[str, float]
+) -> None:
+    expected = model.answer("Why?", ["No."], max_new_tokens=6)
+    assert Asked(engine, "Why?", ["No."], seed=1, **extreme).text() == expected
+
+
+def test_logits_that_are_no_numbers_end_their_own_request(
+    engine: Engine, model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> int:
+        raise RuntimeError("probability tensor contains either inf, nan or element < 0")
+
+    monkeypatch.setattr("scaledown.serving.engine._by_chance", fails)
+    greedy = [Asked(engine, f"Why {n}?", ["No."]) for n in range(3)]
+    (error,) = Asked(engine, "Why?", ["No."], temperature=1.0).all()
+    assert isinstance(error, RequestError)
+    assert error.status == 500
+    assert [one.text() for one in greedy] == [
+        model.answer(f"Why {n}?", ["No."], max_new_tokens=6) for n in range(3)
+    ]
+    assert not engine._failures
+
+
 def test_who_is_gone_leaves_room(model: ScaleDownModel) -> None:
     engine = Engine(model, ServeConfig(model="x", batch_size=1, max_new_tokens=3_900))
     engine.start(lambda: None)
@@ -162,6 +189,9 @@ def test_no_more_wait_than_may(model: ScaleDownModel) -> None:
     with pytest.raises(RequestError, match="too many") as error:
         engine.submit(Job("Why?", [], lambda _: None))
     assert error.value.status == 429
+    engine._waiting[1].cancelled = True
+    engine.submit(Job("Why?", [], lambda _: None))
+    assert engine.waiting == 5, "who is gone takes no place"
 
 
 def failing(
@@ -229,8 +259,88 @@ def test_out_of_memory_halves_the_answers_at_once(
     most = 0
     (error,) = Asked(engine, "Why?", ["No."]).all()
     assert isinstance(error, RequestError)
-    assert error.status == 503
+    assert error.status == 413
+    assert engine._most_rows == 16, "it was this one, not their number"
     engine.stop(10)
+
+
+def test_memory_that_does_not_suffice_to_join_ends_what_was_written(
+    model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.generator.generation_config, "eos_token_id", [])  # no answer ends by itself
+    engine = Engine(model, ServeConfig(model="x", batch_size=4, max_new_tokens=3_900))
+    engine.start(lambda: None)
+    try:
+        first = Asked(engine, "Why?", ["No."], max_new_tokens=3_900, temperature=5.0, seed=0)
+        assert isinstance(first.events.get(timeout=30), Piece)
+        widened, calls = decoding._widened, []
+
+        def fails(*arguments: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 6:  # some layer has both rows' keys, and not their values
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            return widened(*arguments)
+
+        monkeypatch.setattr(decoding, "_widened", fails)
+        second = Asked(engine, "Why?", ["No."])
+        assert second.text() == model.answer("Why?", ["No."], max_new_tokens=6)
+        error = first.all()[-1]
+        assert isinstance(error, RequestError)
+        assert error.status == 503
+    finally:
+        engine.stop(10)
+
+
+def test_a_request_that_fails_as_it_begins_ends_no_other(
+    model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = model.reader.read
+
+    def fails(query: str, *arguments: Any, **keywords: Any) -> Any:
+        if "poison" in query:
+            raise ValueError("broken")
+        return read(query, *arguments, **keywords)
+
+    monkeypatch.setattr(model.reader, "read", fails)
+    engine = Engine(model, ServeConfig(model="x", batch_size=4, max_new_tokens=3_900))
+    engine.start(lambda: None)
+    try:
+        first = Asked(engine, "Why?", ["No."], max_new_tokens=40, temperature=5.0, seed=0)
+        assert isinstance(first.events.get(timeout=30), Piece)
+        for _ in range(4):
+            (error,) = Asked(engine, "poison", ["No."]).all()
+            assert isinstance(error, RequestError)
+            assert error.status == 500
+        assert isinstance(first.all()[-1], End)
+        assert not engine.failed
+    finally:
+        engine.stop(10)
+
+
+def test_an_engine_that_dies_leaves_nobody_waiting(
+    model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies() -> bool:
+        raise SystemExit
+
+    told = threading.Event()
+    engine = Engine(model, ServeConfig(model="x"))
+    monkeypatch.setattr(engine, "_admit", dies)
+    asked = [Asked(engine, "Why?", ["No."]) for _ in range(3)]
+    engine.start(told.set)
+    for one in asked:
+        (error,) = one.all()
+        assert isinstance(error, RequestError)
+        assert error.status == 503
+    assert told.wait(30)
+    assert engine.failed
+
+
+def test_documents_that_are_cut_are_counted(engine: Engine, model: ScaleDownModel) -> None:
+    end = Asked(engine, "Why?", ["very " * 200, "No."]).all()[-1]
+    assert isinstance(end, End)
+    assert end.usage.cut == 1
+    assert end.usage.document_tokens <= 2 * model.config.doc_max_length
 
 
 def test_a_stopped_engine_leaves_nobody_waiting(model: ScaleDownModel) -> None:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,8 @@ REFUSED: list[tuple[str, Any, int, str]] = [
     (CHAT, chat(max_tokens=5000), 400, "at most 1,024"),
     (CHAT, chat(temperature=-1), 400, "temperature"),
     (CHAT, chat(temperature=True), 400, "temperature"),
+    (CHAT, chat(stop="x" * 2000), 400, "stop"),
+    (CHAT, chat(stop=["a"] * 5), 400, "stop"),
     (CHAT, chat(compression_rate=2), 400, "compression_rate 2"),
     (CHAT, chat(budget="all"), 400, "budget"),
     (CHAT, chat(n=2), 400, "n is not supported"),
@@ -332,7 +335,8 @@ def test_texts_are_logged_only_if_asked_for(model: ScaleDownModel, caplog: pytes
         assert "secret document" not in caplog.text
 
 
-def test_a_client_that_leaves_frees_its_place(model: ScaleDownModel) -> None:
+def test_a_client_that_leaves_frees_its_place(model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.generator.generation_config, "eos_token_id", [])  # no answer ends by itself
     with running(model, batch_size=1, max_new_tokens=3_900) as server:
         for stream in (True, False):
             connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
@@ -342,8 +346,10 @@ def test_a_client_that_leaves_frees_its_place(model: ScaleDownModel) -> None:
                 assert connection.getresponse().read(40)
             else:
                 wait_for(lambda: server.engine.running == 1)
+            (row,) = server.engine._rows
             connection.close()
             wait_for(lambda: server.engine.running == 0)
+            assert row.written < 3_900
             assert server.ask(CHAT, chat())[0] == 200
 
 
@@ -533,6 +539,42 @@ def test_the_example_asks_the_server(server: Running, tmp_path: Path) -> None:
     first, second = done.stdout.splitlines()
     assert first.split()[0] == "compressed"
     assert int(first.split()[1]) < int(second.split()[1]), done.stdout
+
+
+def resident_mb() -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1000
+    raise AssertionError
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_two_thousand_requests_of_two_hundred_clients_get_their_own_answers(model: ScaleDownModel) -> None:
+    words = ["tower", "river", "city", "tree", "bird", "stone", "book", "bridge", "moon"]
+    queries = [f"What about the {words[n % 9]} {n}?" for n in range(2000)]
+    documents = [[f"The {words[n % 7]} has number {n}."] for n in range(2000)]
+    expected = model.answer(queries, documents, max_new_tokens=4, batch_size=50, compressed=False)
+    assert len(set(expected)) > 800
+
+    def ask(number: int) -> str:
+        streams = number % 2 == 1
+        body = chat(
+            queries[number], documents=documents[number], compressed=False, max_tokens=4, stream=streams
+        )
+        status, told, _ = server.ask(CHAT, body)
+        assert status == 200
+        if not streams:
+            return str(told["choices"][0]["message"]["content"])
+        events = [line.removeprefix("data: ") for line in told.splitlines() if line.startswith("data: {")]
+        deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
+        return "".join(delta.get("content") or "" for delta in deltas)
+
+    with running(model, batch_size=16, max_waiting=400) as server, ThreadPoolExecutor(200) as clients:
+        assert list(clients.map(ask, range(500))) == expected[:500]
+        before = resident_mb()
+        assert list(clients.map(ask, range(500, 2000))) == expected[500:]
+        assert resident_mb() < before + 60
 
 
 @pytest.mark.slow

@@ -80,6 +80,25 @@ def test_the_cache_is_no_longer_than_its_longest_row(generator: torch.nn.Module)
 
 
 @torch.no_grad()
+def test_rows_that_cannot_be_joined_leave_none(
+    generator: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding = Decoding(generator)
+    decoding.join(*prompt(generator, ROWS[0]))
+    with monkeypatch.context() as patch:
+
+        def full(*_: object) -> None:
+            raise torch.OutOfMemoryError
+
+        patch.setattr("scaledown.student.decoding._join", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            decoding.join(*prompt(generator, ROWS[1]))
+    assert len(decoding) == 0
+    decoding.join(*prompt(generator, ROWS[1]))
+    assert decoding.logits.argmax(-1).tolist() == alone(generator, ROWS[1], 1)
+
+
+@torch.no_grad()
 def test_nothing_joins_rows_whose_cache_forgets() -> None:
     torch.manual_seed(0)
     config = MistralConfig(

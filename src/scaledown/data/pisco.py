@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from scaledown.atomic import put_in_place
 from scaledown.data.formats import sound_records
 from scaledown.errors import InputError, OutputError
 from scaledown.outputs import check_folder
@@ -40,9 +41,7 @@ def export_pisco(files: Sequence[Path], output: Path, *, overwrite: bool = False
             raise (error.__cause__ or error) from None
         DatasetDict({"train": dataset}).save_to_disk(whole)
         count = len(dataset)
-        if made:
-            output.replace(Path(folder) / "before")
-        whole.replace(output)
+        put_in_place(whole, output, Path(folder) / "before")
     return count
 
 

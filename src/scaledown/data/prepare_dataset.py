@@ -347,7 +347,7 @@ def _run_teachers(  # noqa: PLR0917
     sampling = {"temperature": config.temperature, "seed": config.seed} if config.temperature else {}
     shown = {"ranked": ranked.fingerprint, "documents": config.documents_per_query}
     most = _WITH_LOGPROBS_AT_ONCE if config.teacher_logprobs else _SHARDS_AT_ONCE
-    at_once = together(len(config.part.of(len(ranked.planned()))), most, config.workers)
+    at_once = together(len(config.part.of(len(ranked.planned()))), most)
     teaching = Teaching(
         documents_per_query=config.documents_per_query,
         temperature=config.temperature,

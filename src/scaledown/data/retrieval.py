@@ -414,7 +414,7 @@ class SearchPlan(NamedTuple):
         queries = min(most, half / per_query)
         at_once = int(max(1, queries // config.queries_per_shard))
         # The last bits of dense scores depend on how many are searched together.
-        return cls(threads, at_once if dense else together(shards, at_once, config.workers))
+        return cls(threads, at_once if dense else together(shards, at_once))
 
 
 def candidates_table(queries: pa.Table, found: Sequence[Candidates]) -> pa.Table:

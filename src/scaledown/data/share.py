@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from scaledown.atomic import put_in_place
 from scaledown.data.columns import columns_of
 from scaledown.data.export import write_examples
 from scaledown.data.formats import sound_records
@@ -42,9 +43,7 @@ def export_dataset(files: Sequence[Path], form: str, output: Path, *, overwrite:
         write_report(
             data, whole / "report.html", whole / "README.md", origin=files[0] if len(files) == 1 else None
         )
-        if made:
-            output.replace(Path(folder) / "before")
-        whole.replace(output)
+        put_in_place(whole, output, Path(folder) / "before")
     return count
 
 

@@ -46,6 +46,7 @@ class SpladeEncoder:
         if parts is not None:
             reason, self._fast = _fast(parts)
         if self._fast is None:
+            parts = None  # else the model would be there twice while it is loaded again
             log.info("retriever: the fast SPLADE head does not serve it (%s)", reason)
             self._model = self._model or _from_sentence_transformers(source, device, dtype)
 

@@ -31,7 +31,9 @@ _CHAT: Final = "/v1/chat/completions"
 _RERANK: Final = "/v1/rerank"
 _OPEN: Final = "/health"  # for load balancers, which have no key
 _AWAY: Final = 499  # nginx's status for a client that left
+_LOGGED: Final = "%s %s %.3f s, prompt %s, answer %s, documents %s -> %s, %s cut"
 _RETRY_SECONDS: Final = 1
+_UNBUFFERED: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # else proxies hold pieces back
 _LOOK_SECONDS: Final = 0.5  # between two looks at whether a client is still there
 
 
@@ -42,6 +44,8 @@ class _Waiting:
     job: Job
     events: asyncio.Queue[Event]
     deadline: float
+    looked: float = 0.0
+    """When it was last seen that the client is still there."""
     usage: Usage = field(default_factory=Usage)
 
 
@@ -62,24 +66,29 @@ class Server:
     def app(self) -> FastAPI:
         """The application, without pages of documentation: those would load scripts from elsewhere."""
         app = FastAPI(title="ScaleDown", docs_url=None, redoc_url=None, openapi_url=None)
-        app.add_api_route(_CHAT, self._guarded(self._chat), methods=["POST"])
-        app.add_api_route(_RERANK, self._guarded(self._rerank), methods=["POST"])
-        app.add_api_route("/v1/models", self._guarded(self._models), methods=["GET"])
-        app.add_api_route("/metrics", self._guarded(self._told), methods=["GET"])
-        app.add_api_route(_OPEN, self._guarded(self._health), methods=["GET"])
+        routes = (
+            ("POST", _CHAT, self._chat),
+            ("POST", _RERANK, self._rerank),
+            ("GET", "/v1/models", self._models),
+            ("GET", "/metrics", self._told),
+            ("GET", _OPEN, self._health),
+        )
+        for method, path, route in routes:
+            app.add_api_route(path, self._guarded(path, route), methods=[method])
         app.add_exception_handler(HTTPException, _not_found)
         app.add_exception_handler(Exception, _unexpected)
         return app
 
     def _guarded(
-        self, route: Callable[[Request], Awaitable[Response]]
+        self, path: str, route: Callable[[Request], Awaitable[Response]]
     ) -> Callable[[Request], Awaitable[Response]]:
         """A route whose errors have OpenAI's shape, for clients that know the key."""
 
         async def guarded(request: Request) -> Response:
-            started, path = time.perf_counter(), request.url.path
+            started = time.perf_counter()
             try:
-                self._check_key(request)
+                if path != _OPEN:
+                    self._check_key(request)
                 return await route(request)
             except RequestError as error:
                 status = error.status
@@ -97,10 +106,10 @@ class Server:
         return guarded
 
     def _check_key(self, request: Request) -> None:
-        if not self._key or request.url.path == _OPEN:
+        if not self._key:
             return
         kind, _, given = request.headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._key):
+        if kind.lower() != "bearer" or not hmac.compare_digest(given.encode("latin-1").strip(), self._key):
             raise RequestError(
                 "the key is missing or wrong: send it as Authorization: Bearer KEY",
                 401,
@@ -111,7 +120,7 @@ class Server:
         seconds = time.perf_counter() - started
         self._metrics.done(path, status, seconds, usage)
         if path in {_CHAT, _RERANK}:
-            log.info("%s %s %.3f s, prompt %s, answer %s, documents %s -> %s", path, status, seconds, *usage)
+            log.info(_LOGGED, path, status, seconds, *usage)
 
     # Routes.
 
@@ -136,7 +145,7 @@ class Server:
             first = await self._next(request, waiting)  # what fails before any text has a status of its own
             with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
             events = self._streamed(request, waiting, first, head, started, with_usage=with_usage)
-            return StreamingResponse(events, media_type="text/event-stream")
+            return StreamingResponse(events, media_type="text/event-stream", headers=_UNBUFFERED)
         text, reason = "", "stop"
         while True:
             event = await self._next(request, waiting)
@@ -320,10 +329,12 @@ class Server:
     async def _event(request: Request, waiting: _Waiting) -> Event:
         loop = asyncio.get_running_loop()
         while (left := waiting.deadline - loop.time()) > 0:
+            if loop.time() - waiting.looked >= _LOOK_SECONDS:
+                waiting.looked = loop.time()
+                if await request.is_disconnected():
+                    raise ClientDisconnect
             with suppress(TimeoutError):
                 return await asyncio.wait_for(waiting.events.get(), min(left, _LOOK_SECONDS))
-            if await request.is_disconnected():
-                raise ClientDisconnect
         raise RequestError("the answer took too long: ask for less, or try again", 504)
 
     def _first(self, text: str, started: float) -> None:
@@ -341,7 +352,11 @@ def _usage(usage: Usage) -> dict[str, Any]:
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.completion,
         "total_tokens": usage.prompt + usage.completion,
-        "compression": {"document_tokens": usage.document_tokens, "embeddings": usage.embeddings},
+        "compression": {
+            "document_tokens": usage.document_tokens,
+            "embeddings": usage.embeddings,
+            "cut_documents": usage.cut,
+        },
     }
 
 

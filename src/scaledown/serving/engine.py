@@ -3,11 +3,12 @@
 One thread owns the model. Requests come in and pieces of answers go out by thread-safe calls.
 """
 
+import contextlib
 import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Final, NamedTuple
@@ -15,6 +16,8 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from scaledown.errors import InputError, ScaleDownError
+from scaledown.gpus import give_back
+from scaledown.models import is_out_of_memory
 from scaledown.serving.protocol import RequestError
 from scaledown.serving.settings import ServeConfig
 from scaledown.student.answering import Question
@@ -25,7 +28,10 @@ from scaledown.student.train_settings import BUDGETS
 log = logging.getLogger("scaledown")
 
 _SHUTTING_DOWN: Final = "the server is shutting down"
-_FAILURES: Final = 3  # steps in a row that may fail unexpectedly before the engine gives up
+_FAILED: Final = "the model failed on this request"
+_FAILURES: Final = 3  # times in a row that the model may fail before the engine gives up
+_TRY_AGAIN: Final = 100  # answers, after which more at once are tried than fitted before
+_COLDEST: Final = 1e-4  # of temperatures: below, nothing but the likeliest has a chance
 _POSITIONS: Final = 1 << 13  # of prompts that are read together, padding included: bounds memory
 
 
@@ -40,6 +46,8 @@ class Usage(NamedTuple):
     """Of the compressor's; those that were compressed."""
     embeddings: int = 0
     """That stand for them."""
+    cut: int = 0
+    """Documents that were longer than the model compresses."""
 
 
 class Piece(NamedTuple):
@@ -87,7 +95,15 @@ class Job:
     stops: tuple[str, ...] = ()
     cancelled: bool = False
     """Set by whoever no longer waits."""
+    settled: bool = False
+    """Whether its last event was sent."""
     arrived: float = field(default_factory=time.monotonic)
+
+    def finish(self, event: Event) -> None:
+        """Send the last event, once."""
+        if not self.settled:
+            self.settled = True
+            self.send(event)
 
 
 class _Text:
@@ -147,7 +163,8 @@ class _Text:
 
 def _beginning(text: str, stop: str) -> int:
     """How many characters at the end of a text may begin `stop`."""
-    return next((size for size in range(len(stop) - 1, 0, -1) if text.endswith(stop[:size])), 0)
+    longest = min(len(stop) - 1, len(text))
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
 @dataclass(eq=False)
@@ -198,6 +215,8 @@ class _Asked(NamedTuple):
 
     job: Job
     documents: list[Document]
+    cut: int
+    """Documents that were longer than the model compresses."""
 
 
 class _Made(NamedTuple):
@@ -217,9 +236,13 @@ class Engine:
         self._config = config
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
+        self._admitted: list[Job] = []
+        """That wait no longer, and are no rows yet."""
         self._rows: list[_Row] = []
         self._decoding = Decoding(model.generator)
         self._most_rows = config.batch_size
+        self._answered = 0
+        """Since `_most_rows` changed."""
         self._cache = EmbeddingCache(config.embedding_cache)
         self._failures = 0
         self._draining = self._closed = False
@@ -228,7 +251,7 @@ class Engine:
         """Why the engine gave up; empty while it works."""
         self.hits = self.misses = 0
         """Pairs of query and document that were in the cache, and that were not."""
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self, on_failure: Callable[[], None]) -> None:
         """Begin to work; `on_failure` is called if the engine gives up."""
@@ -244,7 +267,10 @@ class Engine:
         with self._changed:
             if self.failed or self._draining:
                 raise RequestError(self.failed or _SHUTTING_DOWN, 503)
-            if len(self._waiting) >= self._config.max_waiting + self._most_rows - len(self._rows):
+            most = self._config.max_waiting + self._most_rows - len(self._rows)
+            if len(self._waiting) >= most:
+                self._waiting = deque(job for job in self._waiting if not job.cancelled)
+            if len(self._waiting) >= most:
                 raise RequestError("too many requests wait: try again soon", 429, kind="rate_limit_error")
             self._waiting.append(job)
             self._changed.notify()
@@ -275,6 +301,16 @@ class Engine:
 
     # The engine's thread.
 
+    def _work(self) -> None:
+        try:
+            self._run()
+        except BaseException:
+            log.exception("the engine ended")
+            self.failed = self.failed or "the engine ended: start the server again"
+        if self.failed:
+            self._fail_all(RequestError(self.failed, 503))
+            self._on_failure()
+
     def _run(self) -> None:
         while not (self.failed or self._closed):
             with self._changed:
@@ -284,66 +320,81 @@ class Engine:
                     self._changed.wait()
                     continue
             try:
-                self._admit()
+                fine = self._admit()
                 if self._rows:
                     self._advance()
-                self._failures = 0
-            except torch.OutOfMemoryError:
-                self._reset(RequestError("out of memory: ask for less at once, or try again", 503))
-                self._shrink(self._most_rows)
-            except Exception:
-                log.exception("the model failed; the requests that it worked on get an error")
-                self._reset(RequestError("the model failed on this request", 500))
-                self._failures += 1
-                if self._failures == _FAILURES:
-                    self.failed = "the model does not work any more: start the server again"
-        if self.failed:
-            self._fail_all(RequestError(self.failed, 503))
-            self._on_failure()
+                if fine:
+                    self._failures = 0
+            except Exception as error:
+                rows = len(self._rows)
+                self._drop_rows(error)
+                if is_out_of_memory(error):
+                    self._allow(rows // 2)
+                else:
+                    self._count_failure()
 
-    def _shrink(self, rows: int) -> None:
-        """So many answers at once were too many."""
-        self._most_rows = max(1, rows // 2)
-        log.warning("out of memory: at most %s answers at once from here on", self._most_rows)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    def _drop_rows(self, error: Exception) -> None:
+        """Give up on the answers that are being written."""
+        told = RequestError(_FAILED, 500)
+        if is_out_of_memory(error):
+            told = RequestError("out of memory: ask for less at once, or try again", 503)
+        for row in self._rows:
+            row.job.finish(told)
+        self._rows = []
+        self._decoding.keep([])
 
-    def _admit(self) -> None:
-        """Begin with as many of those that wait as there is room for."""
+    def _count_failure(self) -> None:
+        log.exception("the model failed; the requests that it worked on get an error")
+        self._failures += 1
+        if self._failures == _FAILURES:
+            self.failed = "the model does not work any more: start the server again"
+
+    def _allow(self, rows: int) -> None:
+        """Write so many answers at once from here on, until that is tried again."""
+        self._most_rows, self._answered = max(1, min(rows, self._config.batch_size)), 0
+        if self._most_rows < self._config.batch_size:
+            log.warning("out of memory: at most %s answers at once for now", self._most_rows)
+        give_back()
+
+    def _admit(self) -> bool:
+        """Begin with as many of those that wait as there is room for; gives whether the model did well."""
+        if self._answered >= _TRY_AGAIN and self._most_rows < self._config.batch_size:
+            self._most_rows, self._answered = min(2 * self._most_rows, self._config.batch_size), 0
         room = self._most_rows - len(self._rows) if self._decoding.can_grow else 0
-        jobs: list[Job] = []
         with self._changed:
-            while self._waiting and len(jobs) < room:
+            while self._waiting and len(self._admitted) < room:
                 job = self._waiting.popleft()
                 if not job.cancelled:
-                    jobs.append(job)
-        if not jobs:
-            return
+                    self._admitted.append(job)
         try:
-            self._begin(jobs)
-        except torch.OutOfMemoryError:
-            begun = {row.job for row in self._rows}
-            left = [job for job in jobs if job not in begun]
-            if len(left) + len(self._rows) == 1:
-                left[0].send(RequestError("out of memory: ask for less", 503))
+            if self._admitted:
+                self._begin(self._admitted)
+        except Exception as error:
+            writing = {row.job for row in self._rows}
+            if len(self._decoding) != len(self._rows):  # it failed where new rows were joined to these
+                self._drop_rows(error)
+            left = [job for job in self._admitted if not (job.settled or job in writing)]
+            if not is_out_of_memory(error):
+                for job in left:
+                    job.finish(RequestError(_FAILED, 500))
+                self._count_failure()
+                return False
+            if len(left) == 1 and not writing:
+                left[0].finish(RequestError("this request does not fit into memory: ask for less", 413))
+                self._allow(self._config.batch_size)
             else:
                 with self._changed:
                     self._waiting.extendleft(reversed(left))
-                self._shrink(len(left) + len(self._rows))
-        except Exception:
-            begun = {row.job for row in self._rows}
-            for job in jobs:
-                if job not in begun:
-                    job.send(RequestError("the model failed on this request", 500))
-            raise
+                self._allow((len(left) + len(writing)) // 2)
+        finally:
+            self._admitted = []
+        return True
 
     def _begin(self, jobs: Sequence[Job]) -> None:
         read: list[_Asked] = []
         for job in jobs:
-            try:
-                read.append(_Asked(job, self._read(job)))
-            except ScaleDownError as error:
-                job.send(RequestError(str(error)))
+            with _blamed(job):
+                read.append(self._read(job))
         with self._model.using():
             made = self._compressed(read)
         begun: list[tuple[_Row, Question]] = []
@@ -351,15 +402,14 @@ class Engine:
             job, own = asked.job, made[asked.job]
             tokens = sum(one.stop - one.start for one in asked.documents)
             if job.ranks:
-                job.send(Scores(own.relevance, Usage(document_tokens=tokens)))
+                job.finish(Scores(own.relevance, Usage(document_tokens=tokens, cut=asked.cut)))
                 continue
-            try:
+            with _blamed(job):
                 question = self._question(asked, own)
-            except ScaleDownError as error:
-                job.send(RequestError(str(error)))
-                continue
-            usage = Usage(question.encoded.prompt_length, 0, tokens, sum(map(len, own.embeddings)))
-            begun.append((self._row(job, usage), question))
+                usage = Usage(
+                    question.encoded.prompt_length, 0, tokens, sum(map(len, own.embeddings)), asked.cut
+                )
+                begun.append((self._row(job, usage), question))
         parts = _alike(begun)
         while parts and self._decoding.can_grow:
             part = parts.pop(0)
@@ -379,12 +429,13 @@ class Engine:
                 random.manual_seed(job.seed % (1 << 63))
         return _Row(job, _Text(self._model.tokenizer, job.stops), usage, 0, random)
 
-    def _read(self, job: Job) -> list[Document]:
-        """The documents as the compressor reads them; none where their text is read."""
+    def _read(self, job: Job) -> "_Asked":
         if not (job.compressed or job.ranks):
-            return []
-        documents: list[Document] = self._model.reader.read(job.query, job.documents, rate=job.rate)
-        return documents
+            return _Asked(job, [], 0)
+        reader = self._model.reader
+        before = reader.cut
+        documents = reader.read(job.query, job.documents, rate=job.rate)
+        return _Asked(job, documents, reader.cut - before)
 
     def _compressed(self, read: Sequence["_Asked"]) -> dict[Job, "_Made"]:
         """What stands for the documents of each request."""
@@ -441,13 +492,13 @@ class Engine:
         """One token for each answer that is being written."""
         likeliest = self._decoding.logits.argmax(-1).tolist()
         tokens = [
-            token if row.random is None else _by_chance(self._decoding.logits[place], row.job, row.random)
+            token if row.random is None else self._drawn(place, row, row.random)
             for place, (row, token) in enumerate(zip(self._rows, likeliest, strict=True))
         ]
         going: list[int] = []
         stops = self._model.stops
         for place, (row, token) in enumerate(zip(self._rows, tokens, strict=True)):
-            if row.job.cancelled:
+            if row.job.cancelled or row.job.settled:
                 continue
             ended = token in stops
             row.written += 1
@@ -457,7 +508,8 @@ class Engine:
                 if not row.text.stopped and (text := row.text.rest()):
                     row.job.send(Piece(text))
                 reason = "stop" if ended or row.text.stopped else "length"
-                row.job.send(End(reason, row.usage._replace(completion=row.written)))
+                row.job.finish(End(reason, row.usage._replace(completion=row.written)))
+                self._answered += 1
             else:
                 going.append(place)
         with self._model.using():
@@ -468,35 +520,50 @@ class Engine:
                 chosen = torch.tensor([tokens[place] for place in going], device=self._model.device)
                 self._decoding.step(chosen)
 
-    def _reset(self, error: RequestError) -> None:
-        """Give up on the answers that are being written."""
-        for row in self._rows:
-            row.job.send(error)
-        self._rows = []
-        self._decoding.keep([])
+    def _drawn(self, place: int, row: _Row, random: torch.Generator) -> int:
+        """A row's next token, by chance. A row of which none can be drawn ends, and no other."""
+        with _blamed(row.job):
+            return _by_chance(self._decoding.logits[place], row.job, random)
+        return 0
 
     def _fail_all(self, error: RequestError) -> None:
         with self._changed:
-            jobs = [*(row.job for row in self._rows), *self._waiting]
+            jobs = [*(row.job for row in self._rows), *self._admitted, *self._waiting]
             self._waiting.clear()
-            self._rows = []
         for job in jobs:
-            job.send(error)
+            job.finish(error)
+
+
+@contextlib.contextmanager
+def _blamed(job: Job) -> Iterator[None]:
+    """What goes wrong inside ends this request alone; but for memory, of which others hold more."""
+    try:
+        yield
+    except ScaleDownError as error:
+        job.finish(RequestError(str(error)))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        log.exception("a request failed")
+        job.finish(RequestError(_FAILED, 500))
 
 
 def _by_chance(logits: torch.Tensor, job: Job, random: torch.Generator) -> int:
     """The next token, drawn by its probability: of those that together have `top_p`."""
-    ordered, places = (logits.float().cpu() / job.temperature).softmax(-1).sort(descending=True)
-    ordered[ordered.cumsum(-1) - ordered >= job.top_p] = 0
+    scores = logits.float().cpu()
+    scores = (scores - scores.max()) / max(job.temperature, _COLDEST)
+    ordered, places = scores.softmax(-1).sort(descending=True)
+    before = ordered.cumsum(-1) - ordered
+    ordered[1:][before[1:] >= job.top_p] = 0  # the likeliest stays, however little is asked for
     return int(places[torch.multinomial(ordered, 1, generator=random)])
 
 
 def _alike(begun: Sequence[tuple[_Row, Question]]) -> list[list[tuple[_Row, Question]]]:
-    """Prompts that are read together: of similar length, and not too many positions."""
+    """Prompts that are read together, of similar length and not too many positions; the oldest first."""
     parts: list[list[tuple[_Row, Question]]] = []
     for row, question in sorted(begun, key=lambda own: own[1].encoded.prompt_length):
         longest = question.encoded.prompt_length
         if not parts or (len(parts[-1]) + 1) * longest > _POSITIONS:
             parts.append([])
         parts[-1].append((row, question))
-    return parts
+    return sorted(parts, key=lambda part: min(row.job.arrived for row, _ in part))

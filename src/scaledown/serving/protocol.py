@@ -65,6 +65,9 @@ class _StreamOptions(_Shape):
     include_usage: bool = False
 
 
+_Stop = Annotated[str, Field(max_length=1000)]
+
+
 class ChatRequest(_Shape):
     """A body of `/v1/chat/completions`."""
 
@@ -81,7 +84,7 @@ class ChatRequest(_Shape):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: int | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
 
     @property
     def query(self) -> str:

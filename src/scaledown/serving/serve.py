@@ -1,9 +1,10 @@
 """`scaledown serve`: the command."""
 
+import contextlib
 import logging
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def serve(config: ServeConfig) -> int:
         model = _load(config)
         model.config.check_rate(config.compression_rate or model.config.compression_rate)
         model.config.check_budget(config.budget)
-        name = Path(config.model).name if Path(config.model).is_dir() else config.model
+        name = Path(config.model).resolve().name if Path(config.model).is_dir() else config.model
         engine = Engine(model, config)
         app = Server(engine, model.config, name, config, key).app()
         options: dict[str, Any] = {
@@ -60,8 +61,9 @@ def serve(config: ServeConfig) -> int:
             "timeout_graceful_shutdown": max(1, round(config.drain_seconds)),
         }
         server = uvicorn.Server(uvicorn.Config(app, **options))
+        with _telling(config):
+            listener.listen(1024)  # not before: who comes while the model loads is refused at once
         engine.start(on_failure=lambda: setattr(server, "should_exit", True))
-        listener.listen(1024)  # not before: who comes while the model loads is refused at once
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         log.info("ready: %s at http://%s:%s/v1, on %s", name, host, port, model.device)
@@ -78,19 +80,29 @@ def listen(config: ServeConfig) -> socket.socket:
     """A socket at the address that is asked for. Raises `UsageError` where there can be none."""
     listener = None
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
+        with _telling(config):
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            listener = socket.socket(family, kind, protocol)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except UsageError:
         if listener is not None:
             listener.close()
+        raise
+    return listener
+
+
+@contextlib.contextmanager
+def _telling(config: ServeConfig) -> Iterator[None]:
+    """An address that cannot be had is a fault of the flags."""
+    try:
+        yield
+    except OSError as error:
         raise UsageError(
             f"--host {config.host} --port {config.port}: {error.strerror or error}; choose another"
         ) from error
-    return listener
 
 
 def _load(config: ServeConfig) -> Any:

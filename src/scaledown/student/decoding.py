@@ -40,7 +40,7 @@ class Decoding:
         return not len(self) or (bool(layers) and all(type(layer) is DynamicLayer for layer in layers))
 
     def join(self, embedded: torch.Tensor, mask: torch.Tensor) -> None:
-        """Read prompts, which become the last rows.
+        """Read prompts, which become the last rows. What fails on the way may leave no row at all.
 
         Args:
             embedded: [rows, length, width], padded on the left.
@@ -52,14 +52,17 @@ class Decoding:
         logits, cache = self._forward(mask, places, None, inputs_embeds=embedded, logits_to_keep=last)
         places = places[:, -1:]
         if len(self):
-            self._cache = _joined(self._cache, cache)
             length = max(self._mask.shape[1], mask.shape[1])
             mask = torch.cat([_widened(self._mask, length, 1), _widened(mask, length, 1)])
             places = torch.cat([self._places, places])
             logits = torch.cat([self.logits, logits])
-        else:
-            self._cache = cache
-        self._mask, self._places, self.logits = mask, places, logits
+            try:
+                _join(self._cache, cache)
+            except BaseException:  # some layers have the new rows, others do not
+                self._clear()
+                raise
+            cache = self._cache
+        self._cache, self._mask, self._places, self.logits = cache, mask, places, logits
 
     def step(self, tokens: torch.Tensor) -> None:
         """Give each row its next token, [rows]."""
@@ -93,13 +96,13 @@ class Decoding:
         return output.logits[:, -1], output.past_key_values
 
 
-def _joined(first: DynamicCache, second: DynamicCache) -> DynamicCache:
-    """The rows of both; the second is used up."""
+def _join(first: DynamicCache, second: DynamicCache) -> None:
+    """Let the first have the rows of both, layer by layer: both as a whole would need memory twice."""
     for own, other in zip(first.layers, second.layers, strict=True):
         length = max(own.keys.shape[2], other.keys.shape[2])
         own.keys = torch.cat([_widened(layer.keys, length, 2) for layer in (own, other)])
         own.values = torch.cat([_widened(layer.values, length, 2) for layer in (own, other)])
-    return first
+        other.keys = other.values = None
 
 
 def _widened(rows: torch.Tensor, length: int, axis: int) -> torch.Tensor:

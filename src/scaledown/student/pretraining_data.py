@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+from array import array
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -69,28 +70,39 @@ def _alternating(
     questions: Iterator[tuple[str, TrainingExample]], records: Examples
 ) -> Iterator[tuple[str, TrainingExample]]:
     """A record after each cloze question, from the first on again where they are fewer; then the rest."""
-    taught = _copied_from(records)
+    places = iter(range(len(records)))
+    teaching = array("q")  # the places of those that teach something
+    again = 0
     for question in questions:
         yield question
-        record = next(taught, None)
-        if record is None:
-            taught = _copied_from(records)
-            record = next(taught, None)
-        if record is not None:
+        if (record := _next_copied(records, places, teaching)) is not None:
             yield named(record)
-    yield from map(named, taught)
+        elif teaching:
+            record = _copied(records[teaching[again % len(teaching)]])
+            again += 1
+            if record is not None:
+                yield named(record)
+    while (record := _next_copied(records, places, teaching)) is not None:
+        yield named(record)
 
 
-def _copied_from(records: Examples) -> Iterator[TrainingExample]:
-    """Records with those of their documents that the answer copies; the others teach nothing here.
+def _next_copied(records: Examples, places: Iterator[int], teaching: "array[int]") -> TrainingExample | None:
+    """The next record that teaches something; its place is added to `teaching`."""
+    for place in places:
+        if (record := _copied(records[place])) is not None:
+            teaching.append(place)
+            return record
+    return None
 
-    A pass over them costs a third as much. How documents compare is learned in training.
+
+def _copied(example: TrainingExample) -> TrainingExample | None:
+    """A record with those of its documents that the answer copies, if any; the others teach nothing here.
+
+    A pass over such records costs a third as much. How documents compare is learned in training.
     """
-    for place in range(len(records)):
-        example = records[place]
-        spans = copied_spans(example.query, example.documents, example.answer)
-        if copied := [text for text, own in zip(example.documents, spans, strict=True) if own]:
-            yield example._replace(documents=copied, scores=None)
+    spans = copied_spans(example.query, example.documents, example.answer)
+    copied = [text for text, own in zip(example.documents, spans, strict=True) if own]
+    return example._replace(documents=copied, scores=None) if copied else None
 
 
 def pretraining_examples(

@@ -64,7 +64,7 @@ class StudentTrainer:
             accelerator,
             optimizer,
             micro_batch=micro_batch,
-            stand_in=batches.examples[batches.places[0][0]],
+            stand_in=batches.examples[0],
             before=self._before_part,
         )
         self.step = 0

@@ -338,9 +338,9 @@ def training_order(rows: np.ndarray, examples: int, seed: int) -> np.ndarray:
 
 
 def shares(order: np.ndarray, batch_size: int, rank: int, ranks: int) -> list[list[int]]:
-    """For each step the rows that process `rank` of `ranks` takes; at least one, so that none waits."""
+    """For each step the rows that process `rank` of `ranks` takes; of a last, smaller step it may be none."""
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return [(batch[rank::ranks] if len(batch) > rank else batch[:1]).tolist() for batch in batches]
+    return [batch[rank::ranks].tolist() for batch in batches]
 
 
 class Lengths(NamedTuple):
