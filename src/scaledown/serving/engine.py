@@ -522,9 +522,10 @@ class Engine:
 
     def _drawn(self, place: int, row: _Row, random: torch.Generator) -> int:
         """A row's next token, by chance. A row of which none can be drawn ends, and no other."""
+        token = 0
         with _blamed(row.job):
-            return _by_chance(self._decoding.logits[place], row.job, random)
-        return 0
+            token = _by_chance(self._decoding.logits[place], row.job, random)
+        return token
 
     def _fail_all(self, error: RequestError) -> None:
         with self._changed:
