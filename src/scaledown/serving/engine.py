@@ -490,11 +490,11 @@ class Engine:
 
     def _advance(self) -> None:
         """One token for each answer that is being written."""
-        likeliest = self._decoding.logits.argmax(-1).tolist()
-        tokens = [
-            token if row.random is None else self._drawn(place, row, row.random)
-            for place, (row, token) in enumerate(zip(self._rows, likeliest, strict=True))
-        ]
+        tokens = self._decoding.logits.argmax(-1).tolist()
+        for place, row in enumerate(self._rows):
+            if row.random is not None:
+                with _blamed(row.job):  # a row of which none can be drawn ends, and no other
+                    tokens[place] = _by_chance(self._decoding.logits[place], row.job, row.random)
         going: list[int] = []
         stops = self._model.stops
         for place, (row, token) in enumerate(zip(self._rows, tokens, strict=True)):
@@ -519,13 +519,6 @@ class Engine:
             if going:
                 chosen = torch.tensor([tokens[place] for place in going], device=self._model.device)
                 self._decoding.step(chosen)
-
-    def _drawn(self, place: int, row: _Row, random: torch.Generator) -> int:
-        """A row's next token, by chance. A row of which none can be drawn ends, and no other."""
-        token = 0
-        with _blamed(row.job):
-            token = _by_chance(self._decoding.logits[place], row.job, random)
-        return token
 
     def _fail_all(self, error: RequestError) -> None:
         with self._changed:
