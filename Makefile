@@ -17,7 +17,7 @@ demo: .venv/ready
 	  --queries_file examples/queries.txt --output_file demo/train_data.json
 
 test: check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --durations=20
 
 check: .venv/ready
 	$(BIN)/ruff check .
