@@ -82,7 +82,8 @@ def check_apart(what: str, output: str, reads: Iterable[object]) -> None:
             continue
         if is_url(read) or Path(read).is_dir():
             raise UsageError(f"{what} {output} lies in {read}, which is read: put it elsewhere")
-        raise UsageError(f"{what} {output} is also read: name another, it would be overwritten")
+        if lies_in(read, output):  # else a file is taken for a folder, which is told where it is written
+            raise UsageError(f"{what} {output} is also read: name another, it would be overwritten")
 
 
 def lies_in(inner: str, outer: str) -> bool:
