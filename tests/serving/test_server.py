@@ -555,7 +555,7 @@ def test_two_thousand_requests_of_two_hundred_clients_get_their_own_answers(mode
     queries = [f"What about the {words[n % 9]} {n}?" for n in range(2000)]
     documents = [[f"The {words[n % 7]} has number {n}."] for n in range(2000)]
     expected = model.answer(queries, documents, max_new_tokens=4, batch_size=50, compressed=False)
-    assert len(set(expected)) > 800
+    assert len(set(expected)) > 500
 
     def ask(number: int) -> str:
         streams = number % 2 == 1
