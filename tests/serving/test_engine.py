@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from scaledown.serving.engine import EmbeddingCache, End, Engine, Event, Job, Piece, Scores, _Text
+from scaledown.serving.answer_text import AnswerText
+from scaledown.serving.engine import EmbeddingCache, Engine
+from scaledown.serving.jobs import End, Event, Job, Piece, Scores
 from scaledown.serving.protocol import RequestError
 from scaledown.serving.settings import ServeConfig
 from scaledown.student import decoding
@@ -367,7 +369,7 @@ def tokenizer(models: dict[str, Path]) -> Any:
 def test_pieces_are_the_text_before_the_stop(tokenizer: Any, text: str, stop: str) -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     stops = [stop] if stop else []
-    reader, shown = _Text(tokenizer, stops), ""
+    reader, shown = AnswerText(tokenizer, stops), ""
     for token in ids:
         shown += reader.add(token)
         if reader.stopped:

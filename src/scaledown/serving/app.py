@@ -19,7 +19,8 @@ from starlette.requests import ClientDisconnect
 
 from scaledown.errors import UsageError
 from scaledown.records import document_text
-from scaledown.serving.engine import End, Engine, Event, Job, Piece, Scores, Usage
+from scaledown.serving.engine import Engine
+from scaledown.serving.jobs import End, Event, Job, Piece, Scores, Usage
 from scaledown.serving.metrics import Metrics
 from scaledown.serving.protocol import ChatRequest, Document, RequestError, RerankRequest, parsed
 from scaledown.serving.settings import ServeConfig

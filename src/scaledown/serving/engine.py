@@ -6,10 +6,9 @@ One thread owns the model. Requests come in and pieces of answers go out by thre
 import contextlib
 import logging
 import threading
-import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 
@@ -18,6 +17,8 @@ import torch
 from scaledown.errors import InputError, ScaleDownError
 from scaledown.gpus import give_back
 from scaledown.models import is_out_of_memory
+from scaledown.serving.answer_text import AnswerText
+from scaledown.serving.jobs import End, Job, Piece, Scores, Usage
 from scaledown.serving.protocol import RequestError
 from scaledown.serving.settings import ServeConfig
 from scaledown.student.answering import Question
@@ -35,144 +36,12 @@ _COLDEST: Final = 1e-4  # of temperatures: below, nothing but the likeliest has 
 _POSITIONS: Final = 1 << 13  # of prompts that are read together, padding included: bounds memory
 
 
-class Usage(NamedTuple):
-    """What a request took."""
-
-    prompt: int = 0
-    """Positions of the generator's prompt, tokens and embeddings."""
-    completion: int = 0
-    """Tokens written."""
-    document_tokens: int = 0
-    """Of the compressor's; those that were compressed."""
-    embeddings: int = 0
-    """That stand for them."""
-    cut: int = 0
-    """Documents that were longer than the model compresses."""
-
-
-class Piece(NamedTuple):
-    """Some more text of an answer."""
-
-    text: str
-
-
-class End(NamedTuple):
-    """The answer is complete."""
-
-    reason: str
-    """`stop`, or `length` where it was cut."""
-    usage: Usage
-
-
-class Scores(NamedTuple):
-    """The relevance of each document."""
-
-    relevance: list[float]
-    usage: Usage
-
-
-Event = Piece | End | Scores | RequestError
-
-
-@dataclass(eq=False)
-class Job:
-    """One request on its way through the engine."""
-
-    query: str
-    documents: list[str]
-    send: Callable[[Event], None]
-    """Called from the engine's thread."""
-    system: str = ""
-    compressed: bool = True
-    ranks: bool = False
-    """Whether the documents' relevance is asked for, and no answer."""
-    rate: int = 0
-    budget: str = "each"
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stops: tuple[str, ...] = ()
-    cancelled: bool = False
-    """Set by whoever no longer waits."""
-    settled: bool = False
-    """Whether its last event was sent."""
-    arrived: float = field(default_factory=time.monotonic)
-
-    def finish(self, event: Event) -> None:
-        """Send the last event, once."""
-        if not self.settled:
-            self.settled = True
-            self.send(event)
-
-
-class _Text:
-    """Tokens -> text as it comes, without what may turn out to be the beginning of a stop text."""
-
-    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
-        self._stops = stops
-        self._ids: list[int] = []
-        self._start = self._read = 0  # the tokens between are decoded again, for the spaces between words
-        self._held = ""
-        self._is_first = True
-        self.stopped = False
-
-    def add(self, token: int) -> str:
-        """The text that a token settles."""
-        self._ids.append(token)
-        return self._settled(self._new_text())
-
-    def rest(self) -> str:
-        """What was held back, at the end of the answer."""
-        before = len(self._decode(self._start, self._read))
-        text, self.stopped = self._cut(self._held + self._decode(self._start, len(self._ids))[before:])
-        self._held, self._read = "", len(self._ids)
-        return self._shown(text.rstrip())
-
-    def _new_text(self) -> str:
-        before = self._decode(self._start, self._read)
-        text = self._decode(self._start, len(self._ids))
-        if len(text) <= len(before) or text.endswith("\ufffd"):  # a character whose bytes are not all there
-            return ""
-        self._start, self._read = self._read, len(self._ids)
-        return text[len(before) :]
-
-    def _decode(self, start: int, stop: int) -> str:
-        text: str = self._tokenizer.decode(self._ids[start:stop], skip_special_tokens=True)
-        return text
-
-    def _settled(self, new: str) -> str:
-        text, self.stopped = self._cut(self._held + new)
-        kept = 0 if self.stopped else max((_beginning(text, stop) for stop in self._stops), default=0)
-        sure = text[: len(text) - kept].rstrip()  # white space at the end of an answer is no part of it
-        self._held = text[len(sure) :]
-        return self._shown(sure)
-
-    def _shown(self, text: str) -> str:
-        """Without white space at the beginning of the answer."""
-        text = text.lstrip() if self._is_first else text
-        self._is_first &= not text
-        return text
-
-    def _cut(self, text: str) -> tuple[str, bool]:
-        """The text before the first stop text, and whether there is one."""
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        return (text[: min(places)], True) if places else (text, False)
-
-
-def _beginning(text: str, stop: str) -> int:
-    """How many characters at the end of a text may begin `stop`."""
-    longest = min(len(stop) - 1, len(text))
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
-
-
 @dataclass(eq=False)
 class _Row:
     """An answer that is being written."""
 
     job: Job
-    text: _Text
+    text: AnswerText
     usage: Usage
     written: int = 0
     random: torch.Generator | None = None
@@ -427,7 +296,7 @@ class Engine:
                 random.seed()
             else:
                 random.manual_seed(job.seed % (1 << 63))
-        return _Row(job, _Text(self._model.tokenizer, job.stops), usage, 0, random)
+        return _Row(job, AnswerText(self._model.tokenizer, job.stops), usage, 0, random)
 
     def _read(self, job: Job) -> "_Asked":
         if not (job.compressed or job.ranks):

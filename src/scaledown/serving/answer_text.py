@@ -1,0 +1,65 @@
+"""Tokens of an answer -> its text, piece by piece."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class AnswerText:
+    """Tokens -> text as it comes, without what may turn out to be the beginning of a stop text."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._ids: list[int] = []
+        self._start = self._read = 0  # the tokens between are decoded again, for the spaces between words
+        self._held = ""
+        self._is_first = True
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """The text that a token settles."""
+        self._ids.append(token)
+        return self._settled(self._new_text())
+
+    def rest(self) -> str:
+        """What was held back, at the end of the answer."""
+        before = len(self._decode(self._start, self._read))
+        text, self.stopped = self._cut(self._held + self._decode(self._start, len(self._ids))[before:])
+        self._held, self._read = "", len(self._ids)
+        return self._shown(text.rstrip())
+
+    def _new_text(self) -> str:
+        before = self._decode(self._start, self._read)
+        text = self._decode(self._start, len(self._ids))
+        if len(text) <= len(before) or text.endswith("\ufffd"):  # a character whose bytes are not all there
+            return ""
+        self._start, self._read = self._read, len(self._ids)
+        return text[len(before) :]
+
+    def _decode(self, start: int, stop: int) -> str:
+        text: str = self._tokenizer.decode(self._ids[start:stop], skip_special_tokens=True)
+        return text
+
+    def _settled(self, new: str) -> str:
+        text, self.stopped = self._cut(self._held + new)
+        kept = 0 if self.stopped else max((_beginning(text, stop) for stop in self._stops), default=0)
+        sure = text[: len(text) - kept].rstrip()  # white space at the end of an answer is no part of it
+        self._held = text[len(sure) :]
+        return self._shown(sure)
+
+    def _shown(self, text: str) -> str:
+        """Without white space at the beginning of the answer."""
+        text = text.lstrip() if self._is_first else text
+        self._is_first &= not text
+        return text
+
+    def _cut(self, text: str) -> tuple[str, bool]:
+        """The text before the first stop text, and whether there is one."""
+        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        return (text[: min(places)], True) if places else (text, False)
+
+
+def _beginning(text: str, stop: str) -> int:
+    """How many characters at the end of a text may begin `stop`."""
+    longest = min(len(stop) - 1, len(text))
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
