@@ -11,15 +11,15 @@ from pathlib import Path
 import pyarrow as pa
 from common import arguments, child, close, machine
 
-from scaledown.config import PrepareConfig
-from scaledown.data.export import examples, write_examples
+from scaledown.config.prepare import PrepareConfig
+from scaledown.data.output.writers import examples, write_examples
 from scaledown.data.prompts import Prompt
-from scaledown.data.review import review_answers
-from scaledown.data.teaching import Teaching, teach
+from scaledown.data.teacher.review import review_answers
+from scaledown.data.teacher.stage import Teaching, teach
 from scaledown.models import Halving
 from scaledown.records import Answer
-from scaledown.stage import Stage
-from scaledown.store import RunDirectory
+from scaledown.run.directory import RunDirectory
+from scaledown.run.stage import Stage
 
 PASSAGES, DOCUMENTS, SHARD = 1000, 5, 256
 FEW = 1000

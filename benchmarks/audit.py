@@ -37,7 +37,7 @@ def write(folder: Path, count: int) -> tuple[Path, Path]:
 
 def report(folder: Path) -> dict[str, float]:
     """In a process of its own."""
-    from scaledown.data.report import write_report
+    from scaledown.data.report.page import write_report
 
     started = time.perf_counter()
     names = (folder / "train.jsonl", folder / "report.html", folder / "card.md")

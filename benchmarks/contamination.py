@@ -12,9 +12,9 @@ from pathlib import Path
 
 from common import SHARED, child, close, machine, parser, verdict
 
-from scaledown.data.clean import Cleaner
-from scaledown.data.similar import words
-from scaledown.shared_config import CleanConfig
+from scaledown.config.shared import CleanConfig
+from scaledown.data.cleaning.decontaminate import Cleaner
+from scaledown.text import words
 
 EVALUATION = SHARED / "xquad-dev" / "questions.jsonl"
 OTHERS = SHARED / "nq-open-dev.jsonl"

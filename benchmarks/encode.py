@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from common import arguments, close, machine, paired, peak_gflops, questions, real_texts, verdict
 
-from scaledown.data.index import pack, search
-from scaledown.data.splade import SpladeEncoder
+from scaledown.data.retrieval.index import pack, search
+from scaledown.data.retrieval.splade import SpladeEncoder
 from scaledown.models import loadable, resolve
 
 MODEL = "bundled:splade-tiny"

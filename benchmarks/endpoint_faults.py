@@ -14,8 +14,8 @@ from pathlib import Path
 from common import arguments, close, machine, verdict
 
 from scaledown.data.prompts import Prompt
-from scaledown.data.teachers import Generation, Rejection
-from scaledown.data.teachers.endpoint import EndpointTeacher
+from scaledown.data.teacher.base import Generation, Rejection
+from scaledown.data.teacher.engines.endpoint import EndpointTeacher
 from scaledown.errors import one_line
 
 ROOT = Path(__file__).resolve().parents[1]

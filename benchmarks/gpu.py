@@ -30,17 +30,17 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from scaledown.data.encoders import load_encoder
+from scaledown.config.shared import batch_for
 from scaledown.data.prompts import answer_prompt
 from scaledown.data.reranker import Pair, load_reranker
-from scaledown.data.splade import max_logits, max_logits_tiled
-from scaledown.data.teachers import Generation, Rejection, answer_all
-from scaledown.data.teachers.transformers import TransformersTeacher
+from scaledown.data.retrieval.encoders import load_encoder
+from scaledown.data.retrieval.splade import max_logits, max_logits_tiled
+from scaledown.data.teacher.base import Generation, Rejection, answer_all
+from scaledown.data.teacher.engines.transformers import TransformersTeacher
 from scaledown.errors import ModelError
 from scaledown.evaluation.efficiency import machine
 from scaledown.gpus import GIB, OnDevice, give_back, index
 from scaledown.models import choose_device, dtype_to_run, loadable, resolve
-from scaledown.shared_config import batch_for
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ("tower", "river", "moon", "bread", "queen", "glass", "winter", "paper", "stone", "music")

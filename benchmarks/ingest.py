@@ -7,12 +7,12 @@ from pathlib import Path
 
 from common import SHARED, arguments, close, machine
 
-from scaledown.config import IndexConfig
-from scaledown.data.corpus import build_passages
-from scaledown.executor import cores
+from scaledown.config.prepare import IndexConfig
+from scaledown.data.input.corpus import build_passages
 from scaledown.models import resolve
-from scaledown.stage import Stage
-from scaledown.store import RunDirectory
+from scaledown.run.directory import RunDirectory
+from scaledown.run.executor import cores
+from scaledown.run.stage import Stage
 
 
 def passages(corpus: Path, folder: str) -> tuple[float, int]:

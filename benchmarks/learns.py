@@ -24,11 +24,12 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from common import SHARED, fast_dtype, machine, parser
 
+from scaledown.config.evaluate import EvaluateConfig
 from scaledown.evaluation.baselines import ECHOES, READERS, best, memory_tokens, text_of, tokenised, weighing
-from scaledown.evaluation.settings import EvaluateConfig
 from scaledown.evaluation.statistics import difference, estimate
-from scaledown.metrics import accuracy, exact_match, f1, normalized
+from scaledown.metrics import accuracy, exact_match, f1
 from scaledown.student.settings import N_LAYERS, POINTER, POINTER_RATES
+from scaledown.text import normalized
 
 TOP: Final = 3
 PASSAGE_TOKENS: Final = 64

@@ -18,7 +18,7 @@ GIGABYTES = 100
 
 def make(folder: Path, ending: str, files: int, size: float) -> tuple[list[Path], int]:
     """So many files of about `size` bytes of text: real texts and questions, numbered to be different."""
-    from scaledown.data.export import write_examples
+    from scaledown.data.output.writers import write_examples
 
     texts = itertools.cycle(real_texts())
     asked = itertools.cycle(questions())
@@ -42,7 +42,7 @@ def make(folder: Path, ending: str, files: int, size: float) -> tuple[list[Path]
 
 def measure(output: str, *paths: str) -> None:
     """In a process of its own: merge, print what it took."""
-    from scaledown.data.merge import merge
+    from scaledown.data.output.merge import merge
 
     before = peak()
     started = time.perf_counter()
@@ -59,7 +59,7 @@ def peak() -> int:
 
 def hash_size() -> float:
     """Bytes a query, of a million, to know those that come again."""
-    from scaledown.data.seen import Seen
+    from scaledown.data.input.seen import Seen
 
     seen = Seen()
     for number in range(1_000_000):

@@ -14,16 +14,16 @@ from pathlib import Path
 import numpy as np
 from common import SHARED, arguments, machine
 
-from scaledown.config import IndexConfig
+from scaledown.config.prepare import IndexConfig
 from scaledown.data.build_index import build_index
-from scaledown.data.corpus import PassageTable
-from scaledown.data.encoders import load_encoder
-from scaledown.data.index import search
+from scaledown.data.input.corpus import PassageTable
 from scaledown.data.reranker import Pair, load_reranker, resolve_reranker
+from scaledown.data.retrieval.encoders import load_encoder
+from scaledown.data.retrieval.index import search
 from scaledown.models import resolve
 from scaledown.records import full_text
-from scaledown.stage import Stage
-from scaledown.store import RunDirectory
+from scaledown.run.directory import RunDirectory
+from scaledown.run.stage import Stage
 
 FOLDERS = ("xquad-dev", "qed-dev", "cmu-dev")
 TOPS = (1, 5, 20)

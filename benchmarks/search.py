@@ -13,10 +13,10 @@ import scipy.sparse as sp
 import torch
 from common import arguments, close, machine, paired, synthetic, synthetic_queries, verdict
 
-from scaledown.data.approximate import CARES, SeismicIndex, recall
-from scaledown.data.index import pack, search
-from scaledown.stage import Stage
-from scaledown.store import RunDirectory
+from scaledown.data.retrieval.index import pack, search
+from scaledown.data.retrieval.seismic import CARES, SeismicIndex, recall
+from scaledown.run.directory import RunDirectory
+from scaledown.run.stage import Stage
 
 TOP = 20
 

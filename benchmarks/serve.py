@@ -50,12 +50,12 @@ def serve(layers: int) -> None:
     """Run a server on a free port, which is printed; ends with its standard input."""
     import uvicorn
 
+    from scaledown.config.serve import ServeConfig
     from scaledown.evaluation.efficiency import one_token_words
     from scaledown.models import choose_dtype, quiet_libraries, resolve
     from scaledown.serving.app import Server
     from scaledown.serving.engine import Engine
     from scaledown.serving.serve import listen
-    from scaledown.serving.settings import ServeConfig
     from scaledown.student.model import ScaleDownModel
     from scaledown.student.settings import ScaleDownConfig
 

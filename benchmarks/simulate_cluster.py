@@ -23,13 +23,13 @@ from typing import NamedTuple
 import pyarrow as pa
 from common import SHARD, SHARED, arguments, close, machine, synthetic, synthetic_queries
 
-from scaledown.config import IndexConfig
-from scaledown.data.corpus import build_passages
-from scaledown.data.index import pack, search
-from scaledown.executor import cores
+from scaledown.config.prepare import IndexConfig
+from scaledown.data.input.corpus import build_passages
+from scaledown.data.retrieval.index import pack, search
 from scaledown.models import resolve
-from scaledown.stage import Stage
-from scaledown.store import RunDirectory
+from scaledown.run.directory import RunDirectory
+from scaledown.run.executor import cores
+from scaledown.run.stage import Stage
 
 KILT_BYTES = 35e9  # and 5.9 million articles (github.com/facebookresearch/KILT)
 PASSAGES = 30_000_000  # of 128 tokens, from the passages per byte of real articles (docs/results.md)

@@ -16,17 +16,17 @@ import torch
 from common import SHARED, close, machine, paired, parser
 from torch import nn
 
-from scaledown.data import files
-from scaledown.data.chunking import Chunker
-from scaledown.data.corpus import cut_rows, plain
+from scaledown.config.train import TrainConfig
+from scaledown.data.input import files
+from scaledown.data.input.chunking import Chunker
+from scaledown.data.input.corpus import cut_rows, plain
 from scaledown.data.retrieval import SPLADERetriever
 from scaledown.models import quiet_libraries, resolve
 from scaledown.student.batch import IGNORED, Batch, Document, Encoded, Group, collate, group
 from scaledown.student.model import ScaleDownModel, load_tokenizer
 from scaledown.student.settings import ScaleDownConfig
-from scaledown.student.train_settings import TrainConfig
-from scaledown.student.training import make_trainer
-from scaledown.student.training_data import load_parts, measure_documents
+from scaledown.student.training.setup import make_trainer
+from scaledown.student.training.training_data import load_parts, measure_documents
 
 GENERATOR = "bundled:smollm2-135m"
 RETRIEVER = "bundled:splade-tiny"

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 from common import SHARED, arguments, close, machine, verdict
 
-from scaledown.data.export_openvino import export
 from scaledown.data.prompts import Prompt, answer_prompt
 from scaledown.data.retrieval import SPLADERetriever
-from scaledown.data.teachers import Generation, Teacher
-from scaledown.data.teachers.openvino import OpenVINOTeacher
-from scaledown.data.teachers.transformers import TransformersTeacher
+from scaledown.data.teacher.base import Generation, Teacher
+from scaledown.data.teacher.engines.openvino import OpenVINOTeacher
+from scaledown.data.teacher.engines.transformers import TransformersTeacher
+from scaledown.data.teacher.export_openvino import export
 from scaledown.errors import install_command
 from scaledown.metrics import accuracy
 from scaledown.models import resolve

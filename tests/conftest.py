@@ -28,10 +28,10 @@ import gs_server as google  # noqa: E402
 import tiny  # noqa: E402
 import web  # noqa: E402
 from hub_server import TOKEN, Hub  # noqa: E402
-from scaledown import hub as buckets  # noqa: E402
-from scaledown import mirror, places  # noqa: E402
 from scaledown.data import prepare_dataset  # noqa: E402
-from scaledown.store import RunDirectory  # noqa: E402
+from scaledown.run import hub as buckets  # noqa: E402
+from scaledown.run import locations, object_store  # noqa: E402
+from scaledown.run.directory import RunDirectory  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -222,7 +222,7 @@ def _hub_bucket(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.M
 @pytest.fixture
 def machine(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], RunDirectory]:
     """The run directory as a machine of some name has it. A process is dead after two seconds of silence."""
-    monkeypatch.setattr(mirror, "_BEAT_SECONDS", 0.2)
-    monkeypatch.setattr(mirror, "_DEAD_SECONDS", 2.5)
-    monkeypatch.setattr(mirror, "_LISTED_SECONDS", 0.1)
-    return lambda name: RunDirectory(places.storage_at(f"{bucket}/run", str(tmp_path / name)), worker=name)
+    monkeypatch.setattr(object_store, "_BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(object_store, "_DEAD_SECONDS", 2.5)
+    monkeypatch.setattr(object_store, "_LISTED_SECONDS", 0.1)
+    return lambda name: RunDirectory(locations.storage_at(f"{bucket}/run", str(tmp_path / name)), worker=name)

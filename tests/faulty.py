@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from scaledown.data import prepare_dataset
-from scaledown.stage import Stage
+from scaledown.run.stage import Stage
 
 TARGET = "faulty:work"
 

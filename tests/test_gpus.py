@@ -8,12 +8,12 @@ import torch
 from transformers import PreTrainedModel
 
 from scaledown.data.reranker import QueryLikelihoodReranker
-from scaledown.data.teachers import Generation
-from scaledown.data.teachers.transformers import TransformersTeacher
+from scaledown.data.teacher.base import Generation
+from scaledown.data.teacher.engines.transformers import TransformersTeacher
 from scaledown.errors import ModelError
 from scaledown.gpus import GIB, OnDevice
 from scaledown.models import resolve
-from scaledown.student.compressors import load_compressor
+from scaledown.student.compressors.layers import load_compressor
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.origin import Origin
 from scaledown.student.settings import ScaleDownConfig

@@ -15,7 +15,8 @@ import pytest
 
 from conftest import ROOT, SHARED
 from scaledown import cli
-from scaledown.data import prepare_dataset, queries
+from scaledown.data import prepare_dataset
+from scaledown.data.input import queries
 from shell import Fence, commands, fences
 
 GUIDE = ROOT / "docs" / "dataset-preparation-guide.md"
@@ -365,11 +366,11 @@ def test_flags_of_the_pages_exist() -> None:
     import re
     from dataclasses import fields
 
-    from scaledown.config import PrepareConfig
+    from scaledown.config.evaluate import EvaluateConfig
+    from scaledown.config.prepare import PrepareConfig
+    from scaledown.config.serve import ServeConfig
+    from scaledown.config.train import PretrainConfig, TrainConfig
     from scaledown.evaluation.compare import CompareConfig
-    from scaledown.evaluation.settings import EvaluateConfig
-    from scaledown.serving.settings import ServeConfig
-    from scaledown.student.train_settings import PretrainConfig, TrainConfig
 
     commands = (PrepareConfig, TrainConfig, PretrainConfig, EvaluateConfig, CompareConfig, ServeConfig)
     known = {item.name for command in commands for item in fields(command)}

@@ -1,8 +1,12 @@
-"""Imports only go down the layers of docs/design (and within a layer have no cycles)."""
+"""Imports only go down the layers that CONTRIBUTING draws, no package has many rooms, no path is long."""
 
 import ast
+import functools
+from collections import defaultdict
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
 LAYERS = [
@@ -11,30 +15,20 @@ LAYERS = [
     {"evaluation", "serving"},
     {"student"},
     {"data"},
-    {"overview", "prometheus"},
-    {"report", "metrics", "status", "live", "progress", "executor", "ray_pool", "models", "gpus", "flags"},
-    {
-        "config",
-        "shared_config",
-        "options",
-        "outputs",
-        "logs",
-        "stage",
-        "store",
-        "leases",
-        "mirror",
-        "hub",
-        "places",
-        "storage",
-        "urls",
-        "pulse",
-        "atomic",
-        "records",
-        "errors",
-    },
+    {"report", "metrics", "models", "gpus"},
+    {"run"},
+    {"config"},
+    {"records", "text", "urls", "errors"},
 ]
+MOST_ROOMS = 17
+DEEPEST = 8
+RUN_IS_SMALLER_SOON = {"scaledown.run"}  # it loses its buckets' leases
+PACKAGES = sorted(
+    ".".join(path.relative_to(SOURCE).parent.parts) for path in (SOURCE / "scaledown").rglob("__init__.py")
+)
 
 
+@functools.cache
 def imports() -> dict[str, set[str]]:
     """Module -> modules of the package that it imports, wherever in the file."""
     found = {}
@@ -47,7 +41,7 @@ def imports() -> dict[str, set[str]]:
             elif isinstance(node, ast.ImportFrom) and node.module:
                 assert node.level == 0, f"{path}: relative import"
                 names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        found[module] = names
+        found[module] = names - {"scaledown", module}
     return {module: {name for name in names if name in found} for module, names in found.items()}
 
 
@@ -58,6 +52,19 @@ def layer(module: str) -> int | None:
     return next(number for number, names in enumerate(LAYERS) if parts[1] in names)
 
 
+def rooms(package: str) -> dict[str, set[str]]:
+    """The modules and packages that lie in a package -> those that each imports."""
+
+    def room(module: str) -> str:
+        return module.removeprefix(f"{package}.").split(".")[0] if module.startswith(f"{package}.") else ""
+
+    found: dict[str, set[str]] = defaultdict(set)
+    for module, names in imports().items():
+        if own := room(module):
+            found[own] |= {room(name) for name in names} - {own, ""}
+    return found
+
+
 def test_imports_go_down() -> None:
     for module, names in imports().items():
         for name in names:
@@ -66,6 +73,16 @@ def test_imports_go_down() -> None:
                 assert above <= below, f"{module} imports {name}, which lies above it"
 
 
-def test_no_cycles() -> None:
-    graph = {module: {n for n in names if n != "scaledown"} for module, names in imports().items()}
-    assert list(TopologicalSorter(graph).static_order())
+def test_modules_have_no_cycles() -> None:
+    assert list(TopologicalSorter(imports()).static_order())
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_rooms_of_a_package_are_few_and_have_no_cycles(package: str) -> None:
+    own = rooms(package)
+    depth: dict[str, int] = {}
+    for room in TopologicalSorter(own).static_order():
+        depth[room] = 1 + max((depth[name] for name in own[room]), default=0)
+    if package not in RUN_IS_SMALLER_SOON:
+        assert len(own) <= MOST_ROOMS
+        assert max(depth.values(), default=0) <= DEEPEST

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from scaledown.metrics import accuracy, exact_match, f1, holds, normalized, rouge_l
+from scaledown.metrics import accuracy, exact_match, f1, holds, rouge_l
+from scaledown.text import normalized
 
 
 def test_normalized() -> None:

@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 import tiny
-from scaledown.config import PrepareConfig
-from scaledown.data import files
+from scaledown.config.prepare import PrepareConfig
 from scaledown.data import prepare_dataset as command
-from scaledown.data.chunking import Chunker
-from scaledown.data.corpus import parse_article
+from scaledown.data.input import files
+from scaledown.data.input.chunking import Chunker
+from scaledown.data.input.corpus import parse_article
 from scaledown.data.prompts import answer_prompt
 from scaledown.data.reranker import add_reranking_scores
 from scaledown.data.retrieval import SPLADERetriever
-from scaledown.data.teacher import generate_teacher_answers, load_teacher
-from scaledown.data.teachers import Generation
+from scaledown.data.teacher import generate_teacher_answers
+from scaledown.data.teacher.api import load_teacher
+from scaledown.data.teacher.base import Generation
 from scaledown.models import resolve
 
 
@@ -90,7 +91,7 @@ def test_a_long_prompt_keeps_its_instruction_and_question(tmp_path) -> None:
 
 
 def test_the_teacher_answers_in_batches(models, monkeypatch) -> None:
-    from scaledown.data.teachers.transformers import TransformersTeacher
+    from scaledown.data.teacher.engines.transformers import TransformersTeacher
 
     sizes = []
     generate = TransformersTeacher._generate
@@ -164,9 +165,9 @@ def test_a_run_resumes(prepare, monkeypatch) -> None:
 def test_neither_corpus_nor_vectors_are_held_in_memory(tmp_path, models, monkeypatch) -> None:
     """Passages stream: four times the corpus takes no more memory."""
     monkeypatch.setattr(files, "_CHUNK_BYTES", 1 << 16)
-    from scaledown.data.corpus import build_passages
-    from scaledown.stage import Stage
-    from scaledown.store import RunDirectory
+    from scaledown.data.input.corpus import build_passages
+    from scaledown.run.directory import RunDirectory
+    from scaledown.run.stage import Stage
 
     line = (tiny.EXAMPLES / "corpus.jsonl").read_text(encoding="utf-8")
     peaks = []

@@ -43,7 +43,7 @@ def test_the_wheel_installs_and_is_typed(tmp_path: Path) -> None:
     ]
     subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
     code = (
-        "import scaledown.data.corpus as corpus, scaledown; print(scaledown.__file__); "
+        "import scaledown.data.input.corpus as corpus, scaledown; print(scaledown.__file__); "
         "print(corpus.sample_corpus()); assert corpus.sample_corpus().exists()"
     )
     done = subprocess.run(

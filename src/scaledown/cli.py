@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import scaledown
-from scaledown.errors import UsageError, one_line, run_command
-from scaledown.flags import (
+from scaledown.config.flags import (
     Parser,
     add_flags,
     add_log_flags,
@@ -21,15 +20,16 @@ from scaledown.flags import (
     path_or_url,
     underscored,
 )
-from scaledown.shared_config import CleanConfig
+from scaledown.config.shared import CleanConfig
+from scaledown.errors import UsageError, one_line, run_command
 
 # Commands with a parser of their own: the module, and flags that the command stands for.
 _COMMANDS: Final = {
     "prepare": ("scaledown.data.prepare_dataset", ()),
     "plan": ("scaledown.data.prepare_dataset", ("--dry_run",)),
     "index": ("scaledown.data.build_index", ()),
-    "report": ("scaledown.data.report", ()),
-    "export-openvino": ("scaledown.data.export_openvino", ()),
+    "report": ("scaledown.data.report.page", ()),
+    "export-openvino": ("scaledown.data.teacher.export_openvino", ()),
     "pretrain": ("scaledown.student.pretrain", ()),
     "train": ("scaledown.student.train", ()),
     "answer": ("scaledown.student.answer", ()),
@@ -122,14 +122,14 @@ def _run(words: list[str]) -> int:
 
     arguments = parser.parse_args(words)
     run: Callable[[argparse.Namespace], int] = arguments.run
-    from scaledown.logs import start_logging
+    from scaledown.run.logs import start_logging
 
     start_logging(arguments.log_level, arguments.log_format)
     return run(arguments)
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    from scaledown.data.formats import validate
+    from scaledown.data.input.training_files import validate
 
     failed = False
     for path in arguments.files:
@@ -151,7 +151,7 @@ def _counted(number: int, one: str, many: str) -> str:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from scaledown.data.merge import merge, removed_file
+    from scaledown.data.output.merge import merge, removed_file
 
     given = {item.name: getattr(arguments, item.name) for item in fields(CleanConfig)}
     cleaning = from_flags({name: value for name, value in given.items() if value is not None}, CleanConfig)
@@ -177,8 +177,8 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from scaledown.overview import table
-    from scaledown.status import status_at
+    from scaledown.run.overview import table
+    from scaledown.run.status import status_at
 
     status = status_at(arguments.path)
     print(json.dumps(status.told(), indent=2) if arguments.json else table(status))
@@ -194,7 +194,7 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.format == "trec":
         return _export_trec(arguments.files, output, overwrite=arguments.overwrite)
     if arguments.format == "pisco":
-        from scaledown.data.pisco import export_pisco
+        from scaledown.data.output.pisco import export_pisco
 
         count = export_pisco(arguments.files, output, overwrite=arguments.overwrite)
         following = (
@@ -204,7 +204,7 @@ def _export(arguments: argparse.Namespace) -> int:
             "++collator_kwargs.compressor_max_length=256"
         )
     else:
-        from scaledown.data.share import export_dataset, push
+        from scaledown.data.output.hub_dataset import export_dataset, push
 
         count = export_dataset(arguments.files, arguments.format, output, overwrite=arguments.overwrite)
         following = (
@@ -218,7 +218,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _export_trec(paths: Sequence[Path], output: Path, *, overwrite: bool) -> int:
-    from scaledown.data.trec import export_trec
+    from scaledown.data.output.trec import export_trec
 
     if len(paths) > 1:
         raise UsageError("--format trec takes one file: each run has rankings of its own")

@@ -2,54 +2,9 @@
 
 import collections
 import re
-import string
-import unicodedata
 from collections.abc import Sequence
-from typing import Final
 
-# Scripts that leave no space between words are taken by character: Thai to Myanmar, Khmer, Japanese, Chinese.
-UNSPACED: Final = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-MINUS: Final = "\u2212"
-"""What `folded` makes of the sign of a number, whatever dash it was: no punctuation."""
-
-_SIGN: Final = re.compile(r"(?<![\w)\]-])[-\u2010-\u2013](?=\.?\d)")
-_TOKEN: Final = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
-_LONG_DASHES: Final = "\u2014\u2015"  # which stand between words without a space
-
-
-class _Punctuation(dict[int, int | None]):
-    """What `str.translate` makes of each character: nothing of punctuation, in any script."""
-
-    def __missing__(self, code: int) -> int | None:
-        character = chr(code)
-        dropped = character in string.punctuation or unicodedata.category(character)[0] == "P"
-        self[code] = None if dropped and character not in _LONG_DASHES else code
-        return self[code]
-
-
-_punctuation: Final = _Punctuation()
-
-
-def folded(text: str) -> str:
-    """Text in which spellings of the same are one: case, composed and full-width letters, kinds of dashes.
-
-    All comparisons of questions and answers begin with it.
-    """
-    return _SIGN.sub(MINUS, unicodedata.normalize("NFKC", text).replace(MINUS, "-")).casefold()
-
-
-def normalized(text: str) -> str:
-    """Without case, punctuation, articles and spare spaces, as in SQuAD (Rajpurkar et al. 2016).
-
-    Beyond ASCII all punctuation goes but long dashes. The sign of a number stays: -5 is not 5.
-    """
-    plain = folded(text).translate(_punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
-
-
-def tokens(text: str) -> list[str]:
-    """The words of a text, normalized; characters where the script leaves no space between words."""
-    return _TOKEN.findall(normalized(text))
+from scaledown.text import normalized, tokens
 
 
 def accuracy(answer: str, right: Sequence[str]) -> float:

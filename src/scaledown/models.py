@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from scaledown.errors import ModelError, NoRoomError, ScaleDownError
 from scaledown.gpus import give_back
-from scaledown.storage import cache_directory
+from scaledown.run.storage import cache_directory
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,6 @@ from datetime import datetime
 from typing import Any, Final
 
 from scaledown.errors import InputError, MissingExtraError, install_command, one_line
-from scaledown.options import is_url
 
 HTTP: Final = re.compile(r"https?://", re.IGNORECASE)
 # Up to the last @ of the authority, or to the first @ where a key with a slash stands before it.
@@ -26,6 +25,11 @@ _STATES: Final = (
     "mtime",
     "created",
 )
+
+
+def is_url(text: str) -> bool:
+    """Whether `text` is a URL and not a local path."""
+    return re.match(r"[a-z][a-z0-9+.-]*://", text, re.IGNORECASE) is not None
 
 
 def redacted(url: str) -> str:

@@ -9,15 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from scaledown import cli
-from scaledown.config import PrepareConfig
+from scaledown.config.prepare import PrepareConfig
 from scaledown.data import logprobs as own
 from scaledown.data import prepare_dataset as command
-from scaledown.data.formats import problems, validate
+from scaledown.data.input.training_files import problems, validate
 from scaledown.data.logprobs import for_answer, from_ids, from_server
 from scaledown.data.manifest import compared_settings
 from scaledown.data.prompts import answer_prompt
-from scaledown.data.teacher import choose_backend, load_teacher
-from scaledown.data.teachers import Engine, Generation, answer_all
+from scaledown.data.teacher.api import choose_backend, load_teacher
+from scaledown.data.teacher.base import Engine, Generation, answer_all
 from scaledown.errors import UsageError
 from scaledown.models import Halving, resolve
 from scaledown.records import Answer, Logprobs
@@ -400,7 +400,7 @@ def test_what_cannot_be_is_refused_at_once(flags: dict[str, Any], said: str) -> 
 def test_auto_takes_an_engine_that_gives_them(models, monkeypatch) -> None:
     import importlib.util
 
-    from scaledown.data import teacher as module
+    from scaledown.data.teacher import api as module
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
     monkeypatch.setattr(module, "is_exported", lambda _: True)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from scaledown import mirror, places
-from scaledown.stage import Stage
+from scaledown.run import locations, object_store
+from scaledown.run.stage import Stage
 
 FLAGS = (
     *("--enable_reranking", "--top_k_retrieval", "6", "--top_k_reranking", "3"),
@@ -22,7 +22,7 @@ FLAGS = (
 )
 # Where a minute is too long for a test.
 QUICK = (
-    "from scaledown import mirror; mirror._BEAT_SECONDS = 0.3; mirror._DEAD_SECONDS = 4; "
+    "from scaledown import mirror; object_store._BEAT_SECONDS = 0.3; object_store._DEAD_SECONDS = 4; "
     "from scaledown import hub; hub._SETTLE_SECONDS = 0.5; hub._SLOWEST_BEAT_SECONDS = 1.0; "
 )
 MAIN = "import sys; from scaledown.data.prepare_dataset import main; raise SystemExit(main(sys.argv[1:]))"
@@ -188,7 +188,7 @@ def test_killed_and_continued_by_another_machine(
         "/".join((key.split("/")[-3], key.split("/")[-1])) for key in system.find(bucket) if ".arrow" in key
     }
     assert not system.exists(f"{bucket}/out/train.json")
-    monkeypatch.setattr(mirror, "_DEAD_SECONDS", 4)
+    monkeypatch.setattr(object_store, "_DEAD_SECONDS", 4)
     assert remote(cache="second") == 0
     assert system.cat_file(f"{bucket}/out/train.json") == prepare.output.read_bytes()
     again = set(made) & kept
@@ -241,7 +241,7 @@ def test_a_server_that_is_away_for_some_seconds(
 
 
 def test_a_server_that_stays_away(remote, prepare, s3_server, bucket, monkeypatch, capsys, made) -> None:
-    monkeypatch.setattr(mirror, "_PATIENCE_SECONDS", 2)
+    monkeypatch.setattr(object_store, "_PATIENCE_SECONDS", 2)
     finish = Stage.finish
 
     def interrupted(self: Stage, *arguments: Any, **keywords: Any) -> Any:
@@ -260,7 +260,7 @@ def test_a_server_that_stays_away(remote, prepare, s3_server, bucket, monkeypatc
     assert "finished work is kept: run the same command again" in err.splitlines()[-1]
     assert "Traceback" not in err
     made.clear()
-    monkeypatch.setattr(mirror, "_PATIENCE_SECONDS", 60)
+    monkeypatch.setattr(object_store, "_PATIENCE_SECONDS", 60)
     assert remote() == 0
     assert {name.split("/")[0] for name in made} == {"answers", "reviewed"}
 
@@ -326,9 +326,9 @@ def test_no_such_bucket(remote, prepare, bucket, capsys) -> None:
 
 
 def test_a_live_run_with_other_settings(remote, bucket, tmp_path, capsys) -> None:
-    from scaledown.store import RunDirectory
+    from scaledown.run.directory import RunDirectory
 
-    there = places.storage_at(f"{bucket}/out/train.json.work", str(tmp_path / "other machine"))
+    there = locations.storage_at(f"{bucket}/out/train.json.work", str(tmp_path / "other machine"))
     with RunDirectory(there).claim("other settings"):
         assert remote() == 1
     assert f"{bucket}/out/train.json.work is in use by a live run" in capsys.readouterr().err

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from scaledown.config import PrepareConfig
-from scaledown.data import build_index, entrance, reranker
+from scaledown.config.prepare import PrepareConfig
+from scaledown.data import build_index, reranker
 from scaledown.data import prepare_dataset as command
-from scaledown.data.formats import validate
+from scaledown.data.input.training_files import validate
 from scaledown.data.manifest import compared_settings
+from scaledown.data.session import enter
 from scaledown.errors import install_command
 from scaledown.models import Halving
 
@@ -307,7 +308,7 @@ def stage_counts(work: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("crash_at", range(13))
 def test_a_crash_anywhere_changes_nothing(crash_at: int, prepare, monkeypatch, undisturbed) -> None:
     """The process dies after its n-th shard; the same command then gives the bytes of an undisturbed run."""
-    from scaledown.stage import Stage
+    from scaledown.run.stage import Stage
 
     whole = undisturbed(*RERANK, *SHARDS)
     assert whole.shards == 12
@@ -344,7 +345,7 @@ def test_a_crash_anywhere_changes_nothing(crash_at: int, prepare, monkeypatch, u
 )
 @pytest.mark.parametrize("flags", [(), ("--max_corpus_size", "7")], ids=["all", "limited"])
 def test_a_crash_before_a_stage_is_marked_as_done(stage, flags, prepare, monkeypatch, undisturbed) -> None:
-    from scaledown.stage import Stage
+    from scaledown.run.stage import Stage
 
     whole = undisturbed(*RERANK, *SHARDS, *flags)
     finish = Stage.finish
@@ -656,7 +657,7 @@ def too_little_memory(monkeypatch: pytest.MonkeyPatch, stage: str, fits: int) ->
     from sentence_transformers import CrossEncoder, SparseEncoder
     from transformers import LlamaForCausalLM
 
-    from scaledown.data import splade
+    from scaledown.data.retrieval import splade
 
     flag, owner, name = {
         "vectors": ("--batch_size", SparseEncoder, "encode_document"),
@@ -734,7 +735,7 @@ def test_malformed_lines_are_counted_and_the_run_goes_on(prepare, corpus, capsys
 def test_an_output_that_cannot_be_written_is_noticed_before_any_model(
     place, prepare, tmp_path, capsys, monkeypatch
 ):
-    for module, name in ((entrance, "find"), (command, "load_encoder")):
+    for module, name in ((enter, "find"), (command, "load_encoder")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("a model was looked for"))
     if place == "folder":
         output = tmp_path / "o.json"
@@ -751,7 +752,7 @@ def test_an_output_that_cannot_be_written_is_noticed_before_any_model(
 
 
 def test_a_run_directory_of_a_live_run_with_other_settings(prepare, capsys) -> None:
-    from scaledown.store import RunDirectory
+    from scaledown.run.directory import RunDirectory
 
     with RunDirectory(prepare.work).claim("other settings"):
         assert "in use by a live run" in refused(prepare, capsys)
@@ -852,7 +853,7 @@ def test_halved_batches_of_synthetic_queries_are_recorded(prepare, corpus, monke
 
 @pytest.mark.parametrize("crash_at", range(1, 5))
 def test_synthetic_queries_survive_a_crash(crash_at: int, prepare, corpus, monkeypatch, tmp_path) -> None:
-    from scaledown.stage import Stage
+    from scaledown.run.stage import Stage
 
     monkeypatch.setattr(command, "load_teacher", lambda *_: Scripted())
     flags = ("--corpus_path", str(corpus), "--num_synthetic_queries", "9", "--top_k_retrieval", "2")

@@ -75,7 +75,7 @@ def test_a_node_goes_away_and_the_bytes_are_the_same(cluster, prepare, queries, 
 
 
 def test_no_cluster_says_so() -> None:
-    from scaledown.ray_pool import RayPool
+    from scaledown.run.ray_pool import RayPool
 
     with pytest.raises(UsageError, match="no Ray cluster answers.*ray start"):
         RayPool("127.0.0.1:1", 1, 1)

@@ -143,8 +143,7 @@ def test_a_shard_that_ends_each_worker_is_given_up_and_tried_again_later(
 ) -> None:
     accidents = accident(fault)
     assert run("--workers", "1") == 1
-    deaths = len(accidents.read_text().splitlines())
-    assert deaths == (4 if "candidates" in fault else 3), "once together with others, then alone"
+    assert len(accidents.read_text().splitlines()) == 3, "it is tried three times"
     out, err = capsys.readouterr()
     assert "given up: 1 shard was the death of each worker" in out
     assert "run the same command again" in err

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from scaledown.cli import main
+from scaledown.config.evaluate import SYSTEMS, EvaluateConfig
 from scaledown.data.prompts import VERSION as PROMPT_VERSION
 from scaledown.evaluation import baselines, systems
 from scaledown.evaluation.results import read_results
-from scaledown.evaluation.settings import EvaluateConfig
 from scaledown.models import resolve
-from scaledown.store import SCHEMA, SYSTEMS, fingerprint
+from scaledown.run.directory import SCHEMA, fingerprint
 from scaledown.student.answering import Pointed
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig

@@ -7,13 +7,13 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from scaledown.data.answer_log import AnswerLog
 from scaledown.data.prompts import judge_prompt, preference_prompt
+from scaledown.data.teacher.answer_log import AnswerLog
 from scaledown.evaluation import judge
 from scaledown.evaluation.judge import grade, preference
 from scaledown.records import Answer
-from scaledown.stage import Stage
-from scaledown.store import RunDirectory
+from scaledown.run.directory import RunDirectory
+from scaledown.run.stage import Stage
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from scaledown.data.report import write_report
+from scaledown.data.report.page import write_report
 from scaledown.report import plots
 from scaledown.report.page import Example, Examples, Field, Note, Page, Piece, Plot, Section, Table, html
 

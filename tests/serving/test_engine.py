@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from scaledown.config.serve import ServeConfig
 from scaledown.serving.answer_text import AnswerText
 from scaledown.serving.engine import EmbeddingCache, Engine
 from scaledown.serving.jobs import End, Event, Job, Piece, Scores
 from scaledown.serving.protocol import RequestError
-from scaledown.serving.settings import ServeConfig
 from scaledown.student import decoding
 from scaledown.student.model import ScaleDownModel
 from tiny import pointer_student

@@ -22,12 +22,12 @@ import pytest
 import uvicorn
 
 from conftest import ROOT
+from scaledown.config.serve import ServeConfig, api_key
 from scaledown.errors import UsageError
 from scaledown.serving.app import Server
 from scaledown.serving.engine import Engine
 from scaledown.serving.protocol import ChatRequest, RerankRequest
 from scaledown.serving.serve import main
-from scaledown.serving.settings import ServeConfig, api_key
 from scaledown.student.model import ScaleDownModel
 from tiny import pointer_student
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from scaledown.data.prompts import answer_prompt
-from scaledown.data.teachers import Generation, answer_all
-from scaledown.data.teachers.transformers import TransformersTeacher
+from scaledown.data.teacher.base import Generation, answer_all
+from scaledown.data.teacher.engines.transformers import TransformersTeacher
 from scaledown.errors import InputError, ModelError, UsageError
 from scaledown.models import resolve
 from scaledown.student.model import ScaleDownModel

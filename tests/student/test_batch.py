@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from scaledown.data.prompts import GUIDE, PAPER, Template, answer_prompt
-from scaledown.data.teachers import Generation
-from scaledown.data.teachers.context import Context
+from scaledown.data.teacher.base import Generation
+from scaledown.data.teacher.context import Context
 from scaledown.errors import InputError, UsageError
 from scaledown.student.batch import _PASS_TOKENS, Document, Encoded, Reader, collate, group
 from scaledown.student.settings import ScaleDownConfig

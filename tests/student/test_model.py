@@ -17,8 +17,8 @@ from transformers import (
 import tiny
 from scaledown.errors import ModelError, UsageError
 from scaledown.models import resolve
-from scaledown.student import compressors
 from scaledown.student.batch import Batch, Document, Encoded, collate, group
+from scaledown.student.compressors import layers
 from scaledown.student.model import ScaleDownModel, load_tokenizer
 from scaledown.student.settings import ScaleDownConfig
 
@@ -377,7 +377,7 @@ def test_missing_weights_are_noticed(build: Any, tmp_path: Path) -> None:
 
 
 def test_compressors_without_a_known_end_are_refused(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compressors, "_FINAL_NORMS", ("ending",))
+    monkeypatch.setattr(layers, "_FINAL_NORMS", ("ending",))
     with pytest.raises(ModelError, match="use --compressor modernbert"):
         build()
 

@@ -6,25 +6,26 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from scaledown.config import IndexConfig
-from scaledown.data.approximate import SeismicIndex
-from scaledown.data.corpus import build_passages, sample_corpus
-from scaledown.data.encoders import Encoder, is_sparse, load_encoder
-from scaledown.data.files import Source, inner_suffix, input_files, locate
-from scaledown.data.remote import Remote
-from scaledown.data.retrieval import encode_passages
+from scaledown.config.flags import build_parser, from_flags, underscored
+from scaledown.config.prepare import IndexConfig
+from scaledown.data.input.corpus import build_passages, sample_corpus
+from scaledown.data.input.files import Source, inner_suffix, input_files, locate
+from scaledown.data.input.remote import Remote
+from scaledown.data.retrieval.encoders import Encoder, is_sparse, load_encoder
+from scaledown.data.retrieval.seismic import SeismicIndex
+from scaledown.data.retrieval.stages import encode_passages
 from scaledown.data.workers import settings_of, share, supervised
 from scaledown.errors import UsageError, tell
-from scaledown.flags import build_parser, from_flags, underscored
 from scaledown.gpus import OnDevice
-from scaledown.live import publishing
-from scaledown.logs import start_logging
 from scaledown.models import ModelSource, choose_device, dtype_to_run, resolve, same_bits
-from scaledown.outputs import check_apart
-from scaledown.progress import duration
-from scaledown.prometheus import metrics_file
-from scaledown.stage import Stage, StageResult
-from scaledown.store import RunDirectory
+from scaledown.run.directory import RunDirectory
+from scaledown.run.heartbeat import publishing
+from scaledown.run.locations import index_of
+from scaledown.run.logs import start_logging
+from scaledown.run.outputs import check_apart
+from scaledown.run.progress import duration
+from scaledown.run.prometheus import metrics_file
+from scaledown.run.stage import Stage, StageResult
 from scaledown.urls import redacted
 
 log = logging.getLogger("scaledown")
@@ -146,7 +147,7 @@ def _filled(home: RunDirectory, config: IndexConfig, corpus: Source) -> Index:
 def work(settings: Mapping[str, Any], worker: str) -> None:
     """What a worker does: fill the index, together with others."""
     config = settings_of(IndexConfig, settings, worker)
-    home = RunDirectory(config.index_directory, worker=worker)
+    home = RunDirectory(index_of(config), worker=worker)
     with home.claim("index") as place, publishing(place, worker, home):
         _filled(home, config, find_corpus(config))
 
@@ -159,7 +160,7 @@ def build_index(config: IndexConfig, *, overwrite: bool = False) -> IndexResult:
     if not config.index_dir:
         raise UsageError("no index: give --index_dir DIR")
     corpus = find_corpus(config)
-    folder = config.index_directory
+    folder = index_of(config)
     check_apart("--index_dir", config.index_dir, [corpus])
     check_apart("--metrics_file", config.metrics_file, [corpus])
     home = RunDirectory(folder)
@@ -189,14 +190,14 @@ def main(argv: Sequence[str], program: str = "scaledown index") -> int:
     start_logging(flags.pop("log_level", "info"), flags.pop("log_format", "text"))
     config = from_flags(flags, IndexConfig)
     result = build_index(config, overwrite=overwrite)
-    print(f"{config.index_directory}: {result.size / 1e6:,.1f} MB")
+    print(f"{index_of(config)}: {result.size / 1e6:,.1f} MB")
     print()
     for name, stage in result.stages.items():
         print(stage_line(name, stage))
     if result.given_up:
         tell(
             f"error: {result.given_up:,} shards were given up: mend their cause, which the logs in "
-            f"{config.index_directory.root / 'live'} show, and run the same command again: it tries again"
+            f"{index_of(config).root / 'live'} show, and run the same command again: it tries again"
         )
         return 1
     corpus = f" --corpus_path {shlex.quote(redacted(config.corpus_path))}" if config.corpus_path else ""

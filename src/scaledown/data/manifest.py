@@ -8,21 +8,41 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import scaledown
-from scaledown.atomic import read_json, write_json
-from scaledown.config import PrepareConfig
-from scaledown.data.inputs import Sources
+from scaledown.config.prepare import PrepareConfig
+from scaledown.data.input.files import Source
 from scaledown.data.prompts import TEMPLATES, load_template
 from scaledown.data.reranker import LIKELIHOOD_PREFIX
-from scaledown.options import is_url
-from scaledown.stage import Stage, StageResult
-from scaledown.storage import Storage
-from scaledown.store import SCHEMA, RunDirectory
-from scaledown.urls import redacted
+from scaledown.models import ModelSource
+from scaledown.run.atomic import read_json, write_json
+from scaledown.run.directory import SCHEMA, RunDirectory
+from scaledown.run.stage import Stage, StageResult
+from scaledown.run.storage import Storage
+from scaledown.urls import is_url, redacted
 
 log = logging.getLogger("scaledown")
+
+
+class Sources(NamedTuple):
+    """Everything a run reads, found but not loaded."""
+
+    retriever: ModelSource
+    reranker: ModelSource | None
+    teacher: ModelSource
+    second_teacher: ModelSource | None
+    corpus: Source
+    queries: list[Source]
+    evaluation: list[Source]
+    passed_over: dict[str, dict[str, str]]
+    """By flag: files of folders that are not read, and why."""
+
+    def models(self) -> dict[str, ModelSource]:
+        """The models by their part in the run."""
+        found = {"retriever": self.retriever, "teacher": self.teacher}
+        optional = {"reranker": self.reranker, "second_teacher": self.second_teacher}
+        return found | {part: model for part, model in optional.items() if model}
 
 
 def write_manifest(  # noqa: PLR0917

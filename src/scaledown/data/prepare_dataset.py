@@ -10,6 +10,7 @@ from functools import partial
 from importlib import import_module
 
 from scaledown.errors import run_command, tell
+from scaledown.run.locations import output_of, run_of
 
 if __name__ == "__main__":  # before the imports that take long: Ctrl-C is one line during them, too
     start = partial(run_command, debug="--debug" in sys.argv, resumes=True)
@@ -23,42 +24,43 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from scaledown.atomic import write_json
-from scaledown.config import PrepareConfig
+from scaledown.config.flags import build_parser, from_flags, underscored
+from scaledown.config.prepare import PrepareConfig
 from scaledown.data.build_index import (
     machine,
     open_index,
 )
-from scaledown.data.clean import VERSION as CLEAN_VERSION
-from scaledown.data.clean import Cleaner
-from scaledown.data.encoders import load_encoder
-from scaledown.data.entrance import Entered, enter
-from scaledown.data.export import examples, write_examples
-from scaledown.data.inputs import Sources, find_inputs
-from scaledown.data.manifest import write_manifest
-from scaledown.data.outcome import earlier_result, is_ours, quarantined, report_of
-from scaledown.data.plan import Plan, keep, make_plan, report
+from scaledown.data.cleaning.decontaminate import VERSION as CLEAN_VERSION
+from scaledown.data.cleaning.decontaminate import Cleaner
+from scaledown.data.input.queries import collect_queries
+from scaledown.data.manifest import Sources, write_manifest
+from scaledown.data.output.writers import examples, write_examples
+from scaledown.data.planning.plan import Plan, keep, make_plan, report
 from scaledown.data.prompts import VERSION as PROMPT_VERSION
 from scaledown.data.prompts import Template, load_template
-from scaledown.data.queries import collect_queries, write_questions
 from scaledown.data.reranker import LIKELIHOOD_PREFIX, load_reranker, rerank
-from scaledown.data.retrieval import retrieve, searched
-from scaledown.data.review import VERSION as REVIEW_VERSION
-from scaledown.data.review import review_answers
-from scaledown.data.summary import Result, program_name, summary
-from scaledown.data.teacher import choose_backend, load_teacher
-from scaledown.data.teachers import Engine, Generation, Teacher
-from scaledown.data.teaching import Teaching, retry, spent_tokens, teach
+from scaledown.data.retrieval.encoders import load_encoder
+from scaledown.data.retrieval.stages import retrieve, searched
+from scaledown.data.session.enter import Entered, enter
+from scaledown.data.session.resolve import find_inputs
+from scaledown.data.session.result import earlier_result, is_ours, quarantined, report_of
+from scaledown.data.session.summary import Result, program_name, summary
+from scaledown.data.teacher.api import choose_backend, load_teacher
+from scaledown.data.teacher.base import Engine, Generation, Teacher
+from scaledown.data.teacher.questions import write_questions
+from scaledown.data.teacher.review import VERSION as REVIEW_VERSION
+from scaledown.data.teacher.review import review_answers
+from scaledown.data.teacher.stage import Teaching, retry, spent_tokens, teach
 from scaledown.data.workers import settings_of, share, supervised
-from scaledown.flags import build_parser, from_flags, underscored
 from scaledown.gpus import OnDevice
-from scaledown.logs import start_logging
 from scaledown.models import ModelSource, choose_device
-from scaledown.outputs import check_free
-from scaledown.prometheus import metrics_file
 from scaledown.records import Example
-from scaledown.stage import Stage, together
-from scaledown.store import RunDirectory
+from scaledown.run.atomic import write_json
+from scaledown.run.directory import RunDirectory
+from scaledown.run.logs import start_logging
+from scaledown.run.outputs import check_free
+from scaledown.run.prometheus import metrics_file
+from scaledown.run.stage import Stage, together
 
 log = logging.getLogger("scaledown")
 
@@ -77,9 +79,9 @@ def prepare_dataset(config: PrepareConfig, repeats: Path | None = None, *, overw
     output takes the place of what no run of this directory made. Raises `ScaleDownError`, each with a
     message that says what to do.
     """
-    output = config.output
+    output = output_of(config)
     output.storage.check_writable(output.path)
-    metrics = metrics_file(config.metrics_file, config.run_directory.root, overwrite=overwrite)
+    metrics = metrics_file(config.metrics_file, run_of(config).root, overwrite=overwrite)
     with metrics, enter(config, repeats) as entered:
         run, request = entered.run, entered.request
         homes = [run, entered.home] if config.index_dir else [run]
@@ -151,10 +153,10 @@ def plan_dataset(config: PrepareConfig, *, overwrite: bool = False) -> Plan:
     Makes nothing else. Models that are missing are in the plan; raises `ScaleDownError` for all else that
     `prepare_dataset` refuses before its work.
     """
-    output = config.output
+    output = output_of(config)
     output.storage.check_writable(output.path)
     corpus, _ = find_inputs(config, fetch=False)
-    ours = functools.partial(is_ours, RunDirectory(config.run_directory), output)
+    ours = functools.partial(is_ours, RunDirectory(run_of(config)), output)
     check_free("--output_file", output, ours, overwrite=overwrite)
     load_template(config.prompt)
     plan = make_plan(config, corpus)
@@ -420,7 +422,7 @@ def main(argv: Sequence[str] | None = None, program: str = "python -m scaledown.
             lacking = f"part {config.shard}" if result.missing else result.output
             tell(
                 f"error: {lacking} lacks what was given up: mend its cause, which the logs in "
-                f"{config.run_directory.root / 'live'} show, and run the same command again: it tries again"
+                f"{run_of(config).root / 'live'} show, and run the same command again: it tries again"
             )
             return 1
         if not config.strict or not result.quarantined:
@@ -430,7 +432,7 @@ def main(argv: Sequence[str] | None = None, program: str = "python -m scaledown.
             if result.quarantined == 1
             else f"{result.quarantined:,} lines or queries are"
         )
-        where = config.run_directory.shown(config.run_directory.root / "quarantine")
+        where = run_of(config).shown(run_of(config).root / "quarantine")
         tell(f"error: --strict: {number} in {where}, each with its reason: mend them")
         return 1
 

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
-from scaledown.config import PrepareConfig
-from scaledown.data.corpus import PassageTable
+from scaledown.config.prepare import PrepareConfig
+from scaledown.config.shared import batch_for
+from scaledown.data.input.corpus import PassageTable
 from scaledown.data.prompts import LIKELIHOOD_AFTER, LIKELIHOOD_BEFORE
-from scaledown.data.splade import by_length
+from scaledown.data.retrieval.splade import by_length
 from scaledown.errors import InputError, ModelError, UsageError
 from scaledown.gpus import OnDevice
 from scaledown.models import (
@@ -24,10 +25,9 @@ from scaledown.models import (
     onto,
     resolve,
 )
-from scaledown.progress import track
 from scaledown.records import QueryWithDocuments, document_text, full_text
-from scaledown.shared_config import batch_for
-from scaledown.stage import Stage
+from scaledown.run.progress import track
+from scaledown.run.stage import Stage
 
 log = logging.getLogger("scaledown")
 

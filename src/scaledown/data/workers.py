@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from scaledown.config import IndexConfig
+from scaledown.config.prepare import IndexConfig
 from scaledown.errors import UsageError
-from scaledown.executor import LocalPool, Pool, supervise
-from scaledown.live import supervising
-from scaledown.logs import start_logging, style
 from scaledown.models import choose_device
-from scaledown.overview import Overview
-from scaledown.store import RunDirectory
+from scaledown.run.directory import RunDirectory
+from scaledown.run.executor import LocalPool, Pool, supervise
+from scaledown.run.heartbeat import supervising
+from scaledown.run.logs import start_logging, style
+from scaledown.run.overview import Overview
 
 Config = TypeVar("Config", bound=IndexConfig)
 
@@ -51,7 +51,7 @@ def pool_of(config: IndexConfig, run: RunDirectory) -> tuple[Pool, int]:
     """The pool that `config` asks for, and its number of workers."""
     each = _gpus_each(config)
     if config.executor == "ray":
-        from scaledown.ray_pool import RayPool
+        from scaledown.run.ray_pool import RayPool
 
         if config.device.startswith("cuda:"):
             raise UsageError(f"--device {config.device}: Ray gives each worker its GPU: leave out its number")

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from scaledown.data.splade import SpladeEncoder
-from scaledown.evaluation.settings import EvaluateConfig
+from scaledown.config.evaluate import EvaluateConfig
+from scaledown.data.retrieval.splade import SpladeEncoder
 from scaledown.models import ModelSource, choose_device, resolve
 
 if TYPE_CHECKING:

@@ -13,30 +13,31 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import orjson
 
-from scaledown.atomic import atomic, read_json, write_json
-from scaledown.config import OUTPUT
-from scaledown.data.fetching import fetched
-from scaledown.data.gold import read_gold
+from scaledown.config.evaluate import SYSTEMS, EvaluateConfig
+from scaledown.config.flags import command_parser, from_flags, path_or_url, read_settings, underscored
+from scaledown.config.options import Checked, option
+from scaledown.config.prepare import OUTPUT
+from scaledown.config.shared import AUTO_DTYPE, DTYPES, MACHINE
+from scaledown.config.train import BUDGETS, TrainConfig
+from scaledown.data.input.download import fetched
+from scaledown.data.input.gold import read_gold
 from scaledown.data.reranker import resolve_reranker
-from scaledown.data.summary import program_name
+from scaledown.data.session.summary import program_name
 from scaledown.errors import InputError, UsageError, run_command
 from scaledown.evaluation.baselines import ECHOES, OF_A_RATE
 from scaledown.evaluation.efficiency import Cost, Seconds, Shape, costs, machine
 from scaledown.evaluation.evaluate import ANSWERS, evaluate
 from scaledown.evaluation.results import Comparison, Results, Run
 from scaledown.evaluation.scoring import MEASURES
-from scaledown.evaluation.settings import EvaluateConfig
 from scaledown.evaluation.statistics import Difference, difference
-from scaledown.flags import command_parser, from_flags, path_or_url, read_settings, underscored
 from scaledown.gpus import OnDevice
-from scaledown.logs import start_logging
 from scaledown.models import choose_device, dtype_to_run, onto, quiet_libraries, resolve
-from scaledown.options import Checked, is_url, option
-from scaledown.outputs import check_output
-from scaledown.shared_config import AUTO_DTYPE, DTYPES, MACHINE
-from scaledown.store import SYSTEMS, fingerprint
+from scaledown.run.atomic import atomic, read_json, write_json
+from scaledown.run.directory import fingerprint
+from scaledown.run.logs import start_logging
+from scaledown.run.outputs import check_output
 from scaledown.student.train import train
-from scaledown.student.train_settings import BUDGETS, TrainConfig
+from scaledown.urls import is_url
 
 if TYPE_CHECKING:
     from scaledown.student.settings import ScaleDownConfig

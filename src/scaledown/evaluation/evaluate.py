@@ -12,17 +12,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from scaledown.atomic import atomic, read_json
-from scaledown.data.encoders import is_sparse
-from scaledown.data.fetching import fetched
-from scaledown.data.files import locate
-from scaledown.data.gold import read_gold
+from scaledown.config.evaluate import GROUPS, EvaluateConfig
+from scaledown.config.flags import command_parser, from_flags, underscored
+from scaledown.data.input.download import fetched
+from scaledown.data.input.files import locate
+from scaledown.data.input.gold import read_gold
+from scaledown.data.input.remote import Remote
 from scaledown.data.prompts import VERSION as PROMPT_VERSION
-from scaledown.data.remote import Remote
 from scaledown.data.reranker import LIKELIHOOD_PREFIX, load_reranker, resolve_reranker
-from scaledown.data.summary import program_name
-from scaledown.data.teacher import find_teacher
-from scaledown.data.teachers import Engine
+from scaledown.data.retrieval.encoders import is_sparse
+from scaledown.data.session.summary import program_name
+from scaledown.data.teacher.api import find_teacher
+from scaledown.data.teacher.base import Engine
 from scaledown.errors import ModelError, OutputError, RunDirectoryError, UsageError, run_command
 from scaledown.evaluation import questions, ranking, systems
 from scaledown.evaluation.baselines import ECHOES, READERS
@@ -41,16 +42,15 @@ from scaledown.evaluation.results import (
     write_results,
 )
 from scaledown.evaluation.scoring import score
-from scaledown.evaluation.settings import GROUPS, EvaluateConfig
-from scaledown.flags import command_parser, from_flags, underscored
 from scaledown.gpus import OnDevice
-from scaledown.live import publishing
-from scaledown.logs import start_logging
 from scaledown.models import ModelSource, choose_device, dtype_to_run, onto, quiet_libraries, resolve
-from scaledown.outputs import check_output
 from scaledown.report.page import html
-from scaledown.stage import Stage
-from scaledown.store import RunDirectory, fingerprint
+from scaledown.run.atomic import atomic, read_json
+from scaledown.run.directory import RunDirectory, fingerprint
+from scaledown.run.heartbeat import publishing
+from scaledown.run.logs import start_logging
+from scaledown.run.outputs import check_output
+from scaledown.run.stage import Stage
 from scaledown.urls import without_secrets
 
 if TYPE_CHECKING:

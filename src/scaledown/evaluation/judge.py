@@ -10,21 +10,21 @@ from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 
-from scaledown.data.answer_log import AnswerLog, ask
+from scaledown.config.evaluate import EvaluateConfig
+from scaledown.config.shared import batch_for
 from scaledown.data.prompts import JUDGE_VERSION, Prompt, judge_prompt, preference_prompt
-from scaledown.data.teacher import choose_backend, load_teacher
-from scaledown.data.teachers import Engine, Generation, Rejection, Teacher
-from scaledown.data.teaching import Meter, heard_counts, spent_tokens, with_heard
+from scaledown.data.teacher.answer_log import AnswerLog, ask
+from scaledown.data.teacher.api import choose_backend, load_teacher
+from scaledown.data.teacher.base import Engine, Generation, Rejection, Teacher
+from scaledown.data.teacher.stage import Meter, heard_counts, spent_tokens, with_heard
 from scaledown.evaluation import questions, systems
-from scaledown.evaluation.settings import EvaluateConfig
 from scaledown.gpus import OnDevice
-from scaledown.metrics import normalized
 from scaledown.models import ModelSource, choose_device
-from scaledown.progress import track
 from scaledown.records import Answer
-from scaledown.shared_config import batch_for
-from scaledown.stage import Stage
-from scaledown.store import RunDirectory
+from scaledown.run.directory import RunDirectory
+from scaledown.run.progress import track
+from scaledown.run.stage import Stage
+from scaledown.text import normalized
 
 JUDGED: Final = "judge"
 """The measure that grades make."""

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from scaledown.data.reranker import Pair, Reranker, best_first, score_once
-from scaledown.data.review import sentences
+from scaledown.data.teacher.review import sentences
 from scaledown.evaluation import questions
-from scaledown.progress import track
 from scaledown.records import full_text, title_of
-from scaledown.stage import Stage
+from scaledown.run.progress import track
+from scaledown.run.stage import Stage
 
 
 class Sentence(NamedTuple):

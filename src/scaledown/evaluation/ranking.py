@@ -10,9 +10,9 @@ from typing import Any, Final, NamedTuple
 
 import orjson
 
-from scaledown.atomic import atomic
-from scaledown.data import files
+from scaledown.data.input import files
 from scaledown.errors import InputError, UsageError
+from scaledown.run.atomic import atomic
 
 log = logging.getLogger("scaledown")
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import scaledown
-from scaledown.atomic import read_json, write_json
 from scaledown.errors import InputError, one_line
 from scaledown.evaluation.efficiency import Cost, Shape
 from scaledown.evaluation.judge import PREFERRED
 from scaledown.evaluation.scoring import LENGTH
 from scaledown.evaluation.statistics import Difference, Estimate, difference, estimate
-from scaledown.progress import track
+from scaledown.run.atomic import read_json, write_json
+from scaledown.run.progress import track
 
 SCHEMA: Final = 2
 FILE: Final = "results.json"

@@ -9,11 +9,11 @@ from typing import Any, Final, NamedTuple
 
 import orjson
 
-from scaledown.atomic import atomic
 from scaledown.evaluation import judge, questions
 from scaledown.metrics import accuracy, exact_match, f1, holds, rouge_l
-from scaledown.progress import track
-from scaledown.stage import Stage
+from scaledown.run.atomic import atomic
+from scaledown.run.progress import track
+from scaledown.run.stage import Stage
 
 MEASURES: Final[dict[str, Callable[[str, Sequence[str]], float]]] = {
     "accuracy": accuracy,

@@ -5,13 +5,13 @@ from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 
+from scaledown.config.evaluate import EvaluateConfig
 from scaledown.errors import InputError
 from scaledown.evaluation import baselines, questions
-from scaledown.evaluation.settings import EvaluateConfig
 from scaledown.gpus import OnDevice
 from scaledown.models import choose_device
-from scaledown.progress import track
-from scaledown.stage import Stage
+from scaledown.run.progress import track
+from scaledown.run.stage import Stage
 from scaledown.student.answer import each
 
 _SCHEMA: Final = pa.schema(

@@ -17,13 +17,13 @@ from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from scaledown.config.serve import ServeConfig
 from scaledown.errors import UsageError
 from scaledown.records import document_text
 from scaledown.serving.engine import Engine
 from scaledown.serving.jobs import End, Event, Job, Piece, Scores, Usage
 from scaledown.serving.metrics import Metrics
 from scaledown.serving.protocol import ChatRequest, Document, RequestError, RerankRequest, parsed
-from scaledown.serving.settings import ServeConfig
 from scaledown.student.settings import ScaleDownConfig
 
 log = logging.getLogger("scaledown")

@@ -14,17 +14,17 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
+from scaledown.config.serve import ServeConfig
+from scaledown.config.train import BUDGETS
 from scaledown.errors import InputError, ScaleDownError
 from scaledown.gpus import give_back
 from scaledown.models import is_out_of_memory
 from scaledown.serving.answer_text import AnswerText
 from scaledown.serving.jobs import End, Job, Piece, Scores, Usage
 from scaledown.serving.protocol import RequestError
-from scaledown.serving.settings import ServeConfig
 from scaledown.student.answering import Question
 from scaledown.student.batch import Document, Encoded
 from scaledown.student.decoding import Decoding
-from scaledown.student.train_settings import BUDGETS
 
 log = logging.getLogger("scaledown")
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from scaledown.config.flags import command_parser, from_flags, underscored
+from scaledown.config.serve import GROUPS, ServeConfig, api_key
 from scaledown.errors import MissingExtraError, UsageError, install_command, run_command
-from scaledown.flags import command_parser, from_flags, underscored
-from scaledown.logs import start_logging
 from scaledown.models import choose_device, dtype_to_run, onto, quiet_libraries
-from scaledown.serving.settings import GROUPS, ServeConfig, api_key
+from scaledown.run.logs import start_logging
 
 log = logging.getLogger("scaledown")
 

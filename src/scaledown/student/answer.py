@@ -9,15 +9,16 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import pyarrow as pa
 
-from scaledown.data.export import write_examples
-from scaledown.data.formats import Entry, entries, is_unicode, problems
+from scaledown.config.flags import Parser, add_log_flags, add_overwrite, local_path, path_or_url, underscored
+from scaledown.config.options import check_ending
+from scaledown.config.train import BUDGETS
+from scaledown.data.input.training_files import Entry, entries, is_unicode, problems
+from scaledown.data.output.writers import write_examples
 from scaledown.errors import InputError, UsageError, run_command
-from scaledown.flags import Parser, add_log_flags, add_overwrite, local_path, path_or_url, underscored
-from scaledown.logs import start_logging
 from scaledown.models import choose_device, dtype_to_run, onto
-from scaledown.outputs import check_ending, check_output, note_made
-from scaledown.progress import track
-from scaledown.student.train_settings import BUDGETS
+from scaledown.run.logs import start_logging
+from scaledown.run.outputs import check_output, note_made
+from scaledown.run.progress import track
 
 log = logging.getLogger("scaledown")
 

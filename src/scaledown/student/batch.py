@@ -6,8 +6,8 @@ from typing import Any, Final, NamedTuple, TypedDict
 import torch
 
 from scaledown.data.prompts import CLOSED_BOOK, Prompt, answer_prompt
-from scaledown.data.teachers import Generation, Rejection
-from scaledown.data.teachers.context import Context
+from scaledown.data.teacher.base import Generation, Rejection
+from scaledown.data.teacher.context import Context
 from scaledown.errors import InputError, ModelError
 from scaledown.records import document_text
 from scaledown.student.labels import copied_spans

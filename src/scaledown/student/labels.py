@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from scaledown.data.review import WORD, content_words
+from scaledown.data.teacher.review import WORD, content_words
 
 Span = tuple[int, int]
 """Where a piece of a text begins and ends, in characters."""

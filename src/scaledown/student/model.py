@@ -17,14 +17,14 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from scaledown.data.teachers.context import context_tokens
+from scaledown.data.teacher.context import context_tokens
 from scaledown.errors import ModelError
 from scaledown.models import ModelSource, hub_errors, loadable, loading, onto, read_config_file, resolve
-from scaledown.student import compressors, pointer
 from scaledown.student.answering import Answering
 from scaledown.student.batch import IGNORED, Group, Reader
 from scaledown.student.card import model_card
-from scaledown.student.pointer import PADDED, Pointer
+from scaledown.student.compressors import layers, pointer
+from scaledown.student.compressors.pointer import PADDED, Pointer
 from scaledown.student.settings import ScaleDownConfig
 
 WEIGHTS: Final = {"answer_loss": 1.0, "rerank_loss": 0.05, "pointer_loss": 1.0}
@@ -92,7 +92,7 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
     def __init__(self, config: ScaleDownConfig, generator: Any = None, compressor: Any = None) -> None:
         super().__init__(config)
         self.generator = generator or AutoModelForCausalLM.from_config(config.architecture(config.generator))
-        self.compressor = compressor or compressors.new_compressor(config)
+        self.compressor = compressor or layers.new_compressor(config)
         width = self.compressor.get_input_embeddings().embedding_dim
         if config.is_pointer:
             self.pointer = Pointer(width, self.compressor.get_input_embeddings().num_embeddings)
@@ -100,7 +100,7 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
             self.memory = nn.Parameter(torch.empty(config.memory_tokens, width))
         if config.compressor_name is not None:
             generator_width = self.generator.get_input_embeddings().embedding_dim
-            self.mapping = compressors.mapping(config, width, generator_width)
+            self.mapping = layers.mapping(config, width, generator_width)
         if config.enable_reranking:
             self.rerank_token = nn.Parameter(torch.empty(width))
             self.score = nn.Linear(width, 1)
@@ -170,22 +170,22 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
             raise ModelError(
                 f"{generator_source.name} has no token that ends an answer: use another generator"
             )
-        config.generator = compressors.architecture_of(generator)
+        config.generator = layers.architecture_of(generator)
         config.generator_name = generator_source.name
         if compressor_source is None:
             with hub_errors(generator_source.name):
-                compressor, compressor_tokenizer = compressors.first_layers(config, generator), tokenizer
+                compressor, compressor_tokenizer = layers.first_layers(config, generator), tokenizer
         else:
-            compressor = compressors.load_compressor(config, compressor_source, dtype, device)
-            config.compressor_config = compressors.architecture_of(compressor)
+            compressor = layers.load_compressor(config, compressor_source, dtype, device)
+            config.compressor_config = layers.architecture_of(compressor)
             compressor_tokenizer = load_tokenizer(compressor_source)
         model = cls(config, generator, compressor)
         if config.is_pointer:
             model.pointer.start(tokenizer)
         else:
-            model.memory.data = compressors.token_like(compressor, config.memory_tokens)
+            model.memory.data = layers.token_like(compressor, config.memory_tokens)
         if config.enable_reranking:
-            model.rerank_token.data = compressors.token_like(compressor, 1)[0]
+            model.rerank_token.data = layers.token_like(compressor, 1)[0]
         model._attach(tokenizer, compressor_tokenizer, generation)
         with hub_errors(generator_source.name):
             model.to(device=device, dtype=dtype)
@@ -200,7 +200,7 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
 
     def add_reranking(self) -> None:
         """A reranking head, untrained, for a model that was made without."""
-        rows = compressors.token_like(self.compressor, 1)
+        rows = layers.token_like(self.compressor, 1)
         self.rerank_token = nn.Parameter(rows[0].to(self.memory))
         self.score = nn.Linear(len(rows[0]), 1).to(self.memory)
         self.config.enable_reranking = True
@@ -236,7 +236,7 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         causal = self.config.compressor_name is None
         states = torch.cat(
             [
-                compressors.compress(
+                layers.compress(
                     self.compressor,
                     extra,
                     group["ids"].to(self.device),

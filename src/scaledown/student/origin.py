@@ -5,9 +5,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from scaledown.config.train import StudentConfig
 from scaledown.errors import UsageError
 from scaledown.models import ModelSource, onto, resolve
-from scaledown.student.train_settings import StudentConfig
 
 if TYPE_CHECKING:
     import torch

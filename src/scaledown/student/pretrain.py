@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from scaledown.config.train import PretrainConfig
 from scaledown.student.train import run_command_line
-from scaledown.student.train_settings import PretrainConfig
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown pretrain") -> int:

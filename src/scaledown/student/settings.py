@@ -5,9 +5,9 @@ from typing import Any, ClassVar, Final
 
 from transformers import AutoConfig, PretrainedConfig
 
+from scaledown.config.train import BUDGETS, GENERATOR_TRAINING
 from scaledown.data.prompts import PAPER, QUESTION, Template
 from scaledown.errors import ModelError, UsageError
-from scaledown.student.train_settings import BUDGETS, GENERATOR_TRAINING
 
 N_LAYERS: Final = "n_layers"
 POINTER: Final = "pointer"

@@ -14,23 +14,23 @@ from typing import Any, Final, NamedTuple
 from filelock import FileLock, Timeout
 
 import scaledown
-from scaledown.atomic import read_json, write_json
+from scaledown.config.flags import command_parser, from_flags, underscored
+from scaledown.config.train import FREE, GROUPS, PretrainConfig, TrainConfig
 from scaledown.data.build_index import corpus_identity
-from scaledown.data.fetching import fetched
-from scaledown.data.files import locate
-from scaledown.data.summary import program_name
+from scaledown.data.input.download import fetched
+from scaledown.data.input.files import locate
+from scaledown.data.session.summary import program_name
 from scaledown.errors import OutputError, RunDirectoryError, UsageError, run_command
-from scaledown.flags import command_parser, from_flags, underscored
-from scaledown.logs import start_logging
 from scaledown.models import choose_device, choose_dtype, quiet_libraries
-from scaledown.outputs import check_apart
-from scaledown.progress import duration
-from scaledown.store import RunDirectory
+from scaledown.run.atomic import read_json, write_json
+from scaledown.run.directory import RunDirectory
+from scaledown.run.logs import start_logging
+from scaledown.run.outputs import check_apart
+from scaledown.run.progress import duration
 from scaledown.student.labels import copied_spans
 from scaledown.student.origin import MODEL_FLAGS, Origin, find_origin
-from scaledown.student.pretraining_data import pretraining_parts
-from scaledown.student.train_settings import FREE, GROUPS, PretrainConfig, TrainConfig
-from scaledown.student.training_data import Lengths, Part, load_parts, measure_documents
+from scaledown.student.training.pretraining_data import pretraining_parts
+from scaledown.student.training.training_data import Lengths, Part, load_parts, measure_documents
 from scaledown.urls import without_secrets
 
 log = logging.getLogger("scaledown")
@@ -226,9 +226,9 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin) -> Trained:
     quiet_libraries()
     from accelerate.utils import set_seed
 
-    from scaledown.student.checkpoints import newest_checkpoint
     from scaledown.student.memory import memory_of
-    from scaledown.student.training import make_trainer
+    from scaledown.student.training.checkpoints import newest_checkpoint
+    from scaledown.student.training.setup import make_trainer
 
     checkpoint = newest_checkpoint(output)
     if checkpoint and not config.resume:

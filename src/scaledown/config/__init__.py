@@ -1,0 +1,1 @@
+"""The settings of each command, declared once, and the flags made of them."""

@@ -1,0 +1,242 @@
+"""A command's settings from its flags and `--config` file; each field of the dataclass is a flag.
+
+Precedence, lowest first: defaults, `--preset`, `--config`, flags.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from scaledown.config.prepare import GROUPS, OUTPUT, PRESETS, IndexConfig, PrepareConfig
+from scaledown.errors import InputError, UsageError
+from scaledown.urls import is_url
+
+Config = TypeVar("Config")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line instead of printing the whole usage. Raises `UsageError`."""
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser(program: str, config: type[IndexConfig]) -> Parser:
+    """The parser of a command that makes data. Absent flags stay absent from the result."""
+    prepares = issubclass(config, PrepareConfig)
+    needed = "--queries_file FILE --output_file FILE" if prepares else "--corpus_path PATH --index_dir DIR"
+    what = "Make OSCAR training data: retrieve, rerank, let a teacher answer."
+    parser, run = command_parser(
+        program,
+        config,
+        needed,
+        f"{what if prepares else 'Make passages and their vectors once, for many runs.'} "
+        "The same command again continues an interrupted run.",
+    )
+    run.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="guide: the guide's models; oscar: the paper's; demo: small bundled ones on any CPU "
+        "[default: guide]",
+    )
+    if prepares:
+        run.add_argument(
+            "--dry_run",
+            action="store_true",
+            help="only say what the run will take and what is missing, like scaledown plan [default: off]",
+        )
+    return parser
+
+
+def command_parser(
+    program: str, config: type[Any], needed: str, description: str, order: Sequence[str] = GROUPS
+) -> tuple[Parser, argparse._ArgumentGroup]:
+    """A parser with a flag for each field of the dataclass `config`, and its group of the run's own flags.
+
+    The help is grouped in the given `order`; `needed` are the flags that its usage shows.
+    """
+    parser = Parser(
+        prog=program,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        usage=f"{program} {needed} [options]",
+        description=description,
+        epilog="Flags may be written with hyphens or underscores. A flag that is on can be turned off by "
+        "--no_NAME.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+    )
+    used = {item.metadata["group"] for item in fields(config)}
+    groups = {name: parser.add_argument_group(name) for name in order if name in used}
+    add_flags(groups.__getitem__, config)
+    run = groups[OUTPUT]
+    run.add_argument(
+        "--config",
+        metavar="FILE",
+        help="take settings from JSON: a manifest.json or settings.json repeats its run [default: none]",
+    )
+    add_overwrite(run)
+    add_log_flags(run)
+    return parser, run
+
+
+def add_log_flags(group: argparse._ActionsContainer) -> None:
+    """Add the flags that all commands share: what is logged, and how."""
+    shown = group.argument_default != argparse.SUPPRESS
+    group.add_argument(
+        "--log_level",
+        choices=("debug", "info", "warning", "error"),
+        default="info" if shown else argparse.SUPPRESS,
+        help="what is logged on standard error [default: info]",
+    )
+    group.add_argument(
+        "--log_format",
+        choices=("text", "json"),
+        default="text" if shown else argparse.SUPPRESS,
+        help="how it is logged: for people, or a JSON object a line, without bars [default: text]",
+    )
+    group.add_argument("--debug", action="store_true", help="show tracebacks [default: off]")
+
+
+def add_overwrite(group: argparse._ActionsContainer) -> None:
+    """Add the flag that all commands share which write files."""
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace what is there, even if this command did not make it [default: off]",
+    )
+
+
+def add_flags(group: Callable[[str], argparse._ActionsContainer], config: type[Any]) -> None:
+    """Add a flag for each field of the dataclass `config`, to the group of that name."""
+    hints = typing.get_type_hints(config)
+    for item in fields(config):
+        _add_flag(group(item.metadata["group"]), item, hints[item.name])
+
+
+def _add_flag(group: argparse._ActionsContainer, item: "dataclasses.Field[Any]", hint: Any) -> None:
+    meta = item.metadata
+    flag = f"--{item.name}"
+    absent = item.default in ("", ()) or (item.default == 0 and meta["unit"])
+    default = "off" if item.default is False else "none" if absent else item.default
+    if item.default is None:
+        default = "auto"
+    if isinstance(default, tuple):
+        default = " ".join(default)
+    details = [*([meta["unit"]] if meta["unit"] else []), f"default: {default}"]
+    text = f"{meta['text']} [{'; '.join(details)}]"
+    if hint in {bool, bool | None}:
+        group.add_argument(flag, action="store_true", help=text)
+        group.add_argument(f"--no_{item.name}", dest=item.name, action="store_false", help=argparse.SUPPRESS)
+        return
+    arguments: dict[str, Any] = {"help": text.replace("%", "%%")}
+    if meta["choices"]:
+        arguments["choices"] = meta["choices"]
+    else:
+        arguments["metavar"] = meta["metavar"]
+    if isinstance(hint, types.GenericAlias):
+        group.add_argument(flag, action="extend", nargs="+", **arguments)
+    else:
+        group.add_argument(flag, type=hint, **arguments)
+
+
+def underscored(argv: Sequence[str]) -> list[str]:
+    """`--top-k-retrieval=5` -> `--top_k_retrieval=5`: both spellings of every flag are one."""
+    result: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == "--":  # what follows are no flags
+            return [*result, word, *words]
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            result.append("--" + flag[2:].replace("-", "_") + equals + value)
+        else:
+            result.append(word)
+    return result
+
+
+def from_flags(given: Mapping[str, Any], config: type[Config]) -> Config:
+    """Build the settings from parsed flags.
+
+    Raises `UsageError` for contradictions, `InputError` for a `--config` file that cannot be read.
+    """
+    flags = dict(given)
+    for name, value in flags.items():
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise UsageError(f"--{name} is empty: give it a value, or leave it out")
+    if flags.get("top_k_reranking") == 0:
+        raise UsageError("--top_k_reranking 0: must be at least 1; leave the flag out for no reranking")
+    preset = flags.pop("preset", "guide")
+    settings: dict[str, Any] = {}
+    if "config" in flags:
+        path = Path(flags.pop("config")).expanduser()
+        settings = read_settings(path, config)
+        if "preset" in given and PRESETS[preset].keys() <= settings.keys():
+            raise UsageError(f"--preset {preset} changes nothing: --config {path} comes after it; give one")
+    settings |= flags
+    settings = {name: _expanded(value) for name, value in settings.items()}
+    if issubclass(config, IndexConfig):
+        return config.preset(preset, **settings)
+    return config(**settings)
+
+
+def _expanded(value: Any) -> Any:
+    """A setting with the home folder in the place of a ~ in front, which no setting but a path has."""
+    if isinstance(value, tuple | list):
+        return tuple(map(_expanded, value))
+    if isinstance(value, str):
+        return os.path.expanduser(value)  # noqa: PTH111 (a Path would lose a final slash)
+    return value
+
+
+def local_path(text: str) -> Path:
+    """What a flag that takes a local path was given. Raises `ArgumentTypeError` for a URL."""
+    if is_url(text):
+        raise argparse.ArgumentTypeError("is a URL: fetch the file and give its path")
+    return Path(path_or_url(text))
+
+
+def path_or_url(text: str) -> str:
+    """What a flag that takes a path, URL or model name was given, its ~ expanded."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: name a file")
+    return text if is_url(text) else str(Path(_expanded(text)))
+
+
+def read_settings(path: Path, config: type[Any]) -> dict[str, Any]:
+    """The settings in a JSON file: a flat object, or a manifest's `parameters`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"--config {path}: cannot be read as JSON ({error})") from error
+    settings = content.get("parameters", content) if isinstance(content, dict) else None
+    if not isinstance(settings, dict):
+        raise InputError(f"--config {path}: must hold a JSON object of settings, or be a manifest.json")
+    hints = typing.get_type_hints(PrepareConfig if issubclass(config, IndexConfig) else config)
+    for name, value in settings.items():
+        if name not in hints:
+            raise UsageError(f"--config {path}: unknown setting {name!r}")
+        hint = hints[name]
+        if hint == bool | None:
+            if value is None:
+                continue
+            hint = bool
+        kind: Any = list if isinstance(hint, types.GenericAlias) else hint
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if not fits or (isinstance(value, bool) and kind is not bool):
+            raise UsageError(f"--config {path}: {name} must be {kind.__name__}, not {value!r}")
+        if kind is list and not all(isinstance(item, str) and item for item in value):
+            raise UsageError(f"--config {path}: {name} must be a list of file names, not {value!r}")
+    own = {item.name for item in fields(config)}  # a manifest of `prepare` serves `index` as well
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in settings.items()
+        if name in own
+    }

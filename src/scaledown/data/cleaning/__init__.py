@@ -1,0 +1,1 @@
+"""Which queries are left out: those of evaluation sets, and duplicates."""

@@ -1,0 +1,355 @@
+"""Corpus -> passages: KILT lines, JSONL, Parquet, CSV or text, read as a stream and cut into passages."""
+
+import functools
+import itertools
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from tokenizers import Tokenizer
+
+from scaledown.config.prepare import IndexConfig
+from scaledown.data.input import files
+from scaledown.data.input.chunking import Chunker
+from scaledown.data.input.seen import Ids
+from scaledown.errors import InputError, ModelError
+from scaledown.models import ModelSource, loadable, loading
+from scaledown.records import Article, Block, Passage, full_text
+from scaledown.run.executor import cores, in_order
+from scaledown.run.progress import track
+from scaledown.run.stage import Stage
+from scaledown.urls import without_query
+
+log = logging.getLogger("scaledown")
+
+ID_KEYS: Final = ("id", "_id", "doc_id", "docid", "wikipedia_id", "kilt_id")
+RENAMED: Final = "ids_made_unique"
+TITLE_KEYS: Final = ("title", "wikipedia_title")
+TEXT_KEYS: Final = ("text", "contents", "content", "body")
+_TEXTS: Final = tuple((name, pa.large_string()) for name in Passage._fields)
+ROWS_AT_ONCE: Final = 16
+_BYTES_WORTH_A_PROCESS: Final = 1 << 25
+_REJECTED_AT_ONCE: Final = 10_000
+
+
+def sample_corpus() -> Path:
+    """The corpus that ships with the project: about 60 short articles in KILT's format."""
+    package = Path(__file__).parents[1]
+    inside = package / "examples" / "corpus.jsonl"
+    return inside if inside.exists() else package.parents[1] / "examples" / "corpus.jsonl"
+
+
+def parse_article(record: dict[str, Any], fallback_id: str) -> Article:
+    """An article from a record of any supported shape. Raises `ValueError` with the reason.
+
+    KILT's `text` is a list of paragraphs whose first is the title; `facebook/kilt_wikipedia` has
+    `text.paragraph`; other corpora have `text` as a string, its paragraphs on lines of their own.
+    """
+    doc_id = next((record[key] for key in ID_KEYS if record.get(key) not in (None, "")), fallback_id)
+    title = next((record[key] for key in TITLE_KEYS if record.get(key)), "")
+    text = next((record[key] for key in TEXT_KEYS if record.get(key) is not None), None)
+    if not isinstance(doc_id, str | int):
+        raise ValueError(f"the id is {type(doc_id).__name__}, expected a string or number")
+    if not isinstance(title, str):
+        raise ValueError(f"the title is {type(title).__name__}, expected a string")
+    if isinstance(text, dict):
+        text = text.get("paragraph")
+    if text is None:
+        raise ValueError(f"no text: expected one of {', '.join(TEXT_KEYS)}")
+    paragraphs = text.splitlines() if isinstance(text, str) else text
+    if not isinstance(paragraphs, list) or not all(isinstance(p, str) for p in paragraphs):
+        raise ValueError("text must be a string or a list of strings")
+    title = " ".join(title.split())
+    if paragraphs and " ".join(paragraphs[0].split()) == title:
+        paragraphs = paragraphs[1:]
+    blocks = (parse_block(paragraph) for paragraph in paragraphs)
+    return Article(str(doc_id), title, tuple(block for block in blocks if block.text))
+
+
+def parse_block(paragraph: str) -> Block:
+    """`Section::::History.:Variants.` is the heading `History: Variants`; `BULLET::::- x` the item `- x`."""
+    text = paragraph.strip()
+    if text.startswith("Section::::"):
+        parts = text.removeprefix("Section::::").removesuffix(".").split(".:")
+        return Block(": ".join(part.strip() for part in parts), is_heading=True)
+    return Block(text.removeprefix("BULLET::::").strip())
+
+
+class Cut(NamedTuple):
+    """A batch of rows as passages: those of each article are `pieces` rows of the table."""
+
+    passages: pa.Table
+    pieces: list[int]
+    rejected: list[tuple[files.Row, str]]
+    rows: int
+
+
+def build_passages(
+    stage: Stage,
+    config: IndexConfig,
+    corpus: files.Source,
+    retriever: ModelSource,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Cut the corpus into shards of about `passages_per_shard` passages, each of whole articles.
+
+    Rows are parsed, cut and tokenised by a process a core. Continues after the last whole shard.
+    `check` is called between batches and may raise, to stop. Raises `InputError` for a corpus that cannot
+    be used.
+    """
+    if done := stage.done():
+        files.Intake("the corpus", config.max_bad_fraction, done.counts["lines"], done.counts["bad"]).close()
+        return
+    with stage.lease("all", wait=True, check=check):
+        if stage.done():
+            return
+        rows: list[int] = []
+        counts = {"lines": 0, "articles": 0, "passages": 0, "bad": 0, "empty": 0}
+        ids = Ids()
+        while stage.has(len(rows)):
+            table = stage.table(len(rows))
+            for doc_id, _ in itertools.groupby(table.column("doc_id").to_pylist()):
+                ids.own(doc_id)
+            rows.append(table.num_rows)
+            counts = json.loads(table.schema.metadata[b"counts"])
+        started = time.perf_counter()
+        meter = files.Meter(files.sources(corpus, "--corpus_path"))
+        limit = config.max_corpus_size
+        with track("passages", "passages", None, counts["passages"], stage) as tracker:
+            for passages, now, rejected in _shards(corpus, meter, config, retriever, counts, ids, check):
+                stage.quarantine(f"{now['lines']:012d}", rejected)
+                if not passages.num_rows:
+                    counts = now
+                    continue
+                read = meter.fraction()
+                share = max(read, now["articles"] / limit) if limit else read
+                left = (now["passages"] / share - now["passages"]) / passages.num_rows if share else 0
+                metadata = {"counts": json.dumps(now)}
+                stage.write(
+                    len(rows), passages.replace_schema_metadata(metadata), time.perf_counter() - started, left
+                )
+                counts = now
+                tracker.advance(passages.num_rows, share)
+                rows.append(passages.num_rows)
+                started = time.perf_counter()
+        if not counts["passages"]:
+            raise InputError(
+                f"{corpus}: no article with text among {counts['lines']:,} lines; expected KILT lines, or "
+                "id, title and text in each record"
+            )
+        if renamed := counts.get(RENAMED, 0):
+            log.warning("%s: %s articles have the id of another: told apart by #2 …", corpus, f"{renamed:,}")
+        stage.finish(rows, counts)
+
+
+def _shards(  # noqa: PLR0917
+    corpus: files.Source,
+    meter: files.Meter,
+    config: IndexConfig,
+    retriever: ModelSource,
+    counts: dict[str, int],
+    ids: Ids,
+    check: Callable[[], None],
+) -> Iterator[tuple[pa.Table, dict[str, int], list[dict[str, Any]]]]:
+    """Passages of each shard, the counts after it, and rows rejected; an empty table passes those on."""
+    intake = files.Intake("the corpus", config.max_bad_fraction, counts["lines"], counts["bad"])
+    articles, empty, total = counts["articles"], counts["empty"], counts["passages"]
+    before = counts.get(RENAMED, 0) - ids.renamed
+    limit = config.max_corpus_size
+    waiting: list[pa.Table] = []
+    nothing = pa.schema(_TEXTS).empty_table()
+
+    def state() -> dict[str, int]:
+        renamed = {RENAMED: before + ids.renamed} if before + ids.renamed else {}
+        return {
+            "lines": intake.rows,
+            "articles": articles,
+            "passages": total,
+            "bad": intake.bad,
+            "empty": empty,
+            **renamed,
+        }
+
+    def shard() -> pa.Table:
+        table = pa.concat_tables(waiting) if waiting else nothing
+        waiting.clear()
+        return table
+
+    every = itertools.chain.from_iterable(files.rows(path, meter) for path in meter.paths)
+    rows = itertools.islice(every, counts["lines"], None)  # skipped rows are not even parsed
+    # Batches are cut by rows read, so that a run that continues makes the same ones.
+    batches = iter(lambda: list(itertools.islice(rows, ROWS_AT_ONCE)), [])
+    processes = cutting_processes(meter.size)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = Path(folder) / "tokenizer.json"
+        load_tokenizer(retriever, config).save(str(tokenizer))
+        cutter = _Cutter(tokenizer, config, str(corpus), corpus.is_dir())
+        enough = bool(limit) and articles >= limit  # a run that ended just before it said so
+        for cut in in_order(cutter, () if enough else batches, processes):
+            check()
+            table, pieces = cut.passages, cut.pieces
+            if limit and articles + len(pieces) >= limit:
+                pieces = pieces[: limit - articles]
+                table = table.slice(0, sum(pieces))
+            articles += len(pieces)
+            empty += pieces.count(0)
+            total += table.num_rows
+            intake.rows += cut.rows
+            for row, reason in cut.rejected:
+                intake.reject(row, reason)
+            waiting.append(_with_own_ids(table, pieces, ids))
+            if limit and articles >= limit:
+                break
+            if sum(part.num_rows for part in waiting) >= config.passages_per_shard:
+                yield shard(), state(), intake.take_rejected()
+            elif len(intake.rejected) >= _REJECTED_AT_ONCE:
+                yield nothing, state(), intake.take_rejected()
+    yield shard(), state(), intake.take_rejected()
+    intake.close()
+
+
+def _with_own_ids(table: pa.Table, pieces: list[int], ids: Ids) -> pa.Table:
+    """The passages of articles, of which no two have one id."""
+    given = table.column("doc_id").to_pylist()
+    places = [place for place, count in zip(np.cumsum([0, *pieces]), pieces, strict=False) if count]
+    own = [ids.own(given[place]) for place in places]
+    if own == [given[place] for place in places]:
+        return table
+    every = [name for name, count in zip(own, filter(None, pieces), strict=True) for _ in range(count)]
+    passages = zip(every, given, table.column("passage_id").to_pylist(), strict=True)
+    named = [name + passage.removeprefix(old) for name, old, passage in passages]
+    for column, values in (("doc_id", every), ("passage_id", named)):
+        place = table.column_names.index(column)
+        table = table.set_column(place, column, pa.array(values, pa.large_string()))
+    return table
+
+
+def cutting_processes(size: int) -> int:
+    """How many processes cut a corpus of `size` bytes."""
+    return min(cores(), 1 + size // _BYTES_WORTH_A_PROCESS)
+
+
+@dataclass(frozen=True)
+class _Cutter:
+    """What cutting a batch of rows needs, small enough to send along; the chunker is made once a process."""
+
+    tokenizer: Path
+    config: IndexConfig
+    corpus: str
+    is_folder: bool
+
+    def __call__(self, rows: list[files.Row]) -> Cut:
+        chunker = _chunker(self.tokenizer, self.config.passages, self.config.passage_tokens)
+        return cut_rows(rows, chunker, self.corpus, self.is_folder)
+
+
+@functools.lru_cache(maxsize=1)
+def _chunker(tokenizer: Path, mode: str, limit: int) -> Chunker:
+    return Chunker(Tokenizer.from_file(str(tokenizer)), mode, limit)
+
+
+def cut_rows(rows: list[files.Row], chunker: Chunker, corpus: str, is_folder: bool) -> Cut:
+    """Parse rows and cut their articles into passages."""
+    articles: list[Article] = []
+    rejected: list[tuple[files.Row, str]] = []
+    for row in rows:
+        try:
+            articles.append(parse_article(files.parse(row), _name(corpus, is_folder, row)))
+        except ValueError as error:
+            rejected.append((row, str(error)))
+    cut = chunker.passages(articles)
+    every = [piece for pieces in cut for piece in pieces]
+    columns: list[Any] = list(zip(*(passage for passage, _ in every), strict=True)) or [()] * 4
+    lengths = np.array([0, *(len(ids) for _, ids in every)])
+    flat = np.fromiter(
+        itertools.chain.from_iterable(ids for _, ids in every), chunker.token_type, lengths.sum()
+    )
+    tokens = pa.LargeListArray.from_arrays(np.cumsum(lengths), pa.array(flat))
+    arrays = [*(pa.array(column, pa.large_string()) for column in columns), tokens]
+    return Cut(
+        pa.Table.from_arrays(arrays, schema=pa.schema([*_TEXTS, ("tokens", tokens.type)])),
+        [len(pieces) for pieces in cut],
+        rejected,
+        len(rows),
+    )
+
+
+def _name(corpus: str, is_folder: bool, row: files.Row) -> str:
+    """An id for an article without one: its file within the corpus, and its line unless it fills the file."""
+    path = Path(without_query(row.source))
+    name = path.relative_to(corpus).as_posix() if is_folder else path.name
+    return f"{name}:{row.line}" if isinstance(row.content, bytes) or row.line > 1 else name
+
+
+def load_tokenizer(source: ModelSource, config: IndexConfig) -> Tokenizer:
+    """The retriever's tokenizer, without truncation or padding."""
+    from transformers import AutoTokenizer
+
+    name, pinned = loadable(source)
+    with loading(source):
+        tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
+    if not tokenizer.is_fast:
+        raise ModelError(f"model {source.name}: has no fast tokenizer, which cutting passages needs")
+    if (
+        config.passages == "tokens"
+        and config.passage_tokens + tokenizer.num_special_tokens_to_add() > tokenizer.model_max_length
+    ):
+        log.warning(
+            "--passage_tokens %s is above the %s tokens that %s reads: it will not see the ends of passages",
+            config.passage_tokens,
+            tokenizer.model_max_length,
+            source.name,
+        )
+    return plain(tokenizer)
+
+
+def plain(tokenizer: Any) -> Tokenizer:
+    """What a fast tokenizer wraps, without truncation or padding."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+class PassageTable:
+    """The passages of a finished stage by row number, memory-mapped: reading touches only what is asked."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._ends = np.cumsum(stage.finished().rows)
+        self._tables: dict[int, pa.Table] = {}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def same(self, rows: "np.ndarray[Any, Any]") -> dict[int, int]:
+        """For each of `rows`, the first of them that has the same text, its title included."""
+        first: dict[str, int] = {}
+        found = {}
+        shards = np.searchsorted(self._ends, rows, side="right")
+        for shard in np.unique(shards).tolist():
+            own = rows[shards == shard]
+            table = self._shard(shard).select(["title", "text"]).take(own - self._start(shard))
+            for row, one in zip(own.tolist(), table.to_pylist(), strict=True):
+                found[row] = first.setdefault(full_text(**one), row)
+        return found
+
+    def __getitem__(self, row: int) -> Passage:
+        shard = int(np.searchsorted(self._ends, row, side="right"))
+        table, local = self._shard(shard), row - self._start(shard)
+        return Passage(*(table.column(name)[local].as_py() for name in Passage._fields))
+
+    def _shard(self, shard: int) -> pa.Table:
+        if shard not in self._tables:
+            self._tables[shard] = self._stage.table(shard)
+        return self._tables[shard]
+
+    def _start(self, shard: int) -> int:
+        return int(self._ends[shard - 1]) if shard else 0

@@ -1,0 +1,71 @@
+"""Training data behind a URL, fetched into the cache: training and evaluation go over it more than once."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Final
+
+from filelock import FileLock
+
+from scaledown.data.input.files import locate
+from scaledown.data.input.remote import Remote
+from scaledown.errors import InputError, OutputError
+from scaledown.run.atomic import atomic
+from scaledown.run.progress import track
+from scaledown.run.storage import cache_directory
+from scaledown.urls import is_url
+
+log = logging.getLogger("scaledown")
+
+_PIECE_BYTES: Final = 1 << 22
+_ENDINGS: Final = (".json", ".jsonl", ".parquet")
+
+
+def fetched(name: str, flag: str) -> Path:
+    """The file that a path or URL names, which `flag` gave; one behind a URL lies in the cache.
+
+    It is fetched again when its server names another size, ETag or time, or does not tell them. Raises
+    `InputError` where it cannot be read.
+    """
+    if not is_url(name):
+        return Path(name)
+    source = locate(name, flag)
+    if not isinstance(source, Remote):
+        return source
+    if source.is_dir():
+        raise InputError(f"{flag} {source}: is a folder; name a file in it")
+    if source.path.suffix not in _ENDINGS:
+        raise InputError(f"{flag} {source}: training data ends in .json, .jsonl or .parquet")
+    known = bool(source.state) and source.size is not None
+    if not known and int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process might get another
+        raise InputError(
+            f"{flag} {source}: the server does not tell size, ETag or time; fetch the file and give its path"
+        )
+    path = cache_directory() / "files" / source.identity()[:16] / f"data{source.path.suffix}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(".lock")):
+            if not known or not path.exists():
+                _fetch(source, path)
+                if locate(name, flag) != source:
+                    path.unlink()
+                    raise InputError(f"{flag} {source}: was changed meanwhile; run the same command again")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written ({error.strerror}): set SCALEDOWN_CACHE") from error
+    return path
+
+
+def _fetch(source: Remote, path: Path) -> None:
+    size = source.size or 0
+    log.info("fetching %s into %s", source, path.parent)
+    with (
+        track("fetch", "kB", size // 1000 or None) as tracker,
+        atomic(path, room=size) as temporary,
+        source.open() as content,
+        temporary.open("wb") as file,
+    ):
+        whole = 0
+        while piece := content.read(_PIECE_BYTES):
+            file.write(piece)
+            tracker.advance((whole + len(piece)) // 1000 - whole // 1000)
+            whole += len(piece)

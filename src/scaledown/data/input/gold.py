@@ -1,0 +1,255 @@
+"""Questions with their right answers: what answers are measured against, and what training must not see."""
+
+import ast
+import contextlib
+import json
+import logging
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from scaledown.data.input import files
+from scaledown.data.input.queries import ID_KEYS, QUERY_KEYS
+from scaledown.data.input.training_files import entries
+from scaledown.errors import InputError
+from scaledown.text import folded, question_key
+
+log = logging.getLogger("scaledown")
+
+# In NQ-open, SQuAD, TriviaQA, HotpotQA, PopQA, BioASQ, ASQA, KILT, FlashRAG, RAGAS and our own files.
+_QUERY_KEYS: Final = (*QUERY_KEYS, "input", "body", "ambiguous_question", "user_input")
+_ANSWER_KEYS: Final[tuple[tuple[str, ...], ...]] = (
+    ("ground_truth", "ground_truths"),  # first: beside them `answer` is what a model said
+    *(("answers", "answer", "possible_answers", "golden_answers", "exact_answer", "output", "qa_pairs"),),
+    ("label", "labels"),
+)
+_PASSAGE_KEYS: Final = (
+    *("passages", "passage", "context", "documents", "positive_passages", "snippets"),
+    *("contexts", "reference_contexts"),
+)
+_MANY_KEYS: Final = ("data", "paragraphs", "qas", "questions")
+"""Of lists of questions in one record, as SQuAD, MRQA, TriviaQA and BioASQ publish them."""
+_TEXT_KEYS: Final = ("text", "value", "aliases", "answer", "short_answers", "answers", "sentences")
+_PLAIN: Final = {".txt", ".md", ".tsv"}
+_MESSAGES: Final = 5  # about bad rows; the rest is counted
+# How MS MARCO, SQuAD, QuAC, Qasper and tables say that there is no right answer; besides dots and dashes.
+_NO_ANSWER: Final = frozenset(
+    {
+        *("<unk>", "no answer present", "no answer present.", "no answer", "<no answer>", "[no answer]"),
+        *("cannotanswer", "noanswer", "unanswerable", "nan", "<na>", "n/a"),
+    }
+)
+_DOTS: Final = ".\u2026-\u2013\u2014?_ "
+_QUOTED: Final = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_ITEM: Final = rf"(?:{_QUOTED}|-?\d+(?:\.\d*)?)"
+_NUMPY: Final = re.compile(rf"\[\s*{_ITEM}(?:\s+{_ITEM})*\s*\]")
+_ARRAY: Final = re.compile(r"array\((\[[^\]]*\])(?:,\s*dtype=[^()]*)?\)")
+_WHOLE: Final = re.compile(r"(-?\d+)\.0")
+
+
+class GoldQuestion(NamedTuple):
+    """A question, its right answers, and passages that hold them; what a file does not have is empty."""
+
+    query_id: str
+    query: str
+    answers: tuple[str, ...] = ()
+    passages: tuple[str, ...] = ()
+
+
+class Gold(NamedTuple):
+    """Right answers by normalized query: ids of different data sets are the same too often."""
+
+    by_query: dict[str, tuple[str, ...]]
+
+    def answers(self, query: str) -> tuple[str, ...]:
+        """The right answers to a query, found by its words; empty where there are none."""
+        return self.by_query.get(question_key(query), ())
+
+
+def gold_questions(name: str, flag: str, *, tell: bool = True) -> Iterator[GoldQuestion]:
+    """The questions of a file or folder, local or a URL, of any shape that data sets come in.
+
+    JSON lines, a JSON list, Parquet, CSV; plain text and `qid<TAB>query` have questions only. `flag` named
+    it. Rows without a question go to the log if `tell`. Raises `InputError` where there is no question.
+    """
+    found = bad = 0
+    located = files.locate(name, flag)
+    for source in files.sources(located, flag):
+        for line, read in _records(source):
+            for record in _each(read):
+                question = record if isinstance(record, GoldQuestion) else _question(record)
+                if question is None:
+                    bad += 1
+                    if tell and bad <= _MESSAGES:
+                        reason = record if isinstance(record, str) else "no question in it"
+                        log.warning("%s:%s: %s; skipped", source, line, reason)
+                else:
+                    found += 1
+                    yield question
+    if tell and bad > _MESSAGES:
+        log.warning("%s %s: %s more rows without a question", flag, located, f"{bad - _MESSAGES:,}")
+    if not found:
+        raise InputError(
+            f"{flag} {located}: holds no question; it needs a column {' or '.join(QUERY_KEYS[:2])}"
+        )
+
+
+def read_gold(names: Iterable[str], flag: str, *, needed: bool = True) -> Gold:
+    """The right answers in some files; of a question that comes again all of them.
+
+    Raises `InputError` for a file that holds none, if they are `needed`.
+    """
+    gold = Gold({})
+    for name in names:
+        answered = without = again = 0
+        for question in gold_questions(name, flag, tell=needed):
+            if question.answers:
+                answered += 1
+                key = question_key(question.query)
+                known = gold.by_query.get(key, ())
+                again += bool(known)
+                gold.by_query[key] = tuple(dict.fromkeys((*known, *question.answers)))
+            else:
+                without += 1
+        if needed and (without or again):
+            said = (f"{answered:,}", f"{without:,}", f"{again:,}")
+            log.info("%s %s: %s questions with right answers, %s without; %s came again", flag, name, *said)
+        if needed and not answered:
+            raise InputError(f"{flag} {name}: has no answers; it needs a column answers beside the question")
+    return gold
+
+
+def _records(source: files.Source) -> Iterator[tuple[int, Any]]:
+    """Lines and what they hold: a question, a record, or a text that says why there is none."""
+    suffix = files.inner_suffix(source)
+    if suffix in _PLAIN:
+        yield from _plain(source, suffix)
+    elif isinstance(source, Path) and source.suffix == ".json" and _is_list(source):
+        for entry in entries(source):
+            yield entry.line, entry.problem or entry.record
+    elif suffix == ".json" and (whole := _whole(source)) is not None:
+        yield 1, whole
+    else:
+        for row in files.rows(source):
+            try:
+                yield row.line, files.parse(row)
+            except ValueError as error:
+                yield row.line, str(error)
+
+
+def _plain(source: files.Source, suffix: str) -> Iterator[tuple[int, Any]]:
+    """Lines of text; of a TSV with a header its columns, else `qid<TAB>query`."""
+    first = next(iter(files.lines(source)), (0, b""))[1].decode("utf-8", "replace")
+    if suffix == ".tsv" and {cell.strip().lower() for cell in first.split("\t")} & set(_QUERY_KEYS):
+        for row in files.rows(source):
+            try:
+                yield row.line, files.parse(row)
+            except ValueError as error:
+                yield row.line, str(error)
+        return
+    for number, line in files.lines(source):
+        text = line.decode("utf-8", "replace")
+        query_id, tab, query = text.partition("\t")
+        if words := " ".join((query if tab else text).split()):
+            yield number, GoldQuestion(query_id.strip() if tab else "", words)
+
+
+def _is_list(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+
+
+def _whole(source: files.Source) -> Any:
+    """The one object that a file holds on several lines; None where it is none, or has one a line."""
+    first = next(iter(files.lines(source)), (0, b""))[1]
+    with contextlib.suppress(ValueError):
+        json.loads(first)
+        return None
+    if first.startswith(b"{"):
+        with contextlib.suppress(ValueError), files.open_stream(source) as stream:
+            return json.loads(stream.read())
+    return None
+
+
+def _each(record: Any) -> Iterator[Any]:
+    """The questions in a record that holds many, with the passage that they share; else the record."""
+    if not isinstance(record, Mapping):
+        yield record
+        return
+    record = {str(key).lower(): value for key, value in record.items()}
+    many = (record.get(key) for key in _MANY_KEYS)
+    inside = next(
+        (own for own in many if isinstance(own, list) and isinstance(next(iter(own), 0), Mapping)), None
+    )
+    if inside is None:
+        yield record
+        return
+    shared = {key: record[key] for key in _PASSAGE_KEYS if key in record}
+    for one in inside:
+        yield from _each({**shared, **one} if isinstance(one, Mapping) else one)
+
+
+def _question(record: Any) -> GoldQuestion | None:
+    if not isinstance(record, Mapping):
+        return None
+    told = (record.get(key) for key in _QUERY_KEYS)
+    asked = next((text for value in told if not isinstance(value, int | float) for text in _texts(value)), "")
+    if not asked:
+        return None
+    ids = (*ID_KEYS, "questionid")
+    query_id = next((str(record[key]) for key in ids if isinstance(record.get(key), str | int)), "")
+    keys: tuple[str, ...] = next((keys for keys in _ANSWER_KEYS if not record.keys().isdisjoint(keys)), ())
+    if "user_input" in record and "reference" in record:  # RAGAS'; elsewhere it names a source
+        keys = ("reference",)
+    answers = dict.fromkeys(text for key in keys for text in _texts(record.get(key)) if not _is_none(text))
+    passages = dict.fromkeys(text for key in _PASSAGE_KEYS for text in _texts(record.get(key)))
+    return GoldQuestion(query_id, " ".join(asked.split()), tuple(answers), tuple(passages))
+
+
+def _is_none(text: str) -> bool:
+    """Whether a text says that there is no right answer."""
+    return folded(text) in _NO_ANSWER or not text.strip(_DOTS)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value, however it is nested or written. Numbers are texts, too."""
+    if isinstance(value, bool):
+        yield "yes" if value else "no"
+    elif isinstance(value, int | float):
+        if math.isfinite(value):
+            yield f"{int(value) if value == int(value) else value}"
+    elif isinstance(value, str):
+        read = _read(value.strip())
+        if not isinstance(read, str):
+            yield from _texts(read)
+        elif whole := _WHOLE.fullmatch(read):  # a table had a gap in its column
+            yield whole[1]
+            if len(whole[1]) < 3:  # or it is a version, a grade
+                yield read
+        elif read:
+            yield read
+    elif isinstance(value, Mapping):
+        lower = {str(key).lower(): own for key, own in value.items()}
+        for key in _TEXT_KEYS:
+            yield from _texts(lower.get(key))
+    elif isinstance(value, Iterable) and not isinstance(value, bytes):
+        for one in value:
+            yield from _texts(one)
+
+
+def _read(text: str) -> Any:
+    """The list or record that a text stands for, as JSON, Python or NumPy write it; else the text."""
+    if array := _ARRAY.fullmatch(text):
+        text = array[1]
+    if text[:1] + text[-1:] not in {"[]", "{}"}:
+        return text
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+    with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        if _NUMPY.fullmatch(text):  # Python would join its texts
+            return [ast.literal_eval(own) for own in re.findall(_ITEM, text)]
+        value = ast.literal_eval(_ARRAY.sub(r"\1", text))
+        return value if isinstance(value, list | dict) else text
+    return text

@@ -1,0 +1,298 @@
+"""Where queries come from: files, MS MARCO, QA datasets, or the teacher itself."""
+
+import itertools
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import pyarrow as pa
+
+from scaledown.config.prepare import PrepareConfig
+from scaledown.data.input import files
+from scaledown.data.input.corpus import RENAMED
+from scaledown.data.input.seen import Ids
+from scaledown.errors import InputError
+from scaledown.models import hub_errors, reach_hub
+from scaledown.records import Query
+from scaledown.run.atomic import atomic
+from scaledown.run.stage import Stage
+from scaledown.run.storage import cache_directory
+from scaledown.text import question_key
+
+log = logging.getLogger("scaledown")
+
+QUERY_KEYS: Final = ("query", "question", "queries", "questions", "text")
+ID_KEYS: Final = ("query_id", "qid", "question_id", "id", "_id")
+SCHEMA: Final = pa.schema([("query_id", pa.large_string()), ("query", pa.large_string())])
+MS_MARCO_QUERIES: Final = 6_980
+
+
+class HubDataset(NamedTuple):
+    """A dataset of the hub: repository, configuration, and the column of its queries."""
+
+    repository: str
+    configuration: str | None
+    column: str
+
+
+HUB_DATASETS: Final = {
+    "natural_questions": HubDataset("google-research-datasets/natural_questions", "default", "question.text"),
+    "trivia_qa": HubDataset("mandarjoshi/trivia_qa", "unfiltered.nocontext", "question"),
+    "squad": HubDataset("rajpurkar/squad", None, "question"),
+    "nq_open": HubDataset("google-research-datasets/nq_open", None, "question"),
+    "pisco": HubDataset("maxoul/pisco_finetuning_data", None, ""),
+}
+
+
+def query_files(config: PrepareConfig, *, fetch: bool = True) -> list[files.Source]:
+    """The files that queries are read from, MS MARCO's fetched if need be. Raises `InputError`.
+
+    Without `fetch`, MS MARCO's are left out.
+    """
+    flag = "--queries_file"
+    paths = [path for name in config.queries_file for path in files.sources(files.locate(name, flag), flag)]
+    if config.download_ms_marco and fetch:
+        paths.append(ms_marco(config.ms_marco_url))
+    if config.query_dataset and Path(config.query_dataset).is_file():
+        paths.append(Path(config.query_dataset))
+    return paths
+
+
+def ms_marco(url: str) -> Path:
+    """MS MARCO's dev queries (`queries.dev.small.tsv`, 6,980 lines), downloaded once and checked."""
+    import requests
+
+    path = cache_directory() / "msmarco" / "queries.dev.small.tsv"
+    by_hand = (
+        "get queries.dev.small.tsv from the MS MARCO passage ranking page and pass it as "
+        "--queries_file queries.dev.small.tsv, or give another --ms_marco_url"
+    )
+    if path.exists() and not _ms_marco_problem(path):
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log.info("downloading the MS MARCO dev queries from %s", url)
+    with atomic(path) as temporary:
+        try:
+            with requests.get(url, stream=True, timeout=60) as response:
+                response.raise_for_status()
+                with temporary.open("wb") as file:
+                    for chunk in response.iter_content(1 << 20):
+                        file.write(chunk)
+        except requests.RequestException as error:
+            reason = type(error).__name__ if error.response is None else f"HTTP {error.response.status_code}"
+            raise InputError(f"MS MARCO queries: download from {url} failed ({reason}); {by_hand}") from error
+        if problem := _ms_marco_problem(temporary):
+            raise InputError(f"MS MARCO queries: {url} gave a file with {problem}; {by_hand}")
+    return path
+
+
+def _ms_marco_problem(path: Path) -> str:
+    """What is wrong with a file of MS MARCO dev queries; empty where nothing is."""
+    try:
+        columns = [len(line.split(b"\t")) for _, line in files.lines(path)]
+    except InputError as error:
+        return str(error)
+    if len(columns) != MS_MARCO_QUERIES:
+        return f"{len(columns):,} lines instead of {MS_MARCO_QUERIES:,}"
+    return "" if set(columns) == {2} else "lines that are not qid<TAB>query"
+
+
+LeftOut = Callable[[Sequence[str]], Sequence[dict[str, Any] | None]]
+"""Says of each of some queries, as they come, why it is left out, or None where it stays."""
+
+
+def collect_queries(
+    stage: Stage, config: PrepareConfig, synthetic: Stage | None, left_out: LeftOut | None = None
+) -> None:
+    """Read all queries into shards of `queries_per_shard`. Raises `InputError` where there are none.
+
+    What is `left_out` goes to the quarantine and is counted by its `problem`.
+    """
+    if done := stage.done():
+        rows_read = sum(done.counts.values()) - done.counts.get(RENAMED, 0)
+        files.Intake("the queries", config.max_bad_fraction, rows_read, done.counts["bad"]).close()
+        return
+    with stage.lease("all", wait=True):
+        if stage.done():
+            return
+        intake = files.Intake("the queries", config.max_bad_fraction)
+        if synthetic is None:
+            given = itertools.chain(from_files(config, intake), from_dataset(config, intake))
+        else:
+            given = itertools.chain(_written(synthetic, config.num_synthetic_queries))
+        ids = Ids()
+        source: Iterator[Query] = (
+            query._replace(query_id=ids.own(query.query_id or f"q{number}"))
+            for number, query in enumerate(given, 1)
+        )
+        counts: Counter[str] = Counter()
+        if left_out:
+            source = _kept(source, left_out, stage, counts)
+        rows: list[int] = []
+        started = time.perf_counter()
+        while queries := list(itertools.islice(source, config.queries_per_shard)):
+            columns = [list(column) for column in zip(*queries, strict=True)]
+            stage.write(len(rows), pa.table(columns, schema=SCHEMA), time.perf_counter() - started)
+            rows.append(len(queries))
+            started = time.perf_counter()
+        stage.quarantine("all", intake.rejected)
+        intake.close()
+        if not rows and counts:
+            raise InputError(
+                f"all {counts.total():,} queries are left out: quarantine/ in the run directory says what "
+                "each matches; give others, or other --decontaminate files"
+            )
+        if not rows:
+            raise InputError("there are no queries in what was given: expected one query a line")
+        named = {_COUNTED[problem]: count for problem, count in sorted(counts.items())}
+        if ids.renamed:
+            log.warning("%s queries have the id of another: told apart by #2, #3 …", f"{ids.renamed:,}")
+            named[RENAMED] = ids.renamed
+        stage.finish(rows, {"queries": sum(rows), "bad": intake.bad, **named})
+
+
+_COUNTED: Final = {"contaminated": "contaminated", "duplicate": "duplicates"}
+_LEFT_AT_ONCE: Final = 1 << 14
+
+
+def _kept(queries: Iterator[Query], left_out: LeftOut, stage: Stage, counts: Counter[str]) -> Iterator[Query]:
+    """The queries that stay; the others are counted and go to the quarantine as they come."""
+    part = 0
+    while block := list(itertools.islice(queries, _LEFT_AT_ONCE)):
+        found = zip(block, left_out([query.text for query in block]), strict=True)
+        left = []
+        for query, why in found:
+            if why is None:
+                yield query
+            else:
+                left.append({"query_id": query.query_id, "query": query.text, **why})
+                counts[why["problem"]] += 1
+        stage.quarantine(f"left-out-{part:06d}", left)
+        part += 1
+
+
+def from_files(config: PrepareConfig, intake: files.Intake, *, fetch: bool = True) -> Iterator[Query]:
+    """Queries of the local files and, with `fetch`, of MS MARCO."""
+    for path in query_files(config, fetch=fetch):
+        suffix = files.inner_suffix(path)
+        if suffix in {".json", ".jsonl", ".ndjson", ".parquet", ".csv"}:
+            yield from _from_records(files.rows(path), config.query_column, intake)
+        else:
+            yield from _from_lines(path, suffix == ".tsv", intake)
+
+
+def _from_lines(path: files.Source, is_tsv: bool, intake: files.Intake) -> Iterator[Query]:
+    """One query a line, or qid<TAB>query; a file without the ending .tsv shows by its first line which."""
+    first = True
+    for number, line in files.lines(path):
+        intake.rows += 1
+        row = files.Row(str(path), number, line)
+        if first and not is_tsv and re.fullmatch(rb"[^\t\s]+\t[^\t]+", line):
+            is_tsv = True
+            log.info("%s: read as qid<TAB>query", path)
+        first = False
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            intake.reject(row, f"invalid UTF-8 ({error.reason} at byte {error.start})")
+            continue
+        query_id, tab, query = text.partition("\t") if is_tsv else ("", "", text)
+        if is_tsv and (not tab or "\t" in query):
+            intake.reject(row, "expected two columns, qid<TAB>query")
+        elif query := " ".join(query.split()):
+            yield Query(query_id.strip(), query)
+
+
+def _from_records(rows: Iterator[files.Row], column: str, intake: files.Intake) -> Iterator[Query]:
+    for row in rows:
+        intake.rows += 1
+        try:
+            yield _query(files.parse(row), column)
+        except ValueError as error:
+            intake.reject(row, str(error))
+
+
+def _query(record: dict[str, Any], column: str) -> Query:
+    """The query in a record. `column` may reach into records with dots. Raises `ValueError`."""
+    if column:
+        value: Any = record
+        for name in column.split("."):
+            value = value.get(name, value.get(name.lower())) if isinstance(value, dict) else None
+    else:
+        value = next((record[key] for key in QUERY_KEYS if record.get(key) is not None), None)
+        if isinstance(value, dict):
+            value = value.get("text")
+    if not isinstance(value, str) or not value.strip():
+        names = ", ".join(map(str, record)) or "none"
+        raise ValueError(
+            f"no text under {column or ' or '.join(QUERY_KEYS)!r}; the columns are {names}: "
+            "name one with --query_column"
+        )
+    query_id = next((record[key] for key in ID_KEYS if isinstance(record.get(key), str | int)), "")
+    return Query(str(query_id), " ".join(value.split()))
+
+
+def from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query]:
+    """Queries of a dataset of the hub, or of a local folder in any layout that `datasets` reads."""
+    if not config.query_dataset or Path(config.query_dataset).is_file():
+        return
+    import datasets
+
+    name, revision = config.query_dataset, ""
+    if not Path(name).exists():
+        name, _, revision = name.partition("@")
+    known = HUB_DATASETS.get(name)
+    path = Path(name)
+    datasets.disable_progress_bars()
+    with hub_errors(name, "dataset"):
+        if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
+            loaded = datasets.load_from_disk(str(path))
+            splits = loaded if isinstance(loaded, datasets.DatasetDict) else {config.query_split: loaded}
+            if config.query_split not in splits:
+                raise InputError(f"dataset {name}: --query_split is one of {', '.join(splits)}")
+            data = splits[config.query_split]
+        else:
+            repository, configuration = known[:2] if known and not path.exists() else (name, None)
+            if not path.exists():
+                reach_hub()
+            data = datasets.load_dataset(
+                repository,
+                configuration,
+                split=config.query_split,
+                streaming=True,
+                revision=revision or None,
+            )
+        column = config.query_column or (known.column if known else "")
+        if column and data.column_names and column.partition(".")[0] in data.column_names:
+            ids = [key for key in ID_KEYS if key in data.column_names]
+            data = data.select_columns(list(dict.fromkeys([column.partition(".")[0], *ids])))
+        rows = (files.Row(name, number, record) for number, record in enumerate(data, 1))
+        yield from _from_records(rows, column, intake)
+
+
+def dataset_size(config: PrepareConfig) -> int | None:
+    """How many rows the hub says that `--query_dataset` has, or None where it does not say."""
+    import datasets
+
+    name, _, revision = config.query_dataset.partition("@")
+    known = HUB_DATASETS.get(name)
+    repository, configuration = known[:2] if known else (name, None)
+    with hub_errors(name, "dataset"):
+        reach_hub()
+        builder = datasets.load_dataset_builder(repository, configuration, revision=revision or None)
+    split = (builder.info.splits or {}).get(config.query_split)
+    return split.num_examples if split else None
+
+
+def _written(stage: Stage, wanted: int) -> list[Query]:
+    """The first `wanted` different questions of a finished stage."""
+    different: dict[str, str] = {}
+    for table in stage.tables():
+        for question in table.column("question").to_pylist():
+            if question:
+                different.setdefault(question_key(question), question)
+    return [Query("", question) for question in itertools.islice(different.values(), wanted)]

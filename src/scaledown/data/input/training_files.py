@@ -1,0 +1,291 @@
+"""Training files, ours or others': read as a stream, validated line by line."""
+
+import datetime
+import json
+import logging
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TextIO, cast
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from scaledown.config.options import OUTPUT_SUFFIXES
+from scaledown.data.input import files
+from scaledown.data.input.seen import Seen
+from scaledown.data.logprobs import problem as logprobs_problem
+from scaledown.errors import InputError
+from scaledown.records import Example, document_text
+from scaledown.run.progress import track
+
+log = logging.getLogger("scaledown")
+
+_CHUNK_CHARACTERS: Final = 1 << 20
+_SPACE: Final = re.compile(r"[ \t\r\n]*")
+_OPENING_SPACE: Final = re.compile(r"[\ufeff \t\r\n]*")
+_MAX_RECORD_CHARACTERS: Final = 1 << 26
+_WRITABLE: Final = (type(None), datetime.date, datetime.time)
+_MAX_DEPTH: Final = 100  # of what is nested in a record
+
+
+class Entry(NamedTuple):
+    """A record of a training file with the line it begins on, or the problem that keeps it from being one."""
+
+    line: int
+    record: Any
+    problem: str = ""
+
+
+def entries(path: Path) -> Iterator[Entry]:
+    """The records of a .json, .jsonl or .parquet file, one at a time, however large the file.
+
+    Raises `InputError` where the file is missing or of another kind.
+    """
+    check_file(path)
+    if path.suffix == ".parquet":
+        yield from _parquet_entries(path)
+    elif path.suffix == ".jsonl":
+        for number, line in files.lines(path):
+            try:
+                yield Entry(number, orjson.loads(line))
+            except orjson.JSONDecodeError as error:
+                yield Entry(number, None, f"invalid JSON: {error}")
+    else:
+        with path.open(encoding="utf-8") as file:
+            try:
+                yield from _json_entries(file)
+            except UnicodeDecodeError as error:
+                yield Entry(0, None, f"invalid UTF-8: {error.reason}")
+
+
+def check_file(path: Path) -> None:
+    """Raise `InputError` where a training file is missing or of another kind."""
+    if not path.is_file():
+        problem = (
+            "is a folder; name a file in it" if path.is_dir() else "there is no such file; check the path"
+        )
+        raise InputError(f"{path}: {problem}")
+    if path.suffix not in OUTPUT_SUFFIXES:
+        raise InputError(f"{path}: training data ends in {', '.join(OUTPUT_SUFFIXES)}; name such a file")
+
+
+def _parquet_entries(path: Path) -> Iterator[Entry]:
+    try:
+        number = 0
+        for batch in pq.ParquetFile(path, buffer_size=1 << 20).iter_batches(batch_size=256):
+            for record in batch.to_pylist():
+                number += 1
+                yield Entry(number, {name: value for name, value in record.items() if value is not None})
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: is not a whole Parquet file ({error})") from error
+
+
+class _Window:
+    """A piece of a text that comes in bit by bit, and a place in it."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self.text, self.at, self.line, self.ended = "", 0, 1, False
+
+    def left(self) -> int:
+        """Characters from the place to the end of the piece."""
+        return len(self.text) - self.at
+
+    def begin_here(self, more: int = 0) -> None:
+        """Let the piece begin at the place, with so many more characters at its end, if there are."""
+        read = self._file.read(more) if more else ""
+        self.ended = self.ended or (more > 0 and not read)
+        self.text, self.at = self.text[self.at :] + read, 0
+
+    def skip(self, until: int) -> None:
+        """Go to another place, and count its lines."""
+        self.line += self.text.count("\n", self.at, until)
+        self.at = until
+
+    def skip_space(self, space: re.Pattern[str]) -> None:
+        """Go to where the space ends."""
+        if found := space.match(self.text, self.at):
+            self.skip(found.end())
+
+
+def _json_entries(file: TextIO) -> Iterator[Entry]:
+    """The elements of a JSON list, decoded one by one as the text comes in."""
+    decoder = json.JSONDecoder()
+    window = _Window(file)
+    window.begin_here(_CHUNK_CHARACTERS)
+    window.skip_space(_OPENING_SPACE)
+    if not window.text.startswith("[", window.at):
+        yield Entry(window.line, None, "expected a JSON list of records (`[` first)")
+        return
+    window.skip(window.at + 1)
+    expects_comma = after_comma = False
+    while True:
+        window.skip_space(_SPACE)
+        if not window.left() and not window.ended:
+            window.begin_here(_CHUNK_CHARACTERS)
+        elif window.text.startswith("]", window.at) and not after_comma:
+            if window.text[window.at + 1 :].strip() or file.read(_CHUNK_CHARACTERS).strip():
+                yield Entry(window.line, None, "there is more text after the end of the list")
+            return
+        elif not window.left():
+            yield Entry(window.line, None, "the file ends inside the list: it is cut short")
+            return
+        elif expects_comma:
+            if not window.text.startswith(",", window.at):
+                yield Entry(window.line, None, "expected `,` or `]` after a record")
+                return
+            window.skip(window.at + 1)
+            expects_comma, after_comma = False, True
+        else:
+            try:
+                record, end = decoder.raw_decode(window.text, window.at)
+            except (json.JSONDecodeError, RecursionError) as error:
+                whole = window.ended or window.left() > _MAX_RECORD_CHARACTERS
+                if whole and not window.at:
+                    yield Entry(window.line, None, f"invalid JSON: {error}")
+                    return
+                # Doubled, so that a long record is not decoded often; or the error's place is the record's.
+                window.begin_here(0 if whole else max(window.left(), _CHUNK_CHARACTERS))
+                continue
+            if end == len(window.text) and not window.ended:
+                window.begin_here(_CHUNK_CHARACTERS)  # a number may go on
+                continue
+            yield Entry(window.line, record)
+            window.skip(end)
+            expects_comma, after_comma = True, False
+
+
+def problems(record: Any) -> list[str]:
+    """Everything that keeps `record` from being a training record of the guide's format."""
+    if not isinstance(record, dict):
+        return [f"is {type(record).__name__}, expected an object with query, documents and answer"]
+    found = [
+        f"has no {name}" if name not in record else f"{name} {problem}"
+        for name in ("query", "answer")
+        if (problem := _text_problem(record.get(name)))
+    ]
+    documents = record.get("documents")
+    if not isinstance(documents, list):
+        found.append("has no documents" if documents is None else "documents is not a list")
+        return found
+    if not documents:
+        found.append("documents is empty")
+    for number, document in enumerate(documents, 1):
+        text = document.get("text") if isinstance(document, dict) else document
+        if not isinstance(text, str):
+            found.append(f"document {number} is neither a string nor an object with title and text")
+        elif problem := _text_problem(text) or _unwritable(document):
+            found.append(f"document {number} {problem}")
+    if (scores := record.get("reranking_scores")) is not None:  # null, as Parquet has it, is none
+        found += _score_problems(scores, len(documents))
+    if wrong := logprobs_problem(record.get("answer_logprobs"), str(record.get("answer"))):
+        found.append(f"answer_logprobs {wrong}")
+    others = ((name, value) for name, value in record.items() if name not in Example.__annotations__)
+    found += [f"{name} {problem}" for name, value in others if (problem := _unwritable([name, value]))]
+    return found
+
+
+def _text_problem(value: Any) -> str:
+    """What is wrong with a text; empty where nothing is."""
+    if not isinstance(value, str):
+        return f"is {type(value).__name__}, expected a string"
+    if not value.strip():
+        return "is empty"
+    return _unwritable(value)
+
+
+def _unwritable(value: Any, depth: int = 0) -> str:
+    """What keeps a value from being written as JSON; empty where nothing does."""
+    if depth > _MAX_DEPTH:
+        return "is nested too deep"
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list):
+        return next(filter(None, (_unwritable(item, depth + 1) for item in value)), "")
+    if isinstance(value, str):
+        return "" if is_unicode(value) else "holds half of a surrogate pair, which is no text"
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else "holds a number that is not finite"
+    if isinstance(value, int):
+        return "" if -(1 << 63) <= value < 1 << 64 else "holds a number of more than 64 bits"
+    return "" if isinstance(value, _WRITABLE) else f"holds {type(value).__name__}, which JSON has not"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: it holds no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _score_problems(scores: Any, documents: int) -> list[str]:
+    if not isinstance(scores, list):
+        return ["reranking_scores is not a list"]
+    found = []
+    if len(scores) != documents:
+        found.append(f"has {len(scores)} reranking_scores for {documents} documents")
+    if not all(
+        isinstance(score, float | int) and not isinstance(score, bool) and not _unwritable(score)
+        for score in scores
+    ):
+        found.append("reranking_scores holds something that is not a finite number")
+    return found
+
+
+def sound_records(paths: Sequence[Path]) -> Iterator[Example]:
+    """The records of training files, documents as strings. Raises `InputError` for one that is not sound."""
+    with track("export", "records", None) as tracker:
+        for path in paths:
+            for entry in entries(path):
+                wrong = [entry.problem] if entry.problem else problems(entry.record)
+                if wrong:
+                    raise InputError(
+                        f"{path}:{entry.line}: {wrong[0]}; `scaledown validate {path}` lists all"
+                    )
+                documents = [document_text(document) for document in entry.record["documents"]]
+                yield cast("Example", entry.record | {"documents": documents})
+                tracker.advance()
+
+
+class Validation(NamedTuple):
+    """What validation found: sound records, bad ones, and `file:line: record n: problem` for each problem.
+
+    `duplicates` counts the sound records whose query an earlier one has; that is no problem.
+    """
+
+    records: int
+    messages: list[str]
+    bad_records: int
+    problems: int
+    duplicates: int
+
+
+def validate(path: Path, max_messages: int = 100) -> Validation:
+    """Check every record of a training file; at most `max_messages` messages are kept."""
+    sound = bad = total = 0
+    messages: list[str] = []
+    with_scores: bool | None = None
+    seen, again = Seen(), 0
+    for number, entry in enumerate(entries(path), 1):
+        found = [entry.problem] if entry.problem else problems(entry.record)
+        if not found:
+            has_scores = entry.record.get("reranking_scores") is not None
+            if with_scores is not None and has_scores != with_scores:
+                found = ["some records have reranking_scores and some have none"]
+            with_scores = has_scores if with_scores is None else with_scores
+        if found:
+            bad += 1
+            total += len(found)
+            place = f"{path}:{entry.line}: record {number}: "
+            messages += [place + problem for problem in found][: max_messages - len(messages)]
+        else:
+            sound += 1
+            again += not seen.add(entry.record["query"])
+    if not sound and not bad:
+        total, messages = 1, [f"{path}: holds no records"]
+    return Validation(sound, messages, bad, total, again)

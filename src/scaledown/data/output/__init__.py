@@ -1,0 +1,1 @@
+"""What is written: training data in its formats, rankings, data sets on the Hub."""

@@ -1,0 +1,183 @@
+"""Training files of several runs joined into one, without what comes again or must not be trained on."""
+
+import contextlib
+import itertools
+import logging
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple, cast
+
+import orjson
+
+from scaledown.config.options import check_ending
+from scaledown.config.shared import CleanConfig
+from scaledown.data.cleaning.decontaminate import Cleaner, Left
+from scaledown.data.input.seen import Seen
+from scaledown.data.input.training_files import check_file, entries, problems
+from scaledown.data.manifest import manifest_of
+from scaledown.data.output.columns import columns_of
+from scaledown.data.output.writers import write_examples
+from scaledown.errors import InputError, UsageError
+from scaledown.records import Example, document_text
+from scaledown.run.atomic import atomic
+from scaledown.run.outputs import check_output, note_made
+from scaledown.run.progress import track
+
+log = logging.getLogger("scaledown")
+
+# What two runs must share to be parts of one data set, besides the contents of their corpus and models.
+_COMPARED: Final = (
+    "max_corpus_size",
+    "passages",
+    "passage_tokens",
+    "top_k_retrieval",
+    "enable_reranking",
+    "top_k_reranking",
+    "reranking_score_scale",
+    "teacher_8bit",
+    "teacher_4bit",
+    "max_new_tokens",
+    "temperature",
+    "dtype",
+    "teacher_document_tokens",
+    "truncated_answers",
+    "bad_answers",
+    "min_groundedness",
+)
+
+
+_BLOCK: Final = 256  # records looked at together
+
+
+class Merged(NamedTuple):
+    """What a merge did: records written, queries that came again, records that evaluation sets have."""
+
+    records: int
+    duplicates: int
+    contaminated: int = 0
+
+
+def removed_file(output: Path) -> Path:
+    """Where a merge that cleans records what it left out, one by one."""
+    return output.with_name(output.name + ".removed.jsonl")
+
+
+def merge(
+    paths: Sequence[Path],
+    output: Path,
+    *,
+    allow_different_settings: bool = False,
+    cleaning: CleanConfig = CleanConfig(),  # noqa: B008 (frozen)
+    overwrite: bool = False,
+) -> Merged:
+    """Join training files into one, in the order given, the first record of each query kept.
+
+    With `cleaning`, all that is left out, and why, is written into `removed_file`. Raises `UsageError` when
+    the runs that made them (by their manifests) had different settings, unless allowed; `InputError` for a
+    record that is not one; `OutputError` where something is that no merge made, unless `overwrite` allows.
+    """
+    check_ending("--output_file", output)
+    written = [output, *([removed_file(output)] if cleaning != CleanConfig() else [])]
+    for path in written:
+        reads = (*paths, *cleaning.decontaminate)
+        check_output("--output_file", path, reads, made="merge", overwrite=overwrite)
+    for path in paths:  # all of them, before hours are spent on the first
+        check_file(path)
+    if not allow_different_settings:
+        _check_same_settings(paths)
+    cleaner = Cleaner(cleaning)
+    cleaner.check()
+    counts: Counter[str] = Counter()
+    with contextlib.ExitStack() as stack:
+        record_removed: Callable[[bytes], Any] = len
+        if cleaning != CleanConfig():
+            temporary = stack.enter_context(atomic(removed_file(output)))
+            record_removed = stack.enter_context(temporary.open("wb")).write
+
+        def kept() -> Iterator[Example]:
+            for record, why in _cleaned(_records(paths), cleaner):
+                if why is None:
+                    yield record
+                else:
+                    counts[why["problem"]] += 1
+                    removed = {"query": record["query"], **why, "answer": record["answer"]}
+                    record_removed(orjson.dumps(removed) + b"\n")
+
+        columns = columns_of(paths) if output.suffix == ".parquet" else None
+        number = write_examples(output, kept(), columns)
+    for path in written:
+        note_made(path, "merge")
+    return Merged(number, counts["duplicate"], counts["contaminated"])
+
+
+def _records(paths: Sequence[Path]) -> Iterator[Example]:
+    """The records of all files, checked."""
+    with_scores: bool | None = None
+    sizes = [path.stat().st_size for path in paths]
+    with track("merge", "records", None) as tracker:
+        for place, path in enumerate(paths):
+            for number, entry in enumerate(entries(path), 1):
+                found = [entry.problem] if entry.problem else problems(entry.record)
+                if found:
+                    raise InputError(
+                        f"{path}:{entry.line}: record {number}: {found[0]}; "
+                        f"`scaledown validate {shlex.quote(str(path))}` lists all"
+                    )
+                has_scores = entry.record.get("reranking_scores") is not None
+                if with_scores is not None and has_scores != with_scores:
+                    raise InputError(
+                        f"{path}:{entry.line}: some records have reranking_scores and some have none; "
+                        "merge only files made alike"
+                    )
+                with_scores = has_scores
+                record = dict(entry.record)
+                record["documents"] = [document_text(document) for document in record["documents"]]
+                yield cast("Example", record)
+                tracker.advance()
+            tracker.advance(0, sum(sizes[: place + 1]) / (sum(sizes) or 1))
+
+
+def _cleaned(records: Iterator[Example], cleaner: Cleaner) -> Iterator[tuple[Example, Left | None]]:
+    """Records, each with why it is left out, or None where it stays."""
+    seen = Seen()
+    while block := list(itertools.islice(records, _BLOCK)):
+        for record, unwanted in zip(block, cleaner.queries([one["query"] for one in block]), strict=True):
+            why = unwanted or cleaner.answer(record["answer"], _passages(record["documents"]))
+            if not seen.add(record["query"]) and why is None:
+                match = {"kind": "exact", "question": record["query"], "similarity": 1.0}
+                why = {"reason": "exact match of an earlier query", "problem": "duplicate", "match": match}
+            yield record, why
+
+
+def _passages(documents: Sequence[str]) -> list[str]:
+    """Documents with and without the first line, which may be a title."""
+    return [*documents, *(rest for document in documents if (rest := document.partition("\n")[2]))]
+
+
+def _check_same_settings(paths: Sequence[Path]) -> None:
+    first: tuple[Path, dict[str, Any]] | None = None
+    for path in paths:
+        found = manifest_of(path)
+        if not found:
+            log.warning("%s: no run directory beside it, so its settings are not compared", path)
+            continue
+        manifest, _ = found
+        settings = {name: manifest["parameters"].get(name) for name in _COMPARED}
+        settings |= {f"{name} (weights)": identity for name, identity in manifest["models"].items()}
+        settings["corpus (content)"] = manifest["inputs"].get("corpus")
+        settings["prompt (content)"] = manifest["inputs"].get("prompt")
+        answers = (manifest.get("stages") or {}).get("answers") or {}
+        settings["teacher_backend"] = (answers.get("settings") or {}).get("backend")
+        if first is None:
+            first = path, settings
+            continue
+        different = sorted(k for k in settings | first[1] if settings.get(k) != first[1].get(k))
+        if different:
+            name = different[0]
+            raise UsageError(
+                f"{path} and {first[0]} were made with different settings ({', '.join(different)}; {name}: "
+                f"{settings.get(name)!r} and {first[1].get(name)!r}): make them alike, or give "
+                "--allow_different_settings"
+            )

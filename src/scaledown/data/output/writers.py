@@ -1,0 +1,124 @@
+"""Training records to a file: the guide's JSON, JSON lines or Parquet; complete or not there at all."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from scaledown.data.input.corpus import PassageTable
+from scaledown.data.output.columns import Columns
+from scaledown.data.reranker import scaled
+from scaledown.errors import OutputError
+from scaledown.records import Example, full_text
+from scaledown.run.atomic import atomic
+from scaledown.run.stage import Stage
+
+_BLOCK: Final = 1000
+
+
+def examples(
+    answers: Stage, passages: Stage, score_scale: str | None, columns: Sequence[str] = ()
+) -> Iterator[Example]:
+    """The training records of a finished run, in the order of the queries.
+
+    `score_scale` is raw or sigmoid, or None for records without `reranking_scores`; `columns` of the answers
+    come behind the others.
+    """
+    for table in answers.tables():
+        texts = PassageTable(passages)
+        for record in table.to_pylist():
+            found = [texts[row] for row in record["rows"]]
+            example: Example = {
+                "query": record["query"],
+                "documents": [full_text(passage.title, passage.text) for passage in found],
+                "answer": record["text"],
+            }
+            if score_scale:
+                example["reranking_scores"] = [
+                    scaled(score, score_scale) for score in record["reranking_scores"]
+                ]
+            extra = {name: record[name] for name in columns}
+            yield {**example, **extra}  # type: ignore[typeddict-item]
+
+
+def write_examples(path: Path, records: Iterable[Mapping[str, Any]], columns: pa.Schema | None = None) -> int:
+    """Write `records` atomically in the format that the ending of `path` names; gives their number.
+
+    Parquet has the `columns`; without them, those of the first records, which all others must share. A
+    symbolic link stays one: what it points to is written. Raises `OutputError` for what Parquet cannot hold.
+    """
+    with atomic(path.resolve()) as temporary:
+        if path.suffix == ".parquet":
+            return _write_parquet(temporary, records, columns)
+        if path.suffix == ".jsonl":
+            return _write_json(temporary, records, opening=b"", between=b"\n", closing=b"\n", indent=False)
+        return _write_json(temporary, records, opening=b"[\n", between=b",\n", closing=b"\n]\n", indent=True)
+
+
+def _write_json(
+    path: Path,
+    records: Iterable[Mapping[str, Any]],
+    *,
+    opening: bytes,
+    between: bytes,
+    closing: bytes,
+    indent: bool,
+) -> int:
+    count = 0
+    with path.open("wb") as file:
+        file.write(opening)
+        for record in records:
+            if count:
+                file.write(between)
+            if indent:
+                text = orjson.dumps(record, option=orjson.OPT_INDENT_2)
+                file.write(b"  " + text.replace(b"\n", b"\n  "))
+            else:
+                file.write(orjson.dumps(record))
+            count += 1
+        file.write(closing if count or indent else b"")
+    return count
+
+
+def _write_parquet(path: Path, records: Iterable[Mapping[str, Any]], schema: pa.Schema | None) -> int:
+    source = iter(records)
+    block = list(itertools.islice(source, _BLOCK))
+    schema = schema or _columns(block)
+    count = 0
+    try:
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            while block:
+                rows = [_fitted(record, schema) for record in block]
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                count += len(block)
+                block = list(itertools.islice(source, _BLOCK))
+    except pa.ArrowException as error:
+        raise OutputError(
+            f"Parquet cannot hold a record behind the first {count:,} ({error}): write .json or .jsonl"
+        ) from error
+    return count
+
+
+def _columns(records: Sequence[Mapping[str, Any]]) -> pa.Schema:
+    columns = Columns()
+    for record in records:
+        if problem := columns.add(record):
+            raise OutputError(f"{problem}, which Parquet cannot hold in one column: write .json or .jsonl")
+    return columns.schema
+
+
+def _fitted(record: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
+    """A record with texts where its columns are text. Raises `OutputError` for a column that came late."""
+    fitted = dict(record)
+    for name, value in record.items():
+        if name not in schema.names:
+            raise OutputError(
+                f"column {name} is in some records only, and the first {_BLOCK:,} lack it: write .jsonl"
+            )
+        if pa.types.is_string(schema.field(name).type) and not isinstance(value, str | None):
+            fitted[name] = str(value)
+    return fitted

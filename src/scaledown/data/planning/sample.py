@@ -1,0 +1,134 @@
+"""Rows from all over a corpus, cut into passages: what a plan concludes from."""
+
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import pyarrow as pa
+from tokenizers import Tokenizer
+
+from scaledown.config.prepare import PrepareConfig
+from scaledown.data.input import files
+from scaledown.data.input.chunking import Chunker
+from scaledown.data.input.corpus import Cut, cut_rows
+from scaledown.errors import InputError
+
+_PLACES: Final = 20
+_BYTES_A_PLACE: Final = 1 << 17
+
+
+class Sample(NamedTuple):
+    """Rows from all over a corpus, cut into passages by one process in `seconds`.
+
+    The corpus is `whole` times as large.
+    """
+
+    cut: Cut
+    whole: float
+    seconds: float
+
+
+def sample_corpus(config: PrepareConfig, corpus: files.Source, tokenizer: Tokenizer) -> Sample:
+    """Cut rows from all over the corpus into passages. Raises `InputError` where a run would."""
+    rows, whole = _sample_rows(files.sources(corpus, "--corpus_path"), config.max_corpus_size)
+    chunker = Chunker(tokenizer, config.passages, config.passage_tokens)
+    started = time.perf_counter()
+    cut = cut_rows(rows, chunker, str(corpus), corpus.is_dir())
+    seconds = time.perf_counter() - started
+    if len(cut.rejected) > config.max_bad_fraction * cut.rows:
+        row, reason = cut.rejected[0]
+        raise InputError(
+            f"{corpus}: {len(cut.rejected):,} of {cut.rows:,} rows looked at are malformed ({row.source}: "
+            f"{reason}), more than --max_bad_fraction {config.max_bad_fraction:g} allows: mend them or raise "
+            "the flag"
+        )
+    if not cut.passages.num_rows:
+        raise InputError(
+            f"{corpus}: no article with text among {cut.rows:,} rows; expected KILT lines, or id, title and "
+            "text in each record"
+        )
+    return Sample(cut, whole, seconds)
+
+
+class _Place(NamedTuple):
+    """Rows read at a place of the corpus, the bytes they take there, and the bytes that they stand for."""
+
+    rows: list[files.Row]
+    read: float
+    width: float
+
+
+def _sample_rows(paths: Sequence[files.Source], limit: int) -> tuple[list[files.Row], float]:
+    """Rows of `paths`, and how many times as large all of them are; of the first `limit` rows, if any.
+
+    A small corpus is read whole. Of a large one, some rows are read at each of 20 places that are evenly
+    spread over its bytes; from files that cannot be entered midway, the first ones.
+    """
+    ends = list(itertools.accumulate(files.size_of(path) for path in paths))
+    span = ends[-1]
+    places: list[_Place] = []
+    for last in (False, False, True) if limit else (True,):
+        if span <= _PLACES * _BYTES_A_PLACE:
+            every = itertools.chain.from_iterable(map(files.rows, paths))
+            return list(itertools.islice(every, limit or None)), 1.0
+        offsets = [span * place // _PLACES for place in range(_PLACES)]
+        places = []
+        for path, start, end in zip(paths, [0, *ends], ends, strict=False):
+            if here := [offset - start for offset in offsets if start <= offset < end]:
+                places += _places(path, here, span / _PLACES)
+        if not last:
+            span = min(ends[-1], round(_reach(places, limit)))
+    return [row for place in places for row in place.rows], span / max(1.0, sum(p.read for p in places))
+
+
+def _reach(places: Sequence[_Place], rows: int) -> float:
+    """How many bytes the first `rows` rows take, by what was read at places in order."""
+    left, reach, each = float(rows), 0.0, 0.0
+    for place in places:
+        each = place.read / max(1, len(place.rows))
+        if left * each <= place.width:
+            break
+        left -= place.width / each
+        reach += place.width
+    return reach + left * each
+
+
+def _places(path: files.Source, offsets: Sequence[int], width: float) -> list[_Place]:
+    """Some rows of a file from each of `offsets` on."""
+    first, length = _first_rows(path, _BYTES_A_PLACE * len(offsets))
+    head = [_Place(first, length, width * len(offsets))]
+    lines = isinstance(first[0].content if first else None, bytes)
+    if not lines or not isinstance(path, Path):
+        return head
+    places = []
+    with files.open_stream(path) as stream:
+        if isinstance(stream.raw, pa.CompressedInputStream):
+            return head
+        for offset in offsets:
+            stream.seek(offset)
+            if offset:
+                stream.readline()  # the rest of a line
+            begin = stream.tell()
+            rows = []
+            while stream.tell() - begin < _BYTES_A_PLACE and (line := stream.readline()):
+                if line.strip():
+                    rows.append(files.Row(str(path), 0, line.strip()))
+            places.append(_Place(rows, stream.tell() - begin, width))
+    return places
+
+
+def _first_rows(path: files.Source, enough: int) -> tuple[list[files.Row], float]:
+    """The first rows of a file, of about `enough` bytes, and how many of its bytes they take, compressed."""
+    meter = files.Meter([path])
+    rows: list[files.Row] = []
+    length, before = 0, 0.0
+    for row in files.rows(path, meter):
+        # The meter moves when a further block was read: all rows so far come from before it.
+        if length >= enough and meter.fraction() != before:
+            return rows, before * meter.size
+        before = meter.fraction()
+        rows.append(row)
+        length += len(row.content) if isinstance(row.content, bytes) else len(str(row.content))
+    return rows, float(meter.size)

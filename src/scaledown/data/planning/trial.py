@@ -1,0 +1,300 @@
+"""Short trials of the models on real texts: what a query or passage costs on this machine."""
+
+import contextlib
+import functools
+import math
+import platform
+import random
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NamedTuple, TypeVar
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import scipy.sparse as sp
+
+from scaledown.config.prepare import PrepareConfig
+from scaledown.data.input.queries import SCHEMA
+from scaledown.data.logprobs import ARROW
+from scaledown.data.prompts import answer_prompt, load_template
+from scaledown.data.reranker import Pair, Reranker, load_reranker, resolve_reranker
+from scaledown.data.retrieval.encoders import Encoder, load_encoder
+from scaledown.data.retrieval.index import Ranking, Vectors, pack, search
+from scaledown.data.retrieval.stages import Candidates, TokenLists, candidates_table
+from scaledown.data.teacher.api import find_teacher, load_teacher
+from scaledown.data.teacher.base import Engine, Generation, Rejection, Teacher, answer_all
+from scaledown.data.teacher.questions import questions_about
+from scaledown.errors import MissingExtraError, ModelError
+from scaledown.gpus import OnDevice
+from scaledown.models import choose_device, resolve
+from scaledown.records import Answer, Logprobs, Passage, full_text
+from scaledown.run.executor import cores
+from scaledown.run.progress import no_progress
+
+_TRIAL_SECONDS: Final = 5.0  # after as many, no further batch
+_QUERIES_SEARCHED: Final = 256
+_PASSAGES_SEARCHED: Final = 20_000
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+Used = TypeVar("Used")
+
+
+class Cost(NamedTuple):
+    """Seconds before the first row and for each, and bytes of memory; infinite seconds are unknown ones."""
+
+    start: float
+    each: float
+    memory: int
+
+
+UNKNOWN: Final = Cost(math.inf, math.inf, 0)
+
+
+class Trials(NamedTuple):
+    """Short trials of each stage on real texts: tables with rows as the stage will have, and costs."""
+
+    config: PrepareConfig
+    texts: list[str]  # queries
+    passages: list[Passage]
+    tokens: TokenLists
+    top_k: int
+    documents_per_query: int
+    most: int  # queries in the run
+    missing: list[str]
+
+    def queries(self) -> pa.Table:
+        """Queries as a shard has them."""
+        return pa.table([[f"q{n}" for n in range(len(self.texts))], self.texts], schema=SCHEMA)
+
+    def candidates(self, top_k: int, *, ranked: bool = False) -> pa.Table:
+        """Candidates as a shard has them."""
+        nothing = np.zeros(top_k)
+        table = candidates_table(self.queries(), [Candidates(nothing, nothing)] * len(self.texts))
+        return table.append_column("reranking_scores", table.column("scores")) if ranked else table
+
+    def questions(self) -> tuple[pa.Table | None, Cost]:
+        """Let the teacher write questions about sampled passages."""
+        rows = self._by_length()
+
+        def write(teacher: Teacher) -> tuple[float, list[pa.Table]]:
+            size = self.config.teacher_batch_size
+            answer = functools.partial(answer_all, teacher)
+            return _timed(
+                rows, size, lambda batch: questions_about([(0, row) for row in batch], self.passages, answer)
+            )
+
+        cost, made = self._try_teacher(write)
+        return pa.concat_tables(made) if made else None, cost
+
+    def vectors(self, shards: int) -> tuple[pa.Table | None, Cost, Cost]:
+        """Encode sampled passages, and search them; the second cost is of a query and one passage."""
+        config, rows = self.config, self._by_length()
+
+        def load(device: str) -> Encoder:
+            return load_encoder(resolve(config.retriever_model), device, config.dtype, config.batch_size)
+
+        def encode(encoder: Encoder) -> tuple[float, tuple[Vectors, Cost]]:
+            def documents(batch: Sequence[int]) -> Vectors:
+                return encoder.documents(
+                    [self._document(row) for row in batch], no_progress, [self.tokens[row] for row in batch]
+                )
+
+            each, parts = _timed(rows, config.batch_size, documents)
+            vectors = _stacked(parts)
+            # What an approximate search will take nobody knows before its index.
+            searching = self._search(encoder, vectors, shards) if config.search == "exact" else UNKNOWN
+            return each, (vectors, searching)
+
+        cost, made = self._try(load, encode)
+        return (pack(made[0], config.weights), cost, made[1]) if made else (None, cost, UNKNOWN)
+
+    def _search(self, encoder: Encoder, vectors: Vectors, shards: int) -> Cost:
+        texts = self.texts[:_QUERIES_SEARCHED]
+        queries, encoding = _clocked(lambda: encoder.queries(texts, no_progress))
+        copies = math.ceil(min(self.config.passages_per_shard, _PASSAGES_SEARCHED) / vectors.shape[0])
+        shard = pack(_stacked([vectors] * copies), self.config.weights)
+        threads = min(cores(), shards)
+        count = threads * math.ceil(_PASSAGES_SEARCHED / shard.num_rows / threads)
+
+        def look(times: int) -> Ranking:
+            sizes = [shard.num_rows] * times
+            return search(queries, [lambda: shard] * times, sizes, self.top_k, threads=threads)
+
+        look(1)  # compiles
+        _, searching = _clocked(lambda: look(count))
+        each = (searching + encoding) / len(texts) / (count * shard.num_rows)
+        return Cost(0, each, peak("cpu") + round(self.config.search_memory * 1e9))
+
+    def ranked(self) -> tuple[pa.Table, Cost]:
+        """Score pairs of queries and sampled passages; the cost is of a query with all of its passages."""
+        config, chance = self.config, random.Random(self.config.seed)  # noqa: S311
+        size = config.reranker_batch_size
+        rows = [chance.randrange(len(self.passages)) for _ in range(min(3 * size, self.most * self.top_k))]
+        pairs = [Pair(chance.choice(self.texts), self._document(row)) for row in rows]
+        pairs.sort(key=lambda pair: len(pair.document + pair.query))
+
+        def load(device: str) -> Reranker:
+            return load_reranker(resolve_reranker(config.reranker_model), device, config.dtype, size)
+
+        def score(reranker: Reranker) -> tuple[float, list[list[float]]]:
+            return _timed(pairs, size, lambda batch: reranker.score(batch, no_progress))
+
+        cost, _ = self._try(load, score)
+        return self.candidates(self.top_k, ranked=True), cost._replace(each=cost.each * self.top_k)
+
+    def answers(self) -> tuple[pa.Table, Cost]:
+        """Let the teacher answer queries with sampled documents."""
+        config, chance = self.config, random.Random(self.config.seed)  # noqa: S311
+        size = config.teacher_batch_size
+        template = load_template(config.prompt)
+        prompts = []
+        for number in range(min(3 * size, self.most)):
+            rows = chance.sample(range(len(self.passages)), min(self.documents_per_query, len(self.passages)))
+            documents = [self._document(row) for row in rows]
+            query = self.texts[number % len(self.texts)]
+            prompts.append(answer_prompt(str(number), query, documents, config.temperature, template))
+        prompts.sort(key=lambda prompt: sum(map(len, prompt.documents)))
+
+        def answer(teacher: Teacher) -> tuple[float, list[list[Answer | Rejection]]]:
+            return _timed(prompts, size, lambda batch: answer_all(teacher, batch))
+
+        cost, made = self._try_teacher(answer)
+        given = [answer for batch in made or () for answer in batch if isinstance(answer, Answer)]
+        given = given or [_longest(config.max_new_tokens, config.teacher_logprobs)]
+        table = self.candidates(self.documents_per_query, ranked=config.reranks)
+        for name in Answer._fields:
+            if name != "answer_logprobs" or config.teacher_logprobs:
+                values = [getattr(given[row % len(given)], name) for row in range(len(table))]
+                table = table.append_column(
+                    name, pa.array(values, ARROW if name == "answer_logprobs" else None)
+                )
+        hashes = pa.array([prompts[row % len(prompts)].digest for row in range(len(table))])
+        return table.append_column("prompt_hash", hashes), cost
+
+    def reviewed(self, answers: pa.Table) -> pa.Table:
+        """Answers as the last stage has them."""
+        table = answers.append_column("problem", pa.array([""] * len(answers)))
+        return table.append_column("groundedness", pa.array([1.0] * len(answers)))
+
+    def record_bytes(self, answers: pa.Table) -> int:
+        """Bytes of an average training record."""
+
+        def average(texts: Sequence[str]) -> str:
+            return "x" * round(sum(len(text.encode()) for text in texts) / len(texts))
+
+        document = average([self._document(row) for row in range(len(self.passages))])
+        record: dict[str, Any] = {
+            "query": average(self.texts),
+            "documents": [document] * self.documents_per_query,
+            "answer": average(answers.column("text").to_pylist()),
+        }
+        if self.config.enable_reranking:
+            record["reranking_scores"] = [-1.2345678901] * self.documents_per_query
+        size = len(orjson.dumps(record, option=orjson.OPT_INDENT_2))
+        if self.config.teacher_logprobs:
+            every = answers.column("answer_logprobs").to_pylist()
+            size += sum(len(orjson.dumps(one, option=orjson.OPT_INDENT_2)) for one in every) // len(every)
+        return size
+
+    def _document(self, row: int) -> str:
+        return full_text(self.passages[row].title, self.passages[row].text)
+
+    def _by_length(self) -> list[int]:
+        return sorted(range(len(self.passages)), key=lambda row: len(self.passages[row].text))
+
+    def _try_teacher(self, use: Callable[[Teacher], tuple[float, Used]]) -> tuple[Cost, Used | None]:
+        if self.config.teacher_endpoint:  # whose answers cost money
+            return UNKNOWN, None
+        return self._try(self._load_teacher, use)
+
+    def _load_teacher(self, device: str) -> Teacher:
+        config = self.config
+        engine = Engine.of(config)
+        source = find_teacher(config.teacher_model, engine)
+        return load_teacher(source, device, config.dtype, Generation.of(config), engine)
+
+    def _try(
+        self, load: Callable[[str], Made], use: Callable[[Made], tuple[float, Used]]
+    ) -> tuple[Cost, Used | None]:
+        """Load a model and let `use` tell its seconds a row; one that is missing is listed."""
+        cost: Cost = UNKNOWN
+        made: Used | None = None
+        with listed(self.missing):
+            device = choose_device(self.config.device)
+            if device.startswith("cuda"):
+                import torch
+
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            model = OnDevice("the model that was tried", device, lambda: load(device))
+            _, start = _clocked(model)
+            each, made = use(model())
+            cost = Cost(start, each, peak(device))
+            model.release()
+        return cost, made
+
+
+def _longest(tokens: int, logprobs: int) -> Answer:
+    """An answer of so many tokens, of four letters each, for want of one that a teacher wrote."""
+    each: Logprobs = {
+        "tokens": ["xxxx"] * tokens,
+        "token_ids": None,
+        "top_tokens": [["xxxx"] * logprobs] * tokens,
+        "top_ids": None,
+        "top_logprobs": [[-12.3456] * logprobs] * tokens,
+    }
+    return Answer("xxxx" * tokens, "length", 0, 0, 0, each if logprobs else None)
+
+
+def _timed(
+    items: Sequence[Item], batch_size: int, work: Callable[[Sequence[Item]], Made]
+) -> tuple[float, list[Made]]:
+    """Seconds an item takes, and what was made: batches of middling, short and long ones of sorted `items`.
+
+    The longest goes before, untimed: libraries get ready for all.
+    """
+    work(items[-1:])
+    made: list[Made] = []
+    seconds, done = 0.0, 0
+    for place in (1 / 2, 1 / 6, 5 / 6):
+        first = max(0, min(len(items) - batch_size, round(place * len(items) - batch_size / 2)))
+        batch = items[first : first + batch_size]
+        result, took = _clocked(lambda batch=batch: work(batch))  # type: ignore[misc]
+        made.append(result)
+        seconds += took
+        done += len(batch)
+        if done == len(items) or seconds > _TRIAL_SECONDS:
+            break
+    return seconds / done, made
+
+
+def _clocked(work: Callable[[], Made]) -> tuple[Made, float]:
+    started = time.perf_counter()
+    return work(), time.perf_counter() - started
+
+
+def _stacked(parts: Sequence[Vectors]) -> Vectors:
+    return sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
+
+
+def peak(device: str) -> int:
+    """The most memory that was in use so far, in bytes: the GPU's, or this process's."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+@contextlib.contextmanager
+def listed(missing: list[str]) -> Iterator[None]:
+    """Put a model that is missing on the list, once, and go on."""
+    try:
+        yield
+    except (ModelError, MissingExtraError) as error:
+        if str(error) not in missing:
+            missing.append(str(error))

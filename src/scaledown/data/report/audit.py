@@ -1,0 +1,283 @@
+"""What is in training data: one pass over the file, and a closer look at a sample of its records.
+
+Nothing but counts, hashes and the sample is held: a million records need a few hundred megabytes.
+"""
+
+import collections
+import random
+import re
+from array import array
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from scaledown.data.input.gold import Gold
+from scaledown.data.input.training_files import entries, problems
+from scaledown.data.teacher.review import content_words, groundedness, problem
+from scaledown.errors import InputError
+from scaledown.metrics import accuracy
+from scaledown.records import document_text
+from scaledown.run.progress import track
+from scaledown.text import question_key
+
+SAMPLE: Final = 20_000
+SHOWN: Final = 200  # examples to browse, those with problems first
+_SHOWN_OF_A_PROBLEM: Final = 15
+_TOP: Final = 20
+_TOLD: Final = 5
+_SAMPLE_CHARACTERS: Final = 200_000_000
+UNGROUNDED: Final = 0.5  # content words of an answer that its documents must have, to be called grounded
+
+
+class Spread(NamedTuple):
+    """Of lengths in words."""
+
+    name: str
+    least: int
+    low: float
+    """The 5th percentile."""
+    median: float
+    high: float
+    """The 95th percentile."""
+    most: int
+    counts: list[int]
+    edges: list[float]
+    """Of a histogram up to the 99th percentile, one more than counts."""
+
+
+class Looked(NamedTuple):
+    """A record of the sample, and what was found in it."""
+
+    record: dict[str, Any]
+    tags: tuple[str, ...]
+    right: tuple[str, ...]
+    """Right answers, where they are known."""
+
+
+class Frequent(NamedTuple):
+    """A document that many queries have."""
+
+    queries: int
+    text: str
+    """Empty where no record of the sample has it."""
+
+
+class Audit(NamedTuple):
+    """What is in a file of training data. `places` count from 1, 0 is nowhere."""
+
+    path: Path
+    records: int
+    bad: int
+    told: list[str]
+    """Why the first bad ones are bad, with their lines."""
+    repeated_queries: int
+    documents: int
+    different_documents: int
+    frequent: list[Frequent]
+    sampled: int
+    spreads: list[Spread]
+    tags: dict[str, int]
+    """How many records of the sample have each tag."""
+    scores: list[list[float]]
+    """Reranking scores in the sample, by place of the document."""
+    gold_places: list[int]
+    """For each record of the sample with known answers, the first document that holds one."""
+    answer_places: list[int]
+    """For each record of the sample, the first document that has all content words of its answer."""
+    finish_known: bool
+    """Whether the file says which answers were cut at their limit."""
+    shown: list[Looked]
+
+
+def audit(path: Path, gold: Gold | None = None, *, sample: int = SAMPLE, seed: int = 0) -> Audit:
+    """Look at the records of a training file. Raises `InputError` where there are none.
+
+    `gold` has right answers. Up to `sample` records, drawn by `seed`, are read word for word.
+    """
+    chosen: list[dict[str, Any]] = []
+    draw = random.Random(seed)  # noqa: S311 (no secret)
+    queries, documents = array("Q"), array("Q")
+    bad = total = size = 0
+    told: list[str] = []
+    with track("audit", "records", None) as tracker:
+        for entry in entries(path):
+            tracker.advance(1)
+            wrong = [entry.problem] if entry.problem else problems(entry.record)
+            if wrong and wrong != ["answer is empty"]:  # which is one of the things to be seen
+                bad += 1
+                if len(told) < _TOLD:
+                    told.append(f"line {entry.line}: {wrong[0]}")
+                continue
+            record = entry.record | {"documents": [document_text(one) for one in entry.record["documents"]]}
+            if len(queries) < sample:
+                chosen.append(record)
+                size += _characters(record)
+            elif (place := draw.randrange(len(queries) + 1)) < sample:
+                size += _characters(record) - _characters(chosen[place])
+                chosen[place] = record
+            if size > _SAMPLE_CHARACTERS and len(chosen) > 1:  # a smaller sample is as random
+                sample = (len(chosen) + 1) // 2
+                chosen = draw.sample(chosen, sample)
+                size = sum(map(_characters, chosen))
+            queries.append(_hash(question_key(record["query"])))
+            total += len(record["documents"])
+            documents.extend({_hash(text) for text in record["documents"]})
+    if not queries:
+        raise InputError(f"{path}: holds no sound record; `scaledown validate {path}` says why")
+    looked = [_look(record, gold) for record in chosen]
+    counts = np.unique(np.frombuffer(documents, np.uint64), return_counts=True)
+    return Audit(
+        path=path,
+        records=len(queries),
+        bad=bad,
+        told=told,
+        repeated_queries=len(queries) - len(np.unique(np.frombuffer(queries, np.uint64))),
+        documents=total,
+        different_documents=len(counts[0]),
+        frequent=_frequent(*counts, chosen),
+        sampled=len(chosen),
+        spreads=_spreads(chosen),
+        tags=dict(collections.Counter(tag for one in looked for tag in one.tags).most_common()),
+        scores=_by_place(chosen),
+        gold_places=[_gold_place(one) for one in looked if one.right],
+        answer_places=[_answer_place(one.record) for one in looked],
+        finish_known=any("finish_reason" in record for record in chosen),
+        shown=_shown(looked),
+    )
+
+
+def _characters(record: dict[str, Any]) -> int:
+    return len(record["query"]) + len(record["answer"]) + sum(map(len, record["documents"]))
+
+
+def _hash(text: str) -> int:
+    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _look(record: dict[str, Any], gold: Gold | None) -> Looked:
+    answer, documents = record["answer"], record["documents"]
+    right = gold.answers(record["query"]) if gold else ()
+    tags = [problem(answer, record["query"])]
+    if record.get("finish_reason") == "length":
+        tags.append("truncated")
+    if groundedness(answer, documents) < UNGROUNDED:
+        tags.append("ungrounded")
+    if len(set(documents)) < len(documents):
+        tags.append("document twice")
+    if right:
+        tags.append("right" if accuracy(answer, right) else "wrong")
+        if not any(accuracy(document, right) for document in documents):
+            tags.append("right answer in no document")
+    return Looked(record, tuple(filter(None, tags)), right)
+
+
+def _gold_place(looked: Looked) -> int:
+    return _first(accuracy(document, looked.right) for document in looked.record["documents"])
+
+
+def _answer_place(record: dict[str, Any]) -> int:
+    words = set(content_words(record["answer"]))
+    return _first(bool(words) and words <= set(content_words(one)) for one in record["documents"])
+
+
+def _first(found: Iterable[float]) -> int:
+    return next((place for place, value in enumerate(found, 1) if value), 0)
+
+
+def recall(places: Sequence[int], depth: int) -> list[float]:
+    """R@1 to R@depth: the share of queries with a document that holds the answer among the first k."""
+    found = np.asarray(places)
+    return [float(((found > 0) & (found <= k)).mean()) for k in range(1, depth + 1)]
+
+
+def _spreads(records: Sequence[dict[str, Any]]) -> list[Spread]:
+    words = {
+        "queries": [len(record["query"].split()) for record in records],
+        "documents": [len(text.split()) for record in records for text in record["documents"]],
+        "answers": [len(record["answer"].split()) for record in records],
+    }
+    return [_spread(name, np.asarray(lengths)) for name, lengths in words.items()]
+
+
+def _spread(name: str, lengths: np.ndarray) -> Spread:
+    low, median, high, end = np.percentile(lengths, [5, 50, 95, 99])
+    bins = int(min(24, max(1, end - lengths.min())))
+    counts, edges = np.histogram(lengths, bins=bins, range=(lengths.min(), max(end, lengths.min() + 1)))
+    return Spread(
+        name,
+        int(lengths.min()),
+        float(low),
+        float(median),
+        float(high),
+        int(lengths.max()),
+        counts.tolist(),
+        edges.tolist(),
+    )
+
+
+def _by_place(records: Sequence[dict[str, Any]]) -> list[list[float]]:
+    places: list[list[float]] = []
+    for record in records:
+        for place, score in enumerate(record.get("reranking_scores") or ()):
+            if place == len(places):
+                places.append([])
+            places[place].append(float(score))
+    return places
+
+
+def _frequent(hashes: np.ndarray, counts: np.ndarray, records: Sequence[dict[str, Any]]) -> list[Frequent]:
+    """The documents that most queries have, of those that more than one has."""
+    order = np.lexsort((hashes, -counts.astype(np.int64)))[:_TOP]
+    wanted = {int(hashes[place]): int(counts[place]) for place in order if counts[place] > 1}
+    texts: dict[int, str] = {}
+    for text in (text for record in records for text in record["documents"]):
+        if wanted.keys() <= texts.keys():
+            break
+        if (key := _hash(text)) in wanted:
+            texts[key] = text
+    return [Frequent(count, texts.get(key, "")) for key, count in wanted.items()]
+
+
+def _shown(looked: Sequence[Looked]) -> list[Looked]:
+    """Some with each tag first, then whatever comes."""
+    of_tag: collections.Counter[str] = collections.Counter()
+    chosen: dict[int, None] = {}
+    for number, one in enumerate(looked):
+        if len(chosen) < SHOWN and any(of_tag[tag] < _SHOWN_OF_A_PROBLEM for tag in one.tags):
+            chosen[number] = None
+            of_tag.update(one.tags)
+    for number in range(len(looked)):
+        if len(chosen) >= SHOWN:
+            break
+        chosen.setdefault(number)
+    return [looked[number] for number in chosen]
+
+
+class Part(NamedTuple):
+    """A part of a text, marked or not."""
+
+    text: str
+    marked: bool
+
+
+def marked(text: str, phrases: Sequence[str], words: Iterable[str]) -> list[Part]:
+    """The text in parts: `phrases` are marked where there is one, else `words`, whatever their case."""
+    for wanted in (sorted(filter(None, phrases), key=len, reverse=True), sorted(set(words))):
+        if wanted:
+            pattern = re.compile(f"({'|'.join(map(_bounded, wanted))})", re.IGNORECASE)
+            parts = [Part(part, place % 2 == 1) for place, part in enumerate(pattern.split(text)) if part]
+            if any(part.marked for part in parts):
+                return parts
+    return [Part(text, marked=False)]
+
+
+def _bounded(phrase: str) -> str:
+    """A pattern of whole words; Chinese and Japanese leave no space between theirs."""
+    unspaced = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
+    before = "" if unspaced.match(phrase) else r"(?<!\w)"
+    after = "" if unspaced.match(phrase[-1:]) else r"(?!\w)"
+    return f"{before}{re.escape(phrase)}{after}"

@@ -1,0 +1,106 @@
+"""What reranking changed in a run: read from its candidates and ranked stages."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from scaledown.data.input.corpus import PassageTable
+from scaledown.data.input.gold import Gold
+from scaledown.errors import RunDirectoryError
+from scaledown.metrics import accuracy
+from scaledown.records import full_text
+from scaledown.run.directory import RunDirectory
+from scaledown.run.locations import storage_at
+from scaledown.run.stage import Stage
+from scaledown.run.storage import Storage
+
+QUERIES: Final = 2_000  # that are looked at
+
+
+class Reordering(NamedTuple):
+    """Of the first queries of a run; places count from 1, and lists go by place."""
+
+    queries: int
+    firsts: list[int]
+    """How often the passage that reranking put first had each place before."""
+    before: list[float]
+    """Mean reranking score at each place in the retriever's order."""
+    after: list[float]
+    """The same in the reranker's order."""
+    gold_before: list[int]
+    """For each query with known answers, the place of the first passage that holds one; 0 is nowhere."""
+    gold_after: list[int]
+
+
+def reordering(manifest: Mapping[str, Any], work: Storage, gold: Gold | None = None) -> Reordering | None:
+    """What reranking changed, or None where the run has no reranker, or its stages are gone."""
+    stages = finished_stages(manifest, work, ("candidates", "ranked", "passages"))
+    if stages is None:
+        return None
+    candidates, ranked, passages = stages
+    texts = PassageTable(passages)
+    firsts: list[int] = []
+    before: list[float] = []
+    after: list[float] = []
+    golds: tuple[list[int], list[int]] = ([], [])
+    there: list[int] = []
+    queries = 0
+    for old, new in _pairs(candidates, ranked):
+        scores = dict(zip(new["rows"], new["reranking_scores"], strict=True))
+        for sums in (before, after, firsts, there):
+            sums.extend([0] * (len(scores) - len(sums)))
+        for sums, order in ((before, old["rows"]), (after, new["rows"])):
+            for place, row in enumerate(order):
+                sums[place] += scores[row]
+        for place in range(len(scores)):
+            there[place] += 1
+        if new["rows"]:
+            firsts[old["rows"].index(new["rows"][0])] += 1
+        right = gold.answers(new["query"]) if gold else ()
+        if right:
+            for found, order in zip(golds, (old["rows"], new["rows"]), strict=True):
+                found.append(_place(order, texts, right))
+        queries += 1
+    mean_before, mean_after = (
+        [total / count for total, count in zip(sums, there, strict=True)] for sums in (before, after)
+    )
+    return Reordering(queries, firsts, mean_before, mean_after, *golds)
+
+
+def _place(rows: list[int], texts: PassageTable, right: tuple[str, ...]) -> int:
+    for place, row in enumerate(rows, 1):
+        passage = texts[row]
+        if accuracy(full_text(passage.title, passage.text), right):
+            return place
+    return 0
+
+
+def finished_stages(manifest: Mapping[str, Any], work: Storage, names: Sequence[str]) -> list[Stage] | None:
+    """Stages of a run by the manifest in its directory `work`, if all of them are there."""
+    told = manifest.get("stages") or {}
+    parameters = manifest.get("parameters") or {}
+    index, cache = parameters.get("index_dir"), parameters.get("cache_dir") or ""
+    found = []
+    for name in names:
+        home = storage_at(index, cache) if index and name == "passages" else work
+        if name not in told or not home.exists(
+            home.root / name / str(told[name].get("fingerprint")) / "done.json"
+        ):
+            return None
+        try:
+            stage = Stage(RunDirectory(home), name, told[name]["settings"])
+        except RunDirectoryError:
+            return None
+        if stage.fingerprint != told[name]["fingerprint"] or stage.done() is None:
+            return None
+        found.append(stage)
+    return found
+
+
+def _pairs(candidates: Stage, ranked: Stage) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    number = 0
+    for old, new in zip(candidates.tables(), ranked.tables(), strict=True):
+        for pair in zip(old.to_pylist(), new.to_pylist(), strict=True):
+            yield pair
+            number += 1
+            if number == QUERIES:
+                return

@@ -1,0 +1,94 @@
+"""Models that turn texts into vectors: the protocol, dense bi-encoders, and which is which."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias, cast
+
+import numpy as np
+
+from scaledown.data.retrieval.index import Array, Vectors
+from scaledown.data.retrieval.splade import SpladeEncoder, by_length
+from scaledown.errors import ModelError
+from scaledown.models import Halving, ModelSource, dtype_to_run, loadable, loading, read_config_file
+
+log = logging.getLogger("scaledown")
+
+Advance: TypeAlias = Callable[[int], None]
+
+
+class Encoder(Protocol):
+    """Turns texts into vectors whose inner product is their similarity."""
+
+    halving: Halving
+
+    def documents(
+        self, texts: Sequence[str], advance: Advance, tokens: Sequence[Array] | None = None
+    ) -> Vectors:
+        """Vectors of documents [texts, dimensions]; `tokens` are their token ids where they are known."""
+
+    def queries(self, texts: Sequence[str], advance: Advance) -> Vectors:
+        """Vectors of queries [texts, dimensions]."""
+
+
+class DenseEncoder:
+    """A sentence-transformers bi-encoder with cosine or inner-product similarity."""
+
+    def __init__(self, source: ModelSource, device: str, dtype: str, batch_size: int) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        name, pinned = loadable(source)
+        arguments: dict[str, Any] = {"model_kwargs": {"dtype": dtype_to_run(dtype, device)}}
+        with loading(source):
+            self._model = SentenceTransformer(name, device=device, **pinned, **arguments)
+        similarity = self._model.similarity_fn_name
+        if similarity not in {"cosine", "dot"}:
+            raise ModelError(
+                f"model {source.name}: similarity {similarity!r} is not supported; use cosine or dot"
+            )
+        self._normalize = similarity == "cosine"
+        self.halving = Halving("--batch_size")
+        self._batch_size = batch_size
+
+    def documents(
+        self, texts: Sequence[str], advance: Advance, tokens: Sequence[Array] | None = None
+    ) -> Array:
+        """Vectors of documents, float32 [texts, dimensions]; its model tokenises by itself."""
+        return self._encode(self._model.encode_document, texts, advance)
+
+    def queries(self, texts: Sequence[str], advance: Advance) -> Array:
+        """Vectors of queries, float32 [texts, dimensions]."""
+        return self._encode(self._model.encode_query, texts, advance)
+
+    def _encode(self, encode: Callable[..., Any], texts: Sequence[str], advance: Advance) -> Array:
+        def encode_batch(batch: Sequence[int]) -> Array:
+            vectors = encode(
+                [texts[i] for i in batch],
+                batch_size=len(batch),
+                show_progress_bar=False,
+                convert_to_tensor=True,
+                normalize_embeddings=self._normalize,
+            )
+            return cast("Array", vectors.float().cpu().numpy())
+
+        order, parts = by_length(texts), []
+        for start in range(0, len(texts), self._batch_size):
+            batch = order[start : start + self._batch_size].tolist()
+            parts += self.halving(encode_batch, batch)
+            advance(len(batch))
+        return cast("Array", np.concatenate(parts)[np.argsort(order)])
+
+
+def is_sparse(source: ModelSource) -> bool:
+    """Whether a retriever is SPLADE-like: a sparse sentence-transformers model or a bare masked LM."""
+    modules = read_config_file(source, "modules.json")
+    if modules:
+        return any("sparse_encoder" in module["type"] for module in modules)
+    config = read_config_file(source, "config.json") or {}
+    return any(name.endswith("ForMaskedLM") for name in config.get("architectures") or ())
+
+
+def load_encoder(source: ModelSource, device: str, dtype: str, batch_size: int) -> Encoder:
+    """The encoder behind `--retriever_model`, sparse or dense by what the model is."""
+    kind = SpladeEncoder if is_sparse(source) else DenseEncoder
+    log.info("retriever: %s, %s", source.name, "SPLADE" if kind is SpladeEncoder else "dense")
+    return kind(source, device, dtype, batch_size)

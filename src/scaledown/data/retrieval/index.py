@@ -1,0 +1,213 @@
+"""Vectors on disk and exact top-k over them.
+
+Sparse vectors are stored row by row (CSR): term ids in the smallest unsigned type, weights in float16, 8 bits
+or float32. Search is exact over what is stored; ties go to the earlier passage. Sparse scores do not depend
+on the sharding, but for 8-bit weights, whose step is a shard's; dense ones do in their last bits, because a
+matrix product does.
+"""
+
+import json
+import logging
+import math
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import scipy.sparse as sp
+
+from scaledown.errors import ModelError
+from scaledown.run.executor import cores
+
+Array: TypeAlias = np.ndarray[Any, Any]
+Vectors: TypeAlias = sp.csr_matrix | Array
+
+_BLOCK: Final = 4096  # passages whose scores stay in the processor's nearest cache
+
+log = logging.getLogger(__name__)
+
+
+def pack(vectors: Vectors, weights: str = "float16") -> pa.Table:
+    """Vectors [n, dimensions] as a shard: lists of terms and weights, or rows of float32 for dense ones.
+
+    With `weights="uint8"` a weight is the nearest of 255 steps up to the shard's largest; what rounds to
+    nothing is left out.
+    """
+    check_finite(vectors)
+    if not sp.issparse(vectors):
+        values = pa.array(np.ascontiguousarray(vectors, dtype=np.float32).ravel())
+        return pa.table({"dense": pa.FixedSizeListArray.from_arrays(values, vectors.shape[1])})
+    csr = sp.csr_matrix(vectors, copy=True)
+    step = 1.0
+    if weights == "uint8":
+        step = float(csr.data.max(initial=0)) / 255 or 1.0
+        csr = sp.csr_matrix((np.rint(csr.data / step), csr.indices, csr.indptr), shape=csr.shape)
+        csr.eliminate_zeros()
+    csr.sort_indices()
+    terms = np.uint16 if csr.shape[1] <= 1 << 16 else np.uint32
+    starts = pa.array(csr.indptr, pa.int64())
+    columns = {
+        "terms": pa.LargeListArray.from_arrays(starts, pa.array(csr.indices.astype(terms))),
+        "weights": pa.LargeListArray.from_arrays(starts, pa.array(csr.data.astype(weights))),
+    }
+    return pa.table(columns).replace_schema_metadata({"dimensions": str(csr.shape[1]), "step": repr(step)})
+
+
+def nothing(like: pa.Table, count: int) -> pa.Table:
+    """A shard of `count` vectors without a term, or dense ones of zeros, that looks as `like` does."""
+    column = like.schema.field(0).type
+    if isinstance(column, pa.FixedSizeListType):
+        return pack(np.zeros((count, column.list_size), np.float32))
+    return pa.table(
+        {name: pa.array([[]] * count, like.schema.field(name).type) for name in like.column_names}
+    ).replace_schema_metadata(like.schema.metadata)
+
+
+def check_finite(vectors: Vectors) -> None:
+    """Raise `ModelError` for vectors that are not numbers, which no search could rank."""
+    values = vectors if isinstance(vectors, np.ndarray) else vectors.data
+    if not np.isfinite(values).all():
+        raise ModelError("the retriever gave vectors that are not numbers: try --dtype float32")
+
+
+def unpack(shard: pa.Table) -> Vectors:
+    """The inverse of `pack`, in float32."""
+    if "dense" in shard.column_names:
+        column = shard.column("dense").combine_chunks()
+        return column.flatten().to_numpy().reshape(len(column), column.type.list_size)
+    starts, terms, weights = _postings(shard)
+    parts = (weights, terms.astype(np.int32), starts)
+    return sp.csr_matrix(parts, shape=(len(starts) - 1, int(shard.schema.metadata[b"dimensions"])))
+
+
+def _postings(shard: pa.Table) -> tuple[Array, Array, Array]:
+    """Starts int64 [n + 1], terms and weights float32 [postings] of a sparse shard; terms are not copied."""
+    terms, weights = (shard.column(name).combine_chunks() for name in ("terms", "weights"))
+    starts = terms.offsets.to_numpy()
+    step = np.float32(json.loads(shard.schema.metadata[b"step"]))
+    values = weights.values.to_numpy()[starts[0] : starts[-1]].astype(np.float32)
+    if step != 1:
+        values *= step
+    return starts - starts[0], terms.values.to_numpy()[starts[0] : starts[-1]], values
+
+
+class Ranking(NamedTuple):
+    """Top-k of a block of queries, best first: passage rows int64 [queries, k], scores float32 likewise."""
+
+    rows: Array
+    scores: Array
+
+
+def search(
+    queries: Vectors,
+    shards: Sequence[Callable[[], pa.Table] | None],
+    sizes: Sequence[int],
+    k: int,
+    *,
+    threads: int = 0,
+    advance: Callable[[float], None] = lambda _: None,
+) -> Ranking:
+    """The `k` best passages of each query by inner product, over shards in passage order.
+
+    Gives min(k, passages) columns; where fewer passages share a term with the query, the rest follow with
+    score 0 in passage order. `shards` load the packed vectors of `sizes` passages, which are not found where
+    it is None; each of `threads` (0: one a core) holds one at a time, or a part of one where there are more
+    threads than shards. `advance` is told the share of the passages that was searched, as it grows.
+    """
+    queries = _canonical(queries)
+    k = min(k, sum(size for size, load in zip(sizes, shards, strict=True) if load))
+    firsts = np.concatenate([[0], np.cumsum(sizes)])
+    # A dense product uses all cores by itself.
+    threads = (threads or cores()) if sp.issparse(queries) else 1
+    parts = math.ceil(threads / len(shards))
+    spans = iter(
+        [
+            (number, size * part // parts, size * (part + 1) // parts)
+            for number, size in enumerate(sizes)
+            for part in range(parts)
+        ]
+    )
+    lock, failed = threading.Lock(), threading.Event()
+    searched = 0
+
+    def work(_: int) -> Ranking:
+        nonlocal searched
+        best = _nothing(queries.shape[0], k)
+        while True:
+            with lock:
+                number, low, high = next(spans, (None, 0, 0))
+            if number is None or failed.is_set():
+                return best
+            if (load := shards[number]) is None:
+                continue
+            shard = load().slice(low, high - low)
+            first = int(firsts[number]) + low
+            if "dense" in shard.column_names:
+                best = _dense(queries, unpack(shard), first, best)
+            else:
+                _sparse(queries, shard, first, best)
+            with lock:
+                searched += high - low
+                advance(searched / firsts[-1])
+
+    with ThreadPoolExecutor(threads) as executor:
+        try:
+            found = list(executor.map(work, range(threads)))
+        except BaseException:
+            failed.set()  # the others end with the shard they are at
+            raise
+    return best_of(found, k)
+
+
+def _canonical(queries: Vectors) -> Vectors:
+    """Sparse queries with the types that the compiled loops are made for."""
+    if isinstance(queries, np.ndarray):
+        return queries
+    types = ((queries.data, np.float32), (queries.indices, np.int32), (queries.indptr, np.int64))
+    return sp.csr_matrix(tuple(array.astype(kind) for array, kind in types), shape=queries.shape)
+
+
+def _nothing(queries: int, k: int) -> Ranking:
+    return Ranking(np.full((queries, k), -1, np.int64), np.full((queries, k), -np.inf, np.float32))
+
+
+def best_of(rankings: Sequence[Ranking], k: int) -> Ranking:
+    """The `k` best of several rankings of the same queries; ties in passage order."""
+    rows = np.concatenate([ranking.rows for ranking in rankings], axis=1)
+    scores = np.concatenate([ranking.scores for ranking in rankings], axis=1)
+    order = np.lexsort((rows, -scores), axis=1)[:, :k]
+    return Ranking(np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1))
+
+
+def _dense(queries: Array, shard: Array, first: int, best: Ranking) -> Ranking:
+    scores = queries @ shard.T  # [queries, passages]
+    k = min(best.rows.shape[1], scores.shape[1])
+    rows = np.empty((len(scores), k), np.int64)
+    threshold = np.partition(scores, -k, axis=1)[:, -k]
+    for number, row in enumerate(scores):
+        candidates = np.flatnonzero(row >= threshold[number])  # all of a tie, so that the earlier ones win
+        rows[number] = candidates[np.argsort(-row[candidates], kind="stable")[:k]]
+    found = Ranking(rows + first, np.take_along_axis(scores, rows, 1))
+    return best_of([best, found], best.rows.shape[1])
+
+
+def _sparse(queries: sp.csr_matrix, shard: pa.Table, first: int, best: Ranking) -> None:
+    """Search a shard of sparse vectors that follow those in `best`, which changes."""
+    from scaledown.data.retrieval.search_kernels import invert, search_block
+
+    starts, terms, weights = _postings(shard)
+    dimensions = int(shard.schema.metadata[b"dimensions"])
+    for low in range(0, shard.num_rows, _BLOCK):
+        high = min(low + _BLOCK, shard.num_rows)
+        inverted = invert(starts, terms, weights, low, high, dimensions)
+        search_block(queries.indptr, queries.indices, queries.data, *inverted, high - low, first + low, *best)
+
+
+def warn_about_top_k(top_k: int, passages: int) -> None:
+    """Say that fewer passages exist than were asked for."""
+    if top_k > passages:
+        log.warning(
+            "top-k %s is above the %s passages there are: every query gets all of them", top_k, passages
+        )

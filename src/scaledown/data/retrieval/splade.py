@@ -1,0 +1,369 @@
+"""Text -> sparse vectors over the vocabulary: SPLADE (Formal et al. 2021, arXiv 2109.10086).
+
+A term's weight is max over the text's tokens of log(1 + relu(logit)). Both functions are monotone, so the
+maximum is taken of the raw logits, in tiles of the vocabulary: batch x length x vocabulary never exists.
+"""
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+
+from scaledown.errors import ModelError
+from scaledown.models import Halving, ModelSource, dtype_to_run, loadable, loading, onto, read_config_file
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("scaledown")
+
+_TEXTS_AT_ONCE: Final = 8
+_TILE_ELEMENTS: Final = 1 << 20  # logits in a tile: they stay in the processor's cache
+_CHECKED_ON: Final = ("How tall is the tower?", "The tower is 330 metres tall. It was built in 1889.")
+_TOLERANCE: Final = {"torch.float32": 1e-3, "torch.bfloat16": 0.2, "torch.float16": 0.05}
+
+
+class SpladeEncoder:
+    """A masked language model with SPLADE pooling.
+
+    The head is ours wherever it is a linear layer over the vocabulary with max pooling, else that of
+    sentence-transformers, which the log says. Only then it is imported: that takes longer than all else here.
+    """
+
+    def __init__(self, source: ModelSource, device: str, dtype: str, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self.halving = Halving("--batch_size")
+        self._model: Any = None
+        reason, parts = _from_files(source, device, dtype)
+        if parts is None:
+            self._model = _from_sentence_transformers(source, device, dtype)
+            reason, parts = _parts_of(self._model)
+        self._fast: _Fast | None = None
+        if parts is not None:
+            reason, self._fast = _fast(parts)
+        if self._fast is None:
+            parts = None  # else the model would be there twice while it is loaded again
+            log.info("retriever: the fast SPLADE head does not serve it (%s)", reason)
+            self._model = self._model or _from_sentence_transformers(source, device, dtype)
+
+    def documents(
+        self,
+        texts: Sequence[str],
+        advance: Callable[[int], None],
+        tokens: Sequence[np.ndarray[Any, Any]] | None = None,
+    ) -> sp.csr_matrix:
+        """Vectors of documents, float32 [texts, vocabulary]; `tokens` are their ids where they are known."""
+        if self._fast:
+            return self._encode_fast(texts, advance, tokens)
+        return self._encode(self._model.encode_document, texts, advance)
+
+    def queries(self, texts: Sequence[str], advance: Callable[[int], None]) -> sp.csr_matrix:
+        """Vectors of queries, float32 [texts, vocabulary]."""
+        if self._fast:
+            return self._encode_fast(texts, advance, None)
+        return self._encode(self._model.encode_query, texts, advance)
+
+    def _encode_fast(
+        self,
+        texts: Sequence[str],
+        advance: Callable[[int], None],
+        tokens: Sequence[np.ndarray[Any, Any]] | None,
+    ) -> sp.csr_matrix:
+        fast = self._fast
+        assert fast is not None  # noqa: S101  # for the type checker
+        ids = fast.tokenised(texts) if tokens is None else tokens
+        order = by_length(ids)
+
+        def encode(batch: Sequence[int]) -> sp.csr_matrix:
+            return fast.encode([ids[i] for i in batch])
+
+        return self._batches(encode, order, advance)
+
+    def _encode(
+        self, encode: Callable[..., Any], texts: Sequence[str], advance: Callable[[int], None]
+    ) -> sp.csr_matrix:
+        def encode_batch(batch: Sequence[int]) -> sp.csr_matrix:
+            coo = encode(
+                [texts[i] for i in batch],
+                batch_size=len(batch),
+                show_progress_bar=False,
+                convert_to_tensor=True,
+                convert_to_sparse_tensor=True,
+                save_to_cpu=True,
+            ).coalesce()
+            row, column = coo.indices().numpy()
+            return sp.csr_matrix((coo.values().float().numpy(), (row, column)), shape=coo.shape)
+
+        return self._batches(encode_batch, by_length(texts), advance)
+
+    def _batches(
+        self,
+        encode: Callable[[Sequence[int]], sp.csr_matrix],
+        order: np.ndarray[Any, Any],
+        advance: Callable[[int], None],
+    ) -> sp.csr_matrix:
+        parts = []
+        for start in range(0, len(order), self._batch_size):
+            batch = order[start : start + self._batch_size]
+            parts += self.halving(encode, batch)  # type: ignore[arg-type]
+            advance(len(batch))
+        return sp.vstack(parts, format="csr")[np.argsort(order)]
+
+
+class _Fast(NamedTuple):
+    """A masked language model whose decoder passes its input on, and that decoder's weights."""
+
+    model: Any
+    tokenizer: Any
+    weight: "torch.Tensor"  # [vocabulary, hidden]
+    bias: "torch.Tensor | None"  # [vocabulary]
+    before: list[int]  # special tokens around a text
+    after: list[int]
+    longest: int
+    twice: bool  # a second log1p, as in OpenSearch's models (arXiv 2504.14839)
+
+    def tokenised(self, texts: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+        """Token ids of each text, without special tokens."""
+        encoded = self.tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        return [np.asarray(ids, np.int64) for ids in encoded["input_ids"]]
+
+    def encode(self, tokens: Sequence[np.ndarray[Any, Any]]) -> sp.csr_matrix:
+        """Vectors, float32 [texts, vocabulary], of texts given by their token ids."""
+        import torch
+
+        room = self.longest - len(self.before) - len(self.after)
+        lengths = [min(len(ids), room) + len(self.before) + len(self.after) for ids in tokens]
+        padded = np.full((len(tokens), max(lengths)), self.tokenizer.pad_token_id or 0, np.int64)
+        for row, (ids, length) in enumerate(zip(tokens, lengths, strict=True)):
+            padded[row, :length] = [*self.before, *ids[:room].tolist(), *self.after]
+        device = self.weight.device
+        with torch.inference_mode():
+            real = torch.tensor(lengths, device=device)
+            batch = torch.from_numpy(padded).to(device)  # [batch, longest]
+            mask = torch.arange(batch.shape[1], device=device) < real[:, None]  # [batch, longest]
+            hidden = self.model(input_ids=batch, attention_mask=mask.long()).logits  # [batch, longest, width]
+            if hidden.dtype is torch.float16 and not hidden.isfinite().all():  # a maximum may pass over it
+                raise ModelError("the retriever's states are too large for float16: give --dtype float32")
+            logits = max_logits(hidden, real, self.weight, self.bias)  # [batch, vocabulary]
+            weights = logits.relu_().log1p_()
+            if self.twice:
+                weights = weights.log1p_()
+            places = weights.nonzero(as_tuple=True)
+            column, values = places[1].cpu().numpy(), weights[places].cpu().numpy()
+            counts = torch.bincount(places[0], minlength=len(tokens)).cpu().numpy()
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        return sp.csr_matrix((values, column.astype(np.int32), starts), shape=weights.shape)
+
+
+def max_logits(
+    hidden: "torch.Tensor", length: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor | None"
+) -> "torch.Tensor":
+    """max over tokens of `hidden @ weight.T + bias`, float32 [batch, vocabulary].
+
+    `hidden` is [batch, longest, width], of which `length` [batch] tokens are real; `weight` is
+    [vocabulary, width]. On CUDA with Triton the logits are never written to memory (after Sparton, arXiv
+    2603.25011).
+    """
+    fused = _fused(hidden.device, hidden.dtype, hidden.shape[2]) if hidden.is_cuda else None
+    return (fused or max_logits_tiled)(hidden, length, weight, bias)
+
+
+@functools.cache
+def _fused(device: "torch.device", dtype: "torch.dtype", width: int) -> Callable[..., "torch.Tensor"] | None:
+    """The CUDA kernel, if Triton is there, and compiles it for such states so that it is right."""
+    import torch
+
+    try:
+        from scaledown.data.retrieval.splade_triton import max_logits_fused
+
+        probe = torch.ones(2, 2, width, device=device, dtype=dtype)
+        found = max_logits_fused(probe, torch.full([2], 2, device=device), probe[0], None)
+        reason = "" if (found == width).all() else "it computes something else"
+    except Exception as error:  # whatever a compiler or a driver does
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        log.warning("the SPLADE head runs in tiles instead of one kernel, which is slow (%s)", reason)
+        return None
+    return max_logits_fused
+
+
+def max_logits_tiled(
+    hidden: "torch.Tensor", length: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor | None"
+) -> "torch.Tensor":
+    """`max_logits` by plain products: some texts and a tile of the vocabulary at a time.
+
+    Texts are best sorted by length: the padding that they do not share is left out, the rest repeats the
+    first token.
+    """
+    import torch
+
+    width = hidden.shape[2]
+    result = torch.empty(len(hidden), len(weight), dtype=torch.float32, device=hidden.device)
+    space = hidden.new_empty(0)  # kept for all tiles: fresh memory costs as much as the product
+    for low in range(0, len(hidden), _TEXTS_AT_ONCE):
+        real = length[low : low + _TEXTS_AT_ONCE]
+        longest = int(real.max())
+        texts = hidden[low : low + _TEXTS_AT_ONCE, :longest]
+        padding = torch.arange(longest, device=hidden.device) >= real[:, None]  # [texts, longest]
+        rows = torch.where(padding[..., None], texts[:, :1], texts).view(
+            -1, width
+        )  # [texts * longest, width]
+        tile = min(4096, max(256, _TILE_ELEMENTS // len(rows) // 64 * 64))
+        if len(space) < len(rows) * tile:
+            space = hidden.new_empty(len(rows) * tile)
+        for start in range(0, len(weight), tile):
+            terms = weight[start : start + tile]
+            product = space[: len(rows) * len(terms)].view(len(rows), len(terms))
+            torch.mm(rows, terms.T, out=product)
+            best = product.view(len(texts), longest, -1).amax(1)  # [texts, tile]
+            result[low : low + _TEXTS_AT_ONCE, start : start + tile] = best
+    return result if bias is None else result.add_(bias)
+
+
+class _Parts(NamedTuple):
+    """What makes a text a vector, by max pooling."""
+
+    model: Any
+    """A masked language model."""
+    tokenizer: Any
+    longest: int
+    twice: bool
+
+
+# What sentence-transformers keeps of a model; with other values than these it does more than we do.
+_KNOWN: Final[dict[str, tuple[Any, ...]]] = {
+    "do_lower_case": (False, None),
+    "transformer_task": ("fill-mask",),
+    "query_length": (None,),
+    "document_length": (None,),
+    "query_expansion": (None,),
+    "processing_kwargs": (None, {}),
+}
+_IRRELEVANT: Final = {"max_seq_length", "modality_config", "module_output_name", "unpad_inputs"}
+_POOLING: Final = "1_SpladePooling"
+_TASKS: Final = (".MLMTransformer", ".Transformer")
+
+
+def _from_files(source: ModelSource, device: str, dtype: str) -> tuple[str, _Parts | None]:
+    """The parts of a bare masked language model, or of one that sentence-transformers saved with max pooling.
+
+    None, and the reason, where its files tell of something else.
+    """
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    modules = read_config_file(source, "modules.json")
+    pooling = (read_config_file(source, f"{_POOLING}/config.json") or {}) if modules else {}
+    kept = read_config_file(source, "sentence_bert_config.json") or {}
+    whole = read_config_file(source, "config_sentence_transformers.json") or {}
+    if modules:
+        first, second = [*modules, {}, {}][:2]
+        if len(modules) != 2 or not str(second.get("type")).endswith(".SpladePooling"):
+            return "its modules are not a masked language model and SPLADE pooling", None
+        is_known = first.get("path") == "" and second.get("path") == _POOLING
+        if not is_known or not str(first.get("type")).endswith(_TASKS):
+            return "its modules are of another kind", None
+    if pooling.get("pooling_strategy", "max") != "max":
+        return f"its pooling is {pooling['pooling_strategy']}", None
+    if any((whole.get("prompts") or {}).values()) or whole.get("max_active_dims"):
+        return "it has prompts or a limit of active terms", None
+    for name, value in kept.items():
+        if name not in _IRRELEVANT and value not in _KNOWN.get(name, ()):
+            return f"its {name} is {value}", None
+    name, pinned = loadable(source)
+    with loading(source):
+        tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
+        model = AutoModelForMaskedLM.from_pretrained(
+            name, dtype=dtype_to_run(dtype, device), **pinned, **onto(device)
+        ).eval()
+    longest = kept.get("max_seq_length")
+    if longest is None:
+        positions = getattr(model.config, "max_position_embeddings", -1)
+        longest = min(tokenizer.model_max_length, positions if positions != -1 else math.inf)
+    return "", _Parts(model, tokenizer, longest, pooling.get("activation_function") == "log1p_relu")
+
+
+def _from_sentence_transformers(source: ModelSource, device: str, dtype: str) -> Any:
+    from sentence_transformers import SparseEncoder
+
+    name, pinned = loadable(source)
+    arguments: dict[str, Any] = {"model_kwargs": {"dtype": dtype_to_run(dtype, device)}}
+    with loading(source):
+        return SparseEncoder(name, device=device, **pinned, **arguments)
+
+
+def _parts_of(model: Any) -> tuple[str, _Parts | None]:
+    """The parts of a `SparseEncoder`. None, and the reason, where it does something else."""
+    from sentence_transformers.sparse_encoder.modules import SpladePooling
+
+    modules = list(model)
+    if len(modules) != 2 or not isinstance(modules[1], SpladePooling):
+        return "its modules are not a masked language model and SPLADE pooling", None
+    if modules[1].pooling_strategy != "max":
+        return f"its pooling is {modules[1].pooling_strategy}", None
+    if any(model.prompts.values()) or model.max_active_dims:
+        return "it has prompts or a limit of active terms", None
+    masked = getattr(modules[0], "auto_model", None)
+    if not hasattr(masked, "get_output_embeddings"):
+        return "its first module is no masked language model", None
+    longest = model.max_seq_length or model.tokenizer.model_max_length
+    return "", _Parts(masked, model.tokenizer, longest, modules[1].activation_function == "log1p_relu")
+
+
+def _fast(parts: _Parts) -> tuple[str, _Fast | None]:
+    """Why the fast head does not serve a model, or the head. The model's decoder is then switched off."""
+    tokenizer, masked = parts.tokenizer, parts.model
+    decoder = masked.get_output_embeddings()
+    weight = getattr(decoder, "weight", None)
+    if weight is None or weight.ndim != 2:
+        return "its last layer is not a linear one over the vocabulary", None
+    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    place = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)
+    if place is None or tokenizer.padding_side != "right":
+        return "its tokenizer adds more than tokens around the text", None
+    fast = _Fast(
+        model=masked,
+        tokenizer=tokenizer,
+        weight=decoder.weight.detach(),
+        bias=None if getattr(decoder, "bias", None) is None else decoder.bias.detach(),
+        before=whole[:place],
+        after=whole[place + len(bare) :],
+        longest=parts.longest,
+        twice=parts.twice,
+    )
+    expected = [_obvious(parts, text) for text in _CHECKED_ON]
+    decoder.forward = lambda hidden: hidden
+    try:
+        found = fast.encode(fast.tokenised(_CHECKED_ON)).toarray()
+        difference = abs(np.stack(expected) - found).max()
+        if difference <= _TOLERANCE[str(decoder.weight.dtype)]:
+            return "", fast
+        reason = f"its vectors differ by {difference:.2g}"
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a foreign model does
+        reason = f"{type(error).__name__}: {error}"
+    del decoder.forward
+    return reason, None
+
+
+def _obvious(parts: _Parts, text: str) -> np.ndarray[Any, Any]:
+    """The vector of one text by the definition, [vocabulary]."""
+    import torch
+
+    read = parts.tokenizer(text, return_tensors="pt")
+    with torch.inference_mode():
+        ids, mask = (read[name].to(parts.model.device) for name in ("input_ids", "attention_mask"))
+        weights = parts.model(input_ids=ids, attention_mask=mask).logits[0].amax(0).float().relu().log1p()
+        found: np.ndarray[Any, Any] = (weights.log1p() if parts.twice else weights).cpu().numpy()
+    return found
+
+
+def by_length(texts: Sequence[Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The order from longest to shortest: batches of similar length, and too little memory shows early."""
+    return np.argsort([-len(text) for text in texts], kind="stable")

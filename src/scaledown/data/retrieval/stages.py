@@ -1,0 +1,366 @@
+"""Queries + corpus -> ranked passages, by SPLADE or by a dense bi-encoder."""
+
+import contextlib
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import scipy.sparse as sp
+
+from scaledown.config.prepare import PrepareConfig
+from scaledown.data.input.corpus import PassageTable
+from scaledown.data.retrieval.encoders import Encoder
+from scaledown.data.retrieval.index import (
+    Array,
+    Ranking,
+    Vectors,
+    check_finite,
+    nothing,
+    pack,
+    search,
+    warn_about_top_k,
+)
+from scaledown.data.retrieval.seismic import CARES, Care, SeismicIndex, recall
+from scaledown.errors import InputError, ScaleDownError
+from scaledown.records import full_text
+from scaledown.run.executor import threads_here
+from scaledown.run.progress import no_progress, track
+from scaledown.run.stage import Stage, together
+
+log = logging.getLogger("scaledown")
+
+Check: TypeAlias = Callable[[], None]
+Find: TypeAlias = Callable[[Vectors, int, Callable[[float], None]], Ranking]
+
+_QUERIES_AT_ONCE: Final = 4096
+_COMPARED: Final = 256  # queries whose candidates' texts are compared at once
+_PLACES: Final = 1 << 22  # of rankings that are held where search goes deeper
+_COLLAPSED: Final = b"collapsed"
+_SAMPLED: Final = 256  # queries on which the recall of approximate search is measured
+_BYTES_A_QUERY: Final = 2048  # some hundred terms, twice
+_BYTES_A_RESULT: Final = 12  # a row and a score
+_UNPACKED: Final = 5  # a shard in memory, against its size on disk: terms, float32 weights, and both by term
+
+
+def encode_passages(
+    stage: Stage, passages: Stage, load: Callable[[], Encoder], weights: str, make: Callable[[Check], None]
+) -> None:
+    """Encode each shard of passages into a shard of vectors, while `make` still makes further passages.
+
+    `make` runs in a thread of its own and calls the `Check` it is given, which raises when it shall stop.
+    """
+    if stage.done():
+        return
+    with track("vectors", "passages", _total(passages) if passages.done() else None, stage=stage) as tracker:
+
+        def work(shard: int) -> pa.Table:
+            table = passages.table(shard)
+            rows = table.select(["title", "text"]).to_pylist()
+            texts = [full_text(row["title"], row["text"]) for row in rows]
+            encoder = load()
+            with stage.noting(shard, lambda: encoder.halving.count):
+                vectors = encoder.documents(texts, tracker.advance, TokenLists(table.column("tokens")))
+            return pack(vectors, weights)
+
+        with _behind(make) as check:
+            stage.complete_behind(
+                passages, work, check, lambda like, shard: nothing(like, passages.table(shard).num_rows)
+            )
+        tracker.total = _total(passages)
+    rows = passages.finished().rows
+    counts = {"passages": sum(rows)}
+    if "terms" in stage.table(0).column_names:
+        counts["postings"] = sum(_postings(stage.table(shard)) for shard in range(len(rows)))
+    stage.finish(rows, counts)
+
+
+def _postings(shard: pa.Table) -> int:
+    ends = shard.column("terms").chunk(0).offsets
+    return int(ends[-1].as_py() - ends[0].as_py())
+
+
+class TokenLists(Sequence[Array]):
+    """A column of lists as NumPy arrays, without copies."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        lists = column.combine_chunks()
+        self._starts = lists.offsets.to_numpy()
+        self._values = lists.values.to_numpy()
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._values[self._starts[row] : self._starts[row + 1]]
+
+
+@contextlib.contextmanager
+def _behind(make: Callable[[Check], None]) -> Iterator[Check]:
+    """Run `make` in a thread; gives a function that raises what went wrong there."""
+    leave = threading.Event()
+
+    def check() -> None:
+        if leave.is_set():
+            raise _Left
+
+    with ThreadPoolExecutor(1) as executor:
+        making = executor.submit(make, check)
+        try:
+            yield lambda: making.result() if making.done() else None
+            making.result()
+        finally:
+            leave.set()
+
+
+class _Left(ScaleDownError):  # noqa: N818 (it is no fault of the work's)
+    """Whoever needed this work has gone."""
+
+
+def retrieve(
+    stage: Stage,
+    queries: Stage,
+    passages: Stage,
+    vectors: Stage,
+    load: Callable[[], Encoder],
+    *,
+    config: PrepareConfig,
+    approximate: Callable[[float], SeismicIndex],
+) -> None:
+    """Rank the passages for each shard of queries: query, rows of passages and scores, best first.
+
+    The same text is one candidate of a query, however many passages have it (see `distinct`).
+
+    So many shards of queries are searched together as `--search_memory` allows, at most 4,096 queries (of
+    approximate search, 65,536): that is what a crash can cost, and reading the vectors is then a small part
+    of searching them.
+    """
+    if stage.done():
+        return
+    rows = queries.finished().rows
+    warn_about_top_k(config.top_k_retrieval, searched(vectors))
+    done = sum(count for shard, count in enumerate(rows) if stage.has(shard))
+    plan = SearchPlan.of(vectors, config, len(config.part.of(len(rows))))
+    top_k = config.top_k_retrieval
+    exact = functools.partial(_exact, vectors, plan.threads)
+    find: Find = exact
+    depth = top_k + top_k // 4  # in one go, so that the same text seldom needs a second
+    if config.search == "approximate":
+        index = approximate(config.search_memory)
+        sample = functools.cache(lambda: _sample(queries, load))
+        care = _care(stage, index, exact, sample, config)
+        find, depth = functools.partial(_approximate, index, care, exact), top_k
+    with track("retrieve", "queries", sum(rows), done, stage) as tracker:
+
+        def work(group: range) -> list[pa.Table]:
+            tables = [queries.table(shard) for shard in group]
+            encoder = load()
+            with stage.noting(group.start, lambda: encoder.halving.count):
+                encoded = [
+                    encoder.queries(table.column("query").to_pylist(), no_progress) for table in tables
+                ]
+            count = sum(table.num_rows for table in tables)
+            before = tracker.done
+            together = _stacked(encoded)
+            ranking = find(
+                together, depth, lambda share: tracker.advance(before + int(share * count) - tracker.done)
+            )
+
+            def deeper(some: Sequence[int], more: int) -> Ranking:
+                return find(together[some], more, no_progress)
+
+            found = distinct(ranking, top_k, searched(vectors), PassageTable(passages), deeper)
+            made, first = [], 0
+            for table in tables:
+                own = found[first : first + table.num_rows]
+                made.append(candidates_table(table, own))
+                first += table.num_rows
+            return made
+
+        whole = stage.complete_together(len(rows), plan.shards_at_once, work)
+    if whole:
+        rows = stage.made()
+        counts = {"queries": sum(rows), "candidates": 0, "collapsed": 0}
+        for table in map(stage.table, range(len(rows))):
+            counts["candidates"] += len(table.column("rows").combine_chunks().flatten())
+            counts["collapsed"] += int((table.schema.metadata or {}).get(_COLLAPSED, 0))
+        stage.finish(rows, {name: count for name, count in counts.items() if count or name != "collapsed"})
+
+
+class Candidates(NamedTuple):
+    """The passages found for a query, best first."""
+
+    rows: Array
+    scores: Array
+    collapsed: int = 0
+    """Passages left out because one that ranks above them has the same text."""
+
+
+def distinct(
+    ranking: Ranking,
+    top_k: int,
+    most: int,
+    texts: PassageTable,
+    deeper: Callable[[Sequence[int], int], Ranking],
+) -> list[Candidates]:
+    """The `top_k` best passages of each query whose texts differ; of the same text the first.
+
+    Where a `ranking` has fewer, `deeper` ranks more passages for some of the queries, given by their places,
+    until there are enough or `most`, which are all, were looked at.
+    """
+    found: list[Candidates] = [Candidates(*own) for own in zip(ranking.rows, ranking.scores, strict=True)]
+
+    def keep(places: Sequence[int], ranking: Ranking) -> list[int]:
+        """Keep what differs; gives the places of queries that need more."""
+        short = []
+        for start in range(0, len(places), _COMPARED):
+            block = slice(start, start + _COMPARED)
+            names = texts.same(np.unique(ranking.rows[block]))
+            parts = (places[block], ranking.rows[block], ranking.scores[block])
+            for place, rows, scores in zip(*parts, strict=True):
+                _, first = np.unique([names[row] for row in rows.tolist()], return_index=True)
+                kept = np.sort(first)[:top_k]
+                last = int(kept[-1]) + 1 if len(kept) == top_k else len(rows)
+                found[place] = Candidates(rows[kept], scores[kept], last - len(kept))
+                if len(kept) < min(top_k, most) and len(rows) < most:
+                    short.append(place)
+        return short
+
+    short, depth = keep(range(len(found)), ranking), ranking.rows.shape[1]
+    while short:
+        depth = min(2 * depth, most)
+        at_once = max(1, _PLACES // depth)
+        groups = [short[start : start + at_once] for start in range(0, len(short), at_once)]
+        short = [place for group in groups for place in keep(group, deeper(group, depth))]
+    return found
+
+
+def _stacked(parts: Sequence[Vectors]) -> Vectors:
+    for part in parts:
+        check_finite(part)
+    return sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
+
+
+def _exact(
+    vectors: Stage, threads: int, encoded: Vectors, top_k: int, advance: Callable[[float], None]
+) -> Ranking:
+    rows = vectors.finished().rows
+    shards = [
+        None if vectors.absent(shard) else functools.partial(vectors.table, shard, check=True)
+        for shard in range(len(rows))
+    ]
+    return search(encoded, shards, rows, top_k, threads=threads, advance=advance)
+
+
+def _care(
+    stage: Stage, index: SeismicIndex, exact: Find, sample: Callable[[], Vectors], config: PrepareConfig
+) -> Care:
+    """The least care with which approximate search reaches `--min_recall` on a sample of the queries.
+
+    What was measured is in the stage's journal. Raises `InputError` when no care is enough.
+    """
+    index.build()
+    top_k = config.top_k_retrieval
+    with stage.lease("recall", wait=True):
+        known = [event for event in stage.journal() if "recall" in event]
+        if known and known[-1]["recall"] >= config.min_recall:
+            return Care(known[-1]["query_cut"], known[-1]["heap_factor"])
+        best = exact(sample(), top_k, no_progress)
+        count = len(best.rows)
+        for care in CARES:
+            found = recall(_approximate(index, care, exact, sample(), top_k, no_progress), best)
+            if found >= config.min_recall:
+                log.info("approximate search: recall@%s %.4f on %s queries", top_k, found, count)
+                stage.note({"recall": round(found, 6), "sample": count, **care._asdict()})
+                return care
+    raise InputError(
+        f"--search approximate: recall@{top_k} is {found:.4f} on {count} queries, below --min_recall "
+        f"{config.min_recall:g}: use --search exact, or lower the flag"
+    )
+
+
+def _approximate(  # noqa: PLR0917
+    index: SeismicIndex,
+    care: Care,
+    exact: Find,
+    encoded: Vectors,
+    top_k: int,
+    advance: Callable[[float], None],
+) -> Ranking:
+    ranking = index.search(encoded, top_k, care)
+    # Where few passages share a term with the query, the rest follow as in exact search.
+    short = np.flatnonzero((ranking.rows < 0).any(axis=1))
+    if len(short):
+        filled = exact(encoded[short], top_k, no_progress)
+        width = filled.rows.shape[1]
+        ranking = Ranking(ranking.rows[:, :width], ranking.scores[:, :width])
+        ranking.rows[short], ranking.scores[short] = filled
+    advance(1.0)
+    return ranking
+
+
+def _sample(queries: Stage, load: Callable[[], Encoder]) -> Vectors:
+    """Vectors of queries evenly spread over all."""
+    rows = queries.finished().rows
+    wanted = np.unique(np.linspace(0, sum(rows) - 1, min(sum(rows), _SAMPLED)).astype(int))
+    ends = np.cumsum(rows)
+    texts = []
+    for shard in range(len(rows)):
+        first = ends[shard] - rows[shard]
+        own = wanted[(wanted >= first) & (wanted < ends[shard])] - first
+        if len(own):
+            texts += queries.table(shard).column("query").take(pa.array(own)).to_pylist()
+    return load().queries(texts, no_progress)
+
+
+class SearchPlan(NamedTuple):
+    """How a search keeps within `--search_memory`."""
+
+    threads: int
+    shards_at_once: int
+
+    @classmethod
+    def of(cls, vectors: Stage, config: PrepareConfig, shards: int) -> "SearchPlan":
+        """Half of the memory for the vectors (a shard per thread, or Seismic's), half for queries, top k.
+
+        `shards` of queries are to be searched, by all workers together.
+        """
+        half = config.search_memory * 1e9 / 2
+        rows = vectors.finished().rows
+        shard = max(vectors.size(number) for number in range(len(rows)))
+        dense = "dense" in vectors.table(0).column_names  # whose products use all cores by themselves
+        threads = 1 if dense else int(max(1, min(threads_here(), half // (_UNPACKED * shard))))
+        per_query = config.top_k_retrieval * _BYTES_A_RESULT * (threads + 2) + _BYTES_A_QUERY
+        per_query += max(rows) * 4 if dense else 0
+        most = _QUERIES_AT_ONCE * (16 if config.search == "approximate" else 1)  # loading costs more
+        queries = min(most, half / per_query)
+        at_once = int(max(1, queries // config.queries_per_shard))
+        # The last bits of dense scores depend on how many are searched together.
+        return cls(threads, at_once if dense else together(shards, at_once))
+
+
+def candidates_table(queries: pa.Table, found: Sequence[Candidates]) -> pa.Table:
+    """Columns query_id, query, rows list<int64>, scores list<float32>."""
+    table = pa.table(
+        {
+            "query_id": queries.column("query_id"),
+            "query": queries.column("query"),
+            "rows": pa.array([own.rows for own in found], pa.list_(pa.int64())),
+            "scores": pa.array([own.scores for own in found], pa.list_(pa.float32())),
+        }
+    )
+    collapsed = sum(own.collapsed for own in found)
+    return table.replace_schema_metadata({_COLLAPSED: str(collapsed)}) if collapsed else table
+
+
+def searched(vectors: Stage) -> int:
+    """Passages that can be found: all but those of shards that were given up."""
+    return sum(rows for shard, rows in enumerate(vectors.finished().rows) if not vectors.absent(shard))
+
+
+def _total(stage: Stage) -> int:
+    return sum(stage.finished().rows)

@@ -1,0 +1,1 @@
+"""What surrounds the stages of a run: its inputs, its result, its workers, its summary."""

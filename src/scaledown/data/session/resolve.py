@@ -1,0 +1,93 @@
+"""What a run reads, found before any work: corpus, queries and models; none is loaded."""
+
+import logging
+from pathlib import Path
+
+from scaledown.config.prepare import PrepareConfig
+from scaledown.data.build_index import find_corpus
+from scaledown.data.cleaning.decontaminate import Cleaner
+from scaledown.data.input.files import Source, locate, passed_over, sources
+from scaledown.data.input.queries import query_files
+from scaledown.data.manifest import Sources
+from scaledown.data.prompts import load_template
+from scaledown.data.reranker import resolve_reranker
+from scaledown.data.retrieval.encoders import is_sparse
+from scaledown.data.retrieval.seismic import seismic
+from scaledown.data.teacher.api import check_teacher, find_teacher
+from scaledown.data.teacher.base import Engine
+from scaledown.errors import UsageError
+from scaledown.models import resolve
+from scaledown.run.outputs import check_apart, lies_in
+from scaledown.urls import is_url
+
+log = logging.getLogger("scaledown")
+
+
+def find(config: PrepareConfig) -> Sources:
+    """Find inputs and models; whatever is missing fails here, before any work."""
+    corpus, queries = find_inputs(config)
+    if not config.reranks and config.reranker_model != PrepareConfig.reranker_model:
+        log.warning("--reranker_model is not used: add --enable_reranking or --top_k_reranking")
+    load_template(config.prompt)
+    engine = Engine.of(config)
+    retriever, teacher = resolve(config.retriever_model), find_teacher(config.teacher_model, engine)
+    second = find_teacher(config.second_teacher_model, engine) if config.second_teacher_model else None
+    if config.search == "approximate":
+        seismic()
+        if not is_sparse(retriever):
+            raise UsageError("--search approximate is for sparse vectors: use --search exact")
+    for model in filter(None, (teacher, second)):
+        check_teacher(model, load_in_8bit=config.teacher_8bit, load_in_4bit=config.teacher_4bit)
+    return Sources(
+        retriever=retriever,
+        reranker=resolve_reranker(config.reranker_model) if config.reranks else None,
+        teacher=teacher,
+        second_teacher=second,
+        corpus=corpus,
+        queries=queries,
+        evaluation=evaluation_files(config),
+        passed_over=_passed_over(config, corpus),
+    )
+
+
+def _passed_over(config: PrepareConfig, corpus: Source) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {"--corpus_path": passed_over(corpus, "--corpus_path")}
+    for flag, names in (("--queries_file", config.queries_file), ("--decontaminate", config.decontaminate)):
+        found[flag] = {}
+        for name in names:
+            source = locate(name, flag)
+            here = passed_over(source, flag)
+            found[flag] |= {f"{source}/{file}": reason for file, reason in here.items()}
+    return {flag: files for flag, files in found.items() if files}
+
+
+def find_inputs(config: PrepareConfig, *, fetch: bool = True) -> tuple[Source, list[Source]]:
+    """The corpus, and what queries are read from; MS MARCO's only with `fetch`."""
+    corpus = find_corpus(config)
+    output, run = config.output_file, config.work_dir or f"{config.output_file}.work"
+    written = {"--output_file": output, "the run directory": run}
+    if config.index_dir:
+        written["--index_dir"] = config.index_dir
+        if lies_in(config.index_dir, run) and lies_in(run, config.index_dir):
+            raise UsageError(f"--index_dir {config.index_dir} is the run directory: name another folder")
+    given = (str(corpus), *config.queries_file, *config.decontaminate, config.query_dataset)
+    for read in filter(None, given):
+        if not is_url(read) and not Path(read).is_dir():
+            continue
+        for what, path in written.items():
+            check_apart(what, path, [read])
+    queries = query_files(config, fetch=fetch)
+    Cleaner(config).check()
+    check_apart("--output_file", output, (corpus, *queries, *evaluation_files(config)))
+    check_apart("--metrics_file", config.metrics_file, (corpus, *queries, *evaluation_files(config)))
+    if lies_in(output, run):
+        raise UsageError(f"--output_file {output} lies in the run directory: put it elsewhere")
+    if (folder := Path(config.query_dataset)).is_dir() and config.query_dataset:
+        queries.append(folder)
+    return corpus, queries
+
+
+def evaluation_files(config: PrepareConfig) -> list[Source]:
+    """The files that `--decontaminate` names. Raises `InputError` for one that is not there."""
+    flag = "--decontaminate"
+    return [path for name in config.decontaminate for path in sources(locate(name, flag), flag)]

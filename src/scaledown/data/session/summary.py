@@ -1,0 +1,131 @@
+"""What a finished run tells: counts and seconds of each stage, three examples, the next command."""
+
+import itertools
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from scaledown.config.prepare import PrepareConfig
+from scaledown.data.build_index import stage_line
+from scaledown.data.input.training_files import entries
+from scaledown.data.planning.plan import compared, planned_seconds
+from scaledown.errors import one_line
+from scaledown.records import Example
+from scaledown.run.locations import output_of, run_of
+from scaledown.run.progress import duration
+from scaledown.run.stage import StageResult
+from scaledown.urls import is_url
+
+_NAMED: Final = 5  # files that are passed over; all are in the manifest
+
+
+class Result(NamedTuple):
+    """A finished run: its output, how many records that has, what each stage counted, what was set aside.
+
+    An output behind a URL is in the mirror at `output` if this machine wrote or read it.
+    """
+
+    output: Path
+    examples: int
+    stages: dict[str, StageResult]
+    quarantined: int
+    already_done: bool = False
+    given_up: int = 0
+    """Shards that workers died of, again and again."""
+    documents: Sequence[int] = ()
+    """The least and the most of a record; nothing where a version of before made it."""
+    missing: int = 0
+    """Shards of queries that other parts of the run have to make yet; there is no output until then."""
+
+
+def summary(result: Result, config: PrepareConfig) -> str:
+    """What a finished command prints: counts and seconds of each stage, three examples, the next command."""
+    if result.missing:
+        return (
+            f"part {config.shard} is done; {result.missing:,} shards of other parts are to come: the part "
+            f"that ends last writes {output_of(config)}"
+        )
+    lines = []
+    if result.already_done:
+        lines.append("nothing to do: this run is finished")
+    each = " to ".join(f"{number:,}" for number in sorted({*result.documents}))
+    lines.append(
+        f"{output_of(config)}: {result.examples:,} examples{f', {each} documents each' * bool(each)}"
+    )
+    lines.append("")
+    planned = planned_seconds(config)
+    for name, stage in result.stages.items():
+        said = duration(planned[name]) if name in planned else "unknown"
+        lines.append(stage_line(name, stage, f"   planned {said:>10}" if planned else ""))
+    if planned:
+        lines += ["", compared(planned, result.stages)]
+    for told in _missing(result, config):
+        lines += ["", told]
+    if config.top_k_reranking and not config.enable_reranking:
+        lines += ["", "the reranker's scores are kept: --enable_reranking adds them without scoring again"]
+    lines.append("")
+    if result.output.exists():
+        records = (entry.record for entry in itertools.islice(entries(result.output), 3))
+        for number, record in enumerate(records, 1):
+            lines += _shown(number, record)
+    if (report := run_of(config).root / "report.html").exists():
+        lines.append(f"look: {report}")
+    lines.append(f"next: {program_name()} {_training(config)}")
+    return "\n".join(lines)
+
+
+def _missing(result: Result, config: PrepareConfig) -> Iterator[str]:
+    """What is not in the output, and where each is told with its reason."""
+    run = run_of(config)
+    where = run.shown(run.root / "quarantine")
+    if result.given_up:
+        shards = "1 shard was" if result.given_up == 1 else f"{result.given_up:,} shards were"
+        yield f"given up: {shards} the death of each worker, see {where}"
+    if result.quarantined:
+        yield f"set aside: {result.quarantined:,} lines or queries, each with its reason, in {where}"
+    manifest = run.read_json(run.root / "manifest.json") or {}
+    for flag, files in (manifest.get("passed_over") or {}).items():
+        named = [one_line(f"{name} ({reason})") for name, reason in itertools.islice(files.items(), _NAMED)]
+        yield f"passed over: {len(files):,} of {flag}: {', '.join(named + ['…'] * (len(files) > _NAMED))}"
+
+    def counted(*kinds: str) -> int:
+        return sum(stage.counts.get(kind, 0) for stage in result.stages.values() for kind in kinds)
+
+    if collapsed := counted("collapsed"):
+        yield f"collapsed: {collapsed:,} candidates had the text of one that ranked above them"
+    if left_out := counted("contaminated", "duplicates"):
+        yield f"left out: {left_out:,} queries or answers, each with what it matches, in {where}"
+
+
+def _training(config: PrepareConfig) -> str:
+    """The command that trains on it: a generator that answers like its teacher is the teacher itself."""
+    data = output_of(config)
+    folder = "model" if is_url(config.output_file) else str(data.path.parent / "model")
+    words = ["train", "--train_data", str(data), "--output_dir", folder]
+    if config.teacher_model != PrepareConfig.teacher_model and not config.teacher_endpoint:
+        words += ["--generator_model", config.teacher_model]
+    if config.enable_reranking:
+        words.append("--enable_reranking")
+    return shlex.join(words)
+
+
+def _shown(number: int, example: Example) -> list[str]:
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120) - 15
+    rows = [(f"{number}. query", example["query"]), ("   answer", example["answer"])]
+    scores = example.get("reranking_scores")
+    for place, document in enumerate(example["documents"][:3]):
+        score = f"[{scores[place]:.2f}] " if scores else ""
+        rows.append((f"   document {place + 1}", score + document))
+    return [f"{label:<14} {one_line(text, width)}" for label, text in rows] + [""]
+
+
+def program_name() -> str:
+    """How to call the program here, for commands that are shown."""
+    if shutil.which("scaledown"):
+        return "scaledown"
+    python = Path(sys.executable)
+    here = Path.cwd()
+    return f"{python.relative_to(here) if python.is_relative_to(here) else python} -m scaledown"

@@ -1,0 +1,8 @@
+"""The teacher: who answers the questions from their documents.
+
+`generate_teacher_answers` is the public function; engines lie in `engines`.
+"""
+
+from scaledown.data.teacher.api import generate_teacher_answers
+
+__all__ = ["generate_teacher_answers"]

@@ -1,0 +1,305 @@
+"""The wire: a prompt as a chat completions request, and what the reply says."""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import httpx2
+
+from scaledown.data.logprobs import for_answer, from_server
+from scaledown.data.prompts import Prompt
+from scaledown.data.teacher.base import Generation, Rejection, seed_of
+from scaledown.data.teacher.rate_limit import Fault
+from scaledown.data.teacher.reply import CONTROL, heard
+from scaledown.errors import ModelError, one_line
+from scaledown.records import Answer, Logprobs
+
+log = logging.getLogger("scaledown")
+
+SHORTENINGS: Final = 12
+"""Of one prompt, each by a third of its documents, before it is asked without any."""
+
+_CHARACTERS_A_TOKEN: Final = 4
+_TOO_LONG: Final = re.compile(
+    r"context.{0,20}(length|window|size)|too (long|large|many (input )?tokens)|max_model_len|"
+    r"(maximum|input|prompt|sequence).{0,30}length|tokens.{0,30}exceed|exceed.{0,60}tokens|input tokens|"
+    r"reduce the (length|input|prompt)",
+    re.DOTALL,
+)
+_SYSTEM_ROLE: Final = re.compile(
+    r"system.{0,40}role|role.{0,40}system|conversation roles must alternate", re.DOTALL
+)
+_TEMPERATURE: Final = re.compile(
+    r"temperature.{0,80}(only|default|support|fixed|must be 1\b)|(only|support).{0,80}temperature", re.DOTALL
+)
+# How servers say that an answer ran into its limit; that it may not be, and that it broke off.
+_CUT: Final = re.compile(r"length|(model|max)_length|token_limit|max_\w*tokens")
+_FILTERED: Final = re.compile(r"content_filter\w*|safety|recitation|blocklist|prohibited_content|refusal")
+_BROKEN: Final = re.compile(r"abort(ed)?|error\w*|\w+_error|fail(ed|ure)|cancell?ed|timeout|interrupted")
+# What waiting does not mend. A server may say the same of a minute's quota, with the seconds to wait.
+_SPENT: Final = re.compile(
+    r"insufficient[_ ](quota|balance|credits?|funds)|billing_(hard_limit|not_active)|out of credits|"
+    r"credit balance is too low|account.{0,20}(deactivated|suspended|overdue|in arrears)|"
+    r"exceeded your current quota(?!.*retry)",
+    re.DOTALL,
+)
+_SPENT_STATUS: Final = frozenset({0, 402, 403, 429})
+_THOUGHTS: Final = ("reasoning_content", "reasoning", "thinking")
+_MOST_TOKENS: Final = 1 << 40  # a larger count is none
+
+
+class NoLogprobsError(ValueError):
+    """A reply without the log probabilities that were asked for."""
+
+
+class Draft:
+    """A prompt as it is sent: each document cut to `document_tokens` (0: whole), then shortened further."""
+
+    def __init__(self, prompt: Prompt, document_tokens: int) -> None:
+        most = document_tokens * _CHARACTERS_A_TOKEN
+        self.prompt = prompt
+        plain = [
+            CONTROL.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text) for text in prompt.documents
+        ]
+        self._all = sum(map(len, plain))
+        self.documents = [_head(text, most) if most else text for text in plain]
+        self._shortened = 0
+
+    @property
+    def dropped_tokens(self) -> int:
+        """Characters left out // 4."""
+        left_out = self._all - sum(map(len, self.documents))
+        return left_out // _CHARACTERS_A_TOKEN
+
+    def shorten(self) -> bool:
+        """Cut a third of the documents' text, from the last one; false where nothing is left to cut."""
+        length = sum(map(len, self.documents))
+        self._shortened += 1
+        surplus = length if self._shortened > SHORTENINGS else -(-length // 3)
+        while self.documents and surplus > 0:
+            last = self.documents.pop()
+            if kept := _head(last, len(last) - surplus):
+                self.documents.append(kept)
+            surplus -= len(last) - len(kept)
+        return length > 0
+
+
+class Reply(NamedTuple):
+    """What a completion amounts to, the model that it names, and what it cost in tokens."""
+
+    result: Answer | Rejection | Fault
+    model: str
+    tokens: int
+
+
+class Chat:
+    """How one model is asked over the wire, adapted to what its servers refuse. `secret` is in no message."""
+
+    def __init__(self, model: str, generation: Generation, secret: str) -> None:
+        self.model = model
+        self.logprobs = generation.logprobs
+        """How many are asked for with each token."""
+        self._generation = generation
+        self._secret = secret
+        self._folds_system = False
+        self._own_temperature = False
+        self._limit = "max_tokens"
+
+    def draft(self, prompt: Prompt) -> Draft:
+        """The prompt with as much of its documents as the settings allow."""
+        return Draft(prompt, self._generation.document_tokens)
+
+    def body(self, draft: Draft) -> dict[str, Any]:
+        """The request."""
+        prompt = draft.prompt
+        system, user = prompt.system, prompt.user(draft.documents)
+        if system and self._folds_system:
+            system, user = "", f"{system}\n\n{user}"
+        messages = [{"role": "system", "content": system}] if system else []
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": [*messages, {"role": "user", "content": user}],
+            self._limit: self._generation.max_new_tokens,
+            "temperature": prompt.temperature,
+            "stream": False,
+        }
+        if self._own_temperature:
+            del body["temperature"]
+        if prompt.temperature:
+            body["seed"] = seed_of(self._generation.seed, prompt.key)
+        if self.logprobs:
+            body |= {"logprobs": True, "top_logprobs": self.logprobs}
+        return body
+
+    def adapts(self, body: dict[str, Any], draft: Draft, response: httpx2.Response) -> bool:
+        """Whether a refused request is worth sending again, changed; whatever its server does not know
+        changes in all requests from then on. Raises `ModelError` where `--temperature` has to change.
+        """
+        text, status = response.text.lower(), self.status(response)
+        if status == 400 and "max_completion_tokens" in text and "max_tokens" in body:
+            self._limit = "max_completion_tokens"
+            return True
+        if status == 400 and _SYSTEM_ROLE.search(text) and len(body["messages"]) > 1:
+            log.info("the server knows no system role: its text goes into the user's turn")
+            self._folds_system = True
+            return True
+        if status in {400, 422} and "temperature" in body and _TEMPERATURE.search(text):
+            if self._generation.temperature not in {None, 1.0}:
+                raise ModelError(
+                    f"--temperature {self._generation.temperature:g}: the server of {self.model} refuses it "
+                    f"({self.said(response)}): give --temperature 1"
+                )
+            log.warning("the server takes no temperature but its own (%s): none is sent", self.said(response))
+            self._own_temperature = True
+            return True
+        return status in {400, 413, 422} and bool(_TOO_LONG.search(text)) and draft.shorten()
+
+    def read(self, draft: Draft, response: httpx2.Response) -> Reply:
+        """What is in a reply. Whatever else is odd in it, an answer is one.
+
+        Log probabilities of other tokens than the answer's, such as a model's thoughts, are left out. Raises
+        `NoLogprobsError` for an answer without those that were asked for, `ValueError` for any other reply.
+        """
+        try:
+            reply = response.json()
+            choice = reply["choices"][0]
+            message = choice["message"]
+            thought = any(message.get(name) for name in _THOUGHTS)
+            content = message.get("content") if thought else message["content"]
+            thought |= _holds_thoughts(content)
+            # JSON may hold halves of characters, which no file does.
+            text = _text(content).strip().encode(errors="replace").decode()
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            said = f"{type(error).__name__}: {self.said(response)}"
+            raise ValueError(f"the reply is not a chat completion ({said})") from None
+        usage = reply.get("usage")
+        usage = usage if isinstance(usage, Mapping) else {}
+        prompt = draft.prompt.system + draft.prompt.user(draft.documents)
+        answer = Answer(
+            text,
+            self._end(choice.get("finish_reason")),
+            _tokens(usage.get("prompt_tokens"), prompt),
+            _tokens(usage.get("completion_tokens"), text),
+            draft.dropped_tokens,
+        )
+        model = str(reply.get("model") or self.model)
+        tokens = answer.prompt_tokens + answer.answer_tokens
+        end = answer.finish_reason.lower()
+        if _FILTERED.fullmatch(end):
+            return Reply(Rejection(f"the server withheld the answer: {answer.finish_reason}"), model, tokens)
+        if _BROKEN.fullmatch(end):
+            why = f"{answer.finish_reason} {choice.get('error') or ''}".strip()
+            return Reply(Fault(f"the server broke off the answer: {self.plain(why)}"), model, tokens)
+        if not text and isinstance(declined := message.get("refusal"), str) and declined.strip():
+            return Reply(Rejection(f"the model declined: {self.plain(declined)}"), model, tokens)
+        if self.logprobs and text:
+            logprobs = _logprobs(choice.get("logprobs"), self.logprobs)
+            answer = answer._replace(answer_logprobs=for_answer(logprobs, text))
+        return Reply(heard(answer, self._generation, thought=thought), model, tokens)
+
+    def _end(self, reason: object) -> str:
+        """Why the server says that the answer ends: `stop`, `length`, or its own word for another reason."""
+        if isinstance(reason, Mapping):
+            reason = reason.get("type")
+        if not isinstance(reason, str) or not reason.strip():
+            return "stop"
+        return "length" if _CUT.fullmatch(reason.strip().lower()) else self.plain(reason)
+
+    def status(self, response: httpx2.Response) -> int:
+        """The status of a reply, also where the server says it in the text alone; 0 for an error without."""
+        error = _error(response)
+        status: int = response.status_code
+        if not response.is_success or error is None:
+            return status
+        code = error.get("code", error.get("status")) if isinstance(error, Mapping) else None
+        known = str(code).isdecimal() and 400 <= int(str(code)) < 600
+        return int(str(code)) if known else 400 if "invalid_request" in response.text else 0
+
+    def is_spent(self, response: httpx2.Response) -> bool:
+        """Whether the server wants what waiting does not bring: payment, or a larger quota."""
+        status = self.status(response)
+        return status == 402 or (status in _SPENT_STATUS and bool(_SPENT.search(response.text.lower())))
+
+    def is_other(self, model: str) -> bool:
+        """Whether a reply came from a model that is clearly another one; servers decorate names."""
+        return _base(model) not in self.model.lower() and _base(self.model) not in model.lower()
+
+    def is_among(self, models: Sequence[str]) -> bool:
+        """Whether a server that lists these has the model."""
+        return bool({_base(self.model), _base(self.model.partition(":")[0])} & set(map(_base, models)))
+
+    def plain(self, text: str) -> str:
+        """Text from a server, fit for a message: one line, short, and without the secret."""
+        return one_line(text.replace(self._secret, "[key]") if self._secret else text, 200)
+
+    def said(self, response: httpx2.Response) -> str:
+        """The message of a reply that is an error, or its text."""
+        error = _error(response)
+        message = error.get("message") if isinstance(error, Mapping) else error
+        return self.plain(message if isinstance(message, str) else response.text)
+
+
+def _error(response: httpx2.Response) -> Any:
+    """What a reply that is no completion says of an error; None where it says nothing."""
+    try:
+        content = response.json()
+    except ValueError:
+        return None
+    content = content[0] if isinstance(content, list) and content else content
+    if not isinstance(content, Mapping) or (response.is_success and content.get("choices")):
+        return None
+    return content.get("error") or (None if response.is_success else content)
+
+
+def _text(content: Any) -> str:
+    """The text of a message, which some servers give in parts; a part with thoughts has none."""
+    if isinstance(content, list):
+        return "".join(part if isinstance(part, str) else part.get("text") or "" for part in content)
+    if not isinstance(content, str | None):
+        raise TypeError
+    return content or ""
+
+
+def _holds_thoughts(content: Any) -> bool:
+    kinds = [str(part.get("type")) for part in content if isinstance(part, Mapping)] if content else []
+    return any("think" in kind or "reason" in kind for kind in kinds)
+
+
+def _logprobs(given: Any, count: int) -> Logprobs:
+    """Those of a choice. Raises `NoLogprobsError` where there are none, or none that can be read."""
+    try:
+        found = from_server(given["content"], count) if given else None
+    except (ValueError, TypeError, LookupError, AttributeError):
+        found = None
+    if not found:
+        raise NoLogprobsError("the reply has no log probabilities")
+    return found
+
+
+def listed(response: httpx2.Response) -> list[str]:
+    """The models in the reply to GET /models; none where a server has no such list."""
+    try:
+        return [str(entry["id"]) for entry in response.json()["data"]] if response.is_success else []
+    except (ValueError, TypeError, LookupError):
+        return []
+
+
+def _head(text: str, size: int) -> str:
+    """At most `size` characters from the start, whole words if there is more than one."""
+    if len(text) <= size:
+        return text
+    words = text[: size + 1].rsplit(None, 1) if size > 0 else [""]
+    return (words[0] if len(words) > 1 else text[: max(0, size)]).rstrip()
+
+
+def _tokens(count: object, text: str) -> int:
+    if isinstance(count, int | float) and 0 <= count < _MOST_TOKENS:
+        return int(count)
+    return len(text) // _CHARACTERS_A_TOKEN
+
+
+def _base(model: str) -> str:
+    """The name of a model without its folder, revision or tag of the latest."""
+    name = model.rstrip("/").rpartition("/")[2].partition("@")[0].lower()
+    return name.removesuffix(":latest")

@@ -1,0 +1,134 @@
+"""A prompt becomes token ids that fit the teacher's context, by the model's own chat template."""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from scaledown.data.prompts import Prompt
+from scaledown.data.teacher.base import Generation, Rejection
+from scaledown.errors import ModelError
+
+_SEPARATOR_TOKENS: Final = 4  # at most, between two documents; fewer leave the rest to the next time round
+
+
+class Context:
+    """What a teacher is shown: at most `limit` tokens, from the Hugging Face `tokenizer` of the model.
+
+    Raises `ModelError` where the answer alone fills the context of `tokens` (prompt and answer together).
+    """
+
+    def __init__(self, name: str, tokenizer: Any, tokens: int, generation: Generation) -> None:
+        self._tokenizer = tokenizer
+        self._document_tokens = generation.document_tokens
+        tokens = min(tokens, generation.context or tokens)
+        self.limit = tokens - generation.max_new_tokens
+        if self.limit < 32:
+            raise ModelError(
+                f"model {name} has a context of {tokens} tokens, too few for --max_new_tokens "
+                f"{generation.max_new_tokens}: lower it"
+            )
+        added = tokenizer.added_tokens_decoder.values()
+        self._special = [str(token) for token in added if token.special]
+        self._folds_system = self._template_refuses_system()
+
+    def fit(self, prompt: Prompt) -> tuple[list[int], int] | Rejection:
+        """Token ids of the prompt, and how many document tokens were left out to fit the context.
+
+        Each document is cut to `generation.document_tokens` first. Then the lowest-ranked documents lose
+        their ends; question and instruction stay whole. A prompt that is too long even without documents,
+        or that the chat template refuses, gives a `Rejection`.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            return self._fit(prompt)
+        except (ValueError, TemplateError) as error:
+            return Rejection(str(error))
+
+    def _fit(self, prompt: Prompt) -> tuple[list[int], int]:
+        documents = [self._plain(document) for document in prompt.documents]
+        prompt = prompt._replace(before=self._plain(prompt.before), after=self._plain(prompt.after))
+        dropped = 0
+        if self._document_tokens:
+            documents, dropped = self._cut(documents)
+        ids = self._ids(prompt, documents)
+        while len(ids) > self.limit and documents:
+            overflow = len(ids) - self.limit
+            while documents and overflow > 0:
+                tokens = self._tokenizer(documents[-1], add_special_tokens=False, verbose=False)["input_ids"]
+                kept = tokens[: max(0, len(tokens) - overflow)]
+                dropped += len(tokens) - len(kept)
+                # Cut tokens may come back as more of them, so at least one more goes each time round.
+                shortened = self._tokenizer.decode(kept, skip_special_tokens=True).rstrip()
+                if kept and len(shortened) < len(documents[-1]):
+                    documents[-1] = shortened
+                    break
+                documents.pop()
+                overflow -= len(tokens) + _SEPARATOR_TOKENS
+            ids = self._ids(prompt, documents)  # a sum of parts is not quite the whole
+        if len(ids) > self.limit:
+            raise ValueError(
+                f"the prompt without documents has {len(ids):,} tokens; the teacher takes {self.limit:,}"
+            )
+        return ids, dropped
+
+    def _cut(self, documents: Sequence[str]) -> tuple[list[str], int]:
+        """Each document to its first `--teacher_document_tokens`, and how many tokens went."""
+        kept, dropped = [], 0
+        for document in documents:
+            tokens = self._tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(tokens) > self._document_tokens:
+                dropped += len(tokens) - self._document_tokens
+                document = self._tokenizer.decode(tokens[: self._document_tokens]).rstrip()  # noqa: PLW2901
+            kept.append(document)
+        return kept, dropped
+
+    def _plain(self, text: str) -> str:
+        """Text from data with any special token in it spelled apart, so that it cannot end a turn."""
+        for token in self._special:
+            if token in text:
+                text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+    def _ids(self, prompt: Prompt, documents: Sequence[str]) -> list[int]:
+        user = prompt.user(documents)
+        if self._tokenizer.chat_template is None:
+            text, special = f"{prompt.system}\n\n{user}\nAnswer:".lstrip(), True
+        else:
+            # The template writes the special tokens itself.
+            text, special = self._render(prompt.system, user, fold=self._folds_system), False
+        ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        return ids
+
+    def _render(self, system: str, user: str, *, fold: bool) -> str:
+        if fold or not system:
+            messages = [{"role": "user", "content": f"{system}\n\n{user}".lstrip()}]
+        else:
+            messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text
+
+    def _template_refuses_system(self) -> bool:
+        """Whether the chat template fails on a system turn, or drops it silently."""
+        from jinja2 import TemplateError
+
+        if self._tokenizer.chat_template is None:
+            return False
+        try:
+            return "probe-of-system" not in self._render("probe-of-system", "probe", fold=False)
+        except (TemplateError, ValueError):
+            return True
+
+
+def context_tokens(config: Any, tokenizer: Any) -> int:
+    """Tokens of prompt and answer together that the model takes."""
+    text_config = config.get_text_config()
+    limits = [
+        int(limit)
+        for limit in (
+            getattr(text_config, "max_position_embeddings", None),
+            getattr(text_config, "n_positions", None),
+            tokenizer.model_max_length,
+        )
+        if limit and limit < 10**9
+    ]
+    return min(limits, default=2048)

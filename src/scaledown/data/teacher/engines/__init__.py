@@ -1,0 +1,1 @@
+"""The engines that run a teacher, a module each."""

@@ -1,0 +1,246 @@
+"""The teacher on OpenVINO GenAI: continuous batching on a CPU, weights at 8 bits, exported once before."""
+
+import contextlib
+import ctypes
+import hashlib
+import itertools
+import logging
+import re
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from scaledown.data.prompts import Prompt
+from scaledown.data.teacher.base import Generation, Rejection, seed_of
+from scaledown.data.teacher.context import Context, context_tokens
+from scaledown.data.teacher.reply import heard
+from scaledown.errors import MissingExtraError, ModelError, install_command
+from scaledown.models import Halving, ModelSource, hub_errors, quiet_libraries
+from scaledown.records import Answer
+from scaledown.run.storage import cache_directory
+
+log = logging.getLogger("scaledown")
+
+EXPORT: Final = "scaledown export-openvino"
+WEIGHTS: Final = "int8"
+_IN_FLIGHT: Final = 64  # requests that the engine holds: it never runs dry, and memory stays bounded
+_CACHE_GB: Final = 4  # of keys and values; what does not fit waits
+_TOKENS_A_STEP: Final = 256
+
+
+def openvino_genai() -> Any:
+    """The library; raises `MissingExtraError` where it is not installed."""
+    # Importing OpenVINO sends usage data unless this package is out of its reach.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        import openvino_genai as library
+    except ImportError as error:
+        raise MissingExtraError(
+            f"--teacher_backend openvino needs OpenVINO GenAI: {install_command('openvino')}"
+        ) from error
+    return library
+
+
+def exported(source: ModelSource) -> Path:
+    """Where the export of exactly these weights lies in the cache, whether or not it exists."""
+    if source.revision:
+        parts = [source.location, source.revision, source.gguf_file or ""]
+    else:
+        folder = Path(source.location).resolve()
+        files = [folder / source.gguf_file] if source.gguf_file else sorted(folder.iterdir())
+        stats = [(file, file.stat()) for file in files if file.is_file()]
+        parts = [f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats]
+    digest = hashlib.sha256("\n".join([*parts, WEIGHTS]).encode()).hexdigest()[:16]
+    label = re.sub(r"[^\w.-]+", "-", source.name.rstrip("/").rsplit("/", 1)[-1]).strip("-.")
+    return cache_directory() / "openvino" / f"{label}-{digest}"
+
+
+def is_exported(source: ModelSource) -> bool:
+    """Whether the export is there; it appears only when complete."""
+    return (exported(source) / "openvino_model.xml").exists()
+
+
+class _SignalStack(ctypes.Structure):
+    """Linux's `stack_t`: where this thread handles signals."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+    def exchange(self, new: "_SignalStack | None" = None) -> None:
+        """Become the current one; `new` takes its place."""
+        if sys.platform == "linux":
+            ctypes.CDLL(None).sigaltstack(ctypes.byref(new) if new else None, ctypes.byref(self))
+
+
+class _Asked(NamedTuple):
+    """A prompt that the engine works on."""
+
+    place: int
+    handle: Any
+    prompt_tokens: int
+    dropped: int
+
+
+class OpenVINOTeacher:
+    """A causal LM under OpenVINO's engine, which schedules by itself."""
+
+    def __init__(self, source: ModelSource, generation: Generation) -> None:
+        library = openvino_genai()
+        folder = exported(source)
+        if not is_exported(source):
+            raise ModelError(
+                f"model {source.name} is not exported for OpenVINO: run {EXPORT} {source.name} once"
+            )
+        from transformers import AutoConfig, AutoTokenizer
+
+        quiet_libraries()
+        self._library, self._folder, self._generation = library, folder, generation
+        with hub_errors(source.name):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            self._stops = _stops(folder, config, self._tokenizer)
+            self._signals = _SignalStack()
+            self._signals.exchange()
+            self._pipeline = self._load()
+        self._context = Context(
+            source.name, self._tokenizer, context_tokens(config, self._tokenizer), generation
+        )
+        self._numbers = itertools.count()
+        self.halving = Halving("--teacher_batch_size")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_pipeline"):
+            self._unload()
+
+    def answers(
+        self, prompts: Sequence[Prompt], have: Collection[int] = ()
+    ) -> Iterator[tuple[int, Answer | Rejection]]:
+        """Answers as they finish; a prompt that the engine fails on is a `Rejection`, the rest goes on."""
+        waiting = iter([place for place in range(len(prompts)) if place not in have])
+        asked: list[_Asked] = []
+        again: list[int] = []  # were in flight together when the engine failed: one of them is to blame
+        try:
+            while True:
+                while len(asked) < _IN_FLIGHT and not again and (place := next(waiting, None)) is not None:
+                    request = self._ask(place, prompts[place])
+                    if isinstance(request, Rejection):
+                        yield place, request
+                    else:
+                        asked.append(request)
+                if not asked and not again:
+                    return
+                if not asked:
+                    place = again.pop(0)
+                    yield place, self._alone(place, prompts[place])
+                    continue
+                try:
+                    self._pipeline.step()
+                except (RuntimeError, MemoryError) as error:
+                    log.warning("OpenVINO failed on one of %s prompts: %s", len(asked), _first_line(error))
+                    again += [one.place for one in asked]
+                    asked = []
+                    self._restart()
+                done = [one for one in asked if not self._is_running(one)]
+                asked = [one for one in asked if self._is_running(one)]
+                for one in done:
+                    if self._is_finished(one):
+                        yield one.place, self._answer(one)
+                    else:  # the cache was full
+                        again.append(one.place)
+        finally:
+            for one in asked:  # whoever asked has gone
+                one.handle.cancel()
+
+    def _alone(self, place: int, prompt: Prompt) -> Answer | Rejection:
+        """The answer to a prompt that is asked while no other is in flight."""
+        asked = self._ask(place, prompt)
+        if isinstance(asked, Rejection):
+            return asked
+        try:
+            while self._is_running(asked):
+                self._pipeline.step()
+        except (RuntimeError, MemoryError) as error:
+            self._restart()
+            return Rejection(f"OpenVINO failed on the prompt: {_first_line(error)}")
+        if self._is_finished(asked):
+            return self._answer(asked)
+        return Rejection(
+            f"the prompt has {asked.prompt_tokens:,} tokens, more than OpenVINO's cache of {_CACHE_GB} GB "
+            "holds: lower --teacher_document_tokens or use --teacher_backend transformers"
+        )
+
+    def _is_running(self, asked: _Asked) -> bool:
+        return bool(asked.handle.get_status() == self._library.GenerationStatus.RUNNING)
+
+    def _is_finished(self, asked: _Asked) -> bool:
+        return bool(asked.handle.get_status() == self._library.GenerationStatus.FINISHED)
+
+    def _load(self) -> Any:
+        scheduler = self._library.SchedulerConfig()
+        scheduler.cache_size = _CACHE_GB
+        scheduler.dynamic_split_fuse = True
+        scheduler.enable_prefix_caching = True
+        scheduler.max_num_batched_tokens = _TOKENS_A_STEP
+        scheduler.max_num_seqs = _IN_FLIGHT
+        return self._library.ContinuousBatchingPipeline(str(self._folder), scheduler, "CPU")
+
+    def _restart(self) -> None:
+        """A fresh engine: in what state one is that failed, nobody knows."""
+        self._unload()  # first, for its memory
+        self._pipeline = self._load()
+
+    def _unload(self) -> None:
+        del self._pipeline
+        # The engine's last act is to free the stack that it gave this thread for signals: Ctrl-C would crash.
+        _SignalStack().exchange(self._signals)
+
+    def _ask(self, place: int, prompt: Prompt) -> _Asked | Rejection:
+        from openvino import Tensor
+
+        fitted = self._context.fit(prompt)
+        if isinstance(fitted, Rejection):
+            return fitted
+        ids, dropped = fitted
+        settings: dict[str, Any] = {
+            "max_new_tokens": self._generation.max_new_tokens,
+            "stop_token_ids": self._stops,
+            "apply_chat_template": False,
+            "do_sample": bool(prompt.temperature),
+        }
+        if prompt.temperature:
+            seed = seed_of(self._generation.seed, prompt.key)
+            settings |= {"temperature": prompt.temperature, "rng_seed": seed}
+        try:
+            handle = self._pipeline.add_request(
+                next(self._numbers), Tensor(np.array([ids])), self._library.GenerationConfig(**settings)
+            )
+        except (RuntimeError, ValueError) as error:
+            return Rejection(f"OpenVINO refused the prompt: {_first_line(error)}")
+        return _Asked(place, handle, len(ids), dropped)
+
+    def _answer(self, asked: _Asked) -> Answer | Rejection:
+        (output,) = asked.handle.read_all()
+        tokens = list(output.generated_ids)
+        stop = next((i for i, token in enumerate(tokens) if token in self._stops), len(tokens))
+        text = self._tokenizer.decode(tokens[:stop], skip_special_tokens=True).strip()
+        cut = output.finish_reason == self._library.GenerationFinishReason.LENGTH and stop == len(tokens)
+        answer = Answer(text, "length" if cut else "stop", asked.prompt_tokens, stop, asked.dropped)
+        return heard(answer, self._generation)
+
+
+def _stops(folder: Path, config: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer: those of the model, and that of a chat model's turn."""
+    from transformers import GenerationConfig
+
+    decoding = GenerationConfig.from_model_config(config)
+    with contextlib.suppress(OSError):  # a model need not have the file
+        decoding = GenerationConfig.from_pretrained(folder)
+    stops = decoding.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    return {stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None}
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

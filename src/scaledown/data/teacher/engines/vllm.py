@@ -1,0 +1,211 @@
+"""The teacher on vLLM: continuous batching, shared prefixes cached, several GPUs. CUDA only."""
+
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from scaledown.data.logprobs import from_ids
+from scaledown.data.prompts import Prompt
+from scaledown.data.teacher.base import Generation, Rejection, seed_of
+from scaledown.data.teacher.context import Context, context_tokens
+from scaledown.data.teacher.reply import heard
+from scaledown.errors import MissingExtraError, ModelError, NoRoomError, install_command
+from scaledown.gpus import free_share, index, showing
+from scaledown.models import Halving, ModelSource, loadable, loading
+from scaledown.records import Answer, Logprobs
+
+log = logging.getLogger("scaledown")
+
+Fitted: TypeAlias = tuple[list[int], int]
+"""Token ids of a prompt, and how many document tokens were left out."""
+
+_WAITING: Final = 2048  # requests that the engine holds: it never runs dry, and memory stays bounded
+
+
+def check_vllm() -> None:
+    """Raise `MissingExtraError` where the library is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingExtraError(f"--teacher_backend vllm needs vLLM: {install_command('vllm')} (CUDA)")
+
+
+class VllmTeacher:
+    """A causal LM under vLLM's engine, which schedules by itself. Quantised checkpoints load as they are."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        device: str,
+        dtype: str,
+        generation: Generation,
+        *,
+        lora: str,
+        tensor_parallel: int,
+        memory: float = 0.0,
+    ) -> None:
+        import torch
+
+        check_vllm()
+        if not device.startswith("cuda"):
+            raise ModelError(
+                f"--teacher_backend vllm on --device {device}: it is for CUDA, use --device cuda"
+            )
+        self._gpus = range(index(device), index(device) + tensor_parallel)
+        if self._gpus.stop > (count := torch.cuda.device_count()):
+            raise ModelError(
+                f"--tensor_parallel {tensor_parallel}: there are {count} GPUs, and --device {device} comes "
+                "first: lower it"
+            )
+        from transformers import AutoConfig, AutoTokenizer
+
+        name, pinned = loadable(source)
+        with loading(source):
+            self._tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
+            tokens = context_tokens(AutoConfig.from_pretrained(name, **pinned), self._tokenizer)
+        self._source, self._generation, self._lora, self._memory = source, generation, lora, memory
+        self._arguments: dict[str, Any] = {
+            "model": name,
+            "revision": pinned.get("revision"),
+            "tokenizer_revision": pinned.get("revision"),
+            "dtype": dtype,
+            "seed": generation.seed,
+            "tensor_parallel_size": tensor_parallel,
+            "enable_prefix_caching": True,
+            "enable_lora": bool(lora),
+            "max_lora_rank": _rank(lora),
+            "trust_remote_code": False,
+        }
+        self._ends = frozenset(self._tokenizer.all_special_ids)
+        self._context = Context(source.name, self._tokenizer, tokens, generation)
+        self._engine: Any = None
+        self._longest = 0  # tokens of a prompt that the engine takes
+        self.halving = Halving("--teacher_batch_size")
+
+    def _start(self, longest: int) -> None:
+        """Start the engine for prompts of so many tokens: its cache must hold the longest that it takes.
+
+        Some more are taken, up to what the model reads, so that it need not begin again for the next.
+        """
+        self.close()
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # it forks, which CUDA here would not survive
+        from vllm import EngineArgs, LLMEngine
+        from vllm.usage.usage_lib import UsageContext
+
+        most, new = self._context.limit, self._generation.max_new_tokens
+        self._longest = min(most, (1 << (longest + new - 1).bit_length()) - new)
+        if not (share := self._memory or free_share(self._gpus)):
+            raise NoRoomError(
+                f"model {self._source.name}: its GPU has no free memory: end what uses it (nvidia-smi shows "
+                "who), or give another --device"
+            )
+        log.info("vLLM: prompts of up to %s tokens, %.0f%% of the GPU", self._longest, 100 * share)
+        with loading(self._source), showing(self._gpus):
+            arguments = EngineArgs(
+                **self._arguments, max_model_len=self._longest + new, gpu_memory_utilization=share
+            )
+            # As vLLM's own class for whole files: for more requests at once than it takes otherwise.
+            self._engine = LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
+
+    def close(self) -> None:
+        """End the engine's processes, which hold the GPU's memory."""
+        if self._engine is not None:
+            self._engine.engine_core.shutdown()
+            self._engine = None
+
+    def answers(
+        self, prompts: Sequence[Prompt], have: Collection[int] = ()
+    ) -> Iterator[tuple[int, Answer | Rejection]]:
+        """Answers as they finish; a prompt that the engine refuses is a `Rejection`, the rest goes on.
+
+        Prompts that are longer than the engine was started for come last, once it has begun again.
+        """
+        places = (place for place in range(len(prompts)) if place not in have)
+        fitted: Iterator[tuple[int, Fitted | Rejection]] = (
+            (place, self._context.fit(prompts[place])) for place in places
+        )
+        while True:
+            longer: list[tuple[int, Fitted]] = []
+            yield from self._answers(prompts, fitted, longer)
+            if not longer:
+                return
+            self._start(max(len(ids) for _, (ids, _) in longer))
+            fitted = iter(longer)
+
+    def _answers(
+        self,
+        prompts: Sequence[Prompt],
+        fitted: Iterator[tuple[int, Fitted | Rejection]],
+        longer: list[tuple[int, Fitted]],
+    ) -> Iterator[tuple[int, Answer | Rejection]]:
+        """Answers as they finish, but to the prompts that are too long: these are put aside in `longer`."""
+        dropped: dict[str, int] = {}
+        try:
+            while True:
+                while len(dropped) < _WAITING and (following := next(fitted, None)) is not None:
+                    place, fit = following
+                    if isinstance(fit, Rejection):
+                        yield place, fit
+                    elif len(fit[0]) > self._longest:
+                        longer.append((place, fit))
+                    else:
+                        try:
+                            self._ask(place, fit[0], prompts[place])
+                        except ValueError as error:
+                            yield place, Rejection(f"vLLM refused the prompt: {error}")
+                        else:
+                            dropped[str(place)] = fit[1]
+                if not dropped:
+                    return
+                for output in self._engine.step():
+                    if output.finished and output.request_id in dropped:
+                        yield int(output.request_id), self._answer(output, dropped.pop(output.request_id))
+        finally:
+            if dropped:  # whoever asked has gone
+                self._engine.abort_request(list(dropped))
+
+    def _ask(self, place: int, ids: list[int], prompt: Prompt) -> None:
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.lora.request import LoRARequest
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = SamplingParams(
+            temperature=prompt.temperature,
+            seed=seed_of(self._generation.seed, prompt.key) if prompt.temperature else None,
+            max_tokens=self._generation.max_new_tokens,
+            logprobs=self._generation.logprobs or None,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        lora = LoRARequest("teacher", 1, self._lora) if self._lora else None
+        self._engine.add_request(str(place), TokensPrompt(prompt_token_ids=ids), sampling, lora_request=lora)
+
+    def _answer(self, output: Any, dropped: int) -> Answer | Rejection:
+        (written,) = output.outputs
+        if written.finish_reason not in {"stop", "length"}:
+            return Rejection(f"vLLM ended the answer: {written.finish_reason}")
+        tokens = list(written.token_ids)
+        if tokens and tokens[-1] in self._ends:
+            tokens.pop()
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        logprobs = self._logprobs(tokens, written.logprobs) if self._generation.logprobs else None
+        prompt_tokens = len(output.prompt_token_ids or ())
+        answer = Answer(text, written.finish_reason, prompt_tokens, len(tokens), dropped, logprobs)
+        return heard(answer, self._generation)
+
+    def _logprobs(self, tokens: list[int], steps: Sequence[Mapping[int, Any]]) -> Logprobs:
+        """From what the engine gives at each token: the likeliest ones, and the token itself besides."""
+        most = self._generation.logprobs
+        best = [sorted(step.items(), key=lambda item: -item[1].logprob)[:most] for step in steps]
+        ids = [[token for token, _ in step] for step in best]
+        return from_ids(self._tokenizer, tokens, ids, [[each.logprob for _, each in step] for step in best])
+
+
+def _rank(lora: str) -> int:
+    """The rank that the engine makes room for: the adapter's, as one of those that it knows."""
+    if not lora:
+        return 16
+    rank = int(json.loads((Path(lora) / "adapter_config.json").read_text(encoding="utf-8")).get("r", 16))
+    return next((known for known in (8, 16, 32, 64, 128, 256, 320, 512) if rank <= known), rank)

@@ -1,0 +1,90 @@
+"""What of a model's reply is its answer: not its thoughts, nor a chat's markers, nor the name of its role."""
+
+import re
+from typing import Final
+
+from scaledown.data.logprobs import for_part
+from scaledown.data.teacher.base import Generation, Rejection
+from scaledown.records import Answer
+
+CONTROL: Final = re.compile(
+    r"<[|\uff5c][^|\uff5c<>\n]{1,40}[|\uff5c]>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|<</?SYS>>|<[be]os>|<EOT>"
+)
+"""What begins or ends a turn in the chat templates of common models."""
+
+_QUOTE: Final = "[`'\"\u2018\u2019\u201c\u201d]"
+
+
+def _unquoted(pattern: str) -> str:
+    """What is not in quotes: an answer may speak of thoughts and markers."""
+    return f"(?:(?<!{_QUOTE})(?:{pattern})|(?:{pattern})(?!{_QUOTE}))"
+
+
+_MARK: Final = f"(?:{CONTROL.pattern})"
+_THINK: Final = r"(?:\w+:)?(?:think(?:ing)?|thoughts?|reasoning|reflection|analysis|scratchpad)"
+# As R1 and most others, Magistral, Kimi, Cohere and OpenThinker, MedGemma, and Granite write it.
+_OPEN: Final = _unquoted(
+    rf"<{_THINK}(?:\s[^<>]*)?>|\[think\]|\u25c1think\u25b7|<\|(?:(?:begin|start)_(?:of_)?)?{_THINK}\|>|"
+    r"<unused94>|Here is my thought process:"
+)
+_CLOSE: Final = _unquoted(
+    rf"</{_THINK}\s*>|\[/think\]|\u25c1/think\u25b7|<\|(?:/|end_(?:of_)?){_THINK}\|>|"
+    r"<unused95>|Here is my response:"
+)
+_FLAGS: Final = re.IGNORECASE | re.DOTALL
+_THOUGHT: Final = re.compile(f"{_OPEN}.*?{_CLOSE}", _FLAGS)
+_OPENED_BEFORE: Final = re.compile(rf"\A.*{_CLOSE}", _FLAGS)  # by the chat template, in the prompt
+_UNENDED: Final = re.compile(rf"(?:\A|\n)\s*{_OPEN}.*", _FLAGS)
+# gpt-oss: thoughts and answer are messages of their own.
+_CHANNELS: Final = re.compile(r".*<\|channel\|>|analysis(?=[A-Z\s]).*assistantfinal", re.DOTALL)
+_FINAL: Final = re.compile(r".*(?:<\|channel\|>final.*?<\|message\|>|assistantfinal)", re.DOTALL)
+_FRAME: Final = re.compile(r"\s*<(answer|final_answer|response|solution)>(.*?)(?:</\1>)?\s*", _FLAGS)
+_BEGINNING: Final = re.compile(
+    rf"((?:(?!{_OPEN}){_MARK}\s*)+)?"
+    rf"(?:(?:assistant|model)[ \t]*(?:\n|(?={_MARK})|(?(1)\Z|(?!)))|[#*]* ?assistant[ \t]*:\**)?\s*"
+    rf"(?:(?!{_OPEN}){_MARK}\s*)*",
+    re.IGNORECASE,
+)
+_END: Final = re.compile(
+    rf"(?<!\s)(?<!{_QUOTE})(?!<s>){_MARK}|"
+    rf"{_unquoted(_MARK)}(?=\s*(?:\Z|\n|{_MARK}|(?:assistant|model|system|user)\b))|<[|\uff5c]\w*[|\uff5c]?\Z"
+)
+
+
+def spoken(text: str) -> str:
+    """What of a reply is said to whom asked: without thoughts, chat markers, and what follows its turn."""
+    rest = _BEGINNING.sub("", text, count=1)
+    if _CHANNELS.match(text):
+        rest = text[found.end() :] if (found := _FINAL.match(text)) else ""
+    answer = rest
+    if last := _OPENED_BEFORE.match(rest):
+        answer = _OPENED_BEFORE.sub("", _THOUGHT.sub("", last[0])) + rest[last.end() :]
+    answer = _UNENDED.sub("", answer)
+    if answer != rest and (frame := _FRAME.fullmatch(answer)):
+        answer = frame[2]
+    answer = _BEGINNING.sub("", answer.strip(), count=1)
+    return (answer[: end.start()] if (end := _END.search(answer)) else answer).strip()
+
+
+def heard(answer: Answer, generation: Generation, *, thought: bool = False) -> Answer | Rejection:
+    """The answer in a reply, with the log probabilities of what is left of it.
+
+    Args:
+        answer: The reply as it came.
+        generation: As it was asked for.
+        thought: Whether the model's thoughts came beside it.
+
+    Returns:
+        The answer; a `Rejection` where the reply was nothing but thoughts or markers.
+    """
+    text = spoken(answer.text)
+    if not text and (answer.text or thought):
+        if answer.finish_reason == "length":
+            used = f"all {answer.answer_tokens:,} tokens of the reply went into reasoning"
+            return Rejection(f"{used}: {generation.if_cut_short}")
+        return Rejection("the reply holds reasoning or chat markers, and no answer")
+    if text == answer.text:
+        return answer
+    logprobs = answer.answer_logprobs and for_part(answer.answer_logprobs, text)
+    left_out = len(answer.text) - len(text)
+    return answer._replace(text=text, answer_logprobs=logprobs, left_out=left_out)

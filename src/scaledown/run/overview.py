@@ -1,0 +1,148 @@
+"""A run as people see it from outside: the table of `scaledown status`, and what a supervisor shows."""
+
+import contextlib
+import logging
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from scaledown.errors import one_line
+from scaledown.run.progress import Tracker, duration, track
+from scaledown.run.status import StageStatus, Status, WorkerStatus, status_of
+
+log = logging.getLogger("scaledown")
+
+_EVERY_SECONDS: Final = 1.0
+
+
+class Overview:
+    """The progress of all workers of a run together: a bar or lines for each stage that is under way."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._next = 0.0
+        self._shown: dict[str, tuple[Tracker, contextlib.ExitStack]] = {}
+
+    def look(self) -> None:
+        """Show how far the run is, if that is not just done."""
+        if time.monotonic() < self._next:
+            return
+        try:
+            stages = status_of(self._run).stages
+        except Exception:  # a disk that does not answer, a file that is no status: that ends no run
+            log.debug("no look at %s", self._run, exc_info=True)
+            stages = ()
+        for stage in stages:
+            self._show(stage)
+        self._next = time.monotonic() + _EVERY_SECONDS
+
+    def _show(self, stage: StageStatus) -> None:
+        shown = self._shown.get(stage.name)
+        if shown is None:
+            if not stage.workers or stage.finished:
+                return
+            stack = contextlib.ExitStack()
+            bar = stack.enter_context(track(stage.name, stage.unit, stage.rows_planned))
+            shown = self._shown[stage.name] = bar, stack
+        tracker, stack = shown
+        tracker.guess = stage.rows_planned or 0
+        total = None if stage.estimated else stage.rows_planned
+        rate = tracker.rate() if stage.finished else stage.rate  # of all together, as it was last
+        tracker.tell(stage.done, total, rate, ", ".join(notes(stage)))
+        if stage.finished:
+            stack.close()
+            del self._shown[stage.name]
+
+    def close(self) -> None:
+        """Show nothing any more."""
+        while self._shown:
+            _, (_, stack) = self._shown.popitem()
+            stack.close()
+
+
+def notes(stage: StageStatus) -> list[str]:
+    """What else there is to say of a stage: who is at it, what went wrong."""
+    counted = [
+        f"{count:,} {one if count == 1 else many}"
+        for count, one, many in (
+            (stage.workers, "worker", "workers"),
+            (stage.deaths, "death", "deaths"),
+            (stage.given_up, "shard given up", "shards given up"),
+            (stage.quarantined, "row set aside", "rows set aside"),
+        )
+        if count
+    ]
+    return [*counted, one_line(stage.waiting, 200)] if stage.waiting else counted
+
+
+def table(status: Status) -> str:
+    """A status for people: what state the run is in, its stages, its workers."""
+    lines = [f"{status.path}: {_state(status)}", ""]
+    if status.stages:
+        lines += _columns([_HEAD, *(_row(stage, status) for stage in status.stages)])
+    else:
+        lines.append("no stage has begun")
+    if status.workers:
+        lines += [
+            "",
+            *_columns([("worker", "host", "process", "at", "since"), *map(_worker, status.workers)]),
+        ]
+    return "\n".join(lines)
+
+
+_HEAD: Final = ("stage", "shards", "rows", "time", "rate", "left", "")
+
+
+def _state(status: Status) -> str:
+    if status.finished:
+        when = datetime.fromtimestamp(status.finished_time or 0, UTC).astimezone()
+        told = f"finished {when:%Y-%m-%d %H:%M}"
+        return (
+            f"{told}, {status.examples:,} examples in {one_line(status.output)}"
+            if status.output and status.examples is not None
+            else told
+        )
+    if status.workers:
+        return "under way"
+    return "interrupted, or waiting for other parts: the same command continues"
+
+
+def _row(stage: StageStatus, status: Status) -> tuple[str, ...]:
+    several = sum(other.name == stage.name for other in status.stages) > 1
+    planned = "" if stage.shards_planned is None or stage.finished else f"/{stage.shards_planned:,}"
+    total = (
+        ""
+        if stage.rows_planned is None or stage.finished
+        else f"/{'~' * stage.estimated}{stage.rows_planned:,}"
+    )
+    return (
+        one_line(f"{stage.name} {stage.fingerprint}") if several else stage.name,
+        f"{stage.shards:,}{planned}",
+        f"{stage.done:,}{total} {stage.unit}",
+        duration(stage.seconds),
+        f"{stage.rate:,.1f}/s" if stage.rate else "",
+        "done" if stage.finished else duration(stage.seconds_left) if stage.seconds_left else "",
+        ", ".join(notes(stage)),
+    )
+
+
+def _worker(worker: WorkerStatus) -> tuple[str, ...]:
+    since = "" if worker.seconds_at is None else duration(worker.seconds_at)
+    if worker.alive is None:
+        silent = worker.silent_seconds
+        since += f" (last word {duration(silent)} ago)" if silent is not None else " (no word)"
+    return (
+        one_line(worker.worker) or "process",
+        one_line(worker.host),
+        str(worker.pid),
+        one_line(worker.at),
+        since.strip(),
+    )
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]

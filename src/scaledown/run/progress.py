@@ -1,0 +1,212 @@
+"""What a person sees while it runs: a bar with rate and time left on a terminal, log lines elsewhere."""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from scaledown.run.logs import console, style
+from scaledown.run.stage import Stage
+
+log = logging.getLogger("scaledown")
+
+LINE_EVERY_SECONDS: Final = 15.0
+
+
+class Tracker:
+    """Counts work done. `total` of None means that nobody knows yet how much there is."""
+
+    def __init__(
+        self, name: str, unit: str, total: int | None, done: int, stage: Stage | None = None
+    ) -> None:
+        self.name, self.unit, self.total = name, unit, total
+        self.done = done
+        self.stage = stage
+        self.note = ""
+        """What else is worth a look while it runs: tokens a second, cost."""
+        self.waiting = ""
+        """For what it waits, if it does."""
+        self.guess = 0
+        """Without a total, what it may be."""
+        self.at: range | None = None
+        """The shards that `in_flight` is about: what was done of them by now, on the disk or not."""
+        self.in_flight = 0
+        self._first = done
+        self._rate: float | None = None
+        self._started = self._spoke = time.monotonic()
+
+    def advance(self, count: int = 1, fraction: float | None = None) -> None:
+        """Say that `count` more are done; without a total, what `fraction` of the whole that makes."""
+        self.done += count
+        if self.total is None and fraction:
+            self.guess = max(self.done, round(self.done / fraction))
+        if self.stage:
+            if self.stage.at != self.at:
+                self.at, self.in_flight = self.stage.at, 0
+            self.in_flight += count
+        self._show()
+
+    def skip(self, count: int) -> None:
+        """Say that `count` more were done before this process: they do not count for the rate."""
+        self._first += count
+        self.advance(count)
+
+    def wait(self, reason: str) -> None:
+        """Show for what it waits; empty: it goes on."""
+        if reason != self.waiting:
+            self.waiting = reason
+            self._show()
+
+    def tell(self, done: int, total: int | None, rate: float, note: str) -> None:
+        """Show what others do, all of them together."""
+        self.done, self.total, self._rate, self.note = done, total, rate, note
+        self._show()
+
+    def _show(self) -> None:
+        if time.monotonic() - self._spoke >= LINE_EVERY_SECONDS:
+            self._spoke = time.monotonic()
+            self.say()
+
+    def say(self) -> None:
+        """Log how far it is."""
+        log.info("%s", self.line(), extra={"fields": self.fields()})
+
+    def counts(self) -> str:
+        """`3,000/24,000 passages`, with `~` before a total that is an estimate."""
+        total = f"/{self.total:,}" if self.total is not None else f"/~{self.guess:,}" if self.guess else ""
+        return f"{self.done:,}{total} {self.unit}"
+
+    def rate(self) -> float:
+        """How many a second: in this process, or what was told."""
+        if self._rate is not None:
+            return self._rate
+        return (self.done - self._first) / max(time.monotonic() - self._started, 1e-9)
+
+    def line(self) -> str:
+        """`retrieve: 3,000/24,000 passages, 85.1/s, 4 min left`."""
+        rate = self.rate()
+        text = f"{self.name}: {self.counts()}, {rate:,.1f}/s"
+        if (left := self._left(rate)) is not None:
+            text += f", {duration(left)} left"
+        return ", ".join(filter(None, (text, self.note, self.waiting)))
+
+    def fields(self) -> dict[str, Any]:
+        """The line for machines; rate is a second's, a total of None is unknown."""
+        rate = self.rate()
+        left = self._left(rate)
+        return {
+            "stage": self.stage.name if self.stage else self.name,
+            "unit": self.unit,
+            "done": self.done,
+            "total": self.total if self.total is not None else self.guess or None,
+            "rate": round(rate, 3),
+            "seconds_left": None if left is None else round(left, 1),
+        }
+
+    def _left(self, rate: float) -> float | None:
+        left = (self.total or self.guess) - self.done
+        return left / rate if left > 0 and rate > 0 else None
+
+
+class _Bar(Tracker):
+    """A tracker drawn by rich."""
+
+    def __init__(  # noqa: PLR0917
+        self, name: str, unit: str, total: int | None, done: int, stage: Stage | None, progress: Progress
+    ) -> None:
+        super().__init__(name, unit, total, done, stage)
+        self._progress = progress
+        self._task = progress.add_task(name, total=total, completed=done, rate="")
+
+    def _show(self) -> None:
+        self._progress.update(
+            self._task,
+            completed=self.done,
+            total=self.total or self.guess or None,
+            rate="  ".join(filter(None, (self.counts(), f"{self.rate():,.1f}/s", self.note, self.waiting))),
+        )
+
+
+_at_work: list[Tracker] = []
+
+
+def no_progress(_: float) -> None:
+    """For work whose progress nobody watches."""
+
+
+def at_work() -> list[Tracker]:
+    """The trackers of stages that this process is at now."""
+    return list(_at_work)
+
+
+@contextlib.contextmanager
+def track(
+    name: str, unit: str, total: int | None, done: int = 0, stage: Stage | None = None
+) -> Iterator[Tracker]:
+    """Show the progress of some work; `done` were finished by an earlier run.
+
+    That of a `stage` is published, too, for those who look at the run from elsewhere.
+    """
+    with _shown(name, unit, total, done, stage) as tracker:
+        if stage:
+            _at_work.append(tracker)
+        try:
+            yield tracker
+        finally:
+            if stage:
+                _at_work.remove(tracker)
+
+
+@contextlib.contextmanager
+def _shown(name: str, unit: str, total: int | None, done: int, stage: Stage | None) -> Iterator[Tracker]:
+    if console.is_terminal and style().form == "text":
+        with _drawing() as progress:
+            yield _Bar(name, unit, total, done, stage, progress)
+        return
+    tracker = Tracker(name, unit, total, done, stage)
+    if done:
+        log.info("%s: continues after %s %s", name, f"{done:,}", unit)
+    yield tracker
+    tracker.say()
+
+
+_drawn: list[Progress] = []
+_drawing_lock: Final = threading.RLock()
+
+
+@contextlib.contextmanager
+def _drawing() -> Iterator[Progress]:
+    """The bars on the terminal: stages that run at once share them."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with _drawing_lock:
+        progress = _drawn[0] if _drawn else Progress(*columns, console=console)
+        if not _drawn:
+            progress.start()
+        _drawn.append(progress)
+    try:
+        yield progress
+    finally:
+        with _drawing_lock:
+            _drawn.pop()
+            if not _drawn:
+                progress.stop()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `3.2 s`, `4 min 10 s`, `25 min`, `2 h 05 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 599.5:
+        return "{} min {:02d} s".format(*divmod(round(seconds), 60))
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,403 @@
+"""A stage of a run: atomic shards, each made once, whoever makes it.
+
+A stage's shards live in `<work_dir>/<stage>/<fingerprint>/`, so a changed setting starts a new folder for
+that stage and those after it, and changing it back finds the old shards again. A shard exists under its
+final name only when it is whole; `done.json` says that a stage has all of its shards.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import pyarrow as pa
+
+from scaledown.errors import RunDirectoryError
+from scaledown.run.atomic import atomic, write_json
+from scaledown.run.directory import ABSENT, GIVEN_UP, SCHEMA, RunDirectory, fingerprint
+from scaledown.run.leases import TRIES
+
+log = logging.getLogger("scaledown")
+
+_CHECKSUM_BYTES: Final = 4
+_OUT_OF_RESOURCES: Final = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # which say nothing about a file
+_WAIT_SECONDS: Final = 0.1
+
+
+class StageResult(NamedTuple):
+    """What a finished stage says of itself; `rows` has one entry a shard."""
+
+    rows: list[int]
+    counts: dict[str, int]
+    seconds: float
+    measured: dict[str, float] = {}  # noqa: RUF012 (never changed)
+
+
+class Stage:
+    """The shards of one stage under one set of settings.
+
+    A shard is an Arrow IPC stream, read memory-mapped, followed by the CRC-32 of its bytes. `sources`
+    are the stages whose shard of the same number a shard is made from; the first says how many there will be.
+    """
+
+    def __init__(
+        self, run: RunDirectory, name: str, settings: Mapping[str, Any], sources: "Sequence[Stage]" = ()
+    ) -> None:
+        self.name = name
+        self.settings = dict(settings)
+        self._sources = sources
+        self._leased: set[str] = set()
+        self.fingerprint = fingerprint({"schema": SCHEMA, "stage": name, **settings})
+        self.folder = run.path / name / self.fingerprint
+        self.storage = run.storage
+        self._run = run
+        self._key = f"{name}-{self.fingerprint}"
+        earlier = self.folder.parent.exists() and not self.folder.exists()
+        if earlier and any(self.folder.parent.iterdir()):
+            log.info("%s: the settings changed; earlier results stay in %s", name, self.folder.parent)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.at: range | None = None
+        """The shards that this process makes now, or made last."""
+        run.opened[name] = self.folder
+
+    def path(self, shard: int) -> Path:
+        """Where shard number `shard` lies once it is whole."""
+        return self.folder / f"{shard:06d}.arrow"
+
+    def has(self, shard: int) -> bool:
+        """Whether the shard is finished."""
+        return self.storage.exists(self.path(shard))
+
+    def files(self) -> list[Path]:
+        """All that it left."""
+        return self.storage.glob(self.folder, "*")
+
+    def size(self, shard: int) -> int:
+        """The size of a finished shard, in bytes."""
+        return self.storage.size(self.path(shard))
+
+    def done(self) -> StageResult | None:
+        """The stage's own account, or None while it is unfinished."""
+        content = self.storage.read_json(self.folder / "done.json")
+        try:
+            return StageResult(**content) if content else None
+        except TypeError:
+            return None
+
+    def finished(self) -> StageResult:
+        """The stage's own account; the stage must be finished."""
+        result = self.done()
+        if result is None:
+            raise RunDirectoryError(
+                f"{self.storage.shown(self.folder)} is unfinished: run the same command again"
+            )
+        return result
+
+    def planned(self) -> list[int]:
+        """Rows of each shard once it is finished; before that, those of the stage it is made from."""
+        if (result := self.done()) is None and self._sources:
+            return self._sources[0].planned()
+        return (result or self.finished()).rows
+
+    def missing(self) -> int:
+        """How many of its shards are not there yet."""
+        self.storage.refresh(self.folder)
+        return sum(not self.has(shard) for shard in range(len(self.planned())))
+
+    def made(self) -> list[int]:
+        """Rows of each shard as planned, but none where it was given up; `finish` is told these."""
+        given_up = set(self.lost())
+        return [0 if shard in given_up else rows for shard, rows in enumerate(self.planned())]
+
+    def write(self, shard: int, content: pa.Table, seconds: float = 0.0, left: float = 0.0) -> None:
+        """Write a whole shard atomically and note how long it took.
+
+        `left` is how many more shards of this size are to come: a full disk is told what the stage needs.
+        """
+        with atomic(self.path(shard), room=int((left + 1) * content.nbytes)) as temporary:
+            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, content.schema) as writer:
+                writer.write_table(content.combine_chunks())
+            checksum = _checksum(pa.memory_map(str(temporary)).read_buffer())
+            with temporary.open("ab") as file:
+                file.write(checksum)
+        self.storage.publish(self.path(shard))
+        self.note({"shard": shard, "seconds": round(seconds, 3), "rows": content.num_rows})
+        for name in tuple(self._leased):
+            self._run.leases.renew(name)
+
+    def note(self, event: Mapping[str, Any]) -> None:
+        """Append to the stage's journal: seconds of a shard, or a batch that had to be halved."""
+        path = self.folder / self.storage.own("journal.jsonl")
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+        self.storage.publish(path)
+
+    @contextlib.contextmanager
+    def noting(self, shard: int, count: Callable[[], int]) -> Iterator[None]:
+        """Note by how much the number of halved batches grows inside, if it does."""
+        before = count()
+        try:
+            yield
+        finally:
+            if more := count() - before:
+                self.note({"shard": shard, "halved": more})
+
+    def journal(self) -> list[dict[str, Any]]:
+        """What was noted, in order."""
+        notes = []
+        for path in self.storage.owned(self.folder / "journal.jsonl"):
+            self.storage.fetch_log(path)
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError, RecursionError):  # a line cut short by a crash
+                    if isinstance(event := json.loads(line), dict):
+                        notes.append(event)
+        return notes
+
+    def table(self, shard: int, *, check: bool = False) -> pa.Table:
+        """A shard, memory-mapped; with `check`, all of it is read and compared with its checksum.
+
+        What comes damaged from a store, or is not there yet, is fetched again for some seconds. Raises
+        `RunDirectoryError`.
+        """
+        path = self.path(shard)
+        check |= self.storage.fetch(path, once=True)
+        pauses = iter(self.storage.pauses)
+        while True:
+            try:
+                return _mapped(path, check=check)
+            except (pa.ArrowException, OSError, ValueError) as error:
+                if getattr(error, "errno", None) in _OUT_OF_RESOURCES:
+                    raise
+                self.storage.drop(path)  # else it would be taken for whole the next time
+                if (pause := next(pauses, None)) is None:
+                    # What another process may be making is not to be deleted.
+                    raise RunDirectoryError(
+                        f"{self.storage.shown(path)} is missing or damaged: run the same command again when "
+                        "no other process works on this run; if it still fails then, delete the file and "
+                        "done.json beside it"
+                    ) from error
+            time.sleep(pause)
+            check |= self.storage.fetch(path)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """All shards of a finished stage in order, one at a time."""
+        for shard in range(len(self.finished().rows)):
+            yield self.table(shard)
+
+    def finish(
+        self, rows: list[int], counts: Mapping[str, int], measured: Mapping[str, float] | None = None
+    ) -> StageResult:
+        """Mark the stage as complete."""
+        journal = self.journal()
+        halved = sum(int(event.get("halved", 0)) for event in journal)
+        seconds = sum(float(event.get("seconds", 0)) for event in journal)
+        recall = [float(event["recall"]) for event in journal if "recall" in event]
+        given_up = len(self.lost())
+        result = StageResult(
+            rows,
+            {
+                **counts,
+                **({"halved_batches": halved} if halved else {}),
+                **({"given_up": given_up} if given_up else {}),
+            },
+            round(seconds, 2),
+            {**(measured or {}), **({"recall": recall[-1]} if recall else {})},
+        )
+        write_json(self.folder / "done.json", result._asdict())
+        self.storage.publish(self.folder / "done.json")
+        return result
+
+    def complete(
+        self, shards: int, work: Callable[[int], pa.Table], *, nothing: Mapping[str, str] | None = None
+    ) -> bool:
+        """Make every missing shard of this process' part with `work(number)`, sharing it with live others.
+
+        Gives whether the stage, and those it is made from, have all of their shards: those of other parts may
+        be missing. A shard that
+        ended its worker again and again is given up and stays empty, with `nothing` as its metadata.
+        """
+        return self.complete_together(shards, 1, lambda group: [work(group.start)], nothing=nothing)
+
+    def complete_together(
+        self,
+        shards: int,
+        at_once: int,
+        work: Callable[[range], Iterable[pa.Table]],
+        *,
+        nothing: Mapping[str, str] | None = None,
+    ) -> bool:
+        """Like `complete`, for work that gives `at_once` consecutive shards, in their order."""
+        mine = self._run.part.of(shards)
+        groups = [range(first, min(first + at_once, mine.stop)) for first in mine[::at_once]]
+        waited = False
+        while missing := [group for group in groups if not all(map(self._settled, group))]:
+            made = [self._make(group, shards, work) for group in missing]
+            if not any(made):
+                if not waited:
+                    log.info("%s: waiting for the process that makes the last %s", self.name, len(missing))
+                waited = True
+                time.sleep(_WAIT_SECONDS)
+        self.storage.refresh(self.folder)  # what others made a moment ago, too: else nobody goes on
+        self._stand_in(shards, lambda like, _: like.slice(0, 0).replace_schema_metadata(nothing))
+        before = all(source.done() for source in self._sources)
+        return before and all(map(self.has, range(shards)))
+
+    def complete_behind(
+        self,
+        source: "Stage",
+        work: Callable[[int], pa.Table],
+        check: Callable[[], None],
+        empty: Callable[[pa.Table, int], pa.Table],
+    ) -> None:
+        """Like `complete`, one shard for each of `source`, which is still being made meanwhile.
+
+        `check` is called between shards and while waiting; it raises when `source` cannot be finished.
+        `empty` makes what stands for a shard that is given up, from one that is there and its number.
+        """
+
+        def make(number: int, shards: int) -> bool:
+            return self._make(range(number, number + 1), shards, lambda group: [work(group.start)])
+
+        number = 0
+        while source.done() is None:
+            check()
+            if source.has(number):
+                if not self._settled(number):
+                    make(number, number + 1)
+                number += 1
+            else:
+                time.sleep(_WAIT_SECONDS)
+        shards = len(source.finished().rows)
+        while missing := [number for number in range(shards) if not self._settled(number)]:
+            made = [make(number, shards) for number in missing]
+            if not any(made):
+                time.sleep(_WAIT_SECONDS)
+        self._stand_in(shards, empty)
+
+    def _settled(self, shard: int) -> bool:
+        """Whether nobody need make the shard: it is there, or was given up."""
+        return self.has(shard) or self.absent(shard)
+
+    def _make(self, group: range, shards: int, work: Callable[[range], Iterable[pa.Table]]) -> bool:
+        """Settle the shards of `group` unless another process is at it; gives whether any was."""
+        name = f"{self._key}-{group.start:06d}" + (f"-{group.stop:06d}" if len(group) > 1 else "")
+        with self._run.leases.hold(name) as mine:
+            if not mine:
+                return False
+            if all(map(self._settled, group)):
+                return True
+            deaths = self._run.leases.deaths(name)
+            lost = {n: source.name for n in group for source in self._sources if source.absent(n)}
+            for shard, source in lost.items():
+                self._mark(shard, f"given up in {source}")
+            if len(group) > 1 and (deaths or any(map(self.absent, group))):  # one is to blame: each alone
+                made = []
+                for shard in group:
+                    if not self._settled(shard):
+                        made.append(self._make(range(shard, shard + 1), shards, work))
+                    self._run.leases.renew(name)
+                return any(made)
+            if len(deaths) >= TRIES:
+                self._give_up(group.start, deaths)
+            if self._settled(group.start) and len(group) == 1:
+                return True
+            self.at = group
+            started = time.perf_counter()
+            for shard, content in zip(group, work(group), strict=True):
+                if not self._settled(shard):
+                    self.write(shard, content, time.perf_counter() - started, left=shards - shard - 1)
+                    started = time.perf_counter()
+                self._run.leases.renew(name)
+        return True
+
+    def _give_up(self, shard: int, deaths: list[str]) -> None:
+        """Do without a shard in this run."""
+        reason = f"{len(deaths)} workers died of it"
+        log.warning("%s: shard %s is given up, %s, the last of %s", self.name, shard, reason, deaths[-1])
+        self.quarantine(f"{shard:06d}{GIVEN_UP}", [{"shard": shard, "reason": reason, "deaths": deaths}])
+        self._mark(shard, reason)
+
+    def _mark(self, shard: int, reason: str) -> None:
+        mark = self.folder / f"{shard:06d}{ABSENT}"
+        write_json(mark, {"reason": reason, "part": [self._run.part.number, self._run.part.count]})
+        self.storage.publish(mark)
+
+    def absent(self, shard: int) -> bool:
+        """Whether the shard was given up in this run."""
+        return self.storage.exists(self.folder / f"{shard:06d}{ABSENT}")
+
+    def lost(self) -> list[int]:
+        """The shards that were given up in this run."""
+        names = (mark.name.removesuffix(ABSENT) for mark in self.storage.glob(self.folder, f"*{ABSENT}"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def _stand_in(self, shards: int, empty: Callable[[pa.Table, int], pa.Table]) -> None:
+        """Let something empty stand for each shard that was given up, with the columns of another."""
+        if not (absent := self.lost()):
+            return
+        whole = next((shard for shard in range(shards) if shard not in absent and self.has(shard)), None)
+        if whole is None and len(absent) == shards:
+            raise RunDirectoryError(
+                f"{self.name}: all of its shards were given up: see {self._run.quarantine} and the workers' "
+                f"logs in {self._run.path / 'live'}"
+            )
+        for shard in absent:
+            if whole is not None and not self.has(shard):
+                self.write(shard, empty(self.table(whole), shard))
+
+    @contextlib.contextmanager
+    def lease(
+        self, what: str, *, wait: bool = False, check: Callable[[], None] = lambda: None
+    ) -> Iterator[bool]:
+        """Hold `what` of this stage against other processes; see `Leases.hold`. Writing a shard renews it."""
+        name = f"{self._key}-{what}"
+        if len(deaths := self._run.leases.deaths(name)) >= TRIES:
+            raise RunDirectoryError(
+                f"{self.name}: {len(deaths)} workers died of it, the last of {deaths[-1]}: see their logs in "
+                f"{self._run.path / 'live'}"
+            )
+        with self._run.leases.hold(name, wait=wait, check=check) as mine:
+            if mine:
+                self._leased.add(name)
+            try:
+                yield mine
+            finally:
+                self._leased.discard(name)
+
+    def quarantine(self, part: str, rejected: list[dict[str, Any]]) -> None:
+        """Keep rejected input with its reason; `part` names the shard it belongs to."""
+        if not rejected:
+            return
+        path = self._run.quarantine / f"{self._key}-{part}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        with atomic(path) as temporary:
+            lines = (json.dumps(row, ensure_ascii=False) for row in rejected)
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
+        self.storage.publish(path)
+
+
+def together(shards: int, most: int) -> int:
+    """How many of so many shards are made at once: at most `most`, and so few that 8 workers have two turns.
+
+    How many workers there are does not count: any may come later, and all must see the same groups, else
+    two of them make the same shards.
+    """
+    return max(1, min(most, shards // 16))
+
+
+def _mapped(path: Path, *, check: bool) -> pa.Table:
+    """What is in a shard's file. Raises one of several errors where that is not whole."""
+    mapped = pa.memory_map(str(path)).read_buffer()
+    body = mapped[: mapped.size - _CHECKSUM_BYTES]
+    if check and _checksum(body) != mapped[body.size :].to_pybytes():
+        raise ValueError("the checksum differs")
+    return pa.ipc.open_stream(body).read_all()
+
+
+def _checksum(buffer: pa.Buffer) -> bytes:
+    return zlib.crc32(buffer).to_bytes(_CHECKSUM_BYTES, "little")

@@ -1,0 +1,336 @@
+"""How far a run is, read from its directory: by anybody, while it works or not. Changes nothing there.
+
+Of a stage those rows count that lie in whole shards, and those that live processes have done of the shards
+they are at. What a dead process had done of its shard counts again only when another does it.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from scaledown.errors import InputError, one_line
+from scaledown.run.atomic import read_json
+from scaledown.run.directory import ABSENT, STAGES
+from scaledown.run.heartbeat import Process, Work, finite, processes
+from scaledown.run.leases import Held, Leases
+from scaledown.run.locations import storage_at
+from scaledown.urls import redacted
+
+# The stages that are no work on another stage's shards; that of all others is the one before them here.
+_OWN_SHARDS: Final = ("synthetic", "queries", "passages", "approximate", "questions")
+_UNITS: Final = {"synthetic": "questions", "approximate": "passages"}
+
+
+class StageStatus(NamedTuple):
+    """How far a stage is. Rows are its queries or passages, as `unit` says; None is unknown."""
+
+    name: str
+    fingerprint: str
+    unit: str
+    shards: int
+    shards_planned: int | None
+    rows: int
+    """In whole shards."""
+    rows_in_progress: int
+    """Done of shards that live processes are at."""
+    rows_planned: int | None
+    estimated: bool
+    """Whether `rows_planned` is an estimate."""
+    seconds: float
+    """That its whole shards took, all processes together."""
+    rate: float
+    """Rows a second of the processes that are at it, together; without any, as its shards were made."""
+    seconds_left: float | None
+    workers: int
+    """Processes that are at it."""
+    deaths: int
+    given_up: int
+    quarantined: int
+    finished: bool
+    waiting: str = ""
+    """For what those that are at it wait, if one does."""
+
+    @property
+    def done(self) -> int:
+        """Rows that are done, in whole shards or not."""
+        return self.rows + self.rows_in_progress
+
+
+class WorkerStatus(NamedTuple):
+    """A process in the run directory: who and where it is, what it is at, and for how many seconds."""
+
+    worker: str
+    host: str
+    pid: int
+    at: str
+    seconds_at: float | None
+    silent_seconds: float | None
+    """Since its last word."""
+    alive: bool | None
+    """None where the file system does not say: then its last word does."""
+
+
+class Status(NamedTuple):
+    """How far a run is."""
+
+    path: str
+    finished: bool
+    finished_time: float | None
+    """Seconds since 1970."""
+    output: str
+    examples: int | None
+    stages: tuple[StageStatus, ...]
+    workers: tuple[WorkerStatus, ...]
+
+    def told(self) -> dict[str, Any]:
+        """As what JSON has."""
+        stages, workers = ([row._asdict() for row in rows] for rows in (self.stages, self.workers))
+        return {**self._asdict(), "stages": stages, "workers": workers}
+
+
+def status_at(name: str) -> Status:
+    """How far the run is that has the directory or the output `name`, a path or a URL, now.
+
+    Raises `InputError` where there is none.
+    """
+    for place in (name, f"{name.rstrip('/')}.work"):
+        storage = storage_at(place)
+        if not {*STAGES, "live", "manifest.json"}.isdisjoint(storage.entries()):
+            with storage.outline() as run:
+                try:
+                    return status_of(run, outlined=run != storage.root)._replace(path=str(storage))
+                except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+                    raise InputError(
+                        f"{storage}: what is there was not written by this version "
+                        f"({type(error).__name__}: {one_line(str(error), 80)})"
+                    ) from error
+    raise InputError(
+        f"{redacted(name)}: there is no run directory; give what --work_dir or --index_dir named, or the "
+        "--output_file of a run"
+    )
+
+
+def status_of(run: Path, *, outlined: bool = False) -> Status:
+    """How far the run in the directory `run` is, now; it may be `outlined`, see `Storage.outline`."""
+    everyone = processes(run, outlined=outlined)
+    living = [process for process in everyone if process.alive is not False]
+    content = read_json(run / "manifest.json")
+    manifest = content if isinstance(content, dict) else {}
+    opened = _opened(run, everyone, manifest, outlined)
+    homes = {run} if outlined else {run, *(folder.parent.parent for _, folder in opened)}
+    held = [one for home in homes for one in Leases(home / "locks", "").held()]
+    stages: list[StageStatus] = []
+    shards: dict[str, _Shards] = {}
+    planned: dict[str, int | None] = {}
+    for name, folder in opened:
+        working = [work for process in living for work in process.work if work.stage == name]
+        if name == "approximate" and not working:  # has files of its own kind, and never ends
+            continue
+        shards[name] = _Shards.of(folder)
+        source = None if name in _OWN_SHARDS else shards.get(_source(name))
+        estimate = planned.get(_source(name)) if source else None
+        stages.append(_stage(folder, shards[name], source, working, estimate or 0))
+        planned[name] = stages[-1].rows_planned
+    ended = _ended(run, manifest, stages, dict(opened))
+    written = manifest.get("output", {}) if ended else {}
+    return Status(
+        str(run),
+        ended is not None,
+        ended,
+        str(written.get("path", "")),
+        examples if isinstance(examples := written.get("examples"), int) else None,
+        tuple(stages),
+        tuple(_worker(process, held) for process in living),
+    )
+
+
+def _ended(
+    run: Path, manifest: Mapping[str, Any], stages: Sequence[StageStatus], folders: Mapping[str, Path]
+) -> float | None:
+    """When the run was finished, in seconds since 1970, if it is."""
+    if not all(stage.finished or not folders[stage.name].exists() for stage in stages):
+        return None
+    if told := manifest.get("stages"):
+        same = all(name in folders and folders[name].name == one["fingerprint"] for name, one in told.items())
+        return datetime.fromisoformat(manifest["finished"]).timestamp() if same else None
+    if "vectors" in folders and not (run / "queries").exists():  # an index
+        return (folders["vectors"] / "done.json").stat().st_mtime
+    return None
+
+
+class _Shards(NamedTuple):
+    """A stage's shards: which are whole, the rows of each as far as known; what it counted at its end."""
+
+    whole: frozenset[int]
+    rows: Mapping[int, int]
+    seconds: float
+    counts: Mapping[str, int] | None
+
+    @classmethod
+    def of(cls, folder: Path) -> "_Shards":
+        """As they lie in the stage's folder."""
+        names = (entry.name.removesuffix(".arrow") for entry in _entries(folder))
+        whole = frozenset(int(name) for name in names if name.isdecimal())
+        rows: dict[int, int] = {}
+        seconds = 0.0
+        for event in _journal(folder):
+            seconds += finite(event.get("seconds", 0.0))
+            if event.get("shard") in whole and "rows" in event:
+                rows[event["shard"]] = event["rows"]
+        if isinstance(done := read_json(folder / "done.json"), dict):
+            return cls(whole, dict(enumerate(done["rows"])), done["seconds"], done["counts"])
+        return cls(whole, rows, seconds, None)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage has all of them."""
+        return self.counts is not None
+
+
+def _source(name: str) -> str:
+    """The stage whose shards a stage works on."""
+    if name == "vectors":
+        return "passages"
+    return "queries" if STAGES.index(name) < STAGES.index("questions") else "questions"
+
+
+def _opened(
+    run: Path, everyone: list[Process], manifest: Mapping[str, Any], outlined: bool
+) -> list[tuple[str, Path]]:
+    """The stages of the run, in order: as the processes say, else the manifest, else all that there are.
+
+    Those of an index of its own are where they say, and left out where that is elsewhere.
+    """
+    named: dict[str, Path] = {}
+    for process in sorted(everyone, key=lambda process: process.time):
+        for name, told in process.stages.items():
+            if name not in STAGES:
+                continue
+            own = run / name / Path(told).name  # where this machine sees it
+            if not outlined:
+                named[name] = own if own.exists() else Path(told)
+            elif Path(told).parent.parent == Path(process.run):
+                named[name] = own
+    if not named:
+        index = (manifest.get("parameters") or {}).get("index_dir")
+        for name, stage in (manifest.get("stages") or {}).items():
+            if name not in STAGES or Path(stage["fingerprint"]).name != stage["fingerprint"]:
+                raise ValueError(f"stage {name} of the manifest")  # a path that leads elsewhere
+            own = run / name / stage["fingerprint"]
+            if own.exists() or not index:
+                named[name] = own
+            elif not outlined:
+                named[name] = Path(index) / name / stage["fingerprint"]
+    if named:
+        return [(name, named[name]) for name in STAGES if name in named]
+    return [(name, folder) for name in STAGES for folder in sorted((run / name).glob("*")) if folder.is_dir()]
+
+
+def _stage(
+    folder: Path, own: _Shards, source: _Shards | None, working: list[Work], guess: int
+) -> StageStatus:
+    """How far a stage is; `guess` is how many rows it may have, where that is not known yet."""
+    name = folder.parent.name
+    planned = own.rows if own.finished else source.rows if source else {}
+    known = own.finished or (source is not None and source.finished)
+    unit = _UNITS.get(name) or (name if name in _OWN_SHARDS else _source(name))
+    rows = sum((planned or own.rows).get(shard, 0) for shard in own.whole)
+    total = sum(planned.values()) if known else None
+    rate = 0.0
+    flying: dict[tuple[int, ...], float] = {}
+    if own.counts is not None:
+        working = []
+        rows = total = own.counts.get(unit, rows) if name in _OWN_SHARDS else rows
+    elif source:
+        for work in working:
+            share = sum(source.rows.values()) / work.total if work.total and known else 1.0
+            rate += work.rate * share
+            at = tuple(work.shards or (0, 0))
+            theirs = (shard for shard in source.rows if at[0] <= shard < at[1] and shard not in own.whole)
+            most = sum(source.rows[shard] for shard in theirs)
+            flying[at] = max(flying.get(at, 0.0), min(work.in_flight * share, most))
+    elif working:  # one makes all of it, others wait
+        work = max(working, key=lambda work: work.done)
+        rows, rate, total, guess = work.done, work.rate, work.total, work.guess or guess
+    if not working:
+        rate = rows / own.seconds if own.seconds else 0.0
+    in_flight = int(sum(flying.values()))
+    left = max(0, (total or guess) - rows - in_flight)
+    return StageStatus(
+        name,
+        folder.name,
+        unit,
+        len(own.whole),
+        len(planned) if known else None,
+        rows,
+        in_flight,
+        total if total is not None else guess or None,
+        total is None and guess > 0,
+        round(own.seconds, 2),
+        rate,
+        left / rate if left and rate and working else None,
+        len(working),
+        len(Leases(folder.parent.parent / "locks", "").deaths(f"{folder.parent.name}-{folder.name}-*")),
+        sum(entry.name.endswith(ABSENT) for entry in _entries(folder)),
+        sum(_lines(path) for path in _beside(folder, "quarantine", ".jsonl") if "given-up" not in path.name),
+        own.finished,
+        next((work.waiting for work in working if work.waiting), ""),
+    )
+
+
+def _worker(process: Process, held: list[Held]) -> WorkerStatus:
+    own = [one for one in held if (one.host, one.pid) == (process.host, process.pid)]
+    at = ", ".join(re.sub("-[0-9a-f]{16}-", " ", one.name) for one in own)
+    now = time.time()
+    return WorkerStatus(
+        process.worker,
+        process.host,
+        process.pid,
+        at,
+        max(0.0, now - min(one.since for one in own)) if own else None,
+        max(0.0, now - process.time) if process.time else None,
+        process.alive,
+    )
+
+
+def _entries(folder: Path) -> list["os.DirEntry[str]"]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:
+        return []
+
+
+def _beside(folder: Path, kind: str, ending: str) -> Iterator[Path]:
+    """The files about a stage in another folder of its run directory."""
+    return (folder.parent.parent / kind).glob(f"{folder.parent.name}-{folder.name}-*{ending}")
+
+
+def _journal(folder: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted(folder.glob("journal*.jsonl")):  # in an object store each process has its own
+        with contextlib.suppress(OSError):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, RecursionError):  # cut short by a crash
+                    if isinstance(event := json.loads(line), dict):
+                        yield event
+
+
+def _lines(path: Path) -> int:
+    try:
+        state = path.stat()
+    except OSError:
+        return 0
+    return _counted(path, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _counted(path: Path, _size: int, _changed: int) -> int:
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))

@@ -1,0 +1,1 @@
+"""The compressors, a module each."""

@@ -1,0 +1,1 @@
+"""Training: examples, passes, schedule, checkpoints."""

@@ -1,0 +1,152 @@
+"""Checkpoints: a model as `from_pretrained` reads it, and beside it what else a run goes on from.
+
+checkpoint-N/
+├── model.safetensors, …         the model after step N
+├── optimizer.safetensors        the optimiser's state, `PARAMETER/NAME`
+├── random-RANK.safetensors      states of the random number generators of each process
+├── shards/                      in place of the optimiser's where processes share a model: Accelerate's own
+└── training.json                the step and the log; written last
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from scaledown.errors import ModelError, RunDirectoryError
+from scaledown.run.atomic import read_json, write_json
+from scaledown.student.training.passes import Passes, random_state, set_random_state
+from scaledown.student.training.schedule import Log
+
+CHECKPOINTS: Final = 2  # kept, the best among them
+
+_STATE: Final = "training.json"
+_OPTIMIZER: Final = "optimizer.safetensors"
+_SHARDS: Final = "shards"
+_EARLIER: Final = "trainer_state.json"  # up to version 0.6
+
+
+def checkpoint_folder(output: Path, step: int) -> Path:
+    """The folder of a checkpoint."""
+    return output / f"checkpoint-{step}"
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """The newest whole checkpoint. Raises `RunDirectoryError` where all are of an earlier version."""
+    steps = sorted(_steps(output), reverse=True)
+    whole = [place for step in steps if read_json((place := checkpoint_folder(output, step)) / _STATE)]
+    earlier = [place for step in steps if ((place := checkpoint_folder(output, step)) / _EARLIER).exists()]
+    if earlier and not whole:
+        raise RunDirectoryError(
+            f"{earlier[0]} is of version 0.6, and this one cannot go on from there: finish the run with "
+            f"scaledown 0.6, or delete {output} to start again"
+        )
+    return whole[0] if whole else None
+
+
+def _steps(output: Path) -> list[int]:
+    names = [place.name.removeprefix("checkpoint-") for place in output.glob("checkpoint-*")]
+    return [int(name) for name in names if name.isdecimal()]
+
+
+def delete_old(output: Path, newest: int, best: int) -> None:
+    """Delete all but `CHECKPOINTS` checkpoints: that of step `newest` stays, and that of step `best`."""
+    for step in sorted(_steps(output), key=lambda step: (step == newest, step == best, step))[:-CHECKPOINTS]:
+        shutil.rmtree(checkpoint_folder(output, step), ignore_errors=True)
+
+
+def write_state(folder: Path, passes: Passes, step: int, log: Log) -> None:
+    """Write what makes a checkpoint whole."""
+    scaler = passes.accelerator.scaler  # of float16's losses
+    state = {"step": step, "micro_batch": passes.micro_batch, "scaler": scaler and scaler.state_dict()}
+    write_json(folder / _STATE, state | {"log": log})
+
+
+def read_state(folder: Path, passes: Passes) -> tuple[int, Log]:
+    """The step and the log; passes go on with the micro batches that fitted."""
+    state = read_json(folder / _STATE)
+    passes.micro_batch = min(passes.micro_batch, state["micro_batch"])
+    if passes.accelerator.scaler is not None:
+        passes.accelerator.scaler.load_state_dict(state["scaler"])
+    return state["step"], state["log"]
+
+
+def save(folder: Path, passes: Passes, model: Any) -> None:
+    """Write all of a checkpoint but what makes it whole; each process has a part in it."""
+    accelerator = passes.accelerator
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(folder, passes, model)
+    if passes.is_shared:
+        accelerator.save_state(str(folder / _SHARDS))
+    elif accelerator.is_main_process:
+        _save_optimizer(folder / _OPTIMIZER, passes.optimizer, model)
+    save_file(random_state(passes.device), folder / _random_file(accelerator.process_index))
+    accelerator.wait_for_everyone()
+
+
+def load(folder: Path, passes: Passes, model: Any) -> None:
+    """Read what `save` wrote. Raises `ModelError` where that was another model, or shared in another way."""
+    if passes.is_shared != (folder / _SHARDS).exists():
+        how = "each had" if passes.is_shared else "shared"
+        raise ModelError(
+            f"{folder} is of processes that {how} the model: go on with their configuration of Accelerate"
+        )
+    if passes.is_shared:
+        passes.accelerator.load_state(str(folder / _SHARDS))
+    else:
+        _load_weights(folder, model)
+        _load_optimizer(folder / _OPTIMIZER, passes.optimizer, model)
+    random = folder / _random_file(passes.accelerator.process_index)
+    if random.exists():  # else there are more processes now
+        set_random_state(load_file(random), passes.device)
+
+
+def save_model(folder: Path, passes: Passes, model: Any) -> None:
+    """Write a model as `from_pretrained` reads it."""
+    weights = passes.accelerator.get_state_dict(passes.model) if passes.is_shared else None
+    if passes.accelerator.is_main_process:
+        model.save_pretrained(folder, state_dict=weights)
+
+
+def copy_model(folder: Path, output: Path) -> None:
+    """Copy the model in a checkpoint, and nothing else of it."""
+    own = shutil.ignore_patterns(_STATE, _OPTIMIZER, _random_file("*"), _SHARDS)
+    shutil.copytree(folder, output, ignore=own, dirs_exist_ok=True)
+
+
+def _random_file(rank: int | str) -> str:
+    return f"random-{rank}.safetensors"
+
+
+def _save_optimizer(path: Path, optimizer: Any, model: nn.Module) -> None:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = {
+        f"{names[parameter]}/{kind}": value.contiguous()
+        for parameter, state in optimizer.state.items()
+        for kind, value in state.items()
+    }
+    save_file(tensors, path)
+
+
+def _load_optimizer(path: Path, optimizer: Any, model: nn.Module) -> None:
+    parameters = dict(model.named_parameters())
+    for key, value in load_file(path).items():
+        name, _, kind = key.rpartition("/")
+        parameter = parameters[name]
+        optimizer.state[parameter][kind] = value.to(parameter.device)
+
+
+def _load_weights(folder: Path, model: Any) -> None:
+    weights: dict[str, torch.Tensor] = {}
+    for file in folder.glob("model*.safetensors"):
+        weights |= load_file(file)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if wrong := [*(name for name in missing if name not in tied), *unexpected]:
+        raise ModelError(
+            f"the checkpoint does not fit the model ({', '.join(wrong[:3])}): delete it, or give another "
+            "--output_dir"
+        )

@@ -1,0 +1,150 @@
+"""A corpus -> examples of pretraining: cloze questions for a pointer; for others, passages to write again."""
+
+import itertools
+import logging
+import math
+from array import array
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+from scaledown.config.train import PretrainConfig
+from scaledown.data.input import files
+from scaledown.data.input.chunking import Chunker
+from scaledown.data.input.corpus import ROWS_AT_ONCE, cut_rows, plain
+from scaledown.data.input.gold import read_gold
+from scaledown.data.prompts import CONTINUE, REPEAT
+from scaledown.errors import InputError, ModelError
+from scaledown.records import Passage, full_text
+from scaledown.student.labels import copied_spans
+from scaledown.student.settings import POINTER
+from scaledown.student.training.cloze import cloze_questions
+from scaledown.student.training.training_data import (
+    Examples,
+    Parts,
+    TrainingExample,
+    named,
+    read_examples,
+    split_parts,
+    store_examples,
+)
+
+log = logging.getLogger("scaledown")
+
+_MESSAGES: Final = 20  # about bad rows; the rest is counted
+
+
+def pretraining_parts(config: PretrainConfig, tokenizer: Any, folder: Path) -> Parts:
+    """The corpus as examples, which lie in `folder` while the process lives.
+
+    Its passages are cut by the compressor's `tokenizer`. Raises `InputError` for a corpus without text.
+    """
+    if not tokenizer.is_fast:
+        raise ModelError(f"{tokenizer.name_or_path}: has no fast tokenizer, which cutting passages needs")
+    bad: list[str] = []
+    found = pretraining_examples(config, tokenizer, bad)
+    records = None
+    if config.train_data:
+        gold = read_gold(config.gold, "--gold") if config.gold else None
+        records = read_examples(config.train_data, folder, gold=gold)
+        found = _alternating(found, records)
+    if config.max_steps:
+        found = itertools.islice(
+            found, math.ceil(config.max_steps * config.batch_size / (1 - config.eval_fraction))
+        )
+    examples = store_examples(found, folder)
+    for message in bad[:_MESSAGES]:
+        log.warning("%s; skipped", message)
+    if len(bad) > _MESSAGES:
+        log.warning("%s more rows are unusable", f"{len(bad) - _MESSAGES:,}")
+    if not len(examples):
+        asked = " in which a name or a number can be hidden" if config.compressor == POINTER else ""
+        raise InputError(f"--corpus_path {config.corpus_path}: no article with text{asked}; check the file")
+    examples.skipped = len(bad) + (records.skipped if records else 0)
+    return split_parts(examples, config)
+
+
+def _alternating(
+    questions: Iterator[tuple[str, TrainingExample]], records: Examples
+) -> Iterator[tuple[str, TrainingExample]]:
+    """A record after each cloze question, from the first on again where they are fewer; then the rest."""
+    places = iter(range(len(records)))
+    teaching = array("q")  # the places of those that teach something
+    again = 0
+    for question in questions:
+        yield question
+        if (record := _next_copied(records, places, teaching)) is not None:
+            yield named(record)
+        elif teaching:
+            record = _copied(records[teaching[again % len(teaching)]])
+            again += 1
+            if record is not None:
+                yield named(record)
+    while (record := _next_copied(records, places, teaching)) is not None:
+        yield named(record)
+
+
+def _next_copied(records: Examples, places: Iterator[int], teaching: "array[int]") -> TrainingExample | None:
+    """The next record that teaches something; its place is added to `teaching`."""
+    for place in places:
+        if (record := _copied(records[place])) is not None:
+            teaching.append(place)
+            return record
+    return None
+
+
+def _copied(example: TrainingExample) -> TrainingExample | None:
+    """A record with those of its documents that the answer copies, if any; the others teach nothing here.
+
+    A pass over such records costs a third as much. How documents compare is learned in training.
+    """
+    spans = copied_spans(example.query, example.documents, example.answer)
+    copied = [text for text, own in zip(example.documents, spans, strict=True) if own]
+    return example._replace(documents=copied, scores=None) if copied else None
+
+
+def pretraining_examples(
+    config: PretrainConfig, tokenizer: Any, bad: list[str]
+) -> Iterator[tuple[str, TrainingExample]]:
+    """An example of each passage, behind its name; rows that are no article are told in `bad`.
+
+    A pointer gets a cloze question of one sentence, if any has one. Others get one of the two tasks; the last
+    passage of an article is repeated. All depends on `config.seed` and the name alone.
+    """
+    examples = _questions if config.compressor == POINTER else _of_article
+    corpus = files.locate(config.corpus_path, "--corpus_path")
+    paths = files.sources(corpus, "--corpus_path")
+    rows = itertools.chain.from_iterable(map(files.rows, paths))
+    is_folder = isinstance(corpus, Path) and corpus.is_dir()
+    chunker = Chunker(plain(tokenizer), "tokens", config.doc_max_length)
+    articles = 0
+    while batch := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        cut = cut_rows(batch, chunker, str(corpus), is_folder)
+        bad += [f"{row.source}:{row.line}: {reason}" for row, reason in cut.rejected]
+        passages = iter(cut.passages.select(Passage._fields).to_pylist())
+        for count in cut.pieces:
+            yield from examples([Passage(**next(passages)) for _ in range(count)], config.seed)
+            articles += 1
+            if articles == config.max_corpus_size:
+                return
+
+
+def _of_article(passages: list[Passage], seed: int) -> Iterator[tuple[str, TrainingExample]]:
+    for passage, following in itertools.zip_longest(passages, passages[1:]):
+        name = passage.passage_id
+        coin = blake2b(f"{seed} {name}".encode(), digest_size=1).digest()[0] & 1
+        text = full_text(passage.title, passage.text)
+        task, answer = (CONTINUE, following.text) if following and coin else (REPEAT, text)
+        yield name, TrainingExample(task, [text], answer, None)
+
+
+def _questions(passages: list[Passage], seed: int) -> Iterator[tuple[str, TrainingExample]]:
+    for passage in passages:
+        name = passage.passage_id
+        random = Random(f"{seed} {name}")  # noqa: S311
+        if found := list(cloze_questions(passage.text, random, passage.title)):
+            cloze = random.choice(found)
+            document = full_text(passage.title, passage.text)
+            yield name, TrainingExample(cloze.query, [document], cloze.answer, None)

@@ -1,0 +1,116 @@
+"""A trainer by the paper's schedule, on the devices that Accelerate finds."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+
+from scaledown.config.train import StudentConfig
+from scaledown.errors import MissingExtraError, UsageError
+from scaledown.models import choose_dtype
+from scaledown.student.training.encoded_examples import Batches, EncodedExamples
+from scaledown.student.training.learning_rates import COMPRESSOR_RATES, SEPARATE_RATE, parameter_groups
+from scaledown.student.training.schedule import Schedule
+from scaledown.student.training.trainer import StudentTrainer
+from scaledown.student.training.training_data import Part, shares, training_order
+
+ADAM_BETA: Final = 0.999
+POINTER_BETA: Final = 0.98  # of runs of hundreds of steps, which a longer memory would span
+
+CPU_MICRO_BATCH: Final = 4  # more is no faster there, and Linux kills what takes too much memory
+
+LARGE: Final = 1_000_000_000  # trained weights, which are 16 GB with gradients and moments
+
+_PRECISIONS: Final = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def make_trainer(
+    model: Any, config: StudentConfig, train: Part, held: Part | None, device: str
+) -> StudentTrainer:
+    """A trainer of `model` by the paper's schedule, as one of the processes that torchrun started, if any."""
+    accelerator = _accelerator(config, device)
+    ranks = accelerator.num_processes
+    if config.batch_size % ranks:
+        raise UsageError(f"--batch_size {config.batch_size}: must be a multiple of the {ranks} processes")
+    share = config.batch_size // ranks
+    micro_batch = min(share, config.micro_batch_size or (CPU_MICRO_BATCH if device == "cpu" else share))
+    if plugin := accelerator.state.deepspeed_plugin:
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = micro_batch
+    set_seed(config.seed)
+    torch.empty((), dtype=torch.int64).random_()  # as earlier versions did: the same seed, the same weights
+    batches = _batches(model, config, train, accelerator.process_index, ranks)
+    return StudentTrainer(
+        model,
+        accelerator,
+        _optimizer(model, config),
+        Schedule(len(batches.places), config.eval_steps, config.save_steps, config.early_stopping_patience),
+        batches=batches,
+        held_out=_held_out(model, config, held) if held else None,
+        micro_batch=micro_batch,
+        output=Path(config.output_dir),
+    )
+
+
+def _accelerator(config: StudentConfig, device: str) -> Accelerator:
+    """Accelerate, configured by `accelerate launch` or torchrun, with the run's precision and reporters."""
+    # What it remembers of an earlier run in this process, which may have had another precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=_PRECISIONS.get(choose_dtype(config.dtype, device), "no"),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # to Accelerate a step is one
+        log_with=reporters(config.report_to) or None,
+        project_config=ProjectConfiguration(logging_dir=str(Path(config.output_dir) / "runs")),
+    )
+
+
+def _batches(model: Any, config: StudentConfig, train: Part, rank: int, ranks: int) -> Batches:
+    """What process `rank` of `ranks` takes of each step."""
+    total = config.max_steps * config.batch_size or max(1, round(config.num_epochs * len(train.rows)))
+    order = training_order(np.asarray(train.rows), total, config.seed)
+    places = order + np.arange(total) // len(train.rows) * len(train.examples)  # count on from pass to pass
+    examples = EncodedExamples(train.examples, model, config, trains=True)
+    return Batches(examples, shares(places, config.batch_size, rank, ranks))
+
+
+def _held_out(model: Any, config: StudentConfig, held: Part) -> Batches:
+    rows, size = held.rows, config.batch_size
+    places = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+    return Batches(EncodedExamples(held.examples, model, config, trains=False), places)
+
+
+def _optimizer(model: Any, config: StudentConfig) -> torch.optim.Optimizer:
+    """AdamW over a model's weights that are trained, which it makes ready for that."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:  # small updates would be rounded away in half precision
+        parameter.data = parameter.data.float()
+    recomputes = config.gradient_checkpointing
+    if recomputes is None:
+        recomputes = sum(parameter.numel() for parameter in trained) >= LARGE
+    if recomputes:
+        names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # within transformers 5
+        enable = next(getattr(model, name) for name in names if hasattr(model, name))
+        enable({"use_reentrant": False})
+    usual = COMPRESSOR_RATES.get(model.config.compressor, SEPARATE_RATE)
+    return torch.optim.AdamW(
+        parameter_groups(model, config.learning_rate_generator, config.compressor_rate(usual)),
+        betas=(0.9, POINTER_BETA if model.config.is_pointer else ADAM_BETA),
+        fused=True,
+    )
+
+
+def reporters(name: str) -> list[str]:
+    """What `--report_to` means here. Raises `MissingExtraError` for one that is not installed."""
+    if name == "none":
+        return []
+    installed = importlib.util.find_spec("tensorboard" if name == "auto" else name) is not None
+    if name == "auto":
+        return ["tensorboard"] if installed else []
+    if not installed:
+        raise MissingExtraError(f"--report_to {name} needs it: pip install {name}, or give --report_to none")
+    return [name]

@@ -1,0 +1,230 @@
+"""The training loop: a step, and what is due after it."""
+
+import itertools
+import logging
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from accelerate import Accelerator
+
+from scaledown.errors import ModelError
+from scaledown.run.progress import Tracker, track
+from scaledown.student.model import WEIGHTS
+from scaledown.student.training import checkpoints
+from scaledown.student.training.checkpoints import checkpoint_folder
+from scaledown.student.training.encoded_examples import Batches
+from scaledown.student.training.passes import Passes
+from scaledown.student.training.schedule import Log, Schedule, best, evaluations
+from scaledown.student.training.signals import noticing_signals
+
+log = logging.getLogger("scaledown")
+
+GRADIENT_NORM: Final = 1.0  # the paper's (arXiv 2504.07109, table 7)
+
+
+class _Stopped(Exception):  # noqa: N818 (no error)
+    """Ctrl-C or SIGTERM, noticed where nothing is half done."""
+
+
+class StudentTrainer:
+    """Trains a `ScaleDownModel`, one whole batch a step.
+
+    Args:
+        model: What is trained, its trained weights in float32.
+        accelerator: Where, how precisely, and by how many processes.
+        optimizer: Over groups of weights, each with a name and its full learning rate.
+        schedule: When something is due.
+        batches: What this process takes of each step.
+        held_out: What all processes evaluate together.
+        micro_batch: How many examples at once, to begin with.
+        output: The folder of the checkpoints.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        accelerator: Accelerator,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        *,
+        batches: Batches,
+        held_out: Batches | None,
+        micro_batch: int,
+        output: Path,
+    ) -> None:
+        self.model = model
+        self.schedule = schedule
+        self.batches = batches
+        self.passes = Passes(
+            model,
+            accelerator,
+            optimizer,
+            micro_batch=micro_batch,
+            stand_in=batches.examples[0],
+            before=self._before_part,
+        )
+        self.step = 0
+        """How many are done."""
+        self.log: Log = []
+        self.seconds: list[float] = []
+        """That each step of this process took."""
+        self._accelerator = accelerator
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        self._held_out = held_out
+        self._output = output
+        self._saved = 0  # the step of the newest checkpoint
+        counts = (len(places) * self.passes.ranks for places in batches.places)
+        self._counts = list(itertools.accumulate(counts, initial=0))  # of examples after so many steps
+        self._noticed: list[int] = []
+        self._tracker: Tracker | None = None
+
+    def run(self, checkpoint: Path | None) -> None:
+        """Train, from `checkpoint` where there is one.
+
+        Ctrl-C and SIGTERM leave a checkpoint of the last whole step, and are raised again.
+        """
+        if checkpoint is not None:
+            self.step, self.log = checkpoints.read_state(checkpoint, self.passes)
+            checkpoints.load(checkpoint, self.passes, self.model)
+            self._saved = self.step
+        self._accelerator.init_trackers("scaledown")
+        done, total = self._counts[self.step], self._counts[-1]
+        with noticing_signals() as self._noticed, track("train", "examples", total, done) as self._tracker:
+            try:
+                self._loop()
+            except _Stopped:
+                self._count()
+                told = self._keep()
+            else:
+                told = ""
+            finally:
+                for tracker in self._accelerator.trackers:
+                    tracker.finish()
+        if told:
+            log.warning("%s", told)
+            if self._noticed:
+                signal.raise_signal(self._noticed[0])
+            raise KeyboardInterrupt
+
+    def _loop(self) -> None:
+        while True:  # a resumed run begins with what was due when it was stopped
+            if self._held_out and self._owes_evaluation():
+                self._evaluate(self._held_out)
+            is_best = self.schedule.patience > 0 and self.step == best(self.log)["step"] > 0
+            if is_best or self.schedule.saves(self.step):
+                self._save()
+            if self.schedule.is_finished(self.step, self.log):
+                return
+            self._step()
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        if self.passes.sum(len(self._noticed)) != [0]:
+            raise _Stopped
+        optimizer = self.passes.optimizer
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self.schedule.rate(self.step)
+        examples = [self.batches.examples[place] for place in self.batches.places[self.step]]
+        losses = self.passes.gradients(examples, rehearses=not self.seconds)
+        loss = _weighted(losses)
+        if not math.isfinite(loss):
+            raise ModelError(
+                f"the loss of step {self.step + 1} is {loss}: lower the learning rates, or give --dtype "
+                "float32"
+            )
+        norm = self._accelerator.clip_grad_norm_(self.passes.model.parameters(), GRADIENT_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.step += 1
+        self._count()
+        self.seconds.append(time.perf_counter() - started)
+        told = {"loss": loss, **self._told(losses)}
+        if norm is not None:  # DeepSpeed may have none
+            told["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        told |= {f"learning_rate_{group['name']}": group["lr"] for group in optimizer.param_groups}
+        self._tell("", told | {"micro_batch_size": self.passes.micro_batch})
+        if self._tracker is not None:
+            self._tracker.note = f"loss {loss:.4f}"
+
+    def _owes_evaluation(self) -> bool:
+        done = any(entry["step"] == self.step for entry in evaluations(self.log))
+        return self.schedule.evaluates(self.step) and not done
+
+    def _evaluate(self, held_out: Batches) -> None:
+        """Tell the losses over what is held out. Training goes on as if this had not been."""
+        examples, batches = held_out
+        rank, ranks = self._accelerator.process_index, self.passes.ranks
+        mine = ([examples[place] for place in places[rank::ranks]] for places in batches)
+        losses = self.passes.losses(mine, [math.ceil(len(places) / ranks) for places in batches])
+        log.info("step %s: held-out loss %.4f", self.step, _weighted(losses))
+        self._tell("eval_", {"loss": _weighted(losses), **self._told(losses)})
+
+    def held_out_losses(self) -> tuple[float | None, float | None]:
+        """Before training, and of the model that is kept; None where nothing is held out."""
+        losses = {entry["step"]: entry["eval_loss"] for entry in evaluations(self.log)}
+        return losses.get(0), losses.get(self._kept())
+
+    def save(self, folder: Path) -> None:
+        """Write the model as `from_pretrained` reads it: with early stopping the best one, else the last."""
+        if self._kept() == self.step:
+            checkpoints.save_model(folder, self.passes, self.model)
+        elif self._accelerator.is_main_process:
+            checkpoints.copy_model(checkpoint_folder(self._output, self._kept()), folder)
+
+    def _kept(self) -> int:
+        """After which step the model is the result."""
+        found: int = best(self.log)["step"]
+        return found if self.schedule.patience and found else self.step
+
+    def _save(self) -> None:
+        """Make a checkpoint. Where this step has one, only the log is new."""
+        folder = checkpoint_folder(self._output, self.step)
+        if self._saved != self.step:
+            checkpoints.save(folder, self.passes, self.model)
+            self._saved = self.step
+        if self._accelerator.is_main_process:
+            checkpoints.write_state(folder, self.passes, self.step, self.log)
+            checkpoints.delete_old(self._output, self.step, best(self.log)["step"])
+
+    def _keep(self) -> str:
+        """Make a checkpoint of the last whole step, if it has none; gives what to tell about it."""
+        if not self.step:
+            return "stopped before the first step was done: there is nothing to keep"
+        if self._saved != self.step:
+            self._save()
+        return (
+            f"stopped after step {self.step} of {self.schedule.steps}, kept in "
+            f"{checkpoint_folder(self._output, self.step)}: the same command with --resume goes on from there"
+        )
+
+    def _tell(self, prefix: str, values: dict[str, float]) -> None:
+        """Keep values in the log, and draw them where somebody wants curves."""
+        self.log.append({f"{prefix}{name}": value for name, value in values.items()} | {"step": self.step})
+        part = "eval" if prefix else "train"
+        self._accelerator.log({f"{part}/{name}": value for name, value in values.items()}, self.step)
+
+    def _told(self, losses: dict[str, float]) -> dict[str, float]:
+        """The losses that the model has, where it has more than that of the answers."""
+        settings = self.model.config
+        has = {"rerank_loss": settings.enable_reranking, "pointer_loss": settings.is_pointer}
+        return {name: value for name, value in losses.items() if has.get(name, any(has.values()))}
+
+    def _before_part(self, count: int) -> None:
+        """Before each micro batch: stop if asked to; of several processes all do, between two steps."""
+        if self._noticed and self.passes.ranks == 1:
+            raise _Stopped
+        if self._tracker is not None and self.passes.model.training:
+            self._tracker.advance(count * self.passes.ranks)
+
+    def _count(self) -> None:
+        """Say how many examples whole steps had, whatever was tried in between."""
+        if self._tracker is not None:
+            self._tracker.advance(self._counts[self.step] - self._tracker.done)
+
+
+def _weighted(losses: dict[str, float]) -> float:
+    return sum(WEIGHTS[name] * value for name, value in losses.items())

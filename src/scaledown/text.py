@@ -1,0 +1,68 @@
+"""How texts are compared: spellings of the same made one, words, the key of a question."""
+
+import re
+import string
+import unicodedata
+from typing import Final
+
+# Scripts that leave no space between words are taken by character: Thai to Myanmar, Khmer, Japanese, Chinese.
+UNSPACED: Final = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+MINUS: Final = "\u2212"
+"""What `folded` makes of the sign of a number, whatever dash it was: no punctuation."""
+
+_SIGN: Final = re.compile(r"(?<![\w)\]-])[-\u2010-\u2013](?=\.?\d)")
+_TOKEN: Final = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
+_LONG_DASHES: Final = "\u2014\u2015"  # which stand between words without a space
+_WORD: Final = re.compile(rf"[{UNSPACED}]|[^\s!-/:-@\[-`{{-~{UNSPACED}]+[+#]*")
+_DROPPED: Final = re.compile(r"['’ʼ\u0300-\u036f]")  # apostrophes, accents
+_ARTICLES: Final = frozenset(("a", "an", "the"))
+
+
+class _Punctuation(dict[int, int | None]):
+    """What `str.translate` makes of each character: nothing of punctuation, in any script."""
+
+    def __missing__(self, code: int) -> int | None:
+        character = chr(code)
+        dropped = character in string.punctuation or unicodedata.category(character)[0] == "P"
+        self[code] = None if dropped and character not in _LONG_DASHES else code
+        return self[code]
+
+
+_punctuation: Final = _Punctuation()
+
+
+def folded(text: str) -> str:
+    """Text in which spellings of the same are one: case, composed and full-width letters, kinds of dashes.
+
+    All comparisons of questions and answers begin with it.
+    """
+    return _SIGN.sub(MINUS, unicodedata.normalize("NFKC", text).replace(MINUS, "-")).casefold()
+
+
+def normalized(text: str) -> str:
+    """Without case, punctuation, articles and spare spaces, as in SQuAD (Rajpurkar et al. 2016).
+
+    Beyond ASCII all punctuation goes but long dashes. The sign of a number stays: -5 is not 5.
+    """
+    plain = folded(text).translate(_punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
+
+
+def tokens(text: str) -> list[str]:
+    """The words of a text, normalized; characters where the script leaves no space between words."""
+    return _TOKEN.findall(normalized(text))
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in any language, without case, punctuation, accents and English articles."""
+    plain = _DROPPED.sub("", unicodedata.normalize("NFKD", folded(text)))
+    if not plain.isascii():  # \w has no vowel signs
+        kept = f"+#{MINUS}"
+        plain = "".join(c if unicodedata.category(c)[0] in "LMN" or c in kept else " " for c in plain)
+    found = _WORD.findall(plain)
+    return [word for word in found if word not in _ARTICLES] or found or text.split()
+
+
+def question_key(text: str) -> str:
+    """What two questions share when they are the same: their words in their order."""
+    return " ".join(words(text))

@@ -1,0 +1,154 @@
+"""Parquet has the columns of all records, whichever has them first; what does not fit is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scaledown.cli import main
+from scaledown.data.input.training_files import entries
+
+GOOD = {"query": "What?", "documents": ["One.", "Two."], "answer": "This."}
+COMMANDS = ["merge", "export"]
+
+
+def lines(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def numbered(count: int, **last: object) -> list[dict]:
+    """So many records, the last of which has more columns."""
+    made = [{**GOOD, "query": f"Question {number}?"} for number in range(count)]
+    made[-1] |= last
+    return made
+
+
+def parquet(command: str, path: Path, folder: Path) -> tuple[int, Path]:
+    """The status of a command that writes a file as Parquet, and what it wrote."""
+    if command == "merge":
+        return main(
+            ["merge", str(path), "--output_file", str(folder / "full.parquet")]
+        ), folder / "full.parquet"
+    words = ["export", str(path), "--format", "parquet", "--output_dir", str(folder / "shared")]
+    return main(words), folder / "shared" / "train.parquet"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "late",
+    [
+        {"groundedness": 0.5},
+        {"source": "wiki"},
+        {"level": 3},
+        {"tags": ["a", "b"], "meta": {"page": 7, "of": {"deep": [1.5]}}},
+        {"answer_tokens": 7, "kept": True},
+    ],
+)
+def test_columns_that_come_late_are_kept(command: str, late: dict, tmp_path: Path) -> None:
+    status, written = parquet(command, lines(tmp_path / "a.jsonl", numbered(1500, **late)), tmp_path)
+    assert status == 0
+    found = [entry.record for entry in entries(written)]
+    assert found == numbered(1500, **late)
+
+
+def test_scores_that_come_late_behind_null_are_refused_as_mixed(tmp_path: Path, capsys) -> None:
+    path = lines(tmp_path / "a.jsonl", numbered(1200, reranking_scores=[1.0, 0.5]))
+    assert parquet("merge", path, tmp_path)[0] == 1
+    assert f"{path}:1200: some records have reranking_scores and some have none" in capsys.readouterr().err
+
+
+def test_exported_scores_that_come_late_are_kept(tmp_path: Path) -> None:
+    records = numbered(1200, reranking_scores=[1.0, 0.5])
+    status, written = parquet("export", lines(tmp_path / "a.jsonl", records), tmp_path)
+    assert status == 0
+    assert [entry.record for entry in entries(written)] == records
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("early", "late", "said"),
+    [
+        (3, "three", "level is string, and int64 before"),
+        ("three", 3, "level is int64, and string before"),
+        (True, 1, "level is int64, and bool before"),
+        ([1], ["a"], "level is list<item: string>, and list<item: int64> before"),
+        ({"a": 1}, "a", "level is string, and struct<a: int64> before"),
+        (1, [2, "b"], "level holds values of several kinds"),
+    ],
+)
+def test_a_conflict_is_named_with_its_line(
+    command: str, early: object, late: object, said: str, tmp_path: Path, capsys
+) -> None:
+    records = numbered(1300, level=late)
+    records[7]["level"] = early
+    path = lines(tmp_path / "a.jsonl", records)
+    status, written = parquet(command, path, tmp_path)
+    assert status == 1
+    error = capsys.readouterr().err
+    assert f"{path}:1300: {said}, which Parquet cannot hold in one column" in error
+    assert "unexpected" not in error
+    assert not written.exists()
+
+
+def test_a_known_column_of_another_kind_is_named(tmp_path: Path, capsys) -> None:
+    path = lines(tmp_path / "a.jsonl", numbered(4, prompt_tokens="many"))
+    assert parquet("merge", path, tmp_path)[0] == 1
+    assert f"{path}:4: prompt_tokens is string, and int64 before" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [{}, [{}], (1 << 53) + 1])
+def test_what_parquet_cannot_hold_at_all_is_told(value: object, tmp_path: Path, capsys) -> None:
+    records = numbered(3, extra=value)
+    records[0]["extra"] = 0.5 if isinstance(value, int) else None
+    assert parquet("merge", lines(tmp_path / "a.jsonl", records), tmp_path)[0] in {0, 1}
+    error = capsys.readouterr().err
+    assert "unexpected" not in error
+    assert "write .json or .jsonl" in error
+
+
+def test_numbers_become_those_that_hold_all(tmp_path: Path) -> None:
+    records = numbered(1100, level=0.5)
+    records[0]["level"] = 3
+    _, written = parquet("merge", lines(tmp_path / "a.jsonl", records), tmp_path)
+    found = [entry.record.get("level") for entry in entries(written)]
+    assert (found[0], found[-1]) == (3.0, 0.5)
+
+
+plain = st.none() | st.booleans() | st.integers(-(1 << 50), 1 << 50) | st.text(max_size=4)
+values = st.recursive(
+    plain | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=2),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    extras=st.lists(st.dictionaries(st.sampled_from(["x", "y", "query_id"]), values), min_size=1, max_size=5)
+)
+def test_whatever_records_have_is_written_or_refused_in_words(extras: list[dict], tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("c")
+    records = [{**GOOD, "query": f"q{place}", **extra} for place, extra in enumerate(extras)]
+    path = lines(folder / "a.jsonl", records)
+    status, written = parquet("merge", path, folder)
+    if status == 0:
+        found = [entry.record for entry in entries(written)]
+        assert [record["query"] for record in found] == [record["query"] for record in records]
+        kept = [name for record in records for name, value in record.items() if value is not None]
+        assert {name for record in found for name in record} == set(kept)
+    else:
+        assert not written.exists()
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_scores_that_are_null_are_no_fault(ending: str, tmp_path: Path, capsys) -> None:
+    path = lines(tmp_path / "a.jsonl", [{**one, "reranking_scores": None} for one in numbered(3)])
+    assert main(["validate", str(path)]) == 0
+    assert "3 records, all sound" in capsys.readouterr().out
+    output = tmp_path / f"full.{ending}"
+    assert main(["merge", str(path), "--output_file", str(output)]) == 0
+    assert [entry.record["answer"] for entry in entries(output)] == ["This."] * 3
+    assert main(["validate", str(output)]) == 0
