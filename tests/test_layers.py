@@ -15,10 +15,10 @@ LAYERS = [
     {"evaluation", "serving"},
     {"student"},
     {"data"},
-    {"report", "metrics", "models", "gpus"},
+    {"report", "metrics", "models"},
     {"run"},
     {"config"},
-    {"records", "text", "urls", "errors"},
+    {"records", "text", "urls", "gpus", "errors"},
 ]
 MOST_ROOMS = 17
 DEEPEST = 8
