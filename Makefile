@@ -2,7 +2,7 @@
 # make test   set up .venv and run every check
 # make bench  every figure of the README, measured here; QUICK=1 for less of the same
 # make gpu    what a GPU alone can show, as a table; gpu.json for an issue
-# make docs   API reference from the docstrings, into site/
+# make docs   the site, into site/: open site/index.html
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -36,7 +36,7 @@ gpu: .venv/ready
 	$(BIN)/python benchmarks/gpu.py
 
 docs: .venv/ready
-	$(BIN)/pdoc -o site scaledown '!scaledown.__main__'
+	$(BIN)/mkdocs build --strict --quiet
 
 # torch comes first and alone, so that nothing else chooses its build.
 .venv/ready: pyproject.toml constraints.txt Makefile
