@@ -51,11 +51,11 @@ class Logprobs(TypedDict):
     token_ids: list[int] | None
     """[T], of the teacher's tokenizer."""
     top_tokens: list[list[str]] | None
-    """[T][K]: the likeliest tokens in the place of each, best first, as the server writes them."""
+    """[T, K]: the likeliest tokens in the place of each, best first, as the server writes them."""
     top_ids: list[list[int]] | None
-    """[T][K]: the same as ids."""
+    """[T, K]: the same as ids."""
     top_logprobs: list[list[float]]
-    """[T][K]: their log probabilities, with four decimals."""
+    """[T, K]: their log probabilities, with four decimals."""
 
 
 class Answer(NamedTuple):

@@ -41,8 +41,8 @@ def from_ids(
     Args:
         tokenizer: The teacher's Hugging Face tokenizer.
         token_ids: The tokens of the answer, [T].
-        top_ids: The likeliest tokens at each of them, best first, [T][K]; what is behind T is ignored.
-        top_logprobs: Their natural log probabilities, [T][K].
+        top_ids: The likeliest tokens at each of them, best first, [T, K]; what is behind T is ignored.
+        top_logprobs: Their natural log probabilities, [T, K].
 
     Returns:
         What is kept of them.

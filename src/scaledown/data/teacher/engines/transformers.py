@@ -25,7 +25,7 @@ class _Written(NamedTuple):
 
     tokens: list[int]
     top_ids: list[list[int]]
-    """[T][K], at each token; empty where nobody asked."""
+    """[T, K], at each token; empty where nobody asked."""
     top_logprobs: list[list[float]]
 
 
