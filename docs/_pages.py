@@ -25,15 +25,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def commands() -> str:
     """The help of every command, as the command prints it."""
     whole = help_of()
-    names = re.findall(r"^    ([a-z][\w-]+) ", whole, re.MULTILINE)
+    names = re.findall(r"^    ([a-z][\w-]+)(?: |$)", whole, re.MULTILINE)
     parts = [f"# Commands\n\n```text\n{whole}```\n"]
     parts += [f"## scaledown {name}\n\n```text\n{help_of(name)}```\n" for name in names]
     return "\n".join(parts)
 
 
 def help_of(*words: str) -> str:
-    """What `scaledown WORDS --help` prints, 96 columns wide, without terminal colours."""
-    os.environ["COLUMNS"] = "96"
+    """What `scaledown WORDS --help` prints, 84 columns wide, without terminal colours."""
+    os.environ["COLUMNS"] = "84"
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         main([*words, "--help"])
