@@ -22,7 +22,7 @@ RUN pip install --no-cache-dir -c /tmp/constraints.txt "scaledown-rag[${EXTRAS}]
     && scaledown prepare --help > /dev/null \
     && python -c "import scaledown.student.model, scaledown.serving.app"
 RUN useradd --create-home --uid 1000 scaledown
-USER scaledown
+USER 1000
 WORKDIR /home/scaledown
 EXPOSE 8000
 ENTRYPOINT ["scaledown"]
