@@ -30,7 +30,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from scaledown.config.shared import batch_for
+from scaledown.config.prepare import PrepareConfig
 from scaledown.data.prompts import answer_prompt
 from scaledown.data.reranker import Pair, load_reranker
 from scaledown.data.retrieval.encoders import load_encoder
@@ -207,7 +207,7 @@ def ratio(hidden: torch.Tensor, length: torch.Tensor, weight: torch.Tensor) -> f
 
 def of_encoding(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
     texts = [text(number, 100) for number in range(scale.texts)]
-    own = batch_for("batch_size", 0, scale.device)
+    own = PrepareConfig.batch_for("batch_size", 0, scale.device)
 
     def rate(size: int) -> float:
         encoder = OnDevice(
@@ -224,7 +224,7 @@ def of_encoding(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
 
 def of_reranking(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
     pairs = [Pair(text(number, 8), text(number + 1, 120)) for number in range(scale.pairs)]
-    own = batch_for("reranker_batch_size", 0, scale.device)
+    own = PrepareConfig.batch_for("reranker_batch_size", 0, scale.device)
 
     def rate(size: int) -> float:
         reranker = OnDevice(

@@ -366,11 +366,11 @@ def test_flags_of_the_pages_exist() -> None:
     import re
     from dataclasses import fields
 
+    from scaledown.config.compare import CompareConfig
     from scaledown.config.evaluate import EvaluateConfig
     from scaledown.config.prepare import PrepareConfig
     from scaledown.config.serve import ServeConfig
     from scaledown.config.train import PretrainConfig, TrainConfig
-    from scaledown.evaluation.compare import CompareConfig
 
     commands = (PrepareConfig, TrainConfig, PretrainConfig, EvaluateConfig, CompareConfig, ServeConfig)
     known = {item.name for command in commands for item in fields(command)}

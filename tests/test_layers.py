@@ -15,7 +15,7 @@ LAYERS = [
     {"evaluation", "serving"},
     {"student"},
     {"data"},
-    {"report", "metrics", "models"},
+    {"report", "metrics", "models", "command"},
     {"run"},
     {"config"},
     {"records", "text", "urls", "gpus", "errors"},

@@ -20,10 +20,13 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, TypeVar
 
 DISTRIBUTION: Final = "scaledown-rag"
+
+Item = TypeVar("Item")
+Done = TypeVar("Done")
 
 
 class ScaleDownError(Exception):
@@ -60,6 +63,21 @@ class OutputError(ScaleDownError):
 
 class RunDirectoryError(ScaleDownError):
     """A run directory that another process uses with other settings, or that is not one."""
+
+
+def each_or_error(
+    work: Callable[[Sequence[Item]], list[Done]], items: Sequence[Item]
+) -> list[Done | InputError]:
+    """`work(items)`, where an item that cannot be worked on has its error in its place, and no other has."""
+    if not items:
+        return []
+    try:
+        return [*work(items)]
+    except InputError as error:
+        if len(items) == 1:
+            return [error]
+    middle = len(items) // 2
+    return each_or_error(work, items[:middle]) + each_or_error(work, items[middle:])
 
 
 def install_command(extra: str) -> str:

@@ -5,7 +5,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, Self, TypeVar
 
 log = logging.getLogger("scaledown")
 
@@ -73,7 +73,10 @@ def give_back() -> None:
 
 
 class OnDevice(Generic[Model]):
-    """A model that is loaded when it is first called for, and held here alone until it is released."""
+    """A model that is loaded when it is first called for, and held here alone until it is released.
+
+    A `with` block releases it at its end.
+    """
 
     def __init__(self, name: str, device: str, load: Callable[[], Model]) -> None:
         self._name, self._device, self._load = name, device, load
@@ -86,6 +89,13 @@ class OnDevice(Generic[Model]):
             self._free = self._free_memory()
             self._model = self._load()
         return self._model
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:  # else the command ends at once, and the process gives everything back
+            self.release()
 
     def release(self) -> None:
         """Drop the model, if it was loaded. Memory of a GPU that does not come back is told."""

@@ -1,6 +1,6 @@
 """The records that flow through the pipeline, and the dictionaries of the Python API."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple, NotRequired, TypedDict
 
 from scaledown.errors import InputError
@@ -127,3 +127,17 @@ def document_text(document: object) -> str:
     if not isinstance(document, Mapping) or not isinstance(document.get("text"), str):
         raise InputError("a document is neither a string nor a dictionary with a text: mend it")
     return full_text(str(document.get("title") or ""), document["text"])
+
+
+def check_records(records: Sequence[QueryWithDocuments]) -> None:
+    """Raise `InputError` naming the first record that lacks a query or documents of a known shape."""
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise InputError(f"record {number}: is {type(record).__name__}, expected a dictionary")
+        if not isinstance(record.get("query"), str) or not isinstance(record.get("documents"), list):
+            raise InputError(f"record {number}: expected a query (string) and documents (list)")
+        for document in record["documents"]:
+            try:
+                document_text(document)
+            except InputError as error:
+                raise InputError(f"record {number}: {error}") from None

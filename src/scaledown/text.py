@@ -31,6 +31,11 @@ class _Punctuation(dict[int, int | None]):
 _punctuation: Final = _Punctuation()
 
 
+def writable(text: str) -> str:
+    """Text without halves of surrogate pairs, which JSON may hold and no file does."""
+    return text.encode(errors="replace").decode()
+
+
 def folded(text: str) -> str:
     """Text in which spellings of the same are one: case, composed and full-width letters, kinds of dashes.
 

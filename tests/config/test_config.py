@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scaledown.config.flags import build_parser, from_flags, underscored
+from scaledown.config.flags import Parser, command_parser, from_flags, underscored
 from scaledown.config.prepare import PRESETS, PrepareConfig
 from scaledown.data.manifest import compared_settings
 from scaledown.errors import InputError, UsageError
@@ -14,7 +14,11 @@ BASE = {"queries_file": ("q.txt",), "output_file": "o.json"}
 
 
 def parsed(*words: str) -> PrepareConfig:
-    return from_flags(vars(build_parser("test", PrepareConfig).parse_args(underscored(words))), PrepareConfig)
+    return from_flags(vars(parser().parse_args(underscored(words))), PrepareConfig)
+
+
+def parser() -> Parser:
+    return command_parser("test", PrepareConfig, "--queries_file FILE", "")
 
 
 MINIMAL = ("--queries_file", "q.txt", "--output_file", "o.json")
@@ -54,9 +58,8 @@ def test_hyphens_and_underscores_are_one() -> None:
 
 
 def test_a_flag_takes_several_values_at_once_or_one_by_one() -> None:
-    parser = build_parser("prepare", PrepareConfig)
     for words in (["a", "b"], ["a", "--queries_file", "b"]):
-        flags = vars(parser.parse_args(["--queries_file", *words, "--output_file", "x.json"]))
+        flags = vars(parser().parse_args(["--queries_file", *words, "--output_file", "x.json"]))
         assert flags["queries_file"] == ["a", "b"]
 
 
@@ -167,7 +170,7 @@ def test_top_k_reranking_of_zero_is_refused_on_the_command_line() -> None:
 
 def test_help_groups_every_flag_with_unit_and_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        build_parser("test", PrepareConfig).parse_args(["--help"])
+        parser().parse_args(["--help"])
     text = re.sub(r"\[[^\]]* \.\.\.\]", "", " ".join(capsys.readouterr().out.split()))
     for item in dataclasses.fields(PrepareConfig):
         assert re.search(

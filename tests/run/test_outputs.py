@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from scaledown.cli import main
+from scaledown.config.compare import CompareConfig
 from scaledown.config.evaluate import EvaluateConfig
 from scaledown.config.flags import from_flags
 from scaledown.config.prepare import IndexConfig, PrepareConfig
 from scaledown.config.train import PretrainConfig, TrainConfig
 from scaledown.errors import RunDirectoryError, UsageError
-from scaledown.evaluation.compare import CompareConfig
 from scaledown.run.directory import RunDirectory
 from scaledown.run.outputs import check_apart
 

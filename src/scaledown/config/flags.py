@@ -10,15 +10,15 @@ import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from scaledown.config.options import Option, Options
 from scaledown.config.prepare import GROUPS, OUTPUT, PRESETS, IndexConfig, PrepareConfig
 from scaledown.errors import InputError, UsageError
 from scaledown.urls import is_url
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=Options)
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,39 +29,13 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
-def build_parser(program: str, config: type[IndexConfig]) -> Parser:
-    """The parser of a command that makes data. Absent flags stay absent from the result."""
-    prepares = issubclass(config, PrepareConfig)
-    needed = "--queries_file FILE --output_file FILE" if prepares else "--corpus_path PATH --index_dir DIR"
-    what = "Make OSCAR training data: retrieve, rerank, let a teacher answer."
-    parser, run = command_parser(
-        program,
-        config,
-        needed,
-        f"{what if prepares else 'Make passages and their vectors once, for many runs.'} "
-        "The same command again continues an interrupted run.",
-    )
-    run.add_argument(
-        "--preset",
-        choices=tuple(PRESETS),
-        help="guide: the guide's models; oscar: the paper's; demo: small bundled ones on any CPU "
-        "[default: guide]",
-    )
-    if prepares:
-        run.add_argument(
-            "--dry_run",
-            action="store_true",
-            help="only say what the run will take and what is missing, like scaledown plan [default: off]",
-        )
-    return parser
-
-
 def command_parser(
-    program: str, config: type[Any], needed: str, description: str, order: Sequence[str] = GROUPS
-) -> tuple[Parser, argparse._ArgumentGroup]:
-    """A parser with a flag for each field of the dataclass `config`, and its group of the run's own flags.
+    program: str, config: type[Options], needed: str, description: str, order: Sequence[str] = GROUPS
+) -> Parser:
+    """A parser with a flag for each field of the dataclass `config`, and those that commands share.
 
-    The help is grouped in the given `order`; `needed` are the flags that its usage shows.
+    Absent flags stay absent from the result. `needed` are the flags that the usage shows; the help is grouped
+    in the given `order`.
     """
     parser = Parser(
         prog=program,
@@ -73,7 +47,7 @@ def command_parser(
         "--no_NAME.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
     )
-    used = {item.metadata["group"] for item in fields(config)}
+    used = {about.group for about in config.options().values()}
     groups = {name: parser.add_argument_group(name) for name in order if name in used}
     add_flags(groups.__getitem__, config)
     run = groups[OUTPUT]
@@ -82,9 +56,17 @@ def command_parser(
         metavar="FILE",
         help="take settings from JSON: a manifest.json or settings.json repeats its run [default: none]",
     )
-    add_overwrite(run)
+    if issubclass(config, IndexConfig):
+        run.add_argument(
+            "--preset",
+            choices=tuple(PRESETS),
+            help="guide: the guide's models; oscar: the paper's; demo: small bundled ones on any CPU "
+            "[default: guide]",
+        )
+    if config.named("place"):
+        add_overwrite(run)
     add_log_flags(run)
-    return parser, run
+    return parser
 
 
 def add_log_flags(group: argparse._ActionsContainer) -> None:
@@ -114,37 +96,45 @@ def add_overwrite(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_flags(group: Callable[[str], argparse._ActionsContainer], config: type[Any]) -> None:
+def add_flags(group: Callable[[str], argparse._ActionsContainer], config: type[Options]) -> None:
     """Add a flag for each field of the dataclass `config`, to the group of that name."""
     hints = typing.get_type_hints(config)
-    for item in fields(config):
-        _add_flag(group(item.metadata["group"]), item, hints[item.name])
+    for item in dataclasses.fields(config):  # type: ignore[arg-type]  # a dataclass, like all that inherit
+        about: Option = item.metadata["option"]
+        _add_flag(group(about.group), item, about, hints[item.name])
 
 
-def _add_flag(group: argparse._ActionsContainer, item: "dataclasses.Field[Any]", hint: Any) -> None:
-    meta = item.metadata
+def _add_flag(
+    group: argparse._ActionsContainer, item: "dataclasses.Field[Any]", about: Option, hint: Any
+) -> None:
     flag = f"--{item.name}"
-    absent = item.default in ("", ()) or (item.default == 0 and meta["unit"])
-    default = "off" if item.default is False else "none" if absent else item.default
-    if item.default is None:
-        default = "auto"
-    if isinstance(default, tuple):
-        default = " ".join(default)
-    details = [*([meta["unit"]] if meta["unit"] else []), f"default: {default}"]
-    text = f"{meta['text']} [{'; '.join(details)}]"
+    details = [*([about.unit] if about.unit else []), f"default: {_shown_default(item.default, about)}"]
+    text = f"{about.text} [{'; '.join(details)}]".replace("%", "%%")
     if hint in {bool, bool | None}:
         group.add_argument(flag, action="store_true", help=text)
         group.add_argument(f"--no_{item.name}", dest=item.name, action="store_false", help=argparse.SUPPRESS)
         return
-    arguments: dict[str, Any] = {"help": text.replace("%", "%%")}
-    if meta["choices"]:
-        arguments["choices"] = meta["choices"]
+    arguments: dict[str, Any] = {"help": text}
+    if about.metavar:
+        arguments["metavar"] = about.metavar
     else:
-        arguments["metavar"] = meta["metavar"]
+        arguments["choices"] = about.choices
     if isinstance(hint, types.GenericAlias):
         group.add_argument(flag, action="extend", nargs="+", **arguments)
     else:
         group.add_argument(flag, type=hint, **arguments)
+
+
+def _shown_default(default: Any, about: Option) -> str:
+    if about.automatic:
+        return "{}, on CUDA {}".format(*about.automatic)
+    if default is None:
+        return "auto"
+    if default is False:
+        return "off"
+    if default in {"", ()} or (default == 0 and about.unit):
+        return "none"
+    return " ".join(default) if isinstance(default, tuple) else str(default)
 
 
 def underscored(argv: Sequence[str]) -> list[str]:
@@ -168,9 +158,12 @@ def from_flags(given: Mapping[str, Any], config: type[Config]) -> Config:
     Raises `UsageError` for contradictions, `InputError` for a `--config` file that cannot be read.
     """
     flags = dict(given)
+    about = config.options()
     for name, value in flags.items():
         if value == "" or (isinstance(value, list) and "" in value):
             raise UsageError(f"--{name} is empty: give it a value, or leave it out")
+        if name in about and (other := about[name].settled_by) in flags:
+            raise UsageError(f"--{name} is settled by --{other}: leave one of them out")
     if flags.get("top_k_reranking") == 0:
         raise UsageError("--top_k_reranking 0: must be at least 1; leave the flag out for no reranking")
     preset = flags.pop("preset", "guide")
@@ -181,19 +174,24 @@ def from_flags(given: Mapping[str, Any], config: type[Config]) -> Config:
         if "preset" in given and PRESETS[preset].keys() <= settings.keys():
             raise UsageError(f"--preset {preset} changes nothing: --config {path} comes after it; give one")
     settings |= flags
-    settings = {name: _expanded(value) for name, value in settings.items()}
+    settings = {
+        name: _expanded(value) if name in about and about[name].is_path else _frozen(value)
+        for name, value in settings.items()
+    }
     if issubclass(config, IndexConfig):
         return config.preset(preset, **settings)
     return config(**settings)
 
 
 def _expanded(value: Any) -> Any:
-    """A setting with the home folder in the place of a ~ in front, which no setting but a path has."""
+    """Paths with the home folder in the place of a ~ in front."""
     if isinstance(value, tuple | list):
         return tuple(map(_expanded, value))
-    if isinstance(value, str):
-        return os.path.expanduser(value)  # noqa: PTH111 (a Path would lose a final slash)
-    return value
+    return os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111 (keeps a final slash)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def local_path(text: str) -> Path:
@@ -210,7 +208,7 @@ def path_or_url(text: str) -> str:
     return text if is_url(text) else str(Path(_expanded(text)))
 
 
-def read_settings(path: Path, config: type[Any]) -> dict[str, Any]:
+def read_settings(path: Path, config: type[Options]) -> dict[str, Any]:
     """The settings in a JSON file: a flat object, or a manifest's `parameters`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -219,6 +217,7 @@ def read_settings(path: Path, config: type[Any]) -> dict[str, Any]:
     settings = content.get("parameters", content) if isinstance(content, dict) else None
     if not isinstance(settings, dict):
         raise InputError(f"--config {path}: must hold a JSON object of settings, or be a manifest.json")
+    # A manifest of `prepare` serves `index` as well.
     hints = typing.get_type_hints(PrepareConfig if issubclass(config, IndexConfig) else config)
     for name, value in settings.items():
         if name not in hints:
@@ -234,9 +233,4 @@ def read_settings(path: Path, config: type[Any]) -> dict[str, Any]:
             raise UsageError(f"--config {path}: {name} must be {kind.__name__}, not {value!r}")
         if kind is list and not all(isinstance(item, str) and item for item in value):
             raise UsageError(f"--config {path}: {name} must be a list of file names, not {value!r}")
-    own = {item.name for item in fields(config)}  # a manifest of `prepare` serves `index` as well
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in settings.items()
-        if name in own
-    }
+    return {name: _frozen(value) for name, value in settings.items() if name in config.options()}

@@ -1,62 +1,204 @@
-"""How a command's settings are declared, and the checks that all of them share."""
+"""How a command's settings are declared. A field says everything about itself; the rest is derived from it.
+
+The dataclass that has a field says which command has the flag. No field is a secret: keys come from the
+environment only. What is secret in a URL is left out wherever a setting is kept.
+"""
 
 import math
 from collections.abc import Sequence
-from dataclasses import field, fields
+from dataclasses import Field, field, fields, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, NamedTuple, Self, get_args
 
 from scaledown.errors import UsageError
+from scaledown.urls import check_store, is_url
+
+Role = Literal["result", "input", "model", "place", "operation", "report"]
+"""What a setting decides, and so whether two runs in one directory must share it.
+
+- `result`: what is made. Part of a run's identity.
+- `input`: which data is read: a path or URL. Known by its content.
+- `model`: which model is used: a name or a path. Known by its weights.
+- `place`: where something is written: a path or URL.
+- `operation`: how the work is done: by which processes, how fast, from where on. The result is the same.
+- `report`: what is shown, and with which exit status the command ends.
+"""
+ROLES: Final[tuple[Role, ...]] = get_args(Role)
 
 
-def option(  # noqa: PLR0917
+class Range(NamedTuple):
+    """The values that a number may have; all are finite."""
+
+    at_least: float = -math.inf
+    at_most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def allows(self, value: float) -> bool:
+        """Whether `value` lies in the range."""
+        inside = self.at_least <= value <= self.at_most and self.above < value < self.below
+        return inside and math.isfinite(value)
+
+    @property
+    def rule(self) -> str:
+        """The range in words, to follow "must"."""
+        if math.isfinite(self.at_least) and math.isfinite(self.at_most):
+            return f"lie between {self.at_least} and {self.at_most}"
+        if self == Range(0):
+            return "not be negative"
+        named = self._asdict().items()
+        parts = [f"{name.replace('_', ' ')} {limit}" for name, limit in named if math.isfinite(limit)]
+        return f"be {' and '.join(parts)}"
+
+    @property
+    def unit(self) -> str:
+        """The range as the help shows it, if it has both ends."""
+        both = math.isfinite(self.at_least) and math.isfinite(self.at_most)
+        return f"{self.at_least}..{self.at_most}" if both else ""
+
+
+SHARE: Final = Range(0, 1)
+
+
+class Option(NamedTuple):
+    """What a field says about itself; `option` explains each."""
+
+    group: str
+    text: str
+    unit: str
+    role: Role
+    choices: tuple[str, ...]
+    metavar: str
+    within: Range | None
+    local: bool
+    path: bool
+    automatic: tuple[int, int] | None
+    only_with: str
+    settled_by: str
+    in_records: bool
+    per_process: bool
+
+    @property
+    def is_path(self) -> bool:
+        """Whether a value may be a path: a ~ in front of it is the home folder."""
+        return self.path or self.role in {"input", "model", "place"}
+
+
+def option(
     default: Any,
     group: str,
     text: str,
     unit: str = "",
+    *,
+    role: Role,
     choices: Sequence[str] = (),
     metavar: str = "",
+    within: Range | None = None,
+    local: bool = False,
+    path: bool = False,
+    automatic: tuple[int, int] | None = None,
+    only_with: str = "",
+    settled_by: str = "",
+    in_records: bool = False,
+    per_process: bool = False,
 ) -> Any:
-    """Declare a field: its default, the group of the help it stands in, its text and its unit."""
-    metadata = {"group": group, "text": text, "unit": unit, "choices": tuple(choices), "metavar": metavar}
-    return field(default=default, metadata=metadata)
+    """Declare a field.
+
+    Args:
+        default: Its default. A tuple makes a flag that takes several values.
+        group: The group of the help that it is in.
+        text: Its help.
+        unit: What a number counts.
+        role: What the setting decides.
+        choices: The values that are allowed, besides the default.
+        metavar: What stands for the value in the help; without it, the choices.
+        within: The values that a number may have.
+        local: The path must not be a URL.
+        path: A setting with the role `result` that is a path, or a name in whose place a path may stand.
+        automatic: What 0 stands for: on a CPU, and on CUDA, which smaller batches leave idle.
+        only_with: The setting counts only where this other one, or itself, is not at its default. So runs of
+            a version that did not have it can be continued.
+        settled_by: The flag that excludes this one.
+        in_records: The setting shapes the records: `scaledown merge` joins only runs that agree in it.
+        per_process: The limit holds for one process: several workers are refused.
+
+    Raises:
+        ValueError: `role` is unknown.
+    """
+    if role not in ROLES:
+        raise ValueError(f"role {role!r}: use one of {', '.join(ROLES)}")
+    unit = unit or (within.unit if within else "")
+    about = Option(
+        *(group, text, unit, role, tuple(choices), metavar, within),
+        *(local, path, automatic, only_with, settled_by, in_records, per_process),
+    )
+    return field(default=default, metadata={"option": about})
 
 
-class Checked:
-    """Checks for dataclasses of options; each raises `UsageError` that names the flag."""
+class Options:
+    """A dataclass of options: what follows from what its fields say about themselves."""
 
-    def _check_choices(self) -> None:
-        for item in fields(self):  # type: ignore[arg-type]  # of the dataclass that this is mixed into
-            allowed, given = item.metadata["choices"], getattr(self, item.name)
-            for value in given if isinstance(given, tuple) else (given,):
-                if allowed and value not in (item.default, *allowed):
-                    raise UsageError(f"--{item.name} {value}: use one of {', '.join(allowed)}")
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        """What each field says about itself, by its name."""
+        return {item.name: item.metadata["option"] for item in fields(cls)}  # type: ignore[arg-type]
 
-    def _check_at_least(self, least: int, *names: str) -> None:
-        for name in names:
-            if getattr(self, name) < least:
-                rule = f"be at least {least}" if least else "not be negative"
-                raise UsageError(f"--{name} {getattr(self, name)}: must {rule}")
+    @classmethod
+    def named(cls, *roles: Role) -> tuple[str, ...]:
+        """The names of the fields that have one of the `roles`, in their order."""
+        return tuple(name for name, about in cls.options().items() if about.role in roles)
 
-    def _check_share(self, name: str) -> None:
-        if not 0 <= getattr(self, name) <= 1:
-            raise UsageError(f"--{name} {getattr(self, name)}: must lie between 0 and 1")
+    def __post_init__(self) -> None:
+        """Check each value on its own. Raises `UsageError` that names the flag."""
+        for item in fields(self):  # type: ignore[arg-type]  # of the dataclass that inherits this
+            self._check(item)
 
-    def _check_positive(self, *names: str) -> None:
-        for name in names:
-            if not 0 < getattr(self, name) < math.inf:
-                raise UsageError(f"--{name} {getattr(self, name)}: must be above 0, and finite")
+    def _check(self, item: "Field[Any]") -> None:
+        about: Option = item.metadata["option"]
+        flag, value = f"--{item.name}", getattr(self, item.name)
+        if isinstance(item.default, tuple) and (not isinstance(value, tuple) or "" in value):
+            raise UsageError(f"{flag}: expected a tuple of texts, none of them empty")
+        for one in value if isinstance(value, tuple) else (value,):
+            if about.choices and one not in (item.default, *about.choices):
+                raise UsageError(f"{flag} {one}: use one of {', '.join(about.choices)}")
+            if about.local and is_url(one):
+                raise UsageError(f"{flag} is a URL: give a local path")
+            if about.role == "place":
+                check_store(one)
+        if about.within and not about.within.allows(value):
+            finite = "" if math.isfinite(value) else ", and finite"
+            raise UsageError(f"{flag} {value}: must {about.within.rule}{finite}")
 
-    def _check_finite(self, *names: str) -> None:
-        for name in names:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UsageError(f"--{name} {getattr(self, name)}: must not be negative, and finite")
+    @classmethod
+    def batch_for(cls, name: str, given: int, device: str) -> int:
+        """How much is taken at once: what was `given`, or for 0 what suits the `device`."""
+        on_cpu, on_cuda = cls.options()[name].automatic or (given, given)
+        return given or (on_cuda if device.startswith("cuda") else on_cpu)
 
-    def _check_files(self, *names: str) -> None:
-        for name in names:
-            given: object = getattr(self, name)
-            if not isinstance(given, tuple) or "" in given:
-                raise UsageError(f"--{name}: expected a tuple of file names, none of them empty")
+    def sized(self, device: str) -> Self:
+        """With batches that suit the `device` where none are given."""
+        sizes = {
+            name: self.batch_for(name, getattr(self, name), device)
+            for name, about in self.options().items()
+            if about.automatic
+        }
+        return replace(self, **sizes)  # type: ignore[type-var]
+
+    def compared(self) -> dict[str, Any]:
+        """The settings that two runs in one directory must share.
+
+        Inputs and models are not among them: they are compared by their contents. A run that was begun with
+        the batches of one device can be continued on another.
+        """
+        sized = self.sized("")
+        return {
+            name: getattr(sized, name)
+            for name, about in self.options().items()
+            if about.role == "result" and self._counts(about.only_with)
+        }
+
+    def _counts(self, other: str) -> bool:
+        return not other or getattr(self, other) != getattr(type(self), other)
 
 
 OUTPUT_SUFFIXES: Final = (".json", ".jsonl", ".parquet")
@@ -68,3 +210,11 @@ def check_ending(flag: str, output: str | Path) -> None:
         raise UsageError(
             f"{flag} {output}: the ending chooses the format; use one of {', '.join(OUTPUT_SUFFIXES)}"
         )
+
+
+def check_output_dir(folder: str) -> None:
+    """Raise `UsageError` where `--output_dir` names no folder."""
+    if not folder:
+        raise UsageError("no output: give --output_dir DIR")
+    if Path(folder).is_file():
+        raise UsageError(f"--output_dir {folder} is a file: name a folder")

@@ -5,13 +5,12 @@ Precedence, lowest first: defaults, `--preset`, `--config`, flags.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Final, Self
 
-from scaledown.config.options import check_ending, option
+from scaledown.config.options import SHARE, Range, check_ending, option
 from scaledown.config.shared import (
     AUTO_DTYPE,
-    BATCHES,
     CLEANING,
     DTYPES,
     ENDPOINT,
@@ -22,10 +21,8 @@ from scaledown.config.shared import (
     EngineConfig,
     Part,
     WorkersConfig,
-    batch_for,
 )
 from scaledown.errors import UsageError
-from scaledown.urls import check_store
 
 MS_MARCO_URL: Final = "https://msmarco.z22.web.core.windows.net/msmarcoranking/queries.dev.small.tsv"
 
@@ -90,7 +87,7 @@ GROUPS: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig(WorkersConfig):
-    """Settings of `scaledown index`, and of `scaledown prepare` as far as it makes passages and vectors."""
+    """Settings of `scaledown index`, and those of `scaledown prepare` that make passages and vectors."""
 
     corpus_path: str = option(
         "",
@@ -98,65 +95,86 @@ class IndexConfig(WorkersConfig):
         "KILT JSON lines, JSONL / Parquet / CSV with id, title, text, or a folder of such or of text files; "
         "plain, gzip, zstd or bzip2; also a URL (https://, s3://), read as a stream; without it, the sample "
         "corpus",
+        role="input",
         metavar="PATH",
     )
     max_corpus_size: int = option(
-        0, CORPUS, "read only this many articles from the start", "articles", metavar="N"
+        0,
+        CORPUS,
+        "read only this many articles from the start",
+        "articles",
+        role="result",
+        within=Range(0),
+        in_records=True,
+        metavar="N",
     )
-    passages: str = option("tokens", CORPUS, "what a passage is", choices=PASSAGE_MODES)
+    passages: str = option(
+        "tokens", CORPUS, "what a passage is", role="result", choices=PASSAGE_MODES, in_records=True
+    )
     passage_tokens: int = option(
-        128, CORPUS, "longest passage, title included, by the retriever's tokenizer", "tokens", metavar="N"
+        128,
+        CORPUS,
+        "longest passage, title included, by the retriever's tokenizer",
+        "tokens",
+        role="result",
+        within=Range(16),
+        in_records=True,
+        metavar="N",
     )
     max_bad_fraction: float = option(
-        0.05, CORPUS, "stop when more than this share of the input lines is malformed", "0..1", metavar="X"
+        0.05,
+        CORPUS,
+        "stop if more than this share of the input lines is malformed",
+        role="result",
+        within=SHARE,
+        metavar="X",
     )
     retriever_model: str = option(
         "naver/splade-cocondenser-ensembledistil",
         RETRIEVAL,
-        "SPLADE model or sentence-transformers bi-encoder (dense retrieval)",
+        "SPLADE model, or sentence-transformers bi-encoder for dense retrieval",
+        role="model",
         metavar="MODEL",
     )
     batch_size: int = option(
-        0, RETRIEVAL, "texts encoded at once; 0 is 32, on CUDA 256", "texts", metavar="N"
+        0,
+        RETRIEVAL,
+        "texts encoded at once",
+        "texts",
+        role="result",
+        automatic=(32, 256),
+        within=Range(0),
+        metavar="N",
     )
     weights: str = option(
-        "float16", RETRIEVAL, "how the weights of sparse vectors are stored", choices=WEIGHTS
+        "float16", RETRIEVAL, "how the weights of sparse vectors are stored", role="result", choices=WEIGHTS
     )
     index_dir: str = option(
         "",
         OUTPUT,
         "keep passages and vectors here, for many runs (scaledown index); without it, in the run directory; "
-        "also a URL (s3://, hf://buckets/), like the other two",
+        "also a URL (s3://, hf://buckets/), as for --output_file and --work_dir",
+        role="place",
         metavar="DIR",
     )
     cache_dir: str = option(
         "",
         OUTPUT,
-        "what is read and written behind such URLs is kept here, too; without it, where downloads are",
+        "local copies of what is read and written at such URLs; without it, the usual cache of downloads",
+        role="place",
         metavar="DIR",
     )
     passages_per_shard: int = option(
-        8192, OUTPUT, "passages kept in memory and lost at most by a crash", "passages", metavar="N"
+        8192,
+        OUTPUT,
+        "passages held in memory; a crash loses no more than these",
+        "passages",
+        role="result",
+        within=Range(1),
+        metavar="N",
     )
-    device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", metavar="DEVICE")
-    dtype: str = option("auto", MACHINE, AUTO_DTYPE, choices=DTYPES)
-
-    def __post_init__(self) -> None:
-        self._check_choices()
-        self._check_workers()
-        self._check_at_least(1, "passages_per_shard")
-        self._check_at_least(0, "batch_size", "max_corpus_size")
-        self._check_at_least(16, "passage_tokens")
-        self._check_share("max_bad_fraction")
-        for name in ("index_dir", "output_file", "work_dir"):
-            check_store(getattr(self, name, ""))
-
-    def sized(self, device: str) -> Self:
-        """With batches that suit the device where none are given."""
-        sizes: dict[str, Any] = {
-            name: batch_for(name, getattr(self, name), device) for name in BATCHES if hasattr(self, name)
-        }
-        return replace(self, **sizes)
+    device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", role="result", metavar="DEVICE")
+    dtype: str = option("auto", MACHINE, AUTO_DTYPE, role="result", choices=DTYPES, in_records=True)
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> Self:
@@ -176,144 +194,256 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
         QUERIES,
         "text (one query a line), TSV (qid<TAB>query), JSONL, CSV or Parquet; a path or URL; "
         "may be given several times",
+        role="input",
         metavar="FILE",
     )
-    download_ms_marco: bool = option(False, QUERIES, "use the 6,980 MS MARCO dev queries, downloaded once")
+    download_ms_marco: bool = option(
+        False, QUERIES, "use the 6,980 MS MARCO dev queries, downloaded once", role="result"
+    )
     query_dataset: str = option(
         "",
         QUERIES,
         f"{', '.join(QA_DATASETS)}, or any dataset of the hub or a local path",
+        role="result",
+        path=True,
         metavar="NAME",
     )
     num_synthetic_queries: int = option(
-        0, QUERIES, "let the teacher write this many questions about sampled passages", "queries", metavar="N"
+        0,
+        QUERIES,
+        "let the teacher write this many questions about sampled passages",
+        "queries",
+        role="result",
+        within=Range(0),
+        metavar="N",
     )
     query_column: str = option(
         "",
         QUERIES,
         "column that holds the query in JSONL, CSV, Parquet or a dataset; dots reach into records "
         "(question.text); without it, found by its name",
+        role="result",
         metavar="NAME",
     )
-    query_split: str = option("train", QUERIES, "split of --query_dataset", metavar="NAME")
-    ms_marco_url: str = option(MS_MARCO_URL, QUERIES, "where --download_ms_marco looks", metavar="URL")
+    query_split: str = option("train", QUERIES, "split of --query_dataset", role="result", metavar="NAME")
+    ms_marco_url: str = option(
+        MS_MARCO_URL, QUERIES, "where --download_ms_marco downloads from", role="result", metavar="URL"
+    )
     search: str = option(
         "exact",
         RETRIEVAL,
-        "exact, or approximate: Seismic, for sparse vectors, where exact search would take days "
+        "exact; or approximate: Seismic, for sparse vectors, if exact search would take days "
         "(extra: approximate)",
+        role="result",
         choices=SEARCHES,
     )
     min_recall: float = option(
         0.99,
         RETRIEVAL,
-        "stop when --search approximate finds less than this share of the exact top k on a sample",
-        "0..1",
+        "stop if --search approximate finds less than this share of the exact top k on a sample",
+        role="result",
+        within=SHARE,
+        only_with="search",
         metavar="X",
     )
-    search_memory: float = option(1.0, RETRIEVAL, "what a search may hold at once", "GB", metavar="GB")
-    top_k_retrieval: int = option(20, RETRIEVAL, "passages retrieved per query", "passages", metavar="K")
-    enable_reranking: bool = option(False, RERANKING, "rerank, and write reranking_scores")
+    search_memory: float = option(
+        1.0,
+        RETRIEVAL,
+        "memory that a search may use",
+        "GB",
+        role="result",
+        within=Range(above=0),
+        only_with="search",
+        metavar="GB",
+    )
+    top_k_retrieval: int = option(
+        20,
+        RETRIEVAL,
+        "passages retrieved per query",
+        "passages",
+        role="result",
+        within=Range(1),
+        in_records=True,
+        metavar="K",
+    )
+    enable_reranking: bool = option(
+        False, RERANKING, "rerank, and write reranking_scores", role="result", in_records=True
+    )
     top_k_reranking: int = option(
         0,
         RERANKING,
         "rerank, and keep this many passages per query; without it, 5 with --enable_reranking",
         "passages",
+        role="result",
+        within=Range(0),
+        in_records=True,
         metavar="K",
     )
     reranker_model: str = option(
         "cross-encoder/ms-marco-MiniLM-L-6-v2",
         RERANKING,
         "cross-encoder, or ql:NAME for query likelihood under a causal LM",
+        role="model",
         metavar="MODEL",
     )
     reranking_score_scale: str = option(
-        "raw", RERANKING, "reranking_scores as the model gives them, or mapped to 0..1", choices=SCORE_SCALES
+        "raw",
+        RERANKING,
+        "write reranking_scores as the model gives them, or mapped to 0..1",
+        role="result",
+        choices=SCORE_SCALES,
+        in_records=True,
     )
     reranker_batch_size: int = option(
-        0, RERANKING, "pairs scored at once; 0 is 16, on CUDA 128", "pairs", metavar="N"
+        0,
+        RERANKING,
+        "pairs scored at once",
+        "pairs",
+        role="result",
+        automatic=(16, 128),
+        within=Range(0),
+        metavar="N",
     )
     teacher_model: str = option(
         "mistralai/Mistral-7B-Instruct-v0.2",
         TEACHER,
         "causal LM that answers: a name, a folder or a .gguf file",
+        role="model",
         metavar="MODEL",
     )
-    max_new_tokens: int = option(128, TEACHER, "longest answer", "tokens", metavar="N")
+    max_new_tokens: int = option(
+        128, TEACHER, "longest answer", "tokens", role="result", within=Range(1), in_records=True, metavar="N"
+    )
     temperature: float = option(
-        0.0, TEACHER, "0 decodes greedily; above, answers are sampled, seeded per query", metavar="T"
+        0.0,
+        TEACHER,
+        "0 decodes greedily; above 0, answers are sampled, with a seed for each query",
+        role="result",
+        within=Range(0),
+        in_records=True,
+        metavar="T",
     )
     prompt: str = option(
         "paper",
         TEACHER,
         "paper (OSCAR, figure 14: brief answers), guide (answers in sentences), or a text file with "
         "{documents} and {question}",
+        role="result",
+        path=True,
         metavar="PROMPT",
     )
     teacher_document_tokens: int = option(
-        0, TEACHER, "show the teacher only so much of each document; 0 is all", "tokens", metavar="N"
+        0,
+        TEACHER,
+        "show the teacher only this many tokens of each document; 0: all",
+        "tokens",
+        role="result",
+        within=Range(0),
+        in_records=True,
+        metavar="N",
     )
     truncated_answers: str = option(
         "cut",
         ANSWERS,
-        "an answer that ran into --max_new_tokens: cut back to its last sentence end, or kept",
+        "what to do with an answer that reached --max_new_tokens: cut it after its last whole sentence, or "
+        "keep it",
+        role="result",
         choices=TRUNCATED,
+        in_records=True,
     )
     bad_answers: str = option(
         "keep",
         ANSWERS,
-        "refusals and echoes of the prompt: kept, dropped, or asked once more and then dropped",
+        "what to do with refusals and echoes of the prompt: keep them, drop them, or ask once more and then "
+        "drop them",
+        role="result",
         choices=BAD_ANSWERS,
+        in_records=True,
     )
     min_groundedness: float = option(
         0.0,
         ANSWERS,
-        "drop answers of whose content words a smaller share is in their documents",
-        "0..1",
+        "drop an answer if less than this share of its content words occurs in its documents",
+        role="result",
+        within=SHARE,
+        in_records=True,
         metavar="X",
     )
     second_teacher_model: str = option(
-        "", ANSWERS, "a second teacher answers too, and how far both agree is reported", metavar="MODEL"
+        "",
+        ANSWERS,
+        "a second teacher that also answers; the report shows how far both agree",
+        role="model",
+        metavar="MODEL",
     )
     teacher_logprobs: int = option(
         0,
         ANSWERS,
-        "write the teacher's log probabilities of the K likeliest tokens in each place of the answer, as "
-        "answer_logprobs (docs/formats.md); up to 20; with transformers, vllm and servers that give them; "
+        "for each token of the answer, write the log probabilities of the teacher's K likeliest tokens, as "
+        "answer_logprobs (docs/formats.md); up to 20; for transformers, vllm and servers that support it; "
         "0: none",
         "tokens",
+        role="result",
+        within=Range(0, MOST_LOGPROBS),
+        only_with="teacher_logprobs",
         metavar="K",
     )
     columns: tuple[str, ...] = option(
-        (), ANSWERS, f"write this too: {', '.join(COLUMNS)}; may be given several times", metavar="NAME"
+        (),
+        ANSWERS,
+        f"also write: {', '.join(COLUMNS)}; may be given several times",
+        role="result",
+        choices=COLUMNS,
+        metavar="NAME",
     )
-    output_file: str = option("", OUTPUT, "training data: .json, .jsonl or .parquet", metavar="FILE")
-    work_dir: str = option("", OUTPUT, "run directory; without it, <output_file>.work", metavar="DIR")
-    seed: int = option(0, OUTPUT, "seed of every random choice", metavar="N")
+    output_file: str = option(
+        "", OUTPUT, "training data: .json, .jsonl or .parquet", role="place", metavar="FILE"
+    )
+    work_dir: str = option(
+        "", OUTPUT, "run directory; without it, <output_file>.work", role="place", metavar="DIR"
+    )
+    seed: int = option(0, OUTPUT, "seed of every random choice", role="result", metavar="N")
     queries_per_shard: int = option(
-        256, OUTPUT, "queries kept in memory and lost at most by a crash", "queries", metavar="N"
+        256,
+        OUTPUT,
+        "queries held in memory; a crash loses no more than these",
+        "queries",
+        role="result",
+        within=Range(1),
+        metavar="N",
     )
     shard: str = option(
         "",
         WORKERS,
-        "make only this part of the queries, from 0: 2/8 is the third of eight; the part that ends last "
-        "writes the output",
+        "make only this part of the queries, counted from 0: 2/8 is the third of eight; the part that ends "
+        "last writes the output",
+        role="operation",
         metavar="I/N",
     )
-    strict: bool = option(False, OUTPUT, "exit with status 1 when any input line or query was quarantined")
+    strict: bool = option(
+        False, OUTPUT, "exit with status 1 if any input line or query was quarantined", role="report"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        CleanConfig.__post_init__(self)
-        self._check_files("queries_file")
         self._check_queries()
-        self._check_numbers()
         if not self.output_file:
             raise UsageError("no output: give --output_file train_data.json")
         if str(self.output_file).endswith("/"):
             raise UsageError(f"--output_file {self.output_file} is a folder: name a file in it")
         check_ending("--output_file", self.output_file)
-        self._check_teacher()
+        if self.top_k_reranking > self.top_k_retrieval:
+            raise UsageError(
+                f"--top_k_reranking {self.top_k_reranking} is above --top_k_retrieval "
+                f"{self.top_k_retrieval}: reranking can only keep what was retrieved"
+            )
+        if {"second_answer", "agreement"} & set(self.columns) and not self.second_teacher_model:
+            raise UsageError("--columns second_answer and agreement need --second_teacher_model")
+        if self.teacher_logprobs and self.teacher_backend == "openvino":
+            raise UsageError(
+                "--teacher_logprobs: openvino gives none; use --teacher_backend transformers, vllm or "
+                "endpoint"
+            )
         found = re.fullmatch(r"(\d+)/(\d+)", self.shard or "0/1")
         if not found or int(found[1]) >= int(found[2]):
             raise UsageError(f"--shard {self.shard}: expected I/N with I from 0 to N-1, as 0/8")
@@ -331,48 +461,6 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
             )
         if self.num_synthetic_queries and len(given) > 1:
             raise UsageError(f"{' and '.join(given)} exclude each other: synthetic queries stand alone")
-
-    def _check_teacher(self) -> None:
-        for name in self.columns:
-            if name not in COLUMNS:
-                raise UsageError(f"--columns {name}: use one of {', '.join(COLUMNS)}")
-        if {"second_answer", "agreement"} & set(self.columns) and not self.second_teacher_model:
-            raise UsageError("--columns second_answer and agreement need --second_teacher_model")
-        if not 0 <= self.teacher_logprobs <= MOST_LOGPROBS:
-            raise UsageError(
-                f"--teacher_logprobs {self.teacher_logprobs}: must lie between 0 and {MOST_LOGPROBS}, the "
-                "most that servers give"
-            )
-        if self.teacher_logprobs and self.teacher_backend == "openvino":
-            raise UsageError(
-                "--teacher_logprobs: openvino gives none; use --teacher_backend transformers, vllm or "
-                "endpoint"
-            )
-        self._check_engine()
-
-    def _check_numbers(self) -> None:
-        self._check_at_least(
-            1,
-            "top_k_retrieval",
-            "max_new_tokens",
-            "queries_per_shard",
-        )
-        self._check_at_least(
-            0,
-            "reranker_batch_size",
-            "num_synthetic_queries",
-            "top_k_reranking",
-            "teacher_document_tokens",
-        )
-        if self.top_k_reranking > self.top_k_retrieval:
-            raise UsageError(
-                f"--top_k_reranking {self.top_k_reranking} is above --top_k_retrieval "
-                f"{self.top_k_retrieval}: reranking can only keep what was retrieved"
-            )
-        self._check_share("min_recall")
-        self._check_share("min_groundedness")
-        self._check_positive("search_memory")
-        self._check_finite("temperature")
 
     @property
     def reranks(self) -> bool:

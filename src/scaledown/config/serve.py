@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import Final
 
-from scaledown.config.options import Checked, option
+from scaledown.config.options import Options, Range, option
 from scaledown.config.prepare import OUTPUT
 from scaledown.config.shared import AUTO_DTYPE, DTYPES, MACHINE
 from scaledown.config.train import BUDGETS
@@ -20,83 +20,143 @@ KEY_VARIABLE: Final = "SCALEDOWN_API_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig(Checked):
+class ServeConfig(Options):
     """Settings of `scaledown serve`."""
 
-    model: str = option("", MODEL, "folder that scaledown train made, or a name on the hub", metavar="DIR")
+    model: str = option(
+        "", MODEL, "folder of a trained model, or a name on the hub", role="model", metavar="DIR"
+    )
     compression_rate: int = option(
         0,
         MODEL,
-        "of a pointer, where a request names no other: 4 to 32 document tokens to one memory token; 0 is the "
+        "for a pointer, if a request names no other: 4 to 32 document tokens for one memory token; 0: the "
         "model's own",
         "tokens",
+        role="result",
+        within=Range(0),
         metavar="N",
     )
     budget: str = option(
         "each",
         MODEL,
-        "of a pointer, where a request names no other: each document has memory tokens by its length, or "
-        "those of a question share them by score",
+        "for a pointer, if a request names no other: each document has memory tokens by its length, or the "
+        "documents of a question share theirs by score",
+        role="result",
         choices=BUDGETS,
     )
     embedding_cache: float = option(
         0.5,
         MODEL,
-        "keep the embeddings of (query, document) pairs that may come again; 0: none",
+        "memory for embeddings of (query, document) pairs that may come again; 0: none",
         "GB",
+        role="operation",
+        within=Range(0),
         metavar="GB",
     )
     host: str = option(
         "127.0.0.1",
         NETWORK,
-        f"address to listen at; another than this machine's own needs a key in {KEY_VARIABLE}",
+        f"address to listen at; any but this machine's own needs a key in {KEY_VARIABLE}",
+        role="operation",
         metavar="HOST",
     )
-    port: int = option(8000, NETWORK, "port to listen at; 0 takes a free one", metavar="N")
-    insecure: bool = option(False, NETWORK, "serve other machines without a key")
+    port: int = option(
+        8000,
+        NETWORK,
+        "port to listen at; 0: a free one",
+        role="operation",
+        within=Range(0, (1 << 16) - 1),
+        metavar="N",
+    )
+    insecure: bool = option(False, NETWORK, "serve other machines without a key", role="operation")
     drain_seconds: float = option(
         30.0,
         NETWORK,
-        "after SIGTERM or Ctrl-C, finish what is asked already for at most so long",
+        "after SIGTERM or Ctrl-C, let running requests finish for at most this long",
         "seconds",
+        role="operation",
+        within=Range(0),
         metavar="S",
     )
     max_waiting: int = option(
-        256, LIMITS, "requests that may wait; more are told to come again (429)", "requests", metavar="N"
+        256,
+        LIMITS,
+        "requests that may wait; others are refused with status 429",
+        "requests",
+        role="operation",
+        within=Range(0),
+        metavar="N",
     )
-    max_documents: int = option(128, LIMITS, "most documents of one request", "documents", metavar="N")
+    max_documents: int = option(
+        128,
+        LIMITS,
+        "most documents of one request",
+        "documents",
+        role="operation",
+        within=Range(1),
+        metavar="N",
+    )
     max_body: int = option(
-        4_000_000, LIMITS, "longest body, refused before it is read further", "bytes", metavar="N"
+        4_000_000,
+        LIMITS,
+        "longest body of a request",
+        "bytes",
+        role="operation",
+        within=Range(1),
+        metavar="N",
     )
-    max_document_characters: int = option(50_000, LIMITS, "longest document", "characters", metavar="N")
-    max_new_tokens: int = option(1024, LIMITS, "longest answer that may be asked for", "tokens", metavar="N")
+    max_document_characters: int = option(
+        50_000, LIMITS, "longest document", "characters", role="operation", within=Range(1), metavar="N"
+    )
+    max_new_tokens: int = option(
+        1024,
+        LIMITS,
+        "longest answer that a request may ask for",
+        "tokens",
+        role="operation",
+        within=Range(1),
+        metavar="N",
+    )
     default_new_tokens: int = option(
-        128, LIMITS, "longest answer where a request names no limit", "tokens", metavar="N"
+        128,
+        LIMITS,
+        "longest answer if a request names no limit",
+        "tokens",
+        role="result",
+        within=Range(1),
+        metavar="N",
     )
     request_timeout: float = option(
-        120.0, LIMITS, "a request that takes longer ends with an error", "seconds", metavar="S"
+        120.0,
+        LIMITS,
+        "a request that takes longer ends with an error",
+        "seconds",
+        role="operation",
+        within=Range(above=0),
+        metavar="S",
     )
     log_texts: bool = option(
-        False, OUTPUT, "log queries and answers, too; without it no text of a request is logged"
+        False,
+        OUTPUT,
+        "also log queries and answers; without it, no text of a request is logged",
+        role="report",
     )
-    batch_size: int = option(32, MACHINE, "answers written at the same time", "answers", metavar="N")
-    device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", metavar="DEVICE")
-    dtype: str = option("auto", MACHINE, AUTO_DTYPE, choices=DTYPES)
+    batch_size: int = option(
+        32,
+        MACHINE,
+        "answers written at the same time",
+        "answers",
+        role="result",
+        within=Range(1),
+        metavar="N",
+    )
+    device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", role="result", metavar="DEVICE")
+    dtype: str = option("auto", MACHINE, AUTO_DTYPE, role="result", choices=DTYPES)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.model:
             raise UsageError("give --model DIR, the folder of a trained model")
-        self._check_choices()
-        self._check_at_least(
-            1,
-            *("max_documents", "max_body", "max_document_characters", "max_new_tokens"),
-            *("default_new_tokens", "batch_size"),
-        )
-        self._check_at_least(0, "max_waiting", "compression_rate")
-        self._check_finite("embedding_cache", "drain_seconds")
-        self._check_positive("request_timeout")
-        if not 0 <= self.port < 1 << 16:
-            raise UsageError(f"--port {self.port}: must lie between 0 and 65535")
         if self.default_new_tokens > self.max_new_tokens:
             raise UsageError(
                 f"--default_new_tokens {self.default_new_tokens} is above --max_new_tokens "

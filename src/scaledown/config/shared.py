@@ -1,31 +1,23 @@
-"""Settings that several commands share: what is left out, what runs a teacher, who does the work."""
+"""Settings that several commands share: what is left out, what runs a teacher, which processes work."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from scaledown.config.options import Checked, option
+from scaledown.config.options import SHARE, Options, Range, option
 from scaledown.errors import UsageError
-from scaledown.urls import is_url
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 AUTO_DTYPE: Final = "auto is bfloat16 on CUDA, float16 on its GPUs before compute capability 8, else float32"
 BACKENDS: Final = ("auto", "transformers", "vllm", "endpoint", "openvino")
 EXECUTORS: Final = ("local", "ray")
-BATCHES: Final = {"batch_size": (32, 256), "reranker_batch_size": (16, 128), "teacher_batch_size": (8, 32)}
-"""What is taken at once where nothing is given, and on CUDA, which smaller batches leave idle."""
 DUPLICATES: Final = ("exact", "near")
 CLEANING: Final = "cleaning (docs/cleaning.md)"
 ENGINE: Final = "what runs the teacher"
 ENDPOINT: Final = "teacher behind an OpenAI-compatible server"
 MACHINE: Final = "machine"
 WORKERS: Final = "workers (docs/scaling.md)"
-
-
-def batch_for(name: str, given: int, device: str) -> int:
-    """What is taken at once: what was given, or for 0 what suits the device."""
-    return given or BATCHES[name][device.startswith("cuda")]
 
 
 @dataclass(frozen=True)
@@ -44,137 +36,213 @@ WHOLE: Final = Part(0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkersConfig(Checked):
-    """Who does the work of a run, and where its metrics go."""
+class WorkersConfig(Options):
+    """Which processes work on a run, and where its metrics go."""
 
     metrics_file: str = option(
         "",
         MACHINE,
-        "keep the run's metrics there, for the textfile collector of Prometheus' node_exporter",
+        "write the run's metrics to this file, for the textfile collector of Prometheus' node_exporter",
+        role="place",
+        local=True,
         metavar="FILE.prom",
     )
     workers: int = option(
         0,
         WORKERS,
-        "processes that share the work; 0: one a GPU where there are several, else this process alone",
+        "processes that share the work; 0: one for each GPU if there are several, else this process alone",
         "processes",
+        role="operation",
+        within=Range(0),
         metavar="N",
     )
     executor: str = option(
-        "local", WORKERS, "where workers run: processes here, or on Ray", choices=EXECUTORS
+        "local",
+        WORKERS,
+        "where workers run: as processes on this machine, or on Ray",
+        role="operation",
+        choices=EXECUTORS,
     )
     ray_address: str = option(
         "auto",
         WORKERS,
-        "of --executor ray: auto is the cluster that this machine is in; else HOST:PORT, or local: a new one",
+        "address of the Ray cluster: auto is the cluster of this machine; HOST:PORT; local starts a new one",
+        role="operation",
         metavar="HOST",
     )
     task_timeout: float = option(
         0.0,
         WORKERS,
-        "kill a worker that is at one shard for longer, and let another make it; 0: wait for ever",
+        "stop a worker that needs longer than this for one shard, and let another make it; 0: no limit",
         "seconds",
+        role="operation",
+        within=Range(0),
         metavar="S",
     )
 
-    def _check_workers(self) -> None:
-        self._check_at_least(0, "workers", "task_timeout")
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.metrics_file and not self.metrics_file.endswith(".prom"):
             raise UsageError(
                 f"--metrics_file {self.metrics_file}: must end in .prom, else no collector reads it"
             )
-        if is_url(self.metrics_file):
-            raise UsageError("--metrics_file is a URL: give a local path")
+
+    def of_worker(self, workers: int) -> dict[str, Any]:
+        """What differs in the settings of one of so many workers, which starts no workers itself."""
+        return {item.name: item.default for item in fields(WorkersConfig)} | {"workers": workers}
 
 
 @dataclass(frozen=True, kw_only=True)
-class CleanConfig(Checked):
+class CleanConfig(Options):
     """What `scaledown prepare` and `scaledown merge` leave out."""
 
     decontaminate: tuple[str, ...] = option(
         (),
         CLEANING,
-        "leave out queries that are, exactly or nearly, questions of this evaluation file; a path, folder or "
+        "leave out queries that are exactly or nearly questions of this evaluation file; a path, folder or "
         "URL; may be given several times",
+        role="input",
         metavar="FILE",
     )
     decontaminate_answers: bool = option(
         False,
         CLEANING,
-        "with --decontaminate: leave out records with an evaluation question's answer and its passage, too",
+        "with --decontaminate: also leave out records that have the answer of an evaluation question and a "
+        "passage that holds it",
+        role="result",
     )
     deduplicate: str = option(
         "",
         CLEANING,
-        "of queries that are the same, keep the first; near: but for a word or so",
+        "keep only the first of the same queries; near: also of queries that differ by a word or so",
+        role="result",
         choices=DUPLICATES,
     )
 
     def __post_init__(self) -> None:
-        self._check_files("decontaminate")
-        self._check_choices()
+        super().__post_init__()
         if self.decontaminate_answers and not self.decontaminate:
             raise UsageError("--decontaminate_answers needs --decontaminate FILE: give both")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig(Checked):
+class EngineConfig(Options):
     """What runs a teacher, or a judge."""
 
-    teacher_8bit: bool = option(False, ENGINE, "load the teacher in 8 bits (extra: quantization)")
-    teacher_4bit: bool = option(False, ENGINE, "load the teacher in 4 bits (extra: quantization)")
+    teacher_8bit: bool = option(
+        False, ENGINE, "load the teacher in 8 bits (extra: quantization)", role="result", in_records=True
+    )
+    teacher_4bit: bool = option(
+        False, ENGINE, "load the teacher in 4 bits (extra: quantization)", role="result", in_records=True
+    )
     teacher_batch_size: int = option(
-        0, ENGINE, "prompts answered at once; 0 is 8, on CUDA 32", "prompts", metavar="N"
+        0,
+        ENGINE,
+        "prompts answered at once",
+        "prompts",
+        role="result",
+        automatic=(8, 32),
+        within=Range(0),
+        metavar="N",
     )
     teacher_backend: str = option(
         "auto",
         ENGINE,
         "what runs the teacher; auto: endpoint with --teacher_endpoint, vllm on CUDA and openvino on a CPU "
-        "where they are installed, else transformers",
+        "if they are installed, else transformers",
+        role="result",
         choices=BACKENDS,
     )
     teacher_context: int = option(
-        0, ENGINE, "longest prompt and answer together; 0 is what the teacher takes", "tokens", metavar="N"
+        0,
+        ENGINE,
+        "longest prompt and answer together; 0: as long as the teacher allows",
+        "tokens",
+        role="result",
+        within=Range(0),
+        metavar="N",
     )
-    teacher_lora: str = option("", ENGINE, "folder of a LoRA adapter, with vllm", metavar="DIR")
-    tensor_parallel: int = option(1, ENGINE, "GPUs that share the teacher, with vllm", "GPUs", metavar="N")
+    teacher_lora: str = option(
+        "", ENGINE, "folder of a LoRA adapter, for vllm", role="result", path=True, metavar="DIR"
+    )
+    tensor_parallel: int = option(
+        1,
+        ENGINE,
+        "GPUs that share the teacher, for vllm",
+        "GPUs",
+        role="result",
+        within=Range(1),
+        metavar="N",
+    )
     teacher_memory: float = option(
-        0.0, ENGINE, "share of its GPU that vllm takes; 0 is what is free", "0..1", metavar="X"
+        0.0,
+        ENGINE,
+        "share of the GPU's memory that vllm uses; 0: what is free",
+        role="operation",
+        within=SHARE,
+        metavar="X",
     )
     flush_seconds: float = option(
-        5.0, ENGINE, "answers are on disk after so long at most", "seconds", metavar="S"
+        5.0,
+        ENGINE,
+        "write answers to disk at least this often",
+        "seconds",
+        role="operation",
+        within=Range(above=0),
+        metavar="S",
     )
     teacher_endpoint: tuple[str, ...] = option(
         (),
         ENDPOINT,
         "base URL (http://localhost:8000/v1); may be given several times, to share the load; a key is read "
         "from OPENAI_API_KEY",
+        role="operation",
         metavar="URL",
     )
     max_total_tokens: int = option(
         0,
         ENDPOINT,
-        "stop each teacher after so many tokens, prompts and answers; the same command with more "
-        "goes on; 0: no limit",
+        "stop each teacher after this many tokens of prompts and answers; the same command with a higher "
+        "limit continues; 0: no limit",
         "tokens",
+        role="operation",
+        within=Range(0),
+        per_process=True,
         metavar="N",
     )
-    max_requests_per_minute: int = option(0, ENDPOINT, "0: no limit", "requests", metavar="N")
+    max_requests_per_minute: int = option(
+        0,
+        ENDPOINT,
+        "send at most this many requests a minute; 0: no limit",
+        "requests",
+        role="operation",
+        within=Range(0),
+        per_process=True,
+        metavar="N",
+    )
     request_timeout: float = option(
-        120.0, ENDPOINT, "a request is tried again after so long", "seconds", metavar="S"
+        120.0,
+        ENDPOINT,
+        "send a request again if it takes longer than this",
+        "seconds",
+        role="operation",
+        within=Range(above=0),
+        metavar="S",
     )
     input_price: float = option(
-        0.0, ENDPOINT, "of a million prompt tokens: the cost so far is shown", metavar="X"
+        0.0,
+        ENDPOINT,
+        "price of a million prompt tokens, to show the cost so far",
+        role="report",
+        within=Range(0),
+        metavar="X",
     )
-    output_price: float = option(0.0, ENDPOINT, "of a million answer tokens", metavar="X")
+    output_price: float = option(
+        0.0, ENDPOINT, "price of a million answer tokens", role="report", within=Range(0), metavar="X"
+    )
 
-    def _check_engine(self) -> None:
-        self._check_at_least(1, "tensor_parallel")
-        self._check_at_least(0, "teacher_batch_size", "teacher_context")
-        self._check_at_least(0, "max_total_tokens", "max_requests_per_minute")
-        self._check_positive("flush_seconds", "request_timeout")
-        self._check_share("teacher_memory")
-        self._check_finite("input_price", "output_price")
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.teacher_backend == "endpoint") > bool(self.teacher_endpoint):
             raise UsageError("--teacher_backend endpoint: give --teacher_endpoint URL, too")
         if self.teacher_endpoint and self.teacher_backend not in {"auto", "endpoint"}:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from scaledown.config.flags import build_parser, from_flags, underscored
+from scaledown.command import Usage, program_name, run_cli
 from scaledown.config.prepare import IndexConfig
 from scaledown.data.input.corpus import build_passages, sample_corpus
 from scaledown.data.input.files import Source, inner_suffix, input_files, locate
@@ -15,13 +15,12 @@ from scaledown.data.retrieval.encoders import Encoder, is_sparse, load_encoder
 from scaledown.data.retrieval.seismic import SeismicIndex
 from scaledown.data.retrieval.stages import encode_passages
 from scaledown.data.workers import settings_of, share, supervised
-from scaledown.errors import UsageError, tell
+from scaledown.errors import UsageError
 from scaledown.gpus import OnDevice
 from scaledown.models import ModelSource, choose_device, dtype_to_run, resolve, same_bits
 from scaledown.run.directory import RunDirectory
 from scaledown.run.heartbeat import publishing
 from scaledown.run.locations import index_of
-from scaledown.run.logs import start_logging
 from scaledown.run.outputs import check_apart
 from scaledown.run.progress import duration
 from scaledown.run.prometheus import metrics_file
@@ -180,30 +179,36 @@ def build_index(config: IndexConfig, *, overwrite: bool = False) -> IndexResult:
     )
 
 
+def summary(result: IndexResult, config: IndexConfig) -> str:
+    """What a finished command prints: the size, counts and seconds of each stage, the next command."""
+    lines = [f"{index_of(config)}: {result.size / 1e6:,.1f} MB", ""]
+    lines += [stage_line(name, stage) for name, stage in result.stages.items()]
+    if not result.given_up:
+        corpus = f" --corpus_path {shlex.quote(redacted(config.corpus_path))}" if config.corpus_path else ""
+        lines += [
+            "",
+            f"next: {program_name()} prepare --index_dir {shlex.quote(config.index_dir)}{corpus} "
+            "--queries_file FILE --output_file FILE, with the same settings",
+        ]
+    return "\n".join(lines)
+
+
+def failure(result: IndexResult, config: IndexConfig) -> str | None:
+    """Why an index that has a summary failed, if it did."""
+    if not result.given_up:
+        return None
+    return (
+        f"{result.given_up:,} shards were given up: mend their cause, which the logs in "
+        f"{index_of(config).root / 'live'} show, and run the same command again: it tries again"
+    )
+
+
 def main(argv: Sequence[str], program: str = "scaledown index") -> int:
     """The command line; gives the exit status."""
-    parser = build_parser(program, IndexConfig)
-
-    flags = vars(parser.parse_args(underscored(argv)))
-    flags.pop("debug", None)
-    overwrite = flags.pop("overwrite", False)
-    start_logging(flags.pop("log_level", "info"), flags.pop("log_format", "text"))
-    config = from_flags(flags, IndexConfig)
-    result = build_index(config, overwrite=overwrite)
-    print(f"{index_of(config)}: {result.size / 1e6:,.1f} MB")
-    print()
-    for name, stage in result.stages.items():
-        print(stage_line(name, stage))
-    if result.given_up:
-        tell(
-            f"error: {result.given_up:,} shards were given up: mend their cause, which the logs in "
-            f"{index_of(config).root / 'live'} show, and run the same command again: it tries again"
-        )
-        return 1
-    corpus = f" --corpus_path {shlex.quote(redacted(config.corpus_path))}" if config.corpus_path else ""
-    print()
-    print(
-        f"next: scaledown prepare --index_dir {shlex.quote(config.index_dir)}{corpus} "
-        "--queries_file FILE --output_file FILE, with the same settings"
+    usage = Usage(
+        program,
+        "--corpus_path PATH --index_dir DIR",
+        "Make passages and their vectors once, for many runs. The same command again continues an "
+        "interrupted run.",
     )
-    return 0
+    return run_cli(IndexConfig, build_index, summary, failure=failure, usage=usage, argv=argv, resumes=True)

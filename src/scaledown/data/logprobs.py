@@ -8,6 +8,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from scaledown.records import Logprobs
+from scaledown.text import writable
 
 ARROW: Final = pa.struct(
     {
@@ -93,7 +94,7 @@ def from_server(content: Any, count: int) -> Logprobs | None:
     return {
         "tokens": [decoder.decode(_bytes(step), step is content[-1]) for step in content],
         "token_ids": None,
-        "top_tokens": [[_plain(top["token"]) for top in step] for step in best],
+        "top_tokens": [[writable(top["token"]) for top in step] for step in best],
         "top_ids": None,
         "top_logprobs": [[rounded(top["logprob"]) for top in step] for step in best],
     }
@@ -102,12 +103,7 @@ def from_server(content: Any, count: int) -> Logprobs | None:
 def _bytes(token: Any) -> bytes:
     """Those of a server's token: as given, or of its text."""
     own = token.get("bytes")
-    return _plain(token["token"]).encode() if own is None else bytes(own)
-
-
-def _plain(text: str) -> str:
-    """Text without halves of characters, which JSON may hold and no file does."""
-    return text.encode(errors="replace").decode()
+    return writable(token["token"]).encode() if own is None else bytes(own)
 
 
 def for_answer(logprobs: Logprobs, answer: str) -> Logprobs | None:

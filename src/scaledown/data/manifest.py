@@ -1,16 +1,16 @@
-"""What a run says of itself: all that it depends on, so that `--config manifest.json` repeats it."""
+"""The manifest of a run: all that it depends on, so that `--config manifest.json` repeats it."""
 
 import importlib.metadata
 import logging
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import scaledown
+from scaledown.config.options import Option
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.input.files import Source
 from scaledown.data.prompts import TEMPLATES, load_template
@@ -105,25 +105,23 @@ def repeatable(config: PrepareConfig, sources: Sources) -> dict[str, Any]:
 
     A URL loses its secrets: with `--config` it has to be given again.
     """
-    settings = asdict(config)
-    for name in ("corpus_path", "work_dir", "index_dir", "output_file", "cache_dir", "metrics_file"):
-        settings[name] = _full(settings[name]) if settings[name] else ""
-    for name in ("queries_file", "decontaminate"):
-        settings[name] = [_full(path) for path in settings[name]]
-    if Path(config.query_dataset).exists() and config.query_dataset:
-        settings["query_dataset"] = str(Path(config.query_dataset).resolve())
-    if config.prompt not in TEMPLATES:
-        settings["prompt"] = _full(config.prompt)
-    if config.teacher_lora:
-        settings["teacher_lora"] = _full(config.teacher_lora)
+    settings = {name: _full(getattr(config, name), about) for name, about in config.options().items()}
+    if config.prompt in TEMPLATES:
+        settings["prompt"] = config.prompt
     for name, model in sources.models().items():
         if model.revision and "@" not in model.name:
             settings[f"{name}_model"] = f"{model.name}@{model.revision}"
     return settings
 
 
-def _full(name: str) -> str:
-    return redacted(name) if is_url(name) else str(Path(name).expanduser().resolve())
+def _full(value: Any, about: Option) -> Any:
+    """A setting as it is, or with its full path if it is one; names of models are no paths here."""
+    if isinstance(value, tuple) and about.role == "input":
+        return [_full(one, about) for one in value]
+    is_path = about.role in {"input", "place"} or (about.path and Path(value).expanduser().exists())
+    if not value or not is_path:
+        return value
+    return redacted(value) if is_url(value) else str(Path(value).expanduser().resolve())
 
 
 def name_differences(repeats: Path, identities: Mapping[str, str], inputs: Mapping[str, Any]) -> None:
@@ -138,19 +136,8 @@ def name_differences(repeats: Path, identities: Mapping[str, str], inputs: Mappi
 
 
 def compared_settings(config: PrepareConfig) -> dict[str, Any]:
-    """The settings that two runs in one directory must share; where things lie is not among them."""
-    apart = {"output_file", "work_dir", "index_dir", "corpus_path", "queries_file", "strict"}
-    apart |= {"cache_dir", "workers", "executor", "ray_address", "task_timeout", "shard", "metrics_file"}
-    apart |= {"decontaminate"}  # by content
-    if not config.teacher_logprobs:  # a run of a version without them goes on
-        apart |= {"teacher_logprobs"}
-    if config.search == "exact":
-        apart |= {"search_memory", "min_recall"}
-    apart |= {"retriever_model", "reranker_model", "teacher_model", "second_teacher_model"}  # by identity
-    apart |= {"flush_seconds", "teacher_endpoint", "max_total_tokens", "max_requests_per_minute"}
-    apart |= {"request_timeout", "input_price", "output_price", "teacher_memory"}
-    settings = {name: value for name, value in asdict(config.sized("")).items() if name not in apart}
-    return settings | {
+    """The settings that two runs in one directory must share."""
+    return config.compared() | {
         "format": Path(config.output_file).suffix,
         "device": config.device.partition(":")[0],
         "likelihood": config.reranker_model.startswith(LIKELIHOOD_PREFIX),

@@ -9,11 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from scaledown.config.prepare import PrepareConfig
-from scaledown.config.shared import batch_for
 from scaledown.data.input.corpus import PassageTable
 from scaledown.data.prompts import LIKELIHOOD_AFTER, LIKELIHOOD_BEFORE
 from scaledown.data.retrieval.splade import by_length
-from scaledown.errors import InputError, ModelError, UsageError
+from scaledown.errors import ModelError, UsageError
 from scaledown.gpus import OnDevice
 from scaledown.models import (
     Halving,
@@ -25,8 +24,8 @@ from scaledown.models import (
     onto,
     resolve,
 )
-from scaledown.records import QueryWithDocuments, document_text, full_text
-from scaledown.run.progress import track
+from scaledown.records import QueryWithDocuments, check_records, document_text, full_text
+from scaledown.run.progress import track, tracked
 from scaledown.run.stage import Stage
 
 log = logging.getLogger("scaledown")
@@ -240,7 +239,7 @@ def add_reranking_scores(
         raise UsageError(f"score_scale {score_scale!r}: use raw or sigmoid")
     check_records(queries_with_docs)
     device, source = choose_device(device), resolve_reranker(reranker_model)
-    batch_size = batch_for("reranker_batch_size", batch_size, device)
+    batch_size = PrepareConfig.batch_for("reranker_batch_size", batch_size, device)
     reranker = OnDevice("the reranker", device, lambda: load_reranker(source, device, dtype, batch_size))
     pairs = [
         Pair(record["query"], document_text(document))
@@ -264,20 +263,6 @@ def add_reranking_scores(
     return result  # type: ignore[return-value]  # the record's own further keys stay
 
 
-def check_records(records: Sequence[QueryWithDocuments]) -> None:
-    """Raise `InputError` naming the first record that lacks a query or documents of a known shape."""
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, dict):
-            raise InputError(f"record {number}: is {type(record).__name__}, expected a dictionary")
-        if not isinstance(record.get("query"), str) or not isinstance(record.get("documents"), list):
-            raise InputError(f"record {number}: expected a query (string) and documents (list)")
-        for document in record["documents"]:
-            try:
-                document_text(document)
-            except InputError as error:
-                raise InputError(f"record {number}: {error}") from None
-
-
 def rerank(
     stage: Stage, candidates: Stage, passages: Stage, load: Callable[[], Reranker], per_query: int
 ) -> None:
@@ -289,8 +274,7 @@ def rerank(
     if stage.done():
         return
     rows = candidates.planned()
-    done = sum(count for shard, count in enumerate(rows) if stage.has(shard))
-    with track("rerank", "pairs", sum(rows) * per_query, done * per_query, stage) as tracker:
+    with tracked(stage, "rerank", "pairs", rows, per_query) as tracker:
 
         def work(shard: int) -> pa.Table:
             texts = PassageTable(passages)

@@ -1,4 +1,4 @@
-"""A run shared by workers: where they are, how many, and what they are told."""
+"""A run shared by workers: where they are, how many, and their settings."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -26,20 +26,19 @@ def supervised(config: IndexConfig) -> bool:
 def share(config: IndexConfig, target: str, runs: Sequence[RunDirectory]) -> None:
     """Let workers carry out `target`, `module:function`, until all is done; `runs` is where they work."""
     pool, count = pool_of(config, runs[0])
-    limits = [flag for flag in ("max_total_tokens", "max_requests_per_minute") if getattr(config, flag, 0)]
+    limits = [flag for flag, about in config.options().items() if about.per_process and getattr(config, flag)]
     if limits and count > 1:
         raise UsageError(
-            f"--{limits[0]} holds for one process: leave out --workers, which a server needs not"
+            f"--{limits[0]} holds for one process: leave out --workers, a server does not need them"
         )
-    alone = {"workers": count, "executor": "local", "task_timeout": 0.0, "metrics_file": ""}
-    settings = {"config": asdict(config) | alone, "log": style()._asdict()}
+    settings = {"config": asdict(config) | config.of_worker(count), "log": style()._asdict()}
     leases = [run.leases for run in runs]
     with supervising(), contextlib.closing(Overview(runs[0].path)) as overview:
         supervise(pool, target, settings, count, leases, config.task_timeout, overview.look)
 
 
 def settings_of(kind: type[Config], settings: Mapping[str, Any], worker: str) -> Config:
-    """What a worker was told, as settings again; it logs like the one who told it."""
+    """The settings that a worker gets, as a config again; it logs like the process that started it."""
     start_logging(**{**settings["log"], "worker": worker})
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in settings["config"].items()

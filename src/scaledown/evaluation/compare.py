@@ -4,26 +4,22 @@ import csv
 import io
 import json
 import logging
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import orjson
 
-from scaledown.config.evaluate import SYSTEMS, EvaluateConfig
-from scaledown.config.flags import command_parser, from_flags, path_or_url, read_settings, underscored
-from scaledown.config.options import Checked, option
-from scaledown.config.prepare import OUTPUT
-from scaledown.config.shared import AUTO_DTYPE, DTYPES, MACHINE
-from scaledown.config.train import BUDGETS, TrainConfig
+from scaledown.command import Usage, program_name, run_cli
+from scaledown.config.compare import GROUPS, CompareConfig
+from scaledown.config.evaluate import EvaluateConfig
+from scaledown.config.flags import Parser, from_flags, path_or_url, read_settings
+from scaledown.config.train import TrainConfig
 from scaledown.data.input.download import fetched
 from scaledown.data.input.gold import read_gold
 from scaledown.data.reranker import resolve_reranker
-from scaledown.data.session.summary import program_name
-from scaledown.errors import InputError, UsageError, run_command
+from scaledown.errors import InputError, UsageError
 from scaledown.evaluation.baselines import ECHOES, OF_A_RATE
 from scaledown.evaluation.efficiency import Cost, Seconds, Shape, costs, machine
 from scaledown.evaluation.evaluate import ANSWERS, evaluate
@@ -34,19 +30,13 @@ from scaledown.gpus import OnDevice
 from scaledown.models import choose_device, dtype_to_run, onto, quiet_libraries, resolve
 from scaledown.run.atomic import atomic, read_json, write_json
 from scaledown.run.directory import fingerprint
-from scaledown.run.logs import start_logging
 from scaledown.run.outputs import check_output
-from scaledown.student.train import train
-from scaledown.urls import is_url
+from scaledown.student.training.run import train
 
 if TYPE_CHECKING:
     from scaledown.student.settings import ScaleDownConfig
 
 log = logging.getLogger("scaledown")
-
-QUALITY: Final = "quality"
-COST: Final = "cost"
-GROUPS: Final = (QUALITY, COST, OUTPUT, MACHINE)
 
 PAGE: Final = "comparison.html"
 TABLE: Final = "comparison.md"
@@ -54,75 +44,11 @@ NUMBERS: Final = "comparison.csv"
 _EVALUATIONS: Final = "evaluations"  # a folder in the output
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompareConfig(Checked):
-    """Settings of `scaledown compare`."""
-
-    data: str = option(
-        "", QUALITY, "held-out questions with documents, as for scaledown evaluate", metavar="FILE"
+def _shape(config: CompareConfig) -> Shape:
+    """What is timed."""
+    return Shape(
+        config.cost_query_tokens, config.cost_documents, config.cost_document_tokens, config.cost_new_tokens
     )
-    gold: tuple[str, ...] = option((), QUALITY, "right answers, as for scaledown evaluate", metavar="FILE")
-    baselines: tuple[str, ...] = option(
-        ("uncompressed", "closed_book"),
-        QUALITY,
-        "what the first run's generator does without compression, for comparison",
-        choices=tuple(system for system in SYSTEMS if system != "compressed"),
-    )
-    compression_rates: tuple[str, ...] = option(
-        (),
-        QUALITY,
-        "compare a pointer at each of these, 4 to 32 document tokens to one memory token; nothing is its own",
-        "tokens",
-        metavar="N",
-    )
-    budget: str = option("each", QUALITY, "of pointers, as for scaledown evaluate", choices=BUDGETS)
-    keyword_model: str = option(
-        EvaluateConfig.keyword_model, QUALITY, "of keywords, as for scaledown evaluate", metavar="MODEL"
-    )
-    pruning_reranker: str = option(
-        EvaluateConfig.pruning_reranker, QUALITY, "of pruned, as for scaledown evaluate", metavar="MODEL"
-    )
-    num_examples: int = option(0, QUALITY, "take only the first so many", "questions", metavar="N")
-    max_new_tokens: int = option(128, QUALITY, "longest answer", "tokens", metavar="N")
-    batch_size: int = option(8, QUALITY, "questions answered at once", "questions", metavar="N")
-    cost_batches: tuple[str, ...] = option(
-        ("1", "8"), COST, "sizes of the batches that are timed", "queries", metavar="N"
-    )
-    cost_documents: int = option(10, COST, "documents to a query", "documents", metavar="N")
-    cost_document_tokens: int = option(128, COST, "of each document", "tokens", metavar="N")
-    cost_query_tokens: int = option(128, COST, "of the query", "tokens", metavar="N")
-    cost_new_tokens: int = option(32, COST, "that are generated", "tokens", metavar="N")
-    cost_repeats: int = option(3, COST, "how often each is timed", "times", metavar="N")
-    output_dir: str = option(
-        "comparison", OUTPUT, "page, tables, and what goes on after a crash", metavar="DIR"
-    )
-    seed: int = option(0, OUTPUT, "seed of resampling", metavar="N")
-    device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", metavar="DEVICE")
-    dtype: str = option("auto", MACHINE, AUTO_DTYPE, choices=DTYPES)
-
-    def __post_init__(self) -> None:
-        self._check_choices()
-        self._check_files("gold")
-        if not self.data:
-            raise UsageError("no held-out questions: give --data FILE")
-        if is_url(self.output_dir) or Path(self.output_dir).is_file():
-            raise UsageError("--output_dir: name a local folder")
-        sizes = ("cost_documents", "cost_document_tokens", "cost_query_tokens", "cost_new_tokens")
-        self._check_at_least(1, "max_new_tokens", "batch_size", "cost_repeats", *sizes)
-        self._check_at_least(0, "num_examples", "seed")
-        for name in ("cost_batches", "compression_rates"):
-            for number in getattr(self, name):
-                if not number.isdecimal() or not int(number):
-                    raise UsageError(f"--{name} {number}: must be whole numbers, at least 1")
-        if len(set(self.compression_rates)) < len(self.compression_rates):
-            raise UsageError("--compression_rates: name each once")
-
-    @property
-    def shape(self) -> Shape:
-        """What is timed."""
-        return Shape(
-            self.cost_query_tokens, self.cost_documents, self.cost_document_tokens, self.cost_new_tokens
-        )
 
 
 def compare(names: Sequence[str], config: CompareConfig, *, overwrite: bool = False) -> Comparison:
@@ -175,7 +101,7 @@ def compare(names: Sequence[str], config: CompareConfig, *, overwrite: bool = Fa
     for run, own in zip(runs, answered, strict=True):
         if run is not runs[0] or reference != "compressed":
             run.differences.update(_differences(own, answered[0], reference, config.seed))
-    comparison = Comparison(runs, reference, machine(), config.shape)
+    comparison = Comparison(runs, reference, machine(), _shape(config))
     _write(output, comparison)
     return comparison
 
@@ -239,7 +165,7 @@ def _check(names: Sequence[str], settings: Sequence[TrainConfig | None], config:
     trained = [name for name, own in zip(names, settings, strict=True) if own is None]
     models = {name: read_model(resolve(name)) for name in trained}
     for name, model in models.items():
-        _check_shape(name, model, config.shape)
+        _check_shape(name, model, _shape(config))
         for rate in config.compression_rates if model.is_pointer else ():
             model.check_rate(int(rate))
     if (
@@ -308,7 +234,8 @@ def _costs(path: Path, results: Results, config: CompareConfig) -> list[Cost]:
     batches = [int(size) for size in config.cost_batches]
     device = choose_device(config.device)
     dtype = dtype_to_run(config.dtype, device)
-    of = [results.models["model"], batches, config.shape, config.cost_repeats, device, str(dtype), machine()]
+    shape = _shape(config)
+    of = [results.models["model"], batches, shape, config.cost_repeats, device, str(dtype), machine()]
     way = {name: results.parameters[name] for name in ("compression_rate", "budget")}
     of += [way] if way["compression_rate"] else []
     request = fingerprint({"of": of})
@@ -317,12 +244,12 @@ def _costs(path: Path, results: Results, config: CompareConfig) -> list[Cost]:
         return [_cost(one) for one in kept["costs"]]
     from scaledown.student.model import ScaleDownModel
 
-    log.info("cost: batches of %s, %s", ", ".join(config.cost_batches), config.shape)
+    log.info("cost: batches of %s, %s", ", ".join(config.cost_batches), shape)
     name = results.model["name"]
     model = OnDevice(name, device, lambda: ScaleDownModel.from_pretrained(name, dtype=dtype, **onto(device)))
-    _check_shape(name, model().config, config.shape)
-    _check_room(model(), config.shape)
-    measured = costs(model(), batches, shape=config.shape, repeats=config.cost_repeats, **way)
+    _check_shape(name, model().config, shape)
+    _check_room(model(), shape)
+    measured = costs(model(), batches, shape=shape, repeats=config.cost_repeats, **way)
     model.release()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"request": request, "machine": machine(), "costs": [one._asdict() for one in measured]})
@@ -381,40 +308,6 @@ def numbers(comparison: Comparison) -> str:
     return file.getvalue()
 
 
-def main(argv: Sequence[str] | None = None, program: str = "scaledown compare") -> int:
-    """The command line; gives the exit status."""
-    parser, _ = command_parser(
-        program,
-        CompareConfig,
-        "RUN... --data FILE",
-        "Compare models by what their answers are worth and what they cost. The same command again continues "
-        "an interrupted one.",
-        GROUPS,
-    )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=path_or_url,
-        metavar="RUN",
-        help="folder of a trained model, name on the hub, or JSON with settings of scaledown train, which is "
-        "trained first",
-    )
-    words = underscored(sys.argv[1:] if argv is None else argv)
-
-    def command() -> int:
-        flags = vars(parser.parse_args(words))
-        flags.pop("debug", None)
-        overwrite = flags.pop("overwrite", False)
-        start_logging(flags.pop("log_level", "info"), flags.pop("log_format", "text"))
-        runs = flags.pop("runs")
-        flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
-        config = from_flags(flags, CompareConfig)
-        print(summary(compare(runs, config, overwrite=overwrite), config))
-        return 0
-
-    return run_command(command, debug="--debug" in words, resumes=True)
-
-
 def summary(comparison: Comparison, config: CompareConfig) -> str:
     """What a finished command prints: a line for each run, where the page is."""
     from scaledown.evaluation.pages import quality_rows
@@ -437,3 +330,30 @@ def summary(comparison: Comparison, config: CompareConfig) -> str:
             f"next: {program_name()} answer --model {comparison.runs[0].folder} --help",
         ]
     )
+
+
+def main(argv: Sequence[str] | None = None, program: str = "scaledown compare") -> int:
+    """The command line; gives the exit status."""
+    usage = Usage(
+        program,
+        "RUN... --data FILE",
+        "Compare models by the quality and the cost of their answers. The same command again continues an "
+        "interrupted one.",
+        GROUPS,
+    )
+    return run_cli(CompareConfig, _compare, summary, usage=usage, argv=argv, add=_add_runs, resumes=True)
+
+
+def _add_runs(parser: Parser) -> None:
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=path_or_url,
+        metavar="RUN",
+        help="folder of a trained model, name on the hub, or JSON with settings of scaledown train, which is "
+        "trained first",
+    )
+
+
+def _compare(config: CompareConfig, *, runs: Sequence[str], overwrite: bool = False) -> Comparison:
+    return compare(runs, config, overwrite=overwrite)

@@ -3,17 +3,15 @@
 import contextlib
 import functools
 import logging
-import os
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from scaledown.command import Usage, program_name, run_cli
 from scaledown.config.evaluate import GROUPS, EvaluateConfig
-from scaledown.config.flags import command_parser, from_flags, underscored
 from scaledown.data.input.download import fetched
 from scaledown.data.input.files import locate
 from scaledown.data.input.gold import read_gold
@@ -21,10 +19,9 @@ from scaledown.data.input.remote import Remote
 from scaledown.data.prompts import VERSION as PROMPT_VERSION
 from scaledown.data.reranker import LIKELIHOOD_PREFIX, load_reranker, resolve_reranker
 from scaledown.data.retrieval.encoders import is_sparse
-from scaledown.data.session.summary import program_name
 from scaledown.data.teacher.api import find_teacher
 from scaledown.data.teacher.base import Engine
-from scaledown.errors import ModelError, OutputError, RunDirectoryError, UsageError, run_command
+from scaledown.errors import ModelError, OutputError, RunDirectoryError, UsageError
 from scaledown.evaluation import questions, ranking, systems
 from scaledown.evaluation.baselines import ECHOES, READERS
 from scaledown.evaluation.judge import Judging, judge
@@ -48,7 +45,6 @@ from scaledown.report.page import html
 from scaledown.run.atomic import atomic, read_json
 from scaledown.run.directory import RunDirectory, fingerprint
 from scaledown.run.heartbeat import publishing
-from scaledown.run.logs import start_logging
 from scaledown.run.outputs import check_output
 from scaledown.run.stage import Stage
 from scaledown.urls import without_secrets
@@ -140,8 +136,9 @@ def _inputs(config: EvaluateConfig, run: RunDirectory) -> dict[str, list[str]]:
         source = locate(file, flag)
         return str(source.identity()) if isinstance(source, Remote) else run.content_hash(source)
 
-    given = {"data": (config.data,), "gold": config.gold, "run": config.run, "qrels": (config.qrels,)}
-    return {name: [known(f"--{name}", file) for file in files] for name, files in given.items() if any(files)}
+    given = {name: getattr(config, name) for name in config.named("input")}
+    files = {name: own if isinstance(own, tuple) else (own,) for name, own in given.items() if own}
+    return {name: [known(f"--{name}", file) for file in own] for name, own in files.items()}
 
 
 def _find(config: EvaluateConfig) -> Sources:
@@ -386,26 +383,11 @@ def summary(results: Results, config: EvaluateConfig) -> str:
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown evaluate") -> int:
     """The command line; gives the exit status."""
-    parser, _ = command_parser(
+    usage = Usage(
         program,
-        EvaluateConfig,
         "--model DIR --data FILE | --run FILE --qrels FILE",
         "Measure the answers of a trained model beside its baselines, or rankings, with intervals and paired "
         "tests. The same command again continues an interrupted one.",
         GROUPS,
     )
-    words = underscored(sys.argv[1:] if argv is None else argv)
-
-    def command() -> int:
-        flags = vars(parser.parse_args(words))
-        flags.pop("debug", None)
-        overwrite = flags.pop("overwrite", False)
-        start_logging(flags.pop("log_level", "info"), flags.pop("log_format", "text"))
-        flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
-        config = from_flags(flags, EvaluateConfig)
-        results = evaluate(config, overwrite=overwrite)
-        if os.environ.get("RANK", "0") == "0":  # of those that torchrun started, which share the work
-            print(summary(results, config))
-        return 0
-
-    return run_command(command, debug="--debug" in words, resumes=True)
+    return run_cli(EvaluateConfig, evaluate, summary, usage=usage, argv=argv, resumes=True)

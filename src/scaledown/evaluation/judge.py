@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 import pyarrow as pa
 
 from scaledown.config.evaluate import EvaluateConfig
-from scaledown.config.shared import batch_for
+from scaledown.config.shared import EngineConfig
 from scaledown.data.prompts import JUDGE_VERSION, Prompt, judge_prompt, preference_prompt
 from scaledown.data.teacher.answer_log import AnswerLog, ask
 from scaledown.data.teacher.api import choose_backend, load_teacher
@@ -22,7 +22,7 @@ from scaledown.gpus import OnDevice
 from scaledown.models import ModelSource, choose_device
 from scaledown.records import Answer
 from scaledown.run.directory import RunDirectory
-from scaledown.run.progress import track
+from scaledown.run.progress import tracked
 from scaledown.run.stage import Stage
 from scaledown.text import normalized
 
@@ -93,7 +93,7 @@ class Judging(NamedTuple):
     ) -> "Judging":
         """As the settings say. Raises `ModelError` where there is no such server or model behind it."""
         device = choose_device(config.device)
-        size = batch_for("teacher_batch_size", config.teacher_batch_size, device)
+        size = EngineConfig.batch_for("teacher_batch_size", config.teacher_batch_size, device)
         generation = Generation(
             NEW_TOKENS,
             batch_size=size,
@@ -195,8 +195,7 @@ def _judge(
     if stage.done():
         return
     rows = asked.finished().rows
-    done = sum(count for shard, count in enumerate(rows) if stage.has(shard))
-    with track(stage.name, "replies", sum(rows) * inquiry.replies, done * inquiry.replies, stage) as tracker:
+    with tracked(stage, stage.name, "replies", rows, inquiry.replies) as tracker:
         meter = Meter(tracker, judging.prices)
 
         def work(group: range) -> Iterator[pa.Table]:

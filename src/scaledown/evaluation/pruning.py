@@ -9,7 +9,7 @@ from scaledown.data.reranker import Pair, Reranker, best_first, score_once
 from scaledown.data.teacher.review import sentences
 from scaledown.evaluation import questions
 from scaledown.records import full_text, title_of
-from scaledown.run.progress import track
+from scaledown.run.progress import tracked
 from scaledown.run.stage import Stage
 
 
@@ -78,8 +78,7 @@ def prune(
     if stage.done():
         return
     rows = asked.finished().rows
-    done = sum(count for shard, count in enumerate(rows) if stage.has(shard))
-    with track("prune", "questions", sum(rows), done, stage) as tracker:
+    with tracked(stage, "prune", "questions", rows) as tracker:
 
         def work(shard: int) -> pa.Table:
             own = questions.read(asked, shard)

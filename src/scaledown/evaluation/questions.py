@@ -11,11 +11,10 @@ from typing import Final, NamedTuple
 import pyarrow as pa
 
 from scaledown.data.input.gold import Gold
-from scaledown.data.input.training_files import entries
+from scaledown.data.input.training_files import entries, unanswerable
 from scaledown.errors import InputError
 from scaledown.records import document_text, title_of
 from scaledown.run.stage import Stage
-from scaledown.student.answer import unanswerable
 
 log = logging.getLogger("scaledown")
 

@@ -166,7 +166,7 @@ def per_query(
     """By the measures' names, a value for each query of `qrels` in their order; 0 where the run has none."""
     import ir_measures
 
-    judged, ranked = _plain(run, qrels)
+    judged, ranked = _untied(run, qrels)
     found = {str(measure): [0.0] * len(qrels) for measure in measures}
     try:
         for value in ir_measures.iter_calc(measures, judged, ranked):
@@ -179,7 +179,7 @@ def per_query(
     return found
 
 
-def _plain(run: Scores, qrels: Mapping[str, Mapping[str, int]]) -> tuple[dict[str, dict[str, int]], Scores]:
+def _untied(run: Scores, qrels: Mapping[str, Mapping[str, int]]) -> tuple[dict[str, dict[str, int]], Scores]:
     """Judgements and rankings for which all measures agree on an order: numbers for ids, and no ties.
 
     Among equal scores the larger id comes first, as in trec_eval.

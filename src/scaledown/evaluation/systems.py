@@ -6,13 +6,12 @@ from typing import Any, Final, NamedTuple
 import pyarrow as pa
 
 from scaledown.config.evaluate import EvaluateConfig
-from scaledown.errors import InputError
+from scaledown.errors import InputError, each_or_error
 from scaledown.evaluation import baselines, questions
 from scaledown.gpus import OnDevice
 from scaledown.models import choose_device
-from scaledown.run.progress import track
+from scaledown.run.progress import tracked
 from scaledown.run.stage import Stage
-from scaledown.student.answer import each
 
 _SCHEMA: Final = pa.schema(
     {"answer": pa.large_string(), "error": pa.large_string(), "scores": pa.list_(pa.float64())}
@@ -38,12 +37,11 @@ def answer(
     if stage.done():
         return
     rows = asked.finished().rows
-    done = sum(count for shard, count in enumerate(rows) if stage.has(shard))
     compressed = stage.name == "compressed"
     weigh = OnDevice(
         "what weighs tokens", choose_device(config.device), lambda: baselines.weighing(stage.name, config)
     )
-    with track(stage.name, "answers", sum(rows), done, stage) as tracker:
+    with tracked(stage, stage.name, "answers", rows) as tracker:
 
         def work(shard: int) -> pa.Table:
             own = questions.read(asked, shard)
@@ -77,7 +75,7 @@ def answer(
             with stage.noting(shard, lambda: model.halving.count):
                 found = [
                     _Answered("", str(one), None) if isinstance(one, InputError) else one
-                    for one in each(answers, range(len(own)))
+                    for one in each_or_error(answers, range(len(own)))
                 ]
             tracker.advance(len(own))
             return pa.Table.from_pylist([one._asdict() for one in found], _SCHEMA)

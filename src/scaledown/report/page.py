@@ -118,11 +118,11 @@ def html(page: Page) -> str:
 
 def markdown(page: Page) -> str:
     """The same for a README: plots by their numbers where these are few, no examples."""
-    parts = [f"# {_plain(page.title)}", _plain(page.lead)]
+    parts = [f"# {_escaped(page.title)}", _escaped(page.lead)]
     for section in page.sections:
         blocks = [text for block in section.blocks if (text := _markdown(block))]
         if blocks:
-            parts += [f"## {_plain(section.heading)}", *blocks]
+            parts += [f"## {_escaped(section.heading)}", *blocks]
     return "\n\n".join(parts) + "\n"
 
 
@@ -139,7 +139,7 @@ def cell(value: Cell) -> str:
 
 def _markdown(block: Block) -> str:
     if isinstance(block, Note):
-        return _plain(block.text)
+        return _escaped(block.text)
     if isinstance(block, Plot):
         block = block.table._replace(caption=block.caption)
         if len(block.rows) > _CARD_ROWS:
@@ -150,13 +150,13 @@ def _markdown(block: Block) -> str:
         all(isinstance(row[place], int | float | None) for row in block.rows)
         for place in range(len(block.columns))
     ]
-    lines = [list(map(_plain, block.columns)), ["--:" if is_number else ":--" for is_number in numeric]]
-    rows = [[_plain(cell(value)) for value in row] for row in block.rows]
+    lines = [list(map(_escaped, block.columns)), ["--:" if is_number else ":--" for is_number in numeric]]
+    rows = [[_escaped(cell(value)) for value in row] for row in block.rows]
     table = "\n".join("| " + " | ".join(row) + " |" for row in [*lines, *rows])
-    return f"{_plain(block.caption)}\n\n{table}" if block.caption else table
+    return f"{_escaped(block.caption)}\n\n{table}" if block.caption else table
 
 
-def _plain(text: str) -> str:
+def _escaped(text: str) -> str:
     """One line without what Markdown or HTML would take for a sign."""
     return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))
 

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -159,6 +159,17 @@ def track(
         finally:
             if stage:
                 _at_work.remove(tracker)
+
+
+@contextlib.contextmanager
+def tracked(stage: Stage, name: str, unit: str, rows: Sequence[int], each: int = 1) -> Iterator[Tracker]:
+    """Show the progress of a stage whose shards have so many `rows`, from what is finished already.
+
+    `each` is how many `unit` are made of one row.
+    """
+    done = sum(count for shard, count in enumerate(rows) if stage.has(shard))
+    with track(name, unit, sum(rows) * each, done * each, stage) as tracker:
+        yield tracker
 
 
 @contextlib.contextmanager

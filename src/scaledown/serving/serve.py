@@ -3,33 +3,34 @@
 import contextlib
 import logging
 import socket
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from scaledown.config.flags import command_parser, from_flags, underscored
+from scaledown.command import Usage, run_cli
 from scaledown.config.serve import GROUPS, ServeConfig, api_key
-from scaledown.errors import MissingExtraError, UsageError, install_command, run_command
+from scaledown.errors import MissingExtraError, UsageError, install_command
 from scaledown.models import choose_device, dtype_to_run, onto, quiet_libraries
-from scaledown.run.logs import start_logging
 
 log = logging.getLogger("scaledown")
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown serve") -> int:
     """The command line; gives the exit status."""
-    description = "Serve a trained model over HTTP, as clients of OpenAI's chat completions ask for answers."
-    parser, _ = command_parser(program, ServeConfig, "--model DIR", description, GROUPS)
-    words = underscored(sys.argv[1:] if argv is None else argv)
-
-    def command() -> int:
-        flags = vars(parser.parse_args(words))
-        flags.pop("debug", None)
-        start_logging(flags.pop("log_level", "info"), flags.pop("log_format", "text"))
-        return serve(from_flags(flags, ServeConfig))
-
-    return run_command(command, debug="--debug" in words)
+    usage = Usage(
+        program,
+        "--model DIR",
+        "Serve a trained model over HTTP, as clients of OpenAI's chat completions ask for answers.",
+        GROUPS,
+    )
+    return run_cli(
+        ServeConfig,
+        serve,
+        lambda _status, _config: "",
+        failure=lambda status, _config: "" if status else None,
+        usage=usage,
+        argv=argv,
+    )
 
 
 def serve(config: ServeConfig) -> int:

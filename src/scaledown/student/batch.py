@@ -188,7 +188,7 @@ class _Pieces(Context):
 
     def spelled(self, text: str) -> str:
         """Text from outside, in which special tokens and the place of the documents are nothing special."""
-        return self._plain(text).replace(_DOCUMENTS[0], "")
+        return self.spelled_apart(text).replace(_DOCUMENTS[0], "")
 
     def around(self, prompt: Prompt, documents: int) -> list[list[int]]:
         """Token ids before, between and after `documents` documents, tokenised piece by piece."""

@@ -16,10 +16,7 @@ if TYPE_CHECKING:
     from scaledown.student.settings import ScaleDownConfig
 
 # Flags that say what a model is made of: a pretrained one has settled them.
-MODEL_FLAGS: Final = (
-    *("generator_model", "compressor", "num_layers", "compression_rate", "doc_max_length"),
-    *("query_max_length", "generator_training", "lora_dropout"),
-)
+MODEL_FLAGS: Final = tuple(name for name, about in StudentConfig.options().items() if about.settled_by)
 
 
 class Origin(NamedTuple):

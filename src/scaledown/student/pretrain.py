@@ -2,19 +2,26 @@
 
 from collections.abc import Sequence
 
-from scaledown.config.train import PretrainConfig
-from scaledown.student.train import run_command_line
+from scaledown.command import Usage, run_cli
+from scaledown.config.train import GROUPS, PretrainConfig
+from scaledown.student.train import summary, train_quietly
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown pretrain") -> int:
     """The command line; gives the exit status."""
-    return run_command_line(
-        argv,
+    usage = Usage(
         program,
-        PretrainConfig,
         "--corpus_path PATH",
         "Teach a compressor and a generator to understand each other before training: passages of any text "
         "are compressed, and repeated or continued from what is left of them. Separate compressors need it.",
+        GROUPS,
+    )
+    return run_cli(
+        PretrainConfig,
+        train_quietly,
+        lambda result, _: summary(result, pretrained=True),
+        usage=usage,
+        argv=argv,
     )
 
 

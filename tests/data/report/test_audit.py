@@ -9,8 +9,9 @@ import pytest
 
 from scaledown.data.input.gold import Gold
 from scaledown.data.report import audit as room
-from scaledown.data.report.audit import Part, audit, marked, recall
+from scaledown.data.report.audit import audit, marked, recall
 from scaledown.errors import InputError
+from scaledown.report.page import Piece
 from scaledown.text import question_key
 
 Write = Callable[..., Path]
@@ -130,11 +131,11 @@ def test_a_sample_is_bounded_by_its_size(write: Write, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("phrases", "words", "expected"),
     [
-        (["the Sun"], ["sun"], [Part("Under ", False), Part("the sun", True), Part(", sunny.", False)]),
-        (["Moon"], ["sun"], [Part("Under the ", False), Part("sun", True), Part(", sunny.", False)]),
-        ([""], [], [Part("Under the sun, sunny.", False)]),
-        (["(.*"], ["\\w"], [Part("Under the sun, sunny.", False)]),
+        (["the Sun"], ["sun"], [Piece("Under ", False), Piece("the sun", True), Piece(", sunny.", False)]),
+        (["Moon"], ["sun"], [Piece("Under the ", False), Piece("sun", True), Piece(", sunny.", False)]),
+        ([""], [], [Piece("Under the sun, sunny.", False)]),
+        (["(.*"], ["\\w"], [Piece("Under the sun, sunny.", False)]),
     ],
 )
-def test_marking(phrases: list[str], words: list[str], expected: list[Part]) -> None:
+def test_marking(phrases: list[str], words: list[str], expected: list[Piece]) -> None:
     assert marked("Under the sun, sunny.", phrases, words) == expected

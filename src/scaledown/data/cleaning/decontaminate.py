@@ -12,7 +12,7 @@ from scaledown.config.shared import CleanConfig
 from scaledown.data.cleaning.near_duplicates import EXACT, Questions
 from scaledown.data.input.gold import GoldQuestion, gold_questions
 from scaledown.errors import InputError
-from scaledown.text import words
+from scaledown.text import words, writable
 from scaledown.urls import is_url, redacted
 
 log = logging.getLogger("scaledown")
@@ -72,7 +72,7 @@ class Cleaner:
         """
         if not self._config.decontaminate_answers:
             return None
-        said = f" {_plain(text)} "
+        said = f" {_as_words(text)} "
         for run in (run for document in documents for run in _runs(document)):
             for right, question in self._passages.get(run, ()):
                 if f" {right} " in said:
@@ -91,7 +91,7 @@ class Cleaner:
         known, block = Questions(_LIKE_EVALUATION), list[str]()
         origins = []
         for file, question in self._questions():
-            block.append(_text(question.query))
+            block.append(writable(question.query))
             origins.append({"query_id": question.query_id, "file": file})
             if len(block) == _BLOCK:
                 known.add(block)
@@ -111,11 +111,11 @@ class Cleaner:
         found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
         for file, question in self._questions():
             runs = {run for passage in question.passages for run in _runs(passage)}
-            for answer in filter(_plain, question.answers):
-                own = {"kind": "answer", "question": _text(question.query), "answer": _text(answer)}
+            for answer in filter(_as_words, question.answers):
+                own = {"kind": "answer", "question": writable(question.query), "answer": writable(answer)}
                 own |= {"query_id": question.query_id, "file": file}
                 for run in runs:
-                    found.setdefault(run, []).append((_plain(answer), own))
+                    found.setdefault(run, []).append((_as_words(answer), own))
         return found
 
 
@@ -135,10 +135,5 @@ def _match(text: str, known: str, similarity: float) -> dict[str, Any]:
     return {"kind": kind, "question": known, "similarity": round(similarity, 4)}
 
 
-def _plain(text: str) -> str:
+def _as_words(text: str) -> str:
     return " ".join(words(text))
-
-
-def _text(text: str) -> str:
-    """A text that can be written: without halves of surrogate pairs."""
-    return text.encode("utf-8", "replace").decode()

@@ -289,3 +289,15 @@ def validate(path: Path, max_messages: int = 100) -> Validation:
     if not sound and not bad:
         total, messages = 1, [f"{path}: holds no records"]
     return Validation(sound, messages, bad, total, again)
+
+
+def unanswerable(entry: Entry) -> str:
+    """Why a record cannot be answered; empty if it can. It may be without documents."""
+    if entry.problem:
+        return entry.problem
+    record = entry.record
+    if not isinstance(record, dict) or not isinstance(record.get("documents"), list):
+        return "expected a query and documents"
+    asked = {name: record[name] for name in ("query", "documents") if record.get(name)}
+    found = problems({"documents": ["-"], "answer": "-"} | asked)  # the rest is not needed
+    return found[0] if found else ""

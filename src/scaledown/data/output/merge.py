@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple, cast
 import orjson
 
 from scaledown.config.options import check_ending
+from scaledown.config.prepare import PrepareConfig
 from scaledown.config.shared import CleanConfig
 from scaledown.data.cleaning.decontaminate import Cleaner, Left
 from scaledown.data.input.seen import Seen
@@ -27,27 +28,8 @@ from scaledown.run.progress import track
 
 log = logging.getLogger("scaledown")
 
-# What two runs must share to be parts of one data set, besides the contents of their corpus and models.
-_COMPARED: Final = (
-    "max_corpus_size",
-    "passages",
-    "passage_tokens",
-    "top_k_retrieval",
-    "enable_reranking",
-    "top_k_reranking",
-    "reranking_score_scale",
-    "teacher_8bit",
-    "teacher_4bit",
-    "max_new_tokens",
-    "temperature",
-    "dtype",
-    "teacher_document_tokens",
-    "truncated_answers",
-    "bad_answers",
-    "min_groundedness",
-)
-
-
+# Settings that runs must share if their records are joined, besides the contents of corpus and models.
+_COMPARED: Final = tuple(name for name, about in PrepareConfig.options().items() if about.in_records)
 _BLOCK: Final = 256  # records looked at together
 
 

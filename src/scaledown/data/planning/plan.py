@@ -8,7 +8,6 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -305,10 +304,9 @@ def planned_seconds(config: PrepareConfig) -> dict[str, float]:
 
 
 def _command(config: PrepareConfig) -> str:
-    """Names the settings. Unlike a run's request it needs no look into the inputs, which may be huge."""
-    return fingerprint(
-        {name: value for name, value in asdict(config).items() if name not in {"strict", "cache_dir"}}
-    )
+    """Names the work and how it is done. Unlike a run's request it reads no inputs, which may be huge."""
+    named = config.named("result", "input", "model", "operation")
+    return fingerprint({name: getattr(config, name) for name in named})
 
 
 def compared(planned: Mapping[str, float], stages: Mapping[str, StageResult]) -> str:

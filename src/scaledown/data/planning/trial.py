@@ -13,7 +13,6 @@ from typing import Any, Final, NamedTuple, TypeVar
 import numpy as np
 import orjson
 import pyarrow as pa
-import scipy.sparse as sp
 
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.input.queries import SCHEMA
@@ -21,7 +20,7 @@ from scaledown.data.logprobs import ARROW
 from scaledown.data.prompts import answer_prompt, load_template
 from scaledown.data.reranker import Pair, Reranker, load_reranker, resolve_reranker
 from scaledown.data.retrieval.encoders import Encoder, load_encoder
-from scaledown.data.retrieval.index import Ranking, Vectors, pack, search
+from scaledown.data.retrieval.index import Ranking, Vectors, pack, search, stacked
 from scaledown.data.retrieval.stages import Candidates, TokenLists, candidates_table
 from scaledown.data.teacher.api import find_teacher, load_teacher
 from scaledown.data.teacher.base import Engine, Generation, Rejection, Teacher, answer_all
@@ -103,7 +102,7 @@ class Trials(NamedTuple):
                 )
 
             each, parts = _timed(rows, config.batch_size, documents)
-            vectors = _stacked(parts)
+            vectors = stacked(parts)
             # What an approximate search will take nobody knows before its index.
             searching = self._search(encoder, vectors, shards) if config.search == "exact" else UNKNOWN
             return each, (vectors, searching)
@@ -115,7 +114,7 @@ class Trials(NamedTuple):
         texts = self.texts[:_QUERIES_SEARCHED]
         queries, encoding = _clocked(lambda: encoder.queries(texts, no_progress))
         copies = math.ceil(min(self.config.passages_per_shard, _PASSAGES_SEARCHED) / vectors.shape[0])
-        shard = pack(_stacked([vectors] * copies), self.config.weights)
+        shard = pack(stacked([vectors] * copies), self.config.weights)
         threads = min(cores(), shards)
         count = threads * math.ceil(_PASSAGES_SEARCHED / shard.num_rows / threads)
 
@@ -274,10 +273,6 @@ def _timed(
 def _clocked(work: Callable[[], Made]) -> tuple[Made, float]:
     started = time.perf_counter()
     return work(), time.perf_counter() - started
-
-
-def _stacked(parts: Sequence[Vectors]) -> Vectors:
-    return sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
 
 
 def peak(device: str) -> int:

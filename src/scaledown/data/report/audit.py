@@ -20,6 +20,7 @@ from scaledown.data.teacher.review import content_words, groundedness, problem
 from scaledown.errors import InputError
 from scaledown.metrics import accuracy
 from scaledown.records import document_text
+from scaledown.report.page import Piece
 from scaledown.run.progress import track
 from scaledown.text import question_key
 
@@ -257,22 +258,15 @@ def _shown(looked: Sequence[Looked]) -> list[Looked]:
     return [looked[number] for number in chosen]
 
 
-class Part(NamedTuple):
-    """A part of a text, marked or not."""
-
-    text: str
-    marked: bool
-
-
-def marked(text: str, phrases: Sequence[str], words: Iterable[str]) -> list[Part]:
+def marked(text: str, phrases: Sequence[str], words: Iterable[str]) -> list[Piece]:
     """The text in parts: `phrases` are marked where there is one, else `words`, whatever their case."""
     for wanted in (sorted(filter(None, phrases), key=len, reverse=True), sorted(set(words))):
         if wanted:
             pattern = re.compile(f"({'|'.join(map(_bounded, wanted))})", re.IGNORECASE)
-            parts = [Part(part, place % 2 == 1) for place, part in enumerate(pattern.split(text)) if part]
+            parts = [Piece(part, place % 2 == 1) for place, part in enumerate(pattern.split(text)) if part]
             if any(part.marked for part in parts):
                 return parts
-    return [Part(text, marked=False)]
+    return [Piece(text, marked=False)]
 
 
 def _bounded(phrase: str) -> str:

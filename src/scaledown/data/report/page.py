@@ -340,7 +340,7 @@ def _example(one: Looked) -> Example:
     for place, (text, score) in enumerate(zip(record["documents"], scores, strict=True), 1):
         told = "" if score is None else f", score {score:.4g}"
         clipped = text if len(text) <= _CLIPPED else text[:_CLIPPED] + " …"
-        parts = [Piece(*part) for part in marked(clipped, [*one.right, record["answer"].strip(" .")], words)]
+        parts = marked(clipped, [*one.right, record["answer"].strip(" .")], words)
         fields.append(Field(f"document {place}{told}", parts))
     return Example(record["query"], one.tags, fields)
 

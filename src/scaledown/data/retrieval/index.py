@@ -65,6 +65,11 @@ def nothing(like: pa.Table, count: int) -> pa.Table:
     ).replace_schema_metadata(like.schema.metadata)
 
 
+def stacked(parts: Sequence[Vectors]) -> Vectors:
+    """Vectors [n, dimensions] of several parts, one after the other."""
+    return sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
+
+
 def check_finite(vectors: Vectors) -> None:
     """Raise `ModelError` for vectors that are not numbers, which no search could rank."""
     values = vectors if isinstance(vectors, np.ndarray) else vectors.data

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import cast
 
 from scaledown.config.prepare import PrepareConfig
-from scaledown.config.shared import batch_for
 from scaledown.data.retrieval.encoders import DenseEncoder, Encoder, is_sparse
 from scaledown.data.retrieval.index import pack, search, warn_about_top_k
 from scaledown.data.retrieval.splade import SpladeEncoder
@@ -38,7 +37,7 @@ class DenseRetriever:
             kind, right = ("SPLADE", "SPLADERetriever") if is_sparse(source) else ("dense", "DenseRetriever")
             raise ModelError(f"model {model_name} is a {kind} model: use {right}")
         device = choose_device(device)
-        size = batch_for("batch_size", batch_size, device)
+        size = PrepareConfig.batch_for("batch_size", batch_size, device)
         self._encoder: Encoder = self._encoder_type(source, device, dtype, size)
 
     def retrieve(

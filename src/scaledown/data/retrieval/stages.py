@@ -10,7 +10,6 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-import scipy.sparse as sp
 
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.input.corpus import PassageTable
@@ -23,13 +22,14 @@ from scaledown.data.retrieval.index import (
     nothing,
     pack,
     search,
+    stacked,
     warn_about_top_k,
 )
 from scaledown.data.retrieval.seismic import CARES, Care, SeismicIndex, recall
 from scaledown.errors import InputError, ScaleDownError
 from scaledown.records import full_text
 from scaledown.run.executor import threads_here
-from scaledown.run.progress import no_progress, track
+from scaledown.run.progress import no_progress, track, tracked
 from scaledown.run.stage import Stage, together
 
 log = logging.getLogger("scaledown")
@@ -143,7 +143,6 @@ def retrieve(
         return
     rows = queries.finished().rows
     warn_about_top_k(config.top_k_retrieval, searched(vectors))
-    done = sum(count for shard, count in enumerate(rows) if stage.has(shard))
     plan = SearchPlan.of(vectors, config, len(config.part.of(len(rows))))
     top_k = config.top_k_retrieval
     exact = functools.partial(_exact, vectors, plan.threads)
@@ -154,7 +153,7 @@ def retrieve(
         sample = functools.cache(lambda: _sample(queries, load))
         care = _care(stage, index, exact, sample, config)
         find, depth = functools.partial(_approximate, index, care, exact), top_k
-    with track("retrieve", "queries", sum(rows), done, stage) as tracker:
+    with tracked(stage, "retrieve", "queries", rows) as tracker:
 
         def work(group: range) -> list[pa.Table]:
             tables = [queries.table(shard) for shard in group]
@@ -165,7 +164,8 @@ def retrieve(
                 ]
             count = sum(table.num_rows for table in tables)
             before = tracker.done
-            together = _stacked(encoded)
+            together = stacked(encoded)
+            check_finite(together)
             ranking = find(
                 together, depth, lambda share: tracker.advance(before + int(share * count) - tracker.done)
             )
@@ -237,12 +237,6 @@ def distinct(
         groups = [short[start : start + at_once] for start in range(0, len(short), at_once)]
         short = [place for group in groups for place in keep(group, deeper(group, depth))]
     return found
-
-
-def _stacked(parts: Sequence[Vectors]) -> Vectors:
-    for part in parts:
-        check_finite(part)
-    return sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
 
 
 def _exact(

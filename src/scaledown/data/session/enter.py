@@ -1,41 +1,116 @@
-"""Into a run: its inputs found, its settings compared, this process one of those that work in it."""
+"""The session: this process at work on a run, whose inputs are found and whose settings are compared."""
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from scaledown.config.prepare import PrepareConfig
-from scaledown.data.build_index import corpus_identity, file_identity
+from scaledown.data.build_index import corpus_identity, file_identity, machine
+from scaledown.data.cleaning.decontaminate import VERSION as CLEAN_VERSION
 from scaledown.data.input.files import Source
 from scaledown.data.input.remote import Remote
 from scaledown.data.manifest import Sources, compared_settings, name_differences
 from scaledown.data.prompts import load_template
 from scaledown.data.session.resolve import find
-from scaledown.models import same_bits
+from scaledown.data.workers import share, supervised
+from scaledown.models import choose_device, same_bits
 from scaledown.run.directory import SCHEMA, RunDirectory, fingerprint
 from scaledown.run.heartbeat import publishing
-from scaledown.run.locations import index_of, run_of
+from scaledown.run.locations import index_of, output_of, run_of
+from scaledown.run.prometheus import metrics_file
+from scaledown.run.stage import Stage
 
 
 @dataclass(frozen=True)
-class Entered:
-    """A run whose inputs are all found, in which this process may work."""
+class Session:
+    """A run that this process works on, alone or with others."""
 
     run: RunDirectory
-    config: PrepareConfig
+    given: PrepareConfig
+    """The settings as they were given."""
     request: str
+    """Names the run: a fingerprint of its settings, models and inputs."""
     home: RunDirectory
     """Where passages and vectors are."""
     sources: Sources
     identities: dict[str, str]
     inputs: dict[str, Any]
+    worker: str = ""
+    """The name of this process if another one started it, to help."""
+    stages: dict[str, Stage] = field(default_factory=dict)
+    """The stages that were opened, in their order, by name."""
+
+    @functools.cached_property
+    def device(self) -> str:
+        """The device of the models. A finished run does not ask for it, since that loads torch."""
+        return choose_device(self.given.device)
+
+    @functools.cached_property
+    def config(self) -> PrepareConfig:
+        """The settings, with the batches that suit the device."""
+        return self.given.sized(self.device)
+
+    @property
+    def machine(self) -> dict[str, str]:
+        """What the last bits of a model's output depend on besides its weights."""
+        return machine(self.config)
+
+    @property
+    def cleaning(self) -> dict[str, Any]:
+        """What leaving out evaluation questions depends on."""
+        return {"clean": CLEAN_VERSION, "evaluation": self.inputs.get("evaluation")}
+
+    def stage(self, name: str, settings: Mapping[str, Any], sources: Sequence[Stage] = ()) -> Stage:
+        """Open a stage of the run. Its `settings` must name all that its shards depend on."""
+        stage = self.stages[name] = Stage(self.run, name, settings, sources)
+        return stage
+
+    def let_workers_help(self, target: str) -> None:
+        """Start the workers that the settings ask for, and wait until they have made all shards."""
+        if not self.worker and supervised(self.given):
+            share(self.given, target, [self.run] if self.home is self.run else [self.run, self.home])
+
+    def parts(self) -> Iterator["Session"]:
+        """The part of the queries that this process makes; then all of them, if the other parts are made.
+
+        In the second pass no shard is missing; each stage is marked as complete.
+        """
+        yield self
+        last = next(reversed(self.stages.values()))
+        if not self.worker and last.done() is None and not last.missing():
+            whole = replace(self, run=RunDirectory(self.run.storage), stages={})
+            yield whole
+            self.stages.update(whole.stages)
+
+    def given_up(self, *, own: bool = False) -> int:
+        """How many shards were given up, because each worker that tried them died; `own`: of this part."""
+        homes = [self.run] if self.home is self.run else [self.run, self.home]
+        return sum(home.given_up(own=own) for home in homes)
 
 
 @contextlib.contextmanager
-def enter(config: PrepareConfig, repeats: Path | None = None, worker: str = "") -> Iterator[Entered]:
-    """Find all inputs and enter the run directory as one of its live processes."""
+def open_session(
+    config: PrepareConfig, repeats: Path | None = None, *, overwrite: bool = False, worker: str = ""
+) -> Iterator[Session]:
+    """Find all inputs and enter the run directory as one of its live processes.
+
+    Unless this is a `worker`, metrics are written until the session ends; `overwrite` allows to replace what
+    is no metrics file.
+    """
+    with contextlib.ExitStack() as stack:
+        if not worker:
+            output = output_of(config)
+            output.storage.check_writable(output.path)
+            metrics = metrics_file(config.metrics_file, run_of(config).root, overwrite=overwrite)
+            stack.enter_context(metrics)
+        yield stack.enter_context(_entered(config, repeats, worker))
+
+
+@contextlib.contextmanager
+def _entered(config: PrepareConfig, repeats: Path | None, worker: str) -> Iterator[Session]:
     same_bits()
     sources = find(config)
     run = RunDirectory(run_of(config), config.part, worker)
@@ -63,4 +138,4 @@ def enter(config: PrepareConfig, repeats: Path | None = None, worker: str = "") 
         stack.enter_context(publishing(stack.enter_context(run.claim(request)), worker, run, home))
         if home is not run:
             stack.enter_context(publishing(stack.enter_context(home.claim("index")), worker, home))
-        yield Entered(run, config, request, home, sources, identities, inputs)
+        yield Session(run, config, request, home, sources, identities, inputs, worker)

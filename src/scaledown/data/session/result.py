@@ -1,21 +1,100 @@
-"""What a finished run leaves, and how a later call of the same command knows it."""
+"""What a run leaves: output, manifest, report; and how a later call of the same command finds them."""
 
 import logging
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 
 from scaledown.data.input.training_files import validate
+from scaledown.data.manifest import write_manifest
 from scaledown.data.report.page import write_report
+from scaledown.data.session.enter import Session
 from scaledown.data.session.summary import Result
+from scaledown.records import Example
 from scaledown.run.directory import RunDirectory
-from scaledown.run.locations import File
+from scaledown.run.locations import File, output_of
+from scaledown.run.outputs import check_free
 from scaledown.run.stage import StageResult
 
 log = logging.getLogger("scaledown")
 
 
+def earlier_or_free(session: Session, *, overwrite: bool) -> Result | None:
+    """The result of an earlier run, if it is finished; else the output may be written.
+
+    Raises `OutputError` where something is in its place that no run of this directory made, unless
+    `overwrite` allows to replace it.
+    """
+    if session.worker:
+        return None
+    output = output_of(session.given)
+    if finished := earlier_result(session.run, session.request, output):
+        return finished
+    check_free("--output_file", output, lambda: is_ours(session.run, output), overwrite=overwrite)
+    return None
+
+
+def part_result(session: Session) -> Result | None:
+    """What a part or a worker has made; None if all shards of the run are made and it can be exported."""
+    last = next(reversed(session.stages.values()))
+    if not session.worker and last.done():
+        return None
+    done = {name: result for name, stage in session.stages.items() if (result := stage.done())}
+    own = session.given_up(own=True)
+    path = output_of(session.given).path
+    return Result(path, 0, done, quarantined(done), given_up=own, missing=last.missing())
+
+
+def write_output(
+    session: Session, records: Iterable[Example], write: Callable[[Path, Iterable[Example]], int]
+) -> Result:
+    """Write the training data, then the manifest and the report, unless another process just did.
+
+    `write` writes records to a path and gives their number.
+    """
+    output, run = output_of(session.given), session.run
+    stages, given_up = session.stages, session.given_up()
+    results = {name: stage.finished() for name, stage in stages.items()}
+    with stages["answers"].lease("export", wait=True):
+        if finished := earlier_result(run, session.request, output):
+            return finished
+        _remove_half_written(output.path)
+        numbers: set[int] = set()
+        count = write(output.path, _measured(records, numbers))
+        documents = sorted({min(numbers), max(numbers)}) if numbers else []
+        output.storage.publish(output.path)
+        written = {
+            "path": output.storage.address(output.path),
+            "examples": count,
+            "documents": documents,
+            "sha256": run.content_hash(output.path),
+            "state": output.storage.state(output.path),
+        }
+        made = {name: (stage, results[name]) for name, stage in stages.items()}
+        write_manifest(
+            *(run, session.given, session.sources, session.request, session.identities, session.inputs),
+            *(made, written),
+        )
+        report_of(run, output)
+    return Result(output.path, count, results, quarantined(results), given_up=given_up, documents=documents)
+
+
+def _measured(records: Iterable[Example], numbers: set[int]) -> Iterator[Example]:
+    """Records as they are; how many documents they have is added to `numbers`."""
+    for record in records:
+        numbers.add(len(record["documents"]))
+        yield record
+
+
+def _remove_half_written(output: Path) -> None:
+    """Remove what a process left that was killed while it wrote the output."""
+    target = output.resolve()
+    for path in target.parent.glob(f".{target.name}.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def report_of(run: RunDirectory, output: File) -> None:
-    """The run's page and card. The data is whole by now: without them the run has not failed."""
+    """Write the run's page and card. The data is whole by now: a run without them has not failed."""
     try:
         output.storage.fetch(output.path)
         write_report(output.path, run.report, run.card, work=run.storage)

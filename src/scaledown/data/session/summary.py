@@ -1,13 +1,13 @@
-"""What a finished run tells: counts and seconds of each stage, three examples, the next command."""
+"""The summary of a run: counts and seconds of each stage, three examples, the next command."""
 
 import itertools
 import shlex
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from scaledown.command import program_name
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.build_index import stage_line
 from scaledown.data.input.training_files import entries
@@ -100,6 +100,23 @@ def _missing(result: Result, config: PrepareConfig) -> Iterator[str]:
         yield f"left out: {left_out:,} queries or answers, each with what it matches, in {where}"
 
 
+def failure(result: Result, config: PrepareConfig) -> str | None:
+    """Why a run that has a summary failed, if it did."""
+    run = run_of(config)
+    if result.given_up:
+        lacking = f"part {config.shard}" if result.missing else result.output
+        return (
+            f"{lacking} lacks what was given up: mend its cause, which the logs in {run.root / 'live'} show, "
+            "and run the same command again: it tries again"
+        )
+    if not config.strict or not result.quarantined:
+        return None
+    one = result.quarantined == 1
+    number = "1 line or query is" if one else f"{result.quarantined:,} lines or queries are"
+    where = run.shown(run.root / "quarantine")
+    return f"--strict: {number} in {where}, each with its reason: mend them"
+
+
 def _training(config: PrepareConfig) -> str:
     """The command that trains on it: a generator that answers like its teacher is the teacher itself."""
     data = output_of(config)
@@ -120,12 +137,3 @@ def _shown(number: int, example: Example) -> list[str]:
         score = f"[{scores[place]:.2f}] " if scores else ""
         rows.append((f"   document {place + 1}", score + document))
     return [f"{label:<14} {one_line(text, width)}" for label, text in rows] + [""]
-
-
-def program_name() -> str:
-    """How to call the program here, for commands that are shown."""
-    if shutil.which("scaledown"):
-        return "scaledown"
-    python = Path(sys.executable)
-    here = Path.cwd()
-    return f"{python.relative_to(here) if python.is_relative_to(here) else python} -m scaledown"

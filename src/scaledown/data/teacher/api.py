@@ -7,14 +7,13 @@ from typing import Final
 
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.prompts import answer_prompt, load_template
-from scaledown.data.reranker import check_records
 from scaledown.data.teacher.base import Engine, Generation, Rejection, Teacher, answer_all
 from scaledown.data.teacher.engines.openvino import EXPORT, is_exported, openvino_genai
 from scaledown.data.teacher.engines.vllm import check_vllm
 from scaledown.errors import MissingExtraError, ModelError, UsageError, install_command
 from scaledown.gpus import OnDevice
 from scaledown.models import ModelSource, choose_device, hub_errors, read_config_file, resolve
-from scaledown.records import Example, QueryWithDocuments, document_text
+from scaledown.records import Example, QueryWithDocuments, check_records, document_text
 from scaledown.run.progress import track
 
 log = logging.getLogger("scaledown")

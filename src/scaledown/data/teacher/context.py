@@ -45,8 +45,10 @@ class Context:
             return Rejection(str(error))
 
     def _fit(self, prompt: Prompt) -> tuple[list[int], int]:
-        documents = [self._plain(document) for document in prompt.documents]
-        prompt = prompt._replace(before=self._plain(prompt.before), after=self._plain(prompt.after))
+        documents = [self.spelled_apart(document) for document in prompt.documents]
+        prompt = prompt._replace(
+            before=self.spelled_apart(prompt.before), after=self.spelled_apart(prompt.after)
+        )
         dropped = 0
         if self._document_tokens:
             documents, dropped = self._cut(documents)
@@ -82,7 +84,7 @@ class Context:
             kept.append(document)
         return kept, dropped
 
-    def _plain(self, text: str) -> str:
+    def spelled_apart(self, text: str) -> str:
         """Text from data with any special token in it spelled apart, so that it cannot end a turn."""
         for token in self._special:
             if token in text:

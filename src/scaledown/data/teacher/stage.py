@@ -17,7 +17,7 @@ from scaledown.data.teacher.base import Rejection, Teacher
 from scaledown.data.teacher.review import problem
 from scaledown.errors import InputError
 from scaledown.records import Answer, full_text
-from scaledown.run.progress import Tracker, track
+from scaledown.run.progress import Tracker, tracked
 from scaledown.run.stage import Stage
 
 _AGAIN_TEMPERATURE: Final = 0.7
@@ -53,8 +53,7 @@ def teach(
     if stage.done():
         return
     rows = ranked.planned()
-    done = sum(count for shard, count in enumerate(rows) if stage.has(shard))
-    with track("teach", "answers", sum(rows), done, stage) as tracker:
+    with tracked(stage, "teach", "answers", rows) as tracker:
         meter = Meter(tracker, teaching.prices)
 
         def work(group: range) -> Iterator[pa.Table]:
@@ -110,8 +109,7 @@ def retry(
     if stage.done():
         return
     rows = answers.planned()
-    done = sum(count for shard, count in enumerate(rows) if stage.has(shard))
-    with track("retry", "answers", sum(rows), done, stage) as tracker:
+    with tracked(stage, "retry", "answers", rows) as tracker:
         meter = Meter(tracker, teaching.prices)
 
         def work(group: range) -> Iterator[pa.Table]:

@@ -17,7 +17,7 @@ from scaledown.student.training.encoded_examples import Batches, EncodedExamples
 from scaledown.student.training.learning_rates import COMPRESSOR_RATES, SEPARATE_RATE, parameter_groups
 from scaledown.student.training.schedule import Schedule
 from scaledown.student.training.trainer import StudentTrainer
-from scaledown.student.training.training_data import Part, shares, training_order
+from scaledown.student.training.training_data import Subset, shares, training_order
 
 ADAM_BETA: Final = 0.999
 POINTER_BETA: Final = 0.98  # of runs of hundreds of steps, which a longer memory would span
@@ -30,7 +30,7 @@ _PRECISIONS: Final = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def make_trainer(
-    model: Any, config: StudentConfig, train: Part, held: Part | None, device: str
+    model: Any, config: StudentConfig, train: Subset, held: Subset | None, device: str
 ) -> StudentTrainer:
     """A trainer of `model` by the paper's schedule, as one of the processes that torchrun started, if any."""
     accelerator = _accelerator(config, device)
@@ -69,7 +69,7 @@ def _accelerator(config: StudentConfig, device: str) -> Accelerator:
     )
 
 
-def _batches(model: Any, config: StudentConfig, train: Part, rank: int, ranks: int) -> Batches:
+def _batches(model: Any, config: StudentConfig, train: Subset, rank: int, ranks: int) -> Batches:
     """What process `rank` of `ranks` takes of each step."""
     total = config.max_steps * config.batch_size or max(1, round(config.num_epochs * len(train.rows)))
     order = training_order(np.asarray(train.rows), total, config.seed)
@@ -78,7 +78,7 @@ def _batches(model: Any, config: StudentConfig, train: Part, rank: int, ranks: i
     return Batches(examples, shares(places, config.batch_size, rank, ranks))
 
 
-def _held_out(model: Any, config: StudentConfig, held: Part) -> Batches:
+def _held_out(model: Any, config: StudentConfig, held: Subset) -> Batches:
     rows, size = held.rows, config.batch_size
     places = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
     return Batches(EncodedExamples(held.examples, model, config, trains=False), places)

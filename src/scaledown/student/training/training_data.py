@@ -280,7 +280,7 @@ def _choose(groups: np.ndarray, wanted: int, seed: int) -> np.ndarray:
     return np.isin(groups, chosen)
 
 
-class Part(NamedTuple):
+class Subset(NamedTuple):
     """Examples to train on, or those held out."""
 
     examples: Examples
@@ -290,8 +290,8 @@ class Part(NamedTuple):
 class Parts(NamedTuple):
     """What a run trains on and what it holds out, if anything."""
 
-    train: Part
-    held_out: Part | None
+    train: Subset
+    held_out: Subset | None
     shared: int
     """Held-out examples of which some article is trained on."""
 
@@ -304,7 +304,7 @@ def load_parts(config: TrainConfig, folder: Path) -> Parts:
     if config.eval_data:
         held = read(config.eval_data)
         shared = examples.shared_by(held)
-        return Parts(Part(examples, range(len(examples))), Part(held, range(len(held))), shared)
+        return Parts(Subset(examples, range(len(examples))), Subset(held, range(len(held))), shared)
     return split_parts(examples, config)
 
 
@@ -325,8 +325,8 @@ def split_parts(examples: Examples, config: StudentConfig) -> Parts:
             "hang together by their articles)",
             *(split.by, f"{split.shared:,}", f"{len(split.held_out):,}"),
         )
-    held_part = Part(examples, split.held_out.tolist()) if len(split.held_out) else None
-    return Parts(Part(examples, split.train.tolist()), held_part, split.shared)
+    held_part = Subset(examples, split.held_out.tolist()) if len(split.held_out) else None
+    return Parts(Subset(examples, split.train.tolist()), held_part, split.shared)
 
 
 def training_order(rows: np.ndarray, examples: int, seed: int) -> np.ndarray:

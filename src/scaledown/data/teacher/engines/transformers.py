@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from scaledown.config.shared import batch_for
+from scaledown.config.shared import EngineConfig
 from scaledown.data.logprobs import from_ids
 from scaledown.data.prompts import Prompt
 from scaledown.data.teacher.base import Generation, Rejection, seed_of
@@ -60,7 +60,7 @@ class TransformersTeacher:
             pad_token_id=self._tokenizer.pad_token_id,
         )
         self._device = device
-        self._batch_size = batch_for("teacher_batch_size", generation.batch_size, device)
+        self._batch_size = EngineConfig.batch_for("teacher_batch_size", generation.batch_size, device)
         self._generation = generation
         tokens = context_tokens(model.config, self._tokenizer)
         self._context = Context(source.name, self._tokenizer, tokens, generation)

@@ -1,0 +1,84 @@
+"""Settings of `scaledown answer`. Each field is documented once, for the `--help`."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from scaledown.config.options import Options, Range, check_ending, option
+from scaledown.config.prepare import OUTPUT
+from scaledown.config.shared import AUTO_DTYPE, DTYPES, MACHINE
+from scaledown.config.train import BUDGETS
+from scaledown.errors import UsageError
+
+QUESTIONS: Final = "what is answered"
+MODEL: Final = "model"
+GROUPS: Final = (QUESTIONS, MODEL, OUTPUT, MACHINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerConfig(Options):
+    """Settings of `scaledown answer`."""
+
+    query: str = option("", QUESTIONS, "answer this query", role="result", metavar="TEXT")
+    document: tuple[str, ...] = option(
+        (), QUESTIONS, "a document about it; may be given several times", role="result", metavar="TEXT"
+    )
+    data: str = option(
+        "",
+        QUESTIONS,
+        "answer the records of a training file (.json, .jsonl, .parquet)",
+        role="input",
+        local=True,
+        metavar="FILE",
+    )
+    model: str = option(
+        "", MODEL, "folder of a trained model, or a name on the hub", role="model", metavar="DIR"
+    )
+    uncompressed: bool = option(False, MODEL, "let the generator read the documents' text", role="result")
+    compression_rate: int = option(
+        0,
+        MODEL,
+        "for a pointer: 4 to 32 document tokens for one memory token; 0: the model's own",
+        "tokens",
+        role="result",
+        within=Range(0),
+        metavar="N",
+    )
+    budget: str = option(
+        "each",
+        MODEL,
+        "for a pointer: each document has memory tokens by its length, or the documents of a query share "
+        "theirs by score",
+        role="result",
+        choices=BUDGETS,
+    )
+    max_new_tokens: int = option(
+        128, MODEL, "longest answer", "tokens", role="result", within=Range(1), metavar="N"
+    )
+    output_file: str = option(
+        "",
+        OUTPUT,
+        "query and answer or error, and scores if the model was trained for them: .json, .jsonl or .parquet",
+        role="place",
+        local=True,
+        metavar="FILE",
+    )
+    batch_size: int = option(
+        8, MACHINE, "queries answered at once", "queries", role="result", within=Range(1), metavar="N"
+    )
+    device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", role="result", metavar="DEVICE")
+    dtype: str = option("auto", MACHINE, AUTO_DTYPE, role="result", choices=DTYPES)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model:
+            raise UsageError("give --model DIR, the folder of a trained model")
+        if bool(self.query) == bool(self.data):
+            raise UsageError("give --query TEXT, or --data FILE with --output_file FILE")
+        if self.uncompressed and (self.compression_rate or self.budget != "each"):
+            raise UsageError(
+                "--uncompressed leaves --compression_rate and --budget no meaning: leave them out"
+            )
+        if self.data and not self.output_file:
+            raise UsageError("--data needs --output_file FILE for the answers")
+        if self.output_file:
+            check_ending("--output_file", self.output_file)

@@ -1,0 +1,71 @@
+"""The teachers of a run: which engine runs them, how they are loaded, what their answers depend on."""
+
+from typing import Any, NamedTuple
+
+from scaledown.data.prompts import VERSION as PROMPT_VERSION
+from scaledown.data.prompts import Template, load_template
+from scaledown.data.session.enter import Session
+from scaledown.data.teacher.api import choose_backend, load_teacher
+from scaledown.data.teacher.base import Engine, Generation, Teacher
+from scaledown.models import ModelSource
+from scaledown.run.atomic import write_json
+
+
+class Teachers(NamedTuple):
+    """How teachers are loaded and asked: what their answers depend on is in `settings`."""
+
+    engine: Engine
+    generation: Generation
+    template: Template
+    device: str
+    dtype: str
+    settings: dict[str, Any]
+
+    def load(self, model: ModelSource, spent_tokens: int = 0, logprobs: int = 0) -> Teacher:
+        """A teacher that gives so many log probabilities with each answer token."""
+        generation = self.generation._replace(logprobs=logprobs)
+        return load_teacher(model, self.device, self.dtype, generation, self.engine, spent_tokens)
+
+
+def find_teachers(session: Session) -> Teachers:
+    """With the engine that is best here, if the settings leave it open. Servers are tried before any work."""
+    config, sources, run = session.config, session.sources, session.run
+    engine, generation = Engine.of(config), Generation.of(config)
+    engine = engine._replace(backend=_keep_backend(session, engine, generation))
+    template = load_template(config.prompt)
+    settings = {
+        "backend": engine.backend,
+        "bits": 8 if config.teacher_8bit else 4 if config.teacher_4bit else 0,
+        "lora": session.identities.get("lora"),
+        "prompt": [PROMPT_VERSION, *template],
+        "document_tokens": config.teacher_document_tokens,
+        "context": config.teacher_context,
+        "max_new_tokens": config.max_new_tokens,
+    }
+    if engine.backend != "endpoint":
+        settings |= session.machine
+    if engine.backend == "transformers":
+        settings |= {"batch_size": config.teacher_batch_size}
+    teachers = Teachers(engine, generation, template, session.device, config.dtype, settings)
+    if engine.backend == "endpoint" and not run.storage.glob(run.path, "answers/*/done.json"):
+        for model in filter(None, (sources.teacher, sources.second_teacher)):
+            teachers.load(model)  # looks for the server, the key and the model
+    return teachers
+
+
+def _keep_backend(session: Session, engine: Engine, generation: Generation) -> str:
+    """The engine that `auto` chose when this run began, else the best one; both teachers must fit it.
+
+    One that was installed or exported in between would begin the answers again.
+    """
+    run, sources, device = session.run, session.sources, session.device
+    path = run.path / "engine.json"
+    kept = run.storage.read_json(path)
+    if engine.backend == "auto" and isinstance(kept, dict) and kept.get("request") == session.request:
+        engine = engine._replace(backend=str(kept.get("backend")))
+    backend = choose_backend(engine, sources.teacher, device, generation)
+    if sources.second_teacher:
+        choose_backend(engine._replace(backend=backend), sources.second_teacher, device, generation)
+    write_json(path, {"request": session.request, "backend": backend})
+    run.storage.publish(path)
+    return backend

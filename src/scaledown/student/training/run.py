@@ -1,0 +1,218 @@
+"""Training from its settings to a model in a folder: `train`."""
+
+import logging
+import os
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from scaledown.command import is_first
+from scaledown.config.train import PretrainConfig
+from scaledown.data.input.download import fetched
+from scaledown.errors import OutputError, RunDirectoryError, UsageError
+from scaledown.models import choose_device, choose_dtype, quiet_libraries
+from scaledown.run.atomic import write_json
+from scaledown.run.directory import RunDirectory
+from scaledown.run.outputs import check_apart
+from scaledown.student.labels import copied_spans
+from scaledown.student.origin import Origin, find_origin
+from scaledown.student.training.folder import OWN_FOLDER, SETTINGS_FILE, Config, alone, identity_of, recall
+from scaledown.student.training.pretraining_data import pretraining_parts
+from scaledown.student.training.training_data import Lengths, Subset, load_parts, measure_documents
+
+log = logging.getLogger("scaledown")
+
+_LOOKED_AT: Final = 1000  # examples, at least, where there are so many
+
+
+class Trained(NamedTuple):
+    """A finished run."""
+
+    output: str
+    examples: int
+    skipped: int
+    """Records that could not be used."""
+    held_out: int
+    shared: int
+    """Held-out examples one of whose articles is trained on."""
+    doc_max_length: int
+    documents: Lengths
+    steps: int
+    planned_steps: int
+    batch_size: int
+    loss_before: float
+    """Mean over the first twentieth of the steps."""
+    loss: float
+    """Mean over the last twentieth."""
+    held_out_before: float | None
+    held_out_loss: float | None
+    seconds_per_step: float
+    already_done: bool = False
+
+
+def train(config: Config, *, overwrite: bool = False) -> Trained:
+    """Train the model that `config` describes into its `output_dir`, or go on with `config.resume`.
+
+    A `PretrainConfig` does so on passages. A finished run is left as it is. With `overwrite` the model takes
+    the place of files that no training made. Raises `ScaleDownError`; Ctrl-C leaves a checkpoint first.
+    """
+    output = Path(config.output_dir)
+    check_apart("--output_dir", config.output_dir, [getattr(config, "corpus_path", ""), *config.gold])
+    try:
+        home = RunDirectory(output / OWN_FOLDER)
+    except OutputError as error:
+        raise OutputError(f"--output_dir {output} cannot be written: choose another") from error
+    with alone(home):
+        origin = find_origin(config)
+        given, config = config, _here(config)
+        identity = identity_of(given, config, home, origin)
+        memory = recall(output, identity, origin.settled, type(config), overwrite=overwrite)
+        if result := memory.get("result"):
+            documents = Lengths(**result.pop("documents"))
+            return Trained(**result, documents=documents)._replace(
+                output=config.output_dir, already_done=True
+            )
+        return _train(config, memory, origin)
+
+
+def _here(config: Config) -> Config:
+    """The same, but for training data behind URLs, which is fetched."""
+    files = {
+        name: tuple(str(fetched(file, f"--{name}")) for file in getattr(config, name))
+        for name in config.named("input")
+        if isinstance(getattr(config, name), tuple)
+    }
+    return replace(config, **files)  # type: ignore[arg-type]
+
+
+def _train(config: Config, memory: dict[str, Any], origin: Origin) -> Trained:
+    output = Path(config.output_dir)
+    device = _device(config)
+    dtype = choose_dtype(config.dtype, device)
+
+    quiet_libraries()
+    from accelerate.utils import set_seed
+
+    from scaledown.student.memory import memory_of
+    from scaledown.student.training.checkpoints import newest_checkpoint
+    from scaledown.student.training.setup import make_trainer
+
+    checkpoint = newest_checkpoint(output)
+    if checkpoint and not config.resume:
+        raise RunDirectoryError(
+            f"--output_dir {output} has {checkpoint.name} of this run: --resume goes on from there; to start "
+            "again, delete the folder"
+        )
+    settings = origin.settings
+    tokenizer = origin.compressor_tokenizer()
+    folder = output / OWN_FOLDER
+    if isinstance(config, PretrainConfig):
+        taught, held, shared = pretraining_parts(config, tokenizer, folder)
+    else:
+        taught, held, shared = load_parts(config, folder)
+    sources = [taught.examples]
+    if held and held.examples is not taught.examples:
+        sources.append(held.examples)
+    if "documents" not in memory:
+        memory["documents"] = measure_documents(sources, tokenizer, settings.doc_max_length)._asdict()
+    documents = Lengths(**memory["documents"])
+    if documents.cut:
+        log.warning(
+            "%s of %s documents have more than --doc_max_length %s tokens and are cut; the longest has %s%s",
+            *(f"{documents.cut:,}", f"{documents.number:,}", settings.doc_max_length, documents.longest),
+            "; pretraining has settled that" if origin.is_pretrained else "",
+        )
+    if not settings.doc_max_length and documents.longest > 2 * documents.most:
+        log.warning(
+            "the longest document has %s tokens, 99%% have at most %s: --doc_max_length %s needs fewer "
+            "memory tokens for all of them",
+            *(documents.longest, documents.most, documents.most),
+        )
+    settings.doc_max_length = settings.doc_max_length or max(1, documents.longest)
+    if settings.is_pointer:
+        _tell_labels(taught)
+    if is_first():
+        write_json(output / SETTINGS_FILE, memory)
+    set_seed(config.seed)
+    # Accelerate knows which device is that of each of several processes.
+    model = origin.load(dtype, "cpu" if _is_one_of_several() else device)
+    if isinstance(config, PretrainConfig) and model.config.is_pointer:
+        model.train_pointer_only()
+    trainer = make_trainer(model, config, taught, held, device)
+    log.info(
+        "%s examples, %s steps of %s, %s held out; %s memory tokens a document of up to %s; %s",
+        *(f"{len(taught.rows):,}", trainer.schedule.steps, config.batch_size, len(held.rows) if held else 0),
+        *(settings.memory_tokens, settings.doc_max_length, f"{device}, {dtype}".replace("torch.", "")),
+    )
+    log.info("memory: %s", memory_of(model))
+    trainer.run(checkpoint)
+    before, after = trainer.held_out_losses()
+    losses = [entry["loss"] for entry in trainer.log if "loss" in entry]
+    few = max(1, len(losses) // 20)
+    result = Trained(
+        output=config.output_dir,
+        examples=len(taught.rows),
+        skipped=sum(source.skipped for source in sources),
+        held_out=len(held.rows) if held else 0,
+        shared=shared,
+        doc_max_length=settings.doc_max_length,
+        documents=documents,
+        steps=trainer.step,
+        planned_steps=trainer.schedule.steps,
+        batch_size=config.batch_size,
+        loss_before=statistics.fmean(losses[:few]),
+        loss=statistics.fmean(losses[-few:]),
+        held_out_before=before,
+        held_out_loss=after,
+        seconds_per_step=statistics.median(trainer.seconds) if trainer.seconds else 0.0,
+    )
+    trainer.save(output)
+    if is_first():
+        content = result._asdict() | {"documents": documents._asdict()}
+        write_json(output / SETTINGS_FILE, memory | {"result": content})
+    return result
+
+
+def _tell_labels(part: Subset) -> None:
+    """Say how many examples have answers that teach a pointer nothing."""
+    rows = part.rows[:: max(1, len(part.rows) // _LOOKED_AT)]
+    without = sum(not any(copied_spans(*part.examples[row][:3])) for row in rows)
+    told = log.warning if 2 * without > len(rows) else log.info
+    told(
+        "of %s of %s examples looked at, the answer copies nothing from the documents: they teach a pointer "
+        "nothing",
+        *(f"{without:,}", f"{len(rows):,}"),
+    )
+
+
+def _device(config: Config) -> str:
+    """Where this process trains. Raises `UsageError` for what cannot be."""
+    device = choose_device(config.device)
+    if ":" in config.device:  # of what is chosen the number is this process's own
+        number = config.device.partition(":")[2]
+        raise UsageError(
+            f"--device {config.device}: set CUDA_VISIBLE_DEVICES={number} and give --device cuda"
+        )
+    if config.dtype == "float16" and not device.startswith("cuda"):
+        raise UsageError("--dtype float16 trains on CUDA only: use bfloat16 or float32")
+    if device == "cuda" and not _is_one_of_several():
+        _tell_idle_gpus(config)
+    return device
+
+
+def _is_one_of_several() -> bool:
+    """Whether torchrun or `accelerate launch` started this process."""
+    return "RANK" in os.environ
+
+
+def _tell_idle_gpus(config: Config) -> None:
+    import torch
+
+    if (count := torch.cuda.device_count()) > 1:
+        command = "pretrain" if isinstance(config, PretrainConfig) else "train"
+        log.warning(
+            "this trains on one GPU, and %s are idle: torchrun --nproc_per_node %s -m scaledown %s, with the "
+            "same flags, trains on all",
+            *(count - 1, count, command),
+        )
