@@ -340,11 +340,6 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
                 f"--teacher_logprobs {self.teacher_logprobs}: must lie between 0 and {MOST_LOGPROBS}, the "
                 "most that servers give"
             )
-        if self.teacher_logprobs and self.teacher_backend == "openvino":
-            raise UsageError(
-                "--teacher_logprobs: openvino gives none; use --teacher_backend transformers, vllm or "
-                "endpoint"
-            )
         self._check_engine()
 
     def _check_numbers(self) -> None:

@@ -7,11 +7,12 @@ from typing import Final
 
 from scaledown.config.options import Checked, option
 from scaledown.errors import UsageError
+from scaledown.extensions import TEACHER_ENGINES
 from scaledown.urls import is_url
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 AUTO_DTYPE: Final = "auto is bfloat16 on CUDA, float16 on its GPUs before compute capability 8, else float32"
-BACKENDS: Final = ("auto", "transformers", "vllm", "endpoint", "openvino")
+BACKENDS: Final = ("auto", *TEACHER_ENGINES)
 EXECUTORS: Final = ("local", "ray")
 BATCHES: Final = {"batch_size": (32, 256), "reranker_batch_size": (16, 128), "teacher_batch_size": (8, 32)}
 """What is taken at once where nothing is given, and on CUDA, which smaller batches leave idle."""
@@ -175,12 +176,6 @@ class EngineConfig(Checked):
         self._check_positive("flush_seconds", "request_timeout")
         self._check_share("teacher_memory")
         self._check_finite("input_price", "output_price")
-        if (self.teacher_backend == "endpoint") > bool(self.teacher_endpoint):
-            raise UsageError("--teacher_backend endpoint: give --teacher_endpoint URL, too")
-        if self.teacher_endpoint and self.teacher_backend not in {"auto", "endpoint"}:
-            raise UsageError(
-                f"--teacher_endpoint and --teacher_backend {self.teacher_backend} exclude each other"
-            )
         if self.teacher_endpoint and (self.teacher_8bit or self.teacher_4bit):
             raise UsageError(
                 "--teacher_8bit and --teacher_4bit: a server loads its model itself, leave them out"

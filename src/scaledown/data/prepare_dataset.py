@@ -45,7 +45,7 @@ from scaledown.data.session.enter import Entered, enter
 from scaledown.data.session.resolve import find_inputs
 from scaledown.data.session.result import earlier_result, is_ours, quarantined, report_of
 from scaledown.data.session.summary import Result, program_name, summary
-from scaledown.data.teacher.api import choose_backend, load_teacher
+from scaledown.data.teacher.api import AUTO, choose_backend, engine_of, load_teacher, preflight
 from scaledown.data.teacher.base import Engine, Generation, Teacher
 from scaledown.data.teacher.questions import write_questions
 from scaledown.data.teacher.review import VERSION as REVIEW_VERSION
@@ -67,7 +67,6 @@ log = logging.getLogger("scaledown")
 WORK: Final = "scaledown.data.prepare_dataset:work"
 """What workers carry out."""
 
-_SHARDS_AT_ONCE: Final = 16  # for engines that schedule by themselves: they never run dry
 _WITH_LOGPROBS_AT_ONCE: Final = 4  # whose answers, held until their shards are whole, are large
 
 
@@ -190,22 +189,22 @@ class _Asking(NamedTuple):
         template = load_template(config.prompt)
         settings = {
             "backend": engine.backend,
-            "bits": 8 if config.teacher_8bit else 4 if config.teacher_4bit else 0,
+            "bits": generation.bits,
             "lora": identities.get("lora"),
             "prompt": [PROMPT_VERSION, *template],
             "document_tokens": config.teacher_document_tokens,
             "context": config.teacher_context,
             "max_new_tokens": config.max_new_tokens,
         }
-        if engine.backend != "endpoint":
+        own = engine_of(engine.backend)
+        if not own.served:
             settings |= machine(config)
-        if engine.backend == "transformers":
+        if own.deterministic:
             settings |= {"batch_size": config.teacher_batch_size}
-        asking = cls(engine, generation, template, device, config.dtype, settings)
-        if engine.backend == "endpoint" and not run.storage.glob(run.path, "answers/*/done.json"):
+        if not run.storage.glob(run.path, "answers/*/done.json"):
             for model in filter(None, (sources.teacher, sources.second_teacher)):
-                asking.load(model)  # looks for the server, the key and the model, before any work
-        return asking
+                preflight(engine, model, device, generation)
+        return cls(engine, generation, template, device, config.dtype, settings)
 
     def load(self, model: ModelSource, spent_tokens: int = 0, logprobs: int = 0) -> Teacher:
         """A teacher that gives so many log probabilities with each answer token."""
@@ -227,7 +226,7 @@ def _keep_backend(  # noqa: PLR0917
     """
     path = run.path / "engine.json"
     kept = run.storage.read_json(path)
-    if engine.backend == "auto" and isinstance(kept, dict) and kept.get("request") == request:
+    if engine.backend == AUTO and isinstance(kept, dict) and kept.get("request") == request:
         engine = engine._replace(backend=str(kept.get("backend")))
     backend = choose_backend(engine, sources.teacher, device, generation)
     if sources.second_teacher:
@@ -348,13 +347,15 @@ def _run_teachers(  # noqa: PLR0917
     """Ranked passages -> answers of one teacher or two -> those that are kept."""
     sampling = {"temperature": config.temperature, "seed": config.seed} if config.temperature else {}
     shown = {"ranked": ranked.fingerprint, "documents": config.documents_per_query}
-    most = _WITH_LOGPROBS_AT_ONCE if config.teacher_logprobs else _SHARDS_AT_ONCE
+    most = engine_of(asking.engine.backend).shards_at_once
+    if config.teacher_logprobs:
+        most = min(most, _WITH_LOGPROBS_AT_ONCE)
     at_once = together(len(config.part.of(len(ranked.planned()))), most)
     teaching = Teaching(
         documents_per_query=config.documents_per_query,
         temperature=config.temperature,
         template=asking.template,
-        shards_at_once=1 if asking.engine.backend == "transformers" else at_once,
+        shards_at_once=at_once,
         flush_seconds=config.flush_seconds,
         prices=(config.input_price, config.output_price),
     )
