@@ -1,7 +1,7 @@
 """What can be added to ScaleDown: one table for each kind of extension (docs/extending.md).
 
-An entry is written `module:object`, and the module is imported when the entry is used. To add one here, write a
-line below and the module that it names. Another package adds one by an entry point in its pyproject.toml:
+An entry is written `module:object`, and the module is imported when the entry is used. To add one here, write
+a line below and the module that it names. Another package adds one by an entry point in its pyproject.toml:
 
     [project.entry-points."scaledown.measures"]
     brevity = "my_package:brevity"

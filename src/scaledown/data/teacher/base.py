@@ -141,8 +141,8 @@ class TeacherEngine(NamedTuple):
     suits: Callable[[Setup], bool] = _only_by_name
     """Whether `--teacher_backend auto` takes the engine here."""
     deterministic: bool = False
-    """Whether two runs on the same kind of machine give the same bytes. Its batches then come from the plan of
-    the run, and `--teacher_batch_size` is among what answers depend on."""
+    """Whether two runs on the same kind of machine give the same bytes. Its batches then come from the plan
+    of the run, and `--teacher_batch_size` is among what answers depend on."""
     shards_at_once: int = SHARDS_AT_ONCE
     """How many shards of prompts it is asked together."""
     served: bool = False
