@@ -22,7 +22,7 @@ from scaledown.errors import UsageError
 class Table(Mapping[str, Any]):
     """The extensions of one kind, by name.
 
-    Iteration gives the names of other packages' entries first, then ours. A name that both have means ours.
+    Iteration gives the names of our entries, then those of other packages. A name that both have means ours.
 
     Args:
         kind: The name of the table: other packages use the entry-point group `scaledown.<kind>`.
@@ -64,7 +64,7 @@ class Table(Mapping[str, Any]):
         return entry
 
     def __iter__(self) -> Iterator[str]:
-        return iter([*self.outside, *self._own])
+        return iter([*self._own, *self.outside])
 
     def __len__(self) -> int:
         return len(self.outside) + len(self._own)
@@ -83,23 +83,23 @@ RETRIEVER_KINDS: Final = Table(
     "retriever_kinds",
     "scaledown.data.retrieval.encoders:RetrieverKind",
     {
-        "splade": "scaledown.data.retrieval.encoders:SPLADE",
         "dense": "scaledown.data.retrieval.encoders:DENSE",
+        "splade": "scaledown.data.retrieval.encoders:SPLADE",
     },
 )
-"""What kind of model `--retriever_model` is: the first kind that recognises it."""
+"""What kind of model `--retriever_model` is: the last of these that takes it."""
 
 TEACHER_ENGINES: Final = Table(
     "teacher_engines",
     "scaledown.data.teacher.base:TeacherEngine",
     {
-        "endpoint": "scaledown.data.teacher.engines.endpoint:ENGINE",
-        "vllm": "scaledown.data.teacher.engines.vllm:ENGINE",
-        "openvino": "scaledown.data.teacher.engines.openvino:ENGINE",
         "transformers": "scaledown.data.teacher.engines.transformers:ENGINE",
+        "openvino": "scaledown.data.teacher.engines.openvino:ENGINE",
+        "vllm": "scaledown.data.teacher.engines.vllm:ENGINE",
+        "endpoint": "scaledown.data.teacher.engines.endpoint:ENGINE",
     },
 )
-"""What runs the teacher: `--teacher_backend`. `auto` takes the first that suits."""
+"""What runs the teacher: `--teacher_backend`. `auto` takes the last of these that suits."""
 
 QUERY_SOURCES: Final = Table(
     "query_sources",

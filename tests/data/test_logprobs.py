@@ -395,7 +395,7 @@ def test_what_cannot_be_is_refused_at_once(flags: dict[str, Any], said: str) -> 
 
 
 def test_an_engine_that_gives_none_is_refused() -> None:
-    with pytest.raises(UsageError, match="openvino gives none: use one of endpoint, vllm, transformers"):
+    with pytest.raises(UsageError, match="openvino gives none: use one of transformers, vllm, endpoint"):
         check_options(Engine("openvino"), Generation(logprobs=5))
 
 

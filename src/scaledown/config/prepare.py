@@ -25,6 +25,7 @@ from scaledown.config.shared import (
     batch_for,
 )
 from scaledown.errors import UsageError
+from scaledown.extensions import QUERY_SOURCES
 
 MS_MARCO_URL: Final = "https://msmarco.z22.web.core.windows.net/msmarcoranking/queries.dev.small.tsv"
 
@@ -46,7 +47,6 @@ COLUMNS: Final = (
     "agreement",
 )
 MOST_LOGPROBS: Final = 20
-QA_DATASETS: Final = ("natural_questions", "trivia_qa", "squad", "nq_open", "pisco")
 
 # The paper's models and sizes (arXiv 2504.07109, section 4 and table 7) and the bundled ones.
 PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -179,7 +179,7 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
     query_dataset: str = option(
         "",
         QUERIES,
-        f"{', '.join(QA_DATASETS)}, or any dataset of the hub or a local path",
+        f"{', '.join(QUERY_SOURCES)}, or any dataset of the hub or a local path",
         metavar="NAME",
     )
     num_synthetic_queries: int = option(

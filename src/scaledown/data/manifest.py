@@ -15,7 +15,6 @@ from scaledown.config.prepare import PrepareConfig
 from scaledown.data.input.files import Source
 from scaledown.data.prompts import TEMPLATES, load_template
 from scaledown.data.reranker import LIKELIHOOD_PREFIX
-from scaledown.data.teacher.api import engine_of
 from scaledown.extensions import TEACHER_ENGINES
 from scaledown.models import ModelSource
 from scaledown.run.atomic import read_json, write_json
@@ -164,7 +163,7 @@ def compared_settings(config: PrepareConfig) -> dict[str, Any]:
 def environment() -> dict[str, str | int | None]:
     """Versions of what the results depend on; None is not installed."""
     libraries = ("torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
-    engines = (engine_of(name).library for name in TEACHER_ENGINES)
+    engines = (engine.library for engine in TEACHER_ENGINES.values())
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -28,8 +28,8 @@ from scaledown.evaluation.baselines import ECHOES, OF_A_RATE
 from scaledown.evaluation.efficiency import Cost, Seconds, Shape, costs, machine
 from scaledown.evaluation.evaluate import ANSWERS, evaluate
 from scaledown.evaluation.results import Comparison, Results, Run
-from scaledown.evaluation.scoring import MEASURES
 from scaledown.evaluation.statistics import Difference, difference
+from scaledown.extensions import MEASURES
 from scaledown.gpus import OnDevice
 from scaledown.models import choose_device, dtype_to_run, onto, quiet_libraries, resolve
 from scaledown.run.atomic import atomic, read_json, write_json

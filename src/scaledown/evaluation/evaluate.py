@@ -42,6 +42,7 @@ from scaledown.evaluation.results import (
     write_results,
 )
 from scaledown.evaluation.scoring import score
+from scaledown.extensions import MEASURES
 from scaledown.gpus import OnDevice
 from scaledown.models import ModelSource, choose_device, dtype_to_run, onto, quiet_libraries, resolve
 from scaledown.report.page import html
@@ -102,6 +103,8 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> Results:
     sources = None if config.run else _find(config)
     identities = _identities(config, run, sources)
     depends = {"schema": SCHEMA, "settings": config.compared(), "models": identities, "inputs": inputs}
+    if config.model and MEASURES.outside:  # a finished evaluation gets the values of a new measure
+        depends["measures"] = sorted(MEASURES.outside)
     request = fingerprint(depends)
     with run.claim(request) as place, publishing(place, "", run):
         if finished := _finished(output, run, request):

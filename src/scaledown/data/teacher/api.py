@@ -73,8 +73,8 @@ def check_options(engine: Engine, generation: Generation) -> None:
     """Raise `UsageError` where the engine does not have what is asked of it."""
     if engine.backend == AUTO and not _able(engine, generation):
         raise UsageError(
-            "no --teacher_backend has --teacher_8bit or --teacher_4bit, --teacher_lora, --teacher_logprobs and "
-            "--teacher_endpoint as they are given together: leave some out"
+            "no --teacher_backend has all that is asked of --teacher_endpoint, --teacher_lora, "
+            "--teacher_logprobs, --teacher_8bit and --teacher_4bit: leave some out"
         )
     if engine.backend == AUTO:
         return
@@ -105,7 +105,7 @@ def _able(engine: Engine, generation: Generation) -> dict[str, TeacherEngine]:
 
 
 def choose_backend(engine: Engine, source: ModelSource, device: str, generation: Generation) -> str:
-    """The name of the engine; `auto` becomes the first that has what is asked, and suits device and teacher.
+    """The name of the engine; `auto` becomes the last that has what is asked, and suits device and teacher.
 
     Raises `UsageError` for an engine that does not have what is asked of it.
     """
@@ -113,8 +113,8 @@ def choose_backend(engine: Engine, source: ModelSource, device: str, generation:
     if engine.backend != AUTO:
         return engine.backend
     able, setup = _able(engine, generation), Setup(source, device, generation, engine)
-    # Where none suits, the first says what it lacks.
-    return next((name for name, own in able.items() if own.suits(setup)), next(iter(able)))
+    suited = (name for name, own in reversed(able.items()) if own.suits(setup))
+    return next(suited, [*able][-1])  # where none suits, the last says why when it is checked
 
 
 def preflight(engine: Engine, source: ModelSource, device: str, generation: Generation) -> None:
