@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from scaledown.errors import UsageError
+from scaledown.extensions import OUTPUT_FORMATS
 
 
 def option(  # noqa: PLR0917
@@ -59,7 +60,7 @@ class Checked:
                 raise UsageError(f"--{name}: expected a tuple of file names, none of them empty")
 
 
-OUTPUT_SUFFIXES: Final = (".json", ".jsonl", ".parquet")
+OUTPUT_SUFFIXES: Final = tuple(f".{name}" for name in OUTPUT_FORMATS)
 
 
 def check_ending(flag: str, output: str | Path) -> None:

@@ -92,7 +92,7 @@ class RetrieverKind(NamedTuple):
 
 def kind_of(source: ModelSource) -> str:
     """The name of the kind that a model is of: the last that takes it. Raises `ModelError` for none."""
-    for name in [*RETRIEVER_KINDS][::-1]:
+    for name in reversed(list(RETRIEVER_KINDS)):
         kind: RetrieverKind = RETRIEVER_KINDS[name]
         if kind.takes(source):
             return name
