@@ -28,9 +28,11 @@ class Table(Mapping[str, Any]):
         kind: The name of the table: other packages use the entry-point group `scaledown.<kind>`.
         declares: The class of every entry, as `module:Class`.
         entries: Our own entries, as `module:object`.
+        otherwise: What any other name means to `find`, as `module:object`.
     """
 
-    def __init__(self, kind: str, declares: str, entries: Mapping[str, str]) -> None:
+    def __init__(self, kind: str, declares: str, entries: Mapping[str, str], otherwise: str = "") -> None:
+        self._otherwise = otherwise
         self.group = f"scaledown.{kind}"
         self.declares = declares
         self._own = {name: EntryPoint(name, value, self.group) for name, value in entries.items()}
@@ -48,17 +50,23 @@ class Table(Mapping[str, Any]):
             KeyError: There is no entry of that name.
             UsageError: It cannot be imported, or it is not what such an entry must be.
         """
-        point = self._own.get(name) or self.outside[name]
+        return self._load(self._own.get(name) or self.outside[name])
+
+    def find(self, name: str) -> Any:
+        """The entry of that name, or what a name without an entry means."""
+        return self[name] if name in self else self._load(EntryPoint(name, self._otherwise, self.group))
+
+    def _load(self, point: EntryPoint) -> Any:
         try:
             entry = point.load()
         except (ImportError, AttributeError) as error:
             raise UsageError(
-                f"{self.group} {name} ({point.value}) cannot be imported ({error}): correct the package that "
-                "provides it, or uninstall that"
+                f"{self.group} {point.name} ({point.value}) cannot be imported ({error}): correct the package "
+                "that provides it, or uninstall that"
             ) from error
         if not isinstance(entry, resolve_name(self.declares)):
             raise UsageError(
-                f"{self.group} {name} ({point.value}) is {type(entry).__name__}, expected "
+                f"{self.group} {point.name} ({point.value}) is {type(entry).__name__}, expected "
                 f"{self.declares}: see docs/extending.md"
             )
         return entry
@@ -122,6 +130,7 @@ COMPRESSORS: Final = Table(
         "pointer": "scaledown.student.compressors.pointer:POINTER",
         "modernbert": "scaledown.student.compressors.memory_tokens:MODERNBERT",
     },
+    otherwise="scaledown.student.compressors.memory_tokens:SEPARATE",
 )
 """Kinds of `--compressor`, besides encoders and decoders by their own names."""
 

@@ -8,6 +8,7 @@ from scaledown.config.options import Checked, option
 from scaledown.config.prepare import OUTPUT
 from scaledown.config.shared import DTYPES, MACHINE
 from scaledown.errors import UsageError
+from scaledown.extensions import COMPRESSORS
 from scaledown.urls import is_url
 
 GENERATOR_TRAINING: Final = ("lora", "full", "frozen")
@@ -47,7 +48,8 @@ class StudentConfig(Checked):
     compressor: str = option(
         "n_layers",
         MODEL,
-        "n_layers or pointer (the generator's first layers), modernbert, or any encoder or decoder by name",
+        f"{', '.join(COMPRESSORS)}, or any encoder or decoder by name; n_layers and pointer are made of the "
+        "generator's first layers",
         metavar="MODEL",
     )
     num_layers: int = option(8, MODEL, "of an n_layers or pointer compressor", "layers", metavar="N")
@@ -272,10 +274,6 @@ class PretrainConfig(StudentConfig):
         if not self.corpus_path:
             raise UsageError("no text: give --corpus_path PATH")
         self._check_files("train_data", "gold")
-        if self.train_data and self.compressor != "pointer":
-            raise UsageError(
-                "--train_data: only a pointer is pretrained on records: give --compressor pointer"
-            )
         if self.gold and not self.train_data:
             raise UsageError("--gold answers the questions of --train_data: give that, too")
         self._check_at_least(16, "doc_max_length")

@@ -87,7 +87,7 @@ def answer(
     ]
     chosen = [list(zip(*own, strict=True)) for own in zip(read, kept, strict=True)]
     size: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
-    if model.config.is_pointer:
+    if model.config.kind.picks_tokens:
         embeddings = [[_embedded(model, one.ids, places) for one, places in own] for own in chosen]
         return model.answer(queries, embeddings, **size)
     texts = [[text_of(model, one.ids, places) for one, places in own] for own in chosen]

@@ -207,7 +207,8 @@ def _evaluate_model(
     rate = config.compression_rate or settings.compression_rate
     settings.check_rate(rate)
     settings.check_budget(config.budget)
-    if not settings.is_pointer and (echoes := [system for system in config.systems if system in ECHOES]):
+    picks = settings.kind.picks_tokens
+    if not picks and (echoes := [system for system in config.systems if system in ECHOES]):
         raise UsageError(
             f"--systems {echoes[0]}: only a pointer picks tokens: evaluate a model trained with --compressor "
             f"pointer, or leave {' and '.join(echoes)} out"
@@ -239,9 +240,9 @@ def _evaluate_model(
     for system in config.systems:
         pruned = sentences if system == "pruned" else None
         depends: dict[str, Any] = {"sentences": pruned.fingerprint} if pruned else {}
-        if settings.is_pointer and system in {"compressed", "echo", *READERS}:
+        if settings.kind.rates and system in {"compressed", "echo", *READERS}:
             depends["compression_rate"] = rate
-        if settings.is_pointer and system in {"compressed", "echo"}:
+        if settings.kind.rates and system in {"compressed", "echo"}:
             depends["budget"] = config.budget
         if system == "keywords":
             depends["keyword_model"] = identities["keyword_model"]
@@ -318,7 +319,7 @@ def _sentences(  # noqa: PLR0917
     rate = config.compression_rate or settings.compression_rate
     scoring = {"reranker": identities["reranker"], "prompts": PROMPT_VERSION, "batch_size": _RERANKER_BATCH}
     budget: dict[str, Any] = {"tokenizer": identities["model"], "tokens": settings.memory_tokens}
-    if settings.is_pointer:
+    if settings.kind.rates:
         budget["compression_rate"] = rate
     stage = Stage(run, "sentences", {"questions": asked.fingerprint, **scoring, **budget, **machine})
     tokenizer = functools.cache(lambda: load_tokenizer(sources.model))

@@ -199,7 +199,7 @@ def _answers(model: Any, records: list[dict[str, Any]], options: argparse.Namesp
             **_way(options),
         )
         made: list[dict[str, Any]] = [{"answer": answer} for answer in written]
-        if model.config.is_pointer and not options.uncompressed:
+        if model.config.kind.rates and not options.uncompressed:
             rate = options.compression_rate or model.config.compression_rate
             made = [own | {"compression_rate": rate, "budget": options.budget} for own in made]
         if scores is None:

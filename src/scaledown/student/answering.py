@@ -288,7 +288,7 @@ class Answering:
         Raises:
             UsageError: The model is no pointer, or does not have the rate or budget.
         """
-        if not self.config.is_pointer:
+        if not self.config.kind.picks_tokens:
             raise UsageError("only a pointer picks tokens: train one with --compressor pointer")
         chosen_way = self._compression(compression_rate, budget)
         with self._reading():
@@ -382,8 +382,9 @@ class Answering:
     def _joined(self, documents: Sequence[Any]) -> tuple[torch.Tensor, list[int]]:
         """Embeddings of several documents as one, and how many each has. Raises `InputError`."""
         width = self.generator.get_input_embeddings().embedding_dim
-        most = self.config.doc_max_length if self.config.is_pointer else self.config.memory_tokens
-        least = 0 if self.config.is_pointer else most
+        varies = bool(self.config.kind.rates)
+        most = self.config.doc_max_length if varies else self.config.memory_tokens
+        least = 0 if varies else most
         for own in documents:
             if own.ndim != 2 or own.shape[1] != width or not least <= len(own) <= most:
                 number = most if least else f"at most {most}"
