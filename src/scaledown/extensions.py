@@ -61,8 +61,8 @@ class Table(Mapping[str, Any]):
             entry = point.load()
         except (ImportError, AttributeError) as error:
             raise UsageError(
-                f"{self.group} {point.name} ({point.value}) cannot be imported ({error}): correct the package "
-                "that provides it, or uninstall that"
+                f"{self.group} {point.name} ({point.value}) cannot be imported ({error}): correct its "
+                "package, or uninstall that"
             ) from error
         if not isinstance(entry, resolve_name(self.declares)):
             raise UsageError(
