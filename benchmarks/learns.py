@@ -28,9 +28,11 @@ from scaledown.config.evaluate import EvaluateConfig
 from scaledown.evaluation.baselines import ECHOES, READERS, best, memory_tokens, text_of, tokenised, weighing
 from scaledown.evaluation.statistics import difference, estimate
 from scaledown.metrics import accuracy, exact_match, f1
-from scaledown.student.settings import N_LAYERS, POINTER, POINTER_RATES
+from scaledown.student.compressors.pointer import RATES as POINTER_RATES
 from scaledown.text import normalized
 
+POINTER: Final = "pointer"
+N_LAYERS: Final = "n_layers"
 TOP: Final = 3
 PASSAGE_TOKENS: Final = 64
 DOCUMENT_TOKENS: Final = 80  # of the generator's tokenizer, which cuts finer

@@ -18,7 +18,7 @@ LAYERS = [
     {"report", "metrics", "models", "command"},
     {"run"},
     {"config"},
-    {"records", "text", "urls", "gpus", "errors"},
+    {"records", "text", "urls", "gpus", "extensions", "errors"},
 ]
 MOST_ROOMS = 17
 DEEPEST = 8

@@ -22,6 +22,7 @@ from scaledown.config.flags import (
 )
 from scaledown.config.shared import CleanConfig
 from scaledown.errors import UsageError, one_line, run_command
+from scaledown.extensions import OUTPUT_FORMATS
 
 # Commands with a parser of their own: the module, and flags that the command stands for.
 _COMMANDS: Final = {
@@ -98,7 +99,7 @@ def _run(words: list[str]) -> int:
     export.add_argument(
         "--format",
         required=True,
-        choices=("json", "jsonl", "parquet", "pisco", "trec"),
+        choices=(*OUTPUT_FORMATS, "pisco", "trec"),
         help="json, jsonl or parquet: a dataset with its card, as datasets.load_dataset reads it; pisco: a "
         "dataset on disk, as the trainer of OSCAR's authors reads it (github.com/naver/pisco); trec: the "
         "rankings of a run",
@@ -187,8 +188,8 @@ def _status(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     output: Path = arguments.output_dir
-    if arguments.push_to_hub and arguments.format not in {"json", "jsonl", "parquet"}:
-        raise UsageError(f"--push_to_hub shares json, jsonl or parquet, not --format {arguments.format}")
+    if arguments.push_to_hub and arguments.format not in OUTPUT_FORMATS:
+        raise UsageError(f"--push_to_hub shares {', '.join(OUTPUT_FORMATS)}, not --format {arguments.format}")
     if arguments.private and not arguments.push_to_hub:
         raise UsageError("--private is for --push_to_hub: give both")
     if arguments.format == "trec":

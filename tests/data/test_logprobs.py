@@ -16,7 +16,7 @@ from scaledown.data.input.training_files import problems, validate
 from scaledown.data.logprobs import for_answer, from_ids, from_server
 from scaledown.data.manifest import compared_settings
 from scaledown.data.prompts import answer_prompt
-from scaledown.data.teacher.api import choose_backend, load_teacher
+from scaledown.data.teacher.api import check_options, choose_backend, load_teacher
 from scaledown.data.teacher.base import Engine, Generation, answer_all
 from scaledown.errors import UsageError
 from scaledown.models import Halving, resolve
@@ -243,6 +243,7 @@ def test_a_run_writes_what_the_teacher_gave(ending: str, prepare, tmp_path) -> N
 @pytest.mark.parametrize("backend", ["transformers", "vllm"])  # one shard at a time, and several
 def test_a_killed_run_keeps_them(backend: str, prepare, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(command, "choose_backend", lambda *_: backend)
+    monkeypatch.setattr(command, "preflight", lambda *_: None)
     whole = tmp_path / "whole.jsonl"
     flags = (*FLAGS, "--queries_per_shard", "2")
     monkeypatch.setattr(command, "load_teacher", lambda *_: Sure())
@@ -386,10 +387,6 @@ def test_a_plan_counts_their_bytes(prepare) -> None:
     [
         ({"teacher_logprobs": 21}, "--teacher_logprobs 21: must lie between 0 and 20"),
         ({"teacher_logprobs": -1}, "--teacher_logprobs -1: must lie between 0 and 20"),
-        (
-            {"teacher_logprobs": 5, "teacher_backend": "openvino"},
-            "openvino gives none; use --teacher_backend tra",
-        ),
     ],
 )
 def test_what_cannot_be_is_refused_at_once(flags: dict[str, Any], said: str) -> None:
@@ -397,10 +394,15 @@ def test_what_cannot_be_is_refused_at_once(flags: dict[str, Any], said: str) -> 
         PrepareConfig(output_file="a.json", queries_file=("q.txt",), **flags)
 
 
+def test_an_engine_that_gives_none_is_refused() -> None:
+    with pytest.raises(UsageError, match="openvino gives none: use one of transformers, vllm, endpoint"):
+        check_options(Engine("openvino"), Generation(logprobs=5))
+
+
 def test_auto_takes_an_engine_that_gives_them(models, monkeypatch) -> None:
     import importlib.util
 
-    from scaledown.data.teacher import api as module
+    from scaledown.data.teacher.engines import openvino as module
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
     monkeypatch.setattr(module, "is_exported", lambda _: True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, Self, get_args
 
 from scaledown.errors import UsageError
+from scaledown.extensions import OUTPUT_FORMATS
 from scaledown.urls import check_store, is_url
 
 Role = Literal["result", "input", "model", "place", "operation", "report"]
@@ -201,7 +202,7 @@ class Options:
         return not other or getattr(self, other) != getattr(type(self), other)
 
 
-OUTPUT_SUFFIXES: Final = (".json", ".jsonl", ".parquet")
+OUTPUT_SUFFIXES: Final = tuple(f".{name}" for name in OUTPUT_FORMATS)
 
 
 def check_ending(flag: str, output: str | Path) -> None:

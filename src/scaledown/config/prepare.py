@@ -23,6 +23,7 @@ from scaledown.config.shared import (
     WorkersConfig,
 )
 from scaledown.errors import UsageError
+from scaledown.extensions import QUERY_SOURCES
 
 MS_MARCO_URL: Final = "https://msmarco.z22.web.core.windows.net/msmarcoranking/queries.dev.small.tsv"
 
@@ -44,7 +45,6 @@ COLUMNS: Final = (
     "agreement",
 )
 MOST_LOGPROBS: Final = 20
-QA_DATASETS: Final = ("natural_questions", "trivia_qa", "squad", "nq_open", "pisco")
 
 # The paper's models and sizes (arXiv 2504.07109, section 4 and table 7) and the bundled ones.
 PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -203,7 +203,7 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
     query_dataset: str = option(
         "",
         QUERIES,
-        f"{', '.join(QA_DATASETS)}, or any dataset of the hub or a local path",
+        f"{', '.join(QUERY_SOURCES)}, or any dataset of the hub or a local path",
         role="result",
         path=True,
         metavar="NAME",
@@ -439,11 +439,6 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
             )
         if {"second_answer", "agreement"} & set(self.columns) and not self.second_teacher_model:
             raise UsageError("--columns second_answer and agreement need --second_teacher_model")
-        if self.teacher_logprobs and self.teacher_backend == "openvino":
-            raise UsageError(
-                "--teacher_logprobs: openvino gives none; use --teacher_backend transformers, vllm or "
-                "endpoint"
-            )
         found = re.fullmatch(r"(\d+)/(\d+)", self.shard or "0/1")
         if not found or int(found[1]) >= int(found[2]):
             raise UsageError(f"--shard {self.shard}: expected I/N with I from 0 to N-1, as 0/8")

@@ -7,10 +7,11 @@ from typing import Any, Final
 
 from scaledown.config.options import SHARE, Options, Range, option
 from scaledown.errors import UsageError
+from scaledown.extensions import TEACHER_ENGINES
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 AUTO_DTYPE: Final = "auto is bfloat16 on CUDA, float16 on its GPUs before compute capability 8, else float32"
-BACKENDS: Final = ("auto", "transformers", "vllm", "endpoint", "openvino")
+BACKENDS: Final = ("auto", *TEACHER_ENGINES)
 EXECUTORS: Final = ("local", "ray")
 DUPLICATES: Final = ("exact", "near")
 CLEANING: Final = "cleaning (docs/cleaning.md)"
@@ -243,12 +244,6 @@ class EngineConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.teacher_backend == "endpoint") > bool(self.teacher_endpoint):
-            raise UsageError("--teacher_backend endpoint: give --teacher_endpoint URL, too")
-        if self.teacher_endpoint and self.teacher_backend not in {"auto", "endpoint"}:
-            raise UsageError(
-                f"--teacher_endpoint and --teacher_backend {self.teacher_backend} exclude each other"
-            )
         if self.teacher_endpoint and (self.teacher_8bit or self.teacher_4bit):
             raise UsageError(
                 "--teacher_8bit and --teacher_4bit: a server loads its model itself, leave them out"

@@ -7,6 +7,7 @@ from scaledown.config.options import SHARE, Options, Range, check_output_dir, op
 from scaledown.config.prepare import OUTPUT
 from scaledown.config.shared import DTYPES, MACHINE
 from scaledown.errors import UsageError
+from scaledown.extensions import COMPRESSORS
 
 GENERATOR_TRAINING: Final = ("lora", "full", "frozen")
 BUDGETS: Final = ("each", "shared")
@@ -43,7 +44,8 @@ class StudentConfig(Options):
     compressor: str = option(
         "n_layers",
         MODEL,
-        "n_layers or pointer (the generator's first layers), modernbert, or any encoder or decoder by name",
+        f"{', '.join(COMPRESSORS)}, or any encoder or decoder by name; n_layers and pointer are made of the "
+        "generator's first layers",
         role="model",
         settled_by="pretrained_model",
         metavar="MODEL",
@@ -375,9 +377,5 @@ class PretrainConfig(StudentConfig):
         super().__post_init__()
         if not self.corpus_path:
             raise UsageError("no text: give --corpus_path PATH")
-        if self.train_data and self.compressor != "pointer":
-            raise UsageError(
-                "--train_data: only a pointer is pretrained on records: give --compressor pointer"
-            )
         if self.gold and not self.train_data:
             raise UsageError("--gold answers the questions of --train_data: give that, too")

@@ -15,6 +15,7 @@ from scaledown.config.prepare import PrepareConfig
 from scaledown.data.input.files import Source
 from scaledown.data.prompts import TEMPLATES, load_template
 from scaledown.data.reranker import LIKELIHOOD_PREFIX
+from scaledown.extensions import TEACHER_ENGINES
 from scaledown.models import ModelSource
 from scaledown.run.atomic import read_json, write_json
 from scaledown.run.directory import SCHEMA, RunDirectory
@@ -149,12 +150,12 @@ def compared_settings(config: PrepareConfig) -> dict[str, Any]:
 def environment() -> dict[str, str | int | None]:
     """Versions of what the results depend on; None is not installed."""
     libraries = ("torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
-    engines = ("bitsandbytes", "openvino-genai", "vllm")
+    engines = (engine.library for engine in TEACHER_ENGINES.values())
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "processors": os.cpu_count(),
-        **{name: _version(name) for name in (*libraries, *engines)},
+        **{name: _version(name) for name in (*libraries, "bitsandbytes", *sorted(filter(None, engines)))},
     }
 
 

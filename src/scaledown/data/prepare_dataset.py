@@ -43,6 +43,7 @@ from scaledown.data.session.summary import Result, failure, summary
 from scaledown.data.session.teachers import Teachers, find_teachers
 from scaledown.data.teacher import review as reviewing
 from scaledown.data.teacher import stage as teaching
+from scaledown.data.teacher.api import engine_of
 from scaledown.data.teacher.base import Teacher
 from scaledown.data.teacher.questions import write_questions
 from scaledown.data.workers import settings_of
@@ -56,7 +57,6 @@ from scaledown.run.stage import Stage, together
 WORK: Final = "scaledown.data.prepare_dataset:work"
 """What workers carry out."""
 
-_SHARDS_AT_ONCE: Final = 16  # for engines that schedule by themselves: they never run dry
 _WITH_LOGPROBS_AT_ONCE: Final = 4  # whose answers, held until their shards are whole, are large
 
 
@@ -203,13 +203,15 @@ class Answers(NamedTuple):
 def teach(session: Session, ranked: Stage, index: Index, teachers: Teachers) -> Answers:
     """Queries with their first documents -> answers of a teacher, or of two."""
     config, models = session.config, session.sources.models()
-    most = _WITH_LOGPROBS_AT_ONCE if config.teacher_logprobs else _SHARDS_AT_ONCE
+    most = engine_of(teachers.engine.backend).shards_at_once
+    if config.teacher_logprobs:
+        most = min(most, _WITH_LOGPROBS_AT_ONCE)
     at_once = together(len(config.part.of(len(ranked.planned()))), most)
     asking = teaching.Teaching(
         documents_per_query=config.documents_per_query,
         temperature=config.temperature,
         template=teachers.template,
-        shards_at_once=1 if teachers.engine.backend == "transformers" else at_once,
+        shards_at_once=at_once,
         flush_seconds=config.flush_seconds,
         prices=(config.input_price, config.output_price),
     )

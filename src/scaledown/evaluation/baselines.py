@@ -12,9 +12,10 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
+import scipy.sparse as sp
 
 from scaledown.config.evaluate import EvaluateConfig
-from scaledown.data.retrieval.splade import SpladeEncoder
+from scaledown.data.retrieval.encoders import load_encoder
 from scaledown.models import ModelSource, choose_device, resolve
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def answer(
     ]
     chosen = [list(zip(*own, strict=True)) for own in zip(read, kept, strict=True)]
     size: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
-    if model.config.is_pointer:
+    if model.config.kind.picks_tokens:
         embeddings = [[_embedded(model, one.ids, places) for one, places in own] for own in chosen]
         return model.answer(queries, embeddings, **size)
     texts = [[text_of(model, one.ids, places) for one, places in own] for own in chosen]
@@ -140,12 +141,12 @@ class Keywords:
     def __init__(self, source: ModelSource, device: str, dtype: str) -> None:
         from scaledown.student.model import load_tokenizer
 
-        self._encoder = SpladeEncoder(source, device, dtype, batch_size=1)
+        self._encoder = load_encoder(source, device, dtype, batch_size=1)
         self._tokenizer = load_tokenizer(source)
 
     def __call__(self, query: str, documents: Sequence[Tokens]) -> list[list[float]]:
         """Weights [documents][tokens], 0 where the query's vector has none."""
-        vector = self._encoder.queries([query], lambda _: None).toarray()[0]  # [vocabulary]
+        vector = sp.csr_matrix(self._encoder.queries([query], lambda _: None)).toarray()[0]  # [vocabulary]
         found = []
         for one in documents:
             read = self._tokenizer(

@@ -24,8 +24,8 @@ from scaledown.evaluation.baselines import ECHOES, OF_A_RATE
 from scaledown.evaluation.efficiency import Cost, Seconds, Shape, costs, machine
 from scaledown.evaluation.evaluate import ANSWERS, evaluate
 from scaledown.evaluation.results import Comparison, Results, Run
-from scaledown.evaluation.scoring import MEASURES
 from scaledown.evaluation.statistics import Difference, difference
+from scaledown.extensions import MEASURES
 from scaledown.gpus import OnDevice
 from scaledown.models import choose_device, dtype_to_run, onto, quiet_libraries, resolve
 from scaledown.run.atomic import atomic, read_json, write_json
@@ -121,9 +121,9 @@ def _ways(names: Sequence[str], folders: Sequence[str], config: CompareConfig) -
     from scaledown.student.model import read_settings as read_model
 
     for name, folder in zip(names, folders, strict=True):
-        is_pointer = read_model(resolve(folder)).is_pointer
-        budget = config.budget if is_pointer else "each"
-        if not is_pointer or not config.compression_rates:
+        rates = read_model(resolve(folder)).kind.rates
+        budget = config.budget if rates else "each"
+        if not rates or not config.compression_rates:
             yield _Way(name, folder, 0, budget)
         else:
             yield from (_Way(f"{name}-{n}x", folder, int(n), budget) for n in config.compression_rates)
@@ -166,19 +166,19 @@ def _check(names: Sequence[str], settings: Sequence[TrainConfig | None], config:
     models = {name: read_model(resolve(name)) for name in trained}
     for name, model in models.items():
         _check_shape(name, model, _shape(config))
-        for rate in config.compression_rates if model.is_pointer else ():
+        for rate in config.compression_rates if model.kind.rates else ():
             model.check_rate(int(rate))
     if (
         config.compression_rates
         and not any(settings)
-        and not any(model.is_pointer for model in models.values())
+        and not any(model.kind.rates for model in models.values())
     ):
         raise UsageError(
             "--compression_rates: no run is a pointer, and others have but one rate: leave it out"
         )
     if (
         settings[0] is None
-        and not models[names[0]].is_pointer
+        and not models[names[0]].kind.picks_tokens
         and (found := set(config.baselines) & set(ECHOES))
     ):
         raise UsageError(f"--baselines {min(found)}: the first run is no pointer: leave it out")
@@ -289,7 +289,7 @@ def numbers(comparison: Comparison) -> str:
     writer.writerow(("run", *made, "system", "batch", "measure", "value", "low", "high", "n"))
     for run in comparison.runs:
         facts = run.results.model
-        layers = facts["num_layers"] if facts["compressor"] in {"n_layers", "pointer"} else ""
+        layers = facts["num_layers"] if run.kind.of_generator else ""
         model = [layers if name == "num_layers" else facts.get(name, "") for name in made]
         mine = [run.name, *model, "compressed", ""]
         for system, own in run.results.systems.items():

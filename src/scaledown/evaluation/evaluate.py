@@ -39,6 +39,7 @@ from scaledown.evaluation.results import (
     write_results,
 )
 from scaledown.evaluation.scoring import score
+from scaledown.extensions import MEASURES
 from scaledown.gpus import OnDevice
 from scaledown.models import ModelSource, choose_device, dtype_to_run, onto, quiet_libraries, resolve
 from scaledown.report.page import html
@@ -98,6 +99,8 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> Results:
     sources = None if config.run else _find(config)
     identities = _identities(config, run, sources)
     depends = {"schema": SCHEMA, "settings": config.compared(), "models": identities, "inputs": inputs}
+    if config.model and MEASURES.outside:  # a finished evaluation gets the values of a new measure
+        depends["measures"] = sorted(MEASURES.outside)
     request = fingerprint(depends)
     with run.claim(request) as place, publishing(place, "", run):
         if finished := _finished(output, run, request):
@@ -201,7 +204,8 @@ def _evaluate_model(
     rate = config.compression_rate or settings.compression_rate
     settings.check_rate(rate)
     settings.check_budget(config.budget)
-    if not settings.is_pointer and (echoes := [system for system in config.systems if system in ECHOES]):
+    picks = settings.kind.picks_tokens
+    if not picks and (echoes := [system for system in config.systems if system in ECHOES]):
         raise UsageError(
             f"--systems {echoes[0]}: only a pointer picks tokens: evaluate a model trained with --compressor "
             f"pointer, or leave {' and '.join(echoes)} out"
@@ -233,9 +237,9 @@ def _evaluate_model(
     for system in config.systems:
         pruned = sentences if system == "pruned" else None
         depends: dict[str, Any] = {"sentences": pruned.fingerprint} if pruned else {}
-        if settings.is_pointer and system in {"compressed", "echo", *READERS}:
+        if settings.kind.rates and system in {"compressed", "echo", *READERS}:
             depends["compression_rate"] = rate
-        if settings.is_pointer and system in {"compressed", "echo"}:
+        if settings.kind.rates and system in {"compressed", "echo"}:
             depends["budget"] = config.budget
         if system == "keywords":
             depends["keyword_model"] = identities["keyword_model"]
@@ -312,7 +316,7 @@ def _sentences(  # noqa: PLR0917
     rate = config.compression_rate or settings.compression_rate
     scoring = {"reranker": identities["reranker"], "prompts": PROMPT_VERSION, "batch_size": _RERANKER_BATCH}
     budget: dict[str, Any] = {"tokenizer": identities["model"], "tokens": settings.memory_tokens}
-    if settings.is_pointer:
+    if settings.kind.rates:
         budget["compression_rate"] = rate
     stage = Stage(run, "sentences", {"questions": asked.fingerprint, **scoring, **budget, **machine})
     tokenizer = functools.cache(lambda: load_tokenizer(sources.model))

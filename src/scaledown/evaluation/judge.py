@@ -14,7 +14,7 @@ from scaledown.config.evaluate import EvaluateConfig
 from scaledown.config.shared import EngineConfig
 from scaledown.data.prompts import JUDGE_VERSION, Prompt, judge_prompt, preference_prompt
 from scaledown.data.teacher.answer_log import AnswerLog, ask
-from scaledown.data.teacher.api import choose_backend, load_teacher
+from scaledown.data.teacher.api import choose_backend, engine_of, load_teacher, preflight
 from scaledown.data.teacher.base import Engine, Generation, Rejection, Teacher
 from scaledown.data.teacher.stage import Meter, heard_counts, spent_tokens, with_heard
 from scaledown.evaluation import questions, systems
@@ -32,7 +32,6 @@ PREFERRED: Final = "preferred"
 """The measure that pairs make: 1 where the answer is better than the baseline's, 0.5 for a tie."""
 NEW_TOKENS: Final = 32  # a verdict takes one; some models say a few words around it
 
-_SHARDS_AT_ONCE: Final = 16  # for engines that schedule by themselves: they never run dry
 _GRADES: Final = {"0": 0.0, "0.0": 0.0, "0.5": 0.5, ".5": 0.5, "1": 1.0, "1.0": 1.0}
 _LABELS: Final = {"correct": 1.0, "partially correct": 0.5}  # as the prompt names the grades; the rest is 0
 _LABEL: Final = re.compile(r"\b(partially correct|incorrect|not correct|correct|wrong)\b", re.IGNORECASE)
@@ -104,23 +103,22 @@ class Judging(NamedTuple):
         )
         engine = Engine.of(config)
         engine = engine._replace(backend=choose_backend(engine, source, device, generation))
-        batches = engine.backend == "transformers"
+        own = engine_of(engine.backend)
         settings = {
             "judge": identities["judge"],
             "lora": identities.get("lora"),
             "backend": engine.backend,
             "prompts": JUDGE_VERSION,
-            "bits": 8 if config.teacher_8bit else 4 if config.teacher_4bit else 0,
+            "bits": generation.bits,
             "context": config.teacher_context,
             "max_new_tokens": NEW_TOKENS,
-            "batch_size": size if batches else None,
-            "machine": None if engine.backend == "endpoint" else machine,
+            "batch_size": size if own.deterministic else None,
+            "machine": None if own.served else machine,
         }
+        preflight(engine, source, device, generation)
         load = functools.partial(load_teacher, source, device, config.dtype, generation, engine)
-        if engine.backend == "endpoint":
-            load()  # looks for the server, the key and the model, before any work
         prices = (config.input_price, config.output_price)
-        return cls(load, device, 1 if batches else _SHARDS_AT_ONCE, settings, config.flush_seconds, prices)
+        return cls(load, device, own.shards_at_once, settings, config.flush_seconds, prices)
 
 
 def judge(

@@ -175,8 +175,8 @@ def _ratio(sides: Sequence[Cost | None], what: str) -> str:
 
 def _compressor(run: Run) -> str:
     model = run.results.model
-    layers = f"first {model['num_layers']} layers"
-    made = {"n_layers": layers, "pointer": f"pointer on {layers}"}.get(run.compressor, run.compressor)
+    made = f"first {model['num_layers']} layers" if run.kind.of_generator else run.compressor
+    made = f"{run.kind.label} on {made}" if run.kind.label else made
     return f"{made}, reranking" if model["enable_reranking"] else made
 
 
@@ -216,7 +216,7 @@ def _against_settings(comparison: Comparison) -> list[Block]:
         series: dict[str, list[plots.Point]] = {}
         for run in comparison.runs:
             model = run.results.model
-            if setting == "num_layers" and model["compressor"] != "n_layers":
+            if setting == "num_layers" and (run.kind.rates or not run.kind.of_generator):
                 continue
             reranks = ", reranking" if model["enable_reranking"] else ""
             rest = (

@@ -11,8 +11,10 @@ from scaledown.evaluation.efficiency import Cost, Shape
 from scaledown.evaluation.judge import PREFERRED
 from scaledown.evaluation.scoring import LENGTH
 from scaledown.evaluation.statistics import Difference, Estimate, difference, estimate
+from scaledown.extensions import COMPRESSORS
 from scaledown.run.atomic import read_json, write_json
 from scaledown.run.progress import track
+from scaledown.student.compressors.base import Compressor
 
 SCHEMA: Final = 2
 FILE: Final = "results.json"
@@ -71,8 +73,14 @@ class Run(NamedTuple):
 
     @property
     def compressor(self) -> str:
-        """Its kind."""
+        """The name of its kind."""
         return str(self.results.model["compressor"])
+
+    @property
+    def kind(self) -> Compressor:
+        """What the kind declares, where this process knows it; else as of a model of its own."""
+        found: Compressor = COMPRESSORS.find(self.compressor)
+        return found
 
     def cost(self, system: str, batch: int) -> Cost | None:
         """Of a query, in batches of so many."""

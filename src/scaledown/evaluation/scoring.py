@@ -10,18 +10,14 @@ from typing import Any, Final, NamedTuple
 import orjson
 
 from scaledown.evaluation import judge, questions
-from scaledown.metrics import accuracy, exact_match, f1, holds, rouge_l
+from scaledown.extensions import MEASURES
+from scaledown.metrics import holds
 from scaledown.run.atomic import atomic
 from scaledown.run.progress import track
 from scaledown.run.stage import Stage
 
-MEASURES: Final[dict[str, Callable[[str, Sequence[str]], float]]] = {
-    "accuracy": accuracy,
-    "EM": exact_match,
-    "F1": f1,
-    "ROUGE-L": rouge_l,
-}
-
+Measure = Callable[[str, Sequence[str]], float]
+"""An entry of `MEASURES`: an answer and the right answers -> 0 to 1, higher is better."""
 
 TAU: Final = "tau"
 """Kendall's tau-b: how far the model ranks the documents as the teacher's reranker does, -1 to 1."""
@@ -52,12 +48,13 @@ def score(
 ) -> Scored:
     """Measure each answer; `path` gets a line for each question: all answers to it with their scores."""
     rows = asked.finished().rows
+    measures: dict[str, Measure] = dict(MEASURES)
     reranks = {system: bool(stage.finished().counts["reranked"]) for system, stage in answers.items()}
     values = {
         system: {
             name: array("d")
             for name in (
-                *MEASURES,
+                *measures,
                 *verdicts.get(system, ()),
                 *((TAU, ORDER, MODEL, SUM) if reranks[system] else ()),
                 LENGTH,
@@ -79,7 +76,7 @@ def score(
                 judged = {name: judge.read(one, shard) for name, one in verdicts.get(system, {}).items()}
                 for row, given in enumerate(stage.table(shard).to_pylist()):
                     scores: dict[str, float | None] = {
-                        name: measure(given["answer"], own[row].right) for name, measure in MEASURES.items()
+                        name: measure(given["answer"], own[row].right) for name, measure in measures.items()
                     }
                     scores |= {name: column[row] for name, column in judged.items()}
                     if reranks[system]:

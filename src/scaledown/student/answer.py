@@ -123,7 +123,7 @@ def _answers(model: Any, records: list[dict[str, Any]], config: AnswerConfig) ->
             **_way(config),
         )
         made: list[dict[str, Any]] = [{"answer": answer} for answer in written]
-        if model.config.is_pointer and not config.uncompressed:
+        if model.config.kind.rates and not config.uncompressed:
             rate = config.compression_rate or model.config.compression_rate
             made = [own | {"compression_rate": rate, "budget": config.budget} for own in made]
         if scores is None:

@@ -217,7 +217,7 @@ class Reader:
     def __init__(
         self, config: ScaleDownConfig, tokenizer: Any, compressor_tokenizer: Any, context: int
     ) -> None:
-        if config.is_pointer and not compressor_tokenizer.is_fast:
+        if config.kind.picks_tokens and not compressor_tokenizer.is_fast:
             raise ModelError(
                 f"{config.generator_name}: has no fast tokenizer, which a pointer needs; use another model"
             )
@@ -249,7 +249,7 @@ class Reader:
         """
         if not documents:
             raise InputError("there are no documents to compress: give at least one")
-        copied = answer if self._config.is_pointer else None
+        copied = answer if self._config.kind.picks_tokens else None
         return Encoded(
             self.read(query, documents, copied or "", rate=rate),
             self._pieces.around(self._prompt(query), len(documents)),

@@ -17,7 +17,7 @@ def model_card(config: ScaleDownConfig) -> str:
         if config.enable_reranking
         else ""
     )
-    if config.is_pointer:
+    if config.kind.picks_tokens:
         compressor += ", and a pointer that picks tokens"
         left = f"leaves the embeddings of the tokens that matter, by default one of {config.compression_rate}"
         shapes = "of each document [picked tokens, width], to keep"
@@ -37,7 +37,7 @@ tags:
 
 Answers questions about retrieved documents. A compressor reads each document together with the question
 and {left}, which the generator reads instead of its text
-({"after " if config.is_pointer else ""}OSCAR, [arXiv 2504.07109](https://arxiv.org/abs/2504.07109)).
+({"after " if config.kind.picks_tokens else ""}OSCAR, [arXiv 2504.07109](https://arxiv.org/abs/2504.07109)).
 
 ```python
 from scaledown.student.model import ScaleDownModel

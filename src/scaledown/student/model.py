@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final, NamedTuple, Self
+from typing import Any, Final, Self
 
 import torch
 from torch import nn
@@ -23,8 +23,8 @@ from scaledown.models import ModelSource, hub_errors, loadable, loading, onto, r
 from scaledown.student.answering import Answering
 from scaledown.student.batch import IGNORED, Group, Reader
 from scaledown.student.card import model_card
-from scaledown.student.compressors import layers, pointer
-from scaledown.student.compressors.pointer import PADDED, Pointer
+from scaledown.student.compressors import layers
+from scaledown.student.compressors.base import Compressed
 from scaledown.student.settings import ScaleDownConfig
 
 WEIGHTS: Final = {"answer_loss": 1.0, "rerank_loss": 0.05, "pointer_loss": 1.0}
@@ -43,38 +43,8 @@ class Output(ModelOutput):  # type: ignore[misc]  # transformers has no types
     rerank_loss: torch.Tensor | None = None
     """Squared differences to the teacher's scores, summed over documents; the mean over queries."""
     pointer_loss: torch.Tensor | None = None
-    """Cross-entropy of a pointer on the tokens that answers copy, summed over queries that have any; divided
-    by all queries."""
-
-
-class Compressed(NamedTuple):
-    """What stands for the documents of a batch, in the order of their `places`."""
-
-    embeddings: torch.Tensor
-    """[memory tokens of all documents, generator width], document by document."""
-    counts: list[int]
-    """Memory tokens of each document."""
-    relevance: torch.Tensor | None
-    """[documents]: relevance to the query, where the model tells."""
-    token_scores: torch.Tensor | None = None
-    """[documents, tokens]: a pointer's, of each document's own tokens."""
-    chosen: torch.Tensor | None = None
-    """[documents, tokens] bool: what a pointer picked."""
-
-
-class _Scored(NamedTuple):
-    """A group of documents, their own tokens only."""
-
-    ids: torch.Tensor
-    """[documents, tokens]."""
-    states: torch.Tensor
-    """[documents, tokens, width]."""
-    scores: torch.Tensor
-    """[documents, tokens] float32."""
-    lengths: torch.Tensor
-    """[documents]."""
-    counts: torch.Tensor
-    """[documents]: tokens to be picked of each."""
+    """The compressor's own: of a pointer, cross-entropy on the tokens that answers copy, summed over queries
+    that have any; divided by all queries."""
 
 
 class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # transformers has no types
@@ -87,23 +57,13 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     _supports_sdpa = True  # the choice of transformers; each part makes its own
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["pointer"]  # small, and ranks tokens
 
     def __init__(self, config: ScaleDownConfig, generator: Any = None, compressor: Any = None) -> None:
         super().__init__(config)
         self.generator = generator or AutoModelForCausalLM.from_config(config.architecture(config.generator))
         self.compressor = compressor or layers.new_compressor(config)
-        width = self.compressor.get_input_embeddings().embedding_dim
-        if config.is_pointer:
-            self.pointer = Pointer(width, self.compressor.get_input_embeddings().num_embeddings)
-        else:
-            self.memory = nn.Parameter(torch.empty(config.memory_tokens, width))
-        if config.compressor_name is not None:
-            generator_width = self.generator.get_input_embeddings().embedding_dim
-            self.mapping = layers.mapping(config, width, generator_width)
-        if config.enable_reranking:
-            self.rerank_token = nn.Parameter(torch.empty(width))
-            self.score = nn.Linear(width, 1)
+        config.kind.add_parts(self)
+        self._keep_in_fp32_modules_strict = set(config.kind.float32_parts)
         self.post_init()
         if config.generator_training == "lora":  # only now: post_init would overwrite how LoRA begins
             self._add_lora()
@@ -158,7 +118,7 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
     ) -> Self:
         """An untrained model of pretrained parts; memory tokens, mapping and head are new.
 
-        `compressor_source` is `resolve(config.compressor_name)`, None for `n_layers`. Fills in the parts'
+        `compressor_source` is `resolve(config.compressor_name)`, None where that is None. Fills in the parts'
         configurations. Raises `ModelError` for parts that do not fit.
         """
         name, pinned = loadable(generator_source)
@@ -180,23 +140,13 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
             config.compressor_config = layers.architecture_of(compressor)
             compressor_tokenizer = load_tokenizer(compressor_source)
         model = cls(config, generator, compressor)
-        if config.is_pointer:
-            model.pointer.start(tokenizer)
-        else:
-            model.memory.data = layers.token_like(compressor, config.memory_tokens)
-        if config.enable_reranking:
-            model.rerank_token.data = layers.token_like(compressor, 1)[0]
+        config.kind.start(model, tokenizer)
         model._attach(tokenizer, compressor_tokenizer, generation)
         with hub_errors(generator_source.name):
             model.to(device=device, dtype=dtype)
-        if config.is_pointer:
-            model.pointer.float()
+        for part in config.kind.float32_parts:
+            getattr(model, part).float()
         return model
-
-    def train_pointer_only(self) -> None:
-        """Train what picks tokens, and nothing that reads them: pretraining needs no generator."""
-        self.generator.requires_grad_(requires_grad=False)
-        self.pointer.carry.requires_grad_(requires_grad=False)
 
     def add_reranking(self) -> None:
         """A reranking head, untrained, for a model that was made without."""
@@ -226,80 +176,7 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
 
     def compress_ids(self, groups: Sequence[Group], shared: Sequence[int] = ()) -> Compressed:
         """Compress documents. With `shared`, the documents of each question, so many, share their budget."""
-        if self.config.is_pointer:
-            return self._point(groups, shared)
-        reranking = self.config.enable_reranking
-        if not groups:
-            none = self.memory.new_zeros(0, self.get_input_embeddings().embedding_dim)
-            return Compressed(none, [], none[:, 0] if reranking else None)
-        extra = torch.cat([self.memory, self.rerank_token[None]]) if reranking else self.memory
-        causal = self.config.compressor_name is None
-        states = torch.cat(
-            [
-                layers.compress(
-                    self.compressor,
-                    extra,
-                    group["ids"].to(self.device),
-                    group["lengths"].to(self.device),
-                    causal=causal,
-                )
-                for group in groups
-            ]
-        )  # [documents, memory tokens (+ 1), compressor width]
-        states = states[_order(groups).to(states.device)]
-        memory = states[:, : self.config.memory_tokens]
-        embeddings = memory if causal else self.mapping(memory)
-        relevance = self.score(states[:, -1])[:, 0] if reranking else None
-        return Compressed(embeddings.flatten(0, 1), [memory.shape[1]] * len(memory), relevance)
-
-    def _point(self, groups: Sequence[Group], shared: Sequence[int]) -> Compressed:
-        """Compress by picking tokens; relevance is the score of a document's best token."""
-        if not groups:
-            none = self.get_input_embeddings().weight.new_zeros(0, self.get_input_embeddings().embedding_dim)
-            return Compressed(none, [], none[:, 0].float())
-        scored = [self._score(group) for group in groups]
-        order = _order(groups)
-        longest = max(own.scores.shape[1] for own in scored)
-        scores = torch.cat(
-            [
-                nn.functional.pad(own.scores, (0, longest - own.scores.shape[1]), value=PADDED)
-                for own in scored
-            ]
-        )
-        counts, lengths = (
-            torch.cat([getattr(own, name) for own in scored]) for name in ("counts", "lengths")
-        )
-        if shared:  # over the documents of a question, in their order
-            chosen = torch.empty_like(scores, dtype=torch.bool)
-            chosen[order] = pointer.share(scores[order], counts[order], lengths[order], shared)
-        else:
-            chosen = pointer.choose(scores, counts, lengths)
-        picked: list[torch.Tensor] = []
-        first = 0
-        for own in scored:  # states of all documents side by side would be padded to the longest
-            mine = chosen[first : first + len(own.ids), : own.ids.shape[1]]
-            first += len(own.ids)
-            words = self.get_input_embeddings()(own.ids)
-            embeddings = self.pointer.embed(words, own.states, mine)
-            picked += torch.split(embeddings, mine.sum(1).tolist())
-        return Compressed(
-            torch.cat([picked[place] for place in order.tolist()]),
-            [len(picked[place]) for place in order.tolist()],
-            scores[order].max(1).values,
-            scores[order],
-            chosen[order],
-        )
-
-    def _score(self, group: Group) -> "_Scored":
-        ids, starts = group["ids"].to(self.device), group["starts"].to(self.device)
-        lengths = group["stops"].to(self.device) - starts
-        states = self.compressor(input_ids=ids).last_hidden_state  # causal: padding is on the right
-        steps = torch.arange(max(1, int(lengths.max())), device=ids.device)
-        places = (starts[:, None] + steps).clamp(max=ids.shape[1] - 1)  # [documents, tokens]
-        states = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
-        matches = pointer.matches(self.pointer.words[ids], starts, places)
-        scores = self.pointer(states, lengths, matches)
-        return _Scored(ids.gather(1, places), states, scores, lengths, group["counts"].to(ids.device))
+        return self.config.kind.compress(self, groups, shared)
 
     def embed(
         self, ids: torch.Tensor, is_memory: torch.Tensor, embeddings: torch.Tensor | None
@@ -329,9 +206,10 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         if self.config.enable_reranking and compressed.relevance is not None and scores is not None:
             differences = torch.where(scores.isnan(), 0.0, compressed.relevance.float() - scores.nan_to_num())
             losses["rerank_loss"] = differences.square().sum() / len(ids)
-        if compressed.token_scores is not None and copied is not None and sizes is not None:
-            total = pointer.pointer_loss(compressed.token_scores, copied, sizes.tolist())
-            losses["pointer_loss"] = total / len(ids)
+        if copied is not None and sizes is not None:
+            own = self.config.kind.loss(compressed, copied, sizes.tolist())
+            if own is not None:
+                losses["pointer_loss"] = own / len(ids)
         weighted = [WEIGHTS[name] * value for name, value in losses.items()]
         return Output(loss=torch.stack(weighted).sum(), **losses)
 
@@ -383,8 +261,7 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         tokenizer = compressor_tokenizer = load_tokenizer(source)
         if model.config.compressor_name is not None:
             compressor_tokenizer = load_tokenizer(source, COMPRESSOR_FOLDER)
-        if model.config.is_pointer:
-            model.pointer.words = model.pointer.words.long()  # kept in float32 with the rest
+        model.config.kind.loaded(model)
         model._set_trained()  # loading has made all of it trainable
         model._attach(tokenizer, compressor_tokenizer, generation)
         return model
@@ -418,11 +295,6 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
                     commit_message=commit_message,
                 )
             )
-
-
-def _order(groups: Sequence[Group]) -> torch.Tensor:
-    """Where among the documents of the groups, one after the other, each of the batch stands."""
-    return torch.cat([group["places"] for group in groups]).argsort()
 
 
 def read_settings(source: ModelSource) -> ScaleDownConfig:

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from scaledown.config.train import StudentConfig
+from scaledown.config.train import PretrainConfig, StudentConfig
 from scaledown.errors import UsageError
 from scaledown.models import ModelSource, onto, resolve
 
@@ -83,6 +83,8 @@ def find_origin(config: StudentConfig) -> Origin:
         enable_reranking=reranks,
     )
     settings.doc_max_length = config.doc_max_length
+    if isinstance(config, PretrainConfig) and config.train_data and not settings.kind.picks_tokens:
+        raise UsageError("--train_data: only a pointer is pretrained on records: give --compressor pointer")
     generator = resolve(config.generator_model)
     compressor = resolve(settings.compressor_name) if settings.compressor_name else None
     return Origin(settings, generator, compressor)

@@ -8,14 +8,11 @@ from transformers import AutoConfig, PretrainedConfig
 from scaledown.config.train import BUDGETS, GENERATOR_TRAINING
 from scaledown.data.prompts import PAPER, QUESTION, Template
 from scaledown.errors import ModelError, UsageError
+from scaledown.extensions import COMPRESSORS
+from scaledown.student.compressors.base import Compressor
 
-N_LAYERS: Final = "n_layers"
-POINTER: Final = "pointer"
-MODERNBERT: Final = "answerdotai/ModernBERT-base"
 LOWEST_RATE: Final = 4
 HIGHEST_RATE: Final = 128
-POINTER_RATES: Final = (4, 8, 16, 32)
-"""A pointer is trained at all of these, and answers at any rate from the first to the last."""
 
 
 class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers has no types
@@ -29,13 +26,12 @@ class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers h
     generator: dict[str, Any] | None = None
     """The generator's own configuration."""
     generator_name: str = ""
-    compressor: str = N_LAYERS
-    """`n_layers` or `pointer` (both the generator's first layers), `modernbert`, or the name of any encoder
-    or decoder."""
+    compressor: str = "n_layers"
+    """A name in `COMPRESSORS`, or that of any encoder or decoder."""
     compressor_config: dict[str, Any] | None = None
     """The configuration of a compressor that is a model of its own."""
     num_layers: int = 8
-    """Layers of an `n_layers` or `pointer` compressor."""
+    """Layers of a compressor that is made of the generator's first layers."""
     compression_rate: int = 16
     """Tokens to one memory token: of the longest document, 4 to 128; of a pointer, of each document, 4 to 32
     where no other rate is asked for."""
@@ -79,51 +75,55 @@ class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers h
         return math.ceil(self.doc_max_length / self.compression_rate)
 
     @property
-    def is_pointer(self) -> bool:
-        """Whether documents are compressed to embeddings of tokens that are picked from them."""
-        return self.compressor == POINTER
+    def kind(self) -> Compressor:
+        """The kind of compressor. Raises `UsageError` where it cannot be imported."""
+        found: Compressor = COMPRESSORS.find(self.compressor)
+        return found
 
     def check_reranking(self) -> None:
-        """Raise `UsageError` for a pointer with a reranking head."""
-        if self.is_pointer and self.enable_reranking:
-            raise UsageError("--enable_reranking: a pointer ranks documents by its own scores: leave it out")
+        """Raise `UsageError` for a reranking head that the compressor does not have."""
+        if self.enable_reranking and self.kind.ranks:
+            raise UsageError(
+                f"--enable_reranking: a {self.compressor} ranks documents by its own scores: leave it out"
+            )
+        if self.enable_reranking and not self.kind.has_head:
+            raise UsageError(f"--enable_reranking: --compressor {self.compressor} has no head: leave it out")
 
     @property
     def ranks(self) -> bool:
         """Whether the model tells how relevant documents are."""
-        return self.enable_reranking or self.is_pointer
+        return self.enable_reranking or self.kind.ranks
 
     def check_rate(self, rate: int) -> None:
         """Raise `UsageError` where the model cannot compress at `rate` tokens a memory token."""
-        if not self.is_pointer:
+        rates = self.kind.rates
+        if not rates:
             if rate != self.compression_rate:
                 raise UsageError(
                     f"--compression_rate {rate}: this model is trained for {self.compression_rate} alone; "
                     "only a pointer compresses at other rates"
                 )
-        elif not POINTER_RATES[0] <= rate <= POINTER_RATES[-1]:
+        elif not rates[0] <= rate <= rates[-1]:
             raise UsageError(
-                f"--compression_rate {rate}: a pointer takes {POINTER_RATES[0]} to {POINTER_RATES[-1]} "
-                "tokens a memory token"
+                f"--compression_rate {rate}: a {self.compressor} takes {rates[0]} to {rates[-1]} tokens a "
+                "memory token"
             )
 
     def check_budget(self, budget: str) -> None:
         """Raise `UsageError` where the model does not have this way to give memory tokens to documents."""
         if budget not in BUDGETS:
             raise UsageError(f"--budget {budget}: use {' or '.join(BUDGETS)}")
-        if budget == "shared" and not self.is_pointer:
+        if budget == "shared" and not self.kind.rates:
             raise UsageError("--budget shared: only a pointer shares memory tokens; use each")
 
     def memory_tokens_of(self, tokens: int, rate: int) -> int:
         """Memory tokens that stand for a document of `tokens` tokens at `rate`; a pointer's may be none."""
-        return math.ceil(tokens / rate) if self.is_pointer else self.memory_tokens
+        return math.ceil(tokens / rate) if self.kind.rates else self.memory_tokens
 
     @property
     def compressor_name(self) -> str | None:
         """The model to load as the compressor; None where it is made of the generator."""
-        if self.compressor in {N_LAYERS, POINTER}:
-            return None
-        return MODERNBERT if self.compressor == "modernbert" else self.compressor
+        return None if self.kind.of_generator else self.kind.model_name or self.compressor
 
     @property
     def template(self) -> Template:

@@ -155,7 +155,7 @@ def test_rankings_of_ids_that_come_again_can_be_evaluated(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--format", "pisco", "--push_to_hub", "me/x"], "--push_to_hub shares json, jsonl or parquet"),
+        (["--format", "pisco", "--push_to_hub", "me/x"], "--push_to_hub shares json, jsonl, parquet"),
         (["--format", "json", "--private"], "--private is for --push_to_hub"),
         (["--format", "trec"], "its run directory is not there"),
         (["{data}", "--format", "trec"], "takes one file"),

@@ -21,9 +21,8 @@ import pytest
 from misbehaving import FAULTS, Misbehaving, answer_to, mixture
 from scaledown.data.input.training_files import validate
 from scaledown.data.prompts import Prompt
-from scaledown.data.teacher import rate_limit
+from scaledown.data.teacher import dispatch, rate_limit, servers
 from scaledown.data.teacher.base import Generation, Rejection
-from scaledown.data.teacher.engines import endpoint
 from scaledown.data.teacher.engines.endpoint import EndpointTeacher
 from scaledown.data.teacher.rate_limit import Endpoint, Fault, Rate, retry_after
 from scaledown.errors import ModelError
@@ -49,8 +48,8 @@ def prompts(count: int) -> list[Prompt]:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short waits, and no key of this machine."""
     for module, name, seconds in [
-        (endpoint, "BACKOFF", 0.005),
-        (endpoint, "LONGEST_BACKOFF", 0.1),
+        (dispatch, "BACKOFF", 0.005),
+        (dispatch, "LONGEST_BACKOFF", 0.1),
         (rate_limit, "PAUSE", 0.02),
         (rate_limit, "LONGEST_PAUSE", 0.05),
     ]:
@@ -277,7 +276,7 @@ def test_a_server_that_stays_away_ends_the_run(serve: Any, monkeypatch: pytest.M
     server = serve()
     asked = teacher(server, request_timeout=0.1)
     server.stop()
-    monkeypatch.setattr(endpoint, "PATIENCE", 0.4)
+    monkeypatch.setattr(dispatch, "PATIENCE", 0.4)
     with pytest.raises(ModelError, match=r"server is down: http.* gave no .*the same command continues"):
         list(asked.answers(prompts(12)))
 
@@ -317,7 +316,7 @@ def test_a_hopeless_prompt_is_rejected_and_the_others_are_answered(serve: Any, f
     assert results[2].reason.startswith("given up after 8 tries: ")
     if fault == "model":
         assert results[2].reason.endswith("answered by another model: impostor")
-    assert server.asked["Question 2"] == endpoint.TRIES
+    assert server.asked["Question 2"] == servers.TRIES
     assert sum(isinstance(result, Answer) for result in results.values()) == 5
 
 
@@ -386,7 +385,7 @@ def test_a_listed_model_may_answer_under_other_names(
     results = dict(asked.answers(prompts(12)))
     assert right(results, 12)
     assert {result.model for result in results.values()} == set(names)
-    assert server.asked.total() == 12 + endpoint.ALIAS - 1
+    assert server.asked.total() == 12 + servers.ALIAS - 1
     assert caplog.text.count("answers for teach under the name") == 1
 
 
@@ -561,10 +560,10 @@ def test_what_waiting_does_not_mend_ends_the_run_at_once(serve: Any) -> None:
 def test_a_wait_is_shown_as_long_as_it_lasts(
     serve: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(endpoint, "LOUD_WAIT", 0.2)
+    monkeypatch.setattr(dispatch, "LOUD_WAIT", 0.2)
     monkeypatch.setattr(rate_limit, "LOUD_WAIT", 0.2)
     tracker = Tracker("teach", "answers", 1, 0)
-    monkeypatch.setattr(endpoint, "at_work", lambda: [tracker])
+    monkeypatch.setattr(dispatch, "at_work", lambda: [tracker])
     shown: list[str] = []
     monkeypatch.setattr(tracker, "_show", lambda: shown.append(tracker.line()))
     server = serve(["429"])

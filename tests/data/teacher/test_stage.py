@@ -248,6 +248,7 @@ def test_a_group_with_a_whole_shard_asks_only_for_the_rest(prepare, queries, mon
 
     queries.write_text("".join(f"what is question {number}\n" for number in range(10)))
     monkeypatch.setattr(command, "choose_backend", lambda *_: "vllm")
+    monkeypatch.setattr(command, "preflight", lambda *_: None)
     monkeypatch.setattr(command, "together", lambda _, most: most)  # as of a run of many shards
     first, second = Recorded(), Recorded()
     monkeypatch.setattr(command, "load_teacher", lambda *_: first)

@@ -13,7 +13,7 @@ import torch
 
 import tiny
 from scaledown.data.prompts import answer_prompt
-from scaledown.data.teacher.api import choose_backend, load_teacher
+from scaledown.data.teacher.api import load_teacher, preflight
 from scaledown.data.teacher.base import Engine, Generation, Rejection
 from scaledown.errors import MissingExtraError, ModelError, NoRoomError, UsageError, install_command
 from scaledown.models import resolve
@@ -272,7 +272,7 @@ def test_a_prompt_that_is_too_long_loses_documents_not_the_question(teacher) -> 
 def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch) -> None:
     source = resolve(str(tiny.causal_lm(tmp_path / "m")))
     with pytest.raises(MissingExtraError, match=re.escape(install_command("vllm"))):
-        choose_backend(Engine(backend="vllm"), source, "cuda", Generation())
+        preflight(Engine(backend="vllm"), source, "cuda", Generation())
 
 
 def test_bits_are_for_transformers(teacher) -> None:

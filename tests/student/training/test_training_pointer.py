@@ -15,9 +15,10 @@ from scaledown.config.train import PretrainConfig, TrainConfig
 from scaledown.errors import RunDirectoryError, UsageError
 from scaledown.models import resolve
 from scaledown.student.batch import collate
+from scaledown.student.compressors.pointer import RATES
 from scaledown.student.labels import copied_spans
 from scaledown.student.model import WEIGHTS, ScaleDownModel, load_tokenizer
-from scaledown.student.settings import POINTER_RATES, ScaleDownConfig
+from scaledown.student.settings import ScaleDownConfig
 from scaledown.student.train import Trained, train
 from scaledown.student.training.checkpoints import newest_checkpoint
 from scaledown.student.training.cloze import ASK
@@ -193,11 +194,11 @@ def test_examples_are_compressed_at_all_rates_or_read_or_asked_without_documents
     tower = [example for example in texts if "road" in model.tokenizer.decode(example.prompt_parts[0])]
     assert 90 < len(tower) < 150
     assert 50 < len(texts) - len(tower) < 110
-    rates = dict.fromkeys(POINTER_RATES, 0)
+    rates = dict.fromkeys(RATES, 0)
     for example in read:
         for document in example.documents[:1]:
             tokens = document.stop - document.start
-            rates[next(rate for rate in POINTER_RATES if document.memory == -(-tokens // rate))] += 1
+            rates[next(rate for rate in RATES if document.memory == -(-tokens // rate))] += 1
     assert min(rates.values()) > 20
     held = EncodedExamples(examples, model, config, trains=False)
     assert all(held[row].documents for row in range(400)), "what is held out is always compressed"
@@ -268,7 +269,7 @@ def test_pretraining_asks_cloze_questions_and_leaves_the_generator(
     defaults = {item.name: item.default for item in fields(TrainConfig) if item.name in names}
     result = train(setting(pretrained_model=pretrained.output, **defaults))
     trained = ScaleDownModel.from_pretrained(result.output)
-    assert trained.config.is_pointer
+    assert trained.config.kind.picks_tokens
     assert trained.config.doc_max_length == 64
 
 

@@ -7,6 +7,7 @@ from typing import Final
 
 from filelock import FileLock
 
+from scaledown.config.options import OUTPUT_SUFFIXES
 from scaledown.data.input.files import locate
 from scaledown.data.input.remote import Remote
 from scaledown.errors import InputError, OutputError
@@ -18,7 +19,6 @@ from scaledown.urls import is_url
 log = logging.getLogger("scaledown")
 
 _PIECE_BYTES: Final = 1 << 22
-_ENDINGS: Final = (".json", ".jsonl", ".parquet")
 
 
 def fetched(name: str, flag: str) -> Path:
@@ -34,8 +34,8 @@ def fetched(name: str, flag: str) -> Path:
         return source
     if source.is_dir():
         raise InputError(f"{flag} {source}: is a folder; name a file in it")
-    if source.path.suffix not in _ENDINGS:
-        raise InputError(f"{flag} {source}: training data ends in .json, .jsonl or .parquet")
+    if source.path.suffix not in OUTPUT_SUFFIXES:
+        raise InputError(f"{flag} {source}: training data ends in {', '.join(OUTPUT_SUFFIXES)}")
     known = bool(source.state) and source.size is not None
     if not known and int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process might get another
         raise InputError(

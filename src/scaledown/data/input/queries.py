@@ -7,16 +7,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import pyarrow as pa
 
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.input import files
 from scaledown.data.input.corpus import RENAMED
+from scaledown.data.input.query_sources import named
 from scaledown.data.input.seen import Ids
 from scaledown.errors import InputError
-from scaledown.models import hub_errors, reach_hub
+from scaledown.models import hub_errors
 from scaledown.records import Query
 from scaledown.run.atomic import atomic
 from scaledown.run.stage import Stage
@@ -29,23 +30,6 @@ QUERY_KEYS: Final = ("query", "question", "queries", "questions", "text")
 ID_KEYS: Final = ("query_id", "qid", "question_id", "id", "_id")
 SCHEMA: Final = pa.schema([("query_id", pa.large_string()), ("query", pa.large_string())])
 MS_MARCO_QUERIES: Final = 6_980
-
-
-class HubDataset(NamedTuple):
-    """A dataset of the hub: repository, configuration, and the column of its queries."""
-
-    repository: str
-    configuration: str | None
-    column: str
-
-
-HUB_DATASETS: Final = {
-    "natural_questions": HubDataset("google-research-datasets/natural_questions", "default", "question.text"),
-    "trivia_qa": HubDataset("mandarjoshi/trivia_qa", "unfiltered.nocontext", "question"),
-    "squad": HubDataset("rajpurkar/squad", None, "question"),
-    "nq_open": HubDataset("google-research-datasets/nq_open", None, "question"),
-    "pisco": HubDataset("maxoul/pisco_finetuning_data", None, ""),
-}
 
 
 def query_files(config: PrepareConfig, *, fetch: bool = True) -> list[files.Source]:
@@ -237,55 +221,25 @@ def _query(record: dict[str, Any], column: str) -> Query:
 
 
 def from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query]:
-    """Queries of a dataset of the hub, or of a local folder in any layout that `datasets` reads."""
+    """Queries of the dataset that `--query_dataset` names."""
     if not config.query_dataset or Path(config.query_dataset).is_file():
         return
-    import datasets
-
-    name, revision = config.query_dataset, ""
-    if not Path(name).exists():
-        name, _, revision = name.partition("@")
-    known = HUB_DATASETS.get(name)
-    path = Path(name)
-    datasets.disable_progress_bars()
+    name, source, revision = named(config.query_dataset)
     with hub_errors(name, "dataset"):
-        if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
-            loaded = datasets.load_from_disk(str(path))
-            splits = loaded if isinstance(loaded, datasets.DatasetDict) else {config.query_split: loaded}
-            if config.query_split not in splits:
-                raise InputError(f"dataset {name}: --query_split is one of {', '.join(splits)}")
-            data = splits[config.query_split]
-        else:
-            repository, configuration = known[:2] if known and not path.exists() else (name, None)
-            if not path.exists():
-                reach_hub()
-            data = datasets.load_dataset(
-                repository,
-                configuration,
-                split=config.query_split,
-                streaming=True,
-                revision=revision or None,
-            )
-        column = config.query_column or (known.column if known else "")
-        if column and data.column_names and column.partition(".")[0] in data.column_names:
-            ids = [key for key in ID_KEYS if key in data.column_names]
+        data: Any = source.load(config.query_split, revision)
+        column = config.query_column or source.column
+        columns = getattr(data, "column_names", None) or ()
+        if column and column.partition(".")[0] in columns:
+            ids = [key for key in ID_KEYS if key in columns]
             data = data.select_columns(list(dict.fromkeys([column.partition(".")[0], *ids])))
         rows = (files.Row(name, number, record) for number, record in enumerate(data, 1))
         yield from _from_records(rows, column, intake)
 
 
 def dataset_size(config: PrepareConfig) -> int | None:
-    """How many rows the hub says that `--query_dataset` has, or None where it does not say."""
-    import datasets
-
-    name, _, revision = config.query_dataset.partition("@")
-    known = HUB_DATASETS.get(name)
-    repository, configuration = known[:2] if known else (name, None)
-    with hub_errors(name, "dataset"):
-        reach_hub()
-        builder = datasets.load_dataset_builder(repository, configuration, revision=revision or None)
-    split = (builder.info.splits or {}).get(config.query_split)
-    return split.num_examples if split else None
+    """How many rows `--query_dataset` has, or None where its source does not say."""
+    _, source, revision = named(config.query_dataset)
+    return source.size(config.query_split, revision)
 
 
 def _written(stage: Stage, wanted: int) -> list[Query]:

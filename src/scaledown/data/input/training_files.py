@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TextIO, cast
 
@@ -18,6 +18,7 @@ from scaledown.data.input import files
 from scaledown.data.input.seen import Seen
 from scaledown.data.logprobs import problem as logprobs_problem
 from scaledown.errors import InputError
+from scaledown.extensions import OUTPUT_FORMATS
 from scaledown.records import Example, document_text
 from scaledown.run.progress import track
 
@@ -39,26 +40,51 @@ class Entry(NamedTuple):
     problem: str = ""
 
 
+class OutputFormat(NamedTuple):
+    """An entry of `OUTPUT_FORMATS`: how training data is written to a file, and read again."""
+
+    write: Callable[[Path, Iterable[Mapping[str, Any]], pa.Schema | None], int]
+    """Writes records to a new file, one by one, and gives their number. The schema is that of all records, or
+    None where only the records show it. Raises `OutputError` for what the format cannot hold."""
+    read: Callable[[Path], Iterator[Entry]]
+    """The records of such a file, one by one. Raises `InputError` where it cannot be read."""
+    needs_columns: bool = False
+    """Whether the columns of all records must be known before the first is written."""
+    builder: str = "json"
+    """What `datasets.load_dataset` calls the format."""
+
+
+def format_of(path: Path) -> OutputFormat:
+    """The format that the ending of a file names, which must be one of `OUTPUT_FORMATS`."""
+    found: OutputFormat = OUTPUT_FORMATS[path.suffix.removeprefix(".")]
+    return found
+
+
 def entries(path: Path) -> Iterator[Entry]:
-    """The records of a .json, .jsonl or .parquet file, one at a time, however large the file.
+    """The records of a training file, one at a time, however large the file.
 
     Raises `InputError` where the file is missing or of another kind.
     """
     check_file(path)
-    if path.suffix == ".parquet":
-        yield from _parquet_entries(path)
-    elif path.suffix == ".jsonl":
-        for number, line in files.lines(path):
-            try:
-                yield Entry(number, orjson.loads(line))
-            except orjson.JSONDecodeError as error:
-                yield Entry(number, None, f"invalid JSON: {error}")
-    else:
-        with path.open(encoding="utf-8") as file:
-            try:
-                yield from _json_entries(file)
-            except UnicodeDecodeError as error:
-                yield Entry(0, None, f"invalid UTF-8: {error.reason}")
+    yield from format_of(path).read(path)
+
+
+def read_json_lines(path: Path) -> Iterator[Entry]:
+    """The records of a file with one JSON object a line."""
+    for number, line in files.lines(path):
+        try:
+            yield Entry(number, orjson.loads(line))
+        except orjson.JSONDecodeError as error:
+            yield Entry(number, None, f"invalid JSON: {error}")
+
+
+def read_json(path: Path) -> Iterator[Entry]:
+    """The records of a file with one JSON list."""
+    with path.open(encoding="utf-8") as file:
+        try:
+            yield from _json_entries(file)
+        except UnicodeDecodeError as error:
+            yield Entry(0, None, f"invalid UTF-8: {error.reason}")
 
 
 def check_file(path: Path) -> None:
@@ -72,7 +98,8 @@ def check_file(path: Path) -> None:
         raise InputError(f"{path}: training data ends in {', '.join(OUTPUT_SUFFIXES)}; name such a file")
 
 
-def _parquet_entries(path: Path) -> Iterator[Entry]:
+def read_parquet(path: Path) -> Iterator[Entry]:
+    """The records of a Parquet file; a column without a value is left out of its record."""
     try:
         number = 0
         for batch in pq.ParquetFile(path, buffer_size=1 << 20).iter_batches(batch_size=256):

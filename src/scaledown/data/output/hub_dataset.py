@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scaledown.config.options import OUTPUT_SUFFIXES
-from scaledown.data.input.training_files import sound_records
+from scaledown.data.input.training_files import format_of, sound_records
 from scaledown.data.output.columns import columns_of
 from scaledown.data.output.writers import write_examples
 from scaledown.data.report.page import MADE, write_report
@@ -17,7 +17,7 @@ from scaledown.run.outputs import check_folder
 
 
 def export_dataset(files: Sequence[Path], form: str, output: Path, *, overwrite: bool = False) -> int:
-    """Write the records of training files to the folder `output` as json, jsonl or parquet; their number.
+    """Write the records of training files to the folder `output` in one of `OUTPUT_FORMATS`; their number.
 
     `datasets.load_dataset(output)` reads it. README.md, its card, and report.html come with it; they tell of
     the run where there is one file and its run directory is there. The folder appears when it is whole; one
@@ -31,7 +31,7 @@ def export_dataset(files: Sequence[Path], form: str, output: Path, *, overwrite:
         whole = Path(folder) / "whole"
         whole.mkdir()
         data = whole / f"train.{form}"
-        columns = columns_of(files) if form == "parquet" else None
+        columns = columns_of(files) if format_of(data).needs_columns else None
         count = write_examples(data, sound_records(files), columns)
         if not count:
             raise InputError(f"{files[0]}: there is no record in it; name another file")

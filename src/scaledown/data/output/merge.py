@@ -16,7 +16,7 @@ from scaledown.config.prepare import PrepareConfig
 from scaledown.config.shared import CleanConfig
 from scaledown.data.cleaning.decontaminate import Cleaner, Left
 from scaledown.data.input.seen import Seen
-from scaledown.data.input.training_files import check_file, entries, problems
+from scaledown.data.input.training_files import check_file, entries, format_of, problems
 from scaledown.data.manifest import manifest_of
 from scaledown.data.output.columns import columns_of
 from scaledown.data.output.writers import write_examples
@@ -87,7 +87,7 @@ def merge(
                     removed = {"query": record["query"], **why, "answer": record["answer"]}
                     record_removed(orjson.dumps(removed) + b"\n")
 
-        columns = columns_of(paths) if output.suffix == ".parquet" else None
+        columns = columns_of(paths) if format_of(output).needs_columns else None
         number = write_examples(output, kept(), columns)
     for path in written:
         note_made(path, "merge")

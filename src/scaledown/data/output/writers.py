@@ -10,6 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scaledown.data.input.corpus import PassageTable
+from scaledown.data.input.training_files import (
+    OutputFormat,
+    format_of,
+    read_json,
+    read_json_lines,
+    read_parquet,
+)
 from scaledown.data.output.columns import Columns
 from scaledown.data.reranker import scaled
 from scaledown.errors import OutputError
@@ -52,35 +59,28 @@ def write_examples(path: Path, records: Iterable[Mapping[str, Any]], columns: pa
     symbolic link stays one: what it points to is written. Raises `OutputError` for what Parquet cannot hold.
     """
     with atomic(path.resolve()) as temporary:
-        if path.suffix == ".parquet":
-            return _write_parquet(temporary, records, columns)
-        if path.suffix == ".jsonl":
-            return _write_json(temporary, records, opening=b"", between=b"\n", closing=b"\n", indent=False)
-        return _write_json(temporary, records, opening=b"[\n", between=b",\n", closing=b"\n]\n", indent=True)
+        return format_of(path).write(temporary, records, columns)
 
 
-def _write_json(
-    path: Path,
-    records: Iterable[Mapping[str, Any]],
-    *,
-    opening: bytes,
-    between: bytes,
-    closing: bytes,
-    indent: bool,
-) -> int:
+def _write_json(path: Path, records: Iterable[Mapping[str, Any]], schema: pa.Schema | None) -> int:
     count = 0
     with path.open("wb") as file:
-        file.write(opening)
+        file.write(b"[\n")
         for record in records:
-            if count:
-                file.write(between)
-            if indent:
-                text = orjson.dumps(record, option=orjson.OPT_INDENT_2)
-                file.write(b"  " + text.replace(b"\n", b"\n  "))
-            else:
-                file.write(orjson.dumps(record))
+            text = orjson.dumps(record, option=orjson.OPT_INDENT_2)
+            file.write(b",\n  " if count else b"  ")
+            file.write(text.replace(b"\n", b"\n  "))
             count += 1
-        file.write(closing if count or indent else b"")
+        file.write(b"\n]\n")
+    return count
+
+
+def _write_json_lines(path: Path, records: Iterable[Mapping[str, Any]], schema: pa.Schema | None) -> int:
+    count = 0
+    with path.open("wb") as file:
+        for record in records:
+            file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+            count += 1
     return count
 
 
@@ -122,3 +122,8 @@ def _fitted(record: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
         if pa.types.is_string(schema.field(name).type) and not isinstance(value, str | None):
             fitted[name] = str(value)
     return fitted
+
+
+JSON: Final = OutputFormat(_write_json, read_json)
+JSONL: Final = OutputFormat(_write_json_lines, read_json_lines)
+PARQUET: Final = OutputFormat(_write_parquet, read_parquet, needs_columns=True, builder="parquet")

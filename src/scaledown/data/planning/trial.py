@@ -22,7 +22,7 @@ from scaledown.data.reranker import Pair, Reranker, load_reranker, resolve_reran
 from scaledown.data.retrieval.encoders import Encoder, load_encoder
 from scaledown.data.retrieval.index import Ranking, Vectors, pack, search, stacked
 from scaledown.data.retrieval.stages import Candidates, TokenLists, candidates_table
-from scaledown.data.teacher.api import find_teacher, load_teacher
+from scaledown.data.teacher.api import find_teacher, is_served, load_teacher
 from scaledown.data.teacher.base import Engine, Generation, Rejection, Teacher, answer_all
 from scaledown.data.teacher.questions import questions_about
 from scaledown.errors import MissingExtraError, ModelError
@@ -205,7 +205,7 @@ class Trials(NamedTuple):
         return sorted(range(len(self.passages)), key=lambda row: len(self.passages[row].text))
 
     def _try_teacher(self, use: Callable[[Teacher], tuple[float, Used]]) -> tuple[Cost, Used | None]:
-        if self.config.teacher_endpoint:  # whose answers cost money
+        if is_served(Engine.of(self.config)):  # whose answers cost money
             return UNKNOWN, None
         return self._try(self._load_teacher, use)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from scaledown.config.flags import Parser, add_log_flags, add_overwrite, local_path, path_or_url, underscored
 from scaledown.data.input.gold import Gold, read_gold
+from scaledown.data.input.training_files import format_of
 from scaledown.data.manifest import manifest_of
 from scaledown.data.report.audit import UNGROUNDED, Audit, Looked, audit, marked, recall
 from scaledown.data.report.fidelity import fidelity, licences
@@ -354,7 +355,7 @@ def _front_matter(found: Audit) -> str:
 
 
 def _use(data: Path) -> str:
-    kind = "parquet" if data.suffix == ".parquet" else "json"
+    kind = format_of(data).builder
     name = json.dumps(data.name)
     return (
         f"\n{MADE}\n"

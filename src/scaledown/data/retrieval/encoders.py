@@ -1,14 +1,15 @@
-"""Models that turn texts into vectors: the protocol, dense bi-encoders, and which is which."""
+"""Models that turn texts into vectors: their kinds, which model is of which, and dense bi-encoders."""
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias, cast
 
 import numpy as np
 
 from scaledown.data.retrieval.index import Array, Vectors
 from scaledown.data.retrieval.splade import SpladeEncoder, by_length
 from scaledown.errors import ModelError
+from scaledown.extensions import RETRIEVER_KINDS
 from scaledown.models import Halving, ModelSource, dtype_to_run, loadable, loading, read_config_file
 
 log = logging.getLogger("scaledown")
@@ -78,8 +79,42 @@ class DenseEncoder:
         return cast("Array", np.concatenate(parts)[np.argsort(order)])
 
 
+class RetrieverKind(NamedTuple):
+    """An entry of `RETRIEVER_KINDS`: a kind of model that turns texts into vectors."""
+
+    takes: Callable[[ModelSource], bool]
+    """Whether a model is of this kind, by its files; it is not loaded for that."""
+    load: Callable[[ModelSource, str, str, int], Encoder]
+    """From a model, device, dtype and batch size to an encoder. Raises `ModelError`."""
+    is_sparse: bool
+    """Whether vectors are sparse (CSR): `--weights` and `--search approximate` are for these."""
+
+
+def kind_of(source: ModelSource) -> str:
+    """The name of the kind that a model is of: the last that takes it. Raises `ModelError` for none."""
+    for name in reversed(list(RETRIEVER_KINDS)):
+        kind: RetrieverKind = RETRIEVER_KINDS[name]
+        if kind.takes(source):
+            return name
+    raise ModelError(f"model {source.name}: no kind of retriever takes it; use one of another kind")
+
+
 def is_sparse(source: ModelSource) -> bool:
-    """Whether a retriever is SPLADE-like: a sparse sentence-transformers model or a bare masked LM."""
+    """Whether the vectors of a retriever are sparse."""
+    kind: RetrieverKind = RETRIEVER_KINDS[kind_of(source)]
+    return kind.is_sparse
+
+
+def load_encoder(source: ModelSource, device: str, dtype: str, batch_size: int) -> Encoder:
+    """The encoder behind `--retriever_model`, by the kind that the model is of."""
+    name = kind_of(source)
+    kind: RetrieverKind = RETRIEVER_KINDS[name]
+    log.info("retriever: %s, %s", source.name, name)
+    return kind.load(source, device, dtype, batch_size)
+
+
+def _is_splade(source: ModelSource) -> bool:
+    """Whether it is a sparse sentence-transformers model or a bare masked LM."""
     modules = read_config_file(source, "modules.json")
     if modules:
         return any("sparse_encoder" in module["type"] for module in modules)
@@ -87,8 +122,5 @@ def is_sparse(source: ModelSource) -> bool:
     return any(name.endswith("ForMaskedLM") for name in config.get("architectures") or ())
 
 
-def load_encoder(source: ModelSource, device: str, dtype: str, batch_size: int) -> Encoder:
-    """The encoder behind `--retriever_model`, sparse or dense by what the model is."""
-    kind = SpladeEncoder if is_sparse(source) else DenseEncoder
-    log.info("retriever: %s, %s", source.name, "SPLADE" if kind is SpladeEncoder else "dense")
-    return kind(source, device, dtype, batch_size)
+SPLADE: Final = RetrieverKind(_is_splade, SpladeEncoder, is_sparse=True)
+DENSE: Final = RetrieverKind(lambda _: True, DenseEncoder, is_sparse=False)

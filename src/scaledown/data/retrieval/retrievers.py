@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from typing import cast
 
 from scaledown.config.prepare import PrepareConfig
-from scaledown.data.retrieval.encoders import DenseEncoder, Encoder, is_sparse
+from scaledown.data.retrieval.encoders import is_sparse, load_encoder
 from scaledown.data.retrieval.index import pack, search, warn_about_top_k
-from scaledown.data.retrieval.splade import SpladeEncoder
 from scaledown.errors import ModelError, UsageError
 from scaledown.models import choose_device, resolve
 from scaledown.records import DocumentDict, RetrievedDict, document_text
@@ -22,7 +21,7 @@ class DenseRetriever:
     `device` is auto, cpu, cuda, cuda:N or mps; `dtype` is auto, float32, bfloat16 or float16.
     """
 
-    _encoder_type: type[SpladeEncoder] | type[DenseEncoder] = DenseEncoder
+    _is_sparse = False
 
     def __init__(
         self,
@@ -33,12 +32,12 @@ class DenseRetriever:
         batch_size: int = PrepareConfig.batch_size,
     ) -> None:
         source = resolve(model_name)
-        if is_sparse(source) != (self._encoder_type is SpladeEncoder):
+        if is_sparse(source) != self._is_sparse:
             kind, right = ("SPLADE", "SPLADERetriever") if is_sparse(source) else ("dense", "DenseRetriever")
             raise ModelError(f"model {model_name} is a {kind} model: use {right}")
         device = choose_device(device)
         size = PrepareConfig.batch_for("batch_size", batch_size, device)
-        self._encoder: Encoder = self._encoder_type(source, device, dtype, size)
+        self._encoder = load_encoder(source, device, dtype, size)
 
     def retrieve(
         self, queries: Sequence[str], corpus: Sequence[DocumentDict], top_k: int = 5
@@ -75,7 +74,7 @@ class SPLADERetriever(DenseRetriever):
     `device` is auto, cpu, cuda, cuda:N or mps; `dtype` is auto, float32, bfloat16 or float16.
     """
 
-    _encoder_type = SpladeEncoder
+    _is_sparse = True
 
     def __init__(
         self,

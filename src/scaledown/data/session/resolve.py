@@ -13,8 +13,8 @@ from scaledown.data.prompts import load_template
 from scaledown.data.reranker import resolve_reranker
 from scaledown.data.retrieval.encoders import is_sparse
 from scaledown.data.retrieval.seismic import seismic
-from scaledown.data.teacher.api import check_teacher, find_teacher
-from scaledown.data.teacher.base import Engine
+from scaledown.data.teacher.api import check_options, check_teacher, find_teacher
+from scaledown.data.teacher.base import Engine, Generation
 from scaledown.errors import UsageError
 from scaledown.models import resolve
 from scaledown.run.outputs import check_apart, lies_in
@@ -30,6 +30,7 @@ def find(config: PrepareConfig) -> Sources:
         log.warning("--reranker_model is not used: add --enable_reranking or --top_k_reranking")
     load_template(config.prompt)
     engine = Engine.of(config)
+    check_options(engine, Generation.of(config))
     retriever, teacher = resolve(config.retriever_model), find_teacher(config.teacher_model, engine)
     second = find_teacher(config.second_teacher_model, engine) if config.second_teacher_model else None
     if config.search == "approximate":

@@ -12,6 +12,8 @@ from scaledown.config.prepare import PrepareConfig
 from scaledown.data.build_index import stage_line
 from scaledown.data.input.training_files import entries
 from scaledown.data.planning.plan import compared, planned_seconds
+from scaledown.data.teacher.api import is_served
+from scaledown.data.teacher.base import Engine
 from scaledown.errors import one_line
 from scaledown.records import Example
 from scaledown.run.locations import output_of, run_of
@@ -122,7 +124,7 @@ def _training(config: PrepareConfig) -> str:
     data = output_of(config)
     folder = "model" if is_url(config.output_file) else str(data.path.parent / "model")
     words = ["train", "--train_data", str(data), "--output_dir", folder]
-    if config.teacher_model != PrepareConfig.teacher_model and not config.teacher_endpoint:
+    if config.teacher_model != PrepareConfig.teacher_model and not is_served(Engine.of(config)):
         words += ["--generator_model", config.teacher_model]
     if config.enable_reranking:
         words.append("--enable_reranking")

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from scaledown.data.prompts import VERSION as PROMPT_VERSION
 from scaledown.data.prompts import Template, load_template
 from scaledown.data.session.enter import Session
-from scaledown.data.teacher.api import choose_backend, load_teacher
+from scaledown.data.teacher.api import AUTO, choose_backend, engine_of, load_teacher, preflight
 from scaledown.data.teacher.base import Engine, Generation, Teacher
 from scaledown.models import ModelSource
 from scaledown.run.atomic import write_json
@@ -35,22 +35,22 @@ def find_teachers(session: Session) -> Teachers:
     template = load_template(config.prompt)
     settings = {
         "backend": engine.backend,
-        "bits": 8 if config.teacher_8bit else 4 if config.teacher_4bit else 0,
+        "bits": generation.bits,
         "lora": session.identities.get("lora"),
         "prompt": [PROMPT_VERSION, *template],
         "document_tokens": config.teacher_document_tokens,
         "context": config.teacher_context,
         "max_new_tokens": config.max_new_tokens,
     }
-    if engine.backend != "endpoint":
+    own = engine_of(engine.backend)
+    if not own.served:
         settings |= session.machine
-    if engine.backend == "transformers":
+    if own.deterministic:
         settings |= {"batch_size": config.teacher_batch_size}
-    teachers = Teachers(engine, generation, template, session.device, config.dtype, settings)
-    if engine.backend == "endpoint" and not run.storage.glob(run.path, "answers/*/done.json"):
+    if not run.storage.glob(run.path, "answers/*/done.json"):
         for model in filter(None, (sources.teacher, sources.second_teacher)):
-            teachers.load(model)  # looks for the server, the key and the model
-    return teachers
+            preflight(engine, model, session.device, generation)
+    return Teachers(engine, generation, template, session.device, config.dtype, settings)
 
 
 def _keep_backend(session: Session, engine: Engine, generation: Generation) -> str:
@@ -61,7 +61,7 @@ def _keep_backend(session: Session, engine: Engine, generation: Generation) -> s
     run, sources, device = session.run, session.sources, session.device
     path = run.path / "engine.json"
     kept = run.storage.read_json(path)
-    if engine.backend == "auto" and isinstance(kept, dict) and kept.get("request") == session.request:
+    if engine.backend == AUTO and isinstance(kept, dict) and kept.get("request") == session.request:
         engine = engine._replace(backend=str(kept.get("backend")))
     backend = choose_backend(engine, sources.teacher, device, generation)
     if sources.second_teacher:

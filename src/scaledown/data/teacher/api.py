@@ -1,4 +1,4 @@
-"""The teacher: prompts in, answers out. Engines live in `teachers/`."""
+"""The teacher: prompts in, answers out, on one of the engines in `TEACHER_ENGINES`."""
 
 import importlib.util
 import logging
@@ -7,10 +7,17 @@ from typing import Final
 
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.prompts import answer_prompt, load_template
-from scaledown.data.teacher.base import Engine, Generation, Rejection, Teacher, answer_all
-from scaledown.data.teacher.engines.openvino import EXPORT, is_exported, openvino_genai
-from scaledown.data.teacher.engines.vllm import check_vllm
+from scaledown.data.teacher.base import (
+    Engine,
+    Generation,
+    Rejection,
+    Setup,
+    Teacher,
+    TeacherEngine,
+    answer_all,
+)
 from scaledown.errors import MissingExtraError, ModelError, UsageError, install_command
+from scaledown.extensions import TEACHER_ENGINES
 from scaledown.gpus import OnDevice
 from scaledown.models import ModelSource, choose_device, hub_errors, read_config_file, resolve
 from scaledown.records import Example, QueryWithDocuments, check_records, document_text
@@ -18,7 +25,7 @@ from scaledown.run.progress import track
 
 log = logging.getLogger("scaledown")
 
-_AGAIN_TEMPERATURE: Final = 0.7
+AUTO: Final = "auto"
 _WRITERS: Final = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "ForConditionalGeneration")
 
 
@@ -43,45 +50,75 @@ def check_teacher(source: ModelSource, *, load_in_8bit: bool, load_in_4bit: bool
         )
 
 
+def engine_of(backend: str) -> TeacherEngine:
+    """The engine behind `--teacher_backend`, by its name. Raises `UsageError` where there is none."""
+    if backend not in TEACHER_ENGINES:
+        raise UsageError(f"--teacher_backend {backend}: use auto, {', '.join(TEACHER_ENGINES)}")
+    engine: TeacherEngine = TEACHER_ENGINES[backend]
+    return engine
+
+
+def is_served(engine: Engine) -> bool:
+    """Whether the teacher is behind a server."""
+    return bool(engine.endpoints) if engine.backend == AUTO else engine_of(engine.backend).served
+
+
 def find_teacher(name: str, engine: Engine) -> ModelSource:
-    """The teacher's weights; behind a server only its name."""
-    return ModelSource(name, "") if engine.endpoints else resolve(name)
+    """The teacher's weights; behind a server only its name. Raises `ModelError`, `UsageError`."""
+    return ModelSource(name, "") if is_served(engine) else resolve(name)
+
+
+def check_options(engine: Engine, generation: Generation) -> None:
+    """Raise `UsageError` where the engine does not have what is asked of it."""
+    if engine.backend == AUTO and not _able(engine, generation):
+        raise UsageError(
+            "no --teacher_backend has all that is asked of --teacher_endpoint, --teacher_lora, "
+            "--teacher_logprobs, --teacher_8bit and --teacher_4bit: leave some out"
+        )
+    if engine.backend == AUTO:
+        return
+    own, backend = engine_of(engine.backend), f"--teacher_backend {engine.backend}"
+    if engine.endpoints and not own.served:
+        raise UsageError(f"--teacher_endpoint and {backend} exclude each other")
+    if generation.bits and not own.has_bits:
+        instead = "a server loads its model itself" if own.served else "name a quantised checkpoint"
+        raise UsageError(f"--teacher_8bit and --teacher_4bit: {backend} has neither: {instead}")
+    if engine.lora and not own.has_lora:
+        raise UsageError(f"--teacher_lora: {backend} has none: merge it into the model first")
+    if generation.logprobs and not own.has_logprobs:
+        others = ", ".join(name for name in TEACHER_ENGINES if engine_of(name).has_logprobs)
+        raise UsageError(f"--teacher_logprobs: {backend} gives none: use one of {others}")
+
+
+def _able(engine: Engine, generation: Generation) -> dict[str, TeacherEngine]:
+    """The engines that have what is asked, by name."""
+    engines = {name: engine_of(name) for name in TEACHER_ENGINES}
+    return {
+        name: own
+        for name, own in engines.items()
+        if own.served >= bool(engine.endpoints)
+        and own.has_bits >= bool(generation.bits)
+        and own.has_lora >= bool(engine.lora)
+        and own.has_logprobs >= bool(generation.logprobs)
+    }
 
 
 def choose_backend(engine: Engine, source: ModelSource, device: str, generation: Generation) -> str:
-    """`auto` becomes the fastest engine that is installed for `device` and can load the teacher.
+    """The name of the engine; `auto` becomes the last that has what is asked, and suits device and teacher.
 
-    Raises `MissingExtraError` or `UsageError` for an engine that was named and cannot.
+    Raises `UsageError` for an engine that does not have what is asked of it.
     """
-    bits = generation.load_in_8bit or generation.load_in_4bit
-    if bits and engine.backend not in {"auto", "transformers"}:
-        raise UsageError(
-            "--teacher_8bit and --teacher_4bit are for transformers: with --teacher_backend "
-            f"{engine.backend} name a quantised checkpoint"
-        )
-    if engine.lora and engine.backend not in {"auto", "vllm"}:
-        raise UsageError(
-            f"--teacher_lora is for vllm: with --teacher_backend {engine.backend} merge it first"
-        )
-    if engine.backend == "vllm" or engine.lora:
-        check_vllm()
-        return "vllm"
-    if engine.backend == "openvino":
-        openvino_genai()
-        if not is_exported(source):
-            raise ModelError(f"{source.name} is not exported for OpenVINO: run {EXPORT} {source.name} once")
-    if engine.backend != "auto":
+    check_options(engine, generation)
+    if engine.backend != AUTO:
         return engine.backend
-    if engine.endpoints:
-        return "endpoint"
-    if device.startswith("cuda") and not bits and importlib.util.find_spec("vllm"):
-        return "vllm"
-    beyond_openvino = bits or generation.logprobs
-    if device == "cpu" and not beyond_openvino and importlib.util.find_spec("openvino_genai"):
-        if is_exported(source):
-            return "openvino"
-        log.info("OpenVINO would be faster: run %s %s once", EXPORT, source.name)
-    return "transformers"
+    able, setup = _able(engine, generation), Setup(source, device, generation, engine)
+    suited = (name for name, own in reversed(able.items()) if own.suits(setup))
+    return next(suited, [*able][-1])  # where none suits, the last says why when it is checked
+
+
+def preflight(engine: Engine, source: ModelSource, device: str, generation: Generation) -> None:
+    """Find out before any work whether the engine can load the teacher here. Raises `ScaleDownError`."""
+    engine_of(engine.backend).preflight(Setup(source, device, generation, engine))
 
 
 def load_teacher(  # noqa: PLR0917
@@ -97,41 +134,14 @@ def load_teacher(  # noqa: PLR0917
     `spent_tokens` is what an earlier run of the same settings took from `--max_total_tokens`.
     """
     backend = choose_backend(engine, source, device, generation)
-    if backend == "endpoint":
-        from scaledown.data.teacher.engines.endpoint import EndpointTeacher
-
-        log.info("teacher: %s at %s", source.name, ", ".join(engine.endpoints))
-        return EndpointTeacher(
-            source.name,
-            engine.endpoints,
-            generation,
-            max_total_tokens=engine.max_total_tokens,
-            max_requests_per_minute=engine.max_requests_per_minute,
-            request_timeout=engine.request_timeout,
-            spent_tokens=spent_tokens,
-        )
-    check_teacher(source, load_in_8bit=generation.load_in_8bit, load_in_4bit=generation.load_in_4bit)
-    bits = " in 8 bits" if generation.load_in_8bit else " in 4 bits" if generation.load_in_4bit else ""
-    log.info("teacher: %s%s, %s on %s", source.name, bits, backend, device)
-    if backend == "vllm":
-        from scaledown.data.teacher.engines.vllm import VllmTeacher
-
-        return VllmTeacher(
-            source,
-            device,
-            dtype,
-            generation,
-            lora=engine.lora,
-            tensor_parallel=engine.tensor_parallel,
-            memory=engine.memory,
-        )
-    if backend == "openvino":
-        from scaledown.data.teacher.engines.openvino import OpenVINOTeacher
-
-        return OpenVINOTeacher(source, generation)
-    from scaledown.data.teacher.engines.transformers import TransformersTeacher
-
-    return TransformersTeacher(source, device, dtype, generation)
+    own = engine_of(backend)
+    if own.served:
+        log.info("teacher: %s, %s %s", source.name, backend, ", ".join(engine.endpoints))
+    else:
+        check_teacher(source, load_in_8bit=generation.load_in_8bit, load_in_4bit=generation.load_in_4bit)
+        bits = f" in {generation.bits} bits" if generation.bits else ""
+        log.info("teacher: %s%s, %s on %s", source.name, bits, backend, device)
+    return own.load(Setup(source, device, generation, engine, dtype, spent_tokens))
 
 
 def generate_teacher_answers(

@@ -1,13 +1,13 @@
-"""Engines that answer prompts, one file each, and the contract they keep."""
+"""What every teacher engine is: the teacher that it loads, and what the engine declares about itself."""
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from scaledown.config.prepare import PrepareConfig
 from scaledown.config.shared import EngineConfig
 from scaledown.data.prompts import Prompt
-from scaledown.models import Halving
+from scaledown.models import Halving, ModelSource
 from scaledown.records import Answer
 
 
@@ -29,6 +29,11 @@ class Generation(NamedTuple):
     """That of answers, where `--temperature` decides it."""
     if_cut_short: str = "raise --max_new_tokens, or let the model reason less"
     """What to do where a reply ends before its answer begins."""
+
+    @property
+    def bits(self) -> int:
+        """8 or 4, or 0 for weights as they are stored."""
+        return 8 if self.load_in_8bit else 4 if self.load_in_4bit else 0
 
     @classmethod
     def of(cls, config: PrepareConfig) -> "Generation":
@@ -98,6 +103,58 @@ class Teacher(Protocol):
         Places in `have` are answered already: an engine asks them again only where equal bytes need it.
         Whoever takes the answers keeps each before the next is asked for, and may stop at any time.
         """
+
+
+class Setup(NamedTuple):
+    """What an engine loads a teacher from."""
+
+    source: ModelSource
+    """Its weights; without a location where the engine asks a server."""
+    device: str
+    """cpu, cuda, cuda:N or mps."""
+    generation: Generation
+    engine: Engine
+    dtype: str = "auto"
+    spent_tokens: int = 0
+    """What an earlier run of the same settings took from `--max_total_tokens`."""
+
+
+SHARDS_AT_ONCE: Final = 16
+"""Of engines that schedule by themselves: so many shards of prompts keep them busy."""
+
+
+def _no_check(setup: Setup) -> None:
+    """Nothing can be missing."""
+
+
+def _only_by_name(setup: Setup) -> bool:
+    return False
+
+
+class TeacherEngine(NamedTuple):
+    """An entry of `TEACHER_ENGINES`: how teachers are loaded, and what the engine declares about itself."""
+
+    load: Callable[[Setup], Teacher]
+    """Gives a teacher that is ready. Raises `ModelError` for a model that cannot be loaded."""
+    preflight: Callable[[Setup], None] = _no_check
+    """Checks before any work, without loading the model: raises the `ScaleDownError` that `load` would."""
+    suits: Callable[[Setup], bool] = _only_by_name
+    """Whether `--teacher_backend auto` takes the engine here."""
+    deterministic: bool = False
+    """Whether two runs on the same kind of machine give the same bytes. Its batches then come from the plan
+    of the run, and `--teacher_batch_size` is among what answers depend on."""
+    shards_at_once: int = SHARDS_AT_ONCE
+    """How many shards of prompts it is asked together."""
+    served: bool = False
+    """Whether the model is behind a server, which alone knows its weights and its hardware."""
+    has_bits: bool = False
+    """Whether it loads a model in 8 or 4 bits."""
+    has_lora: bool = False
+    """Whether it loads a LoRA adapter beside the model."""
+    has_logprobs: bool = False
+    """Whether answers come with log probabilities."""
+    library: str = ""
+    """The distribution that it needs, whose version a run's manifest records."""
 
 
 def answer_all(

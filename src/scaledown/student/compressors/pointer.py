@@ -4,17 +4,22 @@ Hard selection needs no new tokens that have to learn to fetch something from a 
 """
 
 import re
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import nn
+
+from scaledown.student.batch import Group
+from scaledown.student.compressors.base import Compressed, Compressor, in_order, nothing
 
 NO_WORD: Final = -1
 _SCORED: Final = 128  # units that read a state
 _CONTEXT: Final = 96  # units of the recurrent layer, each way
 _FEATURES: Final = 2
 _WINDOW: Final = 11  # tokens over which matches with the query are averaged
+RATES: Final = (4, 8, 16, 32)
+"""It is trained at all of these, and compresses at any rate from the first to the last."""
 PADDED: Final = -1e4  # the score of padding: finite, so that a softmax over it has gradients
 
 
@@ -89,6 +94,108 @@ class Pointer(nn.Module):
         carried = self.carry(normed(states[picked]).to(self.carry.weight.dtype))
         embeddings: torch.Tensor = tokens[picked] + carried.to(tokens.dtype)
         return embeddings
+
+
+class _Scored(NamedTuple):
+    """A group of documents, their own tokens only."""
+
+    ids: torch.Tensor
+    """[documents, tokens]."""
+    states: torch.Tensor
+    """[documents, tokens, width]."""
+    scores: torch.Tensor
+    """[documents, tokens] float32."""
+    lengths: torch.Tensor
+    """[documents]."""
+    counts: torch.Tensor
+    """[documents]: tokens to be picked of each."""
+
+
+class PicksTokens(Compressor):
+    """The kind of compressor: a pointer over the generator's first layers."""
+
+    label = "pointer"
+    learning_rate = 3e-4
+    betas = (0.9, 0.98)  # of runs of hundreds of steps, which a longer memory would span
+    # What scores tokens is new; and one step at the full rate would move what is added to a token's embedding
+    # by the length of an embedding.
+    part_rates: Mapping[str, float] = {"pointer": 10 / 3, "pointer.carry": 1 / 15}
+    float32_parts = ("pointer",)  # small, and ranks tokens
+    rates = RATES
+    ranks = True
+    picks_tokens = True
+
+    def add_parts(self, model: Any) -> None:
+        """The pointer."""
+        embeddings = model.compressor.get_input_embeddings()
+        model.pointer = Pointer(embeddings.embedding_dim, embeddings.num_embeddings)
+
+    def start(self, model: Any, tokenizer: Any) -> None:
+        """Begin where picking is even."""
+        model.pointer.start(tokenizer)
+
+    def loaded(self, model: Any) -> None:
+        """Numbers of words were kept in float32 with the rest."""
+        model.pointer.words = model.pointer.words.long()
+
+    def choose_pretrained(self, model: Any) -> None:
+        """Train what picks tokens, and nothing that reads them: pretraining needs no generator."""
+        model.generator.requires_grad_(requires_grad=False)
+        model.pointer.carry.requires_grad_(requires_grad=False)
+
+    def loss(self, compressed: Compressed, copied: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor | None:
+        """Cross-entropy on the tokens that answers copy, see `pointer_loss`."""
+        scores = compressed.token_scores
+        return None if scores is None else pointer_loss(scores, copied, sizes)
+
+    def compress(self, model: Any, groups: Sequence[Group], shared: Sequence[int]) -> Compressed:
+        """Pick tokens; relevance is the score of a document's best token."""
+        if not groups:
+            return nothing(model)
+        scored = [_score(model, group) for group in groups]
+        order = in_order(groups)
+        longest = max(own.scores.shape[1] for own in scored)
+        scores = torch.cat(
+            [
+                nn.functional.pad(own.scores, (0, longest - own.scores.shape[1]), value=PADDED)
+                for own in scored
+            ]
+        )
+        counts, lengths = (
+            torch.cat([getattr(own, name) for own in scored]) for name in ("counts", "lengths")
+        )
+        if shared:  # over the documents of a question, in their order
+            chosen = torch.empty_like(scores, dtype=torch.bool)
+            chosen[order] = share(scores[order], counts[order], lengths[order], shared)
+        else:
+            chosen = choose(scores, counts, lengths)
+        picked: list[torch.Tensor] = []
+        first = 0
+        for own in scored:  # states of all documents side by side would be padded to the longest
+            mine = chosen[first : first + len(own.ids), : own.ids.shape[1]]
+            first += len(own.ids)
+            words = model.get_input_embeddings()(own.ids)
+            embeddings = model.pointer.embed(words, own.states, mine)
+            picked += torch.split(embeddings, mine.sum(1).tolist())
+        return Compressed(
+            torch.cat([picked[place] for place in order.tolist()]),
+            [len(picked[place]) for place in order.tolist()],
+            scores[order].max(1).values,
+            scores[order],
+            chosen[order],
+        )
+
+
+def _score(model: Any, group: Group) -> _Scored:
+    ids, starts = group["ids"].to(model.device), group["starts"].to(model.device)
+    lengths = group["stops"].to(model.device) - starts
+    states = model.compressor(input_ids=ids).last_hidden_state  # causal: padding is on the right
+    steps = torch.arange(max(1, int(lengths.max())), device=ids.device)
+    places = (starts[:, None] + steps).clamp(max=ids.shape[1] - 1)  # [documents, tokens]
+    states = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+    found = matches(model.pointer.words[ids], starts, places)
+    scores = model.pointer(states, lengths, found)
+    return _Scored(ids.gather(1, places), states, scores, lengths, group["counts"].to(ids.device))
 
 
 def matches(words: torch.Tensor, starts: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -176,3 +283,6 @@ def same_words(tokenizer: Any, vocabulary: int) -> list[int]:
             word = word[:-1]
         found.append(numbers.setdefault(word, len(numbers)))
     return found
+
+
+POINTER: Final = PicksTokens()

@@ -1,4 +1,4 @@
-"""Examples as training and evaluation see them: token ids, at one of a pointer's rates, or as plain text."""
+"""Examples as training and evaluation see them: token ids, compressed at some rate, or plain text."""
 
 from typing import Any, NamedTuple
 
@@ -6,14 +6,14 @@ import numpy as np
 
 from scaledown.config.train import PretrainConfig, StudentConfig, TrainConfig
 from scaledown.student.batch import Encoded, Reader
-from scaledown.student.settings import POINTER_RATES
+from scaledown.student.compressors.base import Compressor
 from scaledown.student.training.training_data import Examples
 
 
 class EncodedExamples:
     """Examples as token ids, tokenised when they are asked for.
 
-    In training (`trains`) a pointer compresses each at one of its rates, and some examples have their
+    In training (`trains`) a compressor with several rates takes one for each, and some examples have their
     documents as text or none at all. Which, depends on the seed and the place alone: `place` counts on from
     pass to pass, so that a record is drawn anew in each.
     """
@@ -21,24 +21,24 @@ class EncodedExamples:
     def __init__(self, examples: Examples, model: Any, config: StudentConfig, *, trains: bool) -> None:
         self._examples = examples
         self._reader: Reader = model.reader
-        self._is_pointer: bool = model.config.is_pointer
+        self._kind: Compressor = model.config.kind
         self._config = config
         self._trains = trains
 
     def __getitem__(self, place: int) -> Encoded:
         query, documents, answer, scores = self._examples[place % len(self._examples)]
         config, random = self._config, np.random.default_rng((self._config.seed, place))
-        if isinstance(config, PretrainConfig) and self._is_pointer:  # nothing is generated
+        if isinstance(config, PretrainConfig) and self._kind.picks_tokens:  # nothing is generated
             return Encoded(self._reader.read(query, documents, answer), [], [], None)
-        rate, chance = (int(random.choice(POINTER_RATES)), random.random()) if self._trains else (0, 1.0)
+        rates = self._kind.rates or (0, 0, 0, 0)  # drawn for all kinds: the next number depends on it
+        rate, chance = (int(random.choice(rates)), random.random()) if self._trains else (0, 1.0)
         if isinstance(config, TrainConfig) and chance < config.text_fraction + config.closed_book_fraction:
             shown = documents if chance < config.text_fraction else []
             ids = self._reader.answer_ids(answer)[: self._reader.context // 2]
             encoded = self._reader.encode_text(query, shown, len(ids))._replace(answer_ids=ids)
-        elif self._is_pointer:
-            encoded = self._reader.encode(query, documents, answer, rate=rate)
         else:
-            encoded = self._reader.encode(query, documents, answer, scores)
+            learned = None if self._kind.ranks else scores
+            encoded = self._reader.encode(query, documents, answer, learned, rate=rate)
         room = self._reader.context - encoded.prompt_length
         return encoded._replace(answer_ids=encoded.answer_ids[: max(1, room)])
 

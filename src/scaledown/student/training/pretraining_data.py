@@ -17,9 +17,10 @@ from scaledown.data.input.corpus import ROWS_AT_ONCE, cut_rows, plain
 from scaledown.data.input.gold import read_gold
 from scaledown.data.prompts import CONTINUE, REPEAT
 from scaledown.errors import InputError, ModelError
+from scaledown.extensions import COMPRESSORS
 from scaledown.records import Passage, full_text
+from scaledown.student.compressors.base import Compressor
 from scaledown.student.labels import copied_spans
-from scaledown.student.settings import POINTER
 from scaledown.student.training.cloze import cloze_questions
 from scaledown.student.training.training_data import (
     Examples,
@@ -60,7 +61,8 @@ def pretraining_parts(config: PretrainConfig, tokenizer: Any, folder: Path) -> P
     if len(bad) > _MESSAGES:
         log.warning("%s more rows are unusable", f"{len(bad) - _MESSAGES:,}")
     if not len(examples):
-        asked = " in which a name or a number can be hidden" if config.compressor == POINTER else ""
+        picks = COMPRESSORS.find(config.compressor).picks_tokens
+        asked = " in which a name or a number can be hidden" if picks else ""
         raise InputError(f"--corpus_path {config.corpus_path}: no article with text{asked}; check the file")
     examples.skipped = len(bad) + (records.skipped if records else 0)
     return split_parts(examples, config)
@@ -110,10 +112,11 @@ def pretraining_examples(
 ) -> Iterator[tuple[str, TrainingExample]]:
     """An example of each passage, behind its name; rows that are no article are told in `bad`.
 
-    A pointer gets a cloze question of one sentence, if any has one. Others get one of the two tasks; the last
-    passage of an article is repeated. All depends on `config.seed` and the name alone.
+    A compressor that picks tokens gets a cloze question of one sentence, if any has one. Others get one of
+    the two tasks; the last passage of an article is repeated. All depends on `config.seed` and the name.
     """
-    examples = _questions if config.compressor == POINTER else _of_article
+    kind: Compressor = COMPRESSORS.find(config.compressor)
+    examples = _questions if kind.picks_tokens else _of_article
     corpus = files.locate(config.corpus_path, "--corpus_path")
     paths = files.sources(corpus, "--corpus_path")
     rows = itertools.chain.from_iterable(map(files.rows, paths))

@@ -130,15 +130,15 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin) -> Trained:
             *(documents.longest, documents.most, documents.most),
         )
     settings.doc_max_length = settings.doc_max_length or max(1, documents.longest)
-    if settings.is_pointer:
+    if settings.kind.picks_tokens:
         _tell_labels(taught)
     if is_first():
         write_json(output / SETTINGS_FILE, memory)
     set_seed(config.seed)
     # Accelerate knows which device is that of each of several processes.
     model = origin.load(dtype, "cpu" if _is_one_of_several() else device)
-    if isinstance(config, PretrainConfig) and model.config.is_pointer:
-        model.train_pointer_only()
+    if isinstance(config, PretrainConfig):
+        settings.kind.choose_pretrained(model)
     trainer = make_trainer(model, config, taught, held, device)
     log.info(
         "%s examples, %s steps of %s, %s held out; %s memory tokens a document of up to %s; %s",

@@ -14,13 +14,10 @@ from scaledown.config.train import StudentConfig
 from scaledown.errors import MissingExtraError, UsageError
 from scaledown.models import choose_dtype
 from scaledown.student.training.encoded_examples import Batches, EncodedExamples
-from scaledown.student.training.learning_rates import COMPRESSOR_RATES, SEPARATE_RATE, parameter_groups
+from scaledown.student.training.learning_rates import parameter_groups
 from scaledown.student.training.schedule import Schedule
 from scaledown.student.training.trainer import StudentTrainer
 from scaledown.student.training.training_data import Subset, shares, training_order
-
-ADAM_BETA: Final = 0.999
-POINTER_BETA: Final = 0.98  # of runs of hundreds of steps, which a longer memory would span
 
 CPU_MICRO_BATCH: Final = 4  # more is no faster there, and Linux kills what takes too much memory
 
@@ -96,10 +93,10 @@ def _optimizer(model: Any, config: StudentConfig) -> torch.optim.Optimizer:
         names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # within transformers 5
         enable = next(getattr(model, name) for name in names if hasattr(model, name))
         enable({"use_reentrant": False})
-    usual = COMPRESSOR_RATES.get(model.config.compressor, SEPARATE_RATE)
+    kind = model.config.kind
     return torch.optim.AdamW(
-        parameter_groups(model, config.learning_rate_generator, config.compressor_rate(usual)),
-        betas=(0.9, POINTER_BETA if model.config.is_pointer else ADAM_BETA),
+        parameter_groups(model, config.learning_rate_generator, config.compressor_rate(kind.learning_rate)),
+        betas=kind.betas,
         fused=True,
     )
 

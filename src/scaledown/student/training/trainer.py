@@ -210,7 +210,7 @@ class StudentTrainer:
     def _told(self, losses: dict[str, float]) -> dict[str, float]:
         """The losses that the model has, where it has more than that of the answers."""
         settings = self.model.config
-        has = {"rerank_loss": settings.enable_reranking, "pointer_loss": settings.is_pointer}
+        has = {"rerank_loss": settings.enable_reranking, "pointer_loss": settings.kind.picks_tokens}
         return {name: value for name, value in losses.items() if has.get(name, any(has.values()))}
 
     def _before_part(self, count: int) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import hashlib
+import importlib.util
 import itertools
 import logging
 import re
@@ -14,7 +15,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from scaledown.data.prompts import Prompt
-from scaledown.data.teacher.base import Generation, Rejection, seed_of
+from scaledown.data.teacher.base import Generation, Rejection, Setup, TeacherEngine, seed_of
 from scaledown.data.teacher.context import Context, context_tokens
 from scaledown.data.teacher.reply import heard
 from scaledown.errors import MissingExtraError, ModelError, install_command
@@ -63,6 +64,12 @@ def is_exported(source: ModelSource) -> bool:
     return (exported(source) / "openvino_model.xml").exists()
 
 
+def _check_exported(source: ModelSource) -> None:
+    """Raise `ModelError` where the export is not there."""
+    if not is_exported(source):
+        raise ModelError(f"model {source.name} is not exported for OpenVINO: run {EXPORT} {source.name} once")
+
+
 class _SignalStack(ctypes.Structure):
     """Linux's `stack_t`: where this thread handles signals."""
 
@@ -89,10 +96,7 @@ class OpenVINOTeacher:
     def __init__(self, source: ModelSource, generation: Generation) -> None:
         library = openvino_genai()
         folder = exported(source)
-        if not is_exported(source):
-            raise ModelError(
-                f"model {source.name} is not exported for OpenVINO: run {EXPORT} {source.name} once"
-            )
+        _check_exported(source)
         from transformers import AutoConfig, AutoTokenizer
 
         quiet_libraries()
@@ -244,3 +248,24 @@ def _stops(folder: Path, config: Any, tokenizer: Any) -> set[int]:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _preflight(setup: Setup) -> None:
+    openvino_genai()
+    _check_exported(setup.source)
+
+
+def _suits(setup: Setup) -> bool:
+    if setup.device != "cpu" or importlib.util.find_spec("openvino_genai") is None:
+        return False
+    if not (found := is_exported(setup.source)):
+        log.info("OpenVINO would be faster: run %s %s once", EXPORT, setup.source.name)
+    return found
+
+
+ENGINE: Final = TeacherEngine(
+    lambda setup: OpenVINOTeacher(setup.source, setup.generation),
+    preflight=_preflight,
+    suits=_suits,
+    library="openvino-genai",
+)

@@ -2,14 +2,14 @@
 
 import itertools
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
 from scaledown.config.shared import EngineConfig
 from scaledown.data.logprobs import from_ids
 from scaledown.data.prompts import Prompt
-from scaledown.data.teacher.base import Generation, Rejection, seed_of
+from scaledown.data.teacher.base import Generation, Rejection, Setup, TeacherEngine, seed_of
 from scaledown.data.teacher.context import Context, context_tokens
 from scaledown.data.teacher.reply import heard
 from scaledown.errors import ModelError
@@ -191,3 +191,18 @@ def _quantization(generation: Generation, device: str, dtype: str) -> Any:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype_to_run(dtype, device)
     )
+
+
+def _load(setup: Setup) -> TransformersTeacher:
+    return TransformersTeacher(setup.source, setup.device, setup.dtype, setup.generation)
+
+
+ENGINE: Final = TeacherEngine(
+    _load,
+    suits=lambda _: True,
+    deterministic=True,
+    shards_at_once=1,  # its batches are those of a shard
+    has_bits=True,
+    has_logprobs=True,
+    library="transformers",
+)

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeAlias
 
 from scaledown.data.logprobs import from_ids
 from scaledown.data.prompts import Prompt
-from scaledown.data.teacher.base import Generation, Rejection, seed_of
+from scaledown.data.teacher.base import Generation, Rejection, Setup, TeacherEngine, seed_of
 from scaledown.data.teacher.context import Context, context_tokens
 from scaledown.data.teacher.reply import heard
 from scaledown.errors import MissingExtraError, ModelError, NoRoomError, install_command
@@ -209,3 +209,26 @@ def _rank(lora: str) -> int:
         return 16
     rank = int(json.loads((Path(lora) / "adapter_config.json").read_text(encoding="utf-8")).get("r", 16))
     return next((known for known in (8, 16, 32, 64, 128, 256, 320, 512) if rank <= known), rank)
+
+
+def _load(setup: Setup) -> VllmTeacher:
+    engine = setup.engine
+    return VllmTeacher(
+        setup.source,
+        setup.device,
+        setup.dtype,
+        setup.generation,
+        lora=engine.lora,
+        tensor_parallel=engine.tensor_parallel,
+        memory=engine.memory,
+    )
+
+
+ENGINE: Final = TeacherEngine(
+    _load,
+    preflight=lambda _: check_vllm(),
+    suits=lambda setup: setup.device.startswith("cuda") and importlib.util.find_spec("vllm") is not None,
+    has_lora=True,
+    has_logprobs=True,
+    library="vllm",
+)

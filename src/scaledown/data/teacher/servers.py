@@ -1,0 +1,194 @@
+"""OpenAI-compatible servers: which are there, whether they have the model, and what they refuse."""
+
+import ipaddress
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Final, NoReturn
+
+import httpx2
+
+from scaledown.data.teacher.base import Generation
+from scaledown.data.teacher.chat import Chat, listed
+from scaledown.data.teacher.rate_limit import Endpoint, Rate
+from scaledown.errors import ModelError, one_line
+
+log = logging.getLogger("scaledown")
+
+KEY: Final = "OPENAI_API_KEY"
+
+TRIES: Final = 8
+"""Of one prompt, at faults that may be its own."""
+REFUSALS: Final = 20
+"""Prompts refused in a row with one status, and none answered, after which it is no prompt's fault."""
+ALIAS: Final = 3
+"""Answers under another name, and none under its own, after which a listed model is taken for an alias."""
+LOOK_TIMEOUT: Final = 10.0
+GATEWAY: Final = frozenset({502, 503, 504, 529})
+"""Statuses of a gateway whose server does not answer it."""
+
+
+class Servers:
+    """One or more OpenAI-compatible servers of one model, which share the load.
+
+    The key comes from `OPENAI_API_KEY`. Raises `ModelError` where no server answers, or one lacks the model.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        endpoints: Sequence[str],
+        generation: Generation,
+        *,
+        max_total_tokens: int = 0,
+        max_requests_per_minute: int = 0,
+        request_timeout: float = 120.0,
+        spent_tokens: int = 0,
+    ) -> None:
+        self.max_total_tokens = max_total_tokens
+        self.spent_tokens = spent_tokens
+        """Prompts and answers, with those of earlier runs."""
+        self.request_timeout = request_timeout
+        self.rate = Rate(max_requests_per_minute)
+        self.endpoints = [Endpoint(url) for url in dict.fromkeys(endpoints)]
+        self._key = os.environ.get(KEY, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ModelError(f"{KEY} has characters that no key has: set it again")
+        self.chat = Chat(model, generation, self._key)
+        self.answered = False
+        self.has_logprobs = False
+        """Whether an answer came with those that were asked for."""
+        self._without = 0
+        self._refused: list[str] = []
+        # By URL: answers under other names, where the model is listed, named so, and known by another name.
+        self._others: Counter[str] = Counter()
+        self._lists: set[str] = set()
+        self._named: set[str] = set()
+        self._aliased: set[str] = set()
+        for endpoint in self.endpoints:
+            if self._key and endpoint.url.startswith("http://") and not _is_loopback(endpoint.url):
+                log.warning("%s goes to %s unencrypted: use https:// where others listen", KEY, endpoint.url)
+        self._look()
+
+    def connection(self, url: str) -> dict[str, Any]:
+        """How a client reaches a server."""
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        # Behind a proxy's settings, which others need, a server on this machine is out of reach.
+        return {"headers": headers, "trust_env": not _is_loopback(url)}
+
+    def _refusal(self, client: httpx2.Client, url: str) -> str:
+        """What the server says to a question of one token where it knows no such model; else nothing."""
+        body = {
+            "model": self.chat.model,
+            "messages": [{"role": "user", "content": "Hi"}],
+            "max_tokens": 1,
+        }
+        response = client.post(path(url, "chat/completions"), json=body, timeout=self.request_timeout)
+        status = self.chat.status(response)
+        known = not 400 <= status < 500 or status == 429 or self.chat.is_spent(response)
+        return "" if known else self.chat.said(response) or f"status {status}"
+
+    def refuse_key(self, url: str, status: int) -> NoReturn:
+        """The key, or its absence, is wrong: no prompt can be asked."""
+        raise ModelError(f"--teacher_endpoint {url} answers {status}: set {KEY} to a key that it accepts")
+
+    def refused(self, how: str, said: str) -> None:
+        """Count a prompt that gets no answer. Raises `ModelError` where none does: not all are set aside."""
+        self._refused = [*self._refused, how] if how in self._refused[-1:] else [how]
+        if len(self._refused) >= REFUSALS and not self.answered:
+            raise ModelError(f"the server {how} ({said}): mend that and run the same command again")
+
+    def named(self, url: str) -> None:
+        """Remember that a server answered under the name it was asked by."""
+        self._named.add(url)
+
+    def takes(self, url: str, model: str) -> bool:
+        """Whether to take an answer under another name: where the server lists the wanted one, and has not
+        answered under that. Raises `ModelError` where no server ever does, nor lists it.
+        """
+        if url in self._aliased:
+            return True
+        self._others[url] += 1
+        if url in self._lists and url not in self._named:
+            if self._others[url] < ALIAS:
+                return False
+            said = (url, self.chat.model, self.chat.plain(model))
+            log.warning("%s answers for %s under the name %s: both are kept", *said)
+            self._aliased.add(url)
+            return True
+        if self._others.total() >= TRIES and not self.answered:
+            raise ModelError(
+                f"the server answers for --teacher_model {self.chat.model} with {self.chat.plain(model)}: if "
+                "that is the one you want, name it"
+            )
+        return False
+
+    def gave_logprobs(self, url: str, *, of_answer: bool) -> None:
+        """Count an answer's log probabilities. Raises `ModelError` where they are always of other tokens."""
+        self.has_logprobs |= of_answer
+        self._without += not of_answer
+        if self._without >= TRIES and not self.has_logprobs:
+            self.refuse_logprobs(url, "gives those of other tokens than the answer's")
+
+    def refuse_logprobs(self, url: str, why: str) -> NoReturn:
+        """The server has no log probabilities as they are wanted: no answer would have them."""
+        raise ModelError(
+            f"--teacher_logprobs {self.chat.logprobs}: {url} {why}: lower it or leave it out, or use a "
+            "server or an engine (--teacher_backend transformers, vllm) that gives them"
+        )
+
+    def _look(self) -> None:
+        """Find out at once which servers are there, and whether they have the model."""
+        reasons = {endpoint.url: self._look_at(endpoint.url) for endpoint in self.endpoints}
+        if all(reasons.values()):
+            found = "; ".join(f"{url}: {reason}" for url, reason in reasons.items())
+            raise ModelError(f"--teacher_endpoint {found}: start the server or mend the URL")
+        for endpoint in self.endpoints:
+            if reason := reasons[endpoint.url]:
+                endpoint.leave_out(reason, time.monotonic())
+
+    def _look_at(self, url: str) -> str:
+        """Why the server cannot be reached, or nothing."""
+        try:
+            with httpx2.Client(timeout=LOOK_TIMEOUT, **self.connection(url)) as client:
+                response = client.get(path(url, "models"))
+                models = listed(response)
+                unlisted = bool(models) and not self.chat.is_among(models)
+                if models and not unlisted:
+                    self._lists.add(url)
+                # Some servers list a part of what they load when asked.
+                refusal = self._refusal(client, url) if unlisted else ""
+        except httpx2.HTTPError as error:
+            return unreachable(error)
+        if response.status_code in {401, 403}:
+            self.refuse_key(url, response.status_code)
+        if response.is_redirect:
+            raise ModelError(f"--teacher_endpoint {url} leads elsewhere: give the URL that it leads to")
+        if response.status_code in GATEWAY:  # others may fail at the list and answer all the same
+            return f"status {response.status_code}"
+        if refusal:
+            raise ModelError(
+                f"--teacher_model {self.chat.model} is not at {url} ({refusal}): give one that is, such as "
+                + ", ".join(map(self.chat.plain, models[:5]))
+            )
+        return ""
+
+
+def path(url: str, name: str) -> str:
+    """The URL of a request to a server."""
+    return f"{url.rstrip('/')}/{name}"
+
+
+def unreachable(error: httpx2.HTTPError) -> str:
+    """Why there is no connection."""
+    return one_line(f"out of reach ({str(error) or type(error).__name__})", 200)
+
+
+def _is_loopback(url: str) -> bool:
+    host = httpx2.URL(url).host
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

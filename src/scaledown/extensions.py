@@ -1,0 +1,158 @@
+"""What can be added to ScaleDown: one table for each kind of extension (docs/extending.md).
+
+An entry is written `module:object`, and the module is imported when the entry is used. To add one here, write
+a line below and the module that it names. Another package adds one by an entry point in its pyproject.toml:
+
+    [project.entry-points."scaledown.measures"]
+    brevity = "my_package:brevity"
+
+Each process finds the entry points of the packages that are installed, so workers have them, too.
+"""
+
+import functools
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from pkgutil import resolve_name
+from typing import Any, Final, cast
+
+from scaledown.errors import UsageError
+
+
+class Table(Mapping[str, Any]):
+    """The extensions of one kind, by name.
+
+    Iteration gives the names of our entries, then those of other packages. A name that both have means ours.
+
+    Args:
+        kind: The name of the table: other packages use the entry-point group `scaledown.<kind>`.
+        declares: The class of every entry, as `module:Class`.
+        entries: Our own entries, as `module:object`.
+        otherwise: What any other name means to `find`, as `module:object`.
+    """
+
+    def __init__(self, kind: str, declares: str, entries: Mapping[str, str], otherwise: str = "") -> None:
+        self._otherwise = otherwise
+        self.group = f"scaledown.{kind}"
+        self.declares = declares
+        self._own = {name: EntryPoint(name, value, self.group) for name, value in entries.items()}
+
+    @property
+    def outside(self) -> dict[str, EntryPoint]:
+        """The entries of other packages, by name; none of them is imported."""
+        found = _installed(tuple(sys.path)).select(group=self.group)
+        return {point.name: point for point in found if point.name not in self._own}
+
+    def __getitem__(self, name: str) -> Any:
+        """The entry itself.
+
+        Raises:
+            KeyError: There is no entry of that name.
+            UsageError: It cannot be imported, or it is not what such an entry must be.
+        """
+        return self._load(self._own.get(name) or self.outside[name])
+
+    def find(self, name: str) -> Any:
+        """The entry of that name, or what a name without an entry means."""
+        return self[name] if name in self else self._load(EntryPoint(name, self._otherwise, self.group))
+
+    def _load(self, point: EntryPoint) -> Any:
+        try:
+            entry = point.load()
+        except (ImportError, AttributeError) as error:
+            raise UsageError(
+                f"{self.group} {point.name} ({point.value}) cannot be imported ({error}): correct its "
+                "package, or uninstall that"
+            ) from error
+        if not isinstance(entry, resolve_name(self.declares)):
+            raise UsageError(
+                f"{self.group} {point.name} ({point.value}) is {type(entry).__name__}, expected "
+                f"{self.declares}: see docs/extending.md"
+            )
+        return entry
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._own, *self.outside])
+
+    def __len__(self) -> int:
+        return len(self.outside) + len(self._own)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._own or name in self.outside  # without an import of the entry
+
+
+@functools.cache
+def _installed(path: tuple[str, ...]) -> EntryPoints:
+    """The entry points of all packages on `path`, which is `sys.path`; to look takes some 50 ms."""
+    return cast("EntryPoints", entry_points())
+
+
+RETRIEVER_KINDS: Final = Table(
+    "retriever_kinds",
+    "scaledown.data.retrieval.encoders:RetrieverKind",
+    {
+        "dense": "scaledown.data.retrieval.encoders:DENSE",
+        "splade": "scaledown.data.retrieval.encoders:SPLADE",
+    },
+)
+"""What kind of model `--retriever_model` is: the last of these that takes it."""
+
+TEACHER_ENGINES: Final = Table(
+    "teacher_engines",
+    "scaledown.data.teacher.base:TeacherEngine",
+    {
+        "transformers": "scaledown.data.teacher.engines.transformers:ENGINE",
+        "openvino": "scaledown.data.teacher.engines.openvino:ENGINE",
+        "vllm": "scaledown.data.teacher.engines.vllm:ENGINE",
+        "endpoint": "scaledown.data.teacher.engines.endpoint:ENGINE",
+    },
+)
+"""What runs the teacher: `--teacher_backend`. `auto` takes the last of these that suits."""
+
+QUERY_SOURCES: Final = Table(
+    "query_sources",
+    "scaledown.data.input.query_sources:QuerySource",
+    {
+        "natural_questions": "scaledown.data.input.query_sources:NATURAL_QUESTIONS",
+        "trivia_qa": "scaledown.data.input.query_sources:TRIVIA_QA",
+        "squad": "scaledown.data.input.query_sources:SQUAD",
+        "nq_open": "scaledown.data.input.query_sources:NQ_OPEN",
+        "pisco": "scaledown.data.input.query_sources:PISCO",
+    },
+)
+"""Names that `--query_dataset` knows, besides datasets of the hub and local paths."""
+
+COMPRESSORS: Final = Table(
+    "compressors",
+    "scaledown.student.compressors.base:Compressor",
+    {
+        "n_layers": "scaledown.student.compressors.memory_tokens:N_LAYERS",
+        "pointer": "scaledown.student.compressors.pointer:POINTER",
+        "modernbert": "scaledown.student.compressors.memory_tokens:MODERNBERT",
+    },
+    otherwise="scaledown.student.compressors.memory_tokens:SEPARATE",
+)
+"""Kinds of `--compressor`, besides encoders and decoders by their own names."""
+
+MEASURES: Final = Table(
+    "measures",
+    "collections.abc:Callable",
+    {
+        "accuracy": "scaledown.metrics:accuracy",
+        "EM": "scaledown.metrics:exact_match",
+        "F1": "scaledown.metrics:f1",
+        "ROUGE-L": "scaledown.metrics:rouge_l",
+    },
+)
+"""Measures of answers, by the names that papers give them; an evaluation has all of them."""
+
+OUTPUT_FORMATS: Final = Table(
+    "output_formats",
+    "scaledown.data.input.training_files:OutputFormat",
+    {
+        "json": "scaledown.data.output.writers:JSON",
+        "jsonl": "scaledown.data.output.writers:JSONL",
+        "parquet": "scaledown.data.output.writers:PARQUET",
+    },
+)
+"""Formats of training data, by the ending of the file without its dot."""

@@ -1,0 +1,66 @@
+"""Memory tokens (arXiv 2504.07109): trained tokens behind each document, whose states stand for it."""
+
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from scaledown.student.batch import Group
+from scaledown.student.compressors import layers
+from scaledown.student.compressors.base import Compressed, Compressor
+
+
+class MemoryTokens(Compressor):
+    """A compressor that reads query, document and memory tokens, in this order.
+
+    Args:
+        learning_rate: Of the compressor and its parts.
+        of_generator: Whether it is made of the generator's first layers; else it is a model of its own.
+        model_name: That model; empty: the value of `--compressor` names it.
+    """
+
+    has_head = True
+
+    def __init__(self, learning_rate: float, *, of_generator: bool = False, model_name: str = "") -> None:
+        self.learning_rate = learning_rate
+        self.of_generator = of_generator
+        self.model_name = model_name
+
+    def add_parts(self, model: Any) -> None:
+        """Memory tokens; a mapping to the generator's embeddings, if another model; the reranking head."""
+        config = model.config
+        width = model.compressor.get_input_embeddings().embedding_dim
+        model.memory = nn.Parameter(torch.empty(config.memory_tokens, width))
+        if not self.of_generator:
+            model.mapping = layers.mapping(config, width, model.get_input_embeddings().embedding_dim)
+        if config.enable_reranking:
+            model.rerank_token = nn.Parameter(torch.empty(width))
+            model.score = nn.Linear(width, 1)
+
+    def start(self, model: Any, tokenizer: Any) -> None:
+        """New tokens begin as if they were some of the vocabulary."""
+        model.memory.data = layers.token_like(model.compressor, model.config.memory_tokens)
+        if model.config.enable_reranking:
+            model.rerank_token.data = layers.token_like(model.compressor, 1)[0]
+
+    def states(self, model: Any, group: Group) -> torch.Tensor:
+        """States of the memory tokens, and of the reranking token behind them: [documents, tokens, width]."""
+        extra = model.memory
+        if model.config.enable_reranking:
+            extra = torch.cat([extra, model.rerank_token[None]])
+        ids, lengths = group["ids"].to(model.device), group["lengths"].to(model.device)
+        return layers.compress(model.compressor, extra, ids, lengths, causal=self.of_generator)
+
+    def embed(self, model: Any, states: torch.Tensor) -> Compressed:
+        """Embeddings of the memory tokens, and relevance where there is a head."""
+        memory = states[:, : model.config.memory_tokens]
+        embeddings = memory if self.of_generator else model.mapping(memory)
+        relevance = model.score(states[:, -1])[:, 0] if model.config.enable_reranking else None
+        return Compressed(embeddings.flatten(0, 1), [memory.shape[1]] * len(memory), relevance)
+
+
+N_LAYERS: Final = MemoryTokens(5e-5, of_generator=True)
+"""The paper's learning rate, which is not the generator's."""
+SEPARATE: Final = MemoryTokens(1e-4)
+"""Any encoder or decoder by its own name."""
+MODERNBERT: Final = MemoryTokens(1e-4, model_name="answerdotai/ModernBERT-base")
