@@ -149,7 +149,9 @@ def test_no_network_is_no_traceback(prepare, capsys) -> None:
 
 
 def test_an_unwritable_output_is_noticed_before_the_teacher_runs(prepare, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(command, "load_teacher", lambda *_: pytest.fail("the teacher ran"))
+    monkeypatch.setattr(
+        "scaledown.data.session.teachers.load_teacher", lambda *_: pytest.fail("the teacher ran")
+    )
     (tmp_path / "file").touch()
     assert prepare("--output_file", str(tmp_path / "file" / "train.json")) == 1
 

@@ -9,10 +9,13 @@ from typing import Any, Final
 import pytest
 
 from scaledown.config.evaluate import EvaluateConfig
+from scaledown.config.options import Options
 from scaledown.config.prepare import PrepareConfig
+from scaledown.config.train import PretrainConfig, TrainConfig
 from scaledown.data.manifest import Sources, compared_settings, repeatable
 from scaledown.models import ModelSource
 from scaledown.run.directory import fingerprint
+from scaledown.student.origin import MODEL_FLAGS
 
 RECORDED: Final = json.loads(Path(__file__).with_name("identities.json").read_bytes())
 BASE: Final = {"queries_file": ("q.txt",), "output_file": "o.json"}
@@ -72,7 +75,8 @@ def test_run_directory_is_entered_by_the_settings_that_made_it(name: str, folder
 def test_manifest_keeps_full_paths_and_no_secrets(name: str, folder: Path) -> None:
     model = ModelSource("m", "/m", "abc")
     sources = Sources(model, None, model, None, folder, [], [], {})
-    assert as_recorded(repeatable(PREPARE[name](), sources), folder) == RECORDED["manifest"][name]
+    kept, recorded = as_recorded(repeatable(PREPARE[name](), sources), folder), RECORDED["manifest"][name]
+    assert {setting: kept[setting] for setting in recorded} == recorded
 
 
 @pytest.mark.parametrize("name", EVALUATE)
@@ -84,4 +88,20 @@ def test_evaluation_goes_on_by_the_settings_that_began_it(name: str) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_batches_of_zero_stand_for_what_suits_the_device(device: str) -> None:
-    assert as_recorded(asdict(PREPARE["defaults"]().sized(device)), Path()) == RECORDED["sized"][device]
+    sized, recorded = asdict(PREPARE["defaults"]().sized(device)), RECORDED["sized"][device]
+    assert {setting: as_recorded(sized[setting], Path()) for setting in recorded} == recorded
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, PretrainConfig])
+def test_training_goes_on_with_other_settings_only_where_the_result_is_the_same(kind: type[Options]) -> None:
+    free = kind.named("input", "model", "place", "operation", "report")
+    assert sorted(free) == RECORDED["free in training"][kind.__name__]
+
+
+def test_a_pretrained_model_settles_what_it_is_made_of() -> None:
+    assert sorted(MODEL_FLAGS) == sorted(RECORDED["settled by a pretrained model"])
+
+
+def test_runs_are_merged_where_their_records_are_alike() -> None:
+    alike = [name for name, about in PrepareConfig.options().items() if about.in_records]
+    assert sorted(alike) == sorted(RECORDED["merged"])

@@ -11,7 +11,6 @@ import pytest
 from scaledown import cli
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data import logprobs as own
-from scaledown.data import prepare_dataset as command
 from scaledown.data.input.training_files import problems, validate
 from scaledown.data.logprobs import for_answer, from_ids, from_server
 from scaledown.data.manifest import compared_settings
@@ -242,16 +241,16 @@ def test_a_run_writes_what_the_teacher_gave(ending: str, prepare, tmp_path) -> N
 
 @pytest.mark.parametrize("backend", ["transformers", "vllm"])  # one shard at a time, and several
 def test_a_killed_run_keeps_them(backend: str, prepare, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(command, "choose_backend", lambda *_: backend)
-    monkeypatch.setattr(command, "preflight", lambda *_: None)
+    monkeypatch.setattr("scaledown.data.session.teachers.choose_backend", lambda *_: backend)
+    monkeypatch.setattr("scaledown.data.session.teachers.preflight", lambda *_: None)
     whole = tmp_path / "whole.jsonl"
     flags = (*FLAGS, "--queries_per_shard", "2")
-    monkeypatch.setattr(command, "load_teacher", lambda *_: Sure())
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: Sure())
     assert prepare(*flags, "--output_file", str(whole)) == 0
     output = tmp_path / "killed.jsonl"
     first, second = Sure(3), Sure()
     for one, status in ((first, 130), (second, 0)):
-        monkeypatch.setattr(command, "load_teacher", lambda *_, one=one: one)
+        monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_, one=one: one)
         assert prepare(*flags, "--output_file", str(output)) == status
     assert len(first.asked) == 3
     assert len(second.asked) == 1
@@ -261,7 +260,9 @@ def test_a_killed_run_keeps_them(backend: str, prepare, monkeypatch, tmp_path) -
 
 def test_they_are_cut_with_the_answer(prepare, monkeypatch) -> None:
     teachers = []
-    monkeypatch.setattr(command, "load_teacher", lambda *_: teachers.append(Sure()) or teachers[-1])
+    monkeypatch.setattr(
+        "scaledown.data.session.teachers.load_teacher", lambda *_: teachers.append(Sure()) or teachers[-1]
+    )
     assert prepare(*FLAGS) == 0
     for record in written(prepare.output):
         assert record["answer"].endswith(".")
@@ -278,7 +279,7 @@ def test_an_answer_cut_inside_a_token_has_none_and_is_counted(prepare, monkeypat
         def say(self, prompt) -> str:
             return "\u5357\u6781\u3002\u7136\u540e"  # one token, its sentence ends inside
 
-    monkeypatch.setattr(command, "load_teacher", lambda *_: Joined())
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: Joined())
     assert prepare(*FLAGS) == 0
     assert [(r["answer"], r["answer_logprobs"]) for r in written(prepare.output)] == [
         ("\u5357\u6781\u3002", None)
@@ -300,7 +301,7 @@ def test_a_second_try_brings_its_own(prepare, monkeypatch) -> None:
         asked.append(generation.logprobs)
         return Unwilling()
 
-    monkeypatch.setattr(command, "load_teacher", load)
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", load)
     assert prepare(*FLAGS, "--bad_answers", "retry") == 0
     found = written(prepare.output)
     assert [record["answer_logprobs"] for record in found] == [logprobs_of("Better now.")] * 4
@@ -314,7 +315,7 @@ def test_only_the_answers_that_are_written_come_with_them(prepare, models, monke
         asked.append(generation.logprobs)
         return Sure()
 
-    monkeypatch.setattr(command, "load_teacher", load)
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", load)
     flags = ("--second_teacher_model", str(models["causal_lm"]), "--columns", "second_answer")
     assert prepare(*FLAGS, *flags) == 0
     assert asked == [2, 0]
@@ -328,7 +329,7 @@ def test_only_the_answers_that_are_written_come_with_them(prepare, models, monke
 
 
 def test_a_run_without_them_is_the_run_it_was(prepare, monkeypatch) -> None:
-    monkeypatch.setattr(command, "load_teacher", lambda *_: Sure())
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: Sure())
     assert prepare() == 0
 
     def answers() -> tuple[str, dict[str, Any]]:
@@ -353,7 +354,7 @@ def test_a_run_without_them_is_the_run_it_was(prepare, monkeypatch) -> None:
 
 
 def test_merge_and_export_keep_them(prepare, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(command, "load_teacher", lambda *_: Sure())
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: Sure())
     output = tmp_path / "data.jsonl"
     assert prepare(*FLAGS, "--output_file", str(output)) == 0
     merged, back = tmp_path / "merged.parquet", tmp_path / "back.jsonl"

@@ -24,6 +24,13 @@ from scaledown.data.session import enter
 from scaledown.errors import install_command
 from scaledown.models import Halving
 
+LOADING = (
+    "scaledown.data.prepare_dataset.load_encoder",
+    "scaledown.data.reranker.load_reranker",
+    "scaledown.data.session.teachers.load_teacher",
+)
+"""What loads the models of a run."""
+
 RERANK = ("--enable_reranking", "--top_k_retrieval", "6", "--top_k_reranking", "3")
 
 
@@ -92,8 +99,8 @@ def test_each_reranking_flag_works_without_the_other(prepare, monkeypatch, capsy
     assert all("reranking_scores" not in record and len(record["documents"]) == 3 for record in filtered)
     assert "--enable_reranking adds them without scoring again" in capsys.readouterr().out
     # The scores are kept: no model loads when they are asked for later.
-    for module, name in ((command, "load_reranker"), (command, "load_teacher"), (command, "load_encoder")):
-        monkeypatch.setattr(module, name, lambda *_: pytest.fail("a model was loaded again"))
+    for name in LOADING:
+        monkeypatch.setattr(name, lambda *_: pytest.fail("a model was loaded again"))
     assert prepare(*RERANK) == 0
     scored = records(prepare.output)
     assert [record["documents"] for record in scored] == [record["documents"] for record in filtered]
@@ -109,7 +116,9 @@ def test_enable_reranking_alone_keeps_five(prepare) -> None:
 def test_sigmoid_changes_only_the_scale(prepare, monkeypatch) -> None:
     prepare(*RERANK)
     raw = records(prepare.output)
-    monkeypatch.setattr(command, "load_teacher", lambda *_: pytest.fail("a model was loaded again"))
+    monkeypatch.setattr(
+        "scaledown.data.session.teachers.load_teacher", lambda *_: pytest.fail("a model was loaded again")
+    )
     assert prepare(*RERANK, "--reranking_score_scale", "sigmoid") == 0
     for one, two in zip(raw, records(prepare.output), strict=True):
         assert two["reranking_scores"] == pytest.approx(
@@ -165,8 +174,8 @@ def test_top_k_above_the_corpus_warns_and_gives_all(prepare, corpus, capsys) -> 
 def test_a_finished_run_has_nothing_to_do(prepare, monkeypatch, capsys) -> None:
     prepare(*RERANK)
     before = prepare.output.stat()
-    for name in ("load_encoder", "load_reranker", "load_teacher", "open_index", "choose_device"):
-        monkeypatch.setattr(command, name, lambda *_: pytest.fail("work was done"))
+    for name in (*LOADING, "scaledown.data.prepare_dataset.open_index", f"{enter.__name__}.choose_device"):
+        monkeypatch.setattr(name, lambda *_: pytest.fail("work was done"))
     assert prepare(*RERANK) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert prepare.output.stat().st_mtime_ns == before.st_mtime_ns
@@ -186,8 +195,8 @@ def test_a_finished_run_needs_no_heavy_library(prepare, corpus, queries) -> None
 def test_a_lost_output_is_written_again_without_any_model(prepare, monkeypatch) -> None:
     prepare(*RERANK)
     content = prepare.output.read_bytes()
-    for name in ("load_encoder", "load_reranker", "load_teacher"):
-        monkeypatch.setattr(command, name, lambda *_: pytest.fail("a model was loaded again"))
+    for name in LOADING:
+        monkeypatch.setattr(name, lambda *_: pytest.fail("a model was loaded again"))
     prepare.output.unlink()
     assert prepare(*RERANK) == 0
     assert prepare.output.read_bytes() == content
@@ -252,7 +261,9 @@ def test_a_changed_setting_redoes_its_stage_and_those_after_it(prepare, monkeypa
         now = os.listdir(prepare.work / stage)
         assert len(now) == (2 if stage == "answers" else 1)
         assert set(before) <= set(now), "earlier work is kept"
-    monkeypatch.setattr(command, "load_teacher", lambda *_: pytest.fail("a model was loaded again"))
+    monkeypatch.setattr(
+        "scaledown.data.session.teachers.load_teacher", lambda *_: pytest.fail("a model was loaded again")
+    )
     assert prepare(*RERANK) == 0, "changing it back finds the earlier shards"
 
 
@@ -287,7 +298,7 @@ def known() -> dict[tuple[str, ...], Undisturbed]:
 @pytest.fixture
 def undisturbed(prepare, tmp_path, known, monkeypatch) -> Callable[..., Undisturbed]:
     """A run by its flags, made once for all tests: it depends on no path. No run here draws its report."""
-    monkeypatch.setattr(command, "report_of", lambda *_: None)
+    monkeypatch.setattr("scaledown.data.session.result.report_of", lambda *_: None)
 
     def made(*flags: str) -> Undisturbed:
         if flags not in known:
@@ -462,7 +473,9 @@ def test_a_manifest_pins_the_revisions_of_hub_models(prepare, hub_cache, tiny_fl
 
 def test_another_number_of_documents_needs_no_scoring(prepare, monkeypatch) -> None:
     assert prepare("--top_k_retrieval", "6", "--top_k_reranking", "2") == 0
-    monkeypatch.setattr(command, "load_reranker", lambda *_: pytest.fail("a model was loaded again"))
+    monkeypatch.setattr(
+        "scaledown.data.reranker.load_reranker", lambda *_: pytest.fail("a model was loaded again")
+    )
     assert prepare("--top_k_retrieval", "6", "--top_k_reranking", "4") == 0
     assert {len(record["documents"]) for record in records(prepare.output)} == {4}
 
@@ -628,7 +641,9 @@ def test_only_what_is_read_of_a_corpus_folder_counts(prepare, tmp_path, monkeypa
     (folder / "notes.log").touch()
     (folder / ".DS_Store").touch()
     (prepare.work / ".DS_Store").touch()
-    monkeypatch.setattr(command, "load_teacher", lambda *_: pytest.fail("a model was loaded again"))
+    monkeypatch.setattr(
+        "scaledown.data.session.teachers.load_teacher", lambda *_: pytest.fail("a model was loaded again")
+    )
     assert prepare("--corpus_path", str(folder), "--top_k_retrieval", "2") == 0
 
 
@@ -773,11 +788,11 @@ def test_a_teacher_that_fails_loses_nothing_before_it(prepare, capsys, monkeypat
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(command, "load_teacher", no_memory)
+        patch.setattr("scaledown.data.session.teachers.load_teacher", no_memory)
         assert prepare(*RERANK) == 1
     assert list(prepare.work.glob("ranked/*/done.json"))
-    for name in ("load_encoder", "load_reranker"):
-        monkeypatch.setattr(command, name, lambda *_: pytest.fail("a model was loaded again"))
+    for name in LOADING[:2]:
+        monkeypatch.setattr(name, lambda *_: pytest.fail("a model was loaded again"))
     assert prepare(*RERANK) == 0
 
 
@@ -828,7 +843,7 @@ class Scripted:
 
 
 def test_synthetic_queries_are_checked_and_different(prepare, corpus, monkeypatch) -> None:
-    monkeypatch.setattr(command, "load_teacher", lambda *_: Scripted())
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: Scripted())
     flags = ("--corpus_path", str(corpus), "--num_synthetic_queries", "9", "--top_k_retrieval", "2")
     assert prepare(*flags, inputs=False) == 0
     asked = [record["query"] for record in records(prepare.output)]
@@ -844,7 +859,7 @@ def test_halved_batches_of_synthetic_queries_are_recorded(prepare, corpus, monke
             self.halving.count += 1
             return super().answers(prompts, have)
 
-    monkeypatch.setattr(command, "load_teacher", lambda *_: Halved())
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: Halved())
     flags = ("--corpus_path", str(corpus), "--num_synthetic_queries", "9", "--top_k_retrieval", "2")
     assert prepare(*flags, inputs=False) == 0
     stages = json.loads((prepare.work / "manifest.json").read_text())["stages"]
@@ -855,7 +870,7 @@ def test_halved_batches_of_synthetic_queries_are_recorded(prepare, corpus, monke
 def test_synthetic_queries_survive_a_crash(crash_at: int, prepare, corpus, monkeypatch, tmp_path) -> None:
     from scaledown.run.stage import Stage
 
-    monkeypatch.setattr(command, "load_teacher", lambda *_: Scripted())
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: Scripted())
     flags = ("--corpus_path", str(corpus), "--num_synthetic_queries", "9", "--top_k_retrieval", "2")
     small = ("--queries_per_shard", "4")
     whole = tmp_path / "whole.json"

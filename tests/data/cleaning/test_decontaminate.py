@@ -271,7 +271,9 @@ def test_another_evaluation_file_redoes_what_it_must(prepare, tmp_path, monkeypa
     written(file, [{"question": "Who?"}])  # another content under the same name
     assert prepare(*flags) == 0
     assert len(records(prepare.output)) == 4
-    monkeypatch.setattr(command, "load_teacher", lambda *_: pytest.fail("a model was loaded again"))
+    monkeypatch.setattr(
+        "scaledown.data.session.teachers.load_teacher", lambda *_: pytest.fail("a model was loaded again")
+    )
     monkeypatch.setattr(command, "load_encoder", lambda *_: pytest.fail("a model was loaded again"))
     assert prepare("--top_k_retrieval", "2") == 0
     assert prepare.output.read_bytes() == whole
@@ -313,8 +315,8 @@ def test_a_run_leaves_out_answers_of_evaluation_passages(prepare, tmp_path, monk
     flags += ("--decontaminate", file)
     assert prepare(*flags) == 0
     assert len(records(prepare.output)) == 4
-    for name in ("load_encoder", "load_teacher"):
-        monkeypatch.setattr(command, name, lambda *_: pytest.fail("a model was loaded again"))
+    for name in ("prepare_dataset.load_encoder", "session.teachers.load_teacher"):
+        monkeypatch.setattr(f"scaledown.data.{name}", lambda *_: pytest.fail("a model was loaded again"))
     assert prepare(*flags, "--decontaminate_answers", "--strict") == 0
     kept = [record["query"] for record in records(prepare.output)]
     assert first["query"] not in kept

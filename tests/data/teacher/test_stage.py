@@ -86,14 +86,14 @@ class Recorded:
 @pytest.mark.parametrize("lives", [1, 3])
 def test_what_was_answered_is_not_asked_again(lives: int, prepare, monkeypatch, tmp_path) -> None:
     whole = tmp_path / "whole.json"
-    monkeypatch.setattr(command, "load_teacher", lambda *_: Recorded())
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: Recorded())
     assert prepare("--output_file", str(whole)) == 0
     dying, living = Recorded(lives), Recorded()
-    monkeypatch.setattr(command, "load_teacher", lambda *_: dying)
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: dying)
     assert prepare() == 130
     (log,) = (prepare.work / "answers").glob("*/*.part.jsonl")
     assert len(log.read_text().splitlines()) == lives
-    monkeypatch.setattr(command, "load_teacher", lambda *_: living)
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: living)
     assert prepare() == 0
     assert not set(dying.asked) & set(living.asked)
     assert prepare.output.read_bytes() == whole.read_bytes()
@@ -101,9 +101,9 @@ def test_what_was_answered_is_not_asked_again(lives: int, prepare, monkeypatch, 
 
 
 def test_tokens_are_counted_and_their_cost_is_shown(prepare, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(command, "load_teacher", lambda *_: Recorded())
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: Recorded())
     with caplog.at_level("INFO", "scaledown"):
-        monkeypatch.setattr(command, "start_logging", lambda *_: None)
+        monkeypatch.setattr("scaledown.command.start_logging", lambda *_: None)
         assert prepare("--input_price", "1000", "--output_price", "2000") == 0
     count = len(json.loads(prepare.output.read_text()))
     stage = json.loads((prepare.work / "manifest.json").read_text())["stages"]["answers"]["counts"]
@@ -135,7 +135,7 @@ def kinds(prepare) -> dict[str, int]:
 def difficult(prepare, queries, monkeypatch):
     text = "".join(f"what is the long question number {n}\n" for n in range(40))
     queries.write_text(text)
-    monkeypatch.setattr(command, "load_teacher", lambda *_: Difficult())
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: Difficult())
     return prepare
 
 
@@ -160,7 +160,7 @@ def test_refusals_and_echoes_are_counted_dropped_or_asked_again(difficult, monke
 
     # Only those with a problem are asked once more.
     teacher = Difficult()
-    monkeypatch.setattr(command, "load_teacher", lambda *_: teacher)
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: teacher)
     assert difficult(*columns, "--bad_answers", "retry") == 0
     again = json.loads(difficult.output.read_text())
     assert len(again) == 40
@@ -177,7 +177,9 @@ def test_refusals_and_echoes_are_counted_dropped_or_asked_again(difficult, monke
 
 def test_other_limits_ask_nothing_again(difficult, monkeypatch) -> None:
     assert difficult() == 0
-    monkeypatch.setattr(command, "load_teacher", lambda *_: pytest.fail("a model was loaded again"))
+    monkeypatch.setattr(
+        "scaledown.data.session.teachers.load_teacher", lambda *_: pytest.fail("a model was loaded again")
+    )
     assert difficult("--bad_answers", "drop") == 0
     assert difficult("--min_groundedness", "0.01", "--truncated_answers", "keep") == 0
 
@@ -188,7 +190,7 @@ def test_ungrounded_answers_are_dropped_and_said(prepare, monkeypatch) -> None:
             text = prompt.documents[0].split()[0] if len(self.asked) % 2 else "Xylophone zebras"
             return Answer(text, "stop", 10, 5, 0)
 
-    monkeypatch.setattr(command, "load_teacher", lambda *_: Half())
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: Half())
     assert prepare("--columns", "groundedness") == 0
     everything = json.loads(prepare.output.read_text())
     assert {record["groundedness"] for record in everything} == {0.0, 1.0}
@@ -247,11 +249,11 @@ def test_a_group_with_a_whole_shard_asks_only_for_the_rest(prepare, queries, mon
     from scaledown.run.stage import Stage
 
     queries.write_text("".join(f"what is question {number}\n" for number in range(10)))
-    monkeypatch.setattr(command, "choose_backend", lambda *_: "vllm")
-    monkeypatch.setattr(command, "preflight", lambda *_: None)
+    monkeypatch.setattr("scaledown.data.session.teachers.choose_backend", lambda *_: "vllm")
+    monkeypatch.setattr("scaledown.data.session.teachers.preflight", lambda *_: None)
     monkeypatch.setattr(command, "together", lambda _, most: most)  # as of a run of many shards
     first, second = Recorded(), Recorded()
-    monkeypatch.setattr(command, "load_teacher", lambda *_: first)
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: first)
     write = Stage.write
 
     def dying(self, shard, *arguments, **keywords):
@@ -268,7 +270,7 @@ def test_a_group_with_a_whole_shard_asks_only_for_the_rest(prepare, queries, mon
     lines = log.read_text().splitlines(keepends=True)
     lost = [line for line in lines if json.loads(line)["place"] in {0, 9}]
     log.write_text("".join(line for line in lines if line not in lost))
-    monkeypatch.setattr(command, "load_teacher", lambda *_: second)
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: second)
     assert prepare(*small) == 0
     assert len(first.asked) == 10
     assert len(second.asked) == 1, "the first shard's answers are in its file, the others in the log"
@@ -282,10 +284,10 @@ def test_auto_keeps_the_engine_of_a_run_that_began(prepare, monkeypatch) -> None
         chosen.append(engine.backend)
         return "transformers" if engine.backend == "auto" else engine.backend
 
-    monkeypatch.setattr(command, "choose_backend", choose)
-    monkeypatch.setattr(command, "load_teacher", lambda *_: Recorded(1))
+    monkeypatch.setattr("scaledown.data.session.teachers.choose_backend", choose)
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: Recorded(1))
     assert prepare() == 130
-    monkeypatch.setattr(command, "load_teacher", lambda *_: Recorded())
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: Recorded())
     assert prepare() == 0
     assert chosen == ["auto", "transformers"]
 
@@ -297,7 +299,7 @@ def test_a_second_teacher_that_rejects_loses_no_record(prepare, models, monkeypa
                 yield place, Rejection("no")
 
     teachers = iter([Recorded(), Mute()])
-    monkeypatch.setattr(command, "load_teacher", lambda *_: next(teachers))
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: next(teachers))
     flags = ("--second_teacher_model", str(models["causal_lm"]), "--columns", "second_answer", "--strict")
     assert prepare(*flags) == 0
     assert {record["second_answer"] for record in json.loads(prepare.output.read_text())} == {None}

@@ -30,6 +30,7 @@ from scaledown.student.training import setup
 from scaledown.student.training.checkpoints import delete_old, newest_checkpoint
 from scaledown.student.training.learning_rates import parameter_groups
 from scaledown.student.training.passes import Passes, Size
+from scaledown.student.training.run import _device as device_of
 from scaledown.student.training.schedule import Schedule
 from scaledown.student.training.setup import make_trainer, reporters
 from scaledown.student.training.trainer import StudentTrainer
@@ -476,13 +477,13 @@ def test_idle_gpus_are_told(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     with caplog.at_level("WARNING", "scaledown"):
-        assert command._device(setting(device="auto")) == "cuda"
+        assert device_of(setting(device="auto")) == "cuda"
     assert "7 are idle: torchrun --nproc_per_node 8 -m scaledown train, with the same flags" in caplog.text
     caplog.clear()
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "3")
     with caplog.at_level("WARNING", "scaledown"):
-        assert command._device(setting(device="auto")) == "cuda:3"
+        assert device_of(setting(device="auto")) == "cuda:3"
     assert not caplog.text
 
 
@@ -556,7 +557,7 @@ def test_one_long_document_is_told(
 def test_finished_run_is_left_alone(
     undisturbed: Trained, setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "_train", lambda *_: pytest.fail("it trains again"))
+    monkeypatch.setattr("scaledown.student.training.run._train", lambda *_: pytest.fail("it trains again"))
     again = train(setting("undisturbed"))
     assert again == undisturbed._replace(already_done=True)
     assert command.summary(again).startswith("nothing to do: this run is finished")

@@ -1,0 +1,100 @@
+"""How every command runs: `run_cli`."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scaledown.command import Usage, run_cli
+from scaledown.config.options import Options, Range, option
+from scaledown.config.prepare import OUTPUT
+from scaledown.errors import InputError
+
+USAGE = Usage("test", "--number N", "Count.", (OUTPUT,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Options):
+    number: int = option(1, OUTPUT, "a number", role="result", within=Range(1), metavar="N")
+    output_dir: str = option("out", OUTPUT, "a folder", role="place", metavar="DIR")
+
+
+def twice(config: Config, *, overwrite: bool = False) -> int:
+    return 2 * config.number + overwrite
+
+
+def run(work: Callable[..., int], *words: str, **others: Any) -> int:
+    return run_cli(
+        Config, work, lambda result, config: f"{config.number}: {result}", usage=USAGE, argv=words, **others
+    )
+
+
+def test_settings_are_worked_on_and_the_summary_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(twice, "--number", "3", "--overwrite") == 0
+    assert capsys.readouterr() == ("3: 7\n", "")
+
+
+def test_flags_lie_over_a_config_file_whose_path_the_work_may_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"number": 4, "output_dir": "there"}))
+    seen: list[Any] = []
+
+    def work(config: Config, **others: Any) -> int:
+        seen.append((config, others))
+        return 0
+
+    assert run(work, "--config", str(path), "--output-dir", "here") == 0
+    assert run(work, "--config", str(path), repeats=True) == 0
+    assert seen == [
+        (Config(number=4, output_dir="here"), {}),
+        (Config(number=4, output_dir="there"), {"repeats": path}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "error"), [(None, 0, ""), ("", 1, ""), ("it is odd", 1, "error: it is odd\n")]
+)
+def test_failure_after_a_summary_is_the_status(
+    reason: str | None, status: int, error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(twice, failure=lambda _result, _config: reason) == status
+    assert capsys.readouterr() == ("1: 2\n", error)
+
+
+def test_first_process_alone_prints(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run(twice) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_errors_are_one_line_with_their_status(capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(_: Config) -> int:
+        raise InputError("no input")
+
+    def interrupted(_: Config) -> int:
+        raise KeyboardInterrupt
+
+    assert run(twice, "--number", "0") == 2
+    assert run(broken) == 1
+    assert run(interrupted, resumes=True) == 130
+    assert capsys.readouterr().err.splitlines() == [
+        "error: --number 0: must be at least 1",
+        "error: no input",
+        "interrupted; finished work is kept, the same command continues from it",
+    ]
+    with pytest.raises(InputError):
+        run(broken, "--debug")
+
+
+def test_command_that_writes_nothing_has_no_overwrite(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass(frozen=True)
+    class Shown(Options):
+        number: int = option(1, OUTPUT, "a number", role="result", metavar="N")
+
+    assert run_cli(Shown, lambda config: config.number, lambda *_: "", usage=USAGE, argv=["--overwrite"]) == 2
+    assert "unrecognized arguments: --overwrite" in capsys.readouterr().err
