@@ -1,5 +1,6 @@
 """An extension of each kind, from another package: the code of docs/extending.md as it stands there."""
 
+import ast
 import gzip
 import json
 import os
@@ -119,6 +120,16 @@ def test_page_adds_one_of_each_kind(
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.group)
 def test_entries_are_what_their_table_declares(table: Table) -> None:
     assert len(table) == len(dict(table)) > 0
+
+
+def test_only_tables_know_names() -> None:
+    """No code compares with the name of an engine or a compressor: what differs, the entry declares."""
+    names = {*TEACHER_ENGINES, *COMPRESSORS}
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare):
+                found = {one.value for one in ast.walk(node) if isinstance(one, ast.Constant)} & names
+                assert not found, f"{path}:{node.lineno} compares with {found.pop()}"
 
 
 def test_entry_of_another_package_is_found_without_import(
