@@ -19,6 +19,11 @@ def new_compressor(config: ScaleDownConfig) -> Any:
     from transformers import AutoModel
 
     if config.compressor_name is not None:
+        if config.compressor_config is None:
+            raise ModelError(
+                f"the model's compressor {config.compressor!r} is an extension: install the package that "
+                "adds it (docs/extending.md)"
+            )
         return _bare(AutoModel.from_config(config.architecture(config.compressor_config)))
     architecture = config.architecture(config.generator)
     if config.num_layers > architecture.num_hidden_layers:

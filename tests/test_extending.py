@@ -1,0 +1,208 @@
+"""An extension of each kind, from another package: the code of docs/extending.md as it stands there."""
+
+import ast
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+import tiny
+from conftest import ROOT
+from scaledown import extensions
+from scaledown.data.teacher.api import choose_backend, engine_of
+from scaledown.data.teacher.base import Engine, Generation
+from scaledown.errors import ModelError, UsageError
+from scaledown.extensions import COMPRESSORS, MEASURES, TEACHER_ENGINES, Table
+from scaledown.models import ModelSource
+from scaledown.student.model import ScaleDownModel
+from shell import commands, fences
+
+PAGE = ROOT / "docs" / "extending.md"
+TABLES = [table for table in vars(extensions).values() if isinstance(table, Table)]
+MOST_LINES = 30
+
+
+def install(package: Path, entry_points: dict[str, dict[str, str]], name: str) -> None:
+    """Leave what pip leaves of a package's metadata beside it."""
+    info = package / f"{name}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    lines = []
+    for group, entries in entry_points.items():
+        lines += [f"[{group}]", *(f"{entry} = {value}" for entry, value in entries.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the page's package, installed."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "extras").mkdir()
+    for fence in fences(PAGE):
+        if fence.language == "toml":
+            project = tomllib.loads(fence.text)["project"]
+            install(folder, project["entry-points"], project["name"])
+        if fence.language == "python":
+            path = folder / fence.text.splitlines()[0].removeprefix("# ")
+            path.write_text(fence.text)
+    return folder
+
+
+def run(words: list[str], place: Path, site: Path) -> str:
+    paths = [str(site), str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "120"}
+    command = [sys.executable, "-m", "scaledown", *words[1:]]
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def test_code_of_each_extension_is_short() -> None:
+    code = [fence for fence in fences(PAGE) if fence.language == "python"]
+    assert len(code) == len(TABLES) == 6
+    for fence in code:
+        assert len([line for line in fence.text.splitlines() if line.strip()]) < MOST_LINES
+
+
+@pytest.mark.slow
+def test_page_adds_one_of_each_kind(
+    site: Path, tmp_path: Path, models: dict[str, Path], corpus: Path
+) -> None:
+    tiny.word_pieces(tmp_path / "bag_of_words")
+    config = {"model_type": "bert", "architectures": ["BagOfWords"]}
+    (tmp_path / "bag_of_words" / "config.json").write_text(json.dumps(config))
+    shutil.copytree(models["causal_lm"], tmp_path / "generator")
+    flags = {
+        "prepare": ["--corpus_path", str(corpus), "--device", "cpu", "--top_k_retrieval", "2"],
+        "train": [
+            *("--generator_model", "generator", "--num_layers", "1", "--doc_max_length", "64"),
+            *("--max_steps", "2", "--batch_size", "2", "--device", "cpu", "--report_to", "none"),
+        ],
+        "evaluate": ["--max_new_tokens", "4", "--device", "cpu"],
+    }
+    told = {}
+    for fence in fences(PAGE):
+        for words in commands(fence.text) if fence.language == "bash" else []:
+            told[words[1]] = run([*words, *flags[words[1]]], tmp_path, site)
+    assert list(told) == ["prepare", "train", "evaluate"]
+
+    with gzip.open(tmp_path / "train_data.gz") as file:
+        records = [orjson.loads(line) for line in file]
+    assert [record["query"] for record in records] == [
+        f"What is the capital of {country}?" for country in ("France", "Japan", "Peru", "Kenya")
+    ]
+    for record in records:
+        assert record["answer"] == record["documents"][0].partition(". ")[0].strip()
+    settings = json.loads((tmp_path / "train_data.gz.work" / "manifest.json").read_text())["stages"]
+    assert settings["answers"]["settings"]["backend"] == "first_sentence"
+    live = list((tmp_path / "train_data.gz.work" / "live").glob("*.log"))
+    assert live, "a worker in a process of its own did it"
+
+    kept = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert kept["compressor"] == "mean_pooling"
+    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    for system in ("compressed", "closed_book"):
+        measured = results["systems"][system]["measures"]
+        assert [*measured][:5] == ["accuracy", "EM", "F1", "ROUGE-L", "recall"]
+        assert 0 <= measured["recall"]["mean"] <= 1
+    with pytest.raises(ModelError, match="mean_pooling.*install the package"):
+        ScaleDownModel.from_pretrained(str(tmp_path / "model"))  # here, where the package is not installed
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.group)
+def test_entries_are_what_their_table_declares(table: Table) -> None:
+    assert len(table) == len(dict(table)) > 0
+
+
+def test_only_tables_know_names() -> None:
+    """No code compares with the name of an engine or a compressor: what differs, the entry declares."""
+    names = {*TEACHER_ENGINES, *COMPRESSORS}
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare):
+                found = {one.value for one in ast.walk(node) if isinstance(one, ast.Constant)} & names
+                assert not found, f"{path}:{node.lineno} compares with {found.pop()}"
+
+
+def test_entry_of_another_package_is_found_without_import(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "recall" not in MEASURES
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.delitem(sys.modules, "extras.recall", raising=False)
+    assert "recall" in MEASURES
+    assert [*MEASURES] == ["accuracy", "EM", "F1", "ROUGE-L", "recall"]
+    assert "extras.recall" not in sys.modules
+    assert MEASURES["recall"]("the Eiffel tower", ["Eiffel Tower", "Paris"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("nowhere:ENGINE", "teacher_engines broken .nowhere:ENGINE. cannot be imported .No module named"),
+        ("json:nothing", "cannot be imported .*: correct its package, or uninstall that"),
+        (
+            "json:dumps",
+            "is function, expected scaledown.data.teacher.base:TeacherEngine: see docs/extending.md",
+        ),
+    ],
+)
+def test_entry_that_is_broken_is_named(
+    value: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, {"scaledown.teacher_engines": {"broken": value}}, "broken")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match=said):
+        engine_of("broken")
+
+
+def test_name_of_ours_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, {"scaledown.compressors": {"pointer": "json:dumps"}}, "thief")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert COMPRESSORS["pointer"].picks_tokens
+    assert "pointer" not in COMPRESSORS.outside
+
+
+@pytest.mark.parametrize(
+    ("engine", "generation", "said"),
+    [
+        (Engine("endpoint"), Generation(load_in_8bit=True), "a server loads its model itself"),
+        (Engine("vllm"), Generation(load_in_4bit=True), "name a quantised checkpoint"),
+        (Engine("transformers", lora="adapter"), Generation(), "merge it into the model first"),
+        (Engine("vllm", ("http://localhost/v1",)), Generation(), "exclude each other"),
+        (Engine("nothing"), Generation(), "use auto, transformers, openvino, vllm, endpoint"),
+        (Engine(lora="adapter"), Generation(load_in_8bit=True), "leave some out"),
+    ],
+)
+def test_engine_refuses_what_it_does_not_declare(engine: Engine, generation: Generation, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        choose_backend(engine, ModelSource("a/b", "a/b"), "cpu", generation)
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "chosen"),
+    [
+        (Engine(), "cpu", "transformers"),
+        (Engine(endpoints=("http://localhost/v1",)), "cpu", "endpoint"),
+        (Engine(lora="adapter"), "cuda", "vllm"),
+        (Engine("openvino"), "cpu", "openvino"),
+    ],
+)
+def test_auto_takes_the_engine_that_suits(
+    engine: Engine, device: str, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    absent: dict[str, Any] = {"vllm": None, "openvino_genai": None}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: absent.get(name, name) and find(name))
+    assert choose_backend(engine, ModelSource("a/b", "a/b"), device, Generation()) == chosen
+    assert chosen in TEACHER_ENGINES
