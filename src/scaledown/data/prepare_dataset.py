@@ -40,6 +40,7 @@ from scaledown.data.prompts import VERSION as PROMPT_VERSION
 from scaledown.data.prompts import Template, load_template
 from scaledown.data.reranker import LIKELIHOOD_PREFIX, load_reranker, rerank
 from scaledown.data.retrieval.encoders import load_encoder
+from scaledown.data.retrieval.parts import began_with
 from scaledown.data.retrieval.stages import retrieve, searched
 from scaledown.data.session.enter import Entered, enter
 from scaledown.data.session.resolve import find_inputs
@@ -242,7 +243,8 @@ def _run_stages(entered: Entered) -> dict[str, Stage]:
     device = choose_device(entered.config.device)
     run, config, sources = entered.run, entered.config.sized(device), entered.sources
     identities, inputs = entered.identities, entered.inputs
-    index = open_index(entered.home, config, sources.corpus, sources.retriever, identities["retriever"])
+    first = open_index(entered.home, config, sources.corpus, sources.retriever, identities["retriever"])
+    index = first.at(began_with(run, first.present())) if config.index_dir else first
     machine_kind = machine(config)
     asking = _Asking.of(run, entered.request, config, sources, identities, device)
     teacher = OnDevice("the teacher", device, lambda: asking.load(sources.teacher))
@@ -281,6 +283,8 @@ def _run_stages(entered: Entered) -> dict[str, Stage]:
     collect_queries(queries, config, stages.get("synthetic"), Cleaner(config).queries)
 
     index.fill(encoder)
+    if config.index_dir:
+        first.record()
     passages, vectors = index.passages, index.vectors
     searching: dict[str, Any] = {"top_k": config.top_k_retrieval}
     if config.search == "approximate":

@@ -42,6 +42,8 @@ STAGES: Final = (
 )
 _OWN_NAMES: Final = {
     *STAGES,
+    "removed",
+    "index.json",
     "quarantine",
     "live",
     "locks",

@@ -43,10 +43,17 @@ class Stage:
 
     A shard is an Arrow IPC stream, read memory-mapped, followed by the CRC-32 of its bytes. `sources`
     are the stages whose shard of the same number a shard is made from; the first says how many there will be.
+    A stage that stands `beside` others of its name does not tell that their settings are different.
     """
 
     def __init__(
-        self, run: RunDirectory, name: str, settings: Mapping[str, Any], sources: "Sequence[Stage]" = ()
+        self,
+        run: RunDirectory,
+        name: str,
+        settings: Mapping[str, Any],
+        sources: "Sequence[Stage]" = (),
+        *,
+        beside: bool = False,
     ) -> None:
         self.name = name
         self.settings = dict(settings)
@@ -58,7 +65,7 @@ class Stage:
         self._run = run
         self._key = f"{name}-{self.fingerprint}"
         earlier = self.folder.parent.exists() and not self.folder.exists()
-        if earlier and any(self.folder.parent.iterdir()):
+        if earlier and not beside and any(self.folder.parent.iterdir()):
             log.info("%s: the settings changed; earlier results stay in %s", name, self.folder.parent)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.at: range | None = None

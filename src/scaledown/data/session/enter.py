@@ -12,6 +12,7 @@ from scaledown.data.input.files import Source
 from scaledown.data.input.remote import Remote
 from scaledown.data.manifest import Sources, compared_settings, name_differences
 from scaledown.data.prompts import load_template
+from scaledown.data.retrieval.parts import tell_of_changes
 from scaledown.data.session.resolve import find
 from scaledown.models import same_bits
 from scaledown.run.directory import SCHEMA, RunDirectory, fingerprint
@@ -62,5 +63,6 @@ def enter(config: PrepareConfig, repeats: Path | None = None, worker: str = "") 
     with contextlib.ExitStack() as stack:
         stack.enter_context(publishing(stack.enter_context(run.claim(request)), worker, run, home))
         if home is not run:
+            tell_of_changes(run, home)
             stack.enter_context(publishing(stack.enter_context(home.claim("index")), worker, home))
         yield Entered(run, config, request, home, sources, identities, inputs)
