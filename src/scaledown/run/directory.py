@@ -67,6 +67,11 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
+def stage_fingerprint(name: str, settings: Mapping[str, Any]) -> str:
+    """The name of the folder that a stage with these settings has."""
+    return fingerprint({"schema": SCHEMA, "stage": name, **settings})
+
+
 class RunDirectory:
     """`<output>.work/`: stages, inputs seen, live processes, manifest."""
 

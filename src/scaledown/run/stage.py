@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from scaledown.errors import RunDirectoryError
 from scaledown.run.atomic import atomic, write_json
-from scaledown.run.directory import ABSENT, GIVEN_UP, SCHEMA, RunDirectory, fingerprint
+from scaledown.run.directory import ABSENT, GIVEN_UP, RunDirectory, stage_fingerprint
 from scaledown.run.leases import TRIES
 
 log = logging.getLogger("scaledown")
@@ -59,7 +59,7 @@ class Stage:
         self.settings = dict(settings)
         self._sources = sources
         self._leased: set[str] = set()
-        self.fingerprint = fingerprint({"schema": SCHEMA, "stage": name, **settings})
+        self.fingerprint = stage_fingerprint(name, settings)
         self.folder = run.path / name / self.fingerprint
         self.storage = run.storage
         self._run = run

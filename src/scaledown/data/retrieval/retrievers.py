@@ -1,4 +1,4 @@
-"""Retrieval from Python: from a corpus in memory (`SPLADERetriever`, `DenseRetriever`) or an index on disk."""
+"""Retrieval from Python: `SPLADERetriever`, `DenseRetriever` from a corpus in memory, `IndexRetriever`."""
 
 import logging
 from collections.abc import Sequence
@@ -127,8 +127,8 @@ class IndexRetriever:
         source = resolve(state.retriever)
         if source.identity(home.content_hash) != state.first[1]["retriever"]:
             raise ModelError(
-                f"model {state.retriever} has changed since it encoded the passages in {storage}: use the model "
-                "as it was, or make a new index"
+                f"model {state.retriever} has changed since it encoded the passages in {storage}: use it as "
+                "it was, or make a new index"
             )
         device = choose_device(device)
         size = batch_for("batch_size", batch_size, device)
@@ -163,7 +163,7 @@ class IndexRetriever:
         def find(places: Sequence[int], depth: int) -> Ranking:
             return find_exactly(self._vectors, 0, encoded[places], depth, no_progress)
 
-        ranking = find(range(len(queries)), top_k)
+        ranking = find([*range(len(queries))], top_k)
         found = distinct(ranking, top_k, self._count, self._passages, find)
         return [
             [
