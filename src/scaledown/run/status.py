@@ -261,7 +261,7 @@ def _stage(
     flying: dict[tuple[int, ...], float] = {}
     if own.counts is not None:
         working = []
-        rows = total = own.counts.get(unit, rows) if name in _OWN_SHARDS else rows
+        rows = total = own.counts.get(unit, rows) if name in {*_OWN_SHARDS, "vectors"} else rows
     elif source:
         for work in working:
             share = sum(source.rows.values()) / work.total if work.total and known else 1.0
