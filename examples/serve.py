@@ -1,33 +1,26 @@
 """Retrieve passages for a question, ask `scaledown serve`, print the answer and its time.
 
+    scaledown index --retriever_model bundled:splade-tiny --index_dir index
     scaledown serve --model model
-    python examples/serve.py "What causes tides?" [CORPUS.jsonl] [http://127.0.0.1:8000/v1]
+    python examples/serve.py "What causes tides?" [INDEX_DIR] [http://127.0.0.1:8000/v1]
 
-The corpus is KILT lines. Runs on the bundled retriever; `SPLADERetriever()` takes the guide's.
+The first command makes an index of the sample corpus; `--corpus_path` takes yours, and without
+`--retriever_model` the guide's retriever encodes it.
 """
 
-import json
 import os
 import sys
 import time
-from pathlib import Path
 
 import requests
 
-from scaledown.data.retrieval import SPLADERetriever
+from scaledown.data.retrieval import IndexRetriever
 
 query = sys.argv[1]
-path = Path(sys.argv[2] if len(sys.argv) > 2 else Path(__file__).parent / "corpus.jsonl")
+index = sys.argv[2] if len(sys.argv) > 2 else "index"
 server = sys.argv[3] if len(sys.argv) > 3 else "http://127.0.0.1:8000/v1"
 
-articles = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-corpus = [
-    {"id": f"{article['wikipedia_id']}-{place}", "title": article["wikipedia_title"], "text": text.strip()}
-    for article in articles
-    for place, text in enumerate(article["text"][1:])
-]
-retriever = SPLADERetriever("bundled:splade-tiny")
-(found,) = retriever.retrieve([query], corpus, top_k=5)
+(found,) = IndexRetriever(index).retrieve([query], top_k=5)
 documents = [{"title": own["title"], "text": own["text"]} for own in found]
 headers = (
     {"Authorization": f"Bearer {os.environ['SCALEDOWN_API_KEY']}"}

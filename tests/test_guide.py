@@ -314,15 +314,22 @@ README = fences(ROOT / "README.md")
 STUDENT = fences(ROOT / "docs" / "student.md")
 CLEANING = fences(ROOT / "docs" / "cleaning.md")
 EVALUATION = fences(ROOT / "docs" / "evaluation.md")
+SCALING = fences(ROOT / "docs" / "scaling.md")
 
 
 @pytest.mark.parametrize(
-    "fence", [f for f in README + STUDENT + CLEANING + EVALUATION if f.language == "bash"], ids=titled
+    "fence",
+    [f for f in README + STUDENT + CLEANING + EVALUATION + SCALING if f.language == "bash"],
+    ids=titled,
 )
 def test_commands_of_the_pages(fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluation_files(place / "evaluation")
     (place / "mock_data.json").write_text(json.dumps([{"query": "q", "documents": ["d"], "answer": "a"}]))
     makefile = (ROOT / "Makefile").read_text()
+    articles = (ROOT / "examples" / "corpus.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (place / "today.jsonl").write_text("".join(articles[8:10]), encoding="utf-8")
+    (place / "tomorrow.jsonl").write_text("".join(articles[9:12]), encoding="utf-8")
+    (place / "gone.txt").write_text("1\n2\n")
     if "scaledown status" in fence.text:
         (place / "train_data.json.work" / "queries").mkdir(parents=True)
     for words in commands(fence.text):
@@ -342,6 +349,15 @@ def test_snippet_of_the_student(place: Path, monkeypatch: pytest.MonkeyPatch) ->
     with contextlib.redirect_stdout(io.StringIO()) as out:
         run_python(snippet.text, monkeypatch)
     assert out.getvalue()
+
+
+def test_snippet_of_the_index(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--corpus_path", str(place / "kilt_knowledgesource.json"), "--index_dir", "index"]
+    assert cli.main(["index", *flags, "--device", "cpu"]) == 0
+    (snippet,) = [fence for fence in SCALING if fence.language == "python"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        run_python(snippet.text, monkeypatch)
+    assert len(out.getvalue().splitlines()) == 5
 
 
 @pytest.mark.parametrize("fence", [f for f in README if f.language == "python"], ids=titled)
@@ -368,13 +384,22 @@ def test_flags_of_the_pages_exist() -> None:
 
     from scaledown.config.compare import CompareConfig
     from scaledown.config.evaluate import EvaluateConfig
-    from scaledown.config.prepare import PrepareConfig
+    from scaledown.config.prepare import IndexCommandConfig, PrepareConfig
     from scaledown.config.serve import ServeConfig
     from scaledown.config.train import PretrainConfig, TrainConfig
 
-    commands = (PrepareConfig, TrainConfig, PretrainConfig, EvaluateConfig, CompareConfig, ServeConfig)
+    commands = (
+        PrepareConfig,
+        IndexCommandConfig,
+        TrainConfig,
+        PretrainConfig,
+        EvaluateConfig,
+        CompareConfig,
+        ServeConfig,
+    )
     known = {item.name for command in commands for item in fields(command)}
     known |= {"model", "query", "document", "data", "format"}  # of scaledown answer and export
+    known |= {"add", "remove"}  # of scaledown index
     known |= {"push_to_hub", "output"}  # of scaledown export and report
     known |= {"nproc_per_node", "array", "gpus", "head", "address"}  # of torchrun, Slurm and Ray
     known |= {

@@ -368,6 +368,23 @@ def test_the_index_command_fills_a_bucket(models, corpus, bucket, tmp_path, caps
     assert f"--index_dir {bucket}/index" in out.splitlines()[-1]
 
 
+def test_an_index_in_a_bucket_changes(models, corpus, bucket, tmp_path, monkeypatch) -> None:
+    from scaledown.cli import main
+    from scaledown.data.retrieval import IndexRetriever
+
+    flags = ["--retriever_model", str(models["splade"]), "--device", "cpu"]
+    articles = corpus.read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "old.jsonl").write_text("".join(articles[:4]), encoding="utf-8")
+    (tmp_path / "new.jsonl").write_text("".join(articles[4:6]), encoding="utf-8")
+    there = ["index", *flags, "--index_dir", f"{bucket}/index", "--cache_dir"]
+    assert main([*there, str(tmp_path / "one"), "--corpus_path", str(tmp_path / "old.jsonl")]) == 0
+    words = ["--add", str(tmp_path / "new.jsonl"), "--remove", "2"]
+    assert main([*there, str(tmp_path / "two"), *words]) == 0, "from another machine, without the corpus"
+    monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path / "three"))
+    (found,) = IndexRetriever(f"{bucket}/index", device="cpu").retrieve(["the"], 1000)
+    assert {own["id"].partition("_")[0] for own in found} == {"1", "3", "4", "5", "6"}
+
+
 def test_a_plan_is_kept_in_the_bucket(remote, system, bucket, capsys) -> None:
     assert remote("--dry_run") == 0
     assert system.exists(f"{bucket}/out/train.json.work/plan.json")

@@ -22,6 +22,7 @@ import pytest
 import uvicorn
 
 from conftest import ROOT
+from scaledown import cli
 from scaledown.config.serve import ServeConfig, api_key
 from scaledown.errors import UsageError
 from scaledown.serving.app import Server
@@ -522,13 +523,16 @@ def test_the_page_tells_every_field() -> None:
 @pytest.mark.slow
 def test_the_example_asks_the_server(server: Running, tmp_path: Path) -> None:
     lines = (ROOT / "examples" / "corpus.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (tmp_path / "corpus.jsonl").write_text("".join(lines[:5]), encoding="utf-8")
+    corpus, index = tmp_path / "corpus.jsonl", str(tmp_path / "index")
+    corpus.write_text("".join(lines[:5]), encoding="utf-8")
+    flags = ["--retriever_model", "bundled:splade-tiny", "--device", "cpu"]
+    assert cli.main(["index", "--corpus_path", str(corpus), "--index_dir", index, *flags]) == 0
     done = subprocess.run(
         [
             sys.executable,
             str(ROOT / "examples" / "serve.py"),
             "What causes tides?",
-            str(tmp_path / "corpus.jsonl"),
+            index,
             f"http://127.0.0.1:{server.port}/v1",
         ],
         capture_output=True,

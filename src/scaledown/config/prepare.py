@@ -93,8 +93,8 @@ class IndexConfig(WorkersConfig):
         "",
         CORPUS,
         "KILT JSON lines, JSONL / Parquet / CSV with id, title, text, or a folder of such or of text files; "
-        "plain, gzip, zstd or bzip2; also a URL (https://, s3://), read as a stream; without it, the sample "
-        "corpus",
+        "plain, gzip, zstd or bzip2; also a URL (https://, s3://), read as a stream; without it, the index "
+        "in --index_dir, or else the sample corpus",
         role="input",
         metavar="PATH",
     )
@@ -183,6 +183,27 @@ class IndexConfig(WorkersConfig):
             raise UsageError(f"--preset {name}: use one of {', '.join(PRESETS)}")
         own = {item.name for item in fields(cls)}
         return cls(**{key: value for key, value in PRESETS[name].items() if key in own} | settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexCommandConfig(IndexConfig):
+    """Settings of `scaledown index`: an index, and what changes in it."""
+
+    add: tuple[str, ...] = option(
+        (),
+        CORPUS,
+        "add the articles of these files to the index in --index_dir, with its other settings; an article "
+        "takes the place of one with the same id",
+        role="input",
+        metavar="FILE",
+    )
+    remove: tuple[str, ...] = option(
+        (),
+        CORPUS,
+        "first remove these articles from the index: ids, or files with an id a line",
+        role="input",
+        metavar="ID",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,21 +1,35 @@
-"""Corpus -> passages and their vectors, once for many runs: `scaledown index`, and a part of `prepare`."""
+"""Corpus -> passages and their vectors, once for many runs: `scaledown index`, and a part of `prepare`.
+
+An index changes by parts that are added and articles that are removed: see `retrieval/parts.py`.
+"""
 
 import logging
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from scaledown.command import Usage, program_name, run_cli
-from scaledown.config.prepare import IndexConfig
+from scaledown.config.prepare import IndexCommandConfig, IndexConfig
 from scaledown.data.input.corpus import build_passages, sample_corpus
 from scaledown.data.input.files import Source, inner_suffix, input_files, locate
 from scaledown.data.input.remote import Remote
 from scaledown.data.retrieval.encoders import Encoder, is_sparse, load_encoder
+from scaledown.data.retrieval.parts import (
+    IndexState,
+    Joined,
+    Part,
+    change,
+    only_state,
+    open_stage,
+    state_file,
+    states,
+)
 from scaledown.data.retrieval.seismic import SeismicIndex
 from scaledown.data.retrieval.stages import encode_passages
 from scaledown.data.workers import settings_of, share, supervised
-from scaledown.errors import UsageError
+from scaledown.errors import InputError, UsageError
 from scaledown.gpus import OnDevice
 from scaledown.models import ModelSource, choose_device, dtype_to_run, resolve, same_bits
 from scaledown.run.directory import RunDirectory
@@ -40,16 +54,46 @@ class Index(NamedTuple):
     passages: Stage
     vectors: Stage
     config: IndexConfig
-    corpus: Source
+    corpus: Source | None
+    """None where the index is there already, and the corpus is not at hand."""
     retriever: ModelSource
 
     def cut(self, check: Callable[[], None] = lambda: None) -> None:
         """Make the missing passages."""
-        build_passages(self.passages, self.config, self.corpus, self.retriever, check)
+        if self.corpus is not None:
+            build_passages(self.passages, self.config, self.corpus, self.retriever, check)
 
     def fill(self, encoder: Callable[[], Encoder]) -> None:
         """Make the missing passages and vectors, both at the same time."""
         encode_passages(self.vectors, self.passages, encoder, self.config.weights, self.cut)
+
+    def present(self) -> IndexState:
+        """What the index whose first part this is consists of now."""
+        stages = (self.passages.settings, self.vectors.settings)
+        first = IndexState(self.vectors.fingerprint, _lasting_name(self.retriever), *stages)
+        return IndexState.read(self.home.storage, self._file) or first
+
+    def at(self, state: IndexState) -> "Index":
+        """The index whose first part this is, in a state of its own."""
+        return self._replace(
+            passages=open_stage(self.home, "passages", state.passages),
+            vectors=open_stage(self.home, "vectors", state.vectors),
+        )
+
+    def record(self) -> None:
+        """Write down that the index consists of its first part, once that is finished.
+
+        One that has changed since is recorded already.
+        """
+        if isinstance(self.vectors, Joined):
+            return
+        with self.vectors.lease("index", wait=True):
+            if not self.home.storage.exists(self._file):
+                self.present().write(self.home.storage, self._file)
+
+    @property
+    def _file(self) -> Path:
+        return state_file(self.home.path, self.vectors.fingerprint)
 
     @property
     def is_dense(self) -> bool:
@@ -61,15 +105,33 @@ class Index(NamedTuple):
         return SeismicIndex(self.home, self.vectors, memory)
 
 
-def find_corpus(config: IndexConfig) -> Source:
-    """The corpus, which must be there; without `--corpus_path` the sample."""
+def _lasting_name(model: ModelSource) -> str:
+    """What names a model from any folder, with its revision."""
+    if model.revision and "@" not in model.name:
+        return f"{model.name}@{model.revision}"
+    path = Path(model.name).expanduser()
+    return str(path.resolve()) if path.exists() else model.name
+
+
+def find_corpus(config: IndexConfig) -> Source | None:
+    """The corpus, which must be there.
+
+    Without `--corpus_path` None where `--index_dir` holds an index, else the sample.
+    """
     if not config.corpus_path:
+        if config.index_dir and states(index_of(config)):
+            return None
         log.info("no --corpus_path: using the sample corpus of 60 short articles")
     return locate(config.corpus_path or str(sample_corpus()), "--corpus_path")
 
 
-def corpus_identity(home: RunDirectory, corpus: Source) -> str:
-    """What changes with the corpus: a hash of its content, or of what a server says of it."""
+def corpus_identity(home: RunDirectory, corpus: Source | None) -> str:
+    """What changes with the corpus: a hash of its content, or of what a server says of it.
+
+    Without a corpus, that of the first part of the only index in `home`.
+    """
+    if corpus is None:
+        return str(only_state(home.storage).first[0]["corpus"])
     if isinstance(corpus, Remote):
         return corpus.identity()
     return file_identity(home, corpus, input_files(corpus, "--corpus_path"))
@@ -83,25 +145,64 @@ def file_identity(home: RunDirectory, path: Path, files: Sequence[Path] = ()) ->
 
 
 def open_index(
-    home: RunDirectory, config: IndexConfig, corpus: Source, retriever: ModelSource, identity: str
+    home: RunDirectory,
+    config: IndexConfig,
+    corpus: Source | None,
+    retriever: ModelSource,
+    identity: str,
+    *,
+    beside: bool = False,
 ) -> Index:
-    """The index of `corpus` in `home`. The settings of its stages hold all that their shards depend on."""
+    """The first part of the index of `corpus` in `home`, or of the only index there; see `Index.at`.
+
+    The settings of its stages hold all that their shards depend on. Raises `UsageError` where the index was
+    made with other settings. `beside` others, as a part that is added, it does not tell of theirs.
+    """
+    cutting = {
+        "passages": config.passages,
+        "passage_tokens": config.passage_tokens if config.passages == "tokens" else None,
+        "tokenizer": identity,
+    }
+    weights = config.weights if is_sparse(retriever) else None
+    encoding = {"retriever": identity, "batch_size": config.batch_size, "weights": weights}
+    if corpus is None:
+        state = only_state(home.storage)
+        _check_same(state, home, {**cutting, "weights": weights}, retriever)
+        passages, vectors = (
+            Stage(home, name, own) for name, own in zip(("passages", "vectors"), state.first, strict=True)
+        )
+        return Index(home, passages, vectors, config, corpus, retriever)
     passages = Stage(
         home,
         "passages",
         {
             "corpus": corpus_identity(home, corpus),
             "max_corpus_size": config.max_corpus_size,
-            "passages": config.passages,
-            "passage_tokens": config.passage_tokens if config.passages == "tokens" else None,
-            "tokenizer": identity,
+            **cutting,
             "passages_per_shard": config.passages_per_shard,
         },
+        beside=beside,
     )
-    weights = config.weights if is_sparse(retriever) else None
-    encoding = {"retriever": identity, "batch_size": config.batch_size, "weights": weights}
-    vectors = Stage(home, "vectors", {"passages": passages.fingerprint, **encoding, **machine(config)})
+    settings = {"passages": passages.fingerprint, **encoding, **machine(config)}
+    vectors = Stage(home, "vectors", settings, beside=beside)
     return Index(home, passages, vectors, config, corpus, retriever)
+
+
+def _check_same(
+    state: IndexState, home: RunDirectory, asked: Mapping[str, Any], retriever: ModelSource
+) -> None:
+    """Raise `UsageError` where the settings that the user gave are not those of the index."""
+    made = {**state.first[1], **state.first[0]}  # both have "passages", which is a mode in the latter
+    for name, value in asked.items():
+        if made.get(name) == value:
+            continue
+        there = f"the index in {home.storage} was made with"
+        if name == "tokenizer":
+            raise UsageError(
+                f"--retriever_model {retriever.name} is not the model that {there}: give "
+                f"--retriever_model {state.retriever}, unchanged"
+            )
+        raise UsageError(f"--{name} {value}: {there} --{name} {made.get(name)}: give the same")
 
 
 def machine(config: IndexConfig) -> dict[str, str]:
@@ -128,13 +229,13 @@ class IndexResult(NamedTuple):
     """Shards that workers died of, again and again."""
 
 
-def _filled(home: RunDirectory, config: IndexConfig, corpus: Source) -> Index:
-    """The index, with all that was missing."""
+def _filled(home: RunDirectory, config: IndexConfig, corpus: Source | None, *, beside: bool = False) -> Index:
+    """The index, or a part that is added `beside` others, with all that was missing."""
     same_bits()
     device = choose_device(config.device)
     config = config.sized(device)
     retriever = resolve(config.retriever_model)
-    index = open_index(home, config, corpus, retriever, retriever.identity(home.content_hash))
+    index = open_index(home, config, corpus, retriever, retriever.identity(home.content_hash), beside=beside)
     encoder = OnDevice(
         "the retriever", device, lambda: load_encoder(retriever, device, config.dtype, config.batch_size)
     )
@@ -154,28 +255,46 @@ def work(settings: Mapping[str, Any], worker: str) -> None:
 def build_index(config: IndexConfig, *, overwrite: bool = False) -> IndexResult:
     """Build the index that `config` describes in its `index_dir`, or continue one that was interrupted.
 
-    With `overwrite` the metrics file takes the place of what is no such file.
+    An `IndexCommandConfig` may then remove articles from it, and add others: all of them in one step, or
+    none. With `overwrite` the metrics file takes the place of what is no such file.
     """
     if not config.index_dir:
         raise UsageError("no index: give --index_dir DIR")
-    corpus = find_corpus(config)
+    add, remove = (config.add, config.remove) if isinstance(config, IndexCommandConfig) else ((), ())
+    if (add or remove) and not config.corpus_path:
+        only_state(index_of(config))
+    only = {item.name: getattr(config, item.name) for item in fields(IndexConfig)}
+    first = IndexConfig(**only)
+    added = [IndexConfig(**{**only, "corpus_path": name, "max_corpus_size": 0}) for name in add]
+    corpora = [find_corpus(first), *(locate(name, "--add") for name in add)]
     folder = index_of(config)
-    check_apart("--index_dir", config.index_dir, [corpus])
-    check_apart("--metrics_file", config.metrics_file, [corpus])
+    check_apart("--index_dir", config.index_dir, filter(None, corpora))
+    check_apart("--metrics_file", config.metrics_file, filter(None, corpora))
+    ids = _ids(remove)
     home = RunDirectory(folder)
     with (
         metrics_file(config.metrics_file, home.path, overwrite=overwrite),
         home.claim("index") as place,
         publishing(place, "", home),
     ):
-        if supervised(config):
-            share(config, WORK, [home])
-        index = _filled(home, config, corpus)
+        parts: list[Index] = []
+        given_up = 0
+        for own, corpus in zip([first, *added], corpora, strict=True):
+            if supervised(own):
+                share(own, WORK, [home])
+            parts.append(_filled(home, own, corpus, beside=bool(parts)))
+            given_up += home.given_up()
+        index, *others = parts
+        index.record()
+        if (add or remove) and not given_up:
+            named = [Part(name, own.passages, own.vectors) for name, own in zip(add, others, strict=True)]
+            change(home, index.vectors, ids, named)
+        index = index.at(index.present())
     stages: dict[str, Any] = {"passages": index.passages, "vectors": index.vectors}
     return IndexResult(
         {name: stage.finished() for name, stage in stages.items()},
         sum(home.storage.size(file) for stage in stages.values() for file in stage.files()),
-        home.given_up(),
+        given_up,
     )
 
 
@@ -203,6 +322,25 @@ def failure(result: IndexResult, config: IndexConfig) -> str | None:
     )
 
 
+def _ids(given: Sequence[str]) -> set[str]:
+    """The ids that `--remove` names, by themselves or one a line in files."""
+    ids: set[str] = set()
+    for name in given:
+        path = Path(name)
+        if not path.is_file():
+            ids.add(name)
+            continue
+        try:
+            found = {line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()} - {""}
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--remove {name}: cannot be read ({error}): expected an id a line") from error
+        if not found:
+            raise InputError(f"--remove {name}: the file is empty: expected an id a line")
+        log.info("--remove %s: a file with %s ids", name, f"{len(found):,}")
+        ids |= found
+    return ids
+
+
 def main(argv: Sequence[str], program: str = "scaledown index") -> int:
     """The command line; gives the exit status."""
     usage = Usage(
@@ -211,4 +349,6 @@ def main(argv: Sequence[str], program: str = "scaledown index") -> int:
         "Make passages and their vectors once, for many runs. The same command again continues an "
         "interrupted run.",
     )
-    return run_cli(IndexConfig, build_index, summary, failure=failure, usage=usage, argv=argv, resumes=True)
+    return run_cli(
+        IndexCommandConfig, build_index, summary, failure=failure, usage=usage, argv=argv, resumes=True
+    )

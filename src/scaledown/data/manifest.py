@@ -33,7 +33,8 @@ class Sources(NamedTuple):
     reranker: ModelSource | None
     teacher: ModelSource
     second_teacher: ModelSource | None
-    corpus: Source
+    corpus: Source | None
+    """None where the index has what the corpus would give."""
     queries: list[Source]
     evaluation: list[Source]
     passed_over: dict[str, dict[str, str]]

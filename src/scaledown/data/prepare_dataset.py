@@ -36,6 +36,7 @@ from scaledown.data.prompts import VERSION as PROMPT_VERSION
 from scaledown.data.prompts import load_template
 from scaledown.data.retrieval import stages as retrieval
 from scaledown.data.retrieval.encoders import load_encoder
+from scaledown.data.retrieval.parts import began_with
 from scaledown.data.session.enter import Session, open_session
 from scaledown.data.session.resolve import find_inputs
 from scaledown.data.session.result import earlier_or_free, is_ours, part_result, write_output
@@ -100,7 +101,8 @@ def work(settings: Mapping[str, Any], worker: str) -> None:
 def find_index(session: Session) -> Index:
     """The stages of passages and vectors, finished or not."""
     sources, identity = session.sources, session.identities["retriever"]
-    return open_index(session.home, session.config, sources.corpus, sources.retriever, identity)
+    index = open_index(session.home, session.config, sources.corpus, sources.retriever, identity)
+    return index.at(began_with(session.run, index.present())) if session.config.index_dir else index
 
 
 def collect(session: Session, index: Index, teachers: Teachers) -> Stage:
@@ -149,6 +151,8 @@ def retrieve(session: Session, queries: Stage, index: Index) -> Stage:
     load = partial(load_encoder, session.sources.retriever, device, config.dtype, config.batch_size)
     with OnDevice("the retriever", device, load) as encoder:
         index.fill(encoder)
+        if config.index_dir:
+            index.record()
         session.stages.update(passages=index.passages, vectors=index.vectors)
         settings: dict[str, Any] = {
             "vectors": index.vectors.fingerprint,

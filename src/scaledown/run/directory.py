@@ -42,6 +42,8 @@ STAGES: Final = (
 )
 _OWN_NAMES: Final = {
     *STAGES,
+    "removed",
+    "index.json",
     "quarantine",
     "live",
     "locks",
@@ -63,6 +65,11 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     """16 hex digits that change when any of `settings` does."""
     text = json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def stage_fingerprint(name: str, settings: Mapping[str, Any]) -> str:
+    """The name of the folder that a stage with these settings has."""
+    return fingerprint({"schema": SCHEMA, "stage": name, **settings})
 
 
 class RunDirectory:

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from scaledown.errors import RunDirectoryError
 from scaledown.run.atomic import atomic, write_json
-from scaledown.run.directory import ABSENT, GIVEN_UP, SCHEMA, RunDirectory, fingerprint
+from scaledown.run.directory import ABSENT, GIVEN_UP, RunDirectory, stage_fingerprint
 from scaledown.run.leases import TRIES
 
 log = logging.getLogger("scaledown")
@@ -43,22 +43,29 @@ class Stage:
 
     A shard is an Arrow IPC stream, read memory-mapped, followed by the CRC-32 of its bytes. `sources`
     are the stages whose shard of the same number a shard is made from; the first says how many there will be.
+    A stage that stands `beside` others of its name does not tell that their settings are different.
     """
 
     def __init__(
-        self, run: RunDirectory, name: str, settings: Mapping[str, Any], sources: "Sequence[Stage]" = ()
+        self,
+        run: RunDirectory,
+        name: str,
+        settings: Mapping[str, Any],
+        sources: "Sequence[Stage]" = (),
+        *,
+        beside: bool = False,
     ) -> None:
         self.name = name
         self.settings = dict(settings)
         self._sources = sources
         self._leased: set[str] = set()
-        self.fingerprint = fingerprint({"schema": SCHEMA, "stage": name, **settings})
+        self.fingerprint = stage_fingerprint(name, settings)
         self.folder = run.path / name / self.fingerprint
         self.storage = run.storage
         self._run = run
         self._key = f"{name}-{self.fingerprint}"
         earlier = self.folder.parent.exists() and not self.folder.exists()
-        if earlier and any(self.folder.parent.iterdir()):
+        if earlier and not beside and any(self.folder.parent.iterdir()):
             log.info("%s: the settings changed; earlier results stay in %s", name, self.folder.parent)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.at: range | None = None

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 from scaledown.errors import InputError, one_line
 from scaledown.run.atomic import read_json
-from scaledown.run.directory import ABSENT, STAGES
+from scaledown.run.directory import ABSENT, STAGES, stage_fingerprint
 from scaledown.run.heartbeat import Process, Work, finite, processes
 from scaledown.run.leases import Held, Leases
 from scaledown.run.locations import storage_at
@@ -185,7 +185,8 @@ class _Shards(NamedTuple):
             if event.get("shard") in whole and "rows" in event:
                 rows[event["shard"]] = event["rows"]
         if isinstance(done := read_json(folder / "done.json"), dict):
-            return cls(whole, dict(enumerate(done["rows"])), done["seconds"], done["counts"])
+            every = frozenset(range(len(done["rows"])))  # also where the shards are those of an index' parts
+            return cls(every, dict(enumerate(done["rows"])), done["seconds"], done["counts"])
         return cls(whole, rows, seconds, None)
 
     @property
@@ -228,9 +229,22 @@ def _opened(
                 named[name] = own
             elif not outlined:
                 named[name] = Path(index) / name / stage["fingerprint"]
+    if not named:
+        named = _present(run)
     if named:
         return [(name, named[name]) for name in STAGES if name in named]
     return [(name, folder) for name in STAGES for folder in sorted((run / name).glob("*")) if folder.is_dir()]
+
+
+def _present(run: Path) -> dict[str, Path]:
+    """The stages of an index as it is now, where there is one and nothing else."""
+    found = [
+        told for path in (run / "vectors").glob("*/index.json") if isinstance(told := read_json(path), dict)
+    ]
+    if len(found) != 1 or (run / "queries").exists():
+        return {}
+    names = [name for name in ("passages", "vectors") if isinstance(found[0].get(name), dict)]
+    return {name: run / name / stage_fingerprint(name, found[0][name]) for name in names}
 
 
 def _stage(
@@ -247,7 +261,7 @@ def _stage(
     flying: dict[tuple[int, ...], float] = {}
     if own.counts is not None:
         working = []
-        rows = total = own.counts.get(unit, rows) if name in _OWN_SHARDS else rows
+        rows = total = own.counts.get(unit, rows) if name in {*_OWN_SHARDS, "vectors"} else rows
     elif source:
         for work in working:
             share = sum(source.rows.values()) / work.total if work.total and known else 1.0

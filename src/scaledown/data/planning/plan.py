@@ -18,7 +18,7 @@ from scaledown.config.prepare import PrepareConfig
 from scaledown.data.input import files
 from scaledown.data.input.corpus import ROWS_AT_ONCE, cutting_processes, load_tokenizer
 from scaledown.data.input.queries import MS_MARCO_QUERIES, dataset_size, from_dataset, from_files
-from scaledown.data.planning.sample import Sample, sample_corpus
+from scaledown.data.planning.sample import Sample, sample_corpus, sample_index
 from scaledown.data.planning.trial import UNKNOWN, Cost, Trials, listed, peak
 from scaledown.data.retrieval.stages import TokenLists
 from scaledown.data.teacher.api import find_teacher
@@ -74,8 +74,11 @@ class Queries(NamedTuple):
     seconds: float | None
 
 
-def make_plan(config: PrepareConfig, corpus: files.Source) -> Plan:
-    """Plan a run. Raises `InputError` for inputs that a run would refuse; missing models are listed."""
+def make_plan(config: PrepareConfig, corpus: files.Source | None) -> Plan:
+    """Plan a run over a corpus; without one, over the index that is there.
+
+    Raises `InputError` for inputs that a run would refuse; missing models are listed.
+    """
     missing: list[str] = []
     device = "cpu"
     with listed(missing):
@@ -85,10 +88,10 @@ def make_plan(config: PrepareConfig, corpus: files.Source) -> Plan:
     tokenizer = _words()
     with listed(missing):
         tokenizer = load_tokenizer(resolve(config.retriever_model), config)
-    sample = sample_corpus(config, corpus, tokenizer)
+    sample = sample_index(config) if corpus is None else sample_corpus(config, corpus, tokenizer)
     table = sample.cut.passages
     passages = round(table.num_rows * sample.whole)
-    size = sum(map(files.size_of, files.sources(corpus, "--corpus_path")))
+    size = 0 if corpus is None else sum(map(files.size_of, files.sources(corpus, "--corpus_path")))
     processes = cutting_processes(size)
     workers = processes * _BYTES_A_WORKER if processes > 1 else 0
     cutting = Cost(0, sample.seconds / table.num_rows / processes, peak("cpu") + workers)
@@ -139,7 +142,7 @@ def make_plan(config: PrepareConfig, corpus: files.Source) -> Plan:
     missing += _missing_disk(config, stages)
     missing += _missing_gpu(stages, device)
     bad = len(sample.cut.rejected)
-    share = "all" if sample.whole == 1 else f"{1 / sample.whole:.2%} of the corpus:"
+    share = "all" if sample.whole == 1 else f"{1 / sample.whole:.2%} of the {sample.of}:"
     malformed = f" ({bad / sample.cut.rows:.1%} malformed)" if bad else ""
     sampled = f"{share} {sample.cut.rows:,} rows{malformed}; models tried on {device}, {cores()} cores"
     return Plan(stages, missing, sampled, device)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
@@ -13,9 +14,13 @@ from scaledown.config.prepare import PrepareConfig
 from scaledown.data.input import files
 from scaledown.data.input.chunking import Chunker
 from scaledown.data.input.corpus import Cut, cut_rows
+from scaledown.data.retrieval.parts import kept_rows, only_state, open_stage, removed_rows
 from scaledown.errors import InputError
+from scaledown.run.directory import RunDirectory
+from scaledown.run.locations import index_of
 
 _PLACES: Final = 20
+_PASSAGES: Final = 1000  # of an index
 _BYTES_A_PLACE: Final = 1 << 17
 
 
@@ -28,6 +33,26 @@ class Sample(NamedTuple):
     cut: Cut
     whole: float
     seconds: float
+    of: str = "corpus"
+
+
+def sample_index(config: PrepareConfig) -> Sample:
+    """Passages from all over the index in `--index_dir`; cutting them took no time."""
+    storage = index_of(config)
+    passages = open_stage(RunDirectory(storage), "passages", only_state(storage).passages)
+    counts, removed = passages.finished().counts, removed_rows(passages)
+    number = min(counts["passages"], _PASSAGES)
+    rows = np.array(kept_rows([counts["passages"] * place // number for place in range(number)], removed))
+    ends = np.cumsum(passages.finished().rows)
+    shards = np.searchsorted(ends, rows, side="right")
+    starts = ends - passages.finished().rows
+    tables = [
+        passages.table(shard).take(rows[shards == shard] - starts[shard])
+        for shard in np.unique(shards).tolist()
+    ]
+    share = counts["passages"] / number
+    found = Cut(pa.concat_tables(tables), [], [], max(1, round(counts["articles"] / share)))
+    return Sample(found, share, 0.0, "index")
 
 
 def sample_corpus(config: PrepareConfig, corpus: files.Source, tokenizer: Tokenizer) -> Sample:

@@ -5,6 +5,7 @@ from typing import Any, Final, NamedTuple
 
 from scaledown.data.input.corpus import PassageTable
 from scaledown.data.input.gold import Gold
+from scaledown.data.retrieval.parts import open_stage
 from scaledown.errors import RunDirectoryError
 from scaledown.metrics import accuracy
 from scaledown.records import full_text
@@ -87,7 +88,7 @@ def finished_stages(manifest: Mapping[str, Any], work: Storage, names: Sequence[
         ):
             return None
         try:
-            stage = Stage(RunDirectory(home), name, told[name]["settings"])
+            stage = open_stage(RunDirectory(home), name, told[name]["settings"])
         except RunDirectoryError:
             return None
         if stage.fingerprint != told[name]["fingerprint"] or stage.done() is None:

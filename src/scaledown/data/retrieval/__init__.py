@@ -1,8 +1,8 @@
 """Retrieval: encoders, the index, exact and approximate search.
 
-`SPLADERetriever` and `DenseRetriever` are the public classes.
+`SPLADERetriever`, `DenseRetriever` and `IndexRetriever` are the public classes.
 """
 
-from scaledown.data.retrieval.retrievers import DenseRetriever, SPLADERetriever
+from scaledown.data.retrieval.retrievers import DenseRetriever, IndexRetriever, SPLADERetriever
 
-__all__ = ["DenseRetriever", "SPLADERetriever"]
+__all__ = ["DenseRetriever", "IndexRetriever", "SPLADERetriever"]

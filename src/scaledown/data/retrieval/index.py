@@ -24,6 +24,7 @@ from scaledown.run.executor import cores
 Array: TypeAlias = np.ndarray[Any, Any]
 Vectors: TypeAlias = sp.csr_matrix | Array
 
+_NONE: Final[Array] = np.empty(0, np.int64)
 _BLOCK: Final = 4096  # passages whose scores stay in the processor's nearest cache
 
 log = logging.getLogger(__name__)
@@ -112,18 +113,21 @@ def search(
     k: int,
     *,
     threads: int = 0,
+    removed: Array = _NONE,
     advance: Callable[[float], None] = lambda _: None,
 ) -> Ranking:
     """The `k` best passages of each query by inner product, over shards in passage order.
 
     Gives min(k, passages) columns; where fewer passages share a term with the query, the rest follow with
     score 0 in passage order. `shards` load the packed vectors of `sizes` passages, which are not found where
-    it is None; each of `threads` (0: one a core) holds one at a time, or a part of one where there are more
-    threads than shards. `advance` is told the share of the passages that was searched, as it grows.
+    it is None, nor are those whose rows are in `removed` (int64, ascending); each of `threads` (0: one a
+    core) holds one at a time, or a part of one where there are more threads than shards. `advance` is told
+    the share of the passages that was searched, as it grows.
     """
     queries = _canonical(queries)
-    k = min(k, sum(size for size, load in zip(sizes, shards, strict=True) if load))
     firsts = np.concatenate([[0], np.cumsum(sizes)])
+    loaded = [number for number, load in enumerate(shards) if load]
+    k = min(k, sum(sizes[number] - len(_within(removed, *firsts[number : number + 2])) for number in loaded))
     # A dense product uses all cores by itself.
     threads = (threads or cores()) if sp.issparse(queries) else 1
     parts = math.ceil(threads / len(shards))
@@ -149,10 +153,11 @@ def search(
                 continue
             shard = load().slice(low, high - low)
             first = int(firsts[number]) + low
+            own = _within(removed, first, first + shard.num_rows)
             if "dense" in shard.column_names:
-                best = _dense(queries, unpack(shard), first, best)
+                best = _dense(queries, unpack(shard), first, own, best)
             else:
-                _sparse(queries, shard, first, best)
+                _sparse(queries, shard, first, own, best)
             with lock:
                 searched += high - low
                 advance(searched / firsts[-1])
@@ -164,6 +169,11 @@ def search(
             failed.set()  # the others end with the shard they are at
             raise
     return best_of(found, k)
+
+
+def _within(rows: Array, first: int, end: int) -> Array:
+    """Those of ascending `rows` from `first` to before `end`, counted from `first`."""
+    return rows[np.searchsorted(rows, first) : np.searchsorted(rows, end)] - first
 
 
 def _canonical(queries: Vectors) -> Vectors:
@@ -186,8 +196,9 @@ def best_of(rankings: Sequence[Ranking], k: int) -> Ranking:
     return Ranking(np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1))
 
 
-def _dense(queries: Array, shard: Array, first: int, best: Ranking) -> Ranking:
+def _dense(queries: Array, shard: Array, first: int, removed: Array, best: Ranking) -> Ranking:
     scores = queries @ shard.T  # [queries, passages]
+    scores[:, removed] = -np.inf
     k = min(best.rows.shape[1], scores.shape[1])
     rows = np.empty((len(scores), k), np.int64)
     threshold = np.partition(scores, -k, axis=1)[:, -k]
@@ -198,7 +209,7 @@ def _dense(queries: Array, shard: Array, first: int, best: Ranking) -> Ranking:
     return best_of([best, found], best.rows.shape[1])
 
 
-def _sparse(queries: sp.csr_matrix, shard: pa.Table, first: int, best: Ranking) -> None:
+def _sparse(queries: sp.csr_matrix, shard: pa.Table, first: int, removed: Array, best: Ranking) -> None:
     """Search a shard of sparse vectors that follow those in `best`, which changes."""
     from scaledown.data.retrieval.search_kernels import invert, search_block
 
@@ -207,7 +218,8 @@ def _sparse(queries: sp.csr_matrix, shard: pa.Table, first: int, best: Ranking) 
     for low in range(0, shard.num_rows, _BLOCK):
         high = min(low + _BLOCK, shard.num_rows)
         inverted = invert(starts, terms, weights, low, high, dimensions)
-        search_block(queries.indptr, queries.indices, queries.data, *inverted, high - low, first + low, *best)
+        block = (*inverted, high - low, first + low, _within(removed, low, high))
+        search_block(queries.indptr, queries.indices, queries.data, *block, *best)
 
 
 def warn_about_top_k(top_k: int, passages: int) -> None:

@@ -49,13 +49,15 @@ def search_block(
     weights: Array,
     count: int,
     first: int,
+    removed: Array,
     rows: Array,
     scores: Array,
 ) -> None:
     """Put a block's passages into the top-k of each query: `rows` int64, `scores` float32 [queries, k].
 
-    Queries are rows (CSR); the block holds `count` passages, the first of which is passage `first`. Blocks
-    must come in passage order, so that of equal scores the earlier passage stays.
+    Queries are rows (CSR); the block holds `count` passages, the first of which is passage `first`. Those of
+    `removed`, int64, counted from `first`, are not found. Blocks must come in passage order, so that of equal
+    scores the earlier passage stays.
     """
     k = rows.shape[1]
     sums = np.empty(count, np.float32)
@@ -66,6 +68,8 @@ def search_block(
             term = query_terms[place]
             for posting in range(begin[term], begin[term + 1]):
                 sums[passages[posting]] += weight * weights[posting]
+        for passage in removed:
+            sums[passage] = -np.inf
         lowest = scores[query, k - 1]
         for start in range(0, count, 64):
             stop = min(start + 64, count)

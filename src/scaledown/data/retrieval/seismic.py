@@ -1,7 +1,8 @@
 """Approximate top-k over sparse vectors: Seismic (Bruch et al. 2024, arXiv 2404.18812), group by group.
 
 A group is as many consecutive shards of vectors as half of `--search_memory` holds; each becomes one Seismic
-index.
+index. The parts of an index have groups of their own, so that the others stay when a part is added. Removed
+passages are in the groups, too: a group that has some is searched deeper.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scaledown.data.retrieval.index import Array, Ranking, best_of, unpack
+from scaledown.data.retrieval.parts import parts_of, removed_rows
 from scaledown.errors import MissingExtraError, OutputError, install_command
 from scaledown.run.atomic import atomic
 from scaledown.run.directory import RunDirectory
@@ -53,57 +55,58 @@ def seismic() -> Any:
     return library
 
 
+class _Group(NamedTuple):
+    """Consecutive shards of one part of an index, and where their Seismic index is kept."""
+
+    vectors: Stage
+    shards: range
+    start: int
+    """Their first row in the part, from which Seismic's names of passages count."""
+    first: int
+    """The same row in the whole index."""
+    rows: int
+    stage: Stage
+    number: int
+
+    @property
+    def path(self) -> Path:
+        """Where its Seismic index lies once it is whole."""
+        return self.stage.folder / f"{self.number:06d}{_ENDING}"
+
+    def is_made(self) -> bool:
+        """Whether its Seismic index is whole."""
+        return self.stage.storage.exists(self.path)
+
+
 class SeismicIndex:
     """The Seismic indexes of a stage of sparse vectors, one a group, made once in `home`."""
 
     def __init__(self, home: RunDirectory, vectors: Stage, memory: float) -> None:
-        self._vectors = vectors
-        settings: dict[str, Any] = {"vectors": vectors.fingerprint, "search_memory": memory}
-        if lost := vectors.lost():
-            settings["without"] = lost
-        self._stage = Stage(home, "approximate", {**settings, "seismic": version("pyseismic-lsr")})
-        self._rows = vectors.finished().rows
-        self._groups = list(self._grouped(memory * 1e9 / 2))
+        self._groups = list(_groups(home, vectors, memory))
+        self._removed = removed_rows(vectors)
         self._dimensions = int(vectors.table(0).schema.metadata[b"dimensions"])
         self._wide = self._dimensions > 1 << 16
-        self._loaded: tuple[int, Any] = (-1, None)
-
-    def _grouped(self, memory: float) -> Iterator[range]:
-        first, held = 0, 0.0
-        for shard in range(len(self._rows)):
-            size = self._vectors.size(shard) / 4 * _BYTES_A_POSTING
-            if held and held + size > memory:
-                yield range(first, shard)
-                first, held = shard, 0.0
-            held += size
-        yield range(first, len(self._rows))
-
-    def _path(self, group: int) -> Path:
-        return self._stage.folder / f"{group:06d}{_ENDING}"
-
-    def _has(self, group: int) -> bool:
-        return self._stage.storage.exists(self._path(group))
+        self._loaded: tuple[Path | None, Any] = (None, None)
 
     def build(self) -> None:
         """Make the missing indexes; other processes may make some of them."""
-        missing = [group for group in range(len(self._groups)) if not self._has(group)]
+        missing = [group for group in self._groups if not group.is_made()]
         if not missing:
             return
-        total = sum(self._rows)
-        done = total - sum(self._rows[shard] for group in missing for shard in self._groups[group])
-        with track("seismic", "passages", total, done, self._stage) as tracker:
+        total = sum(group.rows for group in self._groups)
+        done = total - sum(group.rows for group in missing)
+        with track("seismic", "passages", total, done, missing[-1].stage) as tracker:
             for group in missing:
-                with self._stage.lease(f"{group:06d}", wait=True):
-                    if not self._has(group):
+                with group.stage.lease(f"{group.number:06d}", wait=True):
+                    if not group.is_made():
                         self._build(group)
-                tracker.advance(sum(self._rows[shard] for shard in self._groups[group]))
+                tracker.advance(group.rows)
 
-    def _build(self, group: int) -> None:
+    def _build(self, group: _Group) -> None:
         library = seismic()
-        shards = self._groups[group]
-        tables = [self._vectors.table(shard, check=True) for shard in shards]
+        tables = [group.vectors.table(shard, check=True) for shard in group.shards]
         dataset = (library.SeismicDatasetLV if self._wide else library.SeismicDataset)(dim=self._dimensions)
-        row = sum(self._rows[: shards.start])
+        row = group.start
         for table in tables:
             part = sp.csr_matrix(unpack(table))
             names = [str(number) for number in range(row, row + part.shape[0])]
@@ -114,7 +117,7 @@ class SeismicIndex:
         kind = library.SeismicIndexLV if self._wide else library.SeismicIndex
         with _silence():
             index = kind.build_from_dataset(dataset)
-        with atomic(self._path(group)) as temporary:
+        with atomic(group.path) as temporary:
             written = temporary.with_name(temporary.name + _ENDING)
             try:
                 with _silence():
@@ -124,19 +127,32 @@ class SeismicIndex:
                 raise OutputError(f"{temporary} cannot be written ({error}): free some room") from error
             finally:
                 written.unlink(missing_ok=True)
-        self._stage.storage.publish(self._path(group))
+        group.stage.storage.publish(group.path)
 
     def search(self, queries: sp.csr_matrix, k: int, care: Care) -> Ranking:
-        """About the `k` best passages of each query; where fewer were found, rows are -1 at the end."""
+        """About the `k` best passages of each query; where fewer were found, rows are -1 at the end.
+
+        So is the last row where removed passages may have hidden one of the `k`.
+        """
         count = queries.shape[0]
         best = Ranking(np.empty((count, 0), np.int64), np.empty((count, 0), np.float32))
-        for group in range(len(self._groups)):
+        unsure = np.zeros(count, bool)
+        for group in self._groups:
             index = self._load(group)
+            low, high = np.searchsorted(self._removed, [group.first, group.first + group.rows])
+            own = self._removed[low:high]
+            depth = k + min(k, len(own))
             parts = [
-                self._search(index, queries[first : first + _QUERIES_AT_ONCE], k, care)
+                self._search(index, queries[first : first + _QUERIES_AT_ONCE], depth, care)
                 for first in range(0, count, _QUERIES_AT_ONCE)
             ]
-            best = best_of([best, Ranking(*map(np.concatenate, zip(*parts, strict=True)))], k)
+            rows, scores = map(np.concatenate, zip(*parts, strict=True))
+            rows = np.where(rows < 0, -1, rows - group.start + group.first)
+            removed = np.isin(rows, own)
+            unsure |= (rows >= 0).all(axis=1) & (removed.sum(axis=1) > depth - k)
+            rows[removed] = -1
+            best = best_of([best, Ranking(rows, np.where(rows < 0, -np.inf, scores))], k)
+        best.rows[unsure, -1] = -1
         return best
 
     def _search(self, index: Any, queries: sp.csr_matrix, k: int, care: Care) -> Ranking:
@@ -151,15 +167,42 @@ class SeismicIndex:
         """Numbers as Seismic's strings: terms, and places of queries."""
         return np.arange(max(self._dimensions, _QUERIES_AT_ONCE)).astype(seismic().get_seismic_string())
 
-    def _load(self, group: int) -> Any:
+    def _load(self, group: _Group) -> Any:
         """A group's index; one is in memory at a time, and stays for the next search."""
-        if self._loaded[0] != group:
-            self._loaded = (-1, None)  # let the other go first
+        if self._loaded[0] != group.path:
+            self._loaded = (None, None)  # let the other go first
             kind = seismic().SeismicIndexLV if self._wide else seismic().SeismicIndex
-            self._stage.storage.fetch(self._path(group), once=True)
+            group.stage.storage.fetch(group.path, once=True)
             with _silence():
-                self._loaded = (group, kind.load(str(self._path(group))))
+                self._loaded = (group.path, kind.load(str(group.path)))
         return self._loaded[1]
+
+
+def _groups(home: RunDirectory, vectors: Stage, memory: float) -> Iterator[_Group]:
+    """The groups of all parts, each of which has half of `memory`, in GB, for its vectors."""
+    first = 0
+    for part in parts_of(vectors):
+        settings: dict[str, Any] = {"vectors": part.fingerprint, "search_memory": memory}
+        if lost := part.lost():
+            settings["without"] = lost
+        stage = Stage(home, "approximate", {**settings, "seismic": version("pyseismic-lsr")}, beside=True)
+        rows = part.finished().rows
+        for number, shards in enumerate(_grouped(part, len(rows), memory * 1e9 / 2)):
+            start, count = sum(rows[: shards.start]), sum(rows[shards.start : shards.stop])
+            yield _Group(part, shards, start, first + start, count, stage, number)
+        first += sum(rows)
+
+
+def _grouped(vectors: Stage, shards: int, memory: float) -> Iterator[range]:
+    """Consecutive shards whose Seismic index fits into `memory` bytes while it is built."""
+    first, held = 0, 0.0
+    for shard in range(shards):
+        size = vectors.size(shard) / 4 * _BYTES_A_POSTING
+        if held and held + size > memory:
+            yield range(first, shard)
+            first, held = shard, 0.0
+        held += size
+    yield range(first, shards)
 
 
 def _ranking(answers: Sequence[Sequence[tuple[str, float, str]]], queries: int, k: int) -> Ranking:

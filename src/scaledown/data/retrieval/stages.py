@@ -25,6 +25,7 @@ from scaledown.data.retrieval.index import (
     stacked,
     warn_about_top_k,
 )
+from scaledown.data.retrieval.parts import removed_rows
 from scaledown.data.retrieval.seismic import CARES, Care, SeismicIndex, recall
 from scaledown.errors import InputError, ScaleDownError
 from scaledown.records import full_text
@@ -145,7 +146,7 @@ def retrieve(
     warn_about_top_k(config.top_k_retrieval, searched(vectors))
     plan = SearchPlan.of(vectors, config, len(config.part.of(len(rows))))
     top_k = config.top_k_retrieval
-    exact = functools.partial(_exact, vectors, plan.threads)
+    exact = functools.partial(find_exactly, vectors, plan.threads)
     find: Find = exact
     depth = top_k + top_k // 4  # in one go, so that the same text seldom needs a second
     if config.search == "approximate":
@@ -239,15 +240,17 @@ def distinct(
     return found
 
 
-def _exact(
+def find_exactly(
     vectors: Stage, threads: int, encoded: Vectors, top_k: int, advance: Callable[[float], None]
 ) -> Ranking:
+    """Search the finished vectors of an index; see `search`."""
     rows = vectors.finished().rows
     shards = [
         None if vectors.absent(shard) else functools.partial(vectors.table, shard, check=True)
         for shard in range(len(rows))
     ]
-    return search(encoded, shards, rows, top_k, threads=threads, advance=advance)
+    removed = removed_rows(vectors)
+    return search(encoded, shards, rows, top_k, threads=threads, removed=removed, advance=advance)
 
 
 def _care(
@@ -352,8 +355,9 @@ def candidates_table(queries: pa.Table, found: Sequence[Candidates]) -> pa.Table
 
 
 def searched(vectors: Stage) -> int:
-    """Passages that can be found: all but those of shards that were given up."""
-    return sum(rows for shard, rows in enumerate(vectors.finished().rows) if not vectors.absent(shard))
+    """Passages that can be found: all but those of shards that were given up, and those that were removed."""
+    there = sum(rows for shard, rows in enumerate(vectors.finished().rows) if not vectors.absent(shard))
+    return there - len(removed_rows(vectors))
 
 
 def _total(stage: Stage) -> int:

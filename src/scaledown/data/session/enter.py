@@ -14,6 +14,7 @@ from scaledown.data.input.files import Source
 from scaledown.data.input.remote import Remote
 from scaledown.data.manifest import Sources, compared_settings, name_differences
 from scaledown.data.prompts import load_template
+from scaledown.data.retrieval.parts import tell_of_changes
 from scaledown.data.session.resolve import find
 from scaledown.data.workers import share, supervised
 from scaledown.models import choose_device, same_bits
@@ -137,5 +138,6 @@ def _entered(config: PrepareConfig, repeats: Path | None, worker: str) -> Iterat
     with contextlib.ExitStack() as stack:
         stack.enter_context(publishing(stack.enter_context(run.claim(request)), worker, run, home))
         if home is not run:
+            tell_of_changes(run, home)
             stack.enter_context(publishing(stack.enter_context(home.claim("index")), worker, home))
         yield Session(run, config, request, home, sources, identities, inputs, worker)

@@ -51,8 +51,10 @@ def find(config: PrepareConfig) -> Sources:
     )
 
 
-def _passed_over(config: PrepareConfig, corpus: Source) -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = {"--corpus_path": passed_over(corpus, "--corpus_path")}
+def _passed_over(config: PrepareConfig, corpus: Source | None) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    if corpus is not None:
+        found["--corpus_path"] = passed_over(corpus, "--corpus_path")
     for flag, names in (("--queries_file", config.queries_file), ("--decontaminate", config.decontaminate)):
         found[flag] = {}
         for name in names:
@@ -62,16 +64,17 @@ def _passed_over(config: PrepareConfig, corpus: Source) -> dict[str, dict[str, s
     return {flag: files for flag, files in found.items() if files}
 
 
-def find_inputs(config: PrepareConfig, *, fetch: bool = True) -> tuple[Source, list[Source]]:
-    """The corpus, and what queries are read from; MS MARCO's only with `fetch`."""
+def find_inputs(config: PrepareConfig, *, fetch: bool = True) -> tuple[Source | None, list[Source]]:
+    """The corpus, if it is read, and what queries are read from; MS MARCO's only with `fetch`."""
     corpus = find_corpus(config)
+    corpora = [corpus] if corpus is not None else []
     output, run = config.output_file, config.work_dir or f"{config.output_file}.work"
     written = {"--output_file": output, "the run directory": run}
     if config.index_dir:
         written["--index_dir"] = config.index_dir
         if lies_in(config.index_dir, run) and lies_in(run, config.index_dir):
             raise UsageError(f"--index_dir {config.index_dir} is the run directory: name another folder")
-    given = (str(corpus), *config.queries_file, *config.decontaminate, config.query_dataset)
+    given = (*map(str, corpora), *config.queries_file, *config.decontaminate, config.query_dataset)
     for read in filter(None, given):
         if not is_url(read) and not Path(read).is_dir():
             continue
@@ -79,8 +82,8 @@ def find_inputs(config: PrepareConfig, *, fetch: bool = True) -> tuple[Source, l
             check_apart(what, path, [read])
     queries = query_files(config, fetch=fetch)
     Cleaner(config).check()
-    check_apart("--output_file", output, (corpus, *queries, *evaluation_files(config)))
-    check_apart("--metrics_file", config.metrics_file, (corpus, *queries, *evaluation_files(config)))
+    check_apart("--output_file", output, (*corpora, *queries, *evaluation_files(config)))
+    check_apart("--metrics_file", config.metrics_file, (*corpora, *queries, *evaluation_files(config)))
     if lies_in(output, run):
         raise UsageError(f"--output_file {output} lies in the run directory: put it elsewhere")
     if (folder := Path(config.query_dataset)).is_dir() and config.query_dataset:

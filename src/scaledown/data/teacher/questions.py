@@ -13,6 +13,7 @@ import pyarrow as pa
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.input.corpus import PassageTable
 from scaledown.data.prompts import Prompt, question_prompt
+from scaledown.data.retrieval.parts import kept_rows, removed_rows
 from scaledown.data.teacher.answer_log import AnswerLog, ask
 from scaledown.data.teacher.base import Rejection, Teacher
 from scaledown.errors import InputError
@@ -75,8 +76,10 @@ def write_questions(
     if stage.done():
         return
     wanted = config.num_synthetic_queries
-    total = sum(passages.finished().rows)
-    sample = random.Random(config.seed).sample(range(total), min(total, 8 * wanted))  # noqa: S311
+    removed = removed_rows(passages)
+    total = sum(passages.finished().rows) - len(removed)
+    places = random.Random(config.seed).sample(range(total), min(total, 8 * wanted))  # noqa: S311
+    sample = kept_rows(places, removed)
     size = min(config.queries_per_shard, wanted)
     with stage.lease("all", wait=True):
         seen: set[str] = set()

@@ -1,0 +1,320 @@
+"""An index that changes: articles are added in new parts, and removed by the rows of their passages.
+
+A part is what `scaledown index` makes of one corpus: a stage of passages and a stage of their vectors. A
+state of an index is a list of parts and a set of removed rows; each of its two stages is read as one stage
+(`Joined`). Parts and states are written once and never change, so a run can end over the state with which it
+began. Only one small file changes, last and in one step: `vectors/<first part>/index.json` has the present
+state.
+"""
+
+import bisect
+import functools
+import hashlib
+import itertools
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from scaledown.data.retrieval.index import Array
+from scaledown.errors import InputError, UsageError
+from scaledown.run.atomic import write_json
+from scaledown.run.directory import RunDirectory
+from scaledown.run.stage import Stage
+from scaledown.run.storage import Storage
+
+log = logging.getLogger("scaledown")
+
+FILE: Final = "index.json"
+_NO_INDEX: Final = "there is no index in {}: scaledown index --corpus_path PATH makes one"
+_FINGERPRINT: Final = re.compile(r"[0-9a-f]{16}")
+_NAMED: Final = 5  # ids that an error names
+_REMOVED_SHARE: Final = 0.2  # of the passages, and
+_PARTS: Final = 100  # above which a new index is recommended
+
+
+class IndexState(NamedTuple):
+    """What an index consists of at one time."""
+
+    base: str
+    """The fingerprint of the first part's vectors. It stays when the index changes."""
+    retriever: str
+    """The model that encoded the passages, as it was named."""
+    passages: dict[str, Any]
+    """The settings of the stage of passages, from which `open_stage` opens it."""
+    vectors: dict[str, Any]
+
+    @property
+    def first(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The settings of the passages and of the vectors of the first part."""
+        passages, vectors = (own.get("parts", [own])[0] for own in (self.passages, self.vectors))
+        return passages, vectors
+
+    @classmethod
+    def read(cls, storage: Storage, path: Path) -> "IndexState | None":
+        """The state in a file; None where there is no such file, or another version wrote it."""
+        content = storage.read_json(path)
+        if not isinstance(content, dict) or content.keys() != set(cls._fields):
+            return None
+        state = cls(**content)
+        sound = isinstance(state.passages, dict) and isinstance(state.vectors, dict)
+        return state if sound and _FINGERPRINT.fullmatch(str(state.base)) else None
+
+    def write(self, storage: Storage, path: Path) -> None:
+        """Write the state in one step."""
+        write_json(path, self._asdict())
+        storage.publish(path)
+
+
+def state_file(home: Path, base: str) -> Path:
+    """The file with the present state of the index in `home` whose first part is `base`."""
+    return home / "vectors" / base / FILE
+
+
+def states(storage: Storage) -> list[IndexState]:
+    """The present state of each index in a directory."""
+    paths = storage.glob(storage.root / "vectors", f"*/{FILE}")
+    found = ((path, IndexState.read(storage, path)) for path in paths)
+    return [state for path, state in found if state and state.base == path.parent.name]
+
+
+def only_state(storage: Storage) -> IndexState:
+    """The present state of the index in a directory. Raises `UsageError` where it holds none or several."""
+    found = states(storage)
+    if not found:
+        raise UsageError(_NO_INDEX.format(storage))
+    if len(found) > 1:
+        raise UsageError(
+            f"{storage} holds {len(found)} indexes: --corpus_path says which; in Python, make the index in a "
+            "directory of its own"
+        )
+    return found[0]
+
+
+class Joined(Stage):
+    """The finished stages of the parts of an index, read as one stage.
+
+    Its rows are those of all parts, in order; `removed` are the rows that no search may find. Its own folder
+    has `done.json` alone; the shards stay where they are.
+    """
+
+    def __init__(self, run: RunDirectory, name: str, settings: Mapping[str, Any]) -> None:
+        self.parts = [Stage(run, name, own, beside=True) for own in settings["parts"]]
+        self._ends = list(itertools.accumulate(len(part.finished().rows) for part in self.parts))
+        super().__init__(run, name, settings, beside=True)
+
+    def path(self, shard: int) -> Path:
+        """Where the part that has the shard keeps it."""
+        number = bisect.bisect_right(self._ends, shard)
+        return self.parts[number].path(shard - (self._ends[number - 1] if number else 0))
+
+    def files(self) -> list[Path]:
+        """All that its parts left."""
+        return sorted({path for part in self.parts for path in part.files()})
+
+    def journal(self) -> list[dict[str, Any]]:
+        """What was noted of its parts."""
+        return [event for part in self.parts for event in part.journal()]
+
+    @functools.cached_property
+    def removed(self) -> Array:
+        """The removed rows in ascending order, int64."""
+        if not (name := self.settings["removed"]):
+            return np.empty(0, np.int64)
+        rows: Array = _removed_stage(self._run, name).table(0, check=True).column("row").to_numpy()
+        return rows
+
+
+def _removed_stage(run: RunDirectory, name: str) -> Stage:
+    return Stage(run, "removed", {"rows": name}, beside=True)
+
+
+def open_stage(run: RunDirectory, name: str, settings: Mapping[str, Any]) -> Stage:
+    """The stage of an index that has these settings, of one part or of several."""
+    return (Joined if "parts" in settings else Stage)(run, name, settings)
+
+
+def parts_of(stage: Stage) -> list[Stage]:
+    """The stages that a stage of an index consists of."""
+    return stage.parts if isinstance(stage, Joined) else [stage]
+
+
+def removed_rows(stage: Stage) -> Array:
+    """The rows of a stage of an index that no search may find, in ascending order, int64."""
+    return stage.removed if isinstance(stage, Joined) else np.empty(0, np.int64)
+
+
+def kept_rows(places: Sequence[int], removed: Array) -> list[int]:
+    """The rows of passages that are given by their places among those that were not removed."""
+    kept_before = removed - np.arange(len(removed))
+    rows = np.asarray(places, np.int64)
+    found: list[int] = (rows + np.searchsorted(kept_before, rows, side="right")).tolist()
+    return found
+
+
+def began_with(run: RunDirectory, present: IndexState) -> IndexState:
+    """The state over which a run works: the one it began with, or in a new run the `present` one."""
+    path = run.path / FILE
+    began = IndexState.read(run.storage, path)
+    if began and began.base == present.base:
+        return began
+    present.write(run.storage, path)
+    return present
+
+
+def tell_of_changes(run: RunDirectory, home: RunDirectory) -> None:
+    """Log it when the index in `home` has changed since `run` began."""
+    began = IndexState.read(run.storage, run.path / FILE)
+    present = began and IndexState.read(home.storage, state_file(home.path, began.base))
+    if began and present and present != began:
+        log.warning(
+            "the index in %s has changed since this run began: the run stays with the index as it was; for a "
+            "run over the index as it is now, name another --output_file",
+            home.storage,
+        )
+
+
+class Part(NamedTuple):
+    """The finished stages of one corpus; `source` is what the user called it."""
+
+    source: str
+    passages: Stage
+    vectors: Stage
+
+
+def change(home: RunDirectory, base: Stage, remove: Collection[str], add: Sequence[Part]) -> IndexState:
+    """Remove articles from the index whose first part has the vectors `base`, then add parts, in one step.
+
+    An added article takes the place of an earlier one with the same id, and its passages come last. A part of
+    which every passage is in the index is not added again. Raises `InputError` for ids that are not in the
+    index, and where nothing would be left.
+    """
+    path = state_file(home.path, base.fingerprint)
+    with base.lease("index", wait=True):
+        state = IndexState.read(home.storage, path)
+        if state is None:
+            raise UsageError(_NO_INDEX.format(home.storage))
+        now = open_stage(home, "passages", state.passages)
+        parts = [Part("", *own) for own in zip(parts_of(now), _vectors_of(home, state), strict=True)]
+        removed, articles = removed_rows(now), now.finished().counts["articles"]
+        if remove:
+            found = _rows(parts, set(remove), removed)
+            _check_found(set(remove) - found.keys(), home)
+            removed, articles = _union(removed, found.values()), articles - len(found)
+            log.info("%s articles removed", f"{len(found):,}")
+        for part in add:
+            if _has_all(parts, part, removed):
+                log.info("%s: all of its articles are in the index already", part.source)
+                continue
+            ids = {doc for table in part.passages.tables() for doc in table.column("doc_id").to_pylist()}
+            found = _rows(parts, ids, removed)
+            removed, articles = _union(removed, found.values()), articles - len(found)
+            parts.append(part)
+            counts = part.passages.finished().counts
+            articles += counts["articles"]
+            log.info(
+                "%s: %s articles added%s",
+                part.source,
+                f"{counts['articles']:,}",
+                f", {len(found):,} of them in the place of articles with the same id" if found else "",
+            )
+        settings = {"removed": _keep_removed(home, removed)}
+        new = state._replace(
+            passages={**settings, "parts": [part.passages.settings for part in parts]},
+            vectors={**settings, "parts": [part.vectors.settings for part in parts]},
+        )
+        if len(parts) == len(parts_of(now)) and np.array_equal(removed, removed_rows(now)):
+            return state
+        _finish(home, new, articles, len(removed))
+        new.write(home.storage, path)
+    return new
+
+
+def _vectors_of(home: RunDirectory, state: IndexState) -> list[Stage]:
+    return parts_of(open_stage(home, "vectors", state.vectors))
+
+
+def _rows(parts: Iterable[Part], ids: Collection[str], removed: Array) -> dict[str, list[int]]:
+    """The rows of the articles that have one of `ids` and were not removed, by their ids."""
+    found: dict[str, list[int]] = defaultdict(list)
+    first = 0
+    for part in parts:
+        for table in part.passages.tables():
+            names = table.column("doc_id").to_pylist()
+            gone = set(_between(removed, first, first + len(names)).tolist())
+            for row, name in enumerate(names, first):
+                if name in ids and row not in gone:
+                    found[name].append(row)
+            first += len(names)
+    return found
+
+
+def _between(rows: Array, first: int, end: int) -> Array:
+    return rows[np.searchsorted(rows, first) : np.searchsorted(rows, end)]
+
+
+def _union(removed: Array, more: Iterable[Sequence[int]]) -> Array:
+    return np.union1d(removed, np.fromiter(itertools.chain.from_iterable(more), np.int64))
+
+
+def _has_all(parts: Sequence[Part], new: Part, removed: Array) -> bool:
+    """Whether a part is there already, and none of its passages was removed."""
+    first = 0
+    for part in parts:
+        end = first + sum(part.passages.finished().rows)
+        if part.passages.fingerprint == new.passages.fingerprint and not len(_between(removed, first, end)):
+            return True
+        first = end
+    return False
+
+
+def _check_found(missing: set[str], home: RunDirectory) -> None:
+    if missing:
+        named = ", ".join([*sorted(missing)[:_NAMED], *(["…"] if len(missing) > _NAMED else [])])
+        raise InputError(
+            f"--remove: not in the index in {home.storage}, or removed already: {named} ({len(missing):,} of "
+            "the ids): leave them out; nothing was changed"
+        )
+
+
+def _keep_removed(home: RunDirectory, rows: Array) -> str | None:
+    """Keep the removed rows; gives the name by which they are found again."""
+    if not len(rows):
+        return None
+    name = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:16]
+    stage = _removed_stage(home, name)
+    if not stage.done():
+        stage.write(0, pa.table({"row": pa.array(rows, pa.int64())}))
+        stage.finish([len(rows)], {"removed": len(rows)})
+    return name
+
+
+def _finish(home: RunDirectory, state: IndexState, articles: int, removed: int) -> None:
+    """Finish the two stages of a new state: what they count, and how many rows their shards have."""
+    for name, settings in (("passages", state.passages), ("vectors", state.vectors)):
+        stage = open_stage(home, name, settings)
+        results = [part.finished() for part in parts_of(stage)]
+        rows = [count for result in results for count in result.rows]
+        counts: dict[str, int] = defaultdict(int)
+        for result in results:
+            for kind, count in result.counts.items():
+                counts[kind] += count
+        counts.pop("halved_batches", None)  # which the journal tells, too
+        counts["passages"] = sum(rows) - removed
+        if not counts["passages"]:
+            raise InputError("--remove: no article would be left: make a new index; nothing was changed")
+        if name == "passages":
+            counts["articles"] = articles
+        stage.finish(rows, {**counts, **({"removed": removed} if removed else {})})
+    if removed > _REMOVED_SHARE * sum(rows) or len(results) > _PARTS:
+        log.warning(
+            "the index has %s parts, and %.0f%% of its passages are removed: a new index of the same "
+            "articles is smaller and faster: scaledown index --corpus_path PATH --index_dir NEW",
+            len(results),
+            100 * removed / sum(rows),
+        )

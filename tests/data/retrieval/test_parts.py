@@ -1,0 +1,330 @@
+"""An index to which articles are added, and from which they are removed."""
+
+import json
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import ROOT
+from scaledown.cli import main
+from scaledown.config.prepare import IndexCommandConfig, PrepareConfig
+from scaledown.data.build_index import IndexResult, build_index
+from scaledown.data.retrieval import IndexRetriever
+from scaledown.data.retrieval.parts import IndexState, kept_rows, only_state, open_stage, states
+from scaledown.data.teacher.questions import write_questions
+from scaledown.errors import InputError, UsageError
+from scaledown.models import Halving
+from scaledown.records import Answer, full_text
+from scaledown.run.directory import RunDirectory
+from scaledown.run.stage import Stage
+from scaledown.run.storage import Storage
+
+QUERIES = ["What is photosynthesis?", "Who wrote it?", "How tall is the tower?", "What causes tides?", "the"]
+ARTICLES = [
+    json.loads(line) for line in (ROOT / "examples" / "corpus.jsonl").read_text("utf-8").splitlines()[:14]
+]
+NEW = [ARTICLES[10], {**ARTICLES[2], "text": ARTICLES[11]["text"]}, ARTICLES[12]]
+
+
+def name(number: int) -> str:
+    return str(ARTICLES[number]["wikipedia_id"])
+
+
+def written(path: Path, articles: list[dict]) -> str:
+    path.write_text("".join(json.dumps(article) + "\n" for article in articles), "utf-8")
+    return str(path)
+
+
+def index(folder: Path, model: Path, corpus: str = "", **changes) -> IndexResult:
+    return build_index(
+        IndexCommandConfig(
+            corpus_path=corpus,
+            index_dir=str(folder),
+            retriever_model=str(model),
+            device="cpu",
+            passages_per_shard=20,
+            **changes,
+        )
+    )
+
+
+def found(folder: Path, top_k: int = 8) -> list[list[tuple[str, str, float]]]:
+    """Texts and scores for all queries, best first."""
+    documents = IndexRetriever(folder, device="cpu").retrieve(QUERIES, top_k)
+    return [[(own["id"], own["text"], own["score"]) for own in one] for one in documents]
+
+
+def assert_same(one: list, two: list, tolerance: float = 1e-3) -> None:
+    for own, other in zip(one, two, strict=True):
+        assert [document[:2] for document in own] == [document[:2] for document in other]
+        np.testing.assert_allclose([d[2] for d in own], [d[2] for d in other], rtol=tolerance)
+
+
+def make_changed(folder: Path, model: Path) -> IndexResult:
+    """The first eight articles; two are added; two removed, and one replaced by another text."""
+    corpora = folder.parent
+    index(folder, model, written(corpora / "old.jsonl", ARTICLES[:8]))
+    index(folder, model, add=(written(corpora / "more.jsonl", ARTICLES[8:10]),))
+    new = (written(corpora / "new.jsonl", NEW),)
+    return index(folder, model, add=new, remove=(name(5), name(8)))
+
+
+@pytest.fixture(scope="module")
+def template(models, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("changed")
+    make_changed(folder / "index", models["splade"])
+    return folder
+
+
+@pytest.fixture
+def changed(template, tmp_path) -> Path:
+    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "index"
+
+
+def kept() -> list[dict]:
+    """The articles of `changed`, in its order."""
+    return [*(ARTICLES[number] for number in (0, 1, 3, 4, 6, 7, 9)), *NEW]
+
+
+@pytest.mark.parametrize("kind", ["splade", "dense"])
+def test_changed_index_equals_new_index_of_the_same_articles(kind: str, models, tmp_path) -> None:
+    folder, model = tmp_path / "index", models[kind]
+    result = make_changed(folder, model)
+    anew = index(tmp_path / "anew", model, written(tmp_path / "all.jsonl", kept()))
+    for counted in ("articles", "passages"):
+        assert result.stages["passages"].counts[counted] == anew.stages["passages"].counts[counted]
+    assert result.stages["passages"].counts["removed"] > 0
+    assert result.stages["vectors"].counts["passages"] == anew.stages["vectors"].counts["passages"]
+    assert_same(found(folder), found(tmp_path / "anew"))
+    assert_same(found(folder, 1000), found(tmp_path / "anew", 1000))
+
+
+def test_article_that_is_added_replaces_the_one_with_its_id(changed, models, tmp_path, caplog) -> None:
+    articles = [{"id": name(0), "title": "", "text": "The tower is tall."}, {"id": "a", "text": "New."}]
+    with caplog.at_level(logging.INFO, "scaledown"):
+        index(changed, models["splade"], add=(written(tmp_path / "a.jsonl", articles),))
+    assert "2 articles added, 1 of them in the place of articles with the same id" in caplog.text
+    (documents,) = IndexRetriever(changed, device="cpu").retrieve(["tower"], 1000)
+    assert [own["text"] for own in documents if own["id"].startswith(f"{name(0)}_")] == ["The tower is tall."]
+    result = index(changed, models["splade"])
+    assert result.stages["passages"].counts["articles"] == len(kept()) + 1
+    assert result.stages["passages"].counts["passages"] == len(documents)
+
+
+def test_add_is_not_done_twice(changed, models, tmp_path, caplog) -> None:
+    kinds = {"*.arrow", "done.json", "index.json"}
+    before = {path: path.read_bytes() for kind in kinds for path in changed.rglob(kind)}
+    with caplog.at_level(logging.INFO, "scaledown"):
+        index(changed, models["splade"], add=(str(tmp_path / "new.jsonl"),))
+    assert "all of its articles are in the index already" in caplog.text
+    assert {path: path.read_bytes() for path in before} == before
+    assert name(10) in ids_in(changed)
+    index(changed, models["splade"], remove=(name(10),))
+    assert name(10) not in ids_in(changed)
+    index(changed, models["splade"], add=(str(tmp_path / "new.jsonl"),))
+    assert name(10) in ids_in(changed)
+    assert len(ids_in(changed)) == len(kept())
+
+
+def ids_in(folder: Path) -> set[str]:
+    """The ids of the articles that can be found."""
+    return {own[0].rpartition("_")[0] for own in found(folder, 1000)[0]}
+
+
+def test_ids_that_are_not_there_change_nothing(changed, models, tmp_path) -> None:
+    before = found(changed)
+    (tmp_path / "ids.txt").write_text(f"{name(0)}\nnobody\n\n{name(5)}\n")
+    with pytest.raises(InputError, match=rf"--remove: not in the index.*{name(5)}, nobody \(2 of the ids\)"):
+        index(changed, models["splade"], remove=(str(tmp_path / "ids.txt"),))
+    with pytest.raises(InputError, match="no article would be left"):
+        index(changed, models["splade"], remove=tuple(str(one["wikipedia_id"]) for one in kept()))
+    assert found(changed) == before
+    (tmp_path / "ids.txt").write_text(f"{name(0)}\n{name(10)}\n")
+    index(changed, models["splade"], remove=(str(tmp_path / "ids.txt"),))
+    assert ids_in(changed) == {str(one["wikipedia_id"]) for one in kept()} - {name(0), name(10)}
+
+
+def test_open_index_stays_as_it_was(models, tmp_path) -> None:
+    folder = tmp_path / "index"
+    index(folder, models["splade"], written(tmp_path / "c.jsonl", ARTICLES[:4]))
+    retriever = IndexRetriever(folder, device="cpu")
+    before = retriever.retrieve(QUERIES, 100)
+    index(folder, models["splade"], remove=(name(1),), add=(written(tmp_path / "d.jsonl", ARTICLES[4:6]),))
+    assert retriever.retrieve(QUERIES, 100) == before
+    assert IndexRetriever(folder, device="cpu").retrieve(QUERIES, 100) != before
+    assert len(retriever) == len(before[0])
+
+
+@pytest.mark.slow
+def test_change_that_is_killed_leaves_the_old_state_and_goes_on(models, tmp_path) -> None:
+    folder = tmp_path / "index"
+    index(folder, models["splade"], written(tmp_path / "c.jsonl", ARTICLES[:4]))
+    before = found(folder)
+    add = written(tmp_path / "d.jsonl", ARTICLES[4:9])
+    words = ["index", "--index_dir", str(folder), "--add", add, "--remove", name(1), "--device", "cpu"]
+    words += ["--retriever_model", str(models["splade"]), "--passages_per_shard", "20"]
+    for where in (
+        "from scaledown.run.stage import Stage as owner; at = 'write'; last = 3",
+        "from scaledown.data.retrieval.parts import IndexState as owner; at = 'write'; last = 1",
+    ):
+        code = (
+            f"import os, sys; {where}\n"
+            "count, real = 0, getattr(owner, at)\n"
+            "def killed(*arguments, **keywords):\n"
+            "    global count; count += 1\n"
+            "    if count == last: os.kill(os.getpid(), 9)\n"
+            "    return real(*arguments, **keywords)\n"
+            "setattr(owner, at, killed)\n"
+            "from scaledown.cli import main; sys.exit(main(sys.argv[1:]))"
+        )
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert found(folder) == before
+    assert main(words) == 0
+    articles = [ARTICLES[0], *ARTICLES[2:9]]
+    index(tmp_path / "anew", models["splade"], written(tmp_path / "all.jsonl", articles))
+    assert_same(found(folder), found(tmp_path / "anew"))
+
+
+def test_settings_of_the_index_are_needed(changed, models, tmp_path) -> None:
+    add = (str(tmp_path / "new.jsonl"),)
+    with pytest.raises(UsageError, match="--passage_tokens 64: the index in .* --passage_tokens 128"):
+        index(changed, models["splade"], add=add, passage_tokens=64)
+    with pytest.raises(UsageError, match="--weights uint8: the index in .* --weights float16"):
+        index(changed, models["splade"], remove=(name(0),), weights="uint8")
+    with pytest.raises(UsageError, match="is not the model that the index .*splade"):
+        index(changed, models["dense"], add=add)
+    with pytest.raises(UsageError, match="there is no index in"):
+        index(tmp_path / "none", models["splade"], add=add)
+    with pytest.raises(UsageError, match="there is no index in"):
+        IndexRetriever(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_corpus_says_which_of_several_indexes_changes(models, tmp_path) -> None:
+    folder, corpora = tmp_path / "index", [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path, articles in zip(corpora, (ARTICLES[:2], ARTICLES[2:4]), strict=True):
+        index(folder, models["splade"], written(path, articles))
+    with pytest.raises(UsageError, match="holds 2 indexes: --corpus_path says which"):
+        index(folder, models["splade"], remove=(name(0),))
+    index(folder, models["splade"], str(corpora[0]), remove=(name(0),))
+    storage = Storage(folder)
+    sizes = sorted(
+        open_stage(RunDirectory(storage), "passages", state.passages).finished().counts["articles"]
+        for state in states(storage)
+    )
+    assert sizes == [1, 2]
+
+
+def test_new_index_is_recommended_when_much_is_removed(changed, models, caplog) -> None:
+    with caplog.at_level(logging.WARNING, "scaledown"):
+        index(changed, models["splade"], remove=tuple(name(number) for number in (0, 1, 3, 4)))
+    assert "of its passages are removed: a new index of the same articles is smaller" in caplog.text
+
+
+def test_places_among_kept_rows() -> None:
+    removed = np.array([0, 1, 4, 9])
+    assert kept_rows(range(6), removed) == [2, 3, 5, 6, 7, 8]
+    assert kept_rows([6, 0], removed) == [10, 2]
+    assert kept_rows([3, 1], removed[:0]) == [3, 1]
+
+
+def test_state_of_another_version_is_no_index(changed) -> None:
+    (path,) = changed.glob("vectors/*/index.json")
+    state = only_state(Storage(changed))
+    for content in ("", "[]", '{"base": "x"}', json.dumps({**state._asdict(), "base": "../../evil"})):
+        path.write_text(content)
+        assert IndexState.read(Storage(changed), path) is None
+        assert states(Storage(changed)) == []
+
+
+# Runs over it
+
+
+def test_run_stays_with_the_index_as_it_began(prepare, models, queries, tmp_path, capsys) -> None:
+    folder = tmp_path / "index"
+    index(folder, models["splade"], written(tmp_path / "old.jsonl", ARTICLES[:8]))
+    flags = ["--queries_file", str(queries), "--index_dir", str(folder), "--top_k_retrieval", "4"]
+    assert prepare(*flags, inputs=False) == 0, "without the corpus, over the index that is there"
+    made = prepare.output.read_bytes()
+    index(folder, models["splade"], remove=(name(0),), add=(written(tmp_path / "n.jsonl", ARTICLES[8:12]),))
+    capsys.readouterr()
+    assert prepare(*flags, inputs=False) == 0
+    out, err = capsys.readouterr()
+    assert "nothing to do" in out
+    assert "the run stays with the index as it was" in err
+    prepare.output.unlink()
+    (prepare.work / "manifest.json").unlink()
+    shutil.rmtree(prepare.work / "candidates")
+    shutil.rmtree(prepare.work / "answers")
+    again = ["--corpus_path", str(tmp_path / "old.jsonl"), "--passages_per_shard", "20"]
+    assert prepare(*flags, *again, inputs=False) == 0
+    assert "the run stays with the index as it was" in capsys.readouterr().err
+    assert prepare.output.read_bytes() == made, "and goes on over the same passages"
+
+    new = tmp_path / "new.json"
+    assert prepare(*flags, "--output_file", str(new), inputs=False) == 0
+    out, err = capsys.readouterr()
+    assert "the run stays" not in err
+    documents = IndexRetriever(folder, device="cpu").retrieve([json.loads(new.read_text())[0]["query"]], 4)
+    texts = [full_text(own["title"], own["text"]) for own in documents[0]]
+    assert json.loads(new.read_text())[0]["documents"] == texts
+    assert new.read_bytes() != made
+    manifest = json.loads((tmp_path / "new.json.work" / "manifest.json").read_text())
+    assert manifest["stages"]["passages"]["counts"]["articles"] == 11
+    assert manifest["stages"]["passages"]["counts"]["removed"] > 0
+    assert main(["export", str(new), "--format", "trec", "--output_dir", str(tmp_path / "trec")]) == 0
+    lines = (tmp_path / "trec" / "retrieved.run").read_text().splitlines()
+    assert lines[0].split("\t")[2] == documents[0][0]["id"]
+    assert main(["status", str(new)]) == 0
+    assert main(["status", str(folder)]) == 0
+    out = capsys.readouterr().out
+    total = manifest["stages"]["passages"]["counts"]["passages"]
+    assert out.count(f"{total} passages") >= 3
+    assert out.count("finished") == 2
+
+
+def test_approximate_search_of_a_changed_index(changed, prepare, models, queries, tmp_path) -> None:
+    pytest.importorskip("seismic", reason="Seismic has wheels for Linux and Python up to 3.12")
+    index(tmp_path / "anew", models["splade"], written(tmp_path / "all.jsonl", kept()))
+    made = []
+    for folder in (changed, tmp_path / "anew"):
+        output = tmp_path / f"{folder.name}.json"
+        flags = ["--queries_file", str(queries), "--index_dir", str(folder), "--search", "approximate"]
+        assert prepare(*flags, "--output_file", str(output), "--min_recall", "1", inputs=False) == 0
+        made.append(json.loads(output.read_text()))
+    assert [one["documents"] for one in made[0]] == [one["documents"] for one in made[1]]
+
+
+def test_plan_is_of_the_index_where_no_corpus_is_given(changed, prepare, queries, tmp_path, capsys) -> None:
+    flags = ["--queries_file", str(queries), "--index_dir", str(changed), "--dry_run"]
+    assert prepare(*flags, inputs=False) == 0
+    total = IndexRetriever(changed, device="cpu")
+    assert f"{len(total)} passages" in capsys.readouterr().out
+
+
+def test_questions_are_about_passages_that_were_not_removed(changed, models) -> None:
+    home = RunDirectory(changed)
+    passages = open_stage(home, "passages", only_state(Storage(changed)).passages)
+    asked: list[str] = []
+
+    class Curious:
+        halving = Halving("--teacher_batch_size")
+
+        def answers(self, prompts, have=()):
+            for place, prompt in enumerate(prompts):
+                asked.append(prompt.documents[0])
+                yield place, Answer("No question.", "stop", 1, 1, 0)
+
+    config = PrepareConfig(num_synthetic_queries=1000, output_file="o.json")
+    with pytest.raises(InputError, match="wrote no usable question"):
+        write_questions(Stage(home, "synthetic", {}), passages, Curious, config)
+    (kept_texts,) = IndexRetriever(changed, device="cpu").retrieve(["the"], 1000)
+    assert {*asked} == {full_text(own["title"], own["text"]) for own in kept_texts}
