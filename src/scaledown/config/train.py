@@ -13,6 +13,7 @@ from scaledown.urls import is_url
 GENERATOR_TRAINING: Final = ("lora", "full", "frozen")
 BUDGETS: Final = ("each", "shared")
 """A document has memory tokens by its own length, or those of a question share them by score (pointer)."""
+OPTIMIZERS: Final = ("adamw", "adamw8bit")
 REPORTERS: Final = ("auto", "none", "tensorboard", "wandb", "trackio")
 
 DATA: Final = "data"
@@ -74,6 +75,12 @@ class StudentConfig(Checked):
         "what is trained of the generator: LoRA on its linear layers, all of it, or nothing",
         choices=GENERATOR_TRAINING,
     )
+    generator_4bit: bool = option(
+        False,
+        MODEL,
+        "hold the generator's frozen weights in 4 bits while it trains (extra quantization); they are saved as "
+        "plain weights of the same values",
+    )
     lora_dropout: float = option(
         0.1,
         MODEL,
@@ -90,6 +97,12 @@ class StudentConfig(Checked):
     )
     num_epochs: float = option(1.0, TRAINING, "passes over the data", "epochs", metavar="X")
     max_steps: int = option(0, TRAINING, "so many steps instead of --num_epochs", "steps", metavar="N")
+    optimizer: str = option(
+        "adamw",
+        TRAINING,
+        "adamw8bit keeps its moments in 8 bits, and in host memory where a GPU is full (extra quantization)",
+        choices=OPTIMIZERS,
+    )
     learning_rate_generator: float = option(1e-4, TRAINING, "of the generator", metavar="X")
     learning_rate_compressor: float = option(
         0.0,
@@ -127,7 +140,7 @@ class StudentConfig(Checked):
         "auto",
         MACHINE,
         "of matrix products and frozen weights, trained weights are float32; auto is bfloat16 on CUDA, "
-        "float32 elsewhere",
+        "float32 on its GPUs before compute capability 8 and elsewhere",
         choices=DTYPES,
     )
 
@@ -147,6 +160,10 @@ class StudentConfig(Checked):
         )
         self._check_positive("num_epochs", "learning_rate_generator")
         self._check_finite("learning_rate_compressor")
+        if self.generator_4bit and self.generator_training == "full":
+            raise UsageError(
+                "--generator_4bit: weights in 4 bits are not trained; use --generator_training lora"
+            )
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"--lora_dropout {self.lora_dropout}: must be at least 0 and below 1")
         if self.micro_batch_size > self.batch_size:
@@ -163,6 +180,13 @@ class StudentConfig(Checked):
     def holds_out(self) -> bool:
         """Whether anything is held out."""
         return self.eval_fraction > 0
+
+    @property
+    def needs_bitsandbytes(self) -> str:
+        """The flag that needs the extra, or nothing."""
+        if self.generator_4bit:
+            return "--generator_4bit"
+        return "--optimizer adamw8bit" if self.optimizer == "adamw8bit" else ""
 
     def compressor_rate(self, default: float) -> float:
         """Learning rate of the compressor; `default` is that of its kind."""
