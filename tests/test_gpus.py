@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from scaledown.data.reranker import QueryLikelihoodReranker
+from scaledown.data.reranker import CrossEncoderReranker, QueryLikelihoodReranker
+from scaledown.data.retrieval.encoders import DenseEncoder
+from scaledown.data.retrieval.splade import SpladeEncoder, _from_sentence_transformers
 from scaledown.data.teacher.base import Generation
 from scaledown.data.teacher.engines.transformers import TransformersTeacher
 from scaledown.errors import ModelError
@@ -99,6 +101,16 @@ LOADERS = {
     "teacher": (
         "causal_lm",
         lambda source, device: TransformersTeacher(source, device, "bfloat16", Generation()),
+    ),
+    "encoder": ("splade", lambda source, device: SpladeEncoder(source, device, "bfloat16", 4)),
+    "sparse encoder": (
+        "splade",
+        lambda source, device: _from_sentence_transformers(source, device, "bfloat16"),
+    ),
+    "dense encoder": ("dense", lambda source, device: DenseEncoder(source, device, "bfloat16", 4)),
+    "cross-encoder": (
+        "cross_encoder",
+        lambda source, device: CrossEncoderReranker(source, device, "bfloat16", 4),
     ),
     "reranker": ("causal_lm", lambda source, device: QueryLikelihoodReranker(source, device, "bfloat16", 4)),
     "generator": (

@@ -14,7 +14,15 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from scaledown import models as loading
 from scaledown.errors import ModelError
-from scaledown.models import ModelSource, choose_device, dtype_to_run, hub_errors, read_config_file, resolve
+from scaledown.models import (
+    ModelSource,
+    choose_device,
+    dtype_to_run,
+    dtype_to_train,
+    hub_errors,
+    read_config_file,
+    resolve,
+)
 from tiny import COMMIT
 
 
@@ -188,20 +196,22 @@ def test_devices() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "hip", "asked", "found"),
+    ("capability", "hip", "asked", "runs", "trains"),
     [
-        ((7, 0), None, "auto", torch.float16),
-        ((7, 5), None, "auto", torch.float16),
-        ((7, 5), None, "bfloat16", torch.bfloat16),
-        ((8, 0), None, "auto", torch.bfloat16),
-        ((9, 0), "6.4", "auto", torch.bfloat16),
+        ((7, 0), None, "auto", torch.float16, torch.float32),
+        ((7, 5), None, "auto", torch.float16, torch.float32),
+        ((7, 5), None, "float16", torch.float16, torch.float16),
+        ((7, 5), None, "bfloat16", torch.bfloat16, torch.bfloat16),
+        ((8, 0), None, "auto", torch.bfloat16, torch.bfloat16),
+        ((9, 0), "6.4", "auto", torch.bfloat16, torch.bfloat16),
     ],
 )
-def test_a_gpu_that_only_emulates_bfloat16_runs_in_float16(
-    capability, hip, asked, found, monkeypatch: pytest.MonkeyPatch
+def test_a_gpu_that_only_emulates_bfloat16_runs_in_float16_and_trains_in_float32(
+    capability, hip, asked, runs, trains, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    assert dtype_to_run(asked, "cuda:1") is found
-    assert dtype_to_run("auto", "cpu") is torch.float32
+    assert dtype_to_run(asked, "cuda:1") is runs
+    assert dtype_to_train(asked, "cuda:1") is trains
+    assert dtype_to_run("auto", "cpu") is dtype_to_train("auto", "cpu") is torch.float32

@@ -359,27 +359,34 @@ class Halving:
         return self(work, batch[:middle]) + self(work, batch[middle:])
 
 
-def choose_dtype(name: str, device: str) -> "torch.dtype":
-    """`auto` becomes bfloat16 on CUDA and float32 elsewhere."""
+def dtype_to_train(name: str, device: str) -> "torch.dtype":
+    """What is trained in: `auto` becomes bfloat16 on CUDA, where it is not only emulated; else float32."""
     import torch
 
-    if name == "auto":
-        name = "bfloat16" if device.startswith("cuda") else "float32"
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    is_fast = device.startswith("cuda") and not emulates_bfloat16(device)
+    return torch.bfloat16 if is_fast else torch.float32
 
 
 def dtype_to_run(name: str, device: str) -> "torch.dtype":
-    """`choose_dtype` where nothing is trained: `auto` becomes float16 on GPUs that only emulate bfloat16."""
+    """The dtype to compute in where nothing is trained: as `dtype_to_train`, but float16 for emulated bfloat16."""
     import torch
 
-    emulates = (
+    return torch.float16 if name == "auto" and emulates_bfloat16(device) else dtype_to_train(name, device)
+
+
+def emulates_bfloat16(device: str) -> bool:
+    """Whether a device is a GPU before compute capability 8 (V100, T4), where bfloat16 is slow."""
+    import torch
+
+    return (
         device.startswith("cuda")
         and torch.cuda.is_available()
         and torch.version.hip is None
         and torch.cuda.get_device_capability(device) < (8, 0)
     )
-    return torch.float16 if name == "auto" and emulates else choose_dtype(name, device)
 
 
 def quiet_libraries() -> None:

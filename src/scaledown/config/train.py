@@ -12,6 +12,7 @@ from scaledown.extensions import COMPRESSORS
 GENERATOR_TRAINING: Final = ("lora", "full", "frozen")
 BUDGETS: Final = ("each", "shared")
 """A document has memory tokens by its own length, or those of a question share them by score (pointer)."""
+OPTIMIZERS: Final = ("adamw", "adamw8bit")
 REPORTERS: Final = ("auto", "none", "tensorboard", "wandb", "trackio")
 
 DATA: Final = "data"
@@ -98,6 +99,14 @@ class StudentConfig(Options):
         settled_by="pretrained_model",
         choices=GENERATOR_TRAINING,
     )
+    generator_4bit: bool = option(
+        False,
+        MODEL,
+        "hold the generator's frozen weights in 4 bits while it trains (extra quantization); they are saved "
+        "as plain weights of the same values",
+        role="result",
+        only_with="generator_4bit",
+    )
     lora_dropout: float = option(
         0.1,
         MODEL,
@@ -142,6 +151,14 @@ class StudentConfig(Options):
         role="result",
         within=Range(0),
         metavar="N",
+    )
+    optimizer: str = option(
+        "adamw",
+        TRAINING,
+        "adamw8bit keeps its moments in 8 bits, and in host memory where a GPU is full (extra quantization)",
+        role="result",
+        only_with="optimizer",
+        choices=OPTIMIZERS,
     )
     learning_rate_generator: float = option(
         1e-4,
@@ -223,7 +240,7 @@ class StudentConfig(Options):
         "auto",
         MACHINE,
         "type of matrix products and frozen weights, trained weights are float32; auto is bfloat16 on CUDA, "
-        "float32 elsewhere",
+        "float32 on its GPUs before compute capability 8 and elsewhere",
         role="result",
         choices=DTYPES,
     )
@@ -231,6 +248,10 @@ class StudentConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_output_dir(self.output_dir)
+        if self.generator_4bit and self.generator_training == "full":
+            raise UsageError(
+                "--generator_4bit: weights in 4 bits are not trained; use --generator_training lora"
+            )
         if self.micro_batch_size > self.batch_size:
             raise UsageError(
                 f"--micro_batch_size {self.micro_batch_size} is above --batch_size {self.batch_size}: "
@@ -243,6 +264,13 @@ class StudentConfig(Options):
     def holds_out(self) -> bool:
         """Whether anything is held out."""
         return self.eval_fraction > 0
+
+    @property
+    def needs_bitsandbytes(self) -> str:
+        """The flag that needs the extra, or nothing."""
+        if self.generator_4bit:
+            return "--generator_4bit"
+        return "--optimizer adamw8bit" if self.optimizer == "adamw8bit" else ""
 
     def compressor_rate(self, default: float) -> float:
         """Learning rate of the compressor; `default` is that of its kind."""

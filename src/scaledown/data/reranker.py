@@ -57,7 +57,7 @@ class CrossEncoderReranker:
         from sentence_transformers import CrossEncoder
 
         name, pinned = loadable(source)
-        arguments: dict[str, Any] = {"model_kwargs": {"dtype": dtype_to_run(dtype, device)}}
+        arguments: dict[str, Any] = {"model_kwargs": {"dtype": dtype_to_run(dtype, device), **onto(device)}}
         with loading(source):
             self._model = CrossEncoder(name, device=device, **pinned, **arguments)
         if self._model.num_labels != 1:

@@ -17,6 +17,7 @@ def model_card(config: ScaleDownConfig) -> str:
         if config.enable_reranking
         else ""
     )
+    bits = "; its frozen weights are values of 4 bits (NF4)" if config.generator_4bit else ""
     if config.kind.picks_tokens:
         compressor += ", and a pointer that picks tokens"
         left = f"leaves the embeddings of the tokens that matter, by default one of {config.compression_rate}"
@@ -51,7 +52,7 @@ print(model.answer(query, embeddings)){reranking}
 
 | | |
 |---|---|
-| generator | {config.generator_name}, {_TRAINED[config.generator_training]} |
+| generator | {config.generator_name}, {_TRAINED[config.generator_training]}{bits} |
 | compressor | {compressor} |
 | documents | up to {config.doc_max_length} tokens, the rest is cut |
 | compression rate | {config.compression_rate} |

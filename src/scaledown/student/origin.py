@@ -29,6 +29,8 @@ class Origin(NamedTuple):
     compressor: ModelSource | None = None
     """A compressor that is a model of its own."""
     is_pretrained: bool = False
+    in_4bit: bool = False
+    """Whether the generator's frozen weights are held in 4 bits."""
 
     @property
     def settled(self) -> dict[str, Any]:
@@ -56,13 +58,21 @@ class Origin(NamedTuple):
         """The model as training begins with it. Raises `ModelError`."""
         from scaledown.student.model import ScaleDownModel
 
-        if not self.is_pretrained:
-            return ScaleDownModel.build(
+        if self.is_pretrained:
+            model: ScaleDownModel = ScaleDownModel.from_pretrained(
+                self.source.name, dtype=dtype, **onto(device)
+            )
+            if self.settings.enable_reranking and not model.config.enable_reranking:
+                model.add_reranking()
+        else:
+            model = ScaleDownModel.build(
                 self.settings, self.source, self.compressor, dtype=dtype, device=device
             )
-        model: ScaleDownModel = ScaleDownModel.from_pretrained(self.source.name, dtype=dtype, **onto(device))
-        if self.settings.enable_reranking and not model.config.enable_reranking:
-            model.add_reranking()
+        if self.in_4bit:
+            from scaledown.student.quantization import quantize
+
+            quantize(model.generator)
+            model.config.generator_4bit = True
         return model
 
 
@@ -87,7 +97,7 @@ def find_origin(config: StudentConfig) -> Origin:
         raise UsageError("--train_data: only a pointer is pretrained on records: give --compressor pointer")
     generator = resolve(config.generator_model)
     compressor = resolve(settings.compressor_name) if settings.compressor_name else None
-    return Origin(settings, generator, compressor)
+    return Origin(settings, generator, compressor, in_4bit=config.generator_4bit)
 
 
 def _pretrained(config: StudentConfig, name: str, *, reranks: bool) -> Origin:
@@ -97,7 +107,7 @@ def _pretrained(config: StudentConfig, name: str, *, reranks: bool) -> Origin:
     settings = read_settings(source)
     settings.enable_reranking |= reranks
     settings.check_reranking()
-    origin = Origin(settings, source, is_pretrained=True)
+    origin = Origin(settings, source, is_pretrained=True, in_4bit=config.generator_4bit)
     defaults = {item.name: item.default for item in fields(config)}
     for flag, there in origin.settled.items():
         value = getattr(config, flag)

@@ -43,6 +43,8 @@ class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers h
     """Hidden units of the mapping from a separate compressor to the generator."""
     enable_reranking: bool = False
     generator_training: str = "lora"
+    generator_4bit: bool = False
+    """Whether the generator's frozen weights are values of 4 bits, as they were when it was trained."""
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.1

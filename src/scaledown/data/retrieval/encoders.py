@@ -10,7 +10,7 @@ from scaledown.data.retrieval.index import Array, Vectors
 from scaledown.data.retrieval.splade import SpladeEncoder, by_length
 from scaledown.errors import ModelError
 from scaledown.extensions import RETRIEVER_KINDS
-from scaledown.models import Halving, ModelSource, dtype_to_run, loadable, loading, read_config_file
+from scaledown.models import Halving, ModelSource, dtype_to_run, loadable, loading, onto, read_config_file
 
 log = logging.getLogger("scaledown")
 
@@ -38,7 +38,7 @@ class DenseEncoder:
         from sentence_transformers import SentenceTransformer
 
         name, pinned = loadable(source)
-        arguments: dict[str, Any] = {"model_kwargs": {"dtype": dtype_to_run(dtype, device)}}
+        arguments: dict[str, Any] = {"model_kwargs": {"dtype": dtype_to_run(dtype, device), **onto(device)}}
         with loading(source):
             self._model = SentenceTransformer(name, device=device, **pinned, **arguments)
         similarity = self._model.similarity_fn_name

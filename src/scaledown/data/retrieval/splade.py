@@ -292,7 +292,7 @@ def _from_sentence_transformers(source: ModelSource, device: str, dtype: str) ->
     from sentence_transformers import SparseEncoder
 
     name, pinned = loadable(source)
-    arguments: dict[str, Any] = {"model_kwargs": {"dtype": dtype_to_run(dtype, device)}}
+    arguments: dict[str, Any] = {"model_kwargs": {"dtype": dtype_to_run(dtype, device), **onto(device)}}
     with loading(source):
         return SparseEncoder(name, device=device, **pinned, **arguments)
 

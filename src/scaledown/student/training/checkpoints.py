@@ -9,6 +9,7 @@ checkpoint-N/
 """
 
 import shutil
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ CHECKPOINTS: Final = 2  # kept, the best among them
 _STATE: Final = "training.json"
 _OPTIMIZER: Final = "optimizer.safetensors"
 _SHARDS: Final = "shards"
+_CODES: Final = ("qmap1", "qmap2")  # what 8 bits stand for, the same for all weights
 _EARLIER: Final = "trainer_state.json"  # up to version 0.6
 
 
@@ -124,19 +126,35 @@ def _random_file(rank: int | str) -> str:
 def _save_optimizer(path: Path, optimizer: Any, model: nn.Module) -> None:
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {
-        f"{names[parameter]}/{kind}": value.contiguous()
+        f"{names[parameter]}/{kind}": torch.as_tensor(value).contiguous()
         for parameter, state in optimizer.state.items()
         for kind, value in state.items()
+        if kind not in _CODES
     }
     save_file(tensors, path)
 
 
 def _load_optimizer(path: Path, optimizer: Any, model: nn.Module) -> None:
     parameters = dict(model.named_parameters())
+    kept: dict[torch.Tensor, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, value in load_file(path).items():
         name, _, kind = key.rpartition("/")
-        parameter = parameters[name]
-        optimizer.state[parameter][kind] = value.to(parameter.device)
+        kept[parameters[name]][kind] = value
+    start = getattr(optimizer.optimizer, "init_state", None)  # of bitsandbytes: a state with its codes
+    for number, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            if parameter not in kept:
+                continue
+            if start:
+                start(group, parameter, number, place)
+            state = optimizer.state[parameter]
+            for kind, value in kept[parameter].items():
+                if kind not in state:
+                    state[kind] = value.to(parameter.device)
+                elif isinstance(state[kind], torch.Tensor):
+                    state[kind].copy_(value)  # where the optimiser wants it, be it the host's memory
+                else:
+                    state[kind] = value.item()
 
 
 def _load_weights(folder: Path, model: Any) -> None:

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -16,6 +16,9 @@ from scaledown.student.batch import Encoded, collate
 from scaledown.student.model import WEIGHTS
 
 log = logging.getLogger("scaledown")
+
+SHARED: Final = frozenset({DistributedType.FSDP, DistributedType.DEEPSPEED})
+"""Where processes share a model."""
 
 
 class Size(NamedTuple):
@@ -56,7 +59,7 @@ class Passes:
         self.micro_batch = micro_batch
         self.device: torch.device = accelerator.device
         self.ranks: int = accelerator.num_processes
-        self.is_shared = accelerator.distributed_type in {DistributedType.FSDP, DistributedType.DEEPSPEED}
+        self.is_shared = accelerator.distributed_type in SHARED
         self.model: Any
         self.optimizer: Any
         self._stand_in = stand_in

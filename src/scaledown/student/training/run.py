@@ -1,5 +1,6 @@
 """Training from its settings to a model in a folder: `train`."""
 
+import importlib.util
 import logging
 import os
 import statistics
@@ -10,8 +11,14 @@ from typing import Any, Final, NamedTuple
 from scaledown.command import is_first
 from scaledown.config.train import PretrainConfig
 from scaledown.data.input.download import fetched
-from scaledown.errors import OutputError, RunDirectoryError, UsageError
-from scaledown.models import choose_device, choose_dtype, quiet_libraries
+from scaledown.errors import (
+    MissingExtraError,
+    OutputError,
+    RunDirectoryError,
+    UsageError,
+    install_command,
+)
+from scaledown.models import choose_device, dtype_to_train, emulates_bfloat16, quiet_libraries
 from scaledown.run.atomic import write_json
 from scaledown.run.directory import RunDirectory
 from scaledown.run.outputs import check_apart
@@ -89,7 +96,7 @@ def _here(config: Config) -> Config:
 def _train(config: Config, memory: dict[str, Any], origin: Origin) -> Trained:
     output = Path(config.output_dir)
     device = _device(config)
-    dtype = choose_dtype(config.dtype, device)
+    dtype = dtype_to_train(config.dtype, device)
 
     quiet_libraries()
     from accelerate.utils import set_seed
@@ -145,7 +152,7 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin) -> Trained:
         *(f"{len(taught.rows):,}", trainer.schedule.steps, config.batch_size, len(held.rows) if held else 0),
         *(settings.memory_tokens, settings.doc_max_length, f"{device}, {dtype}".replace("torch.", "")),
     )
-    log.info("memory: %s", memory_of(model))
+    log.info("memory: %s", memory_of(model, config.optimizer))
     trainer.run(checkpoint)
     before, after = trainer.held_out_losses()
     losses = [entry["loss"] for entry in trainer.log if "loss" in entry]
@@ -196,6 +203,16 @@ def _device(config: Config) -> str:
         )
     if config.dtype == "float16" and not device.startswith("cuda"):
         raise UsageError("--dtype float16 trains on CUDA only: use bfloat16 or float32")
+    if flag := config.needs_bitsandbytes:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise MissingExtraError(f"{flag} needs bitsandbytes: {install_command('quantization')}")
+        if device == "mps":
+            raise UsageError(f"{flag}: bitsandbytes has no support for mps; leave it out")
+    if config.dtype == "auto" and emulates_bfloat16(device):
+        log.warning(
+            "this GPU only emulates bfloat16, so the run trains in float32: --dtype float16 needs half of the "
+            "memory for frozen weights and is faster, but states of a large model may be too large for it"
+        )
     if device == "cuda" and not _is_one_of_several():
         _tell_idle_gpus(config)
     return device

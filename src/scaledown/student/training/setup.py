@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, ProjectConfiguration, set_seed
 
 from scaledown.config.train import StudentConfig
 from scaledown.errors import MissingExtraError, UsageError
-from scaledown.models import choose_dtype
+from scaledown.models import dtype_to_train
 from scaledown.student.training.encoded_examples import Batches, EncodedExamples
 from scaledown.student.training.learning_rates import parameter_groups
+from scaledown.student.training.passes import SHARED
 from scaledown.student.training.schedule import Schedule
 from scaledown.student.training.trainer import StudentTrainer
 from scaledown.student.training.training_data import Subset, shares, training_order
@@ -30,7 +31,8 @@ def make_trainer(
     model: Any, config: StudentConfig, train: Subset, held: Subset | None, device: str
 ) -> StudentTrainer:
     """A trainer of `model` by the paper's schedule, as one of the processes that torchrun started, if any."""
-    accelerator = _accelerator(config, device)
+    recomputes = _make_ready(model, config)
+    accelerator = _accelerator(config, device, recomputes=recomputes)
     ranks = accelerator.num_processes
     if config.batch_size % ranks:
         raise UsageError(f"--batch_size {config.batch_size}: must be a multiple of the {ranks} processes")
@@ -44,7 +46,7 @@ def make_trainer(
     return StudentTrainer(
         model,
         accelerator,
-        _optimizer(model, config),
+        _optimizer(model, config, device),
         Schedule(len(batches.places), config.eval_steps, config.save_steps, config.early_stopping_patience),
         batches=batches,
         held_out=_held_out(model, config, held) if held else None,
@@ -53,17 +55,42 @@ def make_trainer(
     )
 
 
-def _accelerator(config: StudentConfig, device: str) -> Accelerator:
-    """Accelerate, configured by `accelerate launch` or torchrun, with the run's precision and reporters."""
+def _make_ready(model: Any, config: StudentConfig) -> bool:
+    """Make a model ready to be trained. Gives whether it computes activations again."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:  # small updates would be rounded away in half precision
+        parameter.data = parameter.data.float()
+    recomputes = config.gradient_checkpointing
+    if recomputes is None:
+        recomputes = sum(parameter.numel() for parameter in trained) >= LARGE
+    if recomputes:
+        names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # within transformers 5
+        enable = next(getattr(model, name) for name in names if hasattr(model, name))
+        enable({"use_reentrant": False})
+    return recomputes
+
+
+def _accelerator(config: StudentConfig, device: str, *, recomputes: bool) -> Accelerator:
+    """Accelerate, configured by `accelerate launch` or torchrun, with the run's precision and reporters.
+
+    Raises `UsageError` where processes share a model that cannot be shared.
+    """
     # What it remembers of an earlier run in this process, which may have had another precision.
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(
+    # Half-precision copies of all trained weights would be kept until the end of a pass through the model;
+    # what computes activations again has no room for them.
+    autocast = AutocastKwargs(cache_enabled=not recomputes)
+    accelerator = Accelerator(
+        kwargs_handlers=[autocast],
         cpu=device == "cpu",
-        mixed_precision=_PRECISIONS.get(choose_dtype(config.dtype, device), "no"),
+        mixed_precision=_PRECISIONS.get(dtype_to_train(config.dtype, device), "no"),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # to Accelerate a step is one
         log_with=reporters(config.report_to) or None,
         project_config=ProjectConfiguration(logging_dir=str(Path(config.output_dir) / "runs")),
     )
+    if accelerator.distributed_type in SHARED and (flag := config.needs_bitsandbytes):
+        raise UsageError(f"{flag}: not with FSDP or DeepSpeed, which share weights and moments: leave it out")
+    return accelerator
 
 
 def _batches(model: Any, config: StudentConfig, train: Subset, rank: int, ranks: int) -> Batches:
@@ -81,24 +108,18 @@ def _held_out(model: Any, config: StudentConfig, held: Subset) -> Batches:
     return Batches(EncodedExamples(held.examples, model, config, trains=False), places)
 
 
-def _optimizer(model: Any, config: StudentConfig) -> torch.optim.Optimizer:
-    """AdamW over a model's weights that are trained, which it makes ready for that."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:  # small updates would be rounded away in half precision
-        parameter.data = parameter.data.float()
-    recomputes = config.gradient_checkpointing
-    if recomputes is None:
-        recomputes = sum(parameter.numel() for parameter in trained) >= LARGE
-    if recomputes:
-        names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # within transformers 5
-        enable = next(getattr(model, name) for name in names if hasattr(model, name))
-        enable({"use_reentrant": False})
+def _optimizer(model: Any, config: StudentConfig, device: str) -> torch.optim.Optimizer:
+    """AdamW over a model's weights that are trained."""
     kind = model.config.kind
-    return torch.optim.AdamW(
-        parameter_groups(model, config.learning_rate_generator, config.compressor_rate(kind.learning_rate)),
-        betas=kind.betas,
-        fused=True,
-    )
+    rate = config.compressor_rate(kind.learning_rate)
+    groups = parameter_groups(model, config.learning_rate_generator, rate)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, betas=kind.betas, fused=True)
+    from bitsandbytes.optim import AdamW8bit
+
+    # Paged: the driver moves moments to the host's memory where the GPU's does not suffice.
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, betas=kind.betas, is_paged=device.startswith("cuda"))
+    return optimizer
 
 
 def reporters(name: str) -> list[str]:
