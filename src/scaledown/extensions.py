@@ -12,9 +12,9 @@ Each process finds the entry points of the packages that are installed, so worke
 import functools
 import sys
 from collections.abc import Iterator, Mapping
-from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from importlib.metadata import EntryPoint, distributions
 from pkgutil import resolve_name
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from scaledown.errors import UsageError
 
@@ -40,8 +40,8 @@ class Table(Mapping[str, Any]):
     @property
     def outside(self) -> dict[str, EntryPoint]:
         """The entries of other packages, by name; none of them is imported."""
-        found = _installed(tuple(sys.path)).select(group=self.group)
-        return {point.name: point for point in found if point.name not in self._own}
+        found = _installed(tuple(sys.path), self.group)
+        return {name: point for name, point in found.items() if name not in self._own}
 
     def __getitem__(self, name: str) -> Any:
         """The entry itself.
@@ -50,26 +50,13 @@ class Table(Mapping[str, Any]):
             KeyError: There is no entry of that name.
             UsageError: It cannot be imported, or it is not what such an entry must be.
         """
-        return self._load(self._own.get(name) or self.outside[name])
+        return _loaded(self._own.get(name) or self.outside[name], self.declares)
 
     def find(self, name: str) -> Any:
         """The entry of that name, or what a name without an entry means."""
-        return self[name] if name in self else self._load(EntryPoint(name, self._otherwise, self.group))
-
-    def _load(self, point: EntryPoint) -> Any:
-        try:
-            entry = point.load()
-        except (ImportError, AttributeError) as error:
-            raise UsageError(
-                f"{self.group} {point.name} ({point.value}) cannot be imported ({error}): correct its "
-                "package, or uninstall that"
-            ) from error
-        if not isinstance(entry, resolve_name(self.declares)):
-            raise UsageError(
-                f"{self.group} {point.name} ({point.value}) is {type(entry).__name__}, expected "
-                f"{self.declares}: see docs/extending.md"
-            )
-        return entry
+        if name in self:
+            return self[name]
+        return _loaded(EntryPoint(name, self._otherwise, self.group), self.declares)
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self._own, *self.outside])
@@ -82,9 +69,33 @@ class Table(Mapping[str, Any]):
 
 
 @functools.cache
-def _installed(path: tuple[str, ...]) -> EntryPoints:
-    """The entry points of all packages on `path`, which is `sys.path`; to look takes some 50 ms."""
-    return cast("EntryPoints", entry_points())
+def _installed(path: tuple[str, ...], group: str) -> dict[str, EntryPoint]:
+    """The entry points of a group in all packages on `path`, which is `sys.path`."""
+    return {point.name: point for point in _every_entry_point(path) if point.group == group}
+
+
+@functools.cache
+def _every_entry_point(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """Those of all packages; to look takes some 50 ms."""
+    return tuple(point for package in distributions() for point in package.entry_points)
+
+
+@functools.cache
+def _loaded(point: EntryPoint, declares: str) -> Any:
+    """What an entry point names. Raises `UsageError`, see `Table.__getitem__`."""
+    try:
+        entry = point.load()
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"{point.group} {point.name} ({point.value}) cannot be imported ({error}): correct its package, "
+            "or uninstall that"
+        ) from error
+    if not isinstance(entry, resolve_name(declares)):
+        raise UsageError(
+            f"{point.group} {point.name} ({point.value}) is {type(entry).__name__}, expected {declares}: see "
+            "docs/extending.md"
+        )
+    return entry
 
 
 RETRIEVER_KINDS: Final = Table(
