@@ -191,7 +191,7 @@ def test_closed_streams_lead_nowhere(closed: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_api_reference_builds(tmp_path: Path) -> None:
+def test_the_api_reference_builds(tmp_path: Path, forked: None) -> None:
     command = [sys.executable, "-m", "pdoc", "-o", str(tmp_path), "scaledown", "!scaledown.__main__"]
     subprocess.run(command, check=True, capture_output=True)
     page = (tmp_path / "scaledown" / "data" / "retrieval.html").read_text()
