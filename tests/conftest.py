@@ -51,7 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """With `--fast`, a test is skipped where it starts a process or a server, or imports what makes models."""
+    """With `--fast`, skip a test where it starts a process or a server, or imports what makes models."""
     if not config.getoption("--fast") or config.getoption("numprocesses", None):
         return  # with xdist its workers run the tests
 
@@ -108,7 +108,7 @@ def _plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """Folders of tiny models by kind."""
     import tiny
 
@@ -120,8 +120,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             tiny.modernbert,
         )
     }
-    gc.freeze()  # a run collects garbage after each stage: not that of the libraries, which are imported now
-    return made
+    gc.freeze()  # a run collects garbage after each stage: not among the libraries, which are imported by now
+    yield made
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,8 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,7 +37,7 @@ class Server:
     """Forks processes that become children of this one, as `subprocess` expects of them."""
 
     def __init__(self) -> None:
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans below become our children
+        self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         words = [sys.executable, __file__, str(theirs.fileno())]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a process with threads cannot fork safely
@@ -44,16 +46,26 @@ class Server:
 
     def fork(self, job: dict[str, Any], streams: list[int]) -> int:
         """Start a process; gives its id."""
-        socket.send_fds(self._socket, [json.dumps(job).encode()], streams)
-        return int(self._socket.recv(32))
+        with self._lock, _adopting():
+            socket.send_fds(self._socket, [json.dumps(job).encode()], streams)
+            return int(self._socket.recv(32))
 
     def close(self) -> None:
         self._socket.close()
         self._process.wait()
 
 
+@contextmanager
+def _adopting() -> Iterator[None]:
+    """Orphans among our descendants become our children: the server forks twice to make one."""
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    yield
+    prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
 class Popen(subprocess.Popen):  # type: ignore[type-arg]
-    """`subprocess.Popen`, but commands of this Python are forks of `server`, or of this process without it."""
+    """`subprocess.Popen`, but commands of this Python are forks: of `server`, or else of this process."""
 
     server: Server | None = None
 
