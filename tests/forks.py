@@ -10,6 +10,7 @@ import atexit
 import ctypes
 import gc
 import importlib
+import io
 import json
 import os
 import pkgutil
@@ -71,18 +72,18 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
 
     def _execute_child(self, args: Any, *rest: Any) -> None:
         (_, preexec_fn, _, pass_fds, cwd, env, _, _, shell, *pipes), more = rest[:15], rest[15:]
-        start_new_session = more[5]
-        if preexec_fn or pass_fds or shell or not _can_fork(args):
+        words = _words(args)
+        if preexec_fn or pass_fds or shell or not words:
             super()._execute_child(args, *rest)  # type: ignore[misc]
             return
+        environment = dict(os.environ if env is None else env)
         job = {
-            "words": [os.fspath(word) for word in args[1:]],
+            "words": words,
             "folder": os.fspath(cwd or Path.cwd()),
-            "environment": dict(os.environ if env is None else env),
-            "session": bool(start_new_session),
+            "environment": environment | ({"PYTHONUNBUFFERED": "1"} if "-u" in args else {}),
+            "session": bool(more[5]),
         }
-        streams = [pipes[0], pipes[3], pipes[5]]
-        streams = [number if fd == -1 else fd for number, fd in enumerate(streams)]
+        streams = [number if fd == -1 else fd for number, fd in enumerate((pipes[0], pipes[3], pipes[5]))]
         if self.server:
             self.pid = self.server.fork(job, streams)
         else:
@@ -95,11 +96,14 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
 
-def _can_fork(args: Any) -> bool:
-    if isinstance(args, (str, bytes)) or os.fspath(args[0]) != sys.executable or len(args) < 2:
-        return False
-    first = os.fspath(args[1])
-    return (first in {"-m", "-c"} and len(args) > 2) or first.endswith(".py")
+def _words(args: Any) -> list[str]:
+    """What this Python is asked to run, by `-m`, `-c` or a file; nothing for any other command."""
+    if isinstance(args, (str, bytes)):
+        return []
+    python, *words = map(os.fspath, args)
+    words = words[words[:1] == ["-u"] :]
+    known = words[:1] in (["-m"], ["-c"]) or (words[:1] and words[0].endswith(".py"))
+    return words if known and python == sys.executable else []
 
 
 def _end(job: dict[str, Any], streams: list[int]) -> NoReturn:
@@ -107,6 +111,10 @@ def _end(job: dict[str, Any], streams: list[int]) -> NoReturn:
     for number, fd in enumerate([os.dup(fd) for fd in streams]):
         os.dup2(fd, number)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    at_once = bool(job["environment"].get("PYTHONUNBUFFERED"))
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = _output(1, "strict", write_through=at_once)
+    sys.stderr = sys.__stderr__ = _output(2, "backslashreplace", write_through=True)
     if job["session"]:
         os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -128,6 +136,10 @@ def _end(job: dict[str, Any], streams: list[int]) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _output(fd: int, errors: str, *, write_through: bool) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.FileIO(fd, "w", closefd=False), "utf-8", errors, write_through=write_through)
 
 
 def _run(words: list[str]) -> int:
