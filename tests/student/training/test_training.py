@@ -150,7 +150,7 @@ def test_resumed_run_is_the_undisturbed_one(
 ) -> None:
     config = setting("disturbed", resume=True)
     with monkeypatch.context() as patch, caplog.at_level("WARNING", "scaledown"):
-        interrupt_at(patch, call, training=setup)
+        interrupt_at(patch, call, training=training)
         with pytest.raises(KeyboardInterrupt):
             train(config)
     folder = newest_checkpoint(Path(config.output_dir))
