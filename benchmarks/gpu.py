@@ -73,6 +73,7 @@ class Scale(NamedTuple):
     new_tokens: int = 32
     batches: tuple[int, ...] = (32, 128, 256, 512)
     demo: tuple[str, ...] = ("--preset", "demo")
+    kill_after: float = 20.0  # seconds
     student: str = "bundled:smollm2-135m"
 
 
@@ -87,6 +88,7 @@ REAL = Scale(
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TINY = Scale(
     device="cpu",
+    kill_after=2.0,
     encoder=SMALL,
     reranker=SMALL,
     teacher=SMALL | {"num_key_value_heads": 2, "head_dim": 16},
@@ -329,7 +331,7 @@ def of_demo(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
             prepare(scale, output).wait()
         killed = prepare(scale, outputs[2])
         try:
-            killed.wait(timeout=20)
+            killed.wait(timeout=scale.kill_after)
         except subprocess.TimeoutExpired:
             os.killpg(killed.pid, signal.SIGKILL)
             killed.wait()

@@ -1,7 +1,10 @@
 """No network but loopback, a hub cache of tiny models, and the paths tests share."""
 
+import gc
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -9,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # as commands do, before anything is multiplied here
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the cores are busy with other tests
 
 _CACHE = Path(tempfile.mkdtemp(prefix="scaledown-tests-"))
 # Before any library reads them.
@@ -24,17 +29,48 @@ os.environ.update(
 
 import pytest  # noqa: E402
 
+import forks  # noqa: E402
 import gs_server as google  # noqa: E402
-import tiny  # noqa: E402
 import web  # noqa: E402
 from hub_server import TOKEN, Hub  # noqa: E402
 from scaledown.data import prepare_dataset  # noqa: E402
+from scaledown.report import plots  # noqa: E402
 from scaledown.run import hub as buckets  # noqa: E402
 from scaledown.run import locations, object_store  # noqa: E402
 from scaledown.run.directory import RunDirectory  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+
+_MODELS = {"transformers.modeling_utils", "sentence_transformers", "openvino_genai"}
+"""What is imported before a model is made or loaded."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="skip tests that need a process, server or model")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With `--fast`, skip a test where it starts a process or a server, or imports what makes models."""
+    if not config.getoption("--fast") or config.getoption("numprocesses", None):
+        return  # with xdist its workers run the tests
+
+    def skip(why: str) -> None:
+        pytest.skip(f"--fast: it {why}", allow_module_level=True)
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in {"subprocess.Popen", "os.fork"}:
+            skip("starts a process")
+        if event == "import" and arguments[0] in _MODELS:
+            skip("needs a model")
+
+    sys.addaudithook(look)
+    socket.socket.listen = lambda *_: skip("starts a server")  # type: ignore[method-assign]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first, so that none is still at work when all others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -51,14 +87,6 @@ def _no_network() -> None:
     socket.socket.connect = guarded  # type: ignore[method-assign]
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread_a_worker() -> None:
-    import torch
-
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        torch.set_num_threads(1)
-
-
 @pytest.fixture(autouse=True)
 def _log_reaches_pytest() -> Any:
     """Commands send the log to standard error; afterwards it belongs to pytest again."""
@@ -71,26 +99,60 @@ def _log_reaches_pytest() -> Any:
     logger.setLevel(logging.NOTSET)
 
 
+@pytest.fixture(autouse=True)
+def _plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots are drawn for tests marked `plots`; they take longer than all else in a run of these sizes."""
+    if request.node.get_closest_marker("plots") is None:
+        for name in ("bars", "histogram", "curves", "intervals", "plane"):
+            monkeypatch.setattr(plots, name, lambda *_, **__: "<svg></svg>")
+
+
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """Folders of tiny models by kind."""
+    import tiny
+
     folder = tmp_path_factory.mktemp("models")
-    return {
+    made = {
         make.__name__: make(folder / make.__name__)
         for make in (
             *(tiny.splade, tiny.dense, tiny.cross_encoder, tiny.causal_lm, tiny.instruct, tiny.phi),
             tiny.modernbert,
         )
     }
+    gc.freeze()  # a run collects garbage after each stage: not among the libraries, which are imported by now
+    yield made
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
 def hub_cache() -> Path:
     """A hub cache with a tiny model under every name in the guide."""
+    import tiny
+
     cache = Path(os.environ["HF_HUB_CACHE"])
     if not cache.exists():
         tiny.fill_hub_cache(cache)
     return cache
+
+
+@pytest.fixture(scope="session")
+def _fork_server() -> Iterator[None]:
+    if sys.platform != "linux":
+        yield
+        return
+    forks.Popen.server = forks.Server()
+    yield
+    forks.Popen.server.close()
+
+
+@pytest.fixture
+def forked(_fork_server: None) -> Iterator[None]:
+    """Commands of Python are forked from a process that has everything imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        if forks.Popen.server:
+            patch.setattr(subprocess, "Popen", forks.Popen)
+        yield
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def run(*words: str, cwd: Path) -> str:
 
 
 @pytest.mark.slow
-def test_custom_retrieval(tmp_path: Path) -> None:
+def test_custom_retrieval(tmp_path: Path, forked: None) -> None:
     run("custom_retrieval.py", "made.json", cwd=tmp_path)
     made = json.loads((tmp_path / "made.json").read_text())
     assert main(["validate", str(tmp_path / "made.json")]) == 0
@@ -60,44 +60,52 @@ def test_custom_retrieval(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_own_corpus(tmp_path: Path) -> None:
+def test_own_corpus(tmp_path: Path, forked: None) -> None:
     out = run("own_corpus.py", cwd=tmp_path).splitlines()
     assert out[1].endswith("1  Tides")
     assert out[4].endswith("2  Chess")
 
 
-def test_corpus_subset(tmp_path: Path) -> None:
+def test_corpus_subset(tmp_path: Path, forked: None) -> None:
     run("corpus_subset.py", str(EXAMPLES / "corpus.jsonl"), "small.json", "7", cwd=tmp_path)
     whole = (EXAMPLES / "corpus.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     assert (tmp_path / "small.json").read_text(encoding="utf-8") == "".join(whole[:7])
 
 
-def test_mock_data(tmp_path: Path) -> None:
+def test_mock_data(tmp_path: Path, forked: None) -> None:
     run("mock_data.py", "mock.json", cwd=tmp_path)
     assert main(["validate", str(tmp_path / "mock.json")]) == 0
+
+
+def demo_of_this_code() -> Path | None:
+    """What `make demo` made last, if no source has changed since."""
+    output = ROOT / "demo" / "train_data.json"
+    sources = [*(ROOT / "src").rglob("*.py"), *EXAMPLES.iterdir(), ROOT / "Makefile"]
+    newest = max(path.stat().st_mtime for path in sources)
+    return output if output.exists() and output.stat().st_mtime > newest else None
 
 
 @pytest.mark.slow
 def test_the_demo_answers_most_queries(tmp_path: Path) -> None:
     """The command of `make demo`: nearly all queries get the passage with their answer, and the teacher, a
-    model of 135M parameters, answers most."""
-    output = tmp_path / "train_data.json"
-    flags = [
-        "--preset",
-        "demo",
-        "--queries_file",
-        str(EXAMPLES / "queries.txt"),
-        "--output_file",
-        str(output),
-    ]
-    assert main(["prepare", *flags]) == 0
+    model of 135M parameters, answers most. Where `make demo` has not run, with every third query."""
+    asked = lines("queries.jsonl")
+    output = demo_of_this_code()
+    if output is None:
+        asked, output = asked[::3], tmp_path / "train_data.json"
+        queries = tmp_path / "queries.txt"
+        queries.write_text("".join(f"{query['query']}\n" for query in asked))
+        flags = ["--preset", "demo", "--queries_file", str(queries), "--output_file", str(output)]
+        assert main(["prepare", *flags]) == 0
     made = {record["query"]: record for record in json.loads(output.read_text(encoding="utf-8"))}
+    assert list(made) == [query["query"] for query in asked]
     found = answered = 0
-    for query in lines("queries.jsonl"):
+    for query in asked:
         record = made[query["query"]]
         documents = " ".join(record["documents"]).lower()
         found += any(answer.lower() in documents for answer in query["answers"])
         answered += any(answer.lower() in record["answer"].lower() for answer in query["answers"])
         assert len(record["documents"]) == len(record["reranking_scores"]) == 3
-    assert found >= 20, f"{found} of 21 have the answer among their documents"
-    assert answered >= 13, f"{answered} of 21 are answered"
+    answerable = sum(bool(query["answers"]) for query in asked)
+    assert found >= 0.95 * answerable, f"{found} of {answerable} have the answer among their documents"
+    assert answered >= 0.6 * answerable, f"{answered} of {answerable} are answered"

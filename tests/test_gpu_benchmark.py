@@ -43,13 +43,15 @@ def test_rows_that_a_cpu_can_do(gpu: ModuleType, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.slow
-def test_the_demo_has_the_same_bytes_again_and_after_a_kill(gpu: ModuleType, tiny_flags: list[str]) -> None:
+def test_the_demo_has_the_same_bytes_again_and_after_a_kill(
+    gpu: ModuleType, tiny_flags: list[str], forked: None
+) -> None:
     rows = list(gpu.of_demo(gpu.TINY._replace(demo=tuple(tiny_flags)), {}))
     assert [row.met for row in rows] == [True, True], rows
 
 
 @pytest.mark.slow
-def test_training_by_torchrun(gpu: ModuleType, models: dict[str, Path]) -> None:
+def test_training_by_torchrun(gpu: ModuleType, models: dict[str, Path], forked: None) -> None:
     rows = list(gpu.of_training(gpu.TINY._replace(student=str(models["causal_lm"])), {}))
     assert [row.met for row in rows] == [True] * 3, rows
 

@@ -371,7 +371,7 @@ def dtype_to_train(name: str, device: str) -> "torch.dtype":
 
 
 def dtype_to_run(name: str, device: str) -> "torch.dtype":
-    """The dtype to compute in where nothing is trained: as `dtype_to_train`, but float16 for emulated bfloat16."""
+    """The dtype to compute in without training: as `dtype_to_train`, but float16 for emulated bfloat16."""
     import torch
 
     return torch.float16 if name == "auto" and emulates_bfloat16(device) else dtype_to_train(name, device)

@@ -387,7 +387,7 @@ def test_a_crash_while_writing_the_output_leaves_no_half_of_it(prepare, monkeypa
 
 @pytest.mark.slow
 def test_two_commands_in_one_run_directory_share_the_work(
-    tmp_path, tiny_flags, corpus, queries, prepare
+    tmp_path, tiny_flags, corpus, queries, prepare, forked
 ) -> None:
     queries.write_text("".join(f"What is number {n}?\n" for n in range(24)))
     whole = tmp_path / "whole.json"
@@ -416,7 +416,7 @@ def test_two_commands_in_one_run_directory_share_the_work(
 
 @pytest.mark.slow
 def test_sigkill_then_the_same_command_gives_the_same_bytes(
-    tmp_path, tiny_flags, corpus, queries, prepare
+    tmp_path, tiny_flags, corpus, queries, prepare, forked
 ) -> None:
     whole = tmp_path / "whole.json"
     assert prepare(*RERANK, *SHARDS, "--output_file", str(whole)) == 0

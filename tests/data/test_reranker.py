@@ -139,6 +139,7 @@ def test_a_classifier_is_no_reranker(models, tmp_path) -> None:
         load_reranker(resolve_reranker(str(tmp_path)), "cpu", "float32", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "data" / "xquad-dev").is_dir(), reason="needs ../shared/data/xquad-dev")
 def test_query_likelihood_finds_real_paragraphs(caplog) -> None:
     """The gold paragraph among five of its article, 12 real questions."""

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -23,18 +23,38 @@ SHARDS = ("--queries_per_shard", "2", "--passages_per_shard", "4")
 pytestmark = pytest.mark.slow
 
 
+class Alone(NamedTuple):
+    """What a run without workers makes."""
+
+    output: bytes
+    counts: dict[str, Any]
+
+
+def stage_counts(work: Path) -> dict[str, Any]:
+    stages = json.loads((work / "manifest.json").read_text())["stages"]
+    return {name: stage["counts"] for name, stage in stages.items()}
+
+
+@pytest.fixture(scope="module")
+def known() -> list[Alone]:
+    """One run for all tests: what it makes depends on no path."""
+    return []
+
+
 @pytest.fixture
-def run(prepare, queries, corpus, tmp_path, monkeypatch) -> Any:
+def run(prepare, queries, corpus, tmp_path, monkeypatch, known, forked) -> Any:
     """Twelve queries over forty articles, and what a run without workers makes of them."""
     corpus.write_text("".join((ROOT / "examples" / "corpus.jsonl").read_text().splitlines(True)[:40]))
     queries.write_text("".join(f"What is number {number}?\n" for number in range(12)))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    whole = tmp_path / "whole.json"
-    assert prepare(*RERANK, *SHARDS, "--output_file", str(whole)) == 0
+    if not known:
+        whole = tmp_path / "whole.json"
+        assert prepare(*RERANK, *SHARDS, "--output_file", str(whole)) == 0
+        known.append(Alone(whole.read_bytes(), stage_counts(Path(f"{whole}.work"))))
 
     class Run:
         output, work = prepare.output, prepare.work
-        bytes = whole.read_bytes()
+        bytes, counts = known[0]
 
         def __call__(self, *flags: str) -> int:
             return prepare(*RERANK, *SHARDS, *flags)
@@ -93,12 +113,7 @@ def test_parts_one_after_the_other(run, capsys) -> None:
     assert run.output.read_bytes() == run.bytes
     made = shards_made(run.work)
     assert len(made) == len(set(made))
-    counts = [
-        json.loads((folder / "manifest.json").read_text())["stages"]
-        for folder in (run.work, run.output.with_name("whole.json.work"))
-    ]
-    parts, plain = ({name: stage["counts"] for name, stage in told.items()} for told in counts)
-    assert parts == plain
+    assert stage_counts(run.work) == run.counts
 
 
 def test_a_call_without_a_part_makes_the_parts_that_are_missing(run) -> None:
@@ -181,11 +196,6 @@ def test_what_a_user_did_ends_the_run_at_once(run, capsys, corpus) -> None:
     assert "no article with text" in capsys.readouterr().err
 
 
-def _heed_interrupts() -> None:
-    """Processes in the background ignore them, and so would those they start."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.mark.parametrize("ends", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_end_with_their_supervisor(ends, run, tiny_flags, corpus, queries) -> None:
     words = [sys.executable, "-m", "scaledown", "prepare", *tiny_flags, *RERANK, *SHARDS, "--workers", "2"]
@@ -194,7 +204,6 @@ def test_workers_end_with_their_supervisor(ends, run, tiny_flags, corpus, querie
         [*words, *inputs, "--output_file", str(run.output)],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        preexec_fn=_heed_interrupts,  # noqa: PLW1509 (no threads here)
     ) as process:
         deadline = time.monotonic() + 120
         while not list(run.work.glob("passages/*/*.arrow")):

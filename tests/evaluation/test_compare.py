@@ -15,6 +15,8 @@ from scaledown.models import resolve
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
 
+pytestmark = pytest.mark.plots
+
 Compare = Callable[..., int]
 
 COST = ["--cost_documents", "2", "--cost_document_tokens", "16", "--cost_query_tokens", "4"]

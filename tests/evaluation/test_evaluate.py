@@ -174,6 +174,7 @@ def test_all_systems_are_measured(
     assert found[5]["answers"]["compressed"]["tau"] is None  # the teacher's scores of that record are none
 
 
+@pytest.mark.plots
 def test_measures_are_told_apart_by_whether_the_documents_hold_a_right_answer(
     evaluate: Evaluate, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,7 +271,7 @@ def test_what_was_answered_is_not_answered_again(
 
 @pytest.mark.slow
 def test_killed_midway_the_same_command_continues(
-    evaluate: Evaluate, output: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    evaluate: Evaluate, output: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forked: None
 ) -> None:
     assert evaluate("--output_dir", str(tmp_path / "undisturbed"), "--batch_size", "2") == 0
     # A process that dies without a word after its second system.
@@ -494,6 +495,7 @@ def test_processes_of_torchrun_evaluate_as_one(
     student: Path,
     data: Path,
     gold: Path,
+    forked: None,
 ) -> None:
     assert evaluate("--output_dir", str(tmp_path / "alone"), "--batch_size", "2") == 0
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -13,7 +13,7 @@ from scaledown.data.report.page import write_report
 from scaledown.report import plots
 from scaledown.report.page import Example, Examples, Field, Note, Page, Piece, Plot, Section, Table, html
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.plots]
 
 HOSTILE = "</script><script>window.hit=1</script><img src=x onerror='window.hit=1'><svg onload=window.hit=1>"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]

@@ -21,6 +21,8 @@ from scaledown.report.page import (
     markdown,
 )
 
+pytestmark = pytest.mark.plots
+
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=alert(2)> \"' {{ 7*7 }} $x^2$ ]]> </style> | # `code` \x00"
 )

@@ -521,7 +521,7 @@ def test_the_page_tells_every_field() -> None:
 
 
 @pytest.mark.slow
-def test_the_example_asks_the_server(server: Running, tmp_path: Path) -> None:
+def test_the_example_asks_the_server(server: Running, tmp_path: Path, forked: None) -> None:
     lines = (ROOT / "examples" / "corpus.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     corpus, index = tmp_path / "corpus.jsonl", str(tmp_path / "index")
     corpus.write_text("".join(lines[:5]), encoding="utf-8")
@@ -582,7 +582,7 @@ def test_two_thousand_requests_of_two_hundred_clients_get_their_own_answers(mode
 
 
 @pytest.mark.slow
-def test_sigterm_finishes_what_was_asked(model: ScaleDownModel, tmp_path: Path) -> None:
+def test_sigterm_finishes_what_was_asked(model: ScaleDownModel, tmp_path: Path, forked: None) -> None:
     folder = tmp_path / "student"
     model.save_pretrained(folder)
     words = [sys.executable, "-m", "scaledown", "serve", "--model", str(folder), "--port", "0"]

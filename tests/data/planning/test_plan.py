@@ -238,9 +238,9 @@ def test_queries_that_the_teacher_is_to_write(flags, work, monkeypatch, capsys) 
     assert cli.main(["plan", *words]) == 0
     assert planned(work)["queries"]["rows"] == 5
     assert planned(work)["synthetic"]["rows"] is None, "random weights write no question"
-    from scaledown.data.input import queries
+    from scaledown.data.teacher import questions
 
-    monkeypatch.setattr(queries, "as_question", lambda text, passage: "What is it?" if len(text) else None)
+    monkeypatch.setattr(questions, "as_question", lambda text, passage: "What is it?" if len(text) else None)
     assert cli.main(["plan", *words]) == 0
     assert planned(work)["synthetic"]["rows"] >= 5
 

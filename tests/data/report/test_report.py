@@ -11,6 +11,8 @@ from scaledown.data.report.fidelity import UNKNOWN, allows, fidelity, licence_of
 from scaledown.data.session import result
 from scaledown.errors import OutputError
 
+pytestmark = pytest.mark.plots
+
 GOLD = [
     {"question": "What is photosynthesis?", "answer": ["is"]},
     {"question": "no such question", "answer": ["x"]},

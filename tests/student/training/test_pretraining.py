@@ -309,7 +309,7 @@ def test_summary_names_the_next_command(setting: Setting) -> None:
 
 
 @pytest.mark.slow
-def test_command_line(setting: Setting) -> None:
+def test_command_line(setting: Setting, forked: None) -> None:
     config = setting()
     words = [sys.executable, "-m", "scaledown", "pretrain", "--corpus-path", config.corpus_path]
     words += ["--output_dir", config.output_dir, "--generator_model", config.generator_model]

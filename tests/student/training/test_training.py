@@ -686,7 +686,7 @@ def test_settings_file_repeats_a_run(
 
 
 @pytest.fixture
-def environment() -> dict[str, str]:
+def environment(forked: None) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
 
 
