@@ -44,6 +44,8 @@ SHARED = ROOT.parent / "shared"
 
 _MODELS = {"transformers.modeling_utils", "sentence_transformers", "openvino_genai"}
 """What is imported before a model is made or loaded."""
+_STARTS = {"subprocess.Popen", "os.fork"}
+"""Events that say a process starts, as the interpreter names them."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -58,13 +60,14 @@ def pytest_configure(config: pytest.Config) -> None:
     def skip(why: str) -> None:
         pytest.skip(f"--fast: it {why}", allow_module_level=True)
 
-    def look(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in {"subprocess.Popen", "os.fork"}:
-            skip("starts a process")
-        if event == "import" and arguments[0] in _MODELS:
-            skip("needs a model")
+    class Models:
+        @staticmethod
+        def find_spec(name: str, *_: Any) -> None:
+            if name in _MODELS:
+                skip("needs a model")
 
-    sys.addaudithook(look)
+    sys.meta_path.insert(0, Models)
+    sys.addaudithook(lambda event, _: skip("starts a process") if event in _STARTS else None)
     socket.socket.listen = lambda *_: skip("starts a server")  # type: ignore[method-assign]
 
 

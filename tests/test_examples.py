@@ -80,7 +80,7 @@ def test_mock_data(tmp_path: Path, forked: None) -> None:
 def demo_of_this_code() -> Path | None:
     """What `make demo` made last, if no source has changed since."""
     output = ROOT / "demo" / "train_data.json"
-    sources = [*(ROOT / "src").rglob("*.py"), *EXAMPLES.iterdir(), ROOT / "Makefile"]
+    sources = [*(ROOT / "src").rglob("*.py"), *EXAMPLES.glob("*.*"), ROOT / "Makefile"]
     newest = max(path.stat().st_mtime for path in sources)
     return output if output.exists() and output.stat().st_mtime > newest else None
 
