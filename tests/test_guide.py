@@ -388,15 +388,7 @@ def test_flags_of_the_pages_exist() -> None:
     from scaledown.config.train import PretrainConfig, TrainConfig
     from scaledown.evaluation.compare import CompareConfig
 
-    commands = (
-        PrepareConfig,
-        IndexCommandConfig,
-        TrainConfig,
-        PretrainConfig,
-        EvaluateConfig,
-        CompareConfig,
-        ServeConfig,
-    )
+    commands = (PrepareConfig, TrainConfig, PretrainConfig, EvaluateConfig, CompareConfig, ServeConfig)
     known = {item.name for command in commands for item in fields(command)}
     known |= {"model", "query", "document", "data", "format"}  # of scaledown answer and export
     known |= {"add", "remove"}  # of scaledown index
