@@ -388,15 +388,7 @@ def test_flags_of_the_pages_exist() -> None:
     from scaledown.config.serve import ServeConfig
     from scaledown.config.train import PretrainConfig, TrainConfig
 
-    commands = (
-        PrepareConfig,
-        IndexCommandConfig,
-        TrainConfig,
-        PretrainConfig,
-        EvaluateConfig,
-        CompareConfig,
-        ServeConfig,
-    )
+    commands = (PrepareConfig, TrainConfig, PretrainConfig, EvaluateConfig, CompareConfig, ServeConfig)
     known = {item.name for command in commands for item in fields(command)}
     known |= {"model", "query", "document", "data", "format"}  # of scaledown answer and export
     known |= {"add", "remove"}  # of scaledown index

@@ -49,6 +49,23 @@ def test_equals_brute_force_with_ties_however_the_shards_are_cut(problem, sparse
     )
 
 
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.booleans(), st.integers(1, 7), st.data())
+def test_removed_passages_are_left_out_before_the_top_k(problem, sparse, threads, data) -> None:
+    queries, passages, k, cuts = problem
+    removed = np.array(sorted(data.draw(st.sets(st.integers(0, len(passages) - 1)))), np.int64)
+    make = sp.csr_matrix if sparse else np.asarray
+    packed = [pack(make(part), "float32") for part in np.split(passages, cuts[:-1])]
+    sizes = [len(table) for table in packed]
+    shards = [lambda table=table: table for table in packed]
+    ranking = search(make(queries), shards, sizes, k, threads=threads, removed=removed)
+    kept = np.setdiff1d(np.arange(len(passages)), removed)
+    np.testing.assert_array_equal(ranking.rows, kept[brute_force(queries, passages[kept], k)])
+    np.testing.assert_array_equal(
+        ranking.scores, np.take_along_axis(queries @ passages.T, ranking.rows, axis=1)
+    )
+
+
 def test_equals_brute_force_on_many_random_vectors() -> None:
     random = np.random.default_rng(0)
     passages = random.random((3000, 200), np.float32) * (random.random((3000, 200)) < 0.05)

@@ -4,10 +4,12 @@ import json
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import scipy.sparse as sp
 
 from scaledown.data.retrieval.index import Ranking, pack, search
+from scaledown.data.retrieval.parts import open_stage
 from scaledown.data.retrieval.seismic import CARES, SeismicIndex, recall
 from scaledown.errors import install_command
 from scaledown.run.directory import RunDirectory
@@ -95,3 +97,33 @@ def test_dense_vectors_are_refused(prepare, models, capsys) -> None:
     assert prepare(*flags) == 2
     assert "use --search exact" in capsys.readouterr().err
     assert not list(prepare.work.glob("passages/*"))
+
+
+@pytest.mark.parametrize("memory", [1.0, 1e-6])
+def test_removed_passages_are_replaced_by_the_next_ones_or_told(stage, tmp_path, memory) -> None:
+    home = RunDirectory(stage.folder.parents[1])
+    queries, k = vectors(20, 99), 10
+    best = exact(stage, queries, 40).rows
+    few = np.unique(best[:, :3])  # some of those that are found
+    many = np.unique(best)  # all that is near
+    for number, removed in enumerate((few, many)):
+        Stage(home, "removed", {"rows": str(number)}).write(0, pa.table({"row": removed}))
+        settings = {"parts": [stage.settings], "removed": str(number)}
+        open_stage(home, "vectors", settings).finish([300] * 4, {})
+        changed = open_stage(home, "vectors", settings)
+        index = SeismicIndex(RunDirectory(tmp_path / "home"), changed, memory)
+        index.build()
+        found = index.search(queries, k, CARES[-1])
+        assert not np.isin(found.rows, removed).any()
+        loads = [lambda n=n: stage.table(n) for n in range(4)]
+        expected = search(queries, loads, [300] * 4, k, removed=removed)
+        whole = (found.rows >= 0).all(axis=1)
+        if number == 0:
+            assert whole.mean() > 0.8
+            sure = [Ranking(*(own[whole] for own in ranking)) for ranking in (found, expected)]
+            assert recall(*sure) > 0.8
+        else:
+            assert not whole.all(), "a caller searches the others exactly"
+    assert len({path.parent for path in (tmp_path / "home").rglob("*.seismic")}) == 1, (
+        "nothing is built again"
+    )
