@@ -36,13 +36,15 @@ def earlier_or_free(session: Session, *, overwrite: bool) -> Result | None:
 
 def part_result(session: Session) -> Result | None:
     """What a part or a worker has made; None if all shards of the run are made and it can be exported."""
+    path = output_of(session.given).path
+    if session.worker:
+        return Result(path, 0, {}, 0)
     last = next(reversed(session.stages.values()))
-    if not session.worker and last.done():
+    missing = 0 if last.done() else last.missing()
+    if not missing:
         return None
     done = {name: result for name, stage in session.stages.items() if (result := stage.done())}
-    own = session.given_up(own=True)
-    path = output_of(session.given).path
-    return Result(path, 0, done, quarantined(done), given_up=own, missing=last.missing())
+    return Result(path, 0, done, quarantined(done), given_up=session.given_up(own=True), missing=missing)
 
 
 def write_output(
