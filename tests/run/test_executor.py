@@ -74,14 +74,14 @@ def test_a_dead_worker_is_replaced_at_its_place_and_its_shard_remembers(tmp_path
 
 
 def test_an_error_of_the_user_ends_all(tmp_path: Path) -> None:
-    pool = Scripted(None, Ending.told("InputError", "no article with text"))
+    pool = Scripted(None, Ending.failed("InputError", "no article with text"))
     with pytest.raises(InputError, match="no article"):
         supervise(pool, "m:f", {}, 2, [Leases(tmp_path, "me")])
     assert [name[:8] for name in pool.killed] == ["worker-0"]
 
 
 def test_a_worker_whose_gpu_is_full_stops_and_the_others_go_on(tmp_path: Path, caplog: Any) -> None:
-    full = Ending.told("NoRoomError", "model x: out of memory while loading")
+    full = Ending.failed("NoRoomError", "model x: out of memory while loading")
     pool = Scripted(full, WELL, WELL)
     supervise(pool, "m:f", {}, 3, [Leases(tmp_path, "me")])
     assert len(pool.orders) == 3, "none begins in its place"
@@ -519,5 +519,5 @@ def test_a_worker_takes_those_it_started_along(tmp_path: Path) -> None:
 
 
 def test_an_order_from_a_folder_that_is_not_here(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not see it"):
+    with pytest.raises(InputError, match="does not have it"):
         Order("builtins:print", {}, "w", str(tmp_path / "nowhere")).carry_out()

@@ -1,4 +1,4 @@
-"""A run shared by workers: where they are, how many, and what they are told."""
+"""A run shared by workers: where they run, how many, and with which settings."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,30 @@ Config = TypeVar("Config", bound=IndexConfig)
 
 
 def supervised(config: IndexConfig) -> bool:
-    """Whether workers do the work, and this process looks after them."""
+    """Whether workers do the work, and this process starts and watches them."""
     asked = config.workers or config.task_timeout or config.executor != "local"
     return bool(asked) or gpus_here(config.device) // _gpus_each(config) > 1
 
 
 def share(config: IndexConfig, target: str, runs: Sequence[RunDirectory]) -> None:
-    """Let workers carry out `target`, `module:function`, until all is done; `runs` is where they work."""
+    """Let workers carry out `target` until all is done.
+
+    On Ray, with a run in an object store, the workers share no disk, so each makes a part of the queries.
+
+    Args:
+        config: Their settings.
+        target: The function that they call, `module:function`.
+        runs: The run directory, and the directory of the index if that is another.
+
+    Raises:
+        UsageError: The settings contradict each other.
+        ScaleDownError: A worker ended with this error.
+    """
+    apart = config.executor == "ray" and runs[0].storage.in_bucket
+    if apart and config.task_timeout:
+        raise UsageError(
+            "--task_timeout: in a bucket nobody sees how long a shard takes on another machine: leave it out"
+        )
     pool, count = pool_of(config, runs[0])
     limits = [flag for flag in ("max_total_tokens", "max_requests_per_minute") if getattr(config, flag, 0)]
     if limits and count > 1:
@@ -33,18 +50,18 @@ def share(config: IndexConfig, target: str, runs: Sequence[RunDirectory]) -> Non
         )
     alone = {"workers": count, "executor": "local", "task_timeout": 0.0, "metrics_file": ""}
     settings = {"config": asdict(config) | alone, "log": style()._asdict()}
-    leases = [run.leases for run in runs]
+    leases = [] if apart else [run.leases for run in runs]
     with supervising(), contextlib.closing(Overview(runs[0].path)) as overview:
         supervise(pool, target, settings, count, leases, config.task_timeout, overview.look)
 
 
 def settings_of(kind: type[Config], settings: Mapping[str, Any], worker: str) -> Config:
-    """What a worker was told, as settings again; it logs like the one who told it."""
+    """The settings of a worker from its order; its log has the form of the process that started it."""
     start_logging(**{**settings["log"], "worker": worker})
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in settings["config"].items()
     }
-    return kind(**given)
+    return kind(**given | ({"shard": settings["shard"]} if "shard" in settings else {}))
 
 
 def pool_of(config: IndexConfig, run: RunDirectory) -> tuple[Pool, int]:
@@ -73,7 +90,7 @@ def pool_of(config: IndexConfig, run: RunDirectory) -> tuple[Pool, int]:
 
 
 def gpus_here(device: str) -> int:
-    """GPUs of which workers could have one each: none where `device` names one, or a CPU."""
+    """How many GPUs workers can share: none if `device` names one, or a CPU."""
     if device not in {"auto", "cuda"} or not choose_device(device).startswith("cuda"):
         return 0
     import torch

@@ -58,6 +58,7 @@ class SeismicIndex:
 
     def __init__(self, home: RunDirectory, vectors: Stage, memory: float) -> None:
         self._vectors = vectors
+        self._part = home.part
         settings: dict[str, Any] = {"vectors": vectors.fingerprint, "search_memory": memory}
         if lost := vectors.lost():
             settings["without"] = lost
@@ -86,7 +87,9 @@ class SeismicIndex:
 
     def build(self) -> None:
         """Make the missing indexes; other processes may make some of them."""
-        missing = [group for group in range(len(self._groups)) if not self._has(group)]
+        groups = range(len(self._groups))
+        first = self._part.of(len(groups)).start  # parts start at different groups, and meet what others made
+        missing = [group for group in (*groups[first:], *groups[:first]) if not self._has(group)]
         if not missing:
             return
         total = sum(self._rows)
@@ -124,7 +127,7 @@ class SeismicIndex:
                 raise OutputError(f"{temporary} cannot be written ({error}): free some room") from error
             finally:
                 written.unlink(missing_ok=True)
-        self._stage.storage.publish(self._path(group))
+        self._stage.storage.publish(self._path(group), once=True)
 
     def search(self, queries: sp.csr_matrix, k: int, care: Care) -> Ranking:
         """About the `k` best passages of each query; where fewer were found, rows are -1 at the end."""
