@@ -1,5 +1,6 @@
 """No network but loopback, a hub cache of tiny models, and the paths tests share."""
 
+import functools
 import os
 import socket
 import tempfile
@@ -169,7 +170,7 @@ def gs_server() -> Iterator[str]:
 @pytest.fixture
 def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The URL of an empty bucket, with keys for it in the environment: s3, or what a test asks for."""
-    make = {"s3": _s3_bucket, "gs": _gs_bucket}[getattr(request, "param", "s3")]
+    make = {"s3": _s3_bucket, "gs": _gs_bucket, "memory": _memory_bucket}[getattr(request, "param", "s3")]
     return make(f"runs-{uuid.uuid4().hex[:8]}", request, monkeypatch)
 
 
@@ -195,8 +196,13 @@ def _gs_bucket(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     return f"gs://{name}"
 
 
+def _memory_bucket(name: str, _request: pytest.FixtureRequest, _patch: pytest.MonkeyPatch) -> str:
+    return f"memory://{name}"
+
+
 @pytest.fixture
 def machine(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], RunDirectory]:
     """The run directory as a machine of some name has it. Nothing that is listed is remembered."""
     monkeypatch.setattr(object_store, "_LISTED_SECONDS", 0)
+    monkeypatch.setattr(object_store, "file_system", functools.cache(object_store.file_system))
     return lambda name: RunDirectory(locations.storage_at(f"{bucket}/run", str(tmp_path / name)))
