@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ from scaledown.config.shared import Part
 from scaledown.data import workers
 from scaledown.errors import InputError, NoRoomError, RunDirectoryError, UsageError
 from scaledown.gpus import only
+from scaledown.run import executor
 from scaledown.run.directory import RunDirectory
 from scaledown.run.executor import Ending, LocalPool, Order, supervise
 from scaledown.run.leases import Leases
+from scaledown.run.locations import storage_at
+from scaledown.run.logs import LogStyle
 from scaledown.run.ray_pool import RayPool
 from scaledown.run.stage import Stage, together
 
@@ -128,6 +131,47 @@ def test_workers_that_die_of_nothing_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="3 workers died before they began anything.*exit status 1"):
         supervise(pool, "m:f", {}, 1, [Leases(tmp_path, "me")])
     assert len(pool.orders) == 3
+
+
+def test_workers_without_a_shared_disk_make_a_part_each() -> None:
+    pool = Scripted(Ending(well=False, reason="SIGKILL"), WELL, WELL)
+    supervise(pool, "m:f", {"a": 1}, 2, [])
+    assert [(order.settings, place) for order, place in pool.orders] == [
+        ({"a": 1, "shard": "0/2"}, 0),
+        ({"a": 1, "shard": "1/2"}, 1),
+        ({"a": 1, "shard": "0/2"}, 0),
+    ]
+
+
+def test_workers_without_a_shared_disk_that_die_again_and_again_end_the_run(monkeypatch) -> None:
+    monkeypatch.setattr(executor, "_LONG_SECONDS", 0)  # however long they lived
+    pool = Scripted(*[Ending(well=False, reason="exit status 1")] * 9)
+    with pytest.raises(
+        RunDirectoryError, match="3 workers died, the last of exit status 1; finished work"
+    ):
+        supervise(pool, "m:f", {}, 1, [])
+
+
+def test_only_workers_of_ray_in_a_bucket_share_no_disk(tmp_path: Path, monkeypatch) -> None:
+    leases: list[int] = []
+    monkeypatch.setattr(workers, "supervise", lambda *arguments: leases.append(len(arguments[4])))
+    monkeypatch.setattr(workers, "pool_of", lambda *_: (None, 2))
+    disk = RunDirectory(tmp_path / "run")
+    bucket = RunDirectory(storage_at("memory://workers/run", str(tmp_path / "cache")))
+    config = PrepareConfig(queries_file=("q.txt",), output_file="o.json")
+    for executor_name, run in (("local", disk), ("local", bucket), ("ray", disk), ("ray", bucket)):
+        workers.share(replace(config, executor=executor_name), "m:f", [run])
+    assert leases == [1, 1, 1, 0]
+    with pytest.raises(UsageError, match="--task_timeout: in a bucket"):
+        workers.share(replace(config, executor="ray", task_timeout=9.0), "m:f", [bucket])
+
+
+def test_worker_takes_its_part_from_the_order() -> None:
+    config = PrepareConfig(queries_file=("q.txt",), output_file="o.json", workers=2)
+    settings = {"config": asdict(config), "log": LogStyle()._asdict()}
+    assert workers.settings_of(PrepareConfig, settings, "worker-0") == config
+    given = workers.settings_of(PrepareConfig, {**settings, "shard": "1/2"}, "worker-1")
+    assert given == replace(config, shard="1/2")
 
 
 def test_a_hanging_worker_is_killed_and_one_that_gets_on_is_not(tmp_path: Path) -> None:

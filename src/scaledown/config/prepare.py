@@ -125,7 +125,7 @@ class IndexConfig(WorkersConfig):
         "",
         OUTPUT,
         "keep passages and vectors here, for many runs (scaledown index); without it, in the run directory; "
-        "also a URL (s3://, hf://buckets/), like the other two",
+        "also a URL (s3://, gs://, az://), like the other two",
         metavar="DIR",
     )
     cache_dir: str = option(
