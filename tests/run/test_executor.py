@@ -146,9 +146,7 @@ def test_workers_without_a_shared_disk_make_a_part_each() -> None:
 def test_workers_without_a_shared_disk_that_die_again_and_again_end_the_run(monkeypatch) -> None:
     monkeypatch.setattr(executor, "_LONG_SECONDS", 0)  # however long they lived
     pool = Scripted(*[Ending(well=False, reason="exit status 1")] * 9)
-    with pytest.raises(
-        RunDirectoryError, match="3 workers died, the last of exit status 1; finished work"
-    ):
+    with pytest.raises(RunDirectoryError, match="3 workers died, the last of exit status 1; finished work"):
         supervise(pool, "m:f", {}, 1, [])
 
 

@@ -1,4 +1,4 @@
-"""A run shared by workers: where they run, how many, and with which settings."""
+"""A run shared by workers: where they are, how many, and what they are told."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -56,7 +56,7 @@ def share(config: IndexConfig, target: str, runs: Sequence[RunDirectory]) -> Non
 
 
 def settings_of(kind: type[Config], settings: Mapping[str, Any], worker: str) -> Config:
-    """The settings of a worker from its order; its log has the form of the process that started it."""
+    """What a worker was told, as settings again; it logs like the one who told it."""
     start_logging(**{**settings["log"], "worker": worker})
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in settings["config"].items()

@@ -90,7 +90,7 @@ class Status(NamedTuple):
     stages: tuple[StageStatus, ...]
     workers: tuple[WorkerStatus, ...]
 
-    def told(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """As JSON values."""
         stages, workers = ([row._asdict() for row in rows] for rows in (self.stages, self.workers))
         return {**self._asdict(), "stages": stages, "workers": workers}
@@ -165,8 +165,8 @@ def _ended(
     """When the run was finished, in seconds since 1970; None if it is not."""
     if not all(stage.finished or not folders[stage.name].exists() for stage in stages):
         return None
-    if told := manifest.get("stages"):
-        same = all(name in folders and folders[name].name == one["fingerprint"] for name, one in told.items())
+    if made := manifest.get("stages"):
+        same = all(name in folders and folders[name].name == one["fingerprint"] for name, one in made.items())
         return datetime.fromisoformat(manifest["finished"]).timestamp() if same else None
     if "vectors" in folders and not (run / "queries").exists():  # an index
         return (folders["vectors"] / "done.json").stat().st_mtime
@@ -218,11 +218,11 @@ def _opened(
     """
     named: dict[str, Path] = {}
     for process in sorted(everyone, key=lambda process: process.time):
-        for name, told in process.stages.items():
+        for name, folder in process.stages.items():
             if name not in STAGES:
                 continue
-            own = run / name / Path(told).name  # the path on this machine
-            named[name] = own if own.exists() else Path(told)
+            own = run / name / Path(folder).name  # the path on this machine
+            named[name] = own if own.exists() else Path(folder)
     if not named:
         index = (manifest.get("parameters") or {}).get("index_dir")
         for name, stage in (manifest.get("stages") or {}).items():
