@@ -5,13 +5,15 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final
 
-from scaledown.errors import InputError, MissingExtraError, install_command, one_line
+from scaledown.errors import InputError, MissingExtraError, UsageError, install_command, one_line
 
 HTTP: Final = re.compile(r"https?://", re.IGNORECASE)
 # Up to the last @ of the authority, or to the first @ where a key with a slash stands before it.
 LOGIN: Final = re.compile(r"://(?:[^/?#]*@|[^/?#@:]*:(?!\d+(?:/|$))[^@?]*@)")
 HIDDEN: Final = "…"
 HIDDEN_QUERY: Final = f"?{HIDDEN}"
+# Stores in which an object appears whole or not at all.
+_STORES: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 # What file systems call that which changes with a file, the surest first.
 _STATES: Final = (
     "xet_hash",
@@ -30,6 +32,23 @@ _STATES: Final = (
 def is_url(text: str) -> bool:
     """Whether `text` is a URL and not a local path."""
     return re.match(r"[a-z][a-z0-9+.-]*://", text, re.IGNORECASE) is not None
+
+
+def check_store(name: str) -> None:
+    """Raise `UsageError` for a URL at which no run, index or output can be written."""
+    scheme, _, rest = name.partition("://")
+    scheme = scheme.lower()
+    if not is_url(name) or (scheme in {"file", "local"} and rest):
+        return
+    if scheme not in _STORES:
+        published = "; publish the finished data with `scaledown export --push_to_hub`" * (scheme == "hf")
+        raise UsageError(
+            f"{redacted(name)}: {scheme}:// cannot be written to; use a local path, s3://, gs:// or "
+            f"az://{published}"
+        )
+    parts = list(filter(None, rest.split("/")))
+    if not parts or ".." in parts:
+        raise UsageError(f"{redacted(name)}: name a bucket, and a folder in it")
 
 
 def redacted(url: str) -> str:

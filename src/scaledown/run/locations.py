@@ -1,16 +1,12 @@
 """From the path or URL in a flag to its storage: a folder on a disk, or one of an object store."""
 
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from scaledown.config.prepare import IndexConfig, PrepareConfig
-from scaledown.errors import UsageError
 from scaledown.run.object_store import mirrored
 from scaledown.run.storage import Storage, cache_directory
-from scaledown.urls import is_url, redacted
-
-# Stores in which an object appears whole or not at all.
-_SCHEMES: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
+from scaledown.urls import check_store, is_url
 
 
 class File(NamedTuple):
@@ -49,15 +45,7 @@ def storage_at(name: str, cache: str = "") -> Storage:
         return Storage(Path(rest))
     if not is_url(name):
         return Storage(Path(name))
-    if scheme not in _SCHEMES:
-        published = "; publish the finished data with `scaledown export --push_to_hub`" * (scheme == "hf")
-        raise UsageError(
-            f"{redacted(name)}: {scheme}:// cannot be written to; use a local path, s3://, gs:// or "
-            f"az://{published}"
-        )
-    parts = list(filter(None, rest.split("/")))
-    if not parts or ".." in parts:
-        raise UsageError(f"{redacted(name)}: name a bucket, and a folder in it")
+    check_store(name)
     return mirrored(f"{scheme}://{rest}", Path(cache).expanduser() if cache else cache_directory())
 
 
