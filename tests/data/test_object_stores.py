@@ -138,27 +138,27 @@ def test_output_in_bucket_is_written_again_if_lost_or_damaged(
 ) -> None:
     """Also where anybody has put objects with hostile names, or an earlier version has left its notes."""
     output, name = f"{bucket}/out/train.json", bucket.removeprefix("s3://")
-    assert remote(cache="first") == 0
+    assert remote() == 0
     content = system.cat_file(output)
     made.clear()
+    system.rm_file(output)
+    assert remote() == 0
+    assert system.cat_file(output) == content
+    assert not made
     folders = {key.removeprefix(f"{name}/").rpartition("/")[0] for key in system.find(f"{output}.work")}
     folders -= {"out/train.json.work"}  # where a run directory refuses what is not its own
     assert len(folders) == 7
-    system.rm_file(output)
     for folder in (*folders, "out/train.json.work/live", "out/train.json.work/locks"):
         for hostile in ("../../../evil.json", "a/../../../evil.absent.json", ".json", "../evil.held"):
             system.pipe_file(f"{bucket}/{folder}/{hostile}", b'["hostile"]')
         for junk in ("evil.json", "evil.absent.json", "evil.part.jsonl", "journal-evil.jsonl", "evil.start"):
             system.pipe_file(f"{bucket}/{folder}/{junk}", b'["hostile"]')
-    before = {path for path in tmp_path.rglob("*") if (tmp_path / "cache") not in path.parents}
-    assert remote() == 0
-    after = {path for path in tmp_path.rglob("*") if (tmp_path / "cache") not in path.parents}
-    assert after - before == {tmp_path / "cache"}
-    assert len(list((tmp_path / "cache" / "runs").iterdir())) == 2
-    assert system.cat_file(output) == content
-    assert not made
     system.pipe_file(output, content[:-20])
-    assert remote() == 0
+    before = {path for path in tmp_path.rglob("*") if (tmp_path / "elsewhere") not in path.parents}
+    assert remote(cache="elsewhere") == 0
+    after = {path for path in tmp_path.rglob("*") if (tmp_path / "elsewhere") not in path.parents}
+    assert after - before == {tmp_path / "elsewhere"}
+    assert len(list((tmp_path / "elsewhere" / "runs").iterdir())) == 2
     assert system.cat_file(output) == content
     system.pipe_file(f"{bucket}/other.json", b"mine")
     capsys.readouterr()
