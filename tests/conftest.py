@@ -1,5 +1,6 @@
 """No network but loopback, a hub cache of tiny models, and the paths tests share."""
 
+import functools
 import gc
 import os
 import socket
@@ -32,10 +33,8 @@ import pytest  # noqa: E402
 import forks  # noqa: E402
 import gs_server as google  # noqa: E402
 import web  # noqa: E402
-from hub_server import TOKEN, Hub  # noqa: E402
 from scaledown.data import prepare_dataset  # noqa: E402
 from scaledown.report import plots  # noqa: E402
-from scaledown.run import hub as buckets  # noqa: E402
 from scaledown.run import locations, object_store  # noqa: E402
 from scaledown.run.directory import RunDirectory  # noqa: E402
 
@@ -226,13 +225,6 @@ def s3_server() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def hub() -> Iterator[Hub]:
-    """The Hub's buckets on loopback."""
-    with Hub() as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
 def gs_server() -> Iterator[str]:
     """The address of a server of Google's protocol on loopback."""
     pytest.importorskip("gcsfs", reason="no gcsfs: pip install gcsfs")
@@ -243,7 +235,7 @@ def gs_server() -> Iterator[str]:
 @pytest.fixture
 def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The URL of an empty bucket, with keys for it in the environment: s3, or what a test asks for."""
-    make = {"s3": _s3_bucket, "gs": _gs_bucket, "hf": _hub_bucket}[getattr(request, "param", "s3")]
+    make = {"s3": _s3_bucket, "gs": _gs_bucket, "memory": _memory_bucket}[getattr(request, "param", "s3")]
     return make(f"runs-{uuid.uuid4().hex[:8]}", request, monkeypatch)
 
 
@@ -269,25 +261,13 @@ def _gs_bucket(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     return f"gs://{name}"
 
 
-def _hub_bucket(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    from huggingface_hub import constants
-
-    server: Hub = request.getfixturevalue("hub")
-    server.create(f"tests/{name}")
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # read when it was imported
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(buckets, "_SETTLE_SECONDS", 0.5)
-    monkeypatch.setattr(buckets, "_SLOWEST_BEAT_SECONDS", 1.0)
-    return f"hf://buckets/tests/{name}"
+def _memory_bucket(name: str, _request: pytest.FixtureRequest, _patch: pytest.MonkeyPatch) -> str:
+    return f"memory://{name}"
 
 
 @pytest.fixture
 def machine(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], RunDirectory]:
-    """The run directory as a machine of some name has it. A process is dead after two seconds of silence."""
-    monkeypatch.setattr(object_store, "_BEAT_SECONDS", 0.2)
-    monkeypatch.setattr(object_store, "_DEAD_SECONDS", 2.5)
-    monkeypatch.setattr(object_store, "_LISTED_SECONDS", 0.1)
-    return lambda name: RunDirectory(locations.storage_at(f"{bucket}/run", str(tmp_path / name)), worker=name)
+    """The run directory as a machine of some name has it. Nothing that is listed is remembered."""
+    monkeypatch.setattr(object_store, "_LISTED_SECONDS", 0)
+    monkeypatch.setattr(object_store, "file_system", functools.cache(object_store.file_system))
+    return lambda name: RunDirectory(locations.storage_at(f"{bucket}/run", str(tmp_path / name)))

@@ -384,7 +384,7 @@ def test_flags_of_the_pages_exist() -> None:
 
     from scaledown.config.compare import CompareConfig
     from scaledown.config.evaluate import EvaluateConfig
-    from scaledown.config.prepare import IndexCommandConfig, PrepareConfig
+    from scaledown.config.prepare import PrepareConfig
     from scaledown.config.serve import ServeConfig
     from scaledown.config.train import PretrainConfig, TrainConfig
 

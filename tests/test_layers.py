@@ -22,7 +22,6 @@ LAYERS = [
 ]
 MOST_ROOMS = 17
 DEEPEST = 8
-RUN_IS_SMALLER_SOON = {"scaledown.run"}  # it loses its buckets' leases
 PACKAGES = sorted(
     ".".join(path.relative_to(SOURCE).parent.parts) for path in (SOURCE / "scaledown").rglob("__init__.py")
 )
@@ -83,6 +82,5 @@ def test_rooms_of_a_package_are_few_and_have_no_cycles(package: str) -> None:
     depth: dict[str, int] = {}
     for room in TopologicalSorter(own).static_order():
         depth[room] = 1 + max((depth[name] for name in own[room]), default=0)
-    if package not in RUN_IS_SMALLER_SOON:
-        assert len(own) <= MOST_ROOMS
-        assert max(depth.values(), default=0) <= DEEPEST
+    assert len(own) <= MOST_ROOMS
+    assert max(depth.values(), default=0) <= DEEPEST

@@ -182,7 +182,7 @@ def _status(arguments: argparse.Namespace) -> int:
     from scaledown.run.status import status_at
 
     status = status_at(arguments.path)
-    print(json.dumps(status.told(), indent=2) if arguments.json else table(status))
+    print(json.dumps(status.as_json(), indent=2) if arguments.json else table(status))
     return 0
 
 

@@ -12,9 +12,9 @@ HTTP: Final = re.compile(r"https?://", re.IGNORECASE)
 LOGIN: Final = re.compile(r"://(?:[^/?#]*@|[^/?#@:]*:(?!\d+(?:/|$))[^@?]*@)")
 HIDDEN: Final = "…"
 HIDDEN_QUERY: Final = f"?{HIDDEN}"
+# Stores in which an object appears whole or not at all.
+_STORES: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 # What file systems call that which changes with a file, the surest first.
-# Stores in which an object appears whole under its name, or not at all.
-STORES: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "memory")
 _STATES: Final = (
     "xet_hash",
     "blob_id",
@@ -35,24 +35,19 @@ def is_url(text: str) -> bool:
 
 
 def check_store(name: str) -> None:
-    """Raise `UsageError` for a URL whose store cannot hold a run, an index or an output."""
+    """Raise `UsageError` for a URL at which no run, index or output can be written."""
     scheme, _, rest = name.partition("://")
     scheme = scheme.lower()
     if not is_url(name) or (scheme in {"file", "local"} and rest):
         return
-    if scheme not in STORES:
+    if scheme not in _STORES:
+        published = "; publish the finished data with `scaledown export --push_to_hub`" * (scheme == "hf")
         raise UsageError(
-            f"{redacted(name)}: {scheme}:// cannot hold it; use a local path, s3://, gs://, az:// "
-            "or hf://buckets/"
+            f"{redacted(name)}: {scheme}:// cannot be written to; use a local path, s3://, gs:// or "
+            f"az://{published}"
         )
     parts = list(filter(None, rest.split("/")))
-    on_hub = scheme == "hf"
-    if on_hub and parts[:1] != ["buckets"]:
-        raise UsageError(
-            f"{redacted(name)}: each file would be a commit there; use a bucket, hf://buckets/OWNER/NAME/…, "
-            "and `scaledown export --push_to_hub` for what is finished"
-        )
-    if len(parts) < (3 if on_hub else 1) or ".." in parts:
+    if not parts or ".." in parts:
         raise UsageError(f"{redacted(name)}: name a bucket, and a folder in it")
 
 

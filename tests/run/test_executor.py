@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ from scaledown.config.shared import Part
 from scaledown.data import workers
 from scaledown.errors import InputError, NoRoomError, RunDirectoryError, UsageError
 from scaledown.gpus import only
+from scaledown.run import executor
 from scaledown.run.directory import RunDirectory
 from scaledown.run.executor import Ending, LocalPool, Order, supervise
 from scaledown.run.leases import Leases
+from scaledown.run.locations import storage_at
+from scaledown.run.logs import LogStyle
 from scaledown.run.ray_pool import RayPool
 from scaledown.run.stage import Stage, together
 
@@ -74,14 +77,14 @@ def test_a_dead_worker_is_replaced_at_its_place_and_its_shard_remembers(tmp_path
 
 
 def test_an_error_of_the_user_ends_all(tmp_path: Path) -> None:
-    pool = Scripted(None, Ending.told("InputError", "no article with text"))
+    pool = Scripted(None, Ending.failed("InputError", "no article with text"))
     with pytest.raises(InputError, match="no article"):
         supervise(pool, "m:f", {}, 2, [Leases(tmp_path, "me")])
     assert [name[:8] for name in pool.killed] == ["worker-0"]
 
 
 def test_a_worker_whose_gpu_is_full_stops_and_the_others_go_on(tmp_path: Path, caplog: Any) -> None:
-    full = Ending.told("NoRoomError", "model x: out of memory while loading")
+    full = Ending.failed("NoRoomError", "model x: out of memory while loading")
     pool = Scripted(full, WELL, WELL)
     supervise(pool, "m:f", {}, 3, [Leases(tmp_path, "me")])
     assert len(pool.orders) == 3, "none begins in its place"
@@ -128,6 +131,45 @@ def test_workers_that_die_of_nothing_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="3 workers died before they began anything.*exit status 1"):
         supervise(pool, "m:f", {}, 1, [Leases(tmp_path, "me")])
     assert len(pool.orders) == 3
+
+
+def test_workers_without_a_shared_disk_make_a_part_each() -> None:
+    pool = Scripted(Ending(well=False, reason="SIGKILL"), WELL, WELL)
+    supervise(pool, "m:f", {"a": 1}, 2, [])
+    assert [(order.settings, place) for order, place in pool.orders] == [
+        ({"a": 1, "shard": "0/2"}, 0),
+        ({"a": 1, "shard": "1/2"}, 1),
+        ({"a": 1, "shard": "0/2"}, 0),
+    ]
+
+
+def test_workers_without_a_shared_disk_that_die_again_and_again_end_the_run(monkeypatch) -> None:
+    monkeypatch.setattr(executor, "_LONG_SECONDS", 0)  # however long they lived
+    pool = Scripted(*[Ending(well=False, reason="exit status 1")] * 9)
+    with pytest.raises(RunDirectoryError, match="3 workers died, the last of exit status 1; finished work"):
+        supervise(pool, "m:f", {}, 1, [])
+
+
+def test_only_workers_of_ray_in_a_bucket_share_no_disk(tmp_path: Path, monkeypatch) -> None:
+    leases: list[int] = []
+    monkeypatch.setattr(workers, "supervise", lambda *arguments: leases.append(len(arguments[4])))
+    monkeypatch.setattr(workers, "pool_of", lambda *_: (None, 2))
+    disk = RunDirectory(tmp_path / "run")
+    bucket = RunDirectory(storage_at("memory://workers/run", str(tmp_path / "cache")))
+    config = PrepareConfig(queries_file=("q.txt",), output_file="o.json")
+    for executor_name, run in (("local", disk), ("local", bucket), ("ray", disk), ("ray", bucket)):
+        workers.share(replace(config, executor=executor_name), "m:f", [run])
+    assert leases == [1, 1, 1, 0]
+    with pytest.raises(UsageError, match="--task_timeout: in a bucket"):
+        workers.share(replace(config, executor="ray", task_timeout=9.0), "m:f", [bucket])
+
+
+def test_worker_takes_its_part_from_the_order() -> None:
+    config = PrepareConfig(queries_file=("q.txt",), output_file="o.json", workers=2)
+    settings = {"config": asdict(config), "log": LogStyle()._asdict()}
+    assert workers.settings_of(PrepareConfig, settings, "worker-0") == config
+    given = workers.settings_of(PrepareConfig, {**settings, "shard": "1/2"}, "worker-1")
+    assert given == replace(config, shard="1/2")
 
 
 def test_a_hanging_worker_is_killed_and_one_that_gets_on_is_not(tmp_path: Path) -> None:
@@ -519,5 +561,5 @@ def test_a_worker_takes_those_it_started_along(tmp_path: Path) -> None:
 
 
 def test_an_order_from_a_folder_that_is_not_here(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not see it"):
+    with pytest.raises(InputError, match="does not have it"):
         Order("builtins:print", {}, "w", str(tmp_path / "nowhere")).carry_out()

@@ -1,63 +1,30 @@
-"""Folders of object stores as two machines see them: an S3 server, and the Hub's buckets, on loopback."""
+"""Folders of object stores as two machines see them: servers of S3 and of Google's protocol, and memory."""
 
-import subprocess
-import sys
-import threading
-import time
+import errno
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from scaledown.config.shared import Part
 from scaledown.data.prompts import answer_prompt
+from scaledown.data.teacher import answer_log
 from scaledown.data.teacher.answer_log import AnswerLog
 from scaledown.errors import OutputError, RunDirectoryError, UsageError
 from scaledown.records import Answer
-from scaledown.run import hub, object_store
+from scaledown.run import object_store, stage
 from scaledown.run.directory import RunDirectory
-from scaledown.run.leases import Leases
 from scaledown.run.locations import File, storage_at
 from scaledown.run.stage import Stage
 
-# The server that stands for Google's writes whatever the condition, so contention says nothing there.
-EXCLUSIVE = pytest.mark.parametrize("bucket", ["s3", "hf"], indirect=True)
-EVERY = pytest.mark.parametrize("bucket", ["s3", "gs", "hf"], indirect=True)
+EVERY = pytest.mark.parametrize("bucket", ["s3", "gs"], indirect=True)
+MEMORY = pytest.mark.parametrize("bucket", ["memory"], indirect=True)
 TABLE = pa.table({"n": list(range(100))})
-
-
-def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def test_a_shard_that_one_machine_makes_is_there_for_another(machine) -> None:
-    one, two = Stage(machine("one"), "ranked", {}), Stage(machine("two"), "ranked", {})
-    assert not two.has(0)
-    one.write(0, TABLE)
-    assert within(5, lambda: two.has(0))
-    assert two.table(0).equals(TABLE)
-    assert two.size(0) == one.path(0).stat().st_size
-    assert two.path(0).read_bytes() == one.path(0).read_bytes()
-    one.note({"seconds": 1.0})
-    two.note({"seconds": 2.0})
-    two.finish([100], {"rows": 100})
-    assert within(5, lambda: one.done() is not None)
-    assert one.finished().rows == [100]
-    assert one.finished().seconds == 3.0
-
-
-def test_a_shard_that_was_not_published_is_not_finished(machine, monkeypatch) -> None:
-    stage = Stage(machine("one"), "ranked", {})
-    monkeypatch.setattr(stage.storage, "publish", lambda _: None)
-    stage.write(0, TABLE)
-    assert stage.path(0).exists()
-    assert not stage.has(0)
+OTHER = pa.table({"n": list(range(50))})
 
 
 @pytest.fixture
@@ -73,66 +40,133 @@ def replace_shard(stage: Stage, content: bytes) -> None:
     stage.storage._system.pipe_file(stage.storage._at(stage.path(0)), content)
 
 
+def while_waiting(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
+    """Do something in place of the pause before a shard is fetched again."""
+    monkeypatch.setattr(stage, "time", SimpleNamespace(sleep=lambda _: action()))
+
+
+# Shards
+
+
 @EVERY
-def test_a_damaged_object_is_fetched_again_until_it_is_whole(shards) -> None:
+def test_shard_of_one_machine_is_read_by_another(machine) -> None:
+    one, two = Stage(machine("one"), "ranked", {}), Stage(machine("two"), "ranked", {})
+    assert not two.has(0)
+    one.write(0, TABLE)
+    assert two.has(0)
+    assert two.table(0).equals(TABLE)
+    assert two.size(0) == one.path(0).stat().st_size
+    assert two.path(0).read_bytes() == one.path(0).read_bytes()
+    one.note({"seconds": 1.0})
+    two.note({"seconds": 2.0})
+    two.finish([100], {"rows": 100})
+    assert one.finished().rows == [100]
+    assert one.finished().seconds == 3.0
+
+
+@EVERY
+def test_first_of_two_shards_stays(machine) -> None:
+    one, two = Stage(machine("one"), "answers", {}), Stage(machine("two"), "answers", {})
+    one.write(0, TABLE)
+    two.write(0, OTHER)
+    assert one.table(0).equals(TABLE)
+    assert two.table(0).equals(TABLE)
+    assert two.path(0).read_bytes() == one.path(0).read_bytes()
+
+
+@MEMORY
+@pytest.mark.parametrize(
+    "error", [NotImplementedError(), TypeError("mode"), OSError(errno.ENOSYS, "A header is not implemented")]
+)
+def test_last_shard_stays_without_conditional_writes(machine, monkeypatch, error) -> None:
+    one, two = Stage(machine("one"), "answers", {}), Stage(machine("two"), "answers", {})
+    one.write(0, TABLE)
+    put = two.storage._system.put_file
+
+    def unconditional(path: str, url: str, **mode: str) -> None:
+        if mode:
+            raise error
+        put(path, url)
+
+    monkeypatch.setattr(two.storage._system, "put_file", unconditional)
+    two.write(0, OTHER)
+    assert Stage(machine("three"), "answers", {}).table(0).equals(OTHER)
+
+
+@MEMORY
+def test_unmet_condition_that_s3fs_does_not_know_is_one(machine, monkeypatch) -> None:
+    one, two = Stage(machine("one"), "answers", {}), Stage(machine("two"), "answers", {})
+    one.write(0, TABLE)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EINVAL, "At least one of the pre-conditions did not hold")
+
+    monkeypatch.setattr(two.storage._system, "put_file", refuse)
+    two.storage.publish(two.path(0), once=True)
+    assert two.table(0).equals(TABLE)
+
+
+@MEMORY
+def test_unpublished_shard_is_not_finished(machine, monkeypatch) -> None:
+    own = Stage(machine("one"), "ranked", {})
+    monkeypatch.setattr(own.storage, "publish", lambda *_, **__: None)
+    own.write(0, TABLE)
+    assert own.path(0).exists()
+    assert not own.has(0)
+
+
+def test_damaged_object_is_fetched_again_until_it_is_whole(shards, monkeypatch) -> None:
     one, two, whole = shards
     replace_shard(one, whole[:-40] + bytes(40))
-    mending = threading.Timer(1.2, replace_shard, (one, whole))
-    mending.start()
+    while_waiting(monkeypatch, lambda: replace_shard(one, whole))
     assert two.table(0).equals(TABLE)
-    mending.join()
     assert two.path(0).read_bytes() == whole
 
 
-@EVERY
-def test_an_object_that_is_listed_before_it_is_there_is_fetched_again(shards, monkeypatch) -> None:
+def test_object_that_is_listed_too_early_is_fetched_again(shards, monkeypatch) -> None:
     one, two, whole = shards
-    assert within(5, lambda: two.has(0))
+    monkeypatch.setattr(object_store, "_LISTED_SECONDS", 60)
+    assert two.has(0)
     one.storage._system.rm_file(one.storage._at(one.path(0)))
-    assert two.has(0), "by a listing of before"
-    coming = threading.Timer(1.2, replace_shard, (one, whole))
-    coming.start()
+    assert two.has(0), "an old listing"
+    while_waiting(monkeypatch, lambda: replace_shard(one, whole))
     assert two.table(0).equals(TABLE)
-    coming.join()
 
 
-# Nobody is told to delete what another process may be making.
-DAMAGED = (
-    r"s3://.*/000000.arrow is missing or damaged: run the same command again when no other process works"
-)
-
-
-def test_an_object_that_stays_damaged_is_told(shards, monkeypatch) -> None:
+@MEMORY
+def test_object_that_stays_damaged_is_an_error(shards, monkeypatch) -> None:
     one, two, whole = shards
-    monkeypatch.setattr(type(two.storage), "pauses", (0.1, 0.1))
+    while_waiting(monkeypatch, lambda: None)
+    # Nobody is advised to delete what another process may be making.
+    message = r"memory://.*/000000.arrow is missing or damaged: run the same command again when no"
     for damaged in (whole[:-40] + bytes(40), whole[:-1], b""):
         replace_shard(one, damaged)
-        with pytest.raises(RunDirectoryError, match=DAMAGED):
+        with pytest.raises(RunDirectoryError, match=message):
             two.table(0)
         assert not [path for path in two.folder.iterdir() if path.suffix == ".tmp"]
 
 
-@pytest.mark.parametrize("bucket", ["s3", "gs"], indirect=True)
-def test_an_object_that_a_store_kept_in_part_is_sent_again(shards, monkeypatch, caplog) -> None:
+def test_object_that_a_store_keeps_in_part_is_sent_again(shards, monkeypatch, caplog) -> None:
     one, two, whole = shards
-    put, sent = one.storage._system.put_file, []
+    system, sent = one.storage._system, []
+    put = system.put_file
 
-    def in_part(path: str, url: str) -> None:
+    def in_part(path: str, url: str, **mode: str) -> None:
         sent.append(url)
-        content = Path(path).read_bytes()
         if len(sent) < 2:
-            one.storage._system.pipe_file(url, content[:-1])
+            system.pipe_file(url, Path(path).read_bytes()[:-1])
         else:
-            put(path, url)
+            put(path, url, **mode)
 
-    monkeypatch.setattr(one.storage._system, "put_file", in_part)
-    one.storage.publish(one.path(0))
+    monkeypatch.setattr(system, "put_file", in_part)
+    one.storage.publish(one.path(0), once=True)
     assert len(sent) == 2
     assert f"keeps {len(whole) - 1:,} bytes of {len(whole):,}: sending it again" in caplog.text
     assert two.table(0).equals(TABLE)
 
 
-def test_a_store_that_never_keeps_all_is_told(shards, monkeypatch) -> None:
+@MEMORY
+def test_store_that_never_keeps_all_is_an_error(shards, monkeypatch) -> None:
     one, _, whole = shards
     system = one.storage._system
     monkeypatch.setattr(system, "put_file", lambda path, url: system.pipe_file(url, whole[:-1]))
@@ -150,347 +184,229 @@ def test_the_server_that_stands_for_googles_keeps_uploads_to_the_byte(machine, e
     assert storage._cat(path) == bytes(range(256)) + end
 
 
-def test_the_mirror_may_be_deleted(machine) -> None:
-    import shutil
-
-    stage = Stage(machine("one"), "ranked", {})
-    stage.write(0, TABLE)
-    shutil.rmtree(stage.folder)
-    assert stage.table(0).equals(TABLE)
+@MEMORY
+def test_mirror_may_be_deleted(machine) -> None:
+    own = Stage(machine("one"), "ranked", {})
+    own.write(0, TABLE)
+    shutil.rmtree(own.folder)
+    assert own.table(0).equals(TABLE)
 
 
 @EVERY
-def test_what_was_listed_and_is_gone_is_not_there(machine) -> None:
+def test_removed_object_is_not_there(machine, monkeypatch) -> None:
     one, two = machine("one").storage, machine("two").storage
     for name in ("kept.json", "gone.json"):
         (one.root / name).write_text("{}")
         one.publish(one.root / name)
-    two._listings.clear()
+    monkeypatch.setattr(object_store, "_LISTED_SECONDS", 60)
+    monkeypatch.setattr(object_store, "_PATIENCE_SECONDS", 0)  # nobody waits for it to come back
     assert two.exists(two.root / "gone.json")
     one.remove(one.root / "gone.json")
-    begun = time.monotonic()
     assert two.read(two.root / "gone.json") is None
     assert two.read_json(two.root / "gone.json") is None
     assert not two.fetch(two.root / "gone.json")
     assert two.read(two.root / "kept.json") == b"{}"
-    assert time.monotonic() - begun < 20, "and nobody waits for it to come back"
-
-
-@EVERY
-def test_a_lease_holds_between_machines_as_long_as_its_holder_lives(machine) -> None:
-    one, two = machine("one").leases, machine("two").leases
-    with one.hold("shard") as mine:
-        assert mine
-        time.sleep(4)  # longer than the dead are silent
-        with two.hold("shard") as also:
-            assert not also
-        assert [held.worker for held in two.held()] == ["one"]
-    with two.hold("shard", wait=True) as mine:
-        assert mine
-    assert two.deaths("shard") == []
-
-
-@EVERY
-def test_what_a_dead_machine_was_at_is_taken_by_another_and_counted(machine, bucket, tmp_path) -> None:
-    code = (
-        "import os, sys\n"
-        "from scaledown.run import hub, locations\n"
-        "from scaledown.run.directory import RunDirectory\n"
-        "hub._SETTLE_SECONDS = 0.5\n"
-        "run = RunDirectory(locations.storage_at(sys.argv[1] + '/run', sys.argv[2]), worker='killed')\n"
-        "with run.leases.hold('shard'): os.kill(os.getpid(), 9)"
-    )
-    process = subprocess.run([sys.executable, "-c", code, bucket, str(tmp_path / "killed")], check=False)
-    assert process.returncode == -9
-    two = machine("two").leases
-    with two.hold("shard") as mine:
-        assert not mine, "it may live"
-    with two.hold("shard", wait=True) as mine:
-        assert mine
-        assert len(machine("three").leases.deaths("shard")) == 1
-    again = subprocess.run([sys.executable, "-c", code, bucket, str(tmp_path / "killed")], check=False)
-    assert again.returncode == -9
-    with machine("killed").leases.hold("shard") as mine:
-        assert mine, "on its own machine a lock tells at once that it is dead"
-    assert len(two.deaths("shard")) == 2
-    two.forget()
-    assert machine("three").leases.deaths("shard") == []
-
-
-def killed_at_a_shard(bucket: str, cache: Path) -> None:
-    """A machine has died at a shard: its note is there, and not renewed."""
-    code = (
-        "import os, sys\n"
-        "from scaledown.run import hub, locations\n"
-        "from scaledown.run.directory import RunDirectory\n"
-        "hub._SETTLE_SECONDS = 0.5\n"
-        "run = RunDirectory(locations.storage_at(sys.argv[1] + '/run', sys.argv[2]), worker='killed')\n"
-        "with run.leases.hold('s-f-000000'): os.kill(os.getpid(), 9)"
-    )
-    process = subprocess.run([sys.executable, "-c", code, bucket, str(cache)], check=False)
-    assert process.returncode == -9
-
-
-def most_at_once(leases: list[Leases], name: str) -> list[int]:
-    """How many were inside when each came in, of as many as all wait for the same lease."""
-    begin, inside, most = threading.Barrier(len(leases)), [], []
-
-    def work(own: Leases) -> None:
-        begin.wait()
-        with own.hold(name, wait=True):
-            inside.append(own)
-            most.append(len(inside))
-            time.sleep(0.2)
-            inside.remove(own)
-
-    threads = [threading.Thread(target=work, args=(own,)) for own in leases]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return most
-
-
-@EXCLUSIVE
-def test_a_death_is_counted_once_though_many_wait_for_it(machine, bucket, tmp_path) -> None:
-    killed_at_a_shard(bucket, tmp_path / "killed")
-    leases = [machine(f"machine {n}").leases for n in range(6)]
-    assert most_at_once(leases, "s-f-000000") == [1] * 6
-    assert machine("another").leases.deaths("s-f-000000") == ["it was killed"]
-
-
-def test_an_old_listing_does_not_end_a_living_lease(machine, bucket, tmp_path, monkeypatch) -> None:
-    killed_at_a_shard(bucket, tmp_path / "killed")
-    one, two = machine("one"), machine("two")
-    assert within(10, lambda: not two.storage.taken(two.path / "locks" / "s-f-000000.held"))
-    monkeypatch.setattr(
-        object_store, "_LISTED_SECONDS", 60
-    )  # two has seen the dead one's note, and looks no more
-    two.storage.exists(two.path / "locks" / "s-f-000000.held")
-    with one.leases.hold("s-f-000000", wait=True):
-        with two.leases.hold("s-f-000000") as also:
-            assert not also
-        assert [held.worker for held in machine("three").leases.held()] == ["one"]
-    assert machine("three").leases.deaths("s-f-000000") == ["it was killed"]
-
-
-def test_who_dies_while_taking_over_holds_nobody_up(machine, bucket, tmp_path, monkeypatch) -> None:
-    killed_at_a_shard(bucket, tmp_path / "killed")
-    one = machine("one")
-
-    def die(_: Path) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(one.storage, "remove", die)
-    with pytest.raises(MemoryError), one.leases.hold("s-f-000000", wait=True):
-        pass
-    with machine("two").leases.hold("s-f-000000", wait=True) as mine:
-        assert mine
-    assert machine("three").leases.deaths("s-f-000000") == ["it was killed"]
-
-
-def test_a_worker_elsewhere_that_is_known_to_be_dead_is_counted_at_once(machine, bucket, tmp_path) -> None:
-    killed_at_a_shard(bucket, tmp_path / "killed")
-    leases = machine("supervisor").leases
-    assert leases.died("killed", "node gone") == ["s-f-000000"]
-    assert machine("two").leases.deaths("s-f-000000") == ["node gone"]
-    with machine("two").leases.hold("s-f-000000") as mine:
-        assert mine
-
-
-def test_the_next_after_one_who_died_while_taking_over(machine, bucket, tmp_path, monkeypatch) -> None:
-    """Also when two find that out: one of them is between looking and removing the note."""
-    killed_at_a_shard(bucket, tmp_path / "killed")
-    died, one, two = machine("died"), machine("one"), machine("two")
-
-    def die(_: Path) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(died.storage, "remove", die)
-    with pytest.raises(MemoryError), died.leases.hold("s-f-000000", wait=True):
-        pass
-    at, go_on, got = threading.Event(), threading.Event(), []
-    take = two.storage.take
-
-    def slow(path: Path) -> bool:
-        if path.suffix == ".death" and not at.is_set():
-            at.set()
-            go_on.wait(20)
-        return take(path)
-
-    monkeypatch.setattr(two.storage, "take", slow)
-
-    def work() -> None:
-        while not got:
-            with two.leases.hold("s-f-000000") as mine:
-                if mine or at.is_set():
-                    got.append(mine)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    assert at.wait(20)
-    with one.leases.hold("s-f-000000", wait=True) as mine:
-        assert mine
-        go_on.set()
-        thread.join()
-        assert got == [False]
-    assert machine("three").leases.deaths("s-f-000000") == ["it was killed"]
 
 
 @pytest.fixture
-def slow_beat(machine, monkeypatch) -> tuple[RunDirectory, threading.Event, threading.Event]:
-    """A machine, that its beat is under way, and that it may land."""
-    run = machine("one")
-    pipe, begun, go_on = run.storage._system.pipe_file, threading.Event(), threading.Event()
-
-    def slow(path: str, content: bytes, **mode: str) -> None:
-        if not mode:
-            begun.set()
-            go_on.wait(20)
-        pipe(path, content, **mode)
-
-    monkeypatch.setattr(run.storage._system, "pipe_file", slow)
-    return run, begun, go_on
+def clock(monkeypatch) -> list[float]:
+    """A clock of the object store that only its own pauses move; the pauses are listed."""
+    pauses: list[float] = []
+    fake = SimpleNamespace(monotonic=lambda: 1000 + sum(pauses), sleep=pauses.append)
+    monkeypatch.setattr(object_store, "time", fake)
+    return pauses
 
 
-def test_a_late_beat_leaves_nothing(machine, slow_beat) -> None:
-    run, begun, go_on = slow_beat
-    with run.leases.hold("s-f-000000"):
-        assert begun.wait(20)
-        threading.Timer(1.0, go_on.set).start()
-    assert machine("two").leases.held() == []
-    with machine("two").leases.hold("s-f-000000") as mine:
-        assert mine
+@MEMORY
+def test_store_out_of_reach_is_asked_again(machine, clock, caplog) -> None:
+    storage, answers = machine("one").storage, [ConnectionError("no route"), TimeoutError(), "answer"]
+
+    def question() -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert storage._ask(storage.root, question) == "answer"
+    assert clock == [0.5, 1.0]
+    assert caplog.text.count("the store cannot be reached") == 1
 
 
-def test_a_beat_later_than_that_ends_no_others_lease(machine, slow_beat) -> None:
-    run, begun, go_on = slow_beat
-    with run.leases.hold("s-f-000000"):
-        assert begun.wait(20)
-    with machine("two").leases.hold("s-f-000000", wait=True) as mine:
-        assert mine
-        go_on.set()
-        time.sleep(0.5)
-        with machine("three").leases.hold("s-f-000000") as also:
-            assert not also
+@MEMORY
+def test_store_out_of_reach_for_a_minute_is_an_error(machine, clock) -> None:
+    storage = machine("one").storage
+
+    def question() -> None:
+        raise ConnectionError("no route")
+
+    with pytest.raises(OutputError, match="cannot be reached .*no route.*run the same command again"):
+        storage._ask(storage.root, question)
+    assert 50 < sum(clock) <= 60
 
 
-@EXCLUSIVE
-def test_one_of_many_gets_a_lease(machine) -> None:
-    assert most_at_once([machine(f"machine {n}").leases for n in range(4)], "shard") == [1] * 4
+# Answers before their shard is whole
 
 
-@pytest.mark.parametrize("bucket", ["hf"], indirect=True)
-def test_who_was_slow_to_take_a_lease_does_not_end_that_of_another(bucket, monkeypatch) -> None:
-    quick, slow = hub.HubBuckets(), hub.HubBuckets()
-    url, begun, sent, send = f"{bucket}/run/locks/x.held", threading.Event(), threading.Event(), slow._send
-    monkeypatch.setattr(hub, "_SLOWEST_BEAT_SECONDS", 5)
-
-    def late(content: bytes, url: str) -> None:
-        begun.set()  # it has seen that nothing is there
-        time.sleep(3 * hub._SETTLE_SECONDS)
-        send(content, url)
-        sent.set()
-
-    def beat() -> None:
-        begun.wait(20)
-        quick.pipe_file(url, b"quick", mode="create")
-        sent.wait(20)
-        time.sleep(3 * hub._SETTLE_SECONDS)
-        quick.pipe_file(url, b"quick")
-
-    monkeypatch.setattr(slow, "_send", late)
-    thread = threading.Thread(target=beat)
-    thread.start()
-    with pytest.raises(FileExistsError):
-        slow.pipe_file(url, b"slow", mode="create")
-    thread.join()
-    assert quick.cat_file(url) == b"quick"
+def answers_of(run: RunDirectory, flush_seconds: float = 60) -> AnswerLog:
+    return AnswerLog.of(Stage(run, "answers", {}), range(1), flush_seconds)
 
 
-def test_who_had_to_wait_for_an_answer_leaves_others_time_to_wait_too(
-    machine, bucket, tmp_path, monkeypatch
-) -> None:
-    killed_at_a_shard(bucket, tmp_path / "killed")
-    run = machine("one")
-    note = run.path / "locks" / "s-f-000000.held"
-    assert within(10, lambda: not run.storage.taken(note))
-    monkeypatch.setattr(object_store, "_SLOW_SECONDS", 0.5)
-    info = run.storage._system.info
-
-    def limited(*arguments: Any, **keywords: Any) -> Any:
-        time.sleep(1)
-        return info(*arguments, **keywords)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run.storage._system, "info", limited)
-        run.storage.state(note)
-    assert run.storage.taken(note), "it may only have waited, like us"
-    assert within(10, lambda: not run.storage.taken(note))
+PROMPTS = [answer_prompt(str(n), f"question {n}", ["document"], 0.0) for n in range(3)]
+ANSWERS = [Answer(f"answer {n}", "stop", 1, 1, 0) for n in range(3)]
 
 
-@EVERY
-def test_partial_answers_of_another_machine_are_kept(machine) -> None:
-    prompts = [answer_prompt(str(n), f"question {n}", ["document"], 0.0) for n in range(3)]
-    answers = [Answer(f"answer {n}", "stop", 1, 1, 0) for n in range(3)]
-    logs = [AnswerLog.of(Stage(machine(name), "answers", {}), range(1), 60) for name in ("one", "two")]
+def test_answers_of_another_machine_are_kept(machine) -> None:
+    logs = [answers_of(machine(name)) for name in ("one", "two")]
     with logs[0].writing() as writer:
-        writer.add(0, prompts[0], answers[0])
-    assert within(5, lambda: logs[1].read(prompts) == {0: answers[0]})
+        writer.add(0, PROMPTS[0], ANSWERS[0])
+    assert logs[1].read(PROMPTS) == {0: ANSWERS[0]}
     with logs[1].writing() as writer:
-        writer.add(2, prompts[2], answers[2])
+        writer.add(2, PROMPTS[2], ANSWERS[2])
     with logs[0].writing() as writer:  # back again, and before it has read what the other wrote
-        writer.add(1, prompts[1], answers[1])
-    every = dict(enumerate(answers))
-    third = AnswerLog.of(Stage(machine("three"), "answers", {}), range(1), 60)
+        writer.add(1, PROMPTS[1], ANSWERS[1])
+    third = answers_of(machine("three"))
     for log in (*logs, third):
-        assert within(5, lambda log=log: log.read(prompts) == every)
+        assert log.read(PROMPTS) == dict(enumerate(ANSWERS))
         assert log.tokens() == 6
     assert [log.shards for log in AnswerLog.every(Stage(machine("four"), "answers", {}))] == [range(1)]
     third.remove()
-    assert AnswerLog.of(Stage(machine("three"), "answers", {}), range(1), 60).read(prompts) == {}
+    assert answers_of(machine("three")).read(PROMPTS) == {}
 
 
-def test_answers_that_no_other_could_see_are_kept_and_then_seen(machine, monkeypatch) -> None:
-    prompts = [answer_prompt(str(n), f"question {n}", ["document"], 0.0) for n in range(2)]
-    answer = Answer("answer", "stop", 1, 1, 0)
-    stage = Stage(machine("one"), "answers", {})
-    monkeypatch.setattr(stage.storage, "publish", lambda _: None)
-    with AnswerLog.of(stage, range(1), 60).writing() as writer:
-        writer.add(0, prompts[0], answer)
-    again = AnswerLog.of(Stage(machine("one"), "answers", {}), range(1), 60)
-    assert again.read(prompts) == {0: answer}
+@MEMORY
+def test_answers_that_were_not_uploaded_are_kept_and_then_uploaded(machine, monkeypatch) -> None:
+    run = machine("one")
+    monkeypatch.setattr(run.storage, "publish", lambda _: None)
+    with answers_of(run).writing() as writer:
+        writer.add(0, PROMPTS[0], ANSWERS[0])
+    again = answers_of(machine("one"))
+    assert again.read(PROMPTS) == {0: ANSWERS[0]}
     with again.writing() as writer:
-        writer.add(1, prompts[1], answer)
-    elsewhere = AnswerLog.of(Stage(machine("two"), "answers", {}), range(1), 60)
-    assert within(5, lambda: elsewhere.read(prompts) == {0: answer, 1: answer})
+        writer.add(1, PROMPTS[1], ANSWERS[1])
+    assert answers_of(machine("two")).read(PROMPTS) == dict(enumerate(ANSWERS[:2]))
 
 
-def test_partial_answers_are_published_while_they_come(machine, monkeypatch) -> None:
-    from scaledown.data.teacher import answer_log
+@MEMORY
+def test_answers_are_uploaded_while_they_come(machine, monkeypatch) -> None:
+    import time
 
     monkeypatch.setattr(answer_log, "_PUBLISH_SECONDS", 0.1)
-    prompt, answer = answer_prompt("0", "question", ["document"], 0.0), Answer("answer", "stop", 1, 1, 0)
-    one, two = (AnswerLog.of(Stage(machine(name), "answers", {}), range(1), 0.05) for name in ("one", "two"))
+    one, two = answers_of(machine("one"), 0.05), answers_of(machine("two"), 0.05)
     with one.writing() as writer:
-        writer.add(0, prompt, answer)
-        assert within(10, lambda: two.read([prompt]) == {0: answer})
+        writer.add(0, PROMPTS[0], ANSWERS[0])
+        deadline = time.monotonic() + 20
+        while two.read(PROMPTS) != {0: ANSWERS[0]}:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
-def test_a_store_without_conditional_writes(machine, monkeypatch) -> None:
-    one, two = machine("one"), machine("two")
-    for run in (one, two):
-        pipe = run.storage._system.pipe_file
+# Processes
 
-        def without(path: str, content: bytes, pipe: Callable[..., None] = pipe, **mode: str) -> None:
-            if mode:
-                raise NotImplementedError
-            pipe(path, content)
 
-        monkeypatch.setattr(run.storage._system, "pipe_file", without)
-    with one.leases.hold("shard") as mine, two.leases.hold("shard") as also:
-        assert mine
-        assert not also
+@MEMORY
+def test_leases_stay_on_the_disk(machine) -> None:
+    one, same, two = machine("one"), machine("one"), machine("two")
+    with one.leases.hold("ranked-f-000000"):
+        with same.leases.hold("ranked-f-000000") as mine:
+            assert not mine, "a machine makes a shard once"
+        with two.leases.hold("ranked-f-000000") as mine:
+            assert mine, "in a bucket nobody waits for another machine"
+        assert one.storage.glob(one.path, "locks/*") == []
+
+
+@MEMORY
+def test_second_command_is_warned(machine, caplog) -> None:
+    with machine("one").claim("same"), machine("two").claim("same"):
+        pass
+    assert caplog.text.count("another process may be at work (process ") == 1
+    assert "with other settings" not in caplog.text
+    caplog.clear()
+    with machine("one").claim("same"), machine("two").claim("other"):
+        pass
+    assert "another process may be at work" in caplog.text
+    assert ", with other settings. In a bucket nobody can see" in caplog.text
+
+
+@MEMORY
+def test_command_after_one_that_ended_is_not_warned(machine, caplog) -> None:
+    with machine("one").claim("same"):
+        pass
+    with machine("two").claim("same"):
+        pass
+    assert "another process" not in caplog.text
+
+
+@MEMORY
+def test_command_after_one_that_failed_is_warned_on_another_machine(machine, caplog) -> None:
+    with pytest.raises(KeyboardInterrupt), machine("one").claim("same"):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), machine("one").claim("same"):
+        raise KeyboardInterrupt
+    assert "another process" not in caplog.text, "its own lock shows that it ended"
+    with machine("two").claim("same"):
+        pass
+    assert "another process may be at work" in caplog.text
+
+
+@MEMORY
+def test_workers_and_parts_are_not_warned_of_each_other(bucket, tmp_path, caplog) -> None:
+    def entered(name: str, part: Part, worker: str = "") -> Any:
+        return RunDirectory(storage_at(f"{bucket}/run", str(tmp_path / name)), part, worker).claim("same")
+
+    with entered("one", Part(0, 2)), entered("two", Part(1, 2)), entered("three", Part(1, 2), "worker-0"):
+        assert "another process" not in caplog.text
+        with entered("four", Part(0, 1)):
+            assert caplog.text.count("another process may be at work") == 2
+        with entered("five", Part(1, 2)):
+            assert caplog.text.count("another process may be at work") == 3
+
+
+@MEMORY
+def test_directory_in_which_nothing_is_left_to_make_warns_nobody(machine, caplog) -> None:
+    with machine("one").claim("index", finished=True), machine("two").claim("index", finished=True):
+        pass
+    assert "another process" not in caplog.text
+
+
+@MEMORY
+def test_processes_of_one_machine_need_the_same_settings(machine) -> None:
+    with machine("one").claim("same"):
+        with machine("one").claim("same"):
+            pass
+        with pytest.raises(
+            RunDirectoryError, match=r"memory://.* is in use by a live run with other settings"
+        ):
+            with machine("one").claim("other"):
+                pass
+
+
+@MEMORY
+def test_bucket_of_an_earlier_version_continues(machine, bucket, caplog) -> None:
+    """Its processes left notes and leases in the bucket, whose meaning has gone."""
+    run = machine("one")
+    Stage(run, "ranked", {}).write(0, TABLE)
+    for name in ("live/1-aaaaaaaa.json", "live/1-aaaaaaaa.progress", "locks/entrance.held", "locks/x.held"):
+        run.storage._system.pipe_file(f"{bucket}/run/{name}", b'{"request": "other", "pid": 1, "host": "h"}')
+    two = machine("two")
+    with two.claim("same"):
+        assert Stage(two, "ranked", {}).table(0).equals(TABLE)
+    assert "another process" not in caplog.text
+
+
+@MEMORY
+def test_shard_that_was_given_up_is_tried_again_by_a_command_and_not_by_a_worker(
+    bucket, machine, tmp_path
+) -> None:
+    own = Stage(machine("one"), "ranked", {})
+    own._mark(0, "3 workers died of it")
+    with RunDirectory(storage_at(f"{bucket}/run", str(tmp_path / "two")), worker="worker-0").claim("same"):
+        pass
+    assert own.absent(0)
+    with machine("three").claim("same"):
+        assert not own.absent(0)
+
+
+# Names
 
 
 def test_files_of_other_origin_are_refused(machine, bucket) -> None:
@@ -502,25 +418,22 @@ def test_files_of_other_origin_are_refused(machine, bucket) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
-        (
-            "https://host/run",
-            "https:// cannot hold it; use a local path, s3://, gs://, az:// or hf://buckets/",
-        ),
-        ("sftp://host/run", "sftp:// cannot hold it"),
-        ("hf://datasets/org/name/run", "each file would be a commit there; use a bucket, hf://buckets/OWNER"),
-        ("hf://buckets/owner", "name a bucket, and a folder in it"),
+        ("https://host/run", "https:// cannot be written to; use a local path, s3://, gs:// or az://$"),
+        ("sftp://host/run", "sftp:// cannot be written to"),
+        ("hf://datasets/org/name/run", "hf:// cannot be written to; .*`scaledown export --push_to_hub`"),
+        ("hf://buckets/owner/name/run", "hf:// cannot be written to; .*`scaledown export --push_to_hub`"),
         ("s3://", "name a bucket, and a folder in it"),
         ("s3://bucket/../run", "name a bucket, and a folder in it"),
     ],
 )
-def test_urls_that_can_hold_no_run(url: str, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_urls_that_cannot_be_written_to_are_refused(url: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         storage_at(url)
 
 
-def test_a_file_url_is_a_local_path(tmp_path: Path) -> None:
+def test_file_url_is_a_local_path(tmp_path: Path) -> None:
     file = File.at(f"file://{tmp_path}/train.json")
     assert file.path == tmp_path / "train.json"
     assert str(file) == str(file.path)
@@ -531,11 +444,8 @@ def test_memory_is_a_store_too(tmp_path: Path) -> None:
     one, two = (Stage(run, "ranked", {}) for run in runs)
     with runs[0].claim("request"):
         one.write(0, TABLE)
+        two.write(0, OTHER)
         assert two.table(0).equals(TABLE)
-        with pytest.raises(RunDirectoryError, match="in use by a live run"), runs[1].claim("other"):
-            pass
-        with runs[0].leases.hold("shard"), runs[1].leases.hold("shard") as mine:
-            assert not mine
     assert runs[0].storage.glob(runs[0].path, "live/*") == []
 
 

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from scaledown.cli import main
 from scaledown.run import prometheus
-from scaledown.run.periodic import every
+from scaledown.run.periodic import throughout
 from scaledown.run.prometheus import metrics, metrics_file
 from scaledown.run.status import StageStatus, Status, WorkerStatus, status_of
 
@@ -143,7 +143,7 @@ def test_it_goes_on_after_a_failure() -> None:
             raise OSError(28, "No space left on device")
         again.set()
 
-    with every(0.01, action):
+    with throughout(0.01, action):
         assert again.wait(10)
 
 

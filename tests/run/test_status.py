@@ -70,7 +70,7 @@ def begun(path: Path) -> RunDirectory:
 @contextlib.contextmanager
 def hanging_worker(path: Path) -> Iterator["subprocess.Popen[str]"]:
     process = subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(path), str(ROOT / "tests")],
+        [sys.executable, "-c", WORKER, str(path), str(ROOT / "tests" / "run")],
         env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}"},
         stdout=subprocess.PIPE,
         text=True,

@@ -153,7 +153,7 @@ class IndexConfig(WorkersConfig):
         "",
         OUTPUT,
         "keep passages and vectors here, for many runs (scaledown index); without it, in the run directory; "
-        "also a URL (s3://, hf://buckets/), as for --output_file and --work_dir",
+        "also a URL (s3://, gs://, az://), as for --output_file and --work_dir",
         role="place",
         metavar="DIR",
     )

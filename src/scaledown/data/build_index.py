@@ -270,6 +270,11 @@ def build_index(config: IndexConfig, *, overwrite: bool = False) -> IndexResult:
     folder = index_of(config)
     check_apart("--index_dir", config.index_dir, filter(None, corpora))
     check_apart("--metrics_file", config.metrics_file, filter(None, corpora))
+    if folder.in_bucket and config.executor == "ray":
+        raise UsageError(
+            "--executor ray: in a bucket one machine makes the index: leave it out; --workers N uses several "
+            "GPUs of that machine"
+        )
     ids = _ids(remove)
     home = RunDirectory(folder)
     with (

@@ -18,13 +18,30 @@ Config = TypeVar("Config", bound=IndexConfig)
 
 
 def supervised(config: IndexConfig) -> bool:
-    """Whether workers do the work, and this process looks after them."""
+    """Whether workers do the work, and this process starts and watches them."""
     asked = config.workers or config.task_timeout or config.executor != "local"
     return bool(asked) or gpus_here(config.device) // _gpus_each(config) > 1
 
 
 def share(config: IndexConfig, target: str, runs: Sequence[RunDirectory]) -> None:
-    """Let workers carry out `target`, `module:function`, until all is done; `runs` is where they work."""
+    """Let workers carry out `target` until all is done.
+
+    On Ray, with a run in an object store, the workers share no disk, so each makes a part of the queries.
+
+    Args:
+        config: Their settings.
+        target: The function that they call, `module:function`.
+        runs: The run directory, and the directory of the index if that is another.
+
+    Raises:
+        UsageError: The settings contradict each other.
+        ScaleDownError: A worker ended with this error.
+    """
+    apart = config.executor == "ray" and runs[0].storage.in_bucket
+    if apart and config.task_timeout:
+        raise UsageError(
+            "--task_timeout: in a bucket nobody sees how long a shard takes on another machine: leave it out"
+        )
     pool, count = pool_of(config, runs[0])
     limits = [flag for flag, about in config.options().items() if about.per_process and getattr(config, flag)]
     if limits and count > 1:
@@ -32,7 +49,7 @@ def share(config: IndexConfig, target: str, runs: Sequence[RunDirectory]) -> Non
             f"--{limits[0]} holds for one process: leave out --workers, a server does not need them"
         )
     settings = {"config": asdict(config) | config.of_worker(count), "log": style()._asdict()}
-    leases = [run.leases for run in runs]
+    leases = [] if apart else [run.leases for run in runs]
     with supervising(), contextlib.closing(Overview(runs[0].path)) as overview:
         supervise(pool, target, settings, count, leases, config.task_timeout, overview.look)
 
@@ -43,7 +60,7 @@ def settings_of(kind: type[Config], settings: Mapping[str, Any], worker: str) ->
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in settings["config"].items()
     }
-    return kind(**given)
+    return kind(**given | ({"shard": settings["shard"]} if "shard" in settings else {}))
 
 
 def pool_of(config: IndexConfig, run: RunDirectory) -> tuple[Pool, int]:
@@ -72,7 +89,7 @@ def pool_of(config: IndexConfig, run: RunDirectory) -> tuple[Pool, int]:
 
 
 def gpus_here(device: str) -> int:
-    """GPUs of which workers could have one each: none where `device` names one, or a CPU."""
+    """How many GPUs workers can share: none if `device` names one, or a CPU."""
     if device not in {"auto", "cuda"} or not choose_device(device).startswith("cuda"):
         return 0
     import torch

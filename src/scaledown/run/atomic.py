@@ -16,7 +16,7 @@ from scaledown.errors import OutputError
 def atomic(path: Path, room: int = 0) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it becomes `path`, durable, in one step.
 
-    `room`, in bytes, is what a full disk is said to need.
+    `room` is what the message about a full disk asks for, in bytes.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:6]}.tmp")
     try:
@@ -54,7 +54,7 @@ def put_in_place(new: Path, target: Path, aside: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` atomically, readable by people."""
+    """Write `content` atomically, indented."""
     with atomic(path) as temporary:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")  # file names are bytes

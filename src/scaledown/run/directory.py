@@ -1,4 +1,4 @@
-"""The run directory: stages, what was read, who works in it, quarantine, manifest last."""
+"""The run directory: stages, hashes of inputs, processes at work, quarantine, and the manifest at the end."""
 
 import contextlib
 import hashlib
@@ -8,6 +8,7 @@ import os
 import socket
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from scaledown.config.evaluate import SYSTEMS
 from scaledown.config.shared import WHOLE, Part
-from scaledown.errors import InputError, OutputError, RunDirectoryError
+from scaledown.errors import InputError, OutputError, RunDirectoryError, one_line
 from scaledown.run.atomic import read_json, write_json
 from scaledown.run.leases import Leases
 from scaledown.run.storage import Storage
@@ -54,11 +55,13 @@ _OWN_NAMES: Final = {
     "report.html",
     "README.md",
 }
-_COMMON_NAMES: Final = {"manifest.json", "report.html", "README.md"}  # which alone are no run
+_COMMON_NAMES: Final = {"manifest.json", "report.html", "README.md"}  # these alone are not a run
 ABSENT: Final = ".absent.json"
-"""Ends the name of the file that says of a shard that it was given up."""
+"""The ending of the file that marks a shard as given up."""
 GIVEN_UP: Final = "-given-up"
-"""Ends the name of the file in the quarantine that says why, for people."""
+"""The ending of the file in the quarantine that gives the reason."""
+_START: Final = ".start"
+"""The ending of the note that a process leaves in a bucket while it is at work."""
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -73,16 +76,26 @@ def stage_fingerprint(name: str, settings: Mapping[str, Any]) -> str:
 
 
 class RunDirectory:
-    """`<output>.work/`: stages, inputs seen, live processes, manifest."""
+    """`<output>.work/`: stages, hashes of inputs, live processes, manifest.
+
+    Args:
+        place: The folder, or the storage that has it.
+        part: The part of the queries that this process makes.
+        worker: The name of this process if another process started it as one of several workers.
+
+    Raises:
+        RunDirectoryError: There is something else.
+        OutputError: It cannot be created.
+    """
 
     def __init__(self, place: Path | Storage, part: Part = WHOLE, worker: str = "") -> None:
         self.storage = storage = Storage(place) if isinstance(place, Path) else place
         self.path = path = storage.root
         self.part = part
         self.opened: dict[str, Path] = {}
-        """The folders of the stages that this process has opened, by their names."""
-        worker = worker or f"{socket.gethostname()}-{os.getpid()}"
-        self.leases = Leases(path / "locks", worker, storage)
+        """The folders of the stages that this process has opened, by name."""
+        self._is_worker = bool(worker)
+        self.leases = Leases(path / "locks", worker or f"{socket.gethostname()}-{os.getpid()}")
         if path.exists() and not path.is_dir():
             raise RunDirectoryError(f"{path} is a file: choose another --work_dir")
         try:
@@ -99,17 +112,17 @@ class RunDirectory:
 
     @property
     def quarantine(self) -> Path:
-        """Rejected input, as JSON lines with reasons."""
+        """The folder of rejected input, as JSON lines with reasons."""
         return self.path / "quarantine"
 
     @property
     def manifest(self) -> Path:
-        """Everything about the finished run."""
+        """The record of the finished run."""
         return self.path / "manifest.json"
 
     @property
     def report(self) -> Path:
-        """The finished run to look at."""
+        """The page about the finished run."""
         return self.path / "report.html"
 
     @property
@@ -118,68 +131,94 @@ class RunDirectory:
         return self.path / "README.md"
 
     @contextlib.contextmanager
-    def claim(self, request: str) -> Iterator[Path]:
-        """Enter the directory as a live process; gives the path that its files in live/ begin with.
+    def claim(self, request: str, *, finished: bool = False) -> Iterator[Path]:
+        """Enter the directory as a live process while the block runs.
 
-        Processes with the same settings (`request`) help each other; raises `RunDirectoryError` when a
-        live one has other settings. A process that died, however it died, holds nothing.
+        Processes with the same settings share the work. A lock shows whether a process of this machine, or of
+        another one on the same disk, is alive. In a bucket no lock shows that of other machines: there a
+        process leaves a note, and warns of the notes it finds.
+
+        Args:
+            request: A fingerprint of the settings.
+            finished: Nothing is left to make here, so other processes do not matter.
+
+        Yields:
+            The path of this process' files in live/, without ending.
+
+        Raises:
+            RunDirectoryError: A live process has other settings.
         """
         live = self.path / "live"
         live.mkdir(exist_ok=True)
         name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         note, lock = live / f"{name}.json", live / f"{name}.lock"
         mine = FileLock(lock)
-        doors = Leases(live, name, self.storage)
-        with FileLock(live / "entrance.lock"), doors.hold("entrance", wait=True):
-            doors.renew("entrance")  # who died of it does not matter
-            others = [other for other in self.storage.glob(live, "*.json") if self._lives(other)]
-            for told in map(self.storage.read_json, others):  # none: that process is just leaving
-                if isinstance(told, dict) and told.get("request") != request:
+        who = {"request": request, "pid": os.getpid(), "host": socket.gethostname()}
+        with FileLock(live / "entrance.lock"):
+            others = [other for other in sorted(live.glob("*.json")) if _lives(other)]
+            for other in map(read_json, others):  # None: that process is just leaving
+                if isinstance(other, dict) and other.get("request") != request:
                     raise RunDirectoryError(
                         f"{self.storage} is in use by a live run with other settings (process "
-                        f"{told.get('pid')} on {told.get('host')}): wait for it, stop it, or choose "
+                        f"{other.get('pid')} on {other.get('host')}): wait for it, stop it, or choose "
                         "another --work_dir"
                     )
             if not others:
                 self._begin()
             mine.acquire()
-            write_json(note, {"request": request, "pid": os.getpid(), "host": socket.gethostname()})
-            self.storage.publish(note)
+            write_json(note, who)
+        alone = not others and not self._is_worker and not finished
+        start = self._announce(who) if self.storage.in_bucket and alone else None
         try:
-            with self.storage.keeping(note):
-                yield live / name
+            yield live / name
         finally:
-            self.storage.remove(note)
+            note.unlink(missing_ok=True)
             lock.unlink(missing_ok=True)
             mine.release()
+        with contextlib.suppress(OutputError):  # the work is done
+            if start and self._is_ours(start):  # after an error it stays, for who comes next
+                self.storage.remove(start)
 
-    def _lives(self, note: Path) -> bool:
-        """Whether the process that left a note lives; else forget it."""
-        path = note.with_suffix(".lock")
-        lock = FileLock(path, timeout=0)
-        if path.exists():  # of this machine
-            try:
-                lock.acquire()
-            except Timeout:
-                return True
-        elif self.storage.taken(note):
-            return True
-        self.storage.remove(note)
-        path.unlink(missing_ok=True)
-        lock.release()
-        return False
+    def _announce(self, who: Mapping[str, Any]) -> Path:
+        """Warn of other processes that may be at work in this bucket, and leave a note of this one."""
+        start = self.path / "live" / f"{self.part.number}-of-{self.part.count}{_START}"
+        for path in self.storage.glob(start.parent, f"*{_START}"):
+            other = self.storage.read_json(path)
+            if not isinstance(other, dict) or self._is_ours(path):
+                continue
+            match other.get("part"):
+                case [number, self.part.count] if number != self.part.number:
+                    continue  # another part: expected
+            log.warning(
+                "%s: another process may be at work (process %s on %s, since %s)%s. In a bucket nobody can "
+                "see whether it still is. If so, both make the same shards; stop one, or give each its "
+                "--shard. If not, go on.",
+                *(self.storage, other.get("pid"), one_line(str(other.get("host")), 80)),
+                one_line(str(other.get("since")), 40),
+                "" if other.get("request") == who["request"] else ", with other settings",
+            )
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(start, {**who, "part": [self.part.number, self.part.count], "since": since})
+        self.storage.publish(start)
+        return start
+
+    def _is_ours(self, note: Path) -> bool:
+        """Whether a note in the bucket is one that a process of this machine left."""
+        return note.exists() and self.storage.read(note) == note.read_bytes()
 
     def _begin(self) -> None:
-        """As the only process: forget what others left half written, and try again what they gave up.
+        """As the only process: remove what others left half written, and try again what they gave up.
 
-        A part tries again only what it gave up itself.
+        A part tries again only what it gave up itself, a worker nothing: the process that started it does so.
         """
         for half_written in self.path.rglob(".*.tmp*"):
             half_written.unlink(missing_ok=True)
         self.leases.forget()
+        if self._is_worker:
+            return
         for mark in self.storage.glob(self.path, f"*/*/*{ABSENT}"):
-            told = self.storage.read_json(mark)
-            number, count = told.get("part", (0, 0)) if isinstance(told, dict) else (0, 0)
+            content = self.storage.read_json(mark)
+            number, count = content.get("part", (0, 0)) if isinstance(content, dict) else (0, 0)
             if count == self.part.count and number != self.part.number:
                 continue
             shard, folder = mark.name.removesuffix(ABSENT), mark.parent
@@ -191,25 +230,35 @@ class RunDirectory:
                 self.storage.remove(why)
 
     def _why(self, mark: Path) -> Path:
-        """The file in the quarantine that says why a shard was given up, if it was so at first hand."""
+        """The file in the quarantine that says why a shard was given up, if workers died of that shard."""
         shard, folder = mark.name.removesuffix(ABSENT), mark.parent
         return self.quarantine / f"{folder.parent.name}-{folder.name}-{shard}{GIVEN_UP}.jsonl"
 
     def given_up(self, *, own: bool = False) -> int:
-        """How many shards of the stages opened here are the death of each worker; `own`: of this part."""
+        """The number of shards given up in the stages opened here; with `own`, only those of this part."""
         count = 0
         for folder in self.opened.values():
             self.storage.refresh(folder)
             for mark in self.storage.glob(folder, f"*{ABSENT}"):
-                told = self.storage.read_json(mark)
-                mine = isinstance(told, dict) and told.get("part") == [self.part.number, self.part.count]
+                content = self.storage.read_json(mark)
+                part = content.get("part") if isinstance(content, dict) else None
+                mine = part == [self.part.number, self.part.count]
                 count += (mine or not own) and self.storage.exists(self._why(mark))
         return count
 
     def content_hash(self, path: Path, files: Sequence[Path] = ()) -> str:
-        """SHA-256 over a file, or over a folder's `files`; remembered while size and time stay.
+        """SHA-256 of a file, or of a folder; remembered while size and time stay the same.
 
-        Without `files` over all but what training leaves beside a model: hidden files and checkpoints.
+        Args:
+            path: The file or the folder.
+            files: The files of the folder that count. Without it all but those that training leaves beside a
+                model: hidden files and checkpoints.
+
+        Returns:
+            64 hex digits.
+
+        Raises:
+            InputError: A file cannot be read.
         """
         content = read_json(self.path / "inputs.json")
         seen: dict[str, Any] = content if isinstance(content, dict) else {}
@@ -233,14 +282,28 @@ class RunDirectory:
             parts.append(f"{name}:{known['sha256']}")
         if changed:
             (self.path / "live").mkdir(exist_ok=True)
-            with FileLock(self.path / "live" / "entrance.lock"):  # who enters clears what is half written
+            with FileLock(self.path / "live" / "entrance.lock"):  # `_begin` removes half-written files
                 write_json(self.path / "inputs.json", seen)
         return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
 
 
+def _lives(note: Path) -> bool:
+    """Whether the process that left a note in live/ is alive; if not, its files are removed."""
+    path = note.with_suffix(".lock")
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return True
+    note.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+    lock.release()
+    return False
+
+
 def _sha256(path: Path) -> str:
     if (size := path.stat().st_size) > 1 << 30:
-        log.info("reading %s once, %.0f GB, to know it again", path, size / 1e9)
+        log.info("hashing %s, %.0f GB, once", path, size / 1e9)
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,8 @@
-"""Runs work elsewhere: a function over a stream in processes, or a whole run by workers that share it.
+"""Work in other processes: a function over a stream of items, or a whole run by workers that share it.
 
-Workers run what the process that started them would run alone: a stage's shards go, by their leases, to
-whoever is free. Where a worker runs (a process here, a task on Ray), no stage knows.
+Workers run what the process that started them would run alone. On one disk a lease gives each shard to a
+worker that is free. In an object store, where each machine has a disk of its own, each worker makes a part.
+No stage knows where its worker runs: in a process of this machine, or in a task on Ray.
 """
 
 import collections
@@ -28,11 +29,11 @@ from scaledown.run.leases import TRIES, Leases
 
 log = logging.getLogger("scaledown")
 
-_IDLE_SECONDS: Final = 30  # workers of a process that was killed end after as long
+_IDLE_SECONDS: Final = 30  # after so long the workers of a process that was killed end
 _LOOK_SECONDS: Final = 0.2
 _EVERY_SECONDS: Final = 1.0
-_LONG_SECONDS: Final = 600.0  # who lives so long did not die of starting
-_FAILED: Final = 3  # exit status of a worker that failed with an error of ours, which it told
+_LONG_SECONDS: Final = 600.0  # a worker that lived so long did not die of its start
+_FAILED: Final = 3  # exit status of a worker that failed with an error of ours
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -50,7 +51,7 @@ def threads_here() -> int:
 
 
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], processes: int) -> Iterator[Result]:
-    """`map(function, items)` by so many processes, a few items ahead of what was taken.
+    """`map(function, items)` by several processes, a few items ahead of the reader.
 
     `function` must be picklable and should be cheap to pickle.
     """
@@ -74,44 +75,44 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], processe
 
 
 class Order(NamedTuple):
-    """What a worker does: calls `target`, `module:function`, with settings and its own name."""
+    """The order for a worker: to call `target`, `module:function`, with settings and its own name."""
 
     target: str
     settings: Mapping[str, Any]
     worker: str
     folder: str = ""
-    """Where relative paths begin; without it, where the worker is."""
+    """The folder that relative paths start from; empty for the worker's own."""
 
     def carry_out(self) -> None:
-        """Do it here. Raises `InputError` where this machine does not have the folder."""
+        """Do it in this process. Raises `InputError` if this machine does not have the folder."""
         if self.folder:
             try:
                 os.chdir(self.folder)
             except OSError as error:
                 raise InputError(
-                    f"{self.folder}: {socket.gethostname()} does not see it ({error.strerror}): workers need "
-                    "the disk that the command was started on"
+                    f"{self.folder}: {socket.gethostname()} does not have it ({error.strerror}): workers "
+                    "need the disk that the command was started on"
                 ) from error
         module, _, name = self.target.partition(":")
         getattr(importlib.import_module(module), name)(self.settings, self.worker)
 
 
 class Ending(NamedTuple):
-    """How a worker ended: well, with an error that is the user's to know, or dead of `reason`."""
+    """How a worker ended: well, with an error for the user, or dead of `reason`."""
 
     well: bool
     reason: str = ""
     error: ScaleDownError | None = None
 
     @classmethod
-    def told(cls, kind: str, message: str) -> "Ending":
-        """With an error of ours, which came by its name."""
+    def failed(cls, kind: str, message: str) -> "Ending":
+        """With one of our errors, by the name of its class."""
         error: ScaleDownError = getattr(errors, kind)(message)
         return cls(well=False, error=error)
 
 
 class Worker(Protocol):
-    """A worker at work."""
+    """A worker that has been started."""
 
     def ended(self) -> Ending | None:
         """How it ended, or None while it works."""
@@ -121,7 +122,7 @@ class Worker(Protocol):
 
 
 class Pool(Protocol):
-    """Where workers run."""
+    """The machines or processes that run workers."""
 
     def start(self, order: Order, place: int) -> Worker:
         """Start a worker at one of the pool's places."""
@@ -138,12 +139,23 @@ def supervise(  # noqa: PLR0917
 ) -> None:
     """Let `count` workers carry out the same order until all have done so.
 
-    In place of one that dies another begins; what it was at is counted in `leases`. One that is at a shard
-    for more than `task_timeout` seconds is killed, if that is not 0. One whose device has no room for a model
-    stops, and the others go on. `look` is called all the while. Raises what a worker raised on purpose, and
-    `RunDirectoryError` when workers die without having begun anything.
+    A worker that dies is replaced. One whose device has no room for a model stops, and the others go on.
+
+    Args:
+        pool: Starts the workers.
+        target: The function that they call, `module:function`.
+        settings: Its settings.
+        count: How many workers.
+        leases: The leases of the directories that all workers share, which count the deaths of each shard.
+            Without any, the workers share no disk: each makes a part, named by `shard` in its settings.
+        task_timeout: A worker that needs longer for a shard is killed; in seconds, 0 for no limit.
+        look: Called again and again.
+
+    Raises:
+        ScaleDownError: A worker ended with this error.
+        RunDirectoryError: Workers died again and again without any progress that can be seen.
     """
-    ours = uuid.uuid4().hex[:4]  # another supervisor may be at the same run
+    ours = uuid.uuid4().hex[:4]  # another process may start workers for the same run
     names = (f"worker-{number}-{ours}" for number in range(sys.maxsize))
     working: dict[int, tuple[str, Worker]] = {}
     begun: dict[str, float] = {}
@@ -154,7 +166,8 @@ def supervise(  # noqa: PLR0917
     def start(place: int) -> None:
         name = next(names)
         begun[name] = time.monotonic()
-        working[place] = name, pool.start(Order(target, settings, name, str(Path.cwd())), place)
+        own = settings if leases else {**settings, "shard": f"{place}/{count}"}
+        working[place] = name, pool.start(Order(target, own, name, str(Path.cwd())), place)
 
     try:
         for place in range(count):
@@ -164,7 +177,7 @@ def supervise(  # noqa: PLR0917
             for place, (name, worker) in list(working.items()):
                 if (ending := worker.ended()) is None:
                     if name in late and name not in hung:
-                        log.warning("%s is at %s for more than %g s: killed", name, late[name], task_timeout)
+                        log.warning("%s needs more than %g s for %s: killed", name, task_timeout, late[name])
                         worker.kill()
                         hung.add(name)
                     continue
@@ -178,13 +191,15 @@ def supervise(  # noqa: PLR0917
                     in_vain = 0
                     continue
                 reason = f"hanging for {task_timeout:g} s" if name in hung else ending.reason
-                was_at = [held for own in leases for held in own.died(name, reason)]
-                log.warning("%s is dead (%s), was at %s: another goes on", name, reason, was_at or "nothing")
+                held = [lease for own in leases for lease in own.died(name, reason)]
+                log.warning("%s is dead (%s), it held %s: replaced", name, reason, held or "no lease")
                 lived = time.monotonic() - begun[name]
-                in_vain = 0 if was_at or lived > _LONG_SECONDS else in_vain + 1
+                in_vain = 0 if held or (leases and lived > _LONG_SECONDS) else in_vain + 1
                 if in_vain >= TRIES * count:
                     raise RunDirectoryError(
-                        f"{in_vain} workers died before they began anything, the last of {reason}"
+                        f"{in_vain} workers died"
+                        + (" before they began anything" if leases else "")
+                        + f", the last of {reason}; finished work is kept: run the same command again"
                     )
                 start(place)
             look()
@@ -195,7 +210,7 @@ def supervise(  # noqa: PLR0917
 
 
 class _Clock:
-    """How long each worker is at what it is at, by this machine's clock."""
+    """How long each worker holds its lease without progress, by this machine's clock."""
 
     def __init__(self, limit: float) -> None:
         self._limit = limit
@@ -203,14 +218,14 @@ class _Clock:
         self._next = 0.0
 
     def late(self, leases: Sequence[Leases]) -> dict[str, str]:
-        """What each worker is at that is at it for longer than the limit. Looks once a second."""
+        """The leases, by worker, that are held for longer than the limit. Looks once a second."""
         if not self._limit or time.monotonic() < self._next:
             return {}
         self._next = time.monotonic() + _EVERY_SECONDS
         found = {}
         seen: dict[tuple[str, str], tuple[float, float]] = {}
         for held in (held for own in leases for held in own.held()):
-            if not held.numbered and not held.name.endswith("-all"):  # which say when they get on
+            if not held.numbered and not held.name.endswith("-all"):  # only these are renewed
                 continue
             key = held.worker, held.name
             renewed, first = self._seen.get(key, (held.since, time.monotonic()))
@@ -228,7 +243,7 @@ class LocalPool:
         self._workers, self._logs, self._gpus_each = workers, logs, gpus_each
 
     def start(self, order: Order, place: int) -> "_Process":
-        """Start a process; what it says goes to a file of `logs`."""
+        """Start a process; its output goes to a file in `logs`."""
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // self._workers)))
         if self._gpus_each:
@@ -240,10 +255,10 @@ class LocalPool:
 class _Process:
     """A worker in a process, which ends with this one: it reads a pipe that ends then."""
 
-    def __init__(self, order: Order, said: Path, environment: Mapping[str, str]) -> None:
-        self._said = said
-        said.parent.mkdir(exist_ok=True)
-        with said.open("wb") as file:
+    def __init__(self, order: Order, log_file: Path, environment: Mapping[str, str]) -> None:
+        self._log_file = log_file
+        log_file.parent.mkdir(exist_ok=True)
+        with log_file.open("wb") as file:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "scaledown.run.executor"],
                 stdin=subprocess.PIPE,
@@ -252,7 +267,7 @@ class _Process:
                 env=dict(environment),
                 start_new_session=True,  # Ctrl-C is for the supervisor
             )
-        self._orders, self._told = cast(
+        self._orders, self._result = cast(
             "tuple[IO[bytes], IO[bytes]]", (self._process.stdin, self._process.stdout)
         )
         with contextlib.suppress(BrokenPipeError):  # it died already: `ended` says how
@@ -262,17 +277,17 @@ class _Process:
     def ended(self) -> Ending | None:
         if (status := self._process.poll()) is None:
             return None
-        _end_group(self._process.pid)  # whom it started may hold the pipe
-        told = b"" if self._told.closed else self._told.read()
+        _end_group(self._process.pid)  # a process that it started may hold the pipe
+        sent = b"" if self._result.closed else self._result.read()
         self._close()
         if status == 0:
             return Ending(well=True)
-        if status == _FAILED and told:
-            return Ending.told(*json.loads(told))
+        if status == _FAILED and sent:
+            return Ending.failed(*json.loads(sent))
         if status < 0:
             known = -status in set(signal.Signals)
             return Ending(well=False, reason=signal.Signals(-status).name if known else f"signal {-status}")
-        lines = self._said.read_text(encoding="utf-8", errors="replace").splitlines() or [
+        lines = self._log_file.read_text(encoding="utf-8", errors="replace").splitlines() or [
             f"exit status {status}"
         ]
         return Ending(well=False, reason=errors.one_line(lines[-1], 200))
@@ -286,20 +301,20 @@ class _Process:
     def _close(self) -> None:
         with contextlib.suppress(BrokenPipeError):
             self._orders.close()
-        self._told.close()
+        self._result.close()
 
 
 def _end_group(leader: int) -> None:
-    """End a worker and all that it started; its session began with it."""
+    """End a worker and all processes that it started; its session began with it."""
     if hasattr(os, "killpg"):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(leader, signal.SIGKILL)
 
 
 def main() -> int:
-    """A worker's process: carries out the order on standard input, and ends when that does."""
+    """A worker's process: carries out the order from standard input, and ends when that is closed."""
     order = Order(**json.loads(sys.stdin.readline()))
-    told = os.dup(1)
+    result = os.dup(1)
     os.dup2(2, 1)  # what libraries print goes to the log
 
     def end_with_supervisor() -> None:
@@ -311,7 +326,7 @@ def main() -> int:
     try:
         order.carry_out()
     except ScaleDownError as error:
-        os.write(told, json.dumps([type(error).__name__, str(error)]).encode())
+        os.write(result, json.dumps([type(error).__name__, str(error)]).encode())
         return _FAILED
     return 0
 

@@ -1,7 +1,8 @@
-"""What the processes of a run tell each other while they work: each one's word, in a file of its own.
+"""The progress of each process at work in a run directory, in a file of its own, for those who look on.
 
-A word lies in `live/` beside the lock that its process holds as long as it lives. It is never waited for on
-the disk, and goes with a process that ends well; what a killed one leaves says how far the run had come.
+The file is in `live/`, beside the lock that the process holds while it is alive. It is removed when the
+process ends well; what a killed process leaves shows how far the run had come. All of it stays on the disk
+(of a run in an object store: in the mirror), since locks show nothing from another machine.
 """
 
 import contextlib
@@ -15,24 +16,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from scaledown.errors import OutputError
 from scaledown.run.atomic import read_json
 from scaledown.run.directory import RunDirectory
-from scaledown.run.periodic import every, throughout
+from scaledown.run.periodic import throughout
 from scaledown.run.progress import Tracker, at_work
 
 SUPERVISOR: Final = "supervisor"
-"""The worker's name of a process that only looks after others."""
+"""The name, in place of a worker's, of a process that starts and watches workers."""
 
 _EVERY_SECONDS: Final = 1.0
-_SEND_SECONDS: Final = 10.0  # where others see it only when it is sent
-_SILENT_SECONDS: Final = 120.0  # after so long none is thought to live where no lock tells
-_PATIENCE_SECONDS: Final = 600.0
 _ENDING: Final = ".progress"
 
 
 class Work(NamedTuple):
-    """What a process is at in a stage: its tracker; `rate` is a second's."""
+    """The work of a process in a stage, as its tracker has it; `rate` is rows a second."""
 
     stage: str
     unit: str
@@ -41,14 +38,14 @@ class Work(NamedTuple):
     guess: int
     rate: float
     shards: tuple[int, int] | None
-    """From and to: what `in_flight` is about."""
+    """First and past the last: the shards that `in_flight` counts rows of."""
     in_flight: int
     waiting: str = ""
-    """For what it waits, if it does."""
+    """What it waits for, if it does."""
 
     @classmethod
-    def told(cls, content: Any) -> "Work | None":
-        """As a word has it; None for what is none, or of another version."""
+    def parse(cls, content: Any) -> "Work | None":
+        """From a progress file; None for anything else, as of another version."""
         if not isinstance(content, dict) or content.keys() != set(cls._fields):
             return None
         at, numbers = content["shards"], [content[name] for name in ("done", "guess", "rate", "in_flight")]
@@ -60,7 +57,7 @@ class Work(NamedTuple):
 
     @classmethod
     def of(cls, tracker: Tracker) -> "Work":
-        """As the tracker shows it."""
+        """From the tracker of the stage."""
         at = (tracker.at.start, tracker.at.stop) if tracker.at else None
         shown = (tracker.unit, tracker.done, tracker.total, tracker.guess, tracker.rate())
         name = tracker.stage.name if tracker.stage else tracker.name
@@ -68,33 +65,35 @@ class Work(NamedTuple):
 
 
 class Process(NamedTuple):
-    """A process in a run directory: who and where it is, its last word and when that was."""
+    """A process in a run directory: its name, where it runs, and its progress at `time`."""
 
     worker: str
     host: str
     pid: int
     alive: bool | None
-    """None where the file system does not say."""
+    """None where the file system has no locks."""
     time: float
     run: str
-    """The run directory, as it sees it."""
+    """The path of the run directory on its machine."""
     stages: Mapping[str, str]
-    """The folders of the stages it has opened, as it sees them."""
+    """The folders of the stages it has opened, on its machine."""
     work: tuple[Work, ...]
 
 
 @contextlib.contextmanager
 def publishing(place: Path, worker: str, *runs: RunDirectory) -> Iterator[None]:
-    """Publish what this process is at, in files that begin with `place`, which `RunDirectory.claim` gives.
+    """Write the progress of this process to a file, every second while the block runs.
 
-    `runs` are the directories whose stages it opens.
+    Args:
+        place: The path, without ending, that `RunDirectory.claim` gives.
+        worker: The name of this process among the workers; empty if it has none.
+        runs: The directories whose stages it opens.
     """
-    storage = runs[0].storage
-    for path in storage.glob(place.parent, f"*{_ENDING}"):
-        if not storage.exists(path.with_suffix(".json")):  # of a process that is no more
-            storage.remove(path)
+    for path in place.parent.glob(f"*{_ENDING}"):
+        if not path.with_suffix(".json").exists():  # its process has ended
+            path.unlink(missing_ok=True)
     path = place.with_suffix(_ENDING)
-    where = {"host": socket.gethostname(), "pid": os.getpid(), "run": str(storage.root.resolve())}
+    where = {"host": socket.gethostname(), "pid": os.getpid(), "run": str(runs[0].path.resolve())}
 
     def publish() -> None:
         stages = {name: str(folder.resolve()) for run in runs for name, folder in dict(run.opened).items()}
@@ -102,13 +101,9 @@ def publishing(place: Path, worker: str, *runs: RunDirectory) -> Iterator[None]:
         who = {"worker": SUPERVISOR if _supervises.is_set() else worker, **where}
         write_quickly(path, json.dumps({**who, "time": time.time(), "stages": stages, "work": work}))
 
-    def send() -> None:
-        storage.publish(path)
-
-    with throughout(_EVERY_SECONDS, publish), every(_SEND_SECONDS, send, patience=_SEND_SECONDS):
+    with throughout(_EVERY_SECONDS, publish):
         yield
-    with contextlib.suppress(OutputError):
-        storage.remove(path)
+    path.unlink(missing_ok=True)
 
 
 _supervises: Final = threading.Event()
@@ -116,7 +111,7 @@ _supervises: Final = threading.Event()
 
 @contextlib.contextmanager
 def supervising() -> Iterator[None]:
-    """Publish meanwhile that this process only looks after others."""
+    """Show this process as the one that starts and watches workers, while the block runs."""
     _supervises.set()
     try:
         yield
@@ -125,7 +120,7 @@ def supervising() -> Iterator[None]:
 
 
 def write_quickly(path: Path, text: str) -> None:
-    """Write a file that is whole or as it was; after a power cut it may be neither."""
+    """Write a file without waiting for the disk: after a power cut it may be damaged, else it is whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
@@ -134,20 +129,11 @@ def write_quickly(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def processes(run: Path, *, outlined: bool = False) -> list[Process]:
-    """The processes in a run directory, and what is left of those that were killed. Changes nothing.
-
-    Of one that is `outlined`, locks cannot be seen: there the last word tells, which is sent again and again.
-    """
+def processes(run: Path) -> list[Process]:
+    """The processes in a run directory, and what is left of those that were killed. Changes nothing."""
     live = run / "live"
     paths = sorted({path.with_suffix("") for path in live.glob("*") if path.suffix in {".json", _ENDING}})
-    if not outlined:
-        return [process for path in paths if (process := _process(path, _holds(path.with_suffix(".lock"))))]
-    beats = {path: note.stat().st_mtime for path in paths if (note := path.with_suffix(".json")).exists()}
-    # By the store's clock, and by this machine's with some patience: they need not agree.
-    lately = max([*beats.values(), time.time() - _PATIENCE_SECONDS]) - _SILENT_SECONDS
-    silent = {path for path in paths if beats.get(path, 0.0) < lately}
-    return [process for path in paths if (process := _process(path, False if path in silent else None))]
+    return [process for path in paths if (process := _process(path, _holds(path.with_suffix(".lock"))))]
 
 
 _KINDS: Final = {
@@ -157,28 +143,28 @@ _KINDS: Final = {
 
 
 def _process(place: Path, alive: bool | None) -> Process | None:
-    note, word = (read_json(place.with_suffix(ending)) for ending in (".json", _ENDING))
-    if not isinstance(note, dict) and not isinstance(word, dict):
-        return None  # it has just left, or never was
-    told: dict[str, Any] = {name: kind() for name, kind in _KINDS.items()}
-    for own in (note, word):
+    note, progress = (read_json(place.with_suffix(ending)) for ending in (".json", _ENDING))
+    if not isinstance(note, dict) and not isinstance(progress, dict):
+        return None  # it has just left
+    found: dict[str, Any] = {name: kind() for name, kind in _KINDS.items()}
+    for own in (note, progress):
         if isinstance(own, dict):
-            told |= {name: own[name] for name, kind in _KINDS.items() if type(own.get(name)) is kind}
-    told["time"] = finite(told["time"])
-    told["work"] = tuple(work for content in told["work"] if (work := Work.told(content)))
-    told["stages"] = {name: path for name, path in told["stages"].items() if isinstance(path, str)}
-    return Process(alive=alive if note is not None else False, **told)
+            found |= {name: own[name] for name, kind in _KINDS.items() if type(own.get(name)) is kind}
+    found["time"] = finite(found["time"])
+    found["work"] = tuple(work for content in found["work"] if (work := Work.parse(content)))
+    found["stages"] = {name: path for name, path in found["stages"].items() if isinstance(path, str)}
+    return Process(alive=alive if note is not None else False, **found)
 
 
 def finite(seconds: float) -> float:
-    """Seconds as told. Raises `ValueError` for what is no such number: anybody may have written it."""
+    """Seconds from a file, which anybody may have written. Raises `ValueError` for infinity and NaN."""
     if not math.isfinite(seconds):
         raise ValueError(f"{seconds} seconds")
     return seconds
 
 
 def _holds(lock: Path) -> bool | None:
-    """Whether a process holds a lock; None where the file system does not tell."""
+    """Whether a process holds a lock; None where the file system has no locks."""
     try:
         import fcntl
 

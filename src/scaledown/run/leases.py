@@ -1,13 +1,13 @@
-"""Who is at what: one process at a time makes a shard, and all can see which, and since when.
+"""Leases: at most one process makes a shard at a time, and everybody can see which, and since when.
 
-A lease is a locked file, which ends with its process, however that ends. What a dead process held is beside
-it, for whoever supervises: work that ends its worker again and again is given up. In an object store, where
-nothing can be locked, that note is the lease between machines: its holder is dead when it is not renewed.
+A lease is a locked file, so it ends with its process, however that ends. Beside the lock lies a note of who
+holds it. A note without a lock is that of a dead process; the next holder turns it into a record of a death,
+so that a shard that ends its worker again and again is given up. All this is between processes that share a
+disk. In an object store it is between those of one machine, which share its mirror.
 """
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import socket
@@ -20,23 +20,22 @@ from typing import Any, Final, NamedTuple
 from filelock import FileLock, Timeout
 
 from scaledown.errors import ScaleDownError
-from scaledown.run.atomic import write_json
-from scaledown.run.storage import Storage
+from scaledown.run.atomic import read_json, write_json
 
 log = logging.getLogger("scaledown")
 
 TRIES: Final = 3
-"""So many workers may die of a shard; then it is given up."""
+"""A shard that ends so many workers is given up."""
 
 _DIGITS: Final = 6  # of a shard's number
 
 _WAIT_SECONDS: Final = 0.1
 _DEATHS: Final = "deaths"
-"""The folder with a file about each death, which says of what, if of this."""
+"""The folder with a file for each death, which names the cause if the shard is to blame."""
 
 
 class Held(NamedTuple):
-    """What a process is at, and since when: seconds since 1970."""
+    """A lease: its name, its holder, and since when it is held, in seconds since 1970."""
 
     name: str
     worker: str
@@ -46,12 +45,12 @@ class Held(NamedTuple):
 
     @property
     def numbered(self) -> bool:
-        """Whether it is a shard, or several, and not all of a stage."""
+        """Whether it is for one shard or several, and not for all of a stage."""
         return _numbered(self.name)
 
     @property
     def shards(self) -> int:
-        """How many shards are made together."""
+        """How many shards it is for."""
         first, last = self.name.split("-")[-2:]
         return int(last) - int(first) if len(first) == len(last) == _DIGITS and first.isdecimal() else 1
 
@@ -68,27 +67,26 @@ def _held(content: Any) -> Held | None:
     return held if sound else None
 
 
-def _parsed(note: bytes) -> Held | None:
-    with contextlib.suppress(ValueError, RecursionError):
-        return _held(json.loads(note))
-    return None
-
-
 class Leases:
     """The leases of a run directory, as one of its processes sees them."""
 
-    def __init__(self, folder: Path, worker: str, storage: Storage | None = None) -> None:
+    def __init__(self, folder: Path, worker: str) -> None:
         self._folder = folder
         self._worker = worker
-        self._storage = storage or Storage(folder)
 
     @contextlib.contextmanager
     def hold(
         self, name: str, *, wait: bool = False, check: Callable[[], None] = lambda: None
     ) -> Iterator[bool]:
-        """Hold `name` against other processes; gives False when another holds it. Ends with the process.
+        """Hold a lease while the block runs.
 
-        With `wait` until it is free; `check` is called meanwhile and may raise.
+        Args:
+            name: What it is for.
+            wait: Wait while another process holds it.
+            check: Called while waiting; may raise.
+
+        Yields:
+            Whether this process holds it.
         """
         self._folder.mkdir(exist_ok=True)
         lock = FileLock(self._folder / name)
@@ -96,121 +94,94 @@ class Leases:
             if not wait:
                 yield False
                 return
-            log.info("%s: waiting for the process that is at it", name.partition("-")[0])
+            log.info("%s: waiting for another process", name.partition("-")[0])
             while not self._take(lock, name):
                 check()
                 time.sleep(_WAIT_SECONDS)
         note = self._note(name)
         try:
             try:
-                with self._storage.keeping(note):
-                    yield True
+                yield True
             except (KeyboardInterrupt, ScaleDownError):
-                self._storage.give_back(note)
-                raise  # and for whatever else went wrong the work may be to blame
-            self._storage.give_back(note)
+                note.unlink(missing_ok=True)
+                raise  # any other error leaves the note: the work may be to blame
+            note.unlink(missing_ok=True)
         finally:
             lock.release()
 
     def _take(self, lock: FileLock, name: str) -> bool:
-        """Take the lock and leave a note, unless another process here or elsewhere is at it."""
+        """Take the lock and leave a note, unless another process holds the lock."""
         try:
             lock.acquire(timeout=0)
         except Timeout:
             return False
-        note = self._note(name)
-        if not self._storage.taken(note):
-            left = self._storage.read(note)
-            # Asked again: if it is dead now, what was read is its own, and not of one who was quicker.
-            if not self._storage.taken(note) and self._bury(name, left, "it was killed"):
-                self._write(name)
-                if self._storage.take(note):
-                    return True
-                note.unlink()
-        lock.release()
-        return False
+        self._bury(name, "it was killed")
+        self._write(name)
+        return True
 
     def renew(self, name: str) -> None:
-        """Say that work on `name`, which this process holds, gets on.
+        """Note that work on `name`, whose lease this process holds, makes progress.
 
-        Of all of a stage, that clears it of earlier deaths.
+        For all of a stage this also clears the deaths so far.
         """
         self._write(name)
-        self._storage.publish(self._note(name))
         if not _numbered(name):
-            for path in self._storage.glob(self._folder / _DEATHS, f"{name}.*"):
-                self._storage.remove(path)
+            for path in (self._folder / _DEATHS).glob(f"{name}.*"):
+                path.unlink(missing_ok=True)
 
     def _write(self, name: str) -> None:
         held = Held(name, self._worker, socket.gethostname(), os.getpid(), time.time())
         write_json(self._note(name), held._asdict())
 
     def held(self, worker: str = "") -> list[Held]:
-        """What is being made, by all or by one worker, which may have died of it."""
+        """The leases of all workers, or of one, which may be dead."""
         found = []
-        for path in self._storage.glob(self._folder, "*.held"):
-            held = _held(self._storage.read_json(path))
+        for path in sorted(self._folder.glob("*.held")):
+            held = _held(read_json(path))
             if held and path == self._note(held.name) and worker in {"", held.worker}:
                 found.append(held)
         return found
 
     def died(self, worker: str, reason: str) -> list[str]:
-        """Say that a worker is dead, and of what; gives what it was at, for the next to take."""
+        """Record the death of a worker and its cause; gives the leases it held, for the next to take."""
         names = []
         for held in sorted(self.held(worker), key=lambda held: held.numbered):
             lock = FileLock(self._folder / held.name)
             with contextlib.suppress(Timeout), lock.acquire(timeout=0):  # else another has taken it
-                left = self._storage.read(self._note(held.name))
-                if left and (found := _parsed(left)) and found.worker == worker:
-                    self._bury(held.name, left, reason)
+                self._bury(held.name, reason, worker)
             names.append(held.name)
         return names
 
-    def _bury(self, name: str, left: bytes | None, reason: str) -> bool:
-        """Remove what a dead process `left` as its note, and count its death once, whoever else finds it.
+    def _bury(self, name: str, reason: str, worker: str = "") -> None:
+        """Turn the note that a dead process (`worker`, if given) left into a record of its death.
 
-        One that was at a shard, too, died of that. Gives False where another came before.
+        The caller has the lock. A process that also held a shard died of the shard, not of `name`.
         """
-        if left is None:
-            return True
-        held = _parsed(left)
+        note = self._note(name)
+        if not note.exists():
+            return
+        held = _held(read_json(note))
+        if worker and not (held and held.worker == worker):
+            return
         blamed = held and (held.numbered or not any(own.numbered for own in self.held(held.worker)))
-        told: dict[str, Any] = {"time": time.time(), "of": reason if blamed else None}
-        sign = left
-        while True:  # whoever writes down the death first removes the note; should it die, too, the next
-            death = self._folder / _DEATHS / f"{name}.{hashlib.sha256(sign).hexdigest()[:16]}.death"
-            if self._storage.taken(death):
-                return False
-            death.parent.mkdir(parents=True, exist_ok=True)
-            write_json(death, told)
-            if self._storage.take(death):
-                break
-            death.unlink()
-            earlier = self._storage.read(death)
-            if earlier is None or self._storage.taken(death):
-                return False
-            sign += earlier
-            told["of"] = None  # which is written down already
-        if self._storage.read(self._note(name)) != left:
-            return False
-        self._storage.remove(self._note(name))
-        return True
+        # Named by the note: should this process die before it removes the note, the death counts once.
+        death = self._folder / _DEATHS / f"{name}.{hashlib.sha256(note.read_bytes()).hexdigest()[:16]}.death"
+        death.parent.mkdir(exist_ok=True)
+        write_json(death, {"time": time.time(), "of": reason if blamed else None})
+        note.unlink()
 
     def deaths(self, name: str) -> list[str]:
-        """What the workers died of, one after the other, that were at `name` (a pattern) in this run."""
-        paths = self._storage.glob(self._folder / _DEATHS, f"{name}.*")
-        found = [death for path in paths if isinstance(death := self._storage.read_json(path), dict)]
-        told = [(death.get("time"), death.get("of")) for death in found]
-        return [
-            of
-            for _, of in sorted((at, of) for at, of in told if isinstance(at, float) and isinstance(of, str))
-        ]
+        """The causes of death, in order, of the workers that held `name` (a pattern) in this run."""
+        found = map(read_json, (self._folder / _DEATHS).glob(f"{name}.*"))
+        deaths = [(death.get("time"), death.get("of")) for death in found if isinstance(death, dict)]
+        known = [(at, cause) for at, cause in deaths if isinstance(at, float) and isinstance(cause, str)]
+        return [cause for _, cause in sorted(known)]
 
     def forget(self) -> None:
-        """Begin anew: what earlier processes held and died of counts no more."""
+        """Remove all notes and deaths of earlier processes."""
         for folder, pattern in ((self._folder, "*.held"), (self._folder / _DEATHS, "*")):
-            for path in self._storage.glob(folder, pattern):
-                self._storage.remove(path)
+            for path in folder.glob(pattern):
+                path.unlink(missing_ok=True)
 
     def _note(self, name: str) -> Path:
         return self._folder / f"{name}.held"

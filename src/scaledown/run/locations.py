@@ -1,4 +1,4 @@
-"""Where a path or URL leads that a flag names: to a folder here, or to one of an object store."""
+"""From the path or URL in a flag to its storage: a folder on a disk, or one of an object store."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from scaledown.urls import check_store, is_url
 
 
 class File(NamedTuple):
-    """A file that a flag names: where it is here, and what keeps it."""
+    """The file that a flag names: its path on this disk, and the storage it belongs to."""
 
     path: Path
     storage: Storage
@@ -20,7 +20,7 @@ class File(NamedTuple):
 
     @classmethod
     def at(cls, name: str, cache: str = "") -> "File":
-        """The file that `name`, a path or a URL, names."""
+        """The file with the path or URL `name`; `cache` is the folder of mirrors."""
         if not is_url(name):
             path = Path(name)
             return cls(path, Storage(path.parent))
@@ -30,9 +30,14 @@ class File(NamedTuple):
 
 
 def storage_at(name: str, cache: str = "") -> Storage:
-    """What keeps the folder that `name`, a path or a URL, names; `cache` is where mirrors are.
+    """The storage of a folder.
 
-    Raises `UsageError` for a URL whose store cannot hold it.
+    Args:
+        name: A path or a URL.
+        cache: The folder of mirrors; empty for the one in `cache_directory`.
+
+    Raises:
+        UsageError: The URL cannot be written to, or names no folder.
     """
     scheme, _, rest = name.partition("://")
     scheme = scheme.lower()
@@ -45,15 +50,15 @@ def storage_at(name: str, cache: str = "") -> Storage:
 
 
 def output_of(config: PrepareConfig) -> File:
-    """The training data that `config` names."""
+    """The file of the training data."""
     return File.at(config.output_file, config.cache_dir)
 
 
 def run_of(config: PrepareConfig) -> Storage:
-    """What keeps the stages of the run that `config` describes."""
+    """The storage of the run directory."""
     return storage_at(config.work_dir or config.output_file + ".work", config.cache_dir)
 
 
 def index_of(config: IndexConfig) -> Storage:
-    """What keeps the index, if `config.index_dir` names one."""
+    """The storage of the index that `config.index_dir` names."""
     return storage_at(config.index_dir, config.cache_dir)

@@ -1,4 +1,4 @@
-"""The log on standard error: lines for people, or for machines a JSON object a line."""
+"""The log on standard error: lines of text, or a JSON object a line for machines."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ console: Final = Console(stderr=True)
 
 
 class LogStyle(NamedTuple):
-    """What is logged, and how; `worker` is whose log it is, where several make a run."""
+    """The level and the form of the log; `worker` is the name of this process if it is one of several."""
 
     level: str = "info"
     form: str = "text"
@@ -27,7 +27,7 @@ class JSONLines(logging.Formatter):
     """
 
     structured: Final = True
-    """Told to `errors.run_command`, whose last word is then part of the log."""
+    """Makes `errors.run_command` log its last message, too."""
 
     def __init__(self, worker: str = "") -> None:
         super().__init__()
@@ -69,5 +69,5 @@ def start_logging(level: str, form: str = "text", worker: str = "") -> None:
 
 
 def style() -> LogStyle:
-    """What `start_logging` was told last."""
+    """The style that `start_logging` set last."""
     return _style

@@ -1,7 +1,8 @@
-"""Folders of object stores, mirrored here as far as they are read or written.
+"""A run directory or an output in an object store (s3://, gs://, az://), through a mirror on this disk.
 
-An object appears under its name when it is whole. A file here is known to be that of the store by size and
-time, as rsync does; what the store does not have counts as not there.
+What this machine reads or writes lies in the mirror, where it can be memory-mapped. An object appears under
+its name when it is whole, so a shard is finished when the store lists it. A file of the mirror is the object
+if size and time are equal, as with rsync. A store has no locks, and nobody sees there who is at work.
 """
 
 import contextlib
@@ -9,7 +10,6 @@ import errno
 import fnmatch
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -26,8 +26,6 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from scaledown.errors import OutputError, ScaleDownError
 from scaledown.run.atomic import atomic
-from scaledown.run.hub import HubBuckets
-from scaledown.run.periodic import every
 from scaledown.run.storage import Storage
 from scaledown.urls import detail, file_system, redacted, refused, state_of, status_of
 
@@ -36,21 +34,19 @@ log = logging.getLogger("scaledown")
 Result = TypeVar("Result")
 
 _PATIENCE_SECONDS: Final = 60.0
-_LISTED_SECONDS: Final = 1.0  # waiting loops ask the server no more often
-_BEAT_SECONDS: Final = 10.0
-_DEAD_SECONDS: Final = 60.0
-_TELLING: Final = (".json", ".jsonl", ".held", ".death", ".progress")
+"""So long a store that does not answer is asked again."""
+_LISTED_SECONDS: Final = 1.0  # a listing is that old at most: loops that wait ask the server no more often
 _SMALL_BYTES: Final = 1 << 24
 _DEPTH: Final = 3  # of a run directory's files
-_AT_ONCE: Final = 16
+_OF_PROCESSES: Final = {"live", "locks"}  # folders of a run directory that only mean something on a disk
+_THREADS: Final = 16
 _OWN: Final = re.compile(r"-[0-9a-f]{8}\.")  # what `own` adds to a name
-_SLOW_SECONDS: Final = 10.0  # of a question: it waited for its turn, as those of others may, too
-# By the store's clock, the surest first: an mtime on the Hub is by the clock of who wrote.
-_TIMES: Final = ("LastModified", "uploaded_at", "mtime", "updated", "last_modified", "created")
+# Names that file systems give to the time of writing by the store's clock.
+_TIMES: Final = ("LastModified", "mtime", "updated", "last_modified", "created")
 
 
 def mirrored(url: str, cache: Path) -> Storage:
-    """The folder of an object store behind `url`, mirrored below `cache`."""
+    """The folder of an object store behind `url`, with its mirror below the folder `cache`."""
     return _Mirror(url.rstrip("/"), cache)
 
 
@@ -68,7 +64,7 @@ class _Entry(NamedTuple):
         return cls(int(info["size"]), found.timestamp() if isinstance(found, datetime) else float(found))
 
     def is_at(self, path: Path) -> bool:
-        """Whether the file here is this one."""
+        """Whether the file on this disk is a copy of the object."""
         with contextlib.suppress(FileNotFoundError):
             found = path.stat()
             return found.st_size == self.size and int(found.st_mtime) == int(self.time)
@@ -76,7 +72,7 @@ class _Entry(NamedTuple):
 
 
 def _final(error: Exception) -> str:
-    """What to tell of an error that asking again does not change; empty of others."""
+    """The advice for an error that another attempt does not change; empty for all other errors."""
     if refused(error):
         return "access is refused ({}); check the bucket and the keys in the environment"
     status = status_of(error)
@@ -86,28 +82,26 @@ def _final(error: Exception) -> str:
 
 
 class _Mirror(Storage):
-    """A folder of an object store, as far as it was read or written here."""
+    """A folder of an object store, as far as this machine has read or written it."""
 
+    in_bucket = True
     pauses = (0.5, 1.0, 2.0, 4.0)
 
     def __init__(self, url: str, cache: Path) -> None:
         digest = hashlib.sha256(redacted(url).encode(errors="surrogateescape")).hexdigest()[:16]
         super().__init__(cache / "runs" / digest)
         self._url = url
-        self._on_hub = url.lower().startswith("hf:")
         self._name = uuid.uuid4().hex[:8]
         self._listings: dict[Path, tuple[float, dict[str, _Entry]]] = {}
         self._read: dict[Path, tuple[_Entry, Any]] = {}
         self._here: set[Path] = set()
-        self._ahead: float | None = None  # the store's clock, against ours
-        self._away = -_DEAD_SECONDS  # when it last was out of reach
 
     def __str__(self) -> str:
         return redacted(self._url)
 
     @functools.cached_property
     def _system(self) -> Any:
-        return HubBuckets() if self._on_hub else file_system(self._url, str(self))
+        return file_system(self._url, str(self))
 
     def _at(self, path: Path) -> str:
         return f"{self._url}/{path.relative_to(self.root).as_posix()}" if path != self.root else self._url
@@ -132,41 +126,46 @@ class _Mirror(Storage):
         stem, _, ending = path.name.partition(".")
         return self.logs(path.parent, f"{stem}*.{ending}").get(path, [])
 
-    # Asking
+    # Requests
 
     def _ask(self, path: Path, question: Callable[[], Result]) -> Result:
-        """Ask the store, for a minute while it is out of reach. Raises `OutputError`.
+        """Send a request, again and again for a minute while the store cannot be reached.
 
-        `FileNotFoundError` and `FileExistsError` are answers, and come through.
+        Args:
+            path: What the request is about, for messages.
+            question: Sends the request.
+
+        Returns:
+            The answer.
+
+        Raises:
+            OutputError: The store refuses, or cannot be reached for a minute.
+            FileNotFoundError: That is the answer.
+            FileExistsError: That is the answer.
         """
         pause, gone = 0.5, 0.0
         while True:
-            asked = time.monotonic()
             try:
-                answer = question()
+                return question()
             except (FileNotFoundError, FileExistsError, ScaleDownError):
                 raise
             except Exception as error:
-                if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of the mirror
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # the disk of the mirror
                     raise
-                shown, said = self.shown(path), detail(self._url, error)
+                shown, reason = self.shown(path), detail(self._url, error)
                 if advice := _final(error):
-                    raise OutputError(f"{shown}: {advice.format(said)}") from None
-                self._away = time.monotonic()
+                    raise OutputError(f"{shown}: {advice.format(reason)}") from None
+                now = time.monotonic()
                 if not gone:
-                    log.warning("%s: the store cannot be reached (%s): trying again", self, said)
-                gone = gone or self._away
-                if self._away + pause > gone + _PATIENCE_SECONDS:
+                    log.warning("%s: the store cannot be reached (%s): trying again", self, reason)
+                gone = gone or now
+                if now + pause > gone + _PATIENCE_SECONDS:
                     raise OutputError(
-                        f"{shown}: the store cannot be reached ({said}); finished work is kept: run the same "
-                        "command again when it is back"
+                        f"{shown}: the store cannot be reached ({reason}); finished work is kept: run the "
+                        "same command again when it is back"
                     ) from None
                 time.sleep(pause)
                 pause = min(2 * pause, 10.0)
-            else:
-                if time.monotonic() - asked > _SLOW_SECONDS:
-                    self._away = time.monotonic()
-                return answer
 
     def _list(self, folder: Path) -> list[Mapping[str, Any]]:
         def question() -> list[Mapping[str, Any]]:
@@ -180,10 +179,9 @@ class _Mirror(Storage):
             return []
 
     def _listing(self, folder: Path) -> dict[str, _Entry]:
-        """The objects in a folder, by their names, as they were at most a second ago."""
+        """The objects in a folder by name, as they were at most `_LISTED_SECONDS` ago."""
         asked, known = self._listings.get(folder, (-math.inf, {}))
-        fresh = _LISTED_SECONDS * (10 if self._on_hub else 1)  # there questions are counted
-        if (now := time.monotonic()) - asked >= fresh:
+        if (now := time.monotonic()) - asked >= _LISTED_SECONDS:
             infos = [info for info in self._list(folder) if info["type"] == "file"]
             known = {PurePosixPath(info["name"]).name: _Entry.of(info) for info in infos}
             self._listings[folder] = now, known
@@ -193,7 +191,7 @@ class _Mirror(Storage):
         return self._listing(path.parent).get(path.name)
 
     def _info(self, path: Path) -> Mapping[str, Any] | None:
-        """What the store says of an object now."""
+        """What the store knows about an object now; None if there is none."""
 
         def question() -> Mapping[str, Any]:
             self._system.invalidate_cache()
@@ -217,7 +215,7 @@ class _Mirror(Storage):
         return [folder / name for name in inside if len(name.parts) == depth and name.match(pattern)]
 
     def _below(self, folder: Path) -> list[tuple[PurePosixPath, _Entry]]:
-        """All objects below a folder, by what follows its name."""
+        """All objects below a folder, by their paths from there."""
 
         def question() -> Mapping[str, Mapping[str, Any]]:
             self._system.invalidate_cache()
@@ -238,21 +236,25 @@ class _Mirror(Storage):
 
     @contextlib.contextmanager
     def outline(self) -> Iterator[Path]:
-        found = [(name, entry) for name, entry in self._below(self.root) if len(name.parts) <= _DEPTH]
+        found = [
+            (name, entry)
+            for name, entry in self._below(self.root)
+            if len(name.parts) <= _DEPTH and name.parts[0] not in _OF_PROCESSES
+        ]
 
         def content(name: PurePosixPath, entry: _Entry) -> bytes:
-            told = name.suffix in _TELLING and not name.match("*.part.jsonl") and entry.size < _SMALL_BYTES
-            with contextlib.suppress(FileNotFoundError):  # gone meanwhile
-                return self._cat(self.root / name) if told else b""
+            small = name.suffix in {".json", ".jsonl"} and entry.size < _SMALL_BYTES
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                return self._cat(self.root / name) if small and not name.match("*.part.jsonl") else b""
             return b""
 
-        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(_AT_ONCE) as threads:
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(_THREADS) as threads:
             contents = threads.map(content, *zip(*found, strict=True))
-            for (name, entry), told in zip(found, contents, strict=True):
+            for (name, entry), data in zip(found, contents, strict=True):
                 path = Path(folder) / name
-                with contextlib.suppress(OSError, ValueError):  # names that no folder here can have
+                with contextlib.suppress(OSError, ValueError):  # names that no folder on a disk can have
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(told)
+                    path.write_bytes(data)
                     os.utime(path, (entry.time, entry.time))
             yield Path(folder)
 
@@ -270,23 +272,26 @@ class _Mirror(Storage):
         info = self._info(path)
         return f"{info['size']} {state_of(info)}" if info else ""
 
-    # Sending and getting
+    # Uploads and downloads
 
     def _put(self, path: Path, send: Callable[[], Any]) -> None:
         try:
             self._ask(path, send)
         except FileNotFoundError:
-            unseen = " and HF_TOKEN" if self._on_hub else ""  # a private one is missing for others
             raise OutputError(
-                f"{self.shown(path)}: there is no such bucket: create it, or check the URL{unseen}"
+                f"{self.shown(path)}: there is no such bucket: create it, or check the URL"
             ) from None
 
-    def publish(self, path: Path) -> None:
+    def publish(self, path: Path, *, once: bool = False) -> None:
+        try:
+            self._put(path, lambda: self._send(path, once=once))
+        except FileExistsError:  # another was quicker, or the answer to an attempt of ours was lost
+            self.drop(path)
+            self.refresh(path.parent)
+            return
         for last in (False, False, True):
-            size = path.stat().st_size
-            self._put(path, lambda: self._system.put_file(str(path), self._at(path)))
-            kept = self._note(path)
-            if kept is None or kept.size >= size or self._on_hub:  # which tells of what was there before
+            size, kept = path.stat().st_size, self._note(path)
+            if kept is None or kept.size >= size:
                 return
             lost = f"{self.shown(path)}: the store keeps {kept.size:,} bytes of {size:,}"
             if last:
@@ -294,26 +299,38 @@ class _Mirror(Storage):
                     f"{lost}; finished work is kept: check the store, and run the same command again"
                 )
             log.warning("%s: sending it again", lost)
+            self._put(path, lambda: self._send(path, once=False))
+
+    def _send(self, path: Path, *, once: bool) -> None:
+        if once:
+            try:  # s3fs, gcsfs and adlfs each make this a condition of the write
+                self._system.put_file(str(path), self._at(path), mode="create")
+            except OSError as error:
+                if error.errno == errno.EINVAL:  # how s3fs reports an unmet condition of some servers
+                    raise FileExistsError(self._at(path)) from None
+                if error.errno != errno.ENOSYS:
+                    raise
+            except (TypeError, NotImplementedError):
+                pass
+            else:
+                return
+        self._system.put_file(str(path), self._at(path))  # the last write wins
 
     def _note(self, path: Path) -> _Entry | None:
-        """Keep in mind what was just published, and what time it is there; gives it, if it is there."""
-        entry = None
-        if info := self._info(path):
-            entry = _Entry.of(info)
-            if not entry.time:
-                raise OutputError(f"{self}: does not tell times; use s3://, gs:// or az://")
-            self._ahead = entry.time - time.monotonic()
-            self._listing(path.parent)[path.name] = entry
-            self._here.add(path)
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(path, (entry.time, entry.time))
+        """Remember that the file on this disk is the object; gives the object, if it is there."""
+        if (info := self._info(path)) is None:
+            return None
+        entry = _Entry.of(info)
+        self._listing(path.parent)[path.name] = entry
+        self._here.add(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path, (entry.time, entry.time))
         return entry
 
     def check_writable(self, output: Path, flag: str = "--output_file") -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         probe = output.with_name(f".{output.name}.{self._name}.probe")
         self._put(output, lambda: self._system.pipe_file(self._at(probe), b"probe"))
-        self._note(probe)
         self._delete(probe)
 
     def fetch(self, path: Path, *, once: bool = False) -> bool:
@@ -328,7 +345,7 @@ class _Mirror(Storage):
             try:
                 with atomic(path, room=_Entry.of(info).size) as temporary:
                     self._ask(path, lambda: self._get(path, temporary))
-            except FileNotFoundError:  # removed since it was asked about
+            except FileNotFoundError:  # removed meanwhile
                 path.unlink(missing_ok=True)
                 return False
         self._here.add(path)
@@ -342,7 +359,7 @@ class _Mirror(Storage):
         entry = _Entry.of(self._info(path) or {"size": 0})
         self._system.get_file(self._at(path), str(target))
         if target.stat().st_size != entry.size:
-            raise OSError("it came in part, or was changed meanwhile")
+            raise OSError("only a part came, or it was changed meanwhile")
         os.utime(target, (entry.time, entry.time))
 
     def fetch_log(self, path: Path) -> None:
@@ -384,66 +401,4 @@ class _Mirror(Storage):
     def _delete(self, path: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             self._ask(path, lambda: self._system.rm_file(self._at(path)))
-        self._listings.pop(path.parent, None)
-
-    # Who is at what. An object tells that its process lives by being written again and again; how long ago
-    # that was is told by the store's clock, so that no clocks need agree.
-
-    def taken(self, note: Path) -> bool:
-        if (entry := self._entry(note)) is None:
-            return False
-        if self._is_ours(note):  # where no lock is on it: it is dead
-            return False
-        if self._recent(entry):
-            return True
-        now = self._info(note)  # another may have taken it since the folder was listed
-        return now is not None and self._recent(_Entry.of(now))
-
-    def _is_ours(self, note: Path) -> bool:
-        """Whether a note there is that of this machine, but for what beats add."""
-        with contextlib.suppress(FileNotFoundError):
-            return note.read_bytes().rstrip() == self._cat(note).rstrip()
-        return False
-
-    def _recent(self, entry: _Entry) -> bool:
-        if time.monotonic() - self._away < _DEAD_SECONDS:  # the network was away: others may live, too
-            return True
-        if self._ahead is None:
-            self.check_writable(self.root / "clock")
-        return time.monotonic() + (self._ahead or 0.0) - entry.time < _DEAD_SECONDS
-
-    def take(self, note: Path) -> bool:
-        content = note.read_bytes()
-
-        def send() -> None:
-            try:
-                self._system.pipe_file(self._at(note), content, mode="create")
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # "precondition failed", as s3fs says it of some servers
-                    raise
-            except (TypeError, NotImplementedError):  # no such mode: who wrote last has it
-                self._system.pipe_file(self._at(note), content)
-
-        with contextlib.suppress(FileExistsError):  # perhaps by an attempt of ours whose answer was lost
-            self._put(note, send)
-        self._listings.clear()  # what another finished before is seen
-        try:
-            return self._cat(note) == content
-        except FileNotFoundError:
-            return False
-
-    def give_back(self, note: Path) -> None:
-        if self._is_ours(note):
-            self._delete(note)
-        note.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def keeping(self, note: Path) -> Iterator[None]:
-        beats = itertools.count()
-
-        def beat() -> None:  # each is another object, should a store not tell a new time of an equal one
-            self._system.pipe_file(self._at(note), note.read_bytes() + b" " * (next(beats) % 2 + 1))
-
-        # Waits for one that is under way: it would bring back a note that was removed.
-        with every(_BEAT_SECONDS, beat, patience=_DEAD_SECONDS):
-            yield
+        self.refresh(path.parent)

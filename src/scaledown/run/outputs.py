@@ -71,12 +71,12 @@ def check_apart(what: str, output: str, reads: Iterable[object]) -> None:
             continue
         if is_url(read) or Path(read).is_dir():
             raise UsageError(f"{what} {output} lies in {read}, which is read: put it elsewhere")
-        if lies_in(read, output):  # else a file is taken for a folder, which is told where it is written
+        if lies_in(read, output):  # else a file stands for a folder: an error when it is written
             raise UsageError(f"{what} {output} is also read: name another, it would be overwritten")
 
 
 def lies_in(inner: str, outer: str) -> bool:
-    """Whether a path or URL is another, by whatever name, or lies in it."""
+    """Whether a path or URL is the same as another, also through links, or lies in it."""
     if is_url(inner) or is_url(outer):
         return f"{inner.rstrip('/')}/".startswith(f"{outer.rstrip('/')}/")
     one, other = Path(inner).resolve(), Path(outer).resolve()

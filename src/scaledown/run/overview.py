@@ -1,4 +1,4 @@
-"""A run as people see it from outside: the table of `scaledown status`, and what a supervisor shows."""
+"""A run's status as text: the table of `scaledown status`, and the bars of a process that watches workers."""
 
 import contextlib
 import logging
@@ -10,6 +10,7 @@ from typing import Final
 from scaledown.errors import one_line
 from scaledown.run.progress import Tracker, duration, track
 from scaledown.run.status import StageStatus, Status, WorkerStatus, status_of
+from scaledown.urls import is_url
 
 log = logging.getLogger("scaledown")
 
@@ -17,7 +18,7 @@ _EVERY_SECONDS: Final = 1.0
 
 
 class Overview:
-    """The progress of all workers of a run together: a bar or lines for each stage that is under way."""
+    """The progress of all workers together: a bar, or log lines, for each stage that is under way."""
 
     def __init__(self, run: Path) -> None:
         self._run = run
@@ -25,13 +26,13 @@ class Overview:
         self._shown: dict[str, tuple[Tracker, contextlib.ExitStack]] = {}
 
     def look(self) -> None:
-        """Show how far the run is, if that is not just done."""
+        """Show the progress, at most once a second."""
         if time.monotonic() < self._next:
             return
         try:
             stages = status_of(self._run).stages
-        except Exception:  # a disk that does not answer, a file that is no status: that ends no run
-            log.debug("no look at %s", self._run, exc_info=True)
+        except Exception:  # the disk does not answer, a file is damaged: the run goes on
+            log.debug("no status of %s", self._run, exc_info=True)
             stages = ()
         for stage in stages:
             self._show(stage)
@@ -48,21 +49,21 @@ class Overview:
         tracker, stack = shown
         tracker.guess = stage.rows_planned or 0
         total = None if stage.estimated else stage.rows_planned
-        rate = tracker.rate() if stage.finished else stage.rate  # of all together, as it was last
+        rate = tracker.rate() if stage.finished else stage.rate  # the last rate of all together
         tracker.tell(stage.done, total, rate, ", ".join(notes(stage)))
         if stage.finished:
             stack.close()
             del self._shown[stage.name]
 
     def close(self) -> None:
-        """Show nothing any more."""
+        """Remove all bars."""
         while self._shown:
             _, (_, stack) = self._shown.popitem()
             stack.close()
 
 
 def notes(stage: StageStatus) -> list[str]:
-    """What else there is to say of a stage: who is at it, what went wrong."""
+    """Further facts about a stage: its workers, and what went wrong."""
     counted = [
         f"{count:,} {one if count == 1 else many}"
         for count, one, many in (
@@ -77,7 +78,7 @@ def notes(stage: StageStatus) -> list[str]:
 
 
 def table(status: Status) -> str:
-    """A status for people: what state the run is in, its stages, its workers."""
+    """A status as a table: the state of the run, its stages, its workers."""
     lines = [f"{status.path}: {_state(status)}", ""]
     if status.stages:
         lines += _columns([_HEAD, *(_row(stage, status) for stage in status.stages)])
@@ -97,14 +98,14 @@ _HEAD: Final = ("stage", "shards", "rows", "time", "rate", "left", "")
 def _state(status: Status) -> str:
     if status.finished:
         when = datetime.fromtimestamp(status.finished_time or 0, UTC).astimezone()
-        told = f"finished {when:%Y-%m-%d %H:%M}"
-        return (
-            f"{told}, {status.examples:,} examples in {one_line(status.output)}"
-            if status.output and status.examples is not None
-            else told
-        )
+        text = f"finished {when:%Y-%m-%d %H:%M}"
+        if status.output and status.examples is not None:
+            text += f", {status.examples:,} examples in {one_line(status.output)}"
+        return text
     if status.workers:
         return "under way"
+    if is_url(status.path):
+        return "unfinished (whether a process is at work cannot be seen in a bucket)"
     return "interrupted, or waiting for other parts: the same command continues"
 
 
@@ -131,7 +132,7 @@ def _worker(worker: WorkerStatus) -> tuple[str, ...]:
     since = "" if worker.seconds_at is None else duration(worker.seconds_at)
     if worker.alive is None:
         silent = worker.silent_seconds
-        since += f" (last word {duration(silent)} ago)" if silent is not None else " (no word)"
+        since += f" (last seen {duration(silent)} ago)" if silent is not None else " (never seen)"
     return (
         one_line(worker.worker) or "process",
         one_line(worker.host),

@@ -1,4 +1,4 @@
-"""What a person sees while it runs: a bar with rate and time left on a terminal, log lines elsewhere."""
+"""Progress on standard error: bars with rate and time left on a terminal, log lines elsewhere."""
 
 import contextlib
 import logging
@@ -18,7 +18,7 @@ LINE_EVERY_SECONDS: Final = 15.0
 
 
 class Tracker:
-    """Counts work done. `total` of None means that nobody knows yet how much there is."""
+    """Counts work done. A `total` of None is unknown."""
 
     def __init__(
         self, name: str, unit: str, total: int | None, done: int, stage: Stage | None = None
@@ -27,20 +27,20 @@ class Tracker:
         self.done = done
         self.stage = stage
         self.note = ""
-        """What else is worth a look while it runs: tokens a second, cost."""
+        """Further facts to show: tokens a second, cost."""
         self.waiting = ""
-        """For what it waits, if it does."""
+        """What it waits for, if it does."""
         self.guess = 0
-        """Without a total, what it may be."""
+        """An estimate of the total while it is unknown."""
         self.at: range | None = None
-        """The shards that `in_flight` is about: what was done of them by now, on the disk or not."""
+        """The shards that `in_flight` counts units of: those done so far, on the disk or not."""
         self.in_flight = 0
         self._first = done
         self._rate: float | None = None
         self._started = self._spoke = time.monotonic()
 
     def advance(self, count: int = 1, fraction: float | None = None) -> None:
-        """Say that `count` more are done; without a total, what `fraction` of the whole that makes."""
+        """Add `count` units; `fraction`, the share of the whole done so far, gives an unknown total."""
         self.done += count
         if self.total is None and fraction:
             self.guess = max(self.done, round(self.done / fraction))
@@ -51,18 +51,18 @@ class Tracker:
         self._show()
 
     def skip(self, count: int) -> None:
-        """Say that `count` more were done before this process: they do not count for the rate."""
+        """Add `count` units that were done before this process: they do not count for the rate."""
         self._first += count
         self.advance(count)
 
     def wait(self, reason: str) -> None:
-        """Show for what it waits; empty: it goes on."""
+        """Show what it waits for; empty when it goes on."""
         if reason != self.waiting:
             self.waiting = reason
             self._show()
 
     def tell(self, done: int, total: int | None, rate: float, note: str) -> None:
-        """Show what others do, all of them together."""
+        """Show the progress of all workers together."""
         self.done, self.total, self._rate, self.note = done, total, rate, note
         self._show()
 
@@ -72,7 +72,7 @@ class Tracker:
             self.say()
 
     def say(self) -> None:
-        """Log how far it is."""
+        """Log the progress."""
         log.info("%s", self.line(), extra={"fields": self.fields()})
 
     def counts(self) -> str:
@@ -81,7 +81,7 @@ class Tracker:
         return f"{self.done:,}{total} {self.unit}"
 
     def rate(self) -> float:
-        """How many a second: in this process, or what was told."""
+        """Units a second: in this process, or as last set by `tell`."""
         if self._rate is not None:
             return self._rate
         return (self.done - self._first) / max(time.monotonic() - self._started, 1e-9)
@@ -135,7 +135,7 @@ _at_work: list[Tracker] = []
 
 
 def no_progress(_: float) -> None:
-    """For work whose progress nobody watches."""
+    """A progress function that does nothing."""
 
 
 def at_work() -> list[Tracker]:
@@ -214,7 +214,7 @@ def _drawing() -> Iterator[Progress]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: `3.2 s`, `4 min 10 s`, `25 min`, `2 h 05 min`."""
+    """Seconds as text: `3.2 s`, `4 min 10 s`, `25 min`, `2 h 05 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     if seconds < 599.5:

@@ -1,4 +1,4 @@
-"""A run's status as metrics in a file, as node_exporter's textfile collector reads them.
+"""A run's status as a file of metrics for node_exporter's textfile collector.
 
 https://prometheus.io/docs/instrumenting/exposition_formats/, names as in .../practices/naming/
 """
@@ -30,9 +30,9 @@ _OF_STAGES: Final[tuple[tuple[str, str, str, Callable[[StageStatus], Value]], ..
     ("shards_done_total", "counter", "Whole shards.", lambda stage: stage.shards),
     ("shards_planned", "gauge", "Shards that the stage will have.", lambda stage: stage.shards_planned),
     ("shard_seconds_total", "counter", "Time that whole shards took.", lambda stage: stage.seconds),
-    ("stage_workers", "gauge", "Processes that are at the stage.", lambda stage: stage.workers),
+    ("stage_workers", "gauge", "Processes that work on the stage.", lambda stage: stage.workers),
     ("worker_deaths_total", "counter", "Deaths of workers at the stage.", lambda stage: stage.deaths),
-    ("given_up_shards", "gauge", "Shards that workers died of, given up.", lambda stage: stage.given_up),
+    ("given_up_shards", "gauge", "Shards given up: workers died.", lambda stage: stage.given_up),
     ("quarantined_rows", "gauge", "Rows set aside with a reason.", lambda stage: stage.quarantined),
     ("stage_finished", "gauge", "1 when the stage is finished.", lambda stage: stage.finished),
 )
@@ -72,10 +72,15 @@ def _escaped(text: str) -> str:
 
 @contextlib.contextmanager
 def metrics_file(path: str, run: Path, *, overwrite: bool = False) -> Iterator[None]:
-    """Write the metrics of a run to a file all the while, and once more at the end. Without a path, nothing.
+    """Write the metrics of a run to a file every 5 s while the block runs, and once more at the end.
 
-    Raises `OutputError` where the file cannot be written to begin with, or is no such file unless
-    `overwrite` allows; later that ends nothing.
+    Args:
+        path: The file; empty for none.
+        run: The run directory.
+        overwrite: Replace a file that holds something else.
+
+    Raises:
+        OutputError: The file cannot be written at first, or holds something else. A failure later is ignored.
     """
     if not path:
         yield

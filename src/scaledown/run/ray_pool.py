@@ -1,4 +1,4 @@
-"""Workers as tasks on a Ray cluster: each takes its GPUs, wherever in the cluster they are."""
+"""Workers as tasks on a Ray cluster: each takes its GPUs on any node that has them."""
 
 import logging
 import math
@@ -12,7 +12,7 @@ from scaledown.run.executor import Ending, Order
 log = logging.getLogger("scaledown")
 
 _KNOCK_SECONDS: Final = 10
-# What workers need to know; keys are no part of it: Ray shows them, so they are set where its nodes start.
+# Passed on to workers. Keys are not: Ray shows these variables, so keys are set where its nodes start.
 _VARIABLES: Final = (
     *("OMP_NUM_THREADS", "MKL_CBWR", "SCALEDOWN_CACHE"),
     *("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "TRANSFORMERS_OFFLINE"),
@@ -20,7 +20,7 @@ _VARIABLES: Final = (
 
 
 class RayPool:
-    """A Ray cluster. Its nodes must have this package, and see corpus, run directory and output."""
+    """A Ray cluster. Its nodes need this package, and access to corpus, run directory and output."""
 
     def __init__(self, address: str, workers: int, gpus_each: int) -> None:
         try:
@@ -46,24 +46,24 @@ class RayPool:
         if not any(room):
             raise UsageError(f"--tensor_parallel {gpus_each}: no node of the cluster has so many GPUs")
         self.workers = workers or sum(room)
-        """One for each of its GPUs, or for each of its nodes where it has none."""
+        """One a GPU; one a node if the cluster has no GPU."""
         a_node = math.ceil(self.workers / len(nodes))
         cores = min(int(node.get("CPU", 1)) for node, fits in zip(nodes, room, strict=True) if fits)
         self._threads = max(1, cores // (max(room) if self.has_gpus else a_node))
-        self._cores_each = 1 if self.has_gpus else self._threads  # one that has a GPU waits for it alone
+        self._cores_each = 1 if self.has_gpus else self._threads  # with GPUs, these set how many fit
         log.info("Ray: %s nodes, %s workers", len(nodes), self.workers)
         free = self._ray.available_resources().get("GPU" if self.has_gpus else "CPU", 0)
         if free < self.workers * (gpus_each if self.has_gpus else self._cores_each):
             log.warning("Ray: not all workers can start at once; they wait for room on the cluster")
 
     def start(self, order: Order, place: int) -> "_Task":
-        """Submit a worker; it waits while no node has room for it."""
+        """Submit a worker; it waits until a node has room for it."""
         own = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
         own.setdefault("OMP_NUM_THREADS", str(self._threads))
         remote = self._ray.remote(_carry_out).options(
             num_cpus=self._cores_each,
             num_gpus=self._gpus_each,
-            max_retries=0,  # whoever supervises counts
+            max_retries=0,  # `supervise` starts another
             scheduling_strategy="SPREAD",
             runtime_env={"env_vars": own},
             name=f"scaledown {order.worker}",
@@ -72,14 +72,14 @@ class RayPool:
 
 
 def _knock(address: str) -> None:
-    """Raise `OSError` where nobody listens: Ray itself would try for minutes."""
+    """Raise `OSError` if nothing listens there: Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
 
 
 def _carry_out(order: dict[str, Any]) -> tuple[str, str] | None:
-    """A worker; gives an error of ours as its kind and message."""
+    """Run a worker; gives one of our errors as its class and message."""
     try:
         Order(**order).carry_out()
     except ScaleDownError as error:
@@ -97,10 +97,10 @@ class _Task:
         if not self._ray.wait([self._reference], timeout=0)[0]:
             return None
         try:
-            told = self._ray.get(self._reference)
-        except self._ray.exceptions.RayError as error:
-            return Ending(well=False, reason=" ".join(str(error).split())[-200:])
-        return Ending.told(*told) if told else Ending(well=True)
+            error = self._ray.get(self._reference)
+        except self._ray.exceptions.RayError as death:
+            return Ending(well=False, reason=" ".join(str(death).split())[-200:])
+        return Ending.failed(*error) if error else Ending(well=True)
 
     def kill(self) -> None:
         self._ray.cancel(self._reference, force=True)

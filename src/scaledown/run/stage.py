@@ -1,8 +1,8 @@
-"""A stage of a run: atomic shards, each made once, whoever makes it.
+"""A stage of a run: shards that are written once, with the same content whoever makes them.
 
-A stage's shards live in `<work_dir>/<stage>/<fingerprint>/`, so a changed setting starts a new folder for
-that stage and those after it, and changing it back finds the old shards again. A shard exists under its
-final name only when it is whole; `done.json` says that a stage has all of its shards.
+The shards of a stage are in `<work_dir>/<stage>/<fingerprint>/`. A changed setting starts a new folder for
+that stage and those after it, and changing it back finds the old shards again. A shard has its final name
+only when it is whole; `done.json` marks a stage that has all of its shards.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ from scaledown.run.leases import TRIES
 log = logging.getLogger("scaledown")
 
 _CHECKSUM_BYTES: Final = 4
-_OUT_OF_RESOURCES: Final = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # which say nothing about a file
+_OUT_OF_RESOURCES: Final = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # the file is not to blame
 _WAIT_SECONDS: Final = 0.1
 
 
 class StageResult(NamedTuple):
-    """What a finished stage says of itself; `rows` has one entry a shard."""
+    """The record of a finished stage; `rows` has one entry a shard."""
 
     rows: list[int]
     counts: dict[str, int]
@@ -41,9 +41,15 @@ class StageResult(NamedTuple):
 class Stage:
     """The shards of one stage under one set of settings.
 
-    A shard is an Arrow IPC stream, read memory-mapped, followed by the CRC-32 of its bytes. `sources`
-    are the stages whose shard of the same number a shard is made from; the first says how many there will be.
-    A stage that stands `beside` others of its name does not tell that their settings are different.
+    A shard is an Arrow IPC stream, read memory-mapped, followed by the CRC-32 of its bytes.
+
+    Args:
+        run: The run directory.
+        name: The stage's name, one of `STAGES`.
+        settings: All that the shards depend on.
+        sources: The stages that a shard is made from: it needs the shards with its number. The first of them
+            sets how many shards there will be.
+        beside: Other stages with this name, and other settings, may be in the run: the log does not say so.
     """
 
     def __init__(
@@ -69,11 +75,11 @@ class Stage:
             log.info("%s: the settings changed; earlier results stay in %s", name, self.folder.parent)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.at: range | None = None
-        """The shards that this process makes now, or made last."""
+        """The shards that this process makes, or made last."""
         run.opened[name] = self.folder
 
     def path(self, shard: int) -> Path:
-        """Where shard number `shard` lies once it is whole."""
+        """The file of shard number `shard`, which exists once the shard is whole."""
         return self.folder / f"{shard:06d}.arrow"
 
     def has(self, shard: int) -> bool:
@@ -81,7 +87,7 @@ class Stage:
         return self.storage.exists(self.path(shard))
 
     def files(self) -> list[Path]:
-        """All that it left."""
+        """All files of the stage."""
         return self.storage.glob(self.folder, "*")
 
     def size(self, shard: int) -> int:
@@ -89,7 +95,7 @@ class Stage:
         return self.storage.size(self.path(shard))
 
     def done(self) -> StageResult | None:
-        """The stage's own account, or None while it is unfinished."""
+        """The record of the finished stage, or None while it is unfinished."""
         content = self.storage.read_json(self.folder / "done.json")
         try:
             return StageResult(**content) if content else None
@@ -97,7 +103,7 @@ class Stage:
             return None
 
     def finished(self) -> StageResult:
-        """The stage's own account; the stage must be finished."""
+        """The record of the stage. Raises `RunDirectoryError` while it is unfinished."""
         result = self.done()
         if result is None:
             raise RunDirectoryError(
@@ -106,25 +112,31 @@ class Stage:
         return result
 
     def planned(self) -> list[int]:
-        """Rows of each shard once it is finished; before that, those of the stage it is made from."""
+        """Rows of each shard; while the stage is unfinished, those of the stage it is made from."""
         if (result := self.done()) is None and self._sources:
             return self._sources[0].planned()
         return (result or self.finished()).rows
 
     def missing(self) -> int:
-        """How many of its shards are not there yet."""
+        """The number of shards that are still to be made."""
         self.storage.refresh(self.folder)
         return sum(not self.has(shard) for shard in range(len(self.planned())))
 
     def made(self) -> list[int]:
-        """Rows of each shard as planned, but none where it was given up; `finish` is told these."""
+        """Rows of each shard, 0 for one that was given up; for `finish`."""
         given_up = set(self.lost())
         return [0 if shard in given_up else rows for shard, rows in enumerate(self.planned())]
 
     def write(self, shard: int, content: pa.Table, seconds: float = 0.0, left: float = 0.0) -> None:
-        """Write a whole shard atomically and note how long it took.
+        """Write a whole shard atomically, and its time to the journal.
 
-        `left` is how many more shards of this size are to come: a full disk is told what the stage needs.
+        In an object store a shard that is already there stays: only the first of two makers is kept.
+
+        Args:
+            shard: Its number.
+            content: Its rows.
+            seconds: The time that it took.
+            left: How many more shards of this size are to come; for the message when the disk is full.
         """
         with atomic(self.path(shard), room=int((left + 1) * content.nbytes)) as temporary:
             with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, content.schema) as writer:
@@ -132,13 +144,13 @@ class Stage:
             checksum = _checksum(pa.memory_map(str(temporary)).read_buffer())
             with temporary.open("ab") as file:
                 file.write(checksum)
-        self.storage.publish(self.path(shard))
+        self.storage.publish(self.path(shard), once=True)
         self.note({"shard": shard, "seconds": round(seconds, 3), "rows": content.num_rows})
         for name in tuple(self._leased):
             self._run.leases.renew(name)
 
     def note(self, event: Mapping[str, Any]) -> None:
-        """Append to the stage's journal: seconds of a shard, or a batch that had to be halved."""
+        """Append an event to the stage's journal: the seconds of a shard, or a halved batch."""
         path = self.folder / self.storage.own("journal.jsonl")
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
@@ -146,7 +158,7 @@ class Stage:
 
     @contextlib.contextmanager
     def noting(self, shard: int, count: Callable[[], int]) -> Iterator[None]:
-        """Note by how much the number of halved batches grows inside, if it does."""
+        """Write to the journal how many batches were halved while the block ran, if any."""
         before = count()
         try:
             yield
@@ -155,7 +167,7 @@ class Stage:
                 self.note({"shard": shard, "halved": more})
 
     def journal(self) -> list[dict[str, Any]]:
-        """What was noted, in order."""
+        """The events in the journal, in order."""
         notes = []
         for path in self.storage.owned(self.folder / "journal.jsonl"):
             self.storage.fetch_log(path)
@@ -166,10 +178,16 @@ class Stage:
         return notes
 
     def table(self, shard: int, *, check: bool = False) -> pa.Table:
-        """A shard, memory-mapped; with `check`, all of it is read and compared with its checksum.
+        """The rows of a shard, memory-mapped.
 
-        What comes damaged from a store, or is not there yet, is fetched again for some seconds. Raises
-        `RunDirectoryError`.
+        What is damaged when it comes from a store, or not there yet, is fetched again for some seconds.
+
+        Args:
+            shard: Its number.
+            check: Read all of it and compare it with its checksum.
+
+        Raises:
+            RunDirectoryError: It is missing or damaged.
         """
         path = self.path(shard)
         check |= self.storage.fetch(path, once=True)
@@ -180,9 +198,9 @@ class Stage:
             except (pa.ArrowException, OSError, ValueError) as error:
                 if getattr(error, "errno", None) in _OUT_OF_RESOURCES:
                     raise
-                self.storage.drop(path)  # else it would be taken for whole the next time
+                self.storage.drop(path)  # else the next fetch would keep it
                 if (pause := next(pauses, None)) is None:
-                    # What another process may be making is not to be deleted.
+                    # No advice to delete a file that another process may be making.
                     raise RunDirectoryError(
                         f"{self.storage.shown(path)} is missing or damaged: run the same command again when "
                         "no other process works on this run; if it still fails then, delete the file and "
@@ -199,7 +217,16 @@ class Stage:
     def finish(
         self, rows: list[int], counts: Mapping[str, int], measured: Mapping[str, float] | None = None
     ) -> StageResult:
-        """Mark the stage as complete."""
+        """Mark the stage as complete.
+
+        Args:
+            rows: Rows of each shard.
+            counts: What the stage counted, by name.
+            measured: What the stage measured, by name.
+
+        Returns:
+            The record, with the seconds and halved batches of the journal added up.
+        """
         journal = self.journal()
         halved = sum(int(event.get("halved", 0)) for event in journal)
         seconds = sum(float(event.get("seconds", 0)) for event in journal)
@@ -222,11 +249,16 @@ class Stage:
     def complete(
         self, shards: int, work: Callable[[int], pa.Table], *, nothing: Mapping[str, str] | None = None
     ) -> bool:
-        """Make every missing shard of this process' part with `work(number)`, sharing it with live others.
+        """Make the missing shards of this process' part, shared with other processes on the same disk.
 
-        Gives whether the stage, and those it is made from, have all of their shards: those of other parts may
-        be missing. A shard that
-        ended its worker again and again is given up and stays empty, with `nothing` as its metadata.
+        Args:
+            shards: How many shards the stage has.
+            work: Makes the shard with the given number.
+            nothing: The metadata of the empty shard in place of one that was given up, because it ended its
+                worker again and again.
+
+        Returns:
+            Whether this stage and those it is made from have all shards: those of other parts may be missing.
         """
         return self.complete_together(shards, 1, lambda group: [work(group.start)], nothing=nothing)
 
@@ -238,7 +270,7 @@ class Stage:
         *,
         nothing: Mapping[str, str] | None = None,
     ) -> bool:
-        """Like `complete`, for work that gives `at_once` consecutive shards, in their order."""
+        """Like `complete`, with `work` that makes `at_once` consecutive shards and gives them in order."""
         mine = self._run.part.of(shards)
         groups = [range(first, min(first + at_once, mine.stop)) for first in mine[::at_once]]
         waited = False
@@ -246,10 +278,12 @@ class Stage:
             made = [self._make(group, shards, work) for group in missing]
             if not any(made):
                 if not waited:
-                    log.info("%s: waiting for the process that makes the last %s", self.name, len(missing))
+                    log.info(
+                        "%s: waiting for another process, which makes the last %s", self.name, len(missing)
+                    )
                 waited = True
                 time.sleep(_WAIT_SECONDS)
-        self.storage.refresh(self.folder)  # what others made a moment ago, too: else nobody goes on
+        self.storage.refresh(self.folder)  # to see what others made just now: one of all parts must see all
         self._stand_in(shards, lambda like, _: like.slice(0, 0).replace_schema_metadata(nothing))
         before = all(source.done() for source in self._sources)
         return before and all(map(self.has, range(shards)))
@@ -261,10 +295,13 @@ class Stage:
         check: Callable[[], None],
         empty: Callable[[pa.Table, int], pa.Table],
     ) -> None:
-        """Like `complete`, one shard for each of `source`, which is still being made meanwhile.
+        """Like `complete`, with one shard for each of `source`, which is being made at the same time.
 
-        `check` is called between shards and while waiting; it raises when `source` cannot be finished.
-        `empty` makes what stands for a shard that is given up, from one that is there and its number.
+        Args:
+            source: The stage that comes before.
+            work: Makes the shard with the given number.
+            check: Called between shards and while waiting; raises when `source` cannot be finished.
+            empty: Makes the shard in place of one that was given up, from a whole one and its number.
         """
 
         def make(number: int, shards: int) -> bool:
@@ -287,11 +324,11 @@ class Stage:
         self._stand_in(shards, empty)
 
     def _settled(self, shard: int) -> bool:
-        """Whether nobody need make the shard: it is there, or was given up."""
+        """Whether the shard needs no more work: it is there, or was given up."""
         return self.has(shard) or self.absent(shard)
 
     def _make(self, group: range, shards: int, work: Callable[[range], Iterable[pa.Table]]) -> bool:
-        """Settle the shards of `group` unless another process is at it; gives whether any was."""
+        """Make the shards of `group` unless another process does so; gives whether any was settled."""
         name = f"{self._key}-{group.start:06d}" + (f"-{group.stop:06d}" if len(group) > 1 else "")
         with self._run.leases.hold(name) as mine:
             if not mine:
@@ -323,7 +360,7 @@ class Stage:
         return True
 
     def _give_up(self, shard: int, deaths: list[str]) -> None:
-        """Do without a shard in this run."""
+        """Mark a shard as given up in this run, with the reason in the quarantine."""
         reason = f"{len(deaths)} workers died of it"
         log.warning("%s: shard %s is given up, %s, the last of %s", self.name, shard, reason, deaths[-1])
         self.quarantine(f"{shard:06d}{GIVEN_UP}", [{"shard": shard, "reason": reason, "deaths": deaths}])
@@ -344,7 +381,7 @@ class Stage:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def _stand_in(self, shards: int, empty: Callable[[pa.Table, int], pa.Table]) -> None:
-        """Let something empty stand for each shard that was given up, with the columns of another."""
+        """Write an empty shard, with the columns of another, for each shard that was given up."""
         if not (absent := self.lost()):
             return
         whole = next((shard for shard in range(shards) if shard not in absent and self.has(shard)), None)
@@ -361,7 +398,7 @@ class Stage:
     def lease(
         self, what: str, *, wait: bool = False, check: Callable[[], None] = lambda: None
     ) -> Iterator[bool]:
-        """Hold `what` of this stage against other processes; see `Leases.hold`. Writing a shard renews it."""
+        """Hold the lease on `what` of this stage; see `Leases.hold`. Each written shard renews it."""
         name = f"{self._key}-{what}"
         if len(deaths := self._run.leases.deaths(name)) >= TRIES:
             raise RunDirectoryError(
@@ -377,7 +414,7 @@ class Stage:
                 self._leased.discard(name)
 
     def quarantine(self, part: str, rejected: list[dict[str, Any]]) -> None:
-        """Keep rejected input with its reason; `part` names the shard it belongs to."""
+        """Write rejected input with its reasons to the quarantine; `part` names its shard."""
         if not rejected:
             return
         path = self._run.quarantine / f"{self._key}-{part}.jsonl"
@@ -389,16 +426,16 @@ class Stage:
 
 
 def together(shards: int, most: int) -> int:
-    """How many of so many shards are made at once: at most `most`, and so few that 8 workers have two turns.
+    """How many of `shards` shards to make at once: at most `most`, and so few that 8 workers have two turns.
 
-    How many workers there are does not count: any may come later, and all must see the same groups, else
+    It does not depend on the number of workers: more may come later, and all must form the same groups, or
     two of them make the same shards.
     """
     return max(1, min(most, shards // 16))
 
 
 def _mapped(path: Path, *, check: bool) -> pa.Table:
-    """What is in a shard's file. Raises one of several errors where that is not whole."""
+    """The rows in a shard's file. Raises `ArrowException`, `OSError` or `ValueError` if it is not whole."""
     mapped = pa.memory_map(str(path)).read_buffer()
     body = mapped[: mapped.size - _CHECKSUM_BYTES]
     if check and _checksum(body) != mapped[body.size :].to_pybytes():

@@ -1,7 +1,8 @@
-"""How far a run is, read from its directory: by anybody, while it works or not. Changes nothing there.
+"""The status of a run, read from its directory at any time, also while it works. Changes nothing there.
 
-Of a stage those rows count that lie in whole shards, and those that live processes have done of the shards
-they are at. What a dead process had done of its shard counts again only when another does it.
+The rows of a stage are those in whole shards, and those that live processes have done of unfinished ones.
+What a dead process had done of its shard counts again only when another process does it. In an object store
+nobody can see which processes are alive: there only whole shards count.
 """
 
 import contextlib
@@ -23,13 +24,13 @@ from scaledown.run.leases import Held, Leases
 from scaledown.run.locations import storage_at
 from scaledown.urls import redacted
 
-# The stages that are no work on another stage's shards; that of all others is the one before them here.
+# Stages that are not made shard by shard from another stage; for the others see `_source`.
 _OWN_SHARDS: Final = ("synthetic", "queries", "passages", "approximate", "questions")
 _UNITS: Final = {"synthetic": "questions", "approximate": "passages"}
 
 
 class StageStatus(NamedTuple):
-    """How far a stage is. Rows are its queries or passages, as `unit` says; None is unknown."""
+    """The status of a stage. Rows are queries or passages, see `unit`; None is unknown."""
 
     name: str
     fingerprint: str
@@ -37,34 +38,34 @@ class StageStatus(NamedTuple):
     shards: int
     shards_planned: int | None
     rows: int
-    """In whole shards."""
+    """Rows in whole shards."""
     rows_in_progress: int
-    """Done of shards that live processes are at."""
+    """Rows that live processes have done of unfinished shards."""
     rows_planned: int | None
     estimated: bool
     """Whether `rows_planned` is an estimate."""
     seconds: float
-    """That its whole shards took, all processes together."""
+    """The time that its whole shards took, all processes together."""
     rate: float
-    """Rows a second of the processes that are at it, together; without any, as its shards were made."""
+    """Rows a second of all processes that work on it; without any, the mean of its whole shards."""
     seconds_left: float | None
     workers: int
-    """Processes that are at it."""
+    """Processes that work on it."""
     deaths: int
     given_up: int
     quarantined: int
     finished: bool
     waiting: str = ""
-    """For what those that are at it wait, if one does."""
+    """What one of its processes waits for, if any does."""
 
     @property
     def done(self) -> int:
-        """Rows that are done, in whole shards or not."""
+        """Rows in whole and unfinished shards."""
         return self.rows + self.rows_in_progress
 
 
 class WorkerStatus(NamedTuple):
-    """A process in the run directory: who and where it is, what it is at, and for how many seconds."""
+    """A process in the run directory: its name, where it runs, its shard, and for how many seconds."""
 
     worker: str
     host: str
@@ -72,13 +73,13 @@ class WorkerStatus(NamedTuple):
     at: str
     seconds_at: float | None
     silent_seconds: float | None
-    """Since its last word."""
+    """Seconds since its progress was last written."""
     alive: bool | None
-    """None where the file system does not say: then its last word does."""
+    """None where the file system has no locks: then `silent_seconds` gives a hint."""
 
 
 class Status(NamedTuple):
-    """How far a run is."""
+    """The status of a run."""
 
     path: str
     finished: bool
@@ -89,23 +90,27 @@ class Status(NamedTuple):
     stages: tuple[StageStatus, ...]
     workers: tuple[WorkerStatus, ...]
 
-    def told(self) -> dict[str, Any]:
-        """As what JSON has."""
+    def as_json(self) -> dict[str, Any]:
+        """As JSON values."""
         stages, workers = ([row._asdict() for row in rows] for rows in (self.stages, self.workers))
         return {**self._asdict(), "stages": stages, "workers": workers}
 
 
 def status_at(name: str) -> Status:
-    """How far the run is that has the directory or the output `name`, a path or a URL, now.
+    """The status of a run now.
 
-    Raises `InputError` where there is none.
+    Args:
+        name: The run directory, an index directory, or the output; a path or a URL.
+
+    Raises:
+        InputError: There is no run, or one of another version.
     """
     for place in (name, f"{name.rstrip('/')}.work"):
         storage = storage_at(place)
         if not {*STAGES, "live", "manifest.json"}.isdisjoint(storage.entries()):
             with storage.outline() as run:
                 try:
-                    return status_of(run, outlined=run != storage.root)._replace(path=str(storage))
+                    return status_of(run, elsewhere=storage.in_bucket)._replace(path=str(storage))
                 except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
                     raise InputError(
                         f"{storage}: what is there was not written by this version "
@@ -117,14 +122,17 @@ def status_at(name: str) -> Status:
     )
 
 
-def status_of(run: Path, *, outlined: bool = False) -> Status:
-    """How far the run in the directory `run` is, now; it may be `outlined`, see `Storage.outline`."""
-    everyone = processes(run, outlined=outlined)
+def status_of(run: Path, *, elsewhere: bool = False) -> Status:
+    """The status of the run in the directory `run` now.
+
+    With `elsewhere` it is an outline of one in an object store: no path in it leads to this disk.
+    """
+    everyone = processes(run)
     living = [process for process in everyone if process.alive is not False]
     content = read_json(run / "manifest.json")
     manifest = content if isinstance(content, dict) else {}
-    opened = _opened(run, everyone, manifest, outlined)
-    homes = {run} if outlined else {run, *(folder.parent.parent for _, folder in opened)}
+    opened = _opened(run, everyone, manifest, elsewhere=elsewhere)
+    homes = {run, *(folder.parent.parent for _, folder in opened)}
     held = [one for home in homes for one in Leases(home / "locks", "").held()]
     stages: list[StageStatus] = []
     shards: dict[str, _Shards] = {}
@@ -154,11 +162,11 @@ def status_of(run: Path, *, outlined: bool = False) -> Status:
 def _ended(
     run: Path, manifest: Mapping[str, Any], stages: Sequence[StageStatus], folders: Mapping[str, Path]
 ) -> float | None:
-    """When the run was finished, in seconds since 1970, if it is."""
+    """When the run was finished, in seconds since 1970; None if it is not."""
     if not all(stage.finished or not folders[stage.name].exists() for stage in stages):
         return None
-    if told := manifest.get("stages"):
-        same = all(name in folders and folders[name].name == one["fingerprint"] for name, one in told.items())
+    if made := manifest.get("stages"):
+        same = all(name in folders and folders[name].name == one["fingerprint"] for name, one in made.items())
         return datetime.fromisoformat(manifest["finished"]).timestamp() if same else None
     if "vectors" in folders and not (run / "queries").exists():  # an index
         return (folders["vectors"] / "done.json").stat().st_mtime
@@ -166,7 +174,7 @@ def _ended(
 
 
 class _Shards(NamedTuple):
-    """A stage's shards: which are whole, the rows of each as far as known; what it counted at its end."""
+    """A stage's shards: which are whole, the rows of each as far as known, the counts once it is finished."""
 
     whole: frozenset[int]
     rows: Mapping[int, int]
@@ -175,7 +183,7 @@ class _Shards(NamedTuple):
 
     @classmethod
     def of(cls, folder: Path) -> "_Shards":
-        """As they lie in the stage's folder."""
+        """From the stage's folder."""
         names = (entry.name.removesuffix(".arrow") for entry in _entries(folder))
         whole = frozenset(int(name) for name in names if name.isdecimal())
         rows: dict[int, int] = {}
@@ -191,43 +199,40 @@ class _Shards(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Whether the stage has all of them."""
+        """Whether the stage has all its shards."""
         return self.counts is not None
 
 
 def _source(name: str) -> str:
-    """The stage whose shards a stage works on."""
+    """The stage that a stage is made from."""
     if name == "vectors":
         return "passages"
     return "queries" if STAGES.index(name) < STAGES.index("questions") else "questions"
 
 
 def _opened(
-    run: Path, everyone: list[Process], manifest: Mapping[str, Any], outlined: bool
+    run: Path, everyone: list[Process], manifest: Mapping[str, Any], *, elsewhere: bool
 ) -> list[tuple[str, Path]]:
-    """The stages of the run, in order: as the processes say, else the manifest, else all that there are.
+    """The stages of the run, in order: those that processes name, else the manifest, else all there are.
 
-    Those of an index of its own are where they say, and left out where that is elsewhere.
+    Stages in an index directory are looked up there, but left out of a run in an object store.
     """
     named: dict[str, Path] = {}
     for process in sorted(everyone, key=lambda process: process.time):
-        for name, told in process.stages.items():
+        for name, folder in process.stages.items():
             if name not in STAGES:
                 continue
-            own = run / name / Path(told).name  # where this machine sees it
-            if not outlined:
-                named[name] = own if own.exists() else Path(told)
-            elif Path(told).parent.parent == Path(process.run):
-                named[name] = own
+            own = run / name / Path(folder).name  # the path on this machine
+            named[name] = own if own.exists() else Path(folder)
     if not named:
         index = (manifest.get("parameters") or {}).get("index_dir")
         for name, stage in (manifest.get("stages") or {}).items():
             if name not in STAGES or Path(stage["fingerprint"]).name != stage["fingerprint"]:
-                raise ValueError(f"stage {name} of the manifest")  # a path that leads elsewhere
+                raise ValueError(f"stage {name} of the manifest")  # a path out of the run directory
             own = run / name / stage["fingerprint"]
             if own.exists() or not index:
                 named[name] = own
-            elif not outlined:
+            elif not elsewhere:
                 named[name] = Path(index) / name / stage["fingerprint"]
     if not named:
         named = _present(run)
@@ -250,7 +255,7 @@ def _present(run: Path) -> dict[str, Path]:
 def _stage(
     folder: Path, own: _Shards, source: _Shards | None, working: list[Work], guess: int
 ) -> StageStatus:
-    """How far a stage is; `guess` is how many rows it may have, where that is not known yet."""
+    """The status of a stage; `guess` is how many rows it may have while that is unknown."""
     name = folder.parent.name
     planned = own.rows if own.finished else source.rows if source else {}
     known = own.finished or (source is not None and source.finished)

@@ -1,7 +1,7 @@
-"""Where a run directory or an output is kept: in a folder here, or in an object store behind a URL.
+"""The folder that holds a run directory or an output: on a disk, or in an object store behind a URL.
 
-Every room reads and writes files here, publishes what is whole, and fetches what others published before it
-reads. For a folder here both are nothing to do; for one of a store see `mirror`.
+All code works on files on this disk: it publishes a file once that is whole, and fetches a file before it
+reads it. For a folder on a disk both do nothing; for an object store see `object_store`.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from scaledown.run.atomic import check_writable, read_json
 
 
 def cache_directory() -> Path:
-    """Where downloads, converted weights and mirrors stay: `$SCALEDOWN_CACHE`, or the user's cache folder."""
+    """The folder for downloads, converted weights and mirrors: `$SCALEDOWN_CACHE`, or the user's cache."""
     base = os.environ.get("SCALEDOWN_CACHE")
     if base:
         return Path(base)
@@ -22,10 +22,12 @@ def cache_directory() -> Path:
 
 
 class Storage:
-    """A folder here."""
+    """A folder on a disk."""
 
+    in_bucket: bool = False
+    """Whether it is in an object store, where no locks show who is at work."""
     pauses: Sequence[float] = ()
-    """Seconds before each further look at a file that seems to be damaged or not there yet."""
+    """Seconds before each further attempt to read a file that is damaged or not there yet."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -34,15 +36,15 @@ class Storage:
         return str(self.root)
 
     def shown(self, path: Path) -> str:
-        """How messages call a file."""
+        """The name of a file in messages."""
         return str(path)
 
     def address(self, path: Path) -> str:
-        """What names a file from anywhere."""
+        """The name of a file that holds everywhere: an absolute path or a URL."""
         return str(path.resolve())
 
     def entries(self) -> list[str]:
-        """What is in it, at the top."""
+        """The names of the files and folders in it."""
         return [entry.name for entry in self.root.iterdir()] if self.root.is_dir() else []
 
     def glob(self, folder: Path, pattern: str) -> list[Path]:
@@ -50,64 +52,76 @@ class Storage:
         return sorted(folder.glob(pattern))
 
     def exists(self, path: Path) -> bool:
-        """Whether there is such a file; of a store, a second ago."""
+        """Whether the file exists; in a store, as listed at most a second ago."""
         return path.exists()
 
     def refresh(self, folder: Path) -> None:
-        """Look at a folder anew before the next question about it."""
+        """List the folder again for the next question about it."""
 
     def size(self, path: Path) -> int:
-        """Its size in bytes."""
+        """The size of a file in bytes."""
         return path.stat().st_size
 
     def state(self, path: Path) -> str:
-        """What changes with a file, known without reading it; empty where there is none."""
+        """A text that changes when the file does, known without reading it; empty where there is no file."""
         if not path.is_file():
             return ""
         found = path.stat()
         return f"{found.st_size} {found.st_mtime_ns}"
 
     def own(self, name: str) -> str:
-        """The name under which this process appends to what all append to."""
+        """The name of the file to which this process appends, where all processes append to `name`.
+
+        An object cannot be appended to, so in a store each process has a file of its own.
+        """
         return name
 
     def logs(self, folder: Path, pattern: str) -> dict[Path, list[Path]]:
-        """What grows in `folder` and matches, each with its `owned` files, seen by others or not yet."""
+        """The logs in `folder` that match, each with its `owned` files, published or not yet."""
         return {path: [path] for path in self.glob(folder, pattern)}
 
     def owned(self, path: Path) -> list[Path]:
-        """The files to which processes append, each by its `own` name, what belongs to `path`."""
+        """The files that make up the log `path`: one of each process, under its `own` name."""
         return [path] if path.exists() else []
 
     def send_log(self, path: Path) -> None:
-        """Let others see all of a file that only grows."""
+        """Publish a log if others do not have all of it."""
 
     def check_writable(self, output: Path, flag: str = "--output_file") -> None:
-        """Find out before any work whether `output` can be written. Raises `OutputError`."""
+        """Raise `OutputError` if `output` cannot be written. Called before any work."""
         check_writable(output, flag)
 
-    def publish(self, path: Path) -> None:
-        """Let others see a file that is whole."""
+    def publish(self, path: Path, *, once: bool = False) -> None:
+        """Let others see a file that is whole.
+
+        Args:
+            path: The file.
+            once: Keep an object that is already there, if the store can make this a condition of the write;
+                otherwise the last write wins. The file is then dropped, and fetched when it is read.
+
+        Raises:
+            OutputError: The store refuses it, or cannot be reached.
+        """
 
     def fetch(self, path: Path, *, once: bool = False) -> bool:
-        """Have the file here as others see it; gives whether it came just now.
+        """Copy the file to this disk as others see it; gives whether it was copied now.
 
-        With `once` one that came before is not asked for again: it never changes.
+        With `once` a copy that this process has made or checked is kept: the file never changes.
         """
         return False
 
     def drop(self, path: Path) -> None:
-        """Forget the copy that is here of a file in a store."""
+        """Remove the copy on this disk of a file in a store."""
 
     def fetch_log(self, path: Path) -> None:
-        """Have all of a file here that only grows."""
+        """Copy a log to this disk if others have more of it."""
 
     def read_json(self, path: Path) -> Any:
-        """The content of a JSON file, or None where there is none or it is not JSON."""
+        """The content of a JSON file, or None if there is no file or it is not JSON."""
         return read_json(path)
 
     def read(self, path: Path) -> bytes | None:
-        """The content of a small file as it is now, or None where there is none."""
+        """The content of a small file as it is now, or None if there is no file."""
         try:
             return path.read_bytes()
         except FileNotFoundError:
@@ -115,28 +129,9 @@ class Storage:
 
     @contextlib.contextmanager
     def outline(self) -> Iterator[Path]:
-        """A folder to look at: the names of all files, and what is in the small ones that tell of a run."""
+        """A folder with all file names, and the contents of manifests, journals and other small files."""
         yield self.root
 
     def remove(self, path: Path) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
         path.unlink(missing_ok=True)
-
-    # Among processes here locked files say who is at what; these are for those of other machines.
-
-    def taken(self, note: Path) -> bool:
-        """Whether a process of another machine, heard of within a minute, left `note`."""
-        return False
-
-    def take(self, note: Path) -> bool:
-        """Publish `note` where there is none; gives False when another was quicker."""
-        return True
-
-    def give_back(self, note: Path) -> None:
-        """Remove `note`, which this process left, unless another has taken its place."""
-        self.remove(note)
-
-    @contextlib.contextmanager
-    def keeping(self, note: Path) -> Iterator[None]:
-        """Let others hear all the while of the process that left `note`."""
-        yield

@@ -573,7 +573,7 @@ def test_a_wait_is_shown_as_long_as_it_lasts(
     assert "waits" not in shown[-1]
     assert Work.of(tracker).waiting == ""
     tracker.wait("waits until 12:00:00")
-    assert Work.told(Work.of(tracker)._asdict()) == Work.of(tracker)
+    assert Work.parse(Work.of(tracker)._asdict()) == Work.of(tracker)
     assert f"{server.url} wants 1 s before the next request: status 429: slow down" in caplog.text
 
 

@@ -83,6 +83,7 @@ class SeismicIndex:
 
     def __init__(self, home: RunDirectory, vectors: Stage, memory: float) -> None:
         self._groups = list(_groups(home, vectors, memory))
+        self._part = home.part
         self._removed = removed_rows(vectors)
         self._dimensions = int(vectors.table(0).schema.metadata[b"dimensions"])
         self._wide = self._dimensions > 1 << 16
@@ -90,7 +91,10 @@ class SeismicIndex:
 
     def build(self) -> None:
         """Make the missing indexes; other processes may make some of them."""
-        missing = [group for group in self._groups if not group.is_made()]
+        groups = range(len(self._groups))
+        first = self._part.of(len(groups)).start  # parts start at different groups, and meet what others made
+        ordered = [*self._groups[first:], *self._groups[:first]]
+        missing = [group for group in ordered if not group.is_made()]
         if not missing:
             return
         total = sum(group.rows for group in self._groups)
@@ -127,7 +131,7 @@ class SeismicIndex:
                 raise OutputError(f"{temporary} cannot be written ({error}): free some room") from error
             finally:
                 written.unlink(missing_ok=True)
-        group.stage.storage.publish(group.path)
+        group.stage.storage.publish(group.path, once=True)
 
     def search(self, queries: sp.csr_matrix, k: int, care: Care) -> Ranking:
         """About the `k` best passages of each query; where fewer were found, rows are -1 at the end.

@@ -15,6 +15,7 @@ from scaledown.data.input.remote import Remote
 from scaledown.data.manifest import Sources, compared_settings, name_differences
 from scaledown.data.prompts import load_template
 from scaledown.data.retrieval.parts import tell_of_changes
+from scaledown.data.session.parts import check_parts, is_indexed
 from scaledown.data.session.resolve import find
 from scaledown.data.workers import share, supervised
 from scaledown.models import choose_device, same_bits
@@ -132,6 +133,8 @@ def _entered(config: PrepareConfig, repeats: Path | None, worker: str) -> Iterat
         identities["lora"] = run.content_hash(Path(config.teacher_lora).expanduser())
     if repeats:
         name_differences(repeats, identities, inputs)
+    indexed = home.storage.in_bucket and is_indexed(config, sources, home, identities["retriever"])
+    check_parts(config, run, home, indexed=indexed)
     request = fingerprint(
         {"schema": SCHEMA, "parameters": compared_settings(config), "models": identities, "inputs": inputs}
     )
@@ -139,5 +142,6 @@ def _entered(config: PrepareConfig, repeats: Path | None, worker: str) -> Iterat
         stack.enter_context(publishing(stack.enter_context(run.claim(request)), worker, run, home))
         if home is not run:
             tell_of_changes(run, home)
-            stack.enter_context(publishing(stack.enter_context(home.claim("index")), worker, home))
+            place = stack.enter_context(home.claim("index", finished=indexed))
+            stack.enter_context(publishing(place, worker, home))
         yield Session(run, config, request, home, sources, identities, inputs, worker)

@@ -1,0 +1,42 @@
+"""Machines that share a run in a bucket: what must be finished before each makes its part of the queries."""
+
+from scaledown.config.prepare import PrepareConfig
+from scaledown.data.build_index import open_index
+from scaledown.data.manifest import Sources
+from scaledown.errors import UsageError
+from scaledown.models import choose_device
+from scaledown.run.directory import RunDirectory
+
+
+def is_indexed(config: PrepareConfig, sources: Sources, home: RunDirectory, retriever: str) -> bool:
+    """Whether the index is finished."""
+    sized = config.sized(choose_device(config.device))
+    index = open_index(home, sized, sources.corpus, sources.retriever, retriever)
+    return index.passages.done() is not None and index.vectors.done() is not None
+
+
+def check_parts(config: PrepareConfig, run: RunDirectory, home: RunDirectory, *, indexed: bool) -> None:
+    """Raise `UsageError` where machines that share a bucket would all make the same shards.
+
+    A bucket has no leases. Who makes a shard follows from the part of the queries, so what is not made by
+    parts must be there before: the index, and questions that a teacher writes.
+    """
+    if not (config.shard or config.executor == "ray"):
+        return
+    flag = "--executor ray" if config.executor == "ray" else "--shard"
+    if home.storage.in_bucket and not indexed:
+        raise UsageError(
+            f"{flag}: in a bucket the index comes first, else each process would make all of it: run "
+            "`scaledown index --index_dir URL` with the same settings, then this with that --index_dir"
+        )
+    if not run.storage.in_bucket:
+        return
+    if config.shard and config.executor == "ray":
+        raise UsageError("--shard: in a bucket Ray gives each worker its part: leave it out")
+    first = config.executor == "local" and config.part.number == 0
+    if config.num_synthetic_queries and not first and not run.storage.glob(run.path, "synthetic/*/done.json"):
+        raise UsageError(
+            f"{flag}: in a bucket the questions of --num_synthetic_queries come first, else each process "
+            "would write them: run the same command with --shard 0/8 and without --executor; run this when "
+            "`scaledown status` shows that synthetic is done"
+        )
