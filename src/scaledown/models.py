@@ -360,7 +360,7 @@ class Halving:
 
 
 def dtype_to_train(name: str, device: str) -> "torch.dtype":
-    """What is trained in: `auto` becomes bfloat16 on CUDA, where it is not only emulated; else float32."""
+    """The dtype of training: `auto` becomes bfloat16 on CUDA where that is not emulated, else float32."""
     import torch
 
     if name != "auto":
@@ -371,7 +371,7 @@ def dtype_to_train(name: str, device: str) -> "torch.dtype":
 
 
 def dtype_to_run(name: str, device: str) -> "torch.dtype":
-    """What is computed in where nothing is trained: as `dtype_to_train`, but float16 in place of an emulation."""
+    """The dtype where nothing is trained: that of `dtype_to_train`, but float16 in place of an emulation."""
     import torch
 
     return torch.float16 if name == "auto" and emulates_bfloat16(device) else dtype_to_train(name, device)

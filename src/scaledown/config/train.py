@@ -78,8 +78,8 @@ class StudentConfig(Checked):
     generator_4bit: bool = option(
         False,
         MODEL,
-        "hold the generator's frozen weights in 4 bits while it trains (extra quantization); they are saved as "
-        "plain weights of the same values",
+        "hold the generator's frozen weights in 4 bits in training (extra quantization); saved are plain "
+        "weights of the same values",
     )
     lora_dropout: float = option(
         0.1,

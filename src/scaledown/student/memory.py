@@ -26,7 +26,7 @@ class Memory(NamedTuple):
 
 
 def memory_of(model: Any, optimizer: str = "adamw") -> Memory:
-    """What training a model by an `--optimizer` holds, by its weights as they are. Tied weights count once."""
+    """What training a model by an `--optimizer` holds, by its weights. Tied weights count once."""
     sizes, moments = {True: 0, False: 0}, 0
     for parameter in model.parameters():
         sizes[parameter.requires_grad] += parameter.numel() * parameter.element_size()

@@ -343,8 +343,8 @@ def _device(config: Config) -> str:
             raise UsageError(f"{flag}: bitsandbytes has no support for mps; leave it out")
     if config.dtype == "auto" and emulates_bfloat16(device):
         log.warning(
-            "this GPU only emulates bfloat16, so the run trains in float32: --dtype float16 needs half of the "
-            "memory for frozen weights and is faster, but a large model may have states that do not fit in it"
+            "this GPU only emulates bfloat16, so the run trains in float32: --dtype float16 is faster and "
+            "needs half the memory for frozen weights, but states of some models are too large for it"
         )
     if device == "cuda" and not _is_one_of_several():
         _tell_idle_gpus(config)
