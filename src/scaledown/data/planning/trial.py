@@ -23,17 +23,18 @@ from scaledown.data.reranker import Pair, Reranker, load_reranker, resolve_reran
 from scaledown.data.retrieval.encoders import Encoder, load_encoder
 from scaledown.data.retrieval.index import Ranking, Vectors, pack, search
 from scaledown.data.retrieval.stages import Candidates, TokenLists, candidates_table
-from scaledown.data.teacher.api import find_teacher, load_teacher
+from scaledown.data.teacher.api import choose_backend, find_teacher, load_teacher
 from scaledown.data.teacher.base import Engine, Generation, Rejection, Teacher, answer_all
 from scaledown.data.teacher.questions import questions_about
-from scaledown.errors import MissingExtraError, ModelError
-from scaledown.gpus import OnDevice
+from scaledown.errors import MissingExtraError, ModelError, ScaleDownError
+from scaledown.gpus import OnDevice, index
 from scaledown.models import choose_device, resolve
 from scaledown.records import Answer, Logprobs, Passage, full_text
 from scaledown.run.executor import cores
 from scaledown.run.progress import no_progress
 
 _TRIAL_SECONDS: Final = 5.0  # after as many, no further batch
+_FULL_LOAD: Final = 256  # prompts that keep vLLM busy, which takes as many at once as its memory allows
 _QUERIES_SEARCHED: Final = 256
 _PASSAGES_SEARCHED: Final = 20_000
 
@@ -148,7 +149,7 @@ class Trials(NamedTuple):
     def answers(self) -> tuple[pa.Table, Cost]:
         """Let the teacher answer queries with sampled documents."""
         config, chance = self.config, random.Random(self.config.seed)  # noqa: S311
-        size = config.teacher_batch_size
+        size = _FULL_LOAD if self._schedules_itself() else config.teacher_batch_size
         template = load_template(config.prompt)
         prompts = []
         for number in range(min(3 * size, self.most)):
@@ -210,6 +211,18 @@ class Trials(NamedTuple):
             return UNKNOWN, None
         return self._try(self._load_teacher, use)
 
+    def _schedules_itself(self) -> bool:
+        """Whether the teacher is vLLM's, whose speed is that of many prompts together."""
+        engine = Engine.of(self.config)
+        if engine.endpoints:
+            return False
+        try:
+            source = find_teacher(self.config.teacher_model, engine)
+            generation = Generation.of(self.config)
+            return choose_backend(engine, source, choose_device(self.config.device), generation) == "vllm"
+        except ScaleDownError:  # which is listed when the teacher is loaded
+            return False
+
     def _load_teacher(self, device: str) -> Teacher:
         config = self.config
         engine = Engine.of(config)
@@ -228,7 +241,7 @@ class Trials(NamedTuple):
                 import torch
 
                 torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.reset_peak_memory_stats(index(device))
             model = OnDevice("the model that was tried", device, lambda: load(device))
             _, start = _clocked(model)
             each, made = use(model())
@@ -281,11 +294,15 @@ def _stacked(parts: Sequence[Vectors]) -> Vectors:
 
 
 def peak(device: str) -> int:
-    """The most memory that was in use so far, in bytes: the GPU's, or this process's."""
+    """The most memory that was in use so far, in bytes: the GPU's, or this process's.
+
+    What other processes have of the GPU now counts, too: engines with processes of their own, and strangers.
+    """
     if device.startswith("cuda"):
         import torch
 
-        return int(torch.cuda.max_memory_allocated())
+        free, total = torch.cuda.mem_get_info(index(device))
+        return max(torch.cuda.max_memory_allocated(index(device)), total - free)
     unit = 1 if platform.system() == "Darwin" else 1024
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
