@@ -9,7 +9,9 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,6 +33,7 @@ from transformers import (
 )
 
 from scaledown.config.prepare import PrepareConfig
+from scaledown.config.train import TrainConfig
 from scaledown.data.prompts import answer_prompt
 from scaledown.data.reranker import Pair, load_reranker
 from scaledown.data.retrieval.encoders import load_encoder
@@ -38,9 +41,15 @@ from scaledown.data.retrieval.splade import max_logits, max_logits_tiled
 from scaledown.data.teacher.base import Generation, Rejection, answer_all
 from scaledown.data.teacher.engines.transformers import TransformersTeacher
 from scaledown.errors import ModelError
-from scaledown.evaluation.efficiency import machine
+from scaledown.evaluation.efficiency import COMPRESSED, UNCOMPRESSED, Shape, costs, machine
 from scaledown.gpus import GIB, OnDevice, give_back, index
-from scaledown.models import choose_device, dtype_to_run, loadable, resolve
+from scaledown.models import choose_device, dtype_to_run, dtype_to_train, loadable, resolve
+from scaledown.student.memory import memory_of
+from scaledown.student.model import ScaleDownModel
+from scaledown.student.origin import find_origin
+from scaledown.student.settings import ScaleDownConfig
+from scaledown.student.training.setup import make_trainer
+from scaledown.student.training.training_data import load_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ("tower", "river", "moon", "bread", "queen", "glass", "winter", "paper", "stone", "music")
@@ -75,6 +84,12 @@ class Scale(NamedTuple):
     demo: tuple[str, ...] = ("--preset", "demo")
     kill_after: float = 20.0  # seconds
     student: str = "bundled:smollm2-135m"
+    layers: int = 8
+    examples: int = 8
+    answered: tuple[int, ...] = (1, 8, 64)
+    shape: Shape = Shape()
+    small_gpu: int = 24 * GIB
+    backend: str = "vllm"
 
 
 REAL = Scale(
@@ -100,6 +115,11 @@ TINY = Scale(
     prompts=4,
     new_tokens=4,
     batches=(2, 4),
+    layers=1,
+    examples=4,
+    answered=(1, 2),
+    shape=Shape(query_tokens=4, documents=2, document_tokens=16, new_tokens=3),
+    backend="transformers",  # a CPU has vLLM only in a build of its own
 )
 
 
@@ -296,27 +316,19 @@ def of_teacher(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
 def of_capped_memory(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
     if not scale.device.startswith("cuda"):
         return
-    total = torch.cuda.mem_get_info(index(scale.device))[1]
     source = resolve(str(models["teacher"]))
     told = "nothing"
-    torch.cuda.set_per_process_memory_fraction(GIB / total, index(scale.device))
-    try:
-        TransformersTeacher(source, scale.device, "auto", Generation())
-    except ModelError as error:
-        told = str(error)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, index(scale.device))
+    with at_most(GIB, scale.device):
+        try:
+            TransformersTeacher(source, scale.device, "auto", Generation())
+        except ModelError as error:
+            told = str(error)
     yield Check("a teacher that does not fit", "a hint", told[-90:], "--teacher_4bit" in told)
     encoder = load_encoder(resolve(str(models["encoder"])), scale.device, "auto", 512)
     texts = [text(number, 300) for number in range(512)]
     whole = encoder.documents(texts, nothing)
-    room = (torch.cuda.memory_allocated() + GIB) / total
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(room, index(scale.device))
-    try:
+    with at_most(torch.cuda.memory_allocated() + GIB, scale.device):
         halved = encoder.documents(texts, nothing)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, index(scale.device))
     off = abs(whole - halved).max()
     found = f"{encoder.halving.count} halvings, vectors differ by {off:.2g}"
     yield Check(
@@ -327,8 +339,10 @@ def of_capped_memory(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
 def of_demo(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / f"{name}.json" for name in ("one", "two", "killed")]
+        prepare(scale, outputs[0], "--dry_run").wait()
         for output in outputs[:2]:
             prepare(scale, output).wait()
+        yield plan(outputs[0].with_suffix(".log").read_text())
         killed = prepare(scale, outputs[2])
         try:
             killed.wait(timeout=scale.kill_after)
@@ -342,11 +356,19 @@ def of_demo(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
             yield Check(f"a run, {name}", "the same bytes", told, bool(found) and found == made[0])
 
 
-def prepare(scale: Scale, output: Path) -> "subprocess.Popen[bytes]":
+def plan(log: str) -> Check:
+    """How far the plan of a run was off, as the run's log has it."""
+    found = re.search(r"the plan said .*, it took .* \((\d+)% (more|less)\)", log)
+    most = {"more": 100, "less": 50}
+    met = found is not None and int(found[1]) <= most[found[2]]
+    return Check("a run and its plan", "within 2x, a rate", found[0] if found else log[-90:], met)
+
+
+def prepare(scale: Scale, output: Path, *flags: str) -> "subprocess.Popen[bytes]":
     """A run of `scaledown prepare` by itself; what it says is beside its output."""
     words = [sys.executable, "-m", "scaledown.data.prepare_dataset", *scale.demo, "--device", scale.device]
     words += ["--queries_file", str(ROOT / "examples" / "queries.txt"), "--teacher_backend", "transformers"]
-    words += ["--output_file", str(output)]
+    words += ["--output_file", str(output), *flags]
     with output.with_suffix(".log").open("wb") as said:
         return subprocess.Popen(words, stdout=said, stderr=said, start_new_session=True)
 
@@ -354,13 +376,7 @@ def prepare(scale: Scale, output: Path) -> "subprocess.Popen[bytes]":
 def of_training(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
     """A student by torchrun, in one process: the steps of `train.py` as many processes would take them."""
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "train.json"
-        documents = [text(number, 60) for number in range(5)]
-        data.write_text(
-            json.dumps(
-                [{"query": text(n, 6), "documents": documents, "answer": text(n, 4)} for n in range(24)]
-            )
-        )
+        data = records(Path(folder), 24, 60)
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
         words += [str(ROOT / "train.py"), "--train_data", str(data), "--generator_model", scale.student]
         words += ["--device", scale.device, "--num_layers", "1", "--batch_size", "8", "--eval_fraction", "0"]
@@ -380,6 +396,108 @@ def of_training(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
             yield Check(f"training by torchrun{way}", "a model after 3 steps", told, made)
 
 
+def records(folder: Path, count: int, words: int) -> Path:
+    """Training data: questions with five documents of so many words."""
+    data = folder / "train.json"
+    documents = [text(number, words) for number in range(5)]
+    data.write_text(
+        json.dumps(
+            [{"query": text(n, 6), "documents": documents, "answer": text(n, 4)} for n in range(count)]
+        )
+    )
+    return data
+
+
+def of_student(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
+    """Steps of the paper's student; also with the memory of a small GPU."""
+    ways: dict[str, tuple[int, dict[str, Any]]] = {"": (0, {})}
+    if importlib.util.find_spec("bitsandbytes"):
+        small = {"generator_4bit": True, "optimizer": "adamw8bit"}
+        ways[f" in {scale.small_gpu // GIB} GiB, in 4 bits"] = (scale.small_gpu, small)
+    for way, (room, flags) in ways.items():
+        with tempfile.TemporaryDirectory() as folder, at_most(room, scale.device):
+            config = TrainConfig(
+                train_data=(str(records(Path(folder), scale.examples, 120)),),
+                generator_model=str(models["teacher"]),
+                num_layers=scale.layers,
+                doc_max_length=128,
+                batch_size=scale.examples,
+                eval_fraction=0.0,
+                max_steps=3,
+                report_to="none",
+                device=scale.device,
+                output_dir=folder,
+                **flags,
+            )
+            yield from steps(f"a student{way}", config)
+        give_back()
+
+
+def steps(name: str, config: TrainConfig) -> list[Check]:
+    """Three steps: what is held besides activations, how many examples fit, how long one takes."""
+    model = find_origin(config).load(dtype_to_train(config.dtype, config.device), config.device)
+    taught, _, _ = load_parts(config, Path(config.output_dir))
+    trainer = make_trainer(model, config, taught, None, config.device)
+    passes, taken, found = trainer.passes, [], 0
+    for places in trainer.batches.places:
+        wait()
+        started = time.perf_counter()
+        passes.gradients([trainer.batches.examples[place] for place in places], rehearses=not taken)
+        passes.optimizer.step()
+        wait()
+        taken.append(time.perf_counter() - started)
+        found = held(model, passes.optimizer)
+        passes.optimizer.zero_grad()
+    memory = memory_of(model, config.optimizer)
+    is_paged = getattr(passes.optimizer.optimizer, "is_paged", False)  # torch does not count such memory
+    expected = sum(memory) - is_paged * memory.moments
+    fits = f"micro-batches of {passes.micro_batch}, {statistics.median(taken):.2f} s"
+    return [
+        Check(
+            f"{name}, memory",
+            f"{expected / 1e9:.1f} GB within 10%",
+            f"{found / 1e9:.1f} GB",
+            abs(found - expected) <= 0.1 * expected,
+        ),
+        Check(f"{name}, a step of {config.batch_size}", "micro-batches of at least 1", fits, met=True),
+    ]
+
+
+def held(model: Any, optimizer: Any) -> int:
+    """Bytes of all tensors on a GPU; on a CPU those of training."""
+    if model.device.type == "cuda":
+        return int(torch.cuda.memory_allocated(model.device))
+    scales = [state for p in model.parameters() if (state := getattr(p, "quant_state", None))]
+    tensors = [one for p in model.parameters() for one in (p, p.grad) if one is not None]
+    tensors += [one for state in scales for one in (state.absmax, state.state2.absmax)]
+    for state in optimizer.state.values():
+        kept = (value for name, value in state.items() if not name.startswith("qmap"))
+        tensors += [value for value in kept if isinstance(value, torch.Tensor)]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def of_answers(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
+    """A student that answers, from compressed documents and from their text."""
+    settings = ScaleDownConfig(num_layers=scale.layers, doc_max_length=scale.shape.document_tokens)
+    source, dtype = resolve(str(models["teacher"])), dtype_to_run("auto", scale.device)
+    student = OnDevice(
+        "the student",
+        scale.device,
+        lambda: ScaleDownModel.build(settings, source, dtype=dtype, device=scale.device),
+    )
+    found = costs(student(), scale.answered, shape=scale.shape, repeats=1)
+    student.release()
+    for batch in scale.answered:
+        rates = {cost.system: scale.shape.new_tokens / cost.seconds for cost in found if cost.batch == batch}
+        told = ", ".join(f"{system} {rate:,.0f} tokens/s" for system, rate in rates.items())
+        faster = bool(rates) and rates[COMPRESSED] > rates[UNCOMPRESSED]
+        name = f"answers of a student, batches of {batch}"
+        if batch == max(scale.answered):
+            yield Check(name, "a higher rate than from text", told or "they do not fit", faster)
+        else:
+            yield Check(name, "answers", told or "they do not fit", bool(told))
+
+
 def stop_after_a_step(command: Sequence[str], output: Path) -> None:
     """Begin to train, and kill it when its first checkpoint is there."""
     begun = subprocess.Popen(
@@ -393,47 +511,57 @@ def stop_after_a_step(command: Sequence[str], output: Path) -> None:
 
 
 def of_vllm(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
-    if not importlib.util.find_spec("vllm"):
+    """The engine beside others that use the GPU, each in a process of its own, with a small model."""
+    if importlib.util.find_spec(scale.backend) is None:
         return
     answer = f"""
         from scaledown.data.teacher import generate_teacher_answers
         records = [{{"query": "What is red?", "documents": ["The tower is red."]}}] * 4
         print("answers:", len(generate_teacher_answers(
-            records, {str(models["teacher"])!r}, max_new_tokens=8, backend="vllm", device="cuda"
+            records, {scale.student!r}, max_new_tokens=8, backend={scale.backend!r}, device={scale.device!r}
         )))
     """
     encode = f"""
         from scaledown.data.retrieval import SPLADERetriever
-        retriever = SPLADERetriever({str(models["encoder"])!r}, device="cuda")
+        retriever = SPLADERetriever({str(models["encoder"])!r}, device={scale.device!r})
         retriever.retrieve(["red"], [{{"text": "The tower is red."}}])
         del retriever
     """
-    shown = subprocess.run(
-        ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.split()
-    ways = {
-        "first in its process": (answer, {}),
-        "after an encoder": (encode + answer, {}),
-        "under a UUID": (answer, {"CUDA_VISIBLE_DEVICES": shown[0]} if shown else {}),
-    }
-    for way, (lines, variables) in ways.items():
-        code = 'if __name__ == "__main__":\n' + lines
-        with tempfile.TemporaryDirectory() as folder:
-            script = Path(folder) / "asks.py"
-            script.write_text(code)
+    uuid = first_uuid() if scale.device.startswith("cuda") else ""
+    engine = ["--teacher_backend", scale.backend, "--device", scale.device, "--max_new_tokens", "8"]
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        (place / "queries.txt").write_text("What is red?\nWhat is tall?\n")
+        settings = ScaleDownConfig(num_layers=1, doc_max_length=128)
+        ScaleDownModel.build(settings, resolve(scale.student)).save_pretrained(place / "student")
+        for name, lines in (("first", answer), ("after", encode + answer)):
+            (place / f"{name}.py").write_text('if __name__ == "__main__":\n' + lines)
+        retry = ["-m", "scaledown", "prepare", *scale.demo, "--queries_file", str(place / "queries.txt")]
+        retry += ["--output_file", str(place / "made.json"), "--teacher_model", scale.student]
+        judge = ["-m", "scaledown", "evaluate", "--model", str(place / "student"), "--systems", "compressed"]
+        judge += ["--data", str(records(place, 4, 20)), "--output_dir", str(place / "evaluation")]
+        ways: dict[str, tuple[list[str], dict[str, str]]] = {
+            "first in its process": ([str(place / "first.py")], {}),
+            "after an encoder": ([str(place / "after.py")], {}),
+            "under a UUID": ([str(place / "first.py")], {"CUDA_VISIBLE_DEVICES": uuid} if uuid else {}),
+            "after a retry": ([*retry, *engine, "--bad_answers", "retry"], {}),
+            "as a judge after a student": ([*judge, *engine, "--judge_model", scale.student], {}),
+        }
+        for way, (words, variables) in ways.items():
+            environment = {**os.environ, **variables}
             done = subprocess.run(
-                [sys.executable, str(script)],
-                env={**os.environ, **variables},
-                capture_output=True,
-                text=True,
-                check=False,
+                [sys.executable, *words], env=environment, capture_output=True, text=True, check=False
             )
-        found = next((line for line in done.stdout.splitlines() if line.startswith("answers:")), "")
-        said = found or done.stderr.strip()[-90:]
-        yield Check(f"vLLM, {way}", "answers", said, bool(found))
+            said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+            told = said[0] if said and done.returncode == 0 else "".join(said[-1:])[-90:]
+            yield Check(f"{scale.backend}, {way}", "answers", told, done.returncode == 0)
+
+
+def first_uuid() -> str:
+    """Of the first GPU, or nothing where nvidia-smi does not tell."""
+    words = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+    shown = subprocess.run(words, capture_output=True, text=True, check=False).stdout.split()
+    return shown[0] if shown else ""
 
 
 CHECKS: tuple[Callable[[Scale, dict[str, Path]], Iterator[Check]], ...] = (
@@ -446,6 +574,8 @@ CHECKS: tuple[Callable[[Scale, dict[str, Path]], Iterator[Check]], ...] = (
         of_capped_memory,
         of_demo,
         of_training,
+        of_student,
+        of_answers,
         of_vllm,
     ),
 )
@@ -473,6 +603,21 @@ def wait() -> None:
 def free_memory(device: str) -> int:
     """Of a GPU, in bytes."""
     return torch.cuda.mem_get_info(index(device))[0] if device.startswith("cuda") else 0
+
+
+@contextlib.contextmanager
+def at_most(size: int, device: str) -> Iterator[None]:
+    """Let torch take so many bytes of a GPU at most; 0 is all of it."""
+    if not size or not device.startswith("cuda"):
+        yield
+        return
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info(index(device))[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), index(device))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, index(device))
 
 
 @contextlib.contextmanager
@@ -541,11 +686,13 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu: there is no CUDA device here; the tests do what a CPU can", file=sys.stderr)
         return 1
+    started = time.perf_counter()
     rows = run(REAL)
     content = {"machine": machine(), "checks": [row._asdict() for row in rows]}
     Path(options.json).write_text(json.dumps(content, indent=1) + "\n")
     short = sum(not row.met for row in rows)
-    print(f"gpu: {len(rows)} checks, {short} fell short; {options.json}")
+    minutes = (time.perf_counter() - started) / 60
+    print(f"gpu: {len(rows)} checks in {minutes:.1f} minutes, {short} fell short; {options.json}")
     return 1 if short else 0
 
 

@@ -46,8 +46,45 @@ def test_rows_that_a_cpu_can_do(gpu: ModuleType, capsys: pytest.CaptureFixture[s
 def test_the_demo_has_the_same_bytes_again_and_after_a_kill(
     gpu: ModuleType, tiny_flags: list[str], forked: None
 ) -> None:
-    rows = list(gpu.of_demo(gpu.TINY._replace(demo=tuple(tiny_flags)), {}))
+    plan, *rows = gpu.of_demo(gpu.TINY._replace(demo=tuple(tiny_flags)), {})
+    assert plan.found.startswith("the plan said ")
     assert [row.met for row in rows] == [True, True], rows
+
+
+@pytest.mark.parametrize(
+    ("said", "met"),
+    [
+        ("10 s, it took 19 s (90% more)", True),
+        ("10 s, it took 21 s (110% more)", False),
+        ("10 s, it took 6 s (40% less)", True),
+        ("10 s, it took 4 s (60% less)", False),
+    ],
+)
+def test_a_plan_is_right_within_2x(said: str, met: bool, gpu: ModuleType) -> None:
+    assert gpu.plan(f"finished\n\nthe plan said {said}\n").met is met
+    assert not gpu.plan("error: no such file").met
+
+
+def test_a_student_is_trained_and_answers(gpu: ModuleType) -> None:
+    rows = gpu.run(gpu.TINY, [gpu.of_student, gpu.of_answers])
+    assert not [row for row in rows if not row.met and "rate" not in row.expected], rows
+    names = [row.name for row in rows]
+    assert names[:2] == ["a student, memory", "a student, a step of 4"]
+    assert names[-2:] == [f"answers of a student, batches of {size}" for size in (1, 2)]
+    assert all("tokens/s" in row.found for row in rows[-2:])
+    if importlib.util.find_spec("bitsandbytes"):
+        assert names[2] == "a student in 24 GiB, in 4 bits, memory"
+
+
+@pytest.mark.slow
+def test_an_engine_beside_others_that_use_the_device(
+    gpu: ModuleType, models: dict[str, Path], tiny_flags: list[str]
+) -> None:
+    """By transformers, for want of vLLM; the processes are the same."""
+    scale = gpu.TINY._replace(student=str(models["causal_lm"]), demo=tuple(tiny_flags))
+    rows = list(gpu.of_vllm(scale, {"encoder": models["splade"]}))
+    assert len(rows) == 5
+    assert all(row.met for row in rows), rows
 
 
 @pytest.mark.slow

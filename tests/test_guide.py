@@ -393,7 +393,14 @@ def test_flags_of_the_pages_exist() -> None:
     known |= {"model", "query", "document", "data", "format"}  # of scaledown answer and export
     known |= {"add", "remove"}  # of scaledown index
     known |= {"push_to_hub", "output"}  # of scaledown export and report
-    known |= {"nproc_per_node", "array", "gpus", "head", "address"}  # of torchrun, Slurm and Ray
+    known |= {
+        "nproc_per_node",
+        "shutdown_timeout",
+        "array",
+        "gpus",
+        "head",
+        "address",
+    }  # of torchrun, Slurm and Ray
     known |= {
         "config",
         "preset",

@@ -360,7 +360,7 @@ class Halving:
 
 
 def dtype_to_train(name: str, device: str) -> "torch.dtype":
-    """What is trained in: `auto` becomes bfloat16 on CUDA, where it is not only emulated; else float32."""
+    """The dtype of training: `auto` becomes bfloat16 on CUDA where that is not emulated, else float32."""
     import torch
 
     if name != "auto":

@@ -104,6 +104,16 @@ def test_page_tables_and_summary(compare: Compare, students: dict[str, Path], tm
     assert accuracy["n"] == "6"
 
 
+def test_batches_that_do_not_fit_as_a_whole_are_left_out_and_the_page_says_so(
+    compare: Compare, students: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = command.costs
+    monkeypatch.setattr(command, "costs", lambda model, _, **way: measure(model, [1], **way))
+    assert compare(str(students["rate8"])) == 0
+    for page in ("comparison.html", "comparison.md"):
+        assert "rate8 in batches of 2: left out" in (tmp_path / "out" / page).read_text()
+
+
 def test_a_pointer_is_compared_as_others_are(
     compare: Compare, models: dict[str, Path], students: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -31,7 +31,9 @@ SMOLLM = LlamaConfig(
 )
 GENERATORS = {"Mistral-7B": MISTRAL, "SmolLM2-135M": SMOLLM}
 ROWS = re.findall(
-    r"^\| (Mistral-7B|SmolLM2-135M) \| `(n_layers|pointer)`, (\d+) layers " + r"\| ([\d.]+) " * 5 + r"\|$",
+    r"^\| (Mistral-7B|SmolLM2-135M)(, 4 bits, `adamw8bit`)? \| `(n_layers|pointer)`, (\d+) layers "
+    + r"\| ([\d.]+) " * 5
+    + r"\|$",
     (ROOT / "docs" / "student.md").read_text(encoding="utf-8"),
     re.MULTILINE,
 )
@@ -47,15 +49,29 @@ def shapes(generator: Any, **settings: Any) -> ScaleDownModel:
     return model
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: " ".join(row[:3]))
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: " ".join(row[:4]))
 def test_the_table_of_memory_is_what_the_weights_are(row: tuple[str, ...]) -> None:
-    generator, compressor, layers, *told = row
-    found = memory_of(shapes(GENERATORS[generator], compressor=compressor, num_layers=int(layers)))
+    generator, small, compressor, layers, *told = row
+    model = shapes(GENERATORS[generator], compressor=compressor, num_layers=int(layers))
+    if small:
+        in_4_bits(model)
+    found = memory_of(model, "adamw8bit" if small else "adamw")
     assert [f"{size / 1e9:.1f}" for size in (*found, sum(found))] == told
 
 
-def test_the_papers_student_is_in_the_table() -> None:
-    assert ("Mistral-7B", "n_layers", "8") in [row[:3] for row in ROWS]
+def in_4_bits(model: ScaleDownModel) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs the extra: quantization")
+    from bitsandbytes.functional import quantize_4bit
+
+    from scaledown.student.quantization import quantize
+
+    quantize_4bit(torch.ones(64), compress_statistics=True)  # makes a table, which is to have values
+    quantize(model.generator)
+
+
+def test_the_papers_student_is_in_the_table_and_fits_24_gb_in_4_bits() -> None:
+    papers = [row for row in ROWS if (row[0], *row[2:4]) == ("Mistral-7B", "n_layers", "8")]
+    assert [float(row[-1]) for row in papers] == [45.2, 23.4]
     trained = sum(
         parameter.numel()
         for parameter in shapes(MISTRAL, num_layers=8).parameters()

@@ -88,6 +88,12 @@ def pool_of(config: IndexConfig, run: RunDirectory) -> tuple[Pool, int]:
     return LocalPool(count, run.path / "live", each if seen else 0), count
 
 
+def gpu_workers(config: IndexConfig) -> int:
+    """Workers that have a GPU each, as far as this machine knows; at least this process."""
+    seen = gpus_here(config.device) // _gpus_each(config)
+    return max(1, min(config.workers, seen) if config.workers and config.executor == "local" else seen)
+
+
 def gpus_here(device: str) -> int:
     """How many GPUs workers can share: none if `device` names one, or a CPU."""
     if device not in {"auto", "cuda"} or not choose_device(device).startswith("cuda"):

@@ -101,7 +101,8 @@ def compare(names: Sequence[str], config: CompareConfig, *, overwrite: bool = Fa
     for run, own in zip(runs, answered, strict=True):
         if run is not runs[0] or reference != "compressed":
             run.differences.update(_differences(own, answered[0], reference, config.seed))
-    comparison = Comparison(runs, reference, machine(), _shape(config))
+    batches = sorted({int(size) for size in config.cost_batches})
+    comparison = Comparison(runs, reference, machine(), _shape(config), batches)
     _write(output, comparison)
     return comparison
 

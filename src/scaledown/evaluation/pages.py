@@ -136,7 +136,7 @@ def comparison_page(comparison: Comparison) -> Page:
     sections = [
         Section("Quality and cost", [*_against_cost(comparison), Table("Each run", columns, rows)]),
         Section("What changes quality", [*_against_settings(comparison)]),
-        Section("Cost", [_cost_table(comparison), *_cost_notes()]),
+        Section("Cost", [_cost_table(comparison), *_cost_notes(comparison)]),
         Section("All measures", [_all_measures(comparison), *map(Note, remarks(first))]),
     ]
     return Page("Comparison", lead, [section for section in sections if section.blocks])
@@ -259,12 +259,21 @@ def _milliseconds(one: Seconds) -> str:
     return f"{median:,.1f} [{low:,.1f}, {high:,.1f}]" if median else "–"
 
 
-def _cost_notes() -> list[Block]:
+def _cost_notes(comparison: Comparison) -> list[Block]:
+    left_out = [
+        Note(
+            f"{run.name} in batches of {', '.join(map(str, missing))}: left out, they do not fit into memory "
+            "as a whole."
+        )
+        for run in comparison.runs
+        if (missing := [size for size in comparison.batches if run.cost(COMPRESSED, size) is None])
+    ]
     return [
+        *left_out,
         Note(
             "FLOPs are those of matrix products and attention, as torch counts them. Peak memory is that of "
             "the whole process on a CPU, and of what torch has taken on a GPU."
-        )
+        ),
     ]
 
 

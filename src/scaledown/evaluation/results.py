@@ -95,6 +95,8 @@ class Comparison(NamedTuple):
     """What differences are to: a system of the first run."""
     machine: str
     shape: Shape
+    batches: list[int]
+    """Sizes of batches that were to be timed; a run has no costs of those that did not fit into memory."""
 
 
 Values = Mapping[str, Mapping[str, Sequence[float]]]

@@ -6,12 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from scaledown import cli
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data import prepare_dataset as command
 from scaledown.data.planning import plan as planning
 from scaledown.data.planning import sample as sampling
+from scaledown.data.planning import trial
+from scaledown.data.workers import gpu_workers
+from scaledown.gpus import GIB
 
 RERANK = ("--enable_reranking", "--top_k_retrieval", "6", "--top_k_reranking", "3")
 
@@ -253,3 +257,38 @@ def test_queries_elsewhere(flags, work, capsys) -> None:
     assert cli.main(["plan", *words, "--query_dataset", "squad"]) == 1
     assert "missing: dataset squad is not on this machine" in capsys.readouterr().out
     assert planned(work)["answers"]["rows"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "workers", "hours"),
+    [({}, 8, 0.5), ({"workers": 2}, 2, 2.0), ({"tensor_parallel": 4}, 2, 2.0), ({"device": "cpu"}, 1, 4.0)],
+)
+def test_stages_on_gpus_are_shared_by_workers(given, workers, hours, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    found = gpu_workers(PrepareConfig(query_dataset="q", output_file="o.json", **given))
+    assert found == workers
+    stages = [planning.StagePlan(name, 1000, 100, 0, 0, 4 * 3600.0) for name in ("answers", "candidates")]
+    answers, candidates = (planning._shared(stage, found).seconds for stage in stages)
+    assert (answers, candidates) == (hours * 3600, 4 * 3600.0), "search has the cores of the machine once"
+
+
+def test_memory_of_other_processes_and_of_another_gpu_counts(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda number: {0: 70, 1: 20}[number] * GIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: ((60, 50)[number] * GIB, 80 * GIB))
+    assert trial.peak("cuda:1") == 30 * GIB, "torch has 20, and other processes 10"
+    assert trial.peak("cuda") == 70 * GIB, "at its peak"
+
+
+def test_an_engine_that_schedules_itself_is_timed_with_a_full_load(flags, monkeypatch) -> None:
+    asked: list[int] = []
+    answer_all = trial.answer_all
+
+    def noted(teacher, prompts):
+        asked.append(len(prompts))
+        return answer_all(teacher, prompts)
+
+    monkeypatch.setattr(trial, "choose_backend", lambda *_: "vllm")
+    monkeypatch.setattr(trial, "answer_all", noted)
+    assert cli.main(["plan", *flags, "--teacher_batch_size", "2"]) == 0
+    assert asked == [1, 4], "one to get ready, and all queries there are"

@@ -23,6 +23,7 @@ from scaledown.data.planning.trial import UNKNOWN, Cost, Trials, listed, peak
 from scaledown.data.retrieval.stages import TokenLists
 from scaledown.data.teacher.api import find_teacher
 from scaledown.data.teacher.base import Engine
+from scaledown.data.workers import gpu_workers
 from scaledown.errors import InputError
 from scaledown.models import choose_device, resolve
 from scaledown.records import Passage
@@ -74,7 +75,7 @@ class Queries(NamedTuple):
     seconds: float | None
 
 
-def make_plan(config: PrepareConfig, corpus: files.Source | None) -> Plan:
+def make_plan(config: PrepareConfig, corpus: files.Source | None) -> Plan:  # noqa: PLR0915
     """Plan a run over a corpus; without one, over the index that is there.
 
     Raises `InputError` for inputs that a run would refuse; missing models are listed.
@@ -139,12 +140,15 @@ def make_plan(config: PrepareConfig, corpus: files.Source | None) -> Plan:
     stages.append(of_queries("reviewed", trials.reviewed(answers), Cost(0, 0, peak("cpu"))))
     output = None if queries.number is None else queries.number * trials.record_bytes(answers)
     stages.append(StagePlan("output", queries.number, 1, output, 0, 0.0))
+    workers = gpu_workers(config) if device.startswith("cuda") else 1
+    stages = [_shared(stage, workers) for stage in stages]
     missing += _missing_disk(config, stages)
     missing += _missing_gpu(stages, device)
     bad = len(sample.cut.rejected)
     share = "all" if sample.whole == 1 else f"{1 / sample.whole:.2%} of the {sample.of}:"
     malformed = f" ({bad / sample.cut.rows:.1%} malformed)" if bad else ""
-    sampled = f"{share} {sample.cut.rows:,} rows{malformed}; models tried on {device}, {cores()} cores"
+    tried = f"models tried on {device}, {cores()} cores" + (f", for {workers} workers" if workers > 1 else "")
+    sampled = f"{share} {sample.cut.rows:,} rows{malformed}; {tried}"
     return Plan(stages, missing, sampled, device)
 
 
@@ -163,6 +167,13 @@ def _stage(name: str, rows: int | None, per_shard: int, like: pa.Table | None, c
         )
     seconds = cost.start + cost.each * rows
     return StagePlan(name, rows, shards, disk, memory, seconds if math.isfinite(seconds) else None)
+
+
+def _shared(stage: StagePlan, workers: int) -> StagePlan:
+    """A stage on GPUs, its shards shared by workers that have one each."""
+    if stage.name not in _ON_DEVICE or not stage.seconds or not stage.shards:
+        return stage
+    return stage._replace(seconds=stage.seconds / min(workers, stage.shards))
 
 
 def _stored(table: pa.Table) -> int:

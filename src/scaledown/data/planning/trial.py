@@ -22,11 +22,11 @@ from scaledown.data.reranker import Pair, Reranker, load_reranker, resolve_reran
 from scaledown.data.retrieval.encoders import Encoder, load_encoder
 from scaledown.data.retrieval.index import Ranking, Vectors, pack, search, stacked
 from scaledown.data.retrieval.stages import Candidates, TokenLists, candidates_table
-from scaledown.data.teacher.api import find_teacher, is_served, load_teacher
+from scaledown.data.teacher.api import choose_backend, engine_of, find_teacher, is_served, load_teacher
 from scaledown.data.teacher.base import Engine, Generation, Rejection, Teacher, answer_all
 from scaledown.data.teacher.questions import questions_about
-from scaledown.errors import MissingExtraError, ModelError
-from scaledown.gpus import OnDevice
+from scaledown.errors import MissingExtraError, ModelError, ScaleDownError
+from scaledown.gpus import OnDevice, index
 from scaledown.models import choose_device, resolve
 from scaledown.records import Answer, Logprobs, Passage, full_text
 from scaledown.run.executor import cores
@@ -147,7 +147,7 @@ class Trials(NamedTuple):
     def answers(self) -> tuple[pa.Table, Cost]:
         """Let the teacher answer queries with sampled documents."""
         config, chance = self.config, random.Random(self.config.seed)  # noqa: S311
-        size = config.teacher_batch_size
+        size = max(self._full_load(), config.teacher_batch_size)
         template = load_template(config.prompt)
         prompts = []
         for number in range(min(3 * size, self.most)):
@@ -209,6 +209,19 @@ class Trials(NamedTuple):
             return UNKNOWN, None
         return self._try(self._load_teacher, use)
 
+    def _full_load(self) -> int:
+        """How many prompts keep the teacher's engine busy, if it takes more than a batch at once."""
+        engine = Engine.of(self.config)
+        if is_served(engine):
+            return 0
+        try:
+            source = find_teacher(self.config.teacher_model, engine)
+            generation = Generation.of(self.config)
+            backend = choose_backend(engine, source, choose_device(self.config.device), generation)
+        except ScaleDownError:  # which is listed when the teacher is loaded
+            return 0
+        return engine_of(backend).full_load
+
     def _load_teacher(self, device: str) -> Teacher:
         config = self.config
         engine = Engine.of(config)
@@ -227,7 +240,7 @@ class Trials(NamedTuple):
                 import torch
 
                 torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.reset_peak_memory_stats(index(device))
             model = OnDevice("the model that was tried", device, lambda: load(device))
             _, start = _clocked(model)
             each, made = use(model())
@@ -276,11 +289,15 @@ def _clocked(work: Callable[[], Made]) -> tuple[Made, float]:
 
 
 def peak(device: str) -> int:
-    """The most memory that was in use so far, in bytes: the GPU's, or this process's."""
+    """The most memory that was in use so far, in bytes: the GPU's, or this process's.
+
+    What other processes have of the GPU now counts, too: engines with processes of their own, and strangers.
+    """
     if device.startswith("cuda"):
         import torch
 
-        return int(torch.cuda.max_memory_allocated())
+        free, total = torch.cuda.mem_get_info(index(device))
+        return max(torch.cuda.max_memory_allocated(index(device)), total - free)
     unit = 1 if platform.system() == "Darwin" else 1024
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 

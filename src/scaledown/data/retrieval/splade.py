@@ -8,6 +8,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -81,7 +82,7 @@ class SpladeEncoder:
         def encode(batch: Sequence[int]) -> sp.csr_matrix:
             return fast.encode([ids[i] for i in batch])
 
-        return self._batches(encode, order, advance)
+        return self._batches(encode, order, advance, ahead=fast.weight.is_cuda)
 
     def _encode(
         self, encode: Callable[..., Any], texts: Sequence[str], advance: Callable[[int], None]
@@ -105,12 +106,20 @@ class SpladeEncoder:
         encode: Callable[[Sequence[int]], sp.csr_matrix],
         order: np.ndarray[Any, Any],
         advance: Callable[[int], None],
+        *,
+        ahead: bool = False,
     ) -> sp.csr_matrix:
-        parts = []
-        for start in range(0, len(order), self._batch_size):
-            batch = order[start : start + self._batch_size]
-            parts += self.halving(encode, batch)  # type: ignore[arg-type]
-            advance(len(batch))
+        """One batch after the other; `ahead` launches the next before one is read back."""
+
+        def work(batch: np.ndarray[Any, Any]) -> list[sp.csr_matrix]:
+            return self.halving(encode, batch)  # type: ignore[arg-type]
+
+        size, parts = self._batch_size, []
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        with ThreadPoolExecutor(2) as threads:
+            for batch, made in zip(batches, (threads.map if ahead else map)(work, batches), strict=True):
+                parts += made
+                advance(len(batch))
         return sp.vstack(parts, format="csr")[np.argsort(order)]
 
 

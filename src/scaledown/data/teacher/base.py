@@ -145,6 +145,8 @@ class TeacherEngine(NamedTuple):
     of the run, and `--teacher_batch_size` is among what answers depend on."""
     shards_at_once: int = SHARDS_AT_ONCE
     """How many shards of prompts it is asked together."""
+    full_load: int = 0
+    """How many prompts keep it busy, if its speed is that of many prompts together: `plan` tries so many."""
     served: bool = False
     """Whether the model is behind a server, which alone knows its weights and its hardware."""
     has_bits: bool = False

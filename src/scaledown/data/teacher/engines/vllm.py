@@ -228,6 +228,7 @@ ENGINE: Final = TeacherEngine(
     _load,
     preflight=lambda _: check_vllm(),
     suits=lambda setup: setup.device.startswith("cuda") and importlib.util.find_spec("vllm") is not None,
+    full_load=256,  # it takes as many at once as its memory allows
     has_lora=True,
     has_logprobs=True,
     library="vllm",
