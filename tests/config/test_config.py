@@ -69,7 +69,7 @@ def test_the_home_folder_is_found_in_flags_and_config(tmp_path: Path, monkeypatc
     (tmp_path / "c.json").write_text(json.dumps({"queries_file": ["~/a.txt"], "work_dir": "~/w"}))
     config = parsed("--config=~/c.json", "--output_file=~/o.json", "--corpus_path=~/c", "--query_dataset=~/d")
     assert (config.queries_file, config.work_dir) == ((f"{tmp_path}/a.txt",), f"{tmp_path}/w")
-    assert (config.output_file, config.corpus_path) == (f"{tmp_path}/o.json", f"{tmp_path}/c")
+    assert (config.output_file, config.corpus_path) == (f"{tmp_path}/o.json", (f"{tmp_path}/c",))
     assert config.query_dataset == f"{tmp_path}/d"
     assert parsed(*MINIMAL, "--queries_file=~/q.txt").queries_file == ("q.txt", f"{tmp_path}/q.txt")
 

@@ -219,6 +219,8 @@ def read_settings(path: Path, config: type[Any]) -> dict[str, Any]:
     settings = content.get("parameters", content) if isinstance(content, dict) else None
     if not isinstance(settings, dict):
         raise InputError(f"--config {path}: must hold a JSON object of settings, or be a manifest.json")
+    if isinstance(corpus := settings.get("corpus_path"), str):  # before 0.7 there was one
+        settings["corpus_path"] = [corpus] if corpus else []
     hints = typing.get_type_hints(PrepareConfig if issubclass(config, IndexConfig) else config)
     for name, value in settings.items():
         if name not in hints:

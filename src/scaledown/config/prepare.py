@@ -91,13 +91,20 @@ GROUPS: Final = (
 class IndexConfig(WorkersConfig):
     """Settings of `scaledown index`, and of `scaledown prepare` as far as it makes passages and vectors."""
 
-    corpus_path: str = option(
+    corpus_path: tuple[str, ...] = option(
+        (),
+        CORPUS,
+        "KILT JSON lines, JSONL / Parquet / Arrow / CSV / TSV with id, title, text, or a folder of such or "
+        "of text files; plain, gzip, zstd or bzip2; also a URL (https://, s3://), read as a stream; may be "
+        "given several times; without it, the sample corpus",
+        metavar="PATH",
+    )
+    text_column: str = option(
         "",
         CORPUS,
-        "KILT JSON lines, JSONL / Parquet / CSV with id, title, text, or a folder of such or of text files; "
-        "plain, gzip, zstd or bzip2; also a URL (https://, s3://), read as a stream; without it, the sample "
-        "corpus",
-        metavar="PATH",
+        "column that holds the text; dots reach into records; a number is the place of a column without a "
+        "name; without it, found by its name or what is in it",
+        metavar="NAME",
     )
     max_corpus_size: int = option(
         0, CORPUS, "read only this many articles from the start", "articles", metavar="N"
@@ -142,6 +149,7 @@ class IndexConfig(WorkersConfig):
 
     def __post_init__(self) -> None:
         self._check_choices()
+        self._check_files("corpus_path")
         self._check_workers()
         self._check_at_least(1, "passages_per_shard")
         self._check_at_least(0, "batch_size", "max_corpus_size")
@@ -171,8 +179,8 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
     queries_file: tuple[str, ...] = option(
         (),
         QUERIES,
-        "text (one query a line), TSV (qid<TAB>query), JSONL, CSV or Parquet; a path or URL; "
-        "may be given several times",
+        "text (one query a line), TSV, CSV, JSONL, Parquet, Arrow or TREC topics; a path or URL; may be "
+        "given several times",
         metavar="FILE",
     )
     download_ms_marco: bool = option(False, QUERIES, "use the 6,980 MS MARCO dev queries, downloaded once")
@@ -188,8 +196,8 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
     query_column: str = option(
         "",
         QUERIES,
-        "column that holds the query in JSONL, CSV, Parquet or a dataset; dots reach into records "
-        "(question.text); without it, found by its name",
+        "column that holds the query in a table or a dataset; dots reach into records (question.text); a "
+        "number is the place of a column without a name; without it, found by its name or what is in it",
         metavar="NAME",
     )
     query_split: str = option("train", QUERIES, "split of --query_dataset", metavar="NAME")

@@ -237,11 +237,12 @@ class TrainConfig(StudentConfig):
 class PretrainConfig(StudentConfig):
     """Settings of `scaledown pretrain`."""
 
-    corpus_path: str = option(
-        "",
+    corpus_path: tuple[str, ...] = option(
+        (),
         DATA,
         "any text: KILT JSON lines, JSONL / Parquet / CSV with id, title, text, or a folder of such or of "
-        "text files; also a URL; with --max_steps no more is tokenised than needed",
+        "text files; also a URL; may be given several times; with --max_steps no more is tokenised than "
+        "needed",
         metavar="PATH",
     )
     max_corpus_size: int = option(
@@ -271,7 +272,7 @@ class PretrainConfig(StudentConfig):
         super().__post_init__()
         if not self.corpus_path:
             raise UsageError("no text: give --corpus_path PATH")
-        self._check_files("train_data", "gold")
+        self._check_files("corpus_path", "train_data", "gold")
         if self.train_data and self.compressor != "pointer":
             raise UsageError(
                 "--train_data: only a pointer is pretrained on records: give --compressor pointer"

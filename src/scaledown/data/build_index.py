@@ -8,8 +8,9 @@ from typing import Any, Final, NamedTuple
 
 from scaledown.config.flags import build_parser, from_flags, underscored
 from scaledown.config.prepare import IndexConfig
+from scaledown.data.input import tables
 from scaledown.data.input.corpus import build_passages, sample_corpus
-from scaledown.data.input.files import Source, inner_suffix, input_files, locate
+from scaledown.data.input.files import Source, every, inner_suffix, input_files, locate
 from scaledown.data.input.remote import Remote
 from scaledown.data.retrieval.encoders import Encoder, is_sparse, load_encoder
 from scaledown.data.retrieval.seismic import SeismicIndex
@@ -41,7 +42,7 @@ class Index(NamedTuple):
     passages: Stage
     vectors: Stage
     config: IndexConfig
-    corpus: Source
+    corpus: Sequence[Source]
     retriever: ModelSource
 
     def cut(self, check: Callable[[], None] = lambda: None) -> None:
@@ -62,18 +63,21 @@ class Index(NamedTuple):
         return SeismicIndex(self.home, self.vectors, memory)
 
 
-def find_corpus(config: IndexConfig) -> Source:
-    """The corpus, which must be there; without `--corpus_path` the sample."""
+def find_corpus(config: IndexConfig) -> list[Source]:
+    """The files and folders of the corpus, which must be there; without `--corpus_path` the sample."""
     if not config.corpus_path:
         log.info("no --corpus_path: using the sample corpus of 60 short articles")
-    return locate(config.corpus_path or str(sample_corpus()), "--corpus_path")
+    return [locate(name, "--corpus_path") for name in config.corpus_path or (str(sample_corpus()),)]
 
 
-def corpus_identity(home: RunDirectory, corpus: Source) -> str:
+def corpus_identity(home: RunDirectory, corpus: Sequence[Source]) -> str:
     """What changes with the corpus: a hash of its content, or of what a server says of it."""
-    if isinstance(corpus, Remote):
-        return corpus.identity()
-    return file_identity(home, corpus, input_files(corpus, "--corpus_path"))
+    return " ".join(
+        source.identity()
+        if isinstance(source, Remote)
+        else file_identity(home, source, input_files(source, "--corpus_path"))
+        for source in corpus
+    )
 
 
 def file_identity(home: RunDirectory, path: Path, files: Sequence[Path] = ()) -> str:
@@ -84,7 +88,7 @@ def file_identity(home: RunDirectory, path: Path, files: Sequence[Path] = ()) ->
 
 
 def open_index(
-    home: RunDirectory, config: IndexConfig, corpus: Source, retriever: ModelSource, identity: str
+    home: RunDirectory, config: IndexConfig, corpus: Sequence[Source], retriever: ModelSource, identity: str
 ) -> Index:
     """The index of `corpus` in `home`. The settings of its stages hold all that their shards depend on."""
     passages = Stage(
@@ -97,6 +101,8 @@ def open_index(
             "passage_tokens": config.passage_tokens if config.passages == "tokens" else None,
             "tokenizer": identity,
             "passages_per_shard": config.passages_per_shard,
+            **({"text_column": config.text_column} if config.text_column else {}),
+            **tables.version_of(every(corpus, "--corpus_path")),
         },
     )
     weights = config.weights if is_sparse(retriever) else None
@@ -129,7 +135,7 @@ class IndexResult(NamedTuple):
     """Shards that workers died of, again and again."""
 
 
-def _filled(home: RunDirectory, config: IndexConfig, corpus: Source) -> Index:
+def _filled(home: RunDirectory, config: IndexConfig, corpus: Sequence[Source]) -> Index:
     """The index, with all that was missing."""
     same_bits()
     device = choose_device(config.device)
@@ -161,8 +167,8 @@ def build_index(config: IndexConfig, *, overwrite: bool = False) -> IndexResult:
         raise UsageError("no index: give --index_dir DIR")
     corpus = find_corpus(config)
     folder = index_of(config)
-    check_apart("--index_dir", config.index_dir, [corpus])
-    check_apart("--metrics_file", config.metrics_file, [corpus])
+    check_apart("--index_dir", config.index_dir, corpus)
+    check_apart("--metrics_file", config.metrics_file, corpus)
     home = RunDirectory(folder)
     with (
         metrics_file(config.metrics_file, home.path, overwrite=overwrite),
@@ -200,7 +206,8 @@ def main(argv: Sequence[str], program: str = "scaledown index") -> int:
             f"{index_of(config).root / 'live'} show, and run the same command again: it tries again"
         )
         return 1
-    corpus = f" --corpus_path {shlex.quote(redacted(config.corpus_path))}" if config.corpus_path else ""
+    given = [shlex.quote(redacted(path)) for path in config.corpus_path]
+    corpus = f" --corpus_path {' '.join(given)}" if given else ""
     print()
     print(
         f"next: scaledown prepare --index_dir {shlex.quote(config.index_dir)}{corpus} "

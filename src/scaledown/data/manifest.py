@@ -32,11 +32,13 @@ class Sources(NamedTuple):
     reranker: ModelSource | None
     teacher: ModelSource
     second_teacher: ModelSource | None
-    corpus: Source
+    corpus: list[Source]
     queries: list[Source]
     evaluation: list[Source]
     passed_over: dict[str, dict[str, str]]
     """By flag: files of folders that are not read, and why."""
+    guessed: dict[str, dict[str, str]]
+    """By flag: files whose format or columns follow from their content alone, and how they are read."""
 
     def models(self) -> dict[str, ModelSource]:
         """The models by their part in the run."""
@@ -65,6 +67,7 @@ def write_manifest(  # noqa: PLR0917
         "models": models,
         "inputs": inputs,
         "passed_over": sources.passed_over,
+        "guessed": sources.guessed,
         "stages": {
             name: {
                 "fingerprint": stage.fingerprint,
@@ -106,9 +109,9 @@ def repeatable(config: PrepareConfig, sources: Sources) -> dict[str, Any]:
     A URL loses its secrets: with `--config` it has to be given again.
     """
     settings = asdict(config)
-    for name in ("corpus_path", "work_dir", "index_dir", "output_file", "cache_dir", "metrics_file"):
+    for name in ("work_dir", "index_dir", "output_file", "cache_dir", "metrics_file"):
         settings[name] = _full(settings[name]) if settings[name] else ""
-    for name in ("queries_file", "decontaminate"):
+    for name in ("corpus_path", "queries_file", "decontaminate"):
         settings[name] = [_full(path) for path in settings[name]]
     if Path(config.query_dataset).exists() and config.query_dataset:
         settings["query_dataset"] = str(Path(config.query_dataset).resolve())
@@ -144,6 +147,8 @@ def compared_settings(config: PrepareConfig) -> dict[str, Any]:
     apart |= {"decontaminate"}  # by content
     if not config.teacher_logprobs:  # a run of a version without them goes on
         apart |= {"teacher_logprobs"}
+    if not config.text_column:
+        apart |= {"text_column"}
     if config.search == "exact":
         apart |= {"search_memory", "min_recall"}
     apart |= {"retriever_model", "reranker_model", "teacher_model", "second_teacher_model"}  # by identity

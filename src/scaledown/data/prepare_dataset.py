@@ -32,6 +32,7 @@ from scaledown.data.build_index import (
 )
 from scaledown.data.cleaning.decontaminate import VERSION as CLEAN_VERSION
 from scaledown.data.cleaning.decontaminate import Cleaner
+from scaledown.data.input import tables
 from scaledown.data.input.queries import collect_queries
 from scaledown.data.manifest import Sources, write_manifest
 from scaledown.data.output.writers import examples, write_examples
@@ -259,6 +260,7 @@ def _run_stages(entered: Entered) -> dict[str, Stage]:
         "split": config.query_split,
         "column": config.query_column,
         "queries_per_shard": config.queries_per_shard,
+        **tables.version_of(sources.queries),
     }
     if config.num_synthetic_queries:
         index.cut()

@@ -82,7 +82,7 @@ def train(config: Config, *, overwrite: bool = False) -> Trained:
     the place of files that no training made. Raises `ScaleDownError`; Ctrl-C leaves a checkpoint first.
     """
     output = Path(config.output_dir)
-    check_apart("--output_dir", config.output_dir, [getattr(config, "corpus_path", ""), *config.gold])
+    check_apart("--output_dir", config.output_dir, [*getattr(config, "corpus_path", ()), *config.gold])
     try:
         home = RunDirectory(output / _OWN_FOLDER)
     except OutputError as error:
@@ -145,7 +145,9 @@ def _identity(given: Config, config: Config, home: RunDirectory, origin: Origin)
 def _inputs(config: Config, home: RunDirectory) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     if isinstance(config, PretrainConfig):
-        inputs["corpus_path"] = corpus_identity(home, locate(config.corpus_path, "--corpus_path"))
+        inputs["corpus_path"] = corpus_identity(
+            home, [locate(name, "--corpus_path") for name in config.corpus_path]
+        )
     for name in ("train_data", "eval_data"):
         if not hasattr(config, name):
             continue

@@ -16,8 +16,9 @@ log = logging.getLogger("scaledown")
 COMPRESSED: Final = {".gz", ".zst", ".zstd", ".bz2"}
 TEXT: Final = {".txt", ".md"}
 LINES: Final = {".json", ".jsonl", ".ndjson"}
-TABLES: Final = {".parquet", ".csv", ".tsv"}
-KNOWN: Final = TEXT | LINES | TABLES
+TABLES: Final = {".csv", ".tsv"}
+BATCHES: Final = {".parquet", ".arrow", ".feather"}
+KNOWN: Final = TEXT | LINES | TABLES | BATCHES
 
 _ABOUT: Final = re.compile(
     r"(readme|licen[cs]e|copying|notice|changelog|contributing|authors|citation)([-_.].*)?", re.IGNORECASE

@@ -75,7 +75,7 @@ class Queries(NamedTuple):
     seconds: float | None
 
 
-def make_plan(config: PrepareConfig, corpus: files.Source) -> Plan:
+def make_plan(config: PrepareConfig, corpus: Sequence[files.Source]) -> Plan:
     """Plan a run. Raises `InputError` for inputs that a run would refuse; missing models are listed."""
     missing: list[str] = []
     device = "cpu"
@@ -89,7 +89,7 @@ def make_plan(config: PrepareConfig, corpus: files.Source) -> Plan:
     sample = sample_corpus(config, corpus, tokenizer)
     table = sample.cut.passages
     passages = round(table.num_rows * sample.whole)
-    size = sum(map(files.size_of, files.sources(corpus, "--corpus_path")))
+    size = sum(map(files.size_of, files.every(corpus, "--corpus_path")))
     processes = cutting_processes(size)
     workers = processes * _BYTES_A_WORKER if processes > 1 else 0
     cutting = Cost(0, sample.seconds / table.num_rows / processes, peak("cpu") + workers)
