@@ -174,7 +174,10 @@ def test_the_share_that_was_read_grows_to_the_whole(kind: str, server: Server, m
     server.files[f"c.{kind}"] = packed(kind)
     meter = files.Meter([files.locate(server.url(f"c.{kind}"), "--corpus_path")])
     assert meter.size == len(packed(kind))
-    seen = [meter.fraction(), *(meter.fraction() for _ in tables.rows(meter.paths[0], tables.CORPUS, meter=meter))]
+    seen = [
+        meter.fraction(),
+        *(meter.fraction() for _ in tables.rows(meter.paths[0], tables.CORPUS, meter=meter)),
+    ]
     assert seen == sorted(seen)
     assert seen[0] == 0
     assert 0.5 < seen[-1] <= 1

@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 DELIMITERS: Final = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
 _MOST_CHARACTERS: Final = 1 << 24  # in a record; the reader takes several times as much
 _NONE: Final = "\x1f"  # a delimiter that no text has: one column
+_REGULAR: Final = 0.9  # a share of records from which on the others are mistakes
 _QUOTED: Final = re.compile(r'"(?:[^"]|"")*"')
 _NUMBER: Final = re.compile(r"\s*[-+]?[\d.,]*\d\s*")
 
@@ -84,28 +85,35 @@ def _best(lines: Sequence[str], delimiter: str, *, whole: bool) -> Sample:
     has no quoting, unless its lines only make sense with it, and other text doubles quotes, as Python and
     Excel do, or puts a backslash before them, as MySQL and pandas' `escapechar` do.
     """
-    kinds = [Dialect(delimiter, quote, escape) for quote in "\"'" for escape in ("", "\\")]
+    kinds = [Dialect(delimiter, quote, escape) for escape in ("", "\\") for quote in "\"'"]
     found = [_sample(lines, kind, whole=whole) for kind in kinds]
-    plain = _sample(lines, Dialect(delimiter), whole=whole)
     text = "".join(lines)
+    plain = _unquoted(text, delimiter, whole=whole)
     if len(plain.records) == 1 and not whole:
         return plain
+    sure = []
     for one in found:
         joined = delimiter == "\t" and plain.regular == 1 and len(one.records) < len(plain.records)
-        if one.regular and not joined and _would_write(one, text):
-            return one
+        fits = one.regular >= found[0].regular and (not joined or text.startswith(one.dialect.quote))
+        if one.regular and fits and _would_write(one, text):
+            sure.append(one)
+    if sure:
+        return max(sure, key=lambda one: len(one.records))
     if delimiter == "\t" and plain.regular == 1:
         return plain
     likely = [plain, found[0]] if delimiter == "\t" else [*found, plain]
-    return max(likely, key=lambda one: one.regular)
+    return max(likely, key=lambda one: min(one.regular, _REGULAR))
 
 
 def _would_write(sample: Sample, text: str) -> bool:
     """Whether a writer of the dialect makes the text of the records, and has to quote or escape for it."""
     delimiter, quote, escape = sample.dialect
-    if not re.search(rf"\\[\\{quote}{re.escape(delimiter)}\r\n]" if escape else quote, text):
+    if not re.search(rf"\\[{quote}{re.escape(delimiter)}\r\n]" if escape else quote, text):
         return False
-    read = list(itertools.islice(sample.dialect.reader(_lines(text), spaces=True), len(sample.records)))
+    try:
+        read = list(itertools.islice(sample.dialect.reader(_lines(text), spaces=True), len(sample.records)))
+    except csv.Error:
+        return False
     end = next(iter(re.findall(r"\r\n|\r|\n", text)), "\n")
     text = text if text.endswith(("\r", "\n")) else text + end
     numbers = [[_Written(cell) if _NUMBER.fullmatch(cell) else cell for cell in record] for record in read]
@@ -156,9 +164,20 @@ def _sample(lines: Sequence[str], dialect: Dialect, *, whole: bool) -> Sample:
     else:
         if not whole and len(found) > 1:
             found.pop()
+    return _counted(dialect, found, unclosed)
+
+
+def _counted(dialect: Dialect, found: list[list[str]], unclosed: int = 0) -> Sample:
     width = _width(found)
     regular = sum(len(record) == width for record in found) / max(1, len(found) + unclosed)
     return Sample(dialect, found, regular)
+
+
+def _unquoted(text: str, delimiter: str, *, whole: bool) -> Sample:
+    """The sample of a text without quoting, its lines as `files.raw_lines` has them."""
+    lines = [line for line in text.split("\n" if "\n" in text else "\r") if line.strip()]
+    found = [[unquoted(cell) for cell in line.removesuffix("\r").split(delimiter)] for line in lines]
+    return _counted(Dialect(delimiter), found if whole or len(found) < 2 else found[:-1])
 
 
 def records(

@@ -120,7 +120,7 @@ def check(source: Path | Remote, head: bytes) -> None:
                 f"{source}: the server gives a web page ({source.content_type}), such as a login page; open "
                 "the address in a browser to see it, and give the address of the file itself"
             )
-        if encoding := _encoding(head):
+        if encoding := _encoding(head[:512].rstrip(b"\0")):
             converted = shlex.quote(str(path.with_name(f"{path.stem}.utf8{path.suffix}")))
             raise InputError(
                 f"{source}: is {encoding[:6]}; {fetch}convert it: "

@@ -30,7 +30,7 @@ _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 _BATCH_ROWS: Final = 1024
 _LONGEST_TOPIC: Final = 10_000  # lines
 _TOPIC_START: Final = re.compile(
-    r"\s*<top(?:ic)?(?:\s+(?:number|id|num)\s*=\s*[\"']([^\"']*)[\"'])?[^>]*>", re.I
+    r"\s*<top(?:ic)?(?=[\s>])(?:\s+(?:number|id|num)\s*=\s*[\"']([^\"']*)[\"'])?[^>]*>", re.I
 )
 _TOPIC_END: Final = re.compile(r"</top(ic)?>", re.I)
 _FIELD: Final = re.compile(r"<(\w+)[^>]*>([^<]*)")

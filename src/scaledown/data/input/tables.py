@@ -172,13 +172,16 @@ def _table(  # noqa: PLR0911
     if kind or suffix == ".parquet":
         return _batches(source, stream, kind or first_bytes.PARQUET, meaning, column, meter)
     whole = len(head) < files.HEAD_BYTES
-    text = head.decode("utf-8", "surrogateescape").lstrip("\ufeff")
+    text = head.rstrip(b"\0").decode("utf-8", "surrogateescape").lstrip("\ufeff")
     if suffix in folders.LINES or _is_json(text, whole=whole):
         return _json(source, stream, text, meaning, column, certain=suffix in folders.LINES)
     is_table = suffix in folders.TABLES
     looked = text.strip() and (is_table or _may_be_a_table(text, meaning, column))
     if looked and (found := _delimited(source, stream, text, suffix, meaning, column, whole=whole)):
+        if not found.reading.header:
+            _check_first(source, text, meaning)
         return found
+    _check_first(source, text, meaning)
     if meaning.main != "text":
         reading = Reading("text, one question a line", {}, None, guessed=False)
         return _Table(reading, lambda: formats.line_rows(source, stream, column or meaning.main))
@@ -392,6 +395,21 @@ def _may_be_a_table(text: str, meaning: Meaning, column: str) -> bool:
     main = {*meaning.parts[meaning.main], *([column.lower()] if column else [])}
     cells = (cell for delimiter in delimited.DELIMITERS for cell in first.split(delimiter))
     return "\t" in first or any(cell.strip(" \"'").lower() in main for cell in cells)
+
+
+def _check_first(source: Source, text: str, meaning: Meaning) -> None:
+    """Refuse a file whose first line has the names of columns where its other lines have no such columns."""
+    first = text.lstrip("\r\n").replace("\r", "\n").partition("\n")[0]
+    sure = set(meaning.parts[meaning.main]) - _LAST_RESORT
+    for delimiter, called in delimited.DELIMITERS.items():
+        cells = [cell.strip() for cell in first.split(delimiter)]
+        names = [cell.strip("\"'").lower() for cell in cells]
+        short = all(map(_NAME.fullmatch, names)) or all(re.fullmatch(r"(['\"]).*\1", cell) for cell in cells)
+        if len(names) > 1 and short and not sure.isdisjoint(names):
+            raise InputError(
+                f"{source}: its first line has the columns {', '.join(names)}, {called}-separated, and other "
+                "lines do not; mend its quotes"
+            )
 
 
 def _looks_like_a_table(found: Mapping[str, Sample], meaning: Meaning, column: str) -> bool:
