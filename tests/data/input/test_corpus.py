@@ -183,7 +183,7 @@ def test_every_shape_of_record(record) -> None:
         ({"id": "1"}, "no text"),
         ({"id": "1", "text": 5}, "text must be"),
         ({"id": "1", "text": ["a", 3]}, "text must be"),
-        ({"id": [], "text": "a"}, "the id is"),
+        ({"id": [1], "text": "a"}, "the id is"),
         ({"id": True, "text": "a"}, "the id is"),
         ({"id": "1", "title": ["4"], "text": "a"}, "the title is"),
     ],

@@ -1,4 +1,4 @@
-"""One reader understands corpora, queries and right answers from their content, and says what it understood."""
+"""One reader understands corpora, queries and right answers from their content, and says what it found."""
 
 import bz2
 import csv

@@ -166,12 +166,14 @@ class Meter:
         self._total = max(1, self.size)
         self._before = 0
         self._size = 0
+        self._path: Source | None = None
         self._share: Callable[[], float] = float
 
     def watch(self, path: Source, share: Callable[[], float]) -> None:
         """From now on `path` is read, and `share` tells how much of it was, 0..1."""
-        self._before += self._size
-        self._size, self._share = self._sizes[path], share
+        if path != self._path:
+            self._before += self._size
+        self._path, self._size, self._share = path, self._sizes[path], share
 
     def fraction(self) -> float:
         """The share of all bytes that was read, 0..1."""

@@ -195,10 +195,15 @@ def _table(  # noqa: PLR0911
     )
 
 
+def _first_line(text: str) -> str:
+    """The first line that is not blank."""
+    return text.strip().replace("\r", "\n").partition("\n")[0].strip()
+
+
 def _is_json(text: str, *, whole: bool) -> bool:
     """Whether the first line is a JSON object."""
-    first, end, _ = text.lstrip().partition("\n")
-    if not first.startswith("{") or not (end or whole):
+    first = _first_line(text)
+    if not first.startswith("{") or (first == text.strip() and not whole):
         return first.startswith('{"')
     try:
         formats.parse(Row("", 1, first.strip().encode("utf-8", "surrogateescape")))
@@ -391,7 +396,7 @@ def _delimited(  # noqa: PLR0917
 
 def _may_be_a_table(text: str, meaning: Meaning, column: str) -> bool:
     """Whether it is worth looking closer: the first line has a tab, or a name of the main part."""
-    first = text.lstrip("\r\n").replace("\r", "\n").partition("\n")[0]
+    first = _first_line(text)
     main = {*meaning.parts[meaning.main], *([column.lower()] if column else [])}
     cells = (cell for delimiter in delimited.DELIMITERS for cell in first.split(delimiter))
     return "\t" in first or any(cell.strip(" \"'").lower() in main for cell in cells)
@@ -399,7 +404,7 @@ def _may_be_a_table(text: str, meaning: Meaning, column: str) -> bool:
 
 def _check_first(source: Source, text: str, meaning: Meaning) -> None:
     """Refuse a file whose first line has the names of columns where its other lines have no such columns."""
-    first = text.lstrip("\r\n").replace("\r", "\n").partition("\n")[0]
+    first = _first_line(text)
     sure = set(meaning.parts[meaning.main]) - _LAST_RESORT
     for delimiter, called in delimited.DELIMITERS.items():
         cells = [cell.strip() for cell in first.split(delimiter)]
@@ -435,15 +440,17 @@ def _plain_names(cells: Sequence[str]) -> list[str]:
 def _chosen(found: Mapping[str, Sample], usual: str, meaning: Meaning, column: str) -> Sample:
     """The delimiter whose columns make most sense: named ones, then regular ones, then the usual one."""
 
-    def sense(item: tuple[str, Sample]) -> tuple[bool, bool, bool, float, bool, int]:
+    def sense(item: tuple[str, Sample]) -> tuple[bool, bool, bool, bool, float, bool, int]:
         delimiter, sample = item
         header = bool(sample.records) and _is_header(sample.records[0], meaning, column)
         names = set(_plain_names(sample.records[0])) if sample.records else set()
         main = {*meaning.parts[meaning.main], *([column.lower()] if column else [])}
         regular = sample.regular >= _ALIKE and sample.width > 1
+        codes = all(re.fullmatch(r"[\w.-]+", record[0].strip()) for record in sample.records)
         return (
             header and not names.isdisjoint(main),
             regular,
+            regular and codes,
             delimiter == usual and regular,
             sample.regular,
             delimiter == usual,
