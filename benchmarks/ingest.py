@@ -17,10 +17,10 @@ from scaledown.run.stage import Stage
 
 def passages(corpus: Path, folder: str) -> tuple[float, int]:
     """Seconds, and passages made, by a process a core."""
-    config = IndexConfig(corpus_path=str(corpus))
+    config = IndexConfig(corpus_path=(str(corpus),))
     stage = Stage(RunDirectory(Path(folder)), "passages", {})
     started = time.perf_counter()
-    build_passages(stage, config, corpus, resolve("bundled:splade-tiny"))
+    build_passages(stage, config, [corpus], resolve("bundled:splade-tiny"))
     return time.perf_counter() - started, sum(stage.finished().rows)
 
 

@@ -55,7 +55,10 @@ def main() -> None:
         corpus, index = Path(temporary) / "kilt.jsonl", Path(temporary) / "index"
         corpus.write_text("".join(json.dumps(article) + "\n" for article in articles), encoding="utf-8")
         config = IndexConfig(
-            corpus_path=str(corpus), index_dir=str(index), retriever_model="bundled:splade-tiny", device="cpu"
+            corpus_path=(str(corpus),),
+            index_dir=str(index),
+            retriever_model="bundled:splade-tiny",
+            device="cpu",
         )
         started = time.perf_counter()
         made = build_index(config)

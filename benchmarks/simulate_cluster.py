@@ -85,7 +85,7 @@ def measure(*, quick: bool) -> Measured:
         corpus.write_bytes(lines * (12 if quick else 60))  # enough for several processes
         run = RunDirectory(folder / "run")
         before = spent()
-        build_passages(Stage(run, "passages", {}), IndexConfig(), corpus, resolve("bundled:splade-tiny"))
+        build_passages(Stage(run, "passages", {}), IndexConfig(), [corpus], resolve("bundled:splade-tiny"))
         own, others = (after - at_first for after, at_first in zip(spent(), before, strict=True))
         cutting, reading = (corpus.stat().st_size / seconds for seconds in (own + others, own))
 

@@ -17,7 +17,7 @@ from common import SHARED, close, machine, paired, parser
 from torch import nn
 
 from scaledown.config.train import TrainConfig
-from scaledown.data.input import files
+from scaledown.data.input import tables
 from scaledown.data.input.chunking import Chunker
 from scaledown.data.input.corpus import cut_rows, plain
 from scaledown.data.retrieval import SPLADERetriever
@@ -44,7 +44,7 @@ def training_data(path: Path, folders: tuple[str, ...]) -> None:
     corpus, asked = [], []
     for folder in folders:
         source = SHARED / folder / "kilt.jsonl"
-        table = cut_rows(list(files.rows(source)), chunker, str(source), False).passages
+        table = cut_rows(list(tables.rows(source, tables.CORPUS)), chunker).passages
         corpus += [
             {"id": row["passage_id"], "title": row["title"], "text": row["text"]} for row in table.to_pylist()
         ]

@@ -196,9 +196,11 @@ def prepare(tiny_flags: list[str], corpus: Path, queries: Path, tmp_path: Path) 
 
         def __call__(self, *flags: str, inputs: bool = True) -> int:
             standard = ["--corpus_path", str(corpus), "--queries_file", str(queries)] if inputs else []
-            if not any(flag.startswith(("--output_file", "--output-file")) for flag in flags):
-                standard += ["--output_file", str(self.output)]
-            return prepare_dataset.main([*tiny_flags, *standard, *flags])
+            standard += ["--output_file", str(self.output), *tiny_flags]
+            given = {flag.partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}
+            pairs = zip(standard[::2], standard[1::2], strict=True)
+            standard = [word for pair in pairs if pair[0].replace("-", "_") not in given for word in pair]
+            return prepare_dataset.main([*standard, *flags])
 
     return Outcome()
 

@@ -179,7 +179,7 @@ def test_neither_corpus_nor_vectors_are_held_in_memory(tmp_path, models, monkeyp
         config = PrepareConfig(queries_file=("q",), output_file="o.json", passages_per_shard=500)
         stage = Stage(RunDirectory(tmp_path / f"w{len(peaks)}"), "passages", {})
         tracemalloc.start()
-        build_passages(stage, config, path, resolve(str(models["splade"])))
+        build_passages(stage, config, [path], resolve(str(models["splade"])))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[2] < 1.3 * peaks[1]

@@ -68,6 +68,11 @@ def words(text: str) -> list[str]:
     return [word for word in found if word not in _ARTICLES] or found or text.split()
 
 
+def says_something(text: str) -> bool:
+    """Whether a text has a letter, digit or symbol: not only marks, spaces and what is not seen."""
+    return any(unicodedata.category(character)[0] in "LNS" for character in text)
+
+
 def question_key(text: str) -> str:
     """What two questions share when they are the same: their words in their order."""
     return " ".join(words(text))

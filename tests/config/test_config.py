@@ -72,7 +72,7 @@ def test_the_home_folder_is_found_in_flags_and_config(tmp_path: Path, monkeypatc
     (tmp_path / "c.json").write_text(json.dumps({"queries_file": ["~/a.txt"], "work_dir": "~/w"}))
     config = parsed("--config=~/c.json", "--output_file=~/o.json", "--corpus_path=~/c", "--query_dataset=~/d")
     assert (config.queries_file, config.work_dir) == ((f"{tmp_path}/a.txt",), f"{tmp_path}/w")
-    assert (config.output_file, config.corpus_path) == (f"{tmp_path}/o.json", f"{tmp_path}/c")
+    assert (config.output_file, config.corpus_path) == (f"{tmp_path}/o.json", (f"{tmp_path}/c",))
     assert config.query_dataset == f"{tmp_path}/d"
     assert parsed(*MINIMAL, "--queries_file=~/q.txt").queries_file == ("q.txt", f"{tmp_path}/q.txt")
 
@@ -82,7 +82,22 @@ def test_the_home_folder_is_found_in_flags_and_config(tmp_path: Path, monkeypatc
 )
 def test_an_empty_flag_is_refused_by_its_name(name: str) -> None:
     with pytest.raises(UsageError, match=f"--{name} is empty"):
-        parsed(*MINIMAL, f"--{name}", "")
+        parsed(*MINIMAL[: 2 if name == "output_file" else None], f"--{name}", "")
+
+
+def test_a_flag_that_names_one_file_refuses_a_second() -> None:
+    for name in ("output_file", "query_dataset", "teacher_model", "text_column"):
+        with pytest.raises(UsageError, match=f"--{name} is given twice, and takes one value"):
+            parsed("--queries_file", "q.txt", f"--{name}", "a.json", f"--{name}=b.json")
+    assert parsed(*MINIMAL, "--corpus_path", "a", "--corpus-path", "b").corpus_path == ("a", "b")
+    assert parsed(*MINIMAL, "--seed", "1", "--seed", "2").seed == 2, "of numbers the last counts"
+
+
+def test_a_manifest_of_before_had_one_corpus(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    for before, now in (("c.jsonl", ("c.jsonl",)), ("", ())):
+        path.write_text(json.dumps({"parameters": {"corpus_path": before}}))
+        assert parsed(*MINIMAL, "--config", str(path)).corpus_path == now
 
 
 def test_presets_lie_under_flags() -> None:

@@ -21,8 +21,40 @@ from scaledown.urls import is_url
 Config = TypeVar("Config", bound=Options)
 
 
+class _Once(argparse.Action):
+    """Stores a value, and refuses a second one that names a file, model or column.
+
+    Of two inputs one would be lost in silence. Of numbers and choices the last counts, as scripts expect.
+    """
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        names = self.type not in {int, float} and not self.choices
+        if isinstance(parser, Parser) and option_string and names:
+            if option_string in parser.given:
+                parser.error(f"{option_string} is given twice, and takes one value: give it once")
+            parser.given.add(option_string)
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ours."""
+    """A parser whose errors are ours, and that drops no input because another came after it."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        self.given: set[str] = set()
+        super().__init__(*arguments, **settings)
+        self.register("action", None, _Once)
+        self.register("action", "store", _Once)
+
+    def parse_known_args(self, *arguments: Any, **settings: Any) -> Any:
+        """As argparse does; flags of an earlier call do not count."""
+        self.given.clear()
+        return super().parse_known_args(*arguments, **settings)
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line instead of printing the whole usage. Raises `UsageError`."""
@@ -218,6 +250,8 @@ def read_settings(path: Path, config: type[Options]) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise InputError(f"--config {path}: must hold a JSON object of settings, or be a manifest.json")
     # A manifest of `prepare` serves `index` as well.
+    if isinstance(corpus := settings.get("corpus_path"), str):  # before 0.7 there was one
+        settings["corpus_path"] = [corpus] if corpus else []
     hints = typing.get_type_hints(PrepareConfig if issubclass(config, IndexConfig) else config)
     for name, value in settings.items():
         if name not in hints:

@@ -89,14 +89,23 @@ GROUPS: Final = (
 class IndexConfig(WorkersConfig):
     """Settings of `scaledown index`, and those of `scaledown prepare` that make passages and vectors."""
 
-    corpus_path: str = option(
-        "",
+    corpus_path: tuple[str, ...] = option(
+        (),
         CORPUS,
-        "KILT JSON lines, JSONL / Parquet / CSV with id, title, text, or a folder of such or of text files; "
-        "plain, gzip, zstd or bzip2; also a URL (https://, s3://), read as a stream; without it, the index "
-        "in --index_dir, or else the sample corpus",
+        "KILT JSON lines, JSONL / Parquet / Arrow / CSV / TSV with id, title, text, or a folder of such or "
+        "of text files; plain, gzip, zstd or bzip2; also a URL (https://, s3://), read as a stream; may be "
+        "given several times; without it, the index in --index_dir, or else the sample corpus",
         role="input",
         metavar="PATH",
+    )
+    text_column: str = option(
+        "",
+        CORPUS,
+        "column that holds the text; dots reach into records; a number is the place of a column without a "
+        "name; without it, found by its name or what is in it",
+        role="result",
+        only_with="text_column",
+        metavar="NAME",
     )
     max_corpus_size: int = option(
         0,
@@ -213,8 +222,8 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
     queries_file: tuple[str, ...] = option(
         (),
         QUERIES,
-        "text (one query a line), TSV (qid<TAB>query), JSONL, CSV or Parquet; a path or URL; "
-        "may be given several times",
+        "text (one query a line), TSV, CSV, JSONL, Parquet, Arrow or TREC topics; a path or URL; may be "
+        "given several times",
         role="input",
         metavar="FILE",
     )
@@ -241,8 +250,8 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
     query_column: str = option(
         "",
         QUERIES,
-        "column that holds the query in JSONL, CSV, Parquet or a dataset; dots reach into records "
-        "(question.text); without it, found by its name",
+        "column that holds the query in a table or a dataset; dots reach into records (question.text); a "
+        "number is the place of a column without a name; without it, found by its name or what is in it",
         role="result",
         metavar="NAME",
     )

@@ -349,11 +349,12 @@ class TrainConfig(StudentConfig):
 class PretrainConfig(StudentConfig):
     """Settings of `scaledown pretrain`."""
 
-    corpus_path: str = option(
-        "",
+    corpus_path: tuple[str, ...] = option(
+        (),
         DATA,
         "any text: KILT JSON lines, JSONL / Parquet / CSV with id, title, text, or a folder of such or of "
-        "text files; also a URL; with --max_steps no more is tokenised than needed",
+        "text files; also a URL; may be given several times; with --max_steps no more is tokenised than "
+        "needed",
         role="input",
         metavar="PATH",
     )

@@ -12,8 +12,9 @@ from typing import Any, Final, NamedTuple
 
 from scaledown.command import Usage, program_name, run_cli
 from scaledown.config.prepare import IndexCommandConfig, IndexConfig
+from scaledown.data.input import tables
 from scaledown.data.input.corpus import build_passages, sample_corpus
-from scaledown.data.input.files import Source, inner_suffix, input_files, locate
+from scaledown.data.input.files import Source, every, inner_suffix, input_files, locate
 from scaledown.data.input.remote import Remote
 from scaledown.data.retrieval.encoders import Encoder, is_sparse, load_encoder
 from scaledown.data.retrieval.parts import (
@@ -54,13 +55,13 @@ class Index(NamedTuple):
     passages: Stage
     vectors: Stage
     config: IndexConfig
-    corpus: Source | None
-    """None where the index is there already, and the corpus is not at hand."""
+    corpus: Sequence[Source]
+    """Empty where the index is there already, and the corpus is not at hand."""
     retriever: ModelSource
 
     def cut(self, check: Callable[[], None] = lambda: None) -> None:
         """Make the missing passages."""
-        if self.corpus is not None:
+        if self.corpus:
             build_passages(self.passages, self.config, self.corpus, self.retriever, check)
 
     def fill(self, encoder: Callable[[], Encoder]) -> None:
@@ -113,28 +114,31 @@ def _lasting_name(model: ModelSource) -> str:
     return str(path.resolve()) if path.exists() else model.name
 
 
-def find_corpus(config: IndexConfig) -> Source | None:
-    """The corpus, which must be there.
+def find_corpus(config: IndexConfig) -> list[Source]:
+    """The files and folders of the corpus, which must be there.
 
-    Without `--corpus_path` None where `--index_dir` holds an index, else the sample.
+    Without `--corpus_path` none where `--index_dir` holds an index, else the sample.
     """
     if not config.corpus_path:
         if config.index_dir and states(index_of(config)):
-            return None
+            return []
         log.info("no --corpus_path: using the sample corpus of 60 short articles")
-    return locate(config.corpus_path or str(sample_corpus()), "--corpus_path")
+    return [locate(name, "--corpus_path") for name in config.corpus_path or (str(sample_corpus()),)]
 
 
-def corpus_identity(home: RunDirectory, corpus: Source | None) -> str:
+def corpus_identity(home: RunDirectory, corpus: Sequence[Source]) -> str:
     """What changes with the corpus: a hash of its content, or of what a server says of it.
 
     Without a corpus, that of the first part of the only index in `home`.
     """
-    if corpus is None:
+    if not corpus:
         return str(only_state(home.storage).first[0]["corpus"])
-    if isinstance(corpus, Remote):
-        return corpus.identity()
-    return file_identity(home, corpus, input_files(corpus, "--corpus_path"))
+    return " ".join(
+        source.identity()
+        if isinstance(source, Remote)
+        else file_identity(home, source, input_files(source, "--corpus_path"))
+        for source in corpus
+    )
 
 
 def file_identity(home: RunDirectory, path: Path, files: Sequence[Path] = ()) -> str:
@@ -147,7 +151,7 @@ def file_identity(home: RunDirectory, path: Path, files: Sequence[Path] = ()) ->
 def open_index(
     home: RunDirectory,
     config: IndexConfig,
-    corpus: Source | None,
+    corpus: Sequence[Source],
     retriever: ModelSource,
     identity: str,
     *,
@@ -165,7 +169,7 @@ def open_index(
     }
     weights = config.weights if is_sparse(retriever) else None
     encoding = {"retriever": identity, "batch_size": config.batch_size, "weights": weights}
-    if corpus is None:
+    if not corpus:
         state = only_state(home.storage)
         _check_same(state, home, {**cutting, "weights": weights}, retriever)
         passages, vectors = (
@@ -180,6 +184,8 @@ def open_index(
             "max_corpus_size": config.max_corpus_size,
             **cutting,
             "passages_per_shard": config.passages_per_shard,
+            **({"text_column": config.text_column} if config.text_column else {}),
+            **tables.version_of(every(corpus, "--corpus_path")),
         },
         beside=beside,
     )
@@ -229,7 +235,9 @@ class IndexResult(NamedTuple):
     """Shards that workers died of, again and again."""
 
 
-def _filled(home: RunDirectory, config: IndexConfig, corpus: Source | None, *, beside: bool = False) -> Index:
+def _filled(
+    home: RunDirectory, config: IndexConfig, corpus: Sequence[Source], *, beside: bool = False
+) -> Index:
     """The index, or a part that is added `beside` others, with all that was missing."""
     same_bits()
     device = choose_device(config.device)
@@ -265,11 +273,12 @@ def build_index(config: IndexConfig, *, overwrite: bool = False) -> IndexResult:
         only_state(index_of(config))
     only = {item.name: getattr(config, item.name) for item in fields(IndexConfig)}
     first = IndexConfig(**only)
-    added = [IndexConfig(**{**only, "corpus_path": name, "max_corpus_size": 0}) for name in add]
-    corpora = [find_corpus(first), *(locate(name, "--add") for name in add)]
+    added = [IndexConfig(**{**only, "corpus_path": (name,), "max_corpus_size": 0}) for name in add]
+    corpora = [find_corpus(first), *([locate(name, "--add")] for name in add)]
     folder = index_of(config)
-    check_apart("--index_dir", config.index_dir, filter(None, corpora))
-    check_apart("--metrics_file", config.metrics_file, filter(None, corpora))
+    read = [source for corpus in corpora for source in corpus]
+    check_apart("--index_dir", config.index_dir, read)
+    check_apart("--metrics_file", config.metrics_file, read)
     if folder.in_bucket and config.executor == "ray":
         raise UsageError(
             "--executor ray: in a bucket one machine makes the index: leave it out; --workers N uses several "
@@ -308,7 +317,7 @@ def summary(result: IndexResult, config: IndexConfig) -> str:
     lines = [f"{index_of(config)}: {result.size / 1e6:,.1f} MB", ""]
     lines += [stage_line(name, stage) for name, stage in result.stages.items()]
     if not result.given_up:
-        corpus = f" --corpus_path {shlex.quote(redacted(config.corpus_path))}" if config.corpus_path else ""
+        corpus = "".join(f" --corpus_path {shlex.quote(redacted(path))}" for path in config.corpus_path)
         lines += [
             "",
             f"next: {program_name()} prepare --index_dir {shlex.quote(config.index_dir)}{corpus} "

@@ -33,12 +33,14 @@ class Sources(NamedTuple):
     reranker: ModelSource | None
     teacher: ModelSource
     second_teacher: ModelSource | None
-    corpus: Source | None
-    """None where the index has what the corpus would give."""
+    corpus: list[Source]
+    """Empty where the index has what the corpus would give."""
     queries: list[Source]
     evaluation: list[Source]
     passed_over: dict[str, dict[str, str]]
     """By flag: files of folders that are not read, and why."""
+    guessed: dict[str, dict[str, str]]
+    """By flag: files whose format or columns follow from their content alone, and how they are read."""
 
     def models(self) -> dict[str, ModelSource]:
         """The models by their part in the run."""
@@ -67,6 +69,7 @@ def write_manifest(  # noqa: PLR0917
         "models": models,
         "inputs": inputs,
         "passed_over": sources.passed_over,
+        "guessed": sources.guessed,
         "stages": {
             name: {
                 "fingerprint": stage.fingerprint,

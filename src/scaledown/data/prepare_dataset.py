@@ -29,6 +29,7 @@ from scaledown.config.prepare import PrepareConfig
 from scaledown.data import reranker
 from scaledown.data.build_index import Index, open_index
 from scaledown.data.cleaning.decontaminate import Cleaner
+from scaledown.data.input import tables
 from scaledown.data.input.queries import collect_queries
 from scaledown.data.output.writers import examples, write_examples
 from scaledown.data.planning.plan import Plan, keep, make_plan, report
@@ -114,6 +115,7 @@ def collect(session: Session, index: Index, teachers: Teachers) -> Stage:
         "split": config.query_split,
         "column": config.query_column,
         "queries_per_shard": config.queries_per_shard,
+        **tables.version_of(session.sources.queries),
     }
     written = None
     if config.num_synthetic_queries:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 import tiny
 from scaledown.config.prepare import PrepareConfig
-from scaledown.data.input import files
+from scaledown.data.input import files, tables
 from scaledown.data.input.chunking import Chunker, Words, sentences, splits_at_spaces
 from scaledown.data.input.corpus import (
     PassageTable,
@@ -183,8 +183,9 @@ def test_every_shape_of_record(record) -> None:
         ({"id": "1"}, "no text"),
         ({"id": "1", "text": 5}, "text must be"),
         ({"id": "1", "text": ["a", 3]}, "text must be"),
-        ({"id": [], "text": "a"}, "the id is"),
-        ({"id": "1", "title": 4, "text": "a"}, "the title is"),
+        ({"id": [1], "text": "a"}, "the id is"),
+        ({"id": True, "text": "a"}, "the id is"),
+        ({"id": "1", "title": ["4"], "text": "a"}, "the title is"),
     ],
 )
 def test_records_that_are_none(record, reason) -> None:
@@ -198,7 +199,7 @@ def config(**settings) -> PrepareConfig:
 
 def passages_of(path: Path, work: Path, models: dict[str, Path], **settings) -> Stage:
     stage = Stage(RunDirectory(work), "passages", {"path": str(path), **settings})
-    build_passages(stage, config(**settings), path, resolve(str(models["splade"])))
+    build_passages(stage, config(**settings), [path], resolve(str(models["splade"])))
     return stage
 
 
@@ -362,7 +363,7 @@ def test_the_share_that_was_read_grows_to_the_whole(kind: str, tmp_path: Path, m
     meter = files.Meter(files.input_files(_write(tmp_path, kind), "corpus"))
     seen = [meter.fraction()]
     for path in meter.paths:
-        seen += [meter.fraction() for _ in files.rows(path, meter)]
+        seen += [meter.fraction() for _ in tables.rows(path, tables.CORPUS, meter=meter)]
     assert seen == sorted(seen)
     assert seen[0] == 0
     assert 0.5 < seen[-1] <= 1

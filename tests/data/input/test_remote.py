@@ -22,7 +22,7 @@ import pytest
 from scaledown.cli import main as cli
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.build_index import corpus_identity
-from scaledown.data.input import files, remote
+from scaledown.data.input import files, remote, tables
 from scaledown.data.input.corpus import build_passages
 from scaledown.data.session import resolve as inputs
 from scaledown.errors import InputError, MissingExtraError, UsageError, install_command
@@ -65,15 +65,16 @@ KINDS = ["jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.zst", "parquet", "csv", "txt"]
 
 
 def contents(source: files.Source) -> list[Any]:
-    every = [row for path in files.sources(source, "--corpus_path") for row in files.rows(path)]
+    paths = files.sources(source, "--corpus_path")
+    every = [row for path in paths for row in tables.rows(path, tables.CORPUS)]
     return [(row.line, row.content) for row in every]
 
 
 def cut(source: files.Source, work: Path, models: dict[str, Path], **settings: Any) -> Stage:
     run = RunDirectory(work)
-    stage = Stage(run, "passages", {"corpus": corpus_identity(run, source)})
+    stage = Stage(run, "passages", {"corpus": corpus_identity(run, [source])})
     config = PrepareConfig(queries_file=("q",), output_file="o.json", **settings)
-    build_passages(stage, config, source, resolve(str(models["splade"])))
+    build_passages(stage, config, [source], resolve(str(models["splade"])))
     return stage
 
 
@@ -173,7 +174,10 @@ def test_the_share_that_was_read_grows_to_the_whole(kind: str, server: Server, m
     server.files[f"c.{kind}"] = packed(kind)
     meter = files.Meter([files.locate(server.url(f"c.{kind}"), "--corpus_path")])
     assert meter.size == len(packed(kind))
-    seen = [meter.fraction(), *(meter.fraction() for _ in files.rows(meter.paths[0], meter))]
+    seen = [
+        meter.fraction(),
+        *(meter.fraction() for _ in tables.rows(meter.paths[0], tables.CORPUS, meter=meter)),
+    ]
     assert seen == sorted(seen)
     assert seen[0] == 0
     assert 0.5 < seen[-1] <= 1
@@ -184,7 +188,7 @@ def test_an_unknown_size_is_no_obstacle(server: Server) -> None:
     server.files["c.jsonl.gz"] = packed("jsonl.gz")
     source = files.locate(server.url("c.jsonl.gz"), "--corpus_path")
     meter = files.Meter([source])
-    assert len([meter.fraction() for _ in files.rows(source, meter)]) == len(RECORDS)
+    assert len([meter.fraction() for _ in tables.rows(source, tables.CORPUS, meter=meter)]) == len(RECORDS)
 
 
 # What names a corpus again
@@ -372,7 +376,7 @@ def test_http_is_only_read(flag: str) -> None:
 def test_nothing_is_written_into_a_folder_that_is_read(flag: str) -> None:
     fsspec.filesystem("memory").pipe_file("/read/corpus/c.jsonl", b"{}")
     given = {"output_file": "memory://read/o.json", flag: "memory://read/corpus/o.json"}
-    config = PrepareConfig(corpus_path="memory://read/corpus", queries_file=("q",), **given)
+    config = PrepareConfig(corpus_path=("memory://read/corpus",), queries_file=("q",), **given)
     with pytest.raises(UsageError, match="memory://read/corpus/o.json.* lies in memory://read/corpus, which"):
         inputs.find_inputs(config)
 
@@ -391,9 +395,9 @@ def test_files_of_a_hub(server: Server) -> None:
         "datasets/org/name/resolve/main/c.jsonl": LINES,
     }
     code = (
-        "import sys; from scaledown.data.input import files\n"
+        "import sys; from scaledown.data.input import files, tables\n"
         "path = files.locate(sys.argv[1], '--corpus_path')\n"
-        "print(path, path.size, *(row.content.decode() for row in files.rows(path)))"
+        "print(path, path.size, *(row.content.decode() for row in tables.rows(path, tables.CORPUS)))"
     )
     hub = {"HF_ENDPOINT": server.url("").rstrip("/"), "HF_HUB_OFFLINE": "0"}
     done = subprocess.run(
@@ -466,7 +470,7 @@ def test_a_run_with_remote_input_gives_the_same_bytes_and_keeps_no_secret(
     assert not [content for content in kept if b"SECRET" in content]
     assert any(b"127.0.0.1" in path.read_bytes() for path in (work / "quarantine").iterdir())
     parameters = json.loads((work / "manifest.json").read_text())["parameters"]
-    assert parameters["corpus_path"] == f"http://…@127.0.0.1:{server.server_port}/corpus.jsonl?…"
+    assert parameters["corpus_path"] == [f"http://…@127.0.0.1:{server.server_port}/corpus.jsonl?…"]
     out, err = capsys.readouterr()
     assert "SECRET" not in out + err + caplog.text
     again = ["--config", str(work / "manifest.json"), "--output_file", str(output)]

@@ -159,10 +159,10 @@ def test_corpora_that_cannot_be_entered_midway(kind: str, tmp_path, monkeypatch,
         retriever_model=str(models["splade"]), queries_file=("q.txt",), output_file="o.json"
     )
     tokenizer = load_tokenizer(resolve(config.retriever_model), config)
-    found = sampling.sample_corpus(config, path, tokenizer)
+    found = sampling.sample_corpus(config, [path], tokenizer)
     with monkeypatch.context() as patch:
         patch.setattr(sampling, "_BYTES_A_PLACE", 1 << 30)
-        whole = sampling.sample_corpus(config, path, tokenizer)
+        whole = sampling.sample_corpus(config, [path], tokenizer)
     assert (found.whole > 1.2, whole.whole) == (True, 1.0)
     assert off(found.cut.passages.num_rows * found.whole, whole.cut.passages.num_rows) < 0.15
 

@@ -120,7 +120,7 @@ def test_quality_on_real_questions(tmp_path: Path) -> None:
         passages,
         lambda: encoder,
         "float16",
-        lambda check: build_passages(passages, config, folder / "kilt.jsonl", source, check),
+        lambda check: build_passages(passages, config, [folder / "kilt.jsonl"], source, check),
     )
     articles = [json.loads(line) for line in (folder / "kilt.jsonl").read_text().splitlines()]
     paragraphs = {article["wikipedia_id"]: article["text"] for article in articles}

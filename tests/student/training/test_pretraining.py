@@ -52,7 +52,7 @@ def corpus(tmp_path: Path) -> Path:
 def setting(models: dict[str, Path], corpus: Path, tmp_path: Path) -> Setting:
     def make(output: str = "out", **changes: Any) -> PretrainConfig:
         settings: dict[str, Any] = {
-            "corpus_path": str(corpus),
+            "corpus_path": (str(corpus),),
             "generator_model": str(models["causal_lm"]),
             "num_layers": 1,
             "doc_max_length": 40,
@@ -127,7 +127,7 @@ def test_a_login_in_the_url_of_a_corpus_is_not_kept(
 ) -> None:
     server.files["corpus.jsonl"] = corpus.read_bytes()
     url = server.url("corpus.jsonl?signature=secret", "user:secret@")
-    result = train(setting(corpus_path=url, max_steps=1))
+    result = train(setting(corpus_path=(url,), max_steps=1))
     assert "127.0.0.1" in (Path(result.output) / "settings.json").read_text()
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
 
@@ -138,13 +138,13 @@ def test_corpus_without_text(setting: Setting, corpus: Path, tmp_path: Path) -> 
     with pytest.raises(InputError, match=r"--corpus_path .*: no article with text; check the file"):
         pretraining_parts(config, find_origin(config).compressor_tokenizer(), tmp_path)
     with pytest.raises(InputError, match="there is no such file"):
-        train(setting(corpus_path=str(tmp_path / "nowhere.jsonl")))
+        train(setting(corpus_path=(str(tmp_path / "nowhere.jsonl"),)))
 
 
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"corpus_path": ""}, "no text: give --corpus_path"),
+        ({"corpus_path": ()}, "no text: give --corpus_path"),
         ({"doc_max_length": 8}, "--doc_max_length 8: must be at least 16"),
         ({"max_corpus_size": -1}, "--max_corpus_size -1: must not be negative"),
     ],
@@ -160,7 +160,7 @@ def test_it_learns_to_repeat(setting: Setting, tmp_path: Path) -> None:
     short.write_text('{"id": 1, "text": "The red house."}\n{"id": 2, "text": "A blue tower stands."}\n')
     result = train(
         setting(
-            corpus_path=str(short),
+            corpus_path=(str(short),),
             doc_max_length=16,
             compression_rate=4,
             batch_size=2,
@@ -311,7 +311,7 @@ def test_summary_names_the_next_command(setting: Setting) -> None:
 @pytest.mark.slow
 def test_command_line(setting: Setting, forked: None) -> None:
     config = setting()
-    words = [sys.executable, "-m", "scaledown", "pretrain", "--corpus-path", config.corpus_path]
+    words = [sys.executable, "-m", "scaledown", "pretrain", "--corpus-path", *config.corpus_path]
     words += ["--output_dir", config.output_dir, "--generator_model", config.generator_model]
     words += ["--num_layers", "1", "--doc_max_length", "40", "--batch_size", "4", "--max_steps", "2"]
     done = subprocess.run(

@@ -229,7 +229,7 @@ def test_right_answers_take_the_teachers_place(
 @pytest.fixture
 def pretraining(models: dict[str, Path], corpus: Path, tmp_path: Path) -> PretrainConfig:
     return PretrainConfig(
-        corpus_path=str(corpus),
+        corpus_path=(str(corpus),),
         generator_model=str(models["causal_lm"]),
         compressor="pointer",
         num_layers=1,

@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -16,8 +16,9 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from scaledown.config.prepare import IndexConfig
-from scaledown.data.input import files
+from scaledown.data.input import files, tables
 from scaledown.data.input.chunking import Chunker
+from scaledown.data.input.rows import parse
 from scaledown.data.input.seen import Ids
 from scaledown.errors import InputError, ModelError
 from scaledown.models import ModelSource, loadable, loading
@@ -29,10 +30,7 @@ from scaledown.urls import without_query
 
 log = logging.getLogger("scaledown")
 
-ID_KEYS: Final = ("id", "_id", "doc_id", "docid", "wikipedia_id", "kilt_id")
 RENAMED: Final = "ids_made_unique"
-TITLE_KEYS: Final = ("title", "wikipedia_title")
-TEXT_KEYS: Final = ("text", "contents", "content", "body")
 _TEXTS: Final = tuple((name, pa.large_string()) for name in Passage._fields)
 ROWS_AT_ONCE: Final = 16
 _BYTES_WORTH_A_PROCESS: Final = 1 << 25
@@ -46,23 +44,26 @@ def sample_corpus() -> Path:
     return inside if inside.exists() else package.parents[1] / "examples" / "corpus.jsonl"
 
 
-def parse_article(record: dict[str, Any], fallback_id: str) -> Article:
-    """An article from a record of any supported shape. Raises `ValueError` with the reason.
+def parse_article(record: dict[str, Any], fallback_id: str, column: str = "") -> Article:
+    """An article from a record of any supported shape, its text in `column` if that is named.
 
     KILT's `text` is a list of paragraphs whose first is the title; `facebook/kilt_wikipedia` has
     `text.paragraph`; other corpora have `text` as a string, its paragraphs on lines of their own.
+
+    Raises:
+        ValueError: with the reason why the record is no article.
     """
-    doc_id = next((record[key] for key in ID_KEYS if record.get(key) not in (None, "")), fallback_id)
-    title = next((record[key] for key in TITLE_KEYS if record.get(key)), "")
-    text = next((record[key] for key in TEXT_KEYS if record.get(key) is not None), None)
-    if not isinstance(doc_id, str | int):
-        raise ValueError(f"the id is {type(doc_id).__name__}, expected a string or number")
-    if not isinstance(title, str):
-        raise ValueError(f"the title is {type(title).__name__}, expected a string")
+    doc_id = tables.id_of(record, tables.DOCUMENT_IDS) or fallback_id
+    given = tables.value_of(record, tables.TITLE_KEYS)
+    title = tables.as_text(given) if tables.is_full(given) else ""
+    if title is None:
+        raise ValueError(f"the title is {type(given).__name__}, expected a string")
+    text = tables.column_of(record, column) if column else tables.value_of(record, tables.TEXT_KEYS)
     if isinstance(text, dict):
         text = text.get("paragraph")
     if text is None:
-        raise ValueError(f"no text: expected one of {', '.join(TEXT_KEYS)}")
+        wanted = column or f"one of {', '.join(tables.TEXT_KEYS)}"
+        raise ValueError(f"no text: expected {wanted}; the columns are {', '.join(map(str, record))}")
     paragraphs = text.splitlines() if isinstance(text, str) else text
     if not isinstance(paragraphs, list) or not all(isinstance(p, str) for p in paragraphs):
         raise ValueError("text must be a string or a list of strings")
@@ -70,7 +71,7 @@ def parse_article(record: dict[str, Any], fallback_id: str) -> Article:
     if paragraphs and " ".join(paragraphs[0].split()) == title:
         paragraphs = paragraphs[1:]
     blocks = (parse_block(paragraph) for paragraph in paragraphs)
-    return Article(str(doc_id), title, tuple(block for block in blocks if block.text))
+    return Article(doc_id, title, tuple(block for block in blocks if block.text))
 
 
 def parse_block(paragraph: str) -> Block:
@@ -94,7 +95,7 @@ class Cut(NamedTuple):
 def build_passages(
     stage: Stage,
     config: IndexConfig,
-    corpus: files.Source,
+    corpus: Sequence[files.Source],
     retriever: ModelSource,
     check: Callable[[], None] = lambda: None,
 ) -> None:
@@ -120,7 +121,8 @@ def build_passages(
             rows.append(table.num_rows)
             counts = json.loads(table.schema.metadata[b"counts"])
         started = time.perf_counter()
-        meter = files.Meter(files.sources(corpus, "--corpus_path"))
+        meter = files.Meter(files.every(corpus, "--corpus_path"))
+        shown = ", ".join(map(str, corpus))
         limit = config.max_corpus_size
         with track("passages", "passages", None, counts["passages"], stage) as tracker:
             for passages, now, rejected in _shards(corpus, meter, config, retriever, counts, ids, check):
@@ -141,16 +143,16 @@ def build_passages(
                 started = time.perf_counter()
         if not counts["passages"]:
             raise InputError(
-                f"{corpus}: no article with text among {counts['lines']:,} lines; expected KILT lines, or "
+                f"{shown}: no article with text among {counts['lines']:,} lines; expected KILT lines, or "
                 "id, title and text in each record"
             )
         if renamed := counts.get(RENAMED, 0):
-            log.warning("%s: %s articles have the id of another: told apart by #2 …", corpus, f"{renamed:,}")
+            log.warning("%s: %s articles have the id of another: told apart by #2 …", shown, f"{renamed:,}")
         stage.finish(rows, counts)
 
 
 def _shards(  # noqa: PLR0917
-    corpus: files.Source,
+    corpus: Sequence[files.Source],
     meter: files.Meter,
     config: IndexConfig,
     retriever: ModelSource,
@@ -182,7 +184,9 @@ def _shards(  # noqa: PLR0917
         waiting.clear()
         return table
 
-    every = itertools.chain.from_iterable(files.rows(path, meter) for path in meter.paths)
+    every = itertools.chain.from_iterable(
+        tables.rows(path, tables.CORPUS, config.text_column, meter) for path in meter.paths
+    )
     rows = itertools.islice(every, counts["lines"], None)  # skipped rows are not even parsed
     # Batches are cut by rows read, so that a run that continues makes the same ones.
     batches = iter(lambda: list(itertools.islice(rows, ROWS_AT_ONCE)), [])
@@ -190,7 +194,7 @@ def _shards(  # noqa: PLR0917
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = Path(folder) / "tokenizer.json"
         load_tokenizer(retriever, config).save(str(tokenizer))
-        cutter = _Cutter(tokenizer, config, str(corpus), corpus.is_dir())
+        cutter = _Cutter(tokenizer, config, files.folders_of(corpus))
         enough = bool(limit) and articles >= limit  # a run that ended just before it said so
         for cut in in_order(cutter, () if enough else batches, processes):
             check()
@@ -242,12 +246,11 @@ class _Cutter:
 
     tokenizer: Path
     config: IndexConfig
-    corpus: str
-    is_folder: bool
+    folders: tuple[str, ...]
 
     def __call__(self, rows: list[files.Row]) -> Cut:
         chunker = _chunker(self.tokenizer, self.config.passages, self.config.passage_tokens)
-        return cut_rows(rows, chunker, self.corpus, self.is_folder)
+        return cut_rows(rows, chunker, self.folders, self.config.text_column)
 
 
 @functools.lru_cache(maxsize=1)
@@ -255,13 +258,23 @@ def _chunker(tokenizer: Path, mode: str, limit: int) -> Chunker:
     return Chunker(Tokenizer.from_file(str(tokenizer)), mode, limit)
 
 
-def cut_rows(rows: list[files.Row], chunker: Chunker, corpus: str, is_folder: bool) -> Cut:
-    """Parse rows and cut their articles into passages."""
+def cut_rows(
+    rows: list[files.Row], chunker: Chunker, folders: Sequence[str] = (), text_column: str = ""
+) -> Cut:
+    """Parse rows and cut their articles into passages.
+
+    Args:
+        rows: as `tables.rows` gives them.
+        chunker: what cuts.
+        folders: those that the corpus was given as; an article without an id has its path within one.
+        text_column: the column of the text, if it is named.
+    """
     articles: list[Article] = []
     rejected: list[tuple[files.Row, str]] = []
     for row in rows:
         try:
-            articles.append(parse_article(files.parse(row), _name(corpus, is_folder, row)))
+            record = parse(row, tables.DOCUMENT_IDS)
+            articles.append(parse_article(record, _name(folders, row), text_column))
         except ValueError as error:
             rejected.append((row, str(error)))
     cut = chunker.passages(articles)
@@ -281,10 +294,11 @@ def cut_rows(rows: list[files.Row], chunker: Chunker, corpus: str, is_folder: bo
     )
 
 
-def _name(corpus: str, is_folder: bool, row: files.Row) -> str:
+def _name(folders: Sequence[str], row: files.Row) -> str:
     """An id for an article without one: its file within the corpus, and its line unless it fills the file."""
     path = Path(without_query(row.source))
-    name = path.relative_to(corpus).as_posix() if is_folder else path.name
+    folder = next((one for one in folders if path.is_relative_to(one)), None)
+    name = path.relative_to(folder).as_posix() if folder else path.name
     return f"{name}:{row.line}" if isinstance(row.content, bytes) or row.line > 1 else name
 
 

@@ -1,39 +1,25 @@
-"""Input files as rows: JSON lines, Parquet, CSV, TSV, text; plain or compressed; streamed.
+"""Input files: where they are, their bytes without compression, and their lines, read as a stream."""
 
-A malformed row is set aside with its line number and reason, never dropped silently.
-"""
-
-import csv
+import contextlib
 import io
-import re
-import shlex
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any, Final, NamedTuple, NoReturn
 from urllib.parse import unquote, urlsplit
 
-import orjson
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from scaledown.data.input import folders
+from scaledown.data.input import first_bytes, folders
 from scaledown.data.input.remote import Remote, find
 from scaledown.errors import InputError
 from scaledown.urls import is_url
 
-# bzip2: its three letters, a digit, and how a block begins (text may begin with the letters)
-_MAGIC: Final = ((rb"\x1f\x8b", "gzip"), (rb"\x28\xb5\x2f\xfd", "zstd"), (rb"BZh[1-9]1AY&SY", "bz2"))
-# Archives by their first bytes, and what unpacks them. An archive may itself be compressed.
-_ARCHIVES: Final = (
-    (rb".{257}ustar", "tar archive", "tar -xf"),
-    (rb"PK\x03\x04|PK\x05\x06", "zip archive", "unzip"),
-    (rb"\xfd7zXZ\x00", "xz file", "xz -dk"),
-    (rb"7z\xbc\xaf\x27\x1c", "7z archive", "7z x"),
-)
 _CHUNK_BYTES: Final = 1 << 22
 _MAX_LINE_BYTES: Final = 1 << 26
+HEAD_BYTES: Final = 1 << 18
+"""How much of the start of a file can be looked at without reading it twice."""
+_MARK: Final = b"\xef\xbb\xbf"
+_LONGEST_WINDOW: Final = 31  # of zstd, as a power of 2: what `zstd --ultra --long=31` writes
 
 Source = Path | Remote
 
@@ -87,17 +73,20 @@ class Intake:
             )
 
 
-def _pure(source: Source | PurePath) -> PurePath:
+def pure(source: Source | PurePath) -> PurePath:
+    """The path of a file, within its address where it has one."""
     return source.path if isinstance(source, Remote) else source
 
 
 def inner_suffix(source: Source | PurePath) -> str:
     """The ending that names the format, without that of the compression: `a.jsonl.gz` -> `.jsonl`."""
-    return folders.inner_suffix(_pure(source))
+    return folders.inner_suffix(pure(source))
 
 
 def locate(name: str, what: str) -> Source:
     """The file or folder that a path or URL names. Raises `InputError` when there is no input in it."""
+    if name == "-" or name.startswith(("/dev/", "/proc/self/fd/")):
+        raise _read_once(f"{what} {name}")
     if not is_url(name):
         path = Path(name)
     elif name.lower().startswith("file://"):
@@ -117,9 +106,26 @@ def locate(name: str, what: str) -> Source:
     return path
 
 
+def _read_once(shown: str) -> InputError:
+    return InputError(
+        f"{shown}: is a stream that can be read only once, and a run reads its input again to know it and to "
+        "continue; write it to a file and give that"
+    )
+
+
 def sources(source: Source, what: str) -> Sequence[Source]:
     """The files behind what was located, sorted."""
     return source.files or [source] if isinstance(source, Remote) else input_files(source, what)
+
+
+def every(given: Sequence[Source], what: str) -> list[Source]:
+    """The files behind all that was located, in the order given, each once."""
+    return list(dict.fromkeys(file for source in given for file in sources(source, what)))
+
+
+def folders_of(given: Sequence[Source]) -> tuple[str, ...]:
+    """Those of some sources that are folders."""
+    return tuple(str(source) for source in given if source.is_dir())
 
 
 def input_files(path: Path, what: str) -> list[Path]:
@@ -132,6 +138,8 @@ def input_files(path: Path, what: str) -> list[Path]:
         raise InputError(f"{what} {str(path)!a}: the name is not valid Unicode; rename it") from None
     if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise _read_once(f"{what} {path}")
     found = folders.listed(path, what)
     folders.tell(what, path, found.passed_over)
     return [path / name for name in found.files] or _no_data(path, what)
@@ -158,12 +166,14 @@ class Meter:
         self._total = max(1, self.size)
         self._before = 0
         self._size = 0
+        self._path: Source | None = None
         self._share: Callable[[], float] = float
 
     def watch(self, path: Source, share: Callable[[], float]) -> None:
         """From now on `path` is read, and `share` tells how much of it was, 0..1."""
-        self._before += self._size
-        self._size, self._share = self._sizes[path], share
+        if path != self._path:
+            self._before += self._size
+        self._path, self._size, self._share = path, self._sizes[path], share
 
     def fraction(self) -> float:
         """The share of all bytes that was read, 0..1."""
@@ -176,56 +186,90 @@ def size_of(source: Source) -> int:
 
 
 def open_stream(path: Source, meter: Meter | None = None) -> io.BufferedReader:
-    """The bytes of a file, decompressed when its first bytes say so; `InputError` where they are no text."""
+    """The bytes of a file, decompressed when its first bytes say so; its first `HEAD_BYTES` can be peeked at.
+
+    Raises `InputError` for what cannot be read or is no data.
+    """
     raw: Any
     try:
-        if isinstance(path, Remote):
-            raw = path.open()
-            head = raw.peek(16)
-        else:
-            with path.open("rb") as file:
-                head = file.read(16)
-            raw = pa.OSFile(str(path))
-        compression = next((name for magic, name in _MAGIC if re.match(magic, head)), None)
+        raw = path.open() if isinstance(path, Remote) else path.open("rb")
+        kind = first_bytes.compression(raw.peek(first_bytes.SIZE))
         if meter:
             size = max(1, size_of(path))
             meter.watch(path, lambda: 1.0 if raw.closed else raw.tell() / size)
+        filled: Any = _Filled(raw, _decompressor(raw, kind), kind)
+        stream: io.BufferedReader = io.BufferedReader(filled, HEAD_BYTES)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check that path") from error
-    stream = io.BufferedReader(pa.CompressedInputStream(raw, compression) if compression else raw)
     try:
-        _check_text(path, stream.peek(512)[:512])
+        first_bytes.check(path, stream.peek()[: first_bytes.SIZE])
     except OSError as error:
-        raise _damaged(path, 0, error) from error
+        raise damaged(path, 0, error) from error
     return stream
 
 
-def _fetched(source: Source) -> tuple[Path, str]:
-    """What a file is called on this machine, once it was fetched, and the words for doing that."""
-    return (Path(source.path.name), "fetch it and ") if isinstance(source, Remote) else (source, "")
+def _decompressor(raw: Any, kind: str) -> Any:
+    if kind == "gzip":
+        import gzip
+
+        return gzip.GzipFile(fileobj=raw)
+    if kind == "bz2":
+        import bz2
+
+        return bz2.BZ2File(raw)
+    if kind == "zstd":
+        from backports import zstd
+
+        return zstd.ZstdFile(raw, options={zstd.DecompressionParameter.window_log_max: _LONGEST_WINDOW})
+    return raw
 
 
-def _check_text(source: Source, head: bytes) -> None:
-    """Refuse archives and UTF-16 by the first bytes of a file, saying how to convert them."""
-    path, fetch = _fetched(source)
-    quoted = shlex.quote(str(path))
-    for magic, kind, command in _ARCHIVES:
-        if re.match(magic, head, re.DOTALL):
-            raise InputError(
-                f"{source}: is a {kind}; {fetch}unpack it (`{command} {quoted}`) and give what was in it"
-            )
-    encoding = "UTF-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
-    for name, high in (("UTF-16LE", head[1::2]), ("UTF-16BE", head[::2])):
-        if high.count(0) * 2 > len(high):  # without a mark, Latin text shows by its NULs
-            encoding = encoding or name
-    if encoding:
-        converted = shlex.quote(str(path.with_name(f"{path.stem}.utf8{path.suffix}")))
-        raise InputError(
-            f"{source}: is UTF-16; {fetch}convert it: `iconv -f {encoding} -t UTF-8 {quoted} > {converted}`"
-        )
+class _Filled(io.RawIOBase):
+    """Fills each buffer as far as there are bytes; whatever is wrong with compressed data is an `OSError`."""
+
+    def __init__(self, raw: Any, inner: Any, kind: str) -> None:
+        self._raw, self._inner, self.compression = raw, inner, kind
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return not self.compression
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._raw.seek(offset, whence))
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            count = 0
+            while count < len(buffer) and (data := self._inner.read(len(buffer) - count)):
+                buffer[count : count + len(data)] = data
+                count += len(data)
+        except (InputError, OSError):
+            raise
+        except (EOFError, zlib.error, ValueError) as error:
+            raise OSError(str(error)) from error
+        except Exception as error:
+            if self.compression != "zstd":  # whose own error is of no other kind
+                raise
+            raise OSError(str(error)) from error
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            with contextlib.suppress(OSError, ValueError):
+                self._inner.close()
+            self._raw.close()
+        super().close()
 
 
-def _damaged(path: Source, line: int, error: OSError) -> InputError:
+def is_compressed(stream: io.BufferedReader) -> bool:
+    """Whether what `open_stream` gave is decompressed as it is read."""
+    return isinstance(stream.raw, _Filled) and bool(stream.raw.compression)
+
+
+def damaged(path: Source, line: int, error: OSError) -> InputError:
+    """The error for compressed data that ends early or is broken behind a line."""
     return InputError(
         f"{path}: the compressed data is cut short or damaged after line {line:,} ({error}); "
         + ("put a whole file there" if isinstance(path, Remote) else "fetch the file again")
@@ -233,178 +277,52 @@ def _damaged(path: Source, line: int, error: OSError) -> InputError:
 
 
 def lines(path: Source, meter: Meter | None = None) -> Iterator[tuple[int, bytes]]:
-    """Numbered non-blank lines. Raises `InputError` where compressed data ends early."""
+    """Numbered non-blank lines, without the white space around them; as `raw_lines` otherwise."""
+    with open_stream(path, meter) as stream:
+        for number, line in raw_lines(path, stream):
+            if stripped := line.strip():
+                yield number, stripped
+
+
+def raw_lines(path: Source, stream: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines with the white space around them, and without a byte order mark in front.
+
+    A line ends with a line feed; in a file that has none at its start but carriage returns, with those.
+    Raises `InputError` for compressed data that ends early, a line that does not end, and NUL bytes in the
+    place of text.
+    """
     number = 0
     rest = b""
-    with open_stream(path, meter) as stream:
-        while True:
-            try:
-                chunk = stream.read(_CHUNK_BYTES)
-            except OSError as error:
-                raise _damaged(path, number, error) from error
-            pieces = (rest + chunk).split(b"\n")
-            rest = pieces.pop() if chunk else b""
-            for piece in pieces:
-                number += 1
-                line = piece.strip()
-                if line:
-                    yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if not chunk:
-                return
-            if len(rest) > _MAX_LINE_BYTES:
-                raise InputError(
-                    f"{path}: line {number + 1:,} is longer than {_MAX_LINE_BYTES >> 20} MB; "
-                    "expected one record a line"
-                )
-
-
-def rows(path: Source, meter: Meter | None = None) -> Iterator[Row]:
-    """The records of one file, by its ending; an unknown ending is read as JSON lines."""
-    suffix = inner_suffix(path)
-    if suffix == ".parquet":
-        yield from _parquet_rows(path, meter)
-    elif suffix in {".csv", ".tsv"}:
-        yield from _csv_rows(path, "," if suffix == ".csv" else "\t", meter)
-    elif suffix in folders.TEXT:
-        try:
-            with open_stream(path, meter) as stream:
-                content = {"title": _pure(path).stem.removesuffix(suffix), "text": stream.read()}
-        except OSError as error:
-            raise _damaged(path, 0, error) from error
-        yield Row(str(path), 1, content)
-    else:
-        yield from _json_rows(path, meter)
-
-
-def _json_rows(path: Source, meter: Meter | None) -> Iterator[Row]:
-    first = True
-    for number, line in lines(path, meter):
-        if first and line.startswith(b"["):
-            file, fetch = _fetched(path)
-            array, result = (shlex.quote(str(p)) for p in (file, file.with_suffix(".lines.jsonl")))
-            raise InputError(
-                f"{path}: holds one JSON array; expected one record a line. "
-                f"{(fetch + 'convert it').capitalize()} with `jq -c '.[]' {array} > {result}`"
-            )
-        first = False
-        yield Row(str(path), number, line)
-
-
-def _parquet_rows(path: Source, meter: Meter | None) -> Iterator[Row]:
-    try:
-        number = 0
-        with path.open() if isinstance(path, Remote) else pa.OSFile(str(path)) as raw:
-            file = pq.ParquetFile(raw)
-            total = max(1, file.metadata.num_rows)
-            if meter:
-                meter.watch(path, lambda: number / total)
-            for batch in file.iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield Row(str(path), number, record)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: is not a whole Parquet file ({error})") from error
-
-
-def _csv_rows(path: Source, delimiter: str, meter: Meter | None) -> Iterator[Row]:
-    with open_stream(path, meter) as stream:
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        header: list[str] | None = None
-        number = 0
-        try:
-            for number, line, fields in _csv_records(text, delimiter):
-                if isinstance(fields, csv.Error):
-                    if header is None:
-                        raise InputError(f"{path}: the header cannot be read ({fields}); mend its quotes")
-                    content = line.encode("utf-8", "surrogateescape").strip()
-                    yield Row(str(path), number, content, f"a quote is not closed properly ({fields})")
-                elif header is None:
-                    header = fields
-                else:
-                    record: dict[Any, Any] = dict(zip(header, fields, strict=False))
-                    if len(fields) > len(header):
-                        record[None] = fields[len(header) :]
-                    yield Row(str(path), number, record)
-        except OSError as error:
-            raise _damaged(path, number, error) from error
-
-
-def _csv_records(text: Iterable[str], delimiter: str) -> Iterator[tuple[int, str, list[str] | csv.Error]]:
-    """Records with the number and text of the line they begin on.
-
-    Where a quote is not closed, only its line is lost: those read in search of the end are read again.
-    """
-    csv.field_size_limit(_MAX_LINE_BYTES >> 2)  # the reader takes several times as much
-    lines = enumerate(text, 1)
-    again: deque[tuple[int, str]] = deque()
-    taken: list[tuple[int, str]] = []
-
-    def take() -> Iterator[str]:
-        while line := again.popleft() if again else next(lines, None):
-            taken.append(line)
-            yield line[1]
-
-    reader = csv.reader(take(), delimiter=delimiter, strict=True)
+    end = b""
     while True:
-        taken.clear()
-        fields: list[str] | csv.Error | None
         try:
-            fields = next(reader, None)
-        except csv.Error as error:
-            fields = error
-            again.extendleft(reversed(taken[1:]))
-            reader = csv.reader(take(), delimiter=delimiter, strict=True)
-        if fields is None:
+            chunk = stream.read(_CHUNK_BYTES)
+        except OSError as error:
+            raise damaged(path, number, error) from error
+        end = end or (b"\r" if b"\r" in chunk and b"\n" not in chunk + stream.peek(1)[:1] else b"\n")
+        pieces = (rest + chunk).split(end)
+        rest = pieces.pop() if chunk else b""
+        for piece in pieces:
+            number += 1
+            odd = piece[:3] == _MARK or piece[:1] == b"\0"
+            yield number, _cleaned(path, number, piece) if odd else piece
+        if not chunk:
             return
-        if fields:
-            yield *taken[0], fields
+        if len(rest) > _MAX_LINE_BYTES:
+            _cleaned(path, number + 1, rest[:HEAD_BYTES])
+            raise InputError(
+                f"{path}: line {number + 1:,} is longer than {_MAX_LINE_BYTES >> 20} MB; "
+                "expected one record a line"
+            )
 
 
-def parse(row: Row) -> dict[str, Any]:
-    """The record in a row, its names in lower case unless two would become one.
-
-    Raises `ValueError` with the reason where it is malformed.
-    """
-    if row.problem:
-        raise ValueError(row.problem)
-    record = _record(row)
-    lower = {name.lower(): value for name, value in record.items()}
-    return lower if len(lower) == len(record) else record
-
-
-def _record(row: Row) -> dict[str, Any]:
-    if isinstance(row.content, bytes):
-        try:
-            record = orjson.loads(row.content)
-        except orjson.JSONDecodeError as error:
-            kind = "invalid UTF-8" if not _is_utf8(row.content) else "invalid JSON"
-            raise ValueError(f"{kind} ({error})") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"expected a JSON object, found {type(record).__name__}")
-        return record
-    record = {}
-    for key, value in row.content.items():
-        if key is None:
-            raise ValueError("more fields than the header names")
-        clean = value
-        if isinstance(value, bytes):
-            clean = _decode(value)
-        elif isinstance(value, str) and not value.isascii():
-            clean = _decode(value.encode("utf-8", "surrogateescape"))
-        record[key] = clean
-    return record
-
-
-def _decode(content: bytes) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"invalid UTF-8 ({error.reason} at byte {error.start})") from error
-
-
-def _is_utf8(content: bytes) -> bool:
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
+def _cleaned(path: Source, number: int, line: bytes) -> bytes:
+    """A line without the marks in front, of which files that were joined have one each."""
+    if line and not line.strip(b"\0"):
+        raise InputError(
+            f"{path}: holds NUL bytes alone from line {number:,} on: a download or copy that did not finish; "
+            "fetch it again"
+        )
+    while line.startswith(_MARK):
+        line = line.removeprefix(_MARK)
+    return line

@@ -16,12 +16,14 @@ log = logging.getLogger("scaledown")
 COMPRESSED: Final = {".gz", ".zst", ".zstd", ".bz2"}
 TEXT: Final = {".txt", ".md"}
 LINES: Final = {".json", ".jsonl", ".ndjson"}
-TABLES: Final = {".parquet", ".csv", ".tsv"}
-KNOWN: Final = TEXT | LINES | TABLES
+TABLES: Final = {".csv", ".tsv"}
+BATCHES: Final = {".parquet", ".arrow", ".feather"}
+KNOWN: Final = TEXT | LINES | TABLES | BATCHES
 
 _ABOUT: Final = re.compile(
     r"(readme|licen[cs]e|copying|notice|changelog|contributing|authors|citation)([-_.].*)?", re.IGNORECASE
 )
+_STATE: Final = re.compile(r"(state|dataset_info|dataset_dict)\.json|(cache|indices|tmp).*\.arrow")
 _NAMED: Final = 20  # files in the log; all are in the manifest
 
 
@@ -49,7 +51,8 @@ def chosen(names: Iterable[PurePath]) -> Folder:
         else:
             files.append(name)
     texts_only = all(inner_suffix(name) in TEXT for name in files)
-    about = [name for name in files if _is_about(name, texts_only=texts_only)]
+    saved = {name.parent for name in files if name.suffix == ".arrow"}
+    about = [name for name in files if _is_about(name, texts_only=texts_only) or _is_state(name, saved)]
     if len(about) < len(files):
         passed_over |= dict.fromkeys(map(str, about), "is about the data")
         files = [name for name in files if name not in about]
@@ -73,6 +76,12 @@ def _unread(path: PurePath) -> str:
     if not path.suffix:
         return "has no ending, which would tell its format"
     return f"its ending {path.suffix} names no format that is read"
+
+
+def _is_state(path: PurePath, saved: set[PurePath]) -> bool:
+    """Whether a file belongs to what `datasets` saved in Arrow files, and holds no rows of it."""
+    beside = path.parent in saved or any(folder.parent == path.parent for folder in saved)
+    return beside and bool(_STATE.fullmatch(path.name))
 
 
 def _is_about(path: PurePath, *, texts_only: bool) -> bool:

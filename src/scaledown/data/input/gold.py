@@ -10,29 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from scaledown.data.input import files
-from scaledown.data.input.queries import ID_KEYS, QUERY_KEYS
+from scaledown.data.input import files, tables
+from scaledown.data.input.rows import parse
 from scaledown.data.input.training_files import entries
 from scaledown.errors import InputError
-from scaledown.text import folded, question_key
+from scaledown.text import folded, question_key, says_something
 
 log = logging.getLogger("scaledown")
 
-# In NQ-open, SQuAD, TriviaQA, HotpotQA, PopQA, BioASQ, ASQA, KILT, FlashRAG, RAGAS and our own files.
-_QUERY_KEYS: Final = (*QUERY_KEYS, "input", "body", "ambiguous_question", "user_input")
-_ANSWER_KEYS: Final[tuple[tuple[str, ...], ...]] = (
-    ("ground_truth", "ground_truths"),  # first: beside them `answer` is what a model said
-    *(("answers", "answer", "possible_answers", "golden_answers", "exact_answer", "output", "qa_pairs"),),
-    ("label", "labels"),
-)
-_PASSAGE_KEYS: Final = (
-    *("passages", "passage", "context", "documents", "positive_passages", "snippets"),
-    *("contexts", "reference_contexts"),
-)
-_MANY_KEYS: Final = ("data", "paragraphs", "qas", "questions")
-"""Of lists of questions in one record, as SQuAD, MRQA, TriviaQA and BioASQ publish them."""
 _TEXT_KEYS: Final = ("text", "value", "aliases", "answer", "short_answers", "answers", "sentences")
-_PLAIN: Final = {".txt", ".md", ".tsv"}
 _MESSAGES: Final = 5  # about bad rows; the rest is counted
 # How MS MARCO, SQuAD, QuAC, Qasper and tables say that there is no right answer; besides dots and dashes.
 _NO_ANSWER: Final = frozenset(
@@ -79,7 +65,7 @@ def gold_questions(name: str, flag: str, *, tell: bool = True) -> Iterator[GoldQ
     for source in files.sources(located, flag):
         for line, read in _records(source):
             for record in _each(read):
-                question = record if isinstance(record, GoldQuestion) else _question(record)
+                question = _question(record)
                 if question is None:
                     bad += 1
                     if tell and bad <= _MESSAGES:
@@ -91,9 +77,8 @@ def gold_questions(name: str, flag: str, *, tell: bool = True) -> Iterator[GoldQ
     if tell and bad > _MESSAGES:
         log.warning("%s %s: %s more rows without a question", flag, located, f"{bad - _MESSAGES:,}")
     if not found:
-        raise InputError(
-            f"{flag} {located}: holds no question; it needs a column {' or '.join(QUERY_KEYS[:2])}"
-        )
+        names = " or ".join(tables.QUERY_KEYS[:2])
+        raise InputError(f"{flag} {located}: holds no question; it needs a column {names}")
 
 
 def read_gold(names: Iterable[str], flag: str, *, needed: bool = True) -> Gold:
@@ -122,38 +107,19 @@ def read_gold(names: Iterable[str], flag: str, *, needed: bool = True) -> Gold:
 
 
 def _records(source: files.Source) -> Iterator[tuple[int, Any]]:
-    """Lines and what they hold: a question, a record, or a text that says why there is none."""
+    """Lines and what they hold: a record, or a text that says why there is none."""
     suffix = files.inner_suffix(source)
-    if suffix in _PLAIN:
-        yield from _plain(source, suffix)
-    elif isinstance(source, Path) and source.suffix == ".json" and _is_list(source):
+    if isinstance(source, Path) and source.suffix == ".json" and _is_list(source):
         for entry in entries(source):
             yield entry.line, entry.problem or entry.record
     elif suffix == ".json" and (whole := _whole(source)) is not None:
         yield 1, whole
     else:
-        for row in files.rows(source):
+        for row in tables.rows(source, tables.GOLD):
             try:
-                yield row.line, files.parse(row)
+                yield row.line, parse(row, tables.QUERY_IDS)
             except ValueError as error:
                 yield row.line, str(error)
-
-
-def _plain(source: files.Source, suffix: str) -> Iterator[tuple[int, Any]]:
-    """Lines of text; of a TSV with a header its columns, else `qid<TAB>query`."""
-    first = next(iter(files.lines(source)), (0, b""))[1].decode("utf-8", "replace")
-    if suffix == ".tsv" and {cell.strip().lower() for cell in first.split("\t")} & set(_QUERY_KEYS):
-        for row in files.rows(source):
-            try:
-                yield row.line, files.parse(row)
-            except ValueError as error:
-                yield row.line, str(error)
-        return
-    for number, line in files.lines(source):
-        text = line.decode("utf-8", "replace")
-        query_id, tab, query = text.partition("\t")
-        if words := " ".join((query if tab else text).split()):
-            yield number, GoldQuestion(query_id.strip() if tab else "", words)
 
 
 def _is_list(path: Path) -> bool:
@@ -179,14 +145,14 @@ def _each(record: Any) -> Iterator[Any]:
         yield record
         return
     record = {str(key).lower(): value for key, value in record.items()}
-    many = (record.get(key) for key in _MANY_KEYS)
+    many = (record.get(key) for key in tables.MANY_KEYS)
     inside = next(
         (own for own in many if isinstance(own, list) and isinstance(next(iter(own), 0), Mapping)), None
     )
     if inside is None:
         yield record
         return
-    shared = {key: record[key] for key in _PASSAGE_KEYS if key in record}
+    shared = {key: record[key] for key in tables.PASSAGE_KEYS if key in record}
     for one in inside:
         yield from _each({**shared, **one} if isinstance(one, Mapping) else one)
 
@@ -194,18 +160,26 @@ def _each(record: Any) -> Iterator[Any]:
 def _question(record: Any) -> GoldQuestion | None:
     if not isinstance(record, Mapping):
         return None
-    told = (record.get(key) for key in _QUERY_KEYS)
+    told = (record.get(key) for key in tables.QUERY_KEYS)
     asked = next((text for value in told if not isinstance(value, int | float) for text in _texts(value)), "")
-    if not asked:
+    if not says_something(asked):
         return None
-    ids = (*ID_KEYS, "questionid")
-    query_id = next((str(record[key]) for key in ids if isinstance(record.get(key), str | int)), "")
-    keys: tuple[str, ...] = next((keys for keys in _ANSWER_KEYS if not record.keys().isdisjoint(keys)), ())
+    query_id = _id(record)
+    keys: tuple[str, ...] = next(
+        (keys for keys in tables.ANSWER_KEYS if not record.keys().isdisjoint(keys)), ()
+    )
     if "user_input" in record and "reference" in record:  # RAGAS'; elsewhere it names a source
         keys = ("reference",)
     answers = dict.fromkeys(text for key in keys for text in _texts(record.get(key)) if not _is_none(text))
-    passages = dict.fromkeys(text for key in _PASSAGE_KEYS for text in _texts(record.get(key)))
+    passages = dict.fromkeys(text for key in tables.PASSAGE_KEYS for text in _texts(record.get(key)))
     return GoldQuestion(query_id, " ".join(asked.split()), tuple(answers), tuple(passages))
+
+
+def _id(record: Mapping[str, Any]) -> str:
+    try:
+        return tables.id_of(record, tables.QUERY_IDS)
+    except ValueError:  # questions are found by their words, not by their ids
+        return ""
 
 
 def _is_none(text: str) -> bool:

@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +11,10 @@ from typing import Any, Final
 import pyarrow as pa
 
 from scaledown.config.prepare import PrepareConfig
-from scaledown.data.input import files
+from scaledown.data.input import files, tables
 from scaledown.data.input.corpus import RENAMED
 from scaledown.data.input.query_sources import named
+from scaledown.data.input.rows import parse
 from scaledown.data.input.seen import Ids
 from scaledown.errors import InputError
 from scaledown.models import hub_errors
@@ -22,12 +22,10 @@ from scaledown.records import Query
 from scaledown.run.atomic import atomic
 from scaledown.run.stage import Stage
 from scaledown.run.storage import cache_directory
-from scaledown.text import question_key
+from scaledown.text import question_key, says_something
 
 log = logging.getLogger("scaledown")
 
-QUERY_KEYS: Final = ("query", "question", "queries", "questions", "text")
-ID_KEYS: Final = ("query_id", "qid", "question_id", "id", "_id")
 SCHEMA: Final = pa.schema([("query_id", pa.large_string()), ("query", pa.large_string())])
 MS_MARCO_QUERIES: Final = 6_980
 
@@ -162,62 +160,35 @@ def _kept(queries: Iterator[Query], left_out: LeftOut, stage: Stage, counts: Cou
 def from_files(config: PrepareConfig, intake: files.Intake, *, fetch: bool = True) -> Iterator[Query]:
     """Queries of the local files and, with `fetch`, of MS MARCO."""
     for path in query_files(config, fetch=fetch):
-        suffix = files.inner_suffix(path)
-        if suffix in {".json", ".jsonl", ".ndjson", ".parquet", ".csv"}:
-            yield from _from_records(files.rows(path), config.query_column, intake)
-        else:
-            yield from _from_lines(path, suffix == ".tsv", intake)
-
-
-def _from_lines(path: files.Source, is_tsv: bool, intake: files.Intake) -> Iterator[Query]:
-    """One query a line, or qid<TAB>query; a file without the ending .tsv shows by its first line which."""
-    first = True
-    for number, line in files.lines(path):
-        intake.rows += 1
-        row = files.Row(str(path), number, line)
-        if first and not is_tsv and re.fullmatch(rb"[^\t\s]+\t[^\t]+", line):
-            is_tsv = True
-            log.info("%s: read as qid<TAB>query", path)
-        first = False
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            intake.reject(row, f"invalid UTF-8 ({error.reason} at byte {error.start})")
-            continue
-        query_id, tab, query = text.partition("\t") if is_tsv else ("", "", text)
-        if is_tsv and (not tab or "\t" in query):
-            intake.reject(row, "expected two columns, qid<TAB>query")
-        elif query := " ".join(query.split()):
-            yield Query(query_id.strip(), query)
+        yield from _from_records(
+            tables.rows(path, tables.QUERIES, config.query_column), config.query_column, intake
+        )
 
 
 def _from_records(rows: Iterator[files.Row], column: str, intake: files.Intake) -> Iterator[Query]:
     for row in rows:
         intake.rows += 1
         try:
-            yield _query(files.parse(row), column)
+            yield _query(parse(row, tables.QUERY_IDS), column)
         except ValueError as error:
             intake.reject(row, str(error))
 
 
 def _query(record: dict[str, Any], column: str) -> Query:
-    """The query in a record. `column` may reach into records with dots. Raises `ValueError`."""
-    if column:
-        value: Any = record
-        for name in column.split("."):
-            value = value.get(name, value.get(name.lower())) if isinstance(value, dict) else None
-    else:
-        value = next((record[key] for key in QUERY_KEYS if record.get(key) is not None), None)
-        if isinstance(value, dict):
-            value = value.get("text")
-    if not isinstance(value, str) or not value.strip():
+    """The query in a record, in `column` if that is named. Raises `ValueError`."""
+    value = tables.column_of(record, column) if column else tables.value_of(record, tables.QUERY_KEYS)
+    if isinstance(value, dict):
+        value = value.get("text")
+    text = tables.as_text(value)
+    if text is None or not text.strip():
         names = ", ".join(map(str, record)) or "none"
+        wanted = repr(column) if column else " or ".join(tables.QUERY_KEYS)
         raise ValueError(
-            f"no text under {column or ' or '.join(QUERY_KEYS)!r}; the columns are {names}: "
-            "name one with --query_column"
+            f"no question under {wanted}; the columns are {names}: name one with {tables.QUERIES.flag}"
         )
-    query_id = next((record[key] for key in ID_KEYS if isinstance(record.get(key), str | int)), "")
-    return Query(str(query_id), " ".join(value.split()))
+    if not says_something(text):
+        raise ValueError("holds no letter, digit or symbol")
+    return Query(tables.id_of(record, tables.QUERY_IDS), " ".join(text.replace("\ufeff", "").split()))
 
 
 def from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query]:
@@ -230,10 +201,10 @@ def from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query]
         column = config.query_column or source.column
         columns = getattr(data, "column_names", None) or ()
         if column and column.partition(".")[0] in columns:
-            ids = [key for key in ID_KEYS if key in columns]
+            ids = [key for key in tables.QUERY_IDS if key in columns]
             data = data.select_columns(list(dict.fromkeys([column.partition(".")[0], *ids])))
         rows = (files.Row(name, number, record) for number, record in enumerate(data, 1))
-        yield from _from_records(rows, column, intake)
+        yield from _from_records(tables.of_records(name, rows, tables.QUERIES, column), column, intake)
 
 
 def dataset_size(config: PrepareConfig) -> int | None:

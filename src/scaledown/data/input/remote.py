@@ -46,6 +46,8 @@ class Remote:
     label: str
     size: int | None = None
     state: str = ""
+    content_type: str = field(default="", compare=False)
+    """What the server says that it is; empty where it does not."""
     files: tuple["Remote", ...] | None = None
     passed_over: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Of a folder: what is not read, and why."""
@@ -102,7 +104,9 @@ def find(url: str, what: str) -> Remote:
         import requests
 
         with _failures(shown, url), requests.Session() as session, _get(session, url, {}) as response:
-            return Remote(url, label, _size(response.headers), state_of(response.headers))
+            headers = response.headers
+            kind = headers.get("Content-Type", "").lower()
+            return Remote(url, label, _size(headers), state_of(headers), kind)
     with _failures(shown, url):
         system = file_system(url, shown)
         info = system.info(url)

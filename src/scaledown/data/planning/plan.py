@@ -75,7 +75,7 @@ class Queries(NamedTuple):
     seconds: float | None
 
 
-def make_plan(config: PrepareConfig, corpus: files.Source | None) -> Plan:  # noqa: PLR0915
+def make_plan(config: PrepareConfig, corpus: Sequence[files.Source]) -> Plan:  # noqa: PLR0915
     """Plan a run over a corpus; without one, over the index that is there.
 
     Raises `InputError` for inputs that a run would refuse; missing models are listed.
@@ -89,10 +89,10 @@ def make_plan(config: PrepareConfig, corpus: files.Source | None) -> Plan:  # no
     tokenizer = _words()
     with listed(missing):
         tokenizer = load_tokenizer(resolve(config.retriever_model), config)
-    sample = sample_index(config) if corpus is None else sample_corpus(config, corpus, tokenizer)
+    sample = sample_corpus(config, corpus, tokenizer) if corpus else sample_index(config)
     table = sample.cut.passages
     passages = round(table.num_rows * sample.whole)
-    size = 0 if corpus is None else sum(map(files.size_of, files.sources(corpus, "--corpus_path")))
+    size = sum(map(files.size_of, files.every(corpus, "--corpus_path")))
     processes = cutting_processes(size)
     workers = processes * _BYTES_A_WORKER if processes > 1 else 0
     cutting = Cost(0, sample.seconds / table.num_rows / processes, peak("cpu") + workers)

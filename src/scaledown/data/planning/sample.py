@@ -1,8 +1,9 @@
 """Rows from all over a corpus, cut into passages: what a plan concludes from."""
 
+import functools
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from scaledown.config.prepare import PrepareConfig
-from scaledown.data.input import files
+from scaledown.data.input import files, tables
 from scaledown.data.input.chunking import Chunker
 from scaledown.data.input.corpus import Cut, cut_rows
 from scaledown.data.retrieval.parts import kept_rows, only_state, open_stage, removed_rows
@@ -19,6 +20,7 @@ from scaledown.errors import InputError
 from scaledown.run.directory import RunDirectory
 from scaledown.run.locations import index_of
 
+_Reader = Callable[..., Iterator[files.Row]]
 _PLACES: Final = 20
 _PASSAGES: Final = 1000  # of an index
 _BYTES_A_PLACE: Final = 1 << 17
@@ -55,23 +57,25 @@ def sample_index(config: PrepareConfig) -> Sample:
     return Sample(found, share, 0.0, "index")
 
 
-def sample_corpus(config: PrepareConfig, corpus: files.Source, tokenizer: Tokenizer) -> Sample:
+def sample_corpus(config: PrepareConfig, corpus: Sequence[files.Source], tokenizer: Tokenizer) -> Sample:
     """Cut rows from all over the corpus into passages. Raises `InputError` where a run would."""
-    rows, whole = _sample_rows(files.sources(corpus, "--corpus_path"), config.max_corpus_size)
+    read = functools.partial(tables.rows, meaning=tables.CORPUS, column=config.text_column)
+    rows, whole = _sample_rows(files.every(corpus, "--corpus_path"), config.max_corpus_size, read)
     chunker = Chunker(tokenizer, config.passages, config.passage_tokens)
     started = time.perf_counter()
-    cut = cut_rows(rows, chunker, str(corpus), corpus.is_dir())
+    cut = cut_rows(rows, chunker, files.folders_of(corpus), config.text_column)
+    shown = ", ".join(map(str, corpus))
     seconds = time.perf_counter() - started
     if len(cut.rejected) > config.max_bad_fraction * cut.rows:
         row, reason = cut.rejected[0]
         raise InputError(
-            f"{corpus}: {len(cut.rejected):,} of {cut.rows:,} rows looked at are malformed ({row.source}: "
+            f"{shown}: {len(cut.rejected):,} of {cut.rows:,} rows looked at are malformed ({row.source}: "
             f"{reason}), more than --max_bad_fraction {config.max_bad_fraction:g} allows: mend them or raise "
             "the flag"
         )
     if not cut.passages.num_rows:
         raise InputError(
-            f"{corpus}: no article with text among {cut.rows:,} rows; expected KILT lines, or id, title and "
+            f"{shown}: no article with text among {cut.rows:,} rows; expected KILT lines, or id, title and "
             "text in each record"
         )
     return Sample(cut, whole, seconds)
@@ -85,7 +89,7 @@ class _Place(NamedTuple):
     width: float
 
 
-def _sample_rows(paths: Sequence[files.Source], limit: int) -> tuple[list[files.Row], float]:
+def _sample_rows(paths: Sequence[files.Source], limit: int, read: _Reader) -> tuple[list[files.Row], float]:
     """Rows of `paths`, and how many times as large all of them are; of the first `limit` rows, if any.
 
     A small corpus is read whole. Of a large one, some rows are read at each of 20 places that are evenly
@@ -96,13 +100,13 @@ def _sample_rows(paths: Sequence[files.Source], limit: int) -> tuple[list[files.
     places: list[_Place] = []
     for last in (False, False, True) if limit else (True,):
         if span <= _PLACES * _BYTES_A_PLACE:
-            every = itertools.chain.from_iterable(map(files.rows, paths))
+            every = itertools.chain.from_iterable(map(read, paths))
             return list(itertools.islice(every, limit or None)), 1.0
         offsets = [span * place // _PLACES for place in range(_PLACES)]
         places = []
         for path, start, end in zip(paths, [0, *ends], ends, strict=False):
             if here := [offset - start for offset in offsets if start <= offset < end]:
-                places += _places(path, here, span / _PLACES)
+                places += _places(path, here, span / _PLACES, read)
         if not last:
             span = min(ends[-1], round(_reach(places, limit)))
     return [row for place in places for row in place.rows], span / max(1.0, sum(p.read for p in places))
@@ -120,16 +124,16 @@ def _reach(places: Sequence[_Place], rows: int) -> float:
     return reach + left * each
 
 
-def _places(path: files.Source, offsets: Sequence[int], width: float) -> list[_Place]:
+def _places(path: files.Source, offsets: Sequence[int], width: float, read: _Reader) -> list[_Place]:
     """Some rows of a file from each of `offsets` on."""
-    first, length = _first_rows(path, _BYTES_A_PLACE * len(offsets))
+    first, length = _first_rows(path, _BYTES_A_PLACE * len(offsets), read)
     head = [_Place(first, length, width * len(offsets))]
-    lines = isinstance(first[0].content if first else None, bytes)
+    lines = bool(first) and isinstance(first[0].content, bytes) and not first[0].problem
     if not lines or not isinstance(path, Path):
         return head
     places = []
     with files.open_stream(path) as stream:
-        if isinstance(stream.raw, pa.CompressedInputStream):
+        if files.is_compressed(stream):
             return head
         for offset in offsets:
             stream.seek(offset)
@@ -144,12 +148,12 @@ def _places(path: files.Source, offsets: Sequence[int], width: float) -> list[_P
     return places
 
 
-def _first_rows(path: files.Source, enough: int) -> tuple[list[files.Row], float]:
+def _first_rows(path: files.Source, enough: int, read: _Reader) -> tuple[list[files.Row], float]:
     """The first rows of a file, of about `enough` bytes, and how many of its bytes they take, compressed."""
     meter = files.Meter([path])
     rows: list[files.Row] = []
     length, before = 0, 0.0
-    for row in files.rows(path, meter):
+    for row in read(path, meter=meter):
         # The meter moves when a further block was read: all rows so far come from before it.
         if length >= enough and meter.fraction() != before:
             return rows, before * meter.size

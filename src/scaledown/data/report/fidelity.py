@@ -39,7 +39,7 @@ def fidelity(manifest: Mapping[str, Any]) -> list[Setting]:
     reranks = bool(used.get("enable_reranking") or used.get("top_k_reranking"))
     documents = _documents(used, reranks=reranks)
     queries = count.get("queries", {}).get("queries", 0)
-    corpus = Path(str(used.get("corpus_path") or "the sample corpus")).name
+    corpus = _corpus(used)
     temperature = float(used.get("temperature") or 0)
     passages = f"{used.get('passage_tokens')} tokens of the retriever"
     if used.get("passages") != "tokens":
@@ -182,6 +182,12 @@ _ALLOWS: Final = (
 UNKNOWN: Final = "not known"
 
 
+def _corpus(used: Mapping[str, Any]) -> str:
+    """The name of the corpus of a run; before 0.7 a run had one path."""
+    given = used.get("corpus_path") or "the sample corpus"
+    return ", ".join(Path(str(one)).name for one in ([given] if isinstance(given, str) else given))
+
+
 def licences(manifest: Mapping[str, Any]) -> list[Licence]:
     """Each model of a run and its corpus, with revision and licence."""
     used = manifest["parameters"]
@@ -196,7 +202,7 @@ def licences(manifest: Mapping[str, Any]) -> list[Licence]:
             licence = _KNOWN_QUERIES.get(str(name), UNKNOWN)
             found.append(Licence("queries", local_name(str(name)), "", licence, allows(licence)))
     corpus = (manifest.get("inputs") or {}).get("corpus")
-    name = Path(str(used.get("corpus_path") or "the sample corpus")).name
+    name = _corpus(used)
     licence = UNKNOWN if used.get("corpus_path") else "Apache-2.0"
     told = "passages stand in the data word for word: its licence holds for them (Wikipedia: cc-by-sa)"
     return [*found, Licence("corpus", name, _short(str(corpus)), licence, told)]

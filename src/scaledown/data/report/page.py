@@ -148,6 +148,9 @@ def _counts(found: Audit, manifest: Mapping[str, Any]) -> list[Block]:
     if passed := manifest.get("passed_over"):
         over = [(flag, name, why) for flag, files in passed.items() for name, why in files.items()]
         blocks.append(Table("Files that were passed over", ("flag", "file", "why"), over))
+    if guessed := manifest.get("guessed"):
+        how = [(flag, name, said) for flag, files in guessed.items() for name, said in files.items()]
+        blocks.append(Table("Files that were read by their content", ("flag", "file", "how"), how))
     return blocks
 
 

@@ -1,13 +1,17 @@
 """What a run reads, found before any work: corpus, queries and models; none is loaded."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.build_index import find_corpus
 from scaledown.data.cleaning.decontaminate import Cleaner
-from scaledown.data.input.files import Source, locate, passed_over, sources
+from scaledown.data.input import tables
+from scaledown.data.input.files import Source, every, locate, passed_over, sources
 from scaledown.data.input.queries import query_files
+from scaledown.data.input.remote import Remote
 from scaledown.data.manifest import Sources
 from scaledown.data.prompts import load_template
 from scaledown.data.reranker import resolve_reranker
@@ -21,6 +25,8 @@ from scaledown.run.outputs import check_apart, lies_in
 from scaledown.urls import is_url
 
 log = logging.getLogger("scaledown")
+
+_REMOTE_FILES: Final = 20  # each takes a request; the others are looked at when they are read
 
 
 def find(config: PrepareConfig) -> Sources:
@@ -48,13 +54,16 @@ def find(config: PrepareConfig) -> Sources:
         queries=queries,
         evaluation=evaluation_files(config),
         passed_over=_passed_over(config, corpus),
+        guessed=_guessed(config, corpus, queries),
     )
 
 
-def _passed_over(config: PrepareConfig, corpus: Source | None) -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = {}
-    if corpus is not None:
-        found["--corpus_path"] = passed_over(corpus, "--corpus_path")
+def _passed_over(config: PrepareConfig, corpus: Sequence[Source]) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {"--corpus_path": {}}
+    for source in corpus:
+        here = passed_over(source, "--corpus_path")
+        start = f"{source}/" if len(corpus) > 1 else ""
+        found["--corpus_path"] |= {f"{start}{file}": reason for file, reason in here.items()}
     for flag, names in (("--queries_file", config.queries_file), ("--decontaminate", config.decontaminate)):
         found[flag] = {}
         for name in names:
@@ -64,17 +73,42 @@ def _passed_over(config: PrepareConfig, corpus: Source | None) -> dict[str, dict
     return {flag: files for flag, files in found.items() if files}
 
 
-def find_inputs(config: PrepareConfig, *, fetch: bool = True) -> tuple[Source | None, list[Source]]:
+def _guessed(
+    config: PrepareConfig, corpus: Sequence[Source], queries: Sequence[Source]
+) -> dict[str, dict[str, str]]:
+    """How each file is read whose content alone says so. Raises `InputError` for what cannot be told."""
+    read = (
+        ("--corpus_path", _looked_at(every(corpus, "--corpus_path")), tables.CORPUS, config.text_column),
+        ("--queries_file", [one for one in queries if not one.is_dir()], tables.QUERIES, config.query_column),
+        ("--decontaminate", evaluation_files(config), tables.GOLD, ""),
+    )
+    found = {
+        flag: {
+            str(source): str(how)
+            for source in sources
+            if (how := tables.reading(source, meaning, column)).guessed
+        }
+        for flag, sources, meaning, column in read
+    }
+    return {flag: files for flag, files in found.items() if files}
+
+
+def _looked_at(files: Sequence[Source]) -> Sequence[Source]:
+    """The files of a corpus that are looked at before any work: all that are on this machine."""
+    remote = [file for file in files if isinstance(file, Remote)]
+    return [file for file in files if not isinstance(file, Remote)] + remote[:_REMOTE_FILES]
+
+
+def find_inputs(config: PrepareConfig, *, fetch: bool = True) -> tuple[list[Source], list[Source]]:
     """The corpus, if it is read, and what queries are read from; MS MARCO's only with `fetch`."""
     corpus = find_corpus(config)
-    corpora = [corpus] if corpus is not None else []
     output, run = config.output_file, config.work_dir or f"{config.output_file}.work"
     written = {"--output_file": output, "the run directory": run}
     if config.index_dir:
         written["--index_dir"] = config.index_dir
         if lies_in(config.index_dir, run) and lies_in(run, config.index_dir):
             raise UsageError(f"--index_dir {config.index_dir} is the run directory: name another folder")
-    given = (*map(str, corpora), *config.queries_file, *config.decontaminate, config.query_dataset)
+    given = (*map(str, corpus), *config.queries_file, *config.decontaminate, config.query_dataset)
     for read in filter(None, given):
         if not is_url(read) and not Path(read).is_dir():
             continue
@@ -82,8 +116,8 @@ def find_inputs(config: PrepareConfig, *, fetch: bool = True) -> tuple[Source | 
             check_apart(what, path, [read])
     queries = query_files(config, fetch=fetch)
     Cleaner(config).check()
-    check_apart("--output_file", output, (*corpora, *queries, *evaluation_files(config)))
-    check_apart("--metrics_file", config.metrics_file, (*corpora, *queries, *evaluation_files(config)))
+    check_apart("--output_file", output, (*corpus, *queries, *evaluation_files(config)))
+    check_apart("--metrics_file", config.metrics_file, (*corpus, *queries, *evaluation_files(config)))
     if lies_in(output, run):
         raise UsageError(f"--output_file {output} lies in the run directory: put it elsewhere")
     if (folder := Path(config.query_dataset)).is_dir() and config.query_dataset:

@@ -93,6 +93,10 @@ def _missing(result: Result, config: PrepareConfig) -> Iterator[str]:
         named = [one_line(f"{name} ({reason})") for name, reason in itertools.islice(files.items(), _NAMED)]
         yield f"passed over: {len(files):,} of {flag}: {', '.join(named + ['…'] * (len(files) > _NAMED))}"
 
+    for flag, files in (manifest.get("guessed") or {}).items():
+        named = [one_line(f"{name}: {how}") for name, how in itertools.islice(files.items(), _NAMED)]
+        yield f"read by its content, {flag}: {'; '.join(named + ['…'] * (len(files) > _NAMED))}"
+
     def counted(*kinds: str) -> int:
         return sum(stage.counts.get(kind, 0) for stage in result.stages.values() for kind in kinds)
 

@@ -70,7 +70,9 @@ def identity_of(given: Config, config: Config, home: RunDirectory, origin: Origi
 def _inputs(config: Config, home: RunDirectory) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     if isinstance(config, PretrainConfig):
-        inputs["corpus_path"] = corpus_identity(home, locate(config.corpus_path, "--corpus_path"))
+        inputs["corpus_path"] = corpus_identity(
+            home, [locate(name, "--corpus_path") for name in config.corpus_path]
+        )
     for name in ("train_data", "eval_data"):
         if not hasattr(config, name):
             continue

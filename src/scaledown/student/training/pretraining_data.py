@@ -11,7 +11,7 @@ from random import Random
 from typing import Any, Final
 
 from scaledown.config.train import PretrainConfig
-from scaledown.data.input import files
+from scaledown.data.input import files, tables
 from scaledown.data.input.chunking import Chunker
 from scaledown.data.input.corpus import ROWS_AT_ONCE, cut_rows, plain
 from scaledown.data.input.gold import read_gold
@@ -63,7 +63,9 @@ def pretraining_parts(config: PretrainConfig, tokenizer: Any, folder: Path) -> P
     if not len(examples):
         picks = COMPRESSORS.find(config.compressor).picks_tokens
         asked = " in which a name or a number can be hidden" if picks else ""
-        raise InputError(f"--corpus_path {config.corpus_path}: no article with text{asked}; check the file")
+        raise InputError(
+            f"--corpus_path {' '.join(config.corpus_path)}: no article with text{asked}; check the file"
+        )
     examples.skipped = len(bad) + (records.skipped if records else 0)
     return split_parts(examples, config)
 
@@ -117,14 +119,14 @@ def pretraining_examples(
     """
     kind: Compressor = COMPRESSORS.find(config.compressor)
     examples = _questions if kind.picks_tokens else _of_article
-    corpus = files.locate(config.corpus_path, "--corpus_path")
-    paths = files.sources(corpus, "--corpus_path")
-    rows = itertools.chain.from_iterable(map(files.rows, paths))
-    is_folder = isinstance(corpus, Path) and corpus.is_dir()
+    corpus = [files.locate(name, "--corpus_path") for name in config.corpus_path]
+    meaning = tables.CORPUS._replace(flag="")
+    paths = files.every(corpus, "--corpus_path")
+    rows = itertools.chain.from_iterable(tables.rows(path, meaning) for path in paths)
     chunker = Chunker(plain(tokenizer), "tokens", config.doc_max_length)
     articles = 0
     while batch := list(itertools.islice(rows, ROWS_AT_ONCE)):
-        cut = cut_rows(batch, chunker, str(corpus), is_folder)
+        cut = cut_rows(batch, chunker, files.folders_of(corpus))
         bad += [f"{row.source}:{row.line}: {reason}" for row, reason in cut.rejected]
         passages = iter(cut.passages.select(Passage._fields).to_pylist())
         for count in cut.pieces:

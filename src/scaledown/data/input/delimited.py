@@ -1,0 +1,219 @@
+"""Delimited text (CSV, TSV): its dialect found from its first lines, its records read as a stream."""
+
+import contextlib
+import csv
+import io
+import itertools
+import re
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+DELIMITERS: Final = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
+_MOST_CHARACTERS: Final = 1 << 24  # in a record; the reader takes several times as much
+_NONE: Final = "\x1f"  # a delimiter that no text has: one column
+_REGULAR: Final = 0.9  # a share of records from which on the others are mistakes
+_QUOTED: Final = re.compile(r'"(?:[^"]|"")*"')
+_NUMBER: Final = re.compile(r"\s*[-+]?[\d.,]*\d\s*")
+
+
+class Dialect(NamedTuple):
+    """How the columns of a line are parted. Without a quote character, quotes are text, as in TREC's TSV."""
+
+    delimiter: str
+    quote: str = ""
+    escape: str = ""
+
+    def __str__(self) -> str:
+        return f"{DELIMITERS[self.delimiter]}-separated" if self.delimiter in DELIMITERS else "one column"
+
+    def reader(self, lines: Iterable[str], *, spaces: bool = False) -> "Iterator[list[str]]":
+        """The records in some lines, without the spaces in front of their fields unless asked for.
+
+        Raises `csv.Error` on the way for a quote that is not closed.
+        """
+        csv.field_size_limit(_MOST_CHARACTERS)
+        return csv.reader(
+            lines,
+            delimiter=self.delimiter,
+            quoting=csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE,
+            quotechar=self.quote or None,
+            doublequote=not self.escape,
+            escapechar=self.escape or None,
+            skipinitialspace=self.delimiter != "\t" and not spaces,
+            strict=True,
+        )
+
+
+class Sample(NamedTuple):
+    """The first records of a file, as a dialect reads them."""
+
+    dialect: Dialect
+    records: list[list[str]]
+    regular: float
+    """The share of records that have as many fields as most, 0..1; 0 where a quote is not closed."""
+
+    @property
+    def width(self) -> int:
+        """The number of fields that most records have."""
+        return _width(self.records)
+
+
+def _width(records: Sequence[Sequence[str]]) -> int:
+    widths = Counter(map(len, records))
+    return max(widths, key=lambda width: (widths[width], width), default=0)
+
+
+def samples(text: str, *, whole: bool) -> dict[str, Sample]:
+    """What the first lines of a file are with each delimiter, in the dialect that fits best.
+
+    Unless the text is the `whole` file, its last record is left out: it may be cut.
+    """
+    lines = [line.lstrip("\ufeff") for line in _lines(text)]
+    return {delimiter: _best(lines, delimiter, whole=whole) for delimiter in (*DELIMITERS, _NONE)}
+
+
+def _lines(text: str) -> list[str]:
+    """The lines of a text with their ends; `str.splitlines` knows more ends than a file has."""
+    return re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+\Z", text)
+
+
+def _best(lines: Sequence[str], delimiter: str, *, whole: bool) -> Sample:
+    """The sample in the dialect that fits.
+
+    A dialect is sure when it would write what it reads, character by character, and uses its quotes. Else TSV
+    has no quoting, unless its lines only make sense with it, and other text doubles quotes, as Python and
+    Excel do, or puts a backslash before them, as MySQL and pandas' `escapechar` do.
+    """
+    kinds = [Dialect(delimiter, quote, escape) for escape in ("", "\\") for quote in "\"'"]
+    found = [_sample(lines, kind, whole=whole) for kind in kinds]
+    text = "".join(lines)
+    plain = _unquoted(text, delimiter, whole=whole)
+    if len(plain.records) == 1 and not whole:
+        return plain
+    sure = []
+    for one in found:
+        joined = delimiter == "\t" and plain.regular == 1 and len(one.records) < len(plain.records)
+        fits = one.regular >= found[0].regular and (not joined or text.startswith(one.dialect.quote))
+        if one.regular and fits and _would_write(one, text):
+            sure.append(one)
+    if sure:
+        return max(sure, key=lambda one: len(one.records))
+    if delimiter == "\t" and plain.regular == 1:
+        return plain
+    likely = [plain, found[0]] if delimiter == "\t" else [*found, plain]
+    return max(likely, key=lambda one: min(one.regular, _REGULAR))
+
+
+def _would_write(sample: Sample, text: str) -> bool:
+    """Whether a writer of the dialect makes the text of the records, and has to quote or escape for it."""
+    delimiter, quote, escape = sample.dialect
+    if not re.search(rf"\\[{quote}{re.escape(delimiter)}\r\n]" if escape else quote, text):
+        return False
+    try:
+        read = list(itertools.islice(sample.dialect.reader(_lines(text), spaces=True), len(sample.records)))
+    except csv.Error:
+        return False
+    end = next(iter(re.findall(r"\r\n|\r|\n", text)), "\n")
+    text = text if text.endswith(("\r", "\n")) else text + end
+    numbers = [[_Written(cell) if _NUMBER.fullmatch(cell) else cell for cell in record] for record in read]
+    ways: list[tuple[Any, Sequence[Sequence[Any]]]]
+    ways = [(csv.QUOTE_MINIMAL, read), (csv.QUOTE_ALL, read), (csv.QUOTE_NONNUMERIC, numbers)]
+    for quoting, rows in [*ways, *([(csv.QUOTE_NONE, read)] if escape else [])]:
+        written = io.StringIO()
+        writer = csv.writer(
+            written,
+            delimiter=delimiter,
+            quotechar=quote,
+            escapechar=escape or None,
+            doublequote=not escape,
+            quoting=quoting,
+            lineterminator=end,
+        )
+        with contextlib.suppress(csv.Error):
+            writer.writerows(rows)
+            if text.startswith(written.getvalue()):
+                return True
+    return False
+
+
+class _Written(float):
+    """A number that is written as it was read."""
+
+    def __new__(cls, text: str) -> "_Written":
+        number = super().__new__(cls, 0)
+        number.text = text
+        return number
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _sample(lines: Sequence[str], dialect: Dialect, *, whole: bool) -> Sample:
+    found: list[list[str]] = []
+    unclosed = 0
+    for _, _, fields in records(enumerate(lines, 1), dialect):
+        if not isinstance(fields, csv.Error):
+            found.append(fields)
+        elif not whole and "unexpected end" in str(fields):  # the text is cut within a quote
+            break
+        else:
+            unclosed += 1
+    else:
+        if not whole and len(found) > 1:
+            found.pop()
+    return _counted(dialect, found, unclosed)
+
+
+def _counted(dialect: Dialect, found: list[list[str]], unclosed: int = 0) -> Sample:
+    width = _width(found)
+    regular = sum(len(record) == width for record in found) / max(1, len(found) + unclosed)
+    return Sample(dialect, found, regular)
+
+
+def _unquoted(text: str, delimiter: str, *, whole: bool) -> Sample:
+    """The sample of a text without quoting, its lines as `files.raw_lines` has them."""
+    lines = [line for line in text.split("\n" if "\n" in text else "\r") if line.strip()]
+    found = [[unquoted(cell) for cell in line.removesuffix("\r").split(delimiter)] for line in lines]
+    return _counted(Dialect(delimiter), found if whole or len(found) < 2 else found[:-1])
+
+
+def records(
+    lines: Iterable[tuple[int, str]], dialect: Dialect
+) -> Iterator[tuple[int, str, list[str] | csv.Error]]:
+    """Records with the number and text of the line they begin on, from numbered lines with their ends.
+
+    Where a quote is not closed, only its line is lost: those read in search of the end are read again.
+    """
+    left = iter(lines)
+    again: deque[tuple[int, str]] = deque()
+    taken: list[tuple[int, str]] = []
+
+    def take() -> Iterator[str]:
+        while line := again.popleft() if again else next(left, None):
+            taken.append(line)
+            yield line[1]
+
+    reader = dialect.reader(take())
+    while True:
+        taken.clear()
+        fields: list[str] | csv.Error | None
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            fields = error
+            again.extendleft(reversed(taken[1:]))
+            reader = dialect.reader(take())
+        if fields is None:
+            return
+        if fields:
+            yield *taken[0], fields
+
+
+def unquoted(cell: str) -> str:
+    """A cell of a table without quoting; one that was quoted nevertheless, for the quotes in it, as meant."""
+    if cell[:1] == '"' and '""' in cell[1:-1] and _QUOTED.fullmatch(cell):
+        return cell[1:-1].replace('""', '"')
+    return cell

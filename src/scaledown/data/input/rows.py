@@ -1,0 +1,301 @@
+"""The rows of one file in each format: JSON lines, Parquet, Arrow, delimited text, TREC topics, plain text.
+
+What the columns mean is no matter here. A malformed row keeps its line number and the reason.
+"""
+
+import csv
+import html
+import io
+import json
+import logging
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from scaledown.data.input import delimited, files, first_bytes
+from scaledown.data.input.delimited import Dialect
+from scaledown.data.input.files import Meter, Row, Source
+from scaledown.data.input.remote import Remote
+from scaledown.errors import InputError
+
+log = logging.getLogger("scaledown")
+
+_NOT_FINITE: Final = re.compile(rb"\b(NaN|Infinity)\b")
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+_BATCH_ROWS: Final = 1024
+_LONGEST_TOPIC: Final = 10_000  # lines
+_TOPIC_START: Final = re.compile(
+    r"\s*<top(?:ic)?(?=[\s>])(?:\s+(?:number|id|num)\s*=\s*[\"']([^\"']*)[\"'])?[^>]*>", re.I
+)
+_TOPIC_END: Final = re.compile(r"</top(ic)?>", re.I)
+_FIELD: Final = re.compile(r"<(\w+)[^>]*>([^<]*)")
+_LABEL: Final = re.compile(r"\s*(number|topic|title|description|narrative|domain|summary)\s*:", re.I)
+
+
+def json_rows(path: Source, stream: io.BufferedReader) -> Iterator[Row]:
+    """JSON lines, not parsed yet. Raises `InputError` for one JSON array."""
+    first = True
+    for number, line in files.raw_lines(path, stream):
+        if stripped := line.strip():
+            if first and stripped.startswith(b"["):
+                file, fetch = first_bytes.local_name(path)
+                array, result = (shlex.quote(str(p)) for p in (file, file.with_suffix(".lines.jsonl")))
+                raise InputError(
+                    f"{path}: holds one JSON array; expected one record a line. "
+                    f"{(fetch + 'convert it').capitalize()} with `jq -c '.[]' {array} > {result}`"
+                )
+            first = False
+            yield Row(str(path), number, stripped)
+
+
+def line_rows(path: Source, stream: io.BufferedReader, name: str) -> Iterator[Row]:
+    """The lines of a text that are not blank, each as the column `name`."""
+    for number, line in files.raw_lines(path, stream):
+        if stripped := line.strip():
+            yield Row(str(path), number, {name: stripped})
+
+
+def article(path: Source, stream: io.BufferedReader) -> Iterator[Row]:
+    """A text as one row, with the name of its file as the title."""
+    try:
+        text = stream.read()
+    except OSError as error:
+        raise files.damaged(path, 0, error) from error
+    name = files.pure(path).stem.removesuffix(files.inner_suffix(path))
+    yield Row(str(path), 1, {"title": name, "text": text})
+
+
+class Batches(NamedTuple):
+    """A file of columns: their names, and how to read some of them; one name may be there twice."""
+
+    names: list[str]
+    read: Callable[[Sequence[str]], Iterator[Row]]
+
+
+def batches(path: Source, kind: str, meter: Meter | None) -> Batches:
+    """A Parquet or Arrow file, opened. Raises `InputError` where it is not whole."""
+    return (_parquet if kind == first_bytes.PARQUET else _arrow)(path, meter)
+
+
+def _parquet(path: Source, meter: Meter | None) -> Batches:
+    try:
+        raw = path.open() if isinstance(path, Remote) else pa.OSFile(str(path))
+        file = pq.ParquetFile(raw)
+    except (pa.ArrowException, OSError) as error:
+        raise _not_whole(path, "Parquet", error) from error
+    total = max(1, file.metadata.num_rows)
+
+    def read(columns: Sequence[str]) -> Iterator[Row]:
+        number = 0
+        if meter:
+            meter.watch(path, lambda: number / total)
+        try:
+            with raw:
+                for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns)):
+                    for record in batch.to_pylist():
+                        number += 1
+                        yield Row(str(path), number, record)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise _not_whole(path, "Parquet", error) from error
+
+    return Batches(file.schema_arrow.names, read)
+
+
+def _arrow(path: Source, meter: Meter | None) -> Batches:
+    """An Arrow file (Feather 2), or a stream of batches, as `datasets` saves them."""
+    try:
+        raw = path.open() if isinstance(path, Remote) else pa.OSFile(str(path))
+        magic = raw.read(6)
+        raw.seek(0)
+        if magic == b"ARROW1":
+            file = pa.ipc.open_file(raw)
+            schema, found = file.schema, (file.get_batch(n) for n in range(file.num_record_batches))
+        else:
+            stream = pa.ipc.open_stream(raw)
+            schema, found = stream.schema, iter(stream)
+    except (pa.ArrowException, OSError) as error:
+        raise _not_whole(path, "Arrow", error) from error
+
+    def read(columns: Sequence[str]) -> Iterator[Row]:
+        number = 0
+        if meter:
+            size = max(1, files.size_of(path))
+            meter.watch(path, lambda: 1.0 if raw.closed else raw.tell() / size)
+        try:
+            with raw:
+                for batch in found:
+                    for record in batch.select(list(columns)).to_pylist():
+                        number += 1
+                        yield Row(str(path), number, record)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise _not_whole(path, "Arrow", error) from error
+
+    return Batches(schema.names, read)
+
+
+def _not_whole(path: Source, kind: str, error: Exception) -> InputError:
+    return InputError(f"{path}: is not a whole {kind} file ({error}); fetch or write it again")
+
+
+class Columns(NamedTuple):
+    """Which columns of a delimited text are read."""
+
+    names: Mapping[str, int]
+    """Names in the records, and the places of their columns."""
+    needed: str
+    """The name of the column that each row must have."""
+    width: int
+    header: Sequence[str] | None
+
+
+def delimited_rows(
+    path: Source, stream: io.BufferedReader, dialect: Dialect, columns: Columns
+) -> Iterator[Row]:
+    """The rows of a delimited text behind its header, with the cells of some columns."""
+    found = _plain_records(path, stream, dialect) if not dialect.quote else _quoted(path, stream, dialect)
+    least = columns.width if not dialect.quote else columns.names[columns.needed] + 1
+    first = True
+    for number, line, fields in found:
+        if first and columns.header is not None:
+            if isinstance(fields, csv.Error):
+                raise InputError(f"{path}: the header cannot be read ({fields}); mend its quotes")
+            first = False
+            continue
+        problem = ""
+        if isinstance(fields, csv.Error):
+            problem = f"a quote is not closed properly ({fields})"
+        elif columns.header is not None and fields == columns.header:
+            log.warning("%s:%s: repeats the header; left out", path, number)
+            continue
+        elif any(cell.strip() for cell in fields[columns.width :]) or len(fields) < least:
+            problem = f"has {len(fields)} columns, expected {columns.width}"
+        if problem or isinstance(fields, csv.Error):
+            yield Row(str(path), number, line.encode("utf-8", "surrogateescape").strip(), problem)
+        elif any(cell.strip() for cell in fields):
+            cells = {name: fields[place] for name, place in columns.names.items() if place < len(fields)}
+            yield Row(str(path), number, cells)
+
+
+def _plain_records(
+    path: Source, stream: io.BufferedReader, dialect: Dialect
+) -> Iterator[tuple[int, str, list[str]]]:
+    """The records of a text without quoting: one a line."""
+    for number, raw in files.raw_lines(path, stream):
+        line = raw.rstrip(b"\r").decode("utf-8", "surrogateescape")
+        if line.strip():
+            yield number, line, [delimited.unquoted(cell) for cell in line.split(dialect.delimiter)]
+
+
+def _quoted(
+    path: Source, stream: io.BufferedReader, dialect: Dialect
+) -> Iterator[tuple[int, str, list[str] | csv.Error]]:
+    text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+    numbered = ((number, line.lstrip("\ufeff")) for number, line in enumerate(text, 1))
+    number = 0
+    try:
+        for number, line, fields in delimited.records(numbered, dialect):
+            if line and not line.strip("\0\n"):
+                raise InputError(
+                    f"{path}: holds NUL bytes alone from line {number:,} on: a download or copy that did not "
+                    "finish; fetch it again"
+                )
+            yield number, line, fields
+    except OSError as error:
+        raise files.damaged(path, number, error) from error
+
+
+def topic_rows(path: Source, stream: io.BufferedReader) -> Iterator[Row]:
+    """TREC topics, old (`<num> Number: 301`) or XML (`<topic number="1">`): a column for each tag."""
+    topic: list[str] = []
+    begun = 0
+    for number, raw in files.raw_lines(path, stream):
+        line = raw.decode("utf-8", "surrogateescape")
+        if _TOPIC_START.match(line):
+            if topic:
+                yield _topic(path, begun, topic)
+            topic, begun = [], number
+        if begun and len(topic) < _LONGEST_TOPIC:
+            topic.append(line)
+        if topic and _TOPIC_END.search(line):
+            yield _topic(path, begun, topic)
+            topic, begun = [], 0
+    if topic:
+        yield _topic(path, begun, topic)
+
+
+def _topic(path: Source, number: int, lines: Sequence[str]) -> Row:
+    text = "\n".join(lines)
+    found: dict[str, Any] = {}
+    if (start := _TOPIC_START.match(text)) and start[1]:
+        found["num"] = start[1]
+    for tag, value in _FIELD.findall(text):
+        if said := html.unescape(_LABEL.sub("", value, count=1)).strip():
+            found.setdefault(tag.lower(), said)
+    return Row(str(path), number, found)
+
+
+def parse(row: Row, exact: Sequence[str] = ()) -> dict[str, Any]:
+    """The record in a row, its names in lower case unless two would become one.
+
+    The numbers in the columns `exact` keep all their digits. Raises `ValueError` with the reason where the
+    row is malformed.
+    """
+    if row.problem:
+        raise ValueError(row.problem)
+    record = _record(row)
+    lower = {name.lower(): value for name, value in record.items()}
+    record = lower if len(lower) == len(record) else record
+    if isinstance(row.content, bytes) and any(type(record.get(name)) is float for name in exact):
+        whole = {str(name).lower(): value for name, value in json.loads(row.content).items()}
+        record.update({name: whole[name] for name in exact if isinstance(whole.get(name), int)})
+    return record
+
+
+def _record(row: Row) -> dict[str, Any]:
+    if isinstance(row.content, bytes):
+        record = _loaded(row.content)
+        if not isinstance(record, dict):
+            raise ValueError(f"expected a JSON object, found {type(record).__name__}")
+        return record
+    record = {}
+    for key, value in row.content.items():
+        clean = value
+        if isinstance(value, bytes):
+            clean = _decode(value)
+        elif isinstance(value, str) and not value.isascii():
+            clean = _decode(value.encode("utf-8", "surrogateescape"))
+        record[key] = clean
+    return record
+
+
+def _loaded(content: bytes) -> Any:
+    try:
+        return orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        if _NOT_FINITE.search(content) and not _SURROGATE.search(content):
+            try:  # as Python and pandas write a number that is none; another column may have it
+                return json.loads(content)
+            except (ValueError, RecursionError):
+                pass
+        kind = "invalid UTF-8" if not _is_utf8(content) else "invalid JSON"
+        raise ValueError(f"{kind} ({error})") from error
+
+
+def _decode(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"invalid UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True

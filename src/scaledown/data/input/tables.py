@@ -1,0 +1,716 @@
+"""What a table's columns mean: the one reader of corpora, queries, right answers and evaluation sets.
+
+The format, delimiter, header and columns of a file are found from its content. One log line for each file
+says how it is read; what cannot be decided is refused, with the columns that were seen and the flag that
+decides.
+"""
+
+import functools
+import itertools
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
+from typing import Any, Final, NamedTuple
+
+from scaledown.data.input import delimited, files, first_bytes, folders
+from scaledown.data.input import rows as formats
+from scaledown.data.input.delimited import Sample
+from scaledown.data.input.files import Meter, Row, Source
+from scaledown.errors import InputError, one_line
+
+log = logging.getLogger("scaledown")
+
+VERSION: Final = 1  # of how delimited text is read
+
+DOCUMENT_IDS: Final = ("id", "_id", "doc_id", "docid", "pid", "docno", "wikipedia_id", "kilt_id")
+QUERY_IDS: Final = ("query_id", "qid", "question_id", "questionid", "id", "_id")
+TITLE_KEYS: Final = ("title", "wikipedia_title")
+TEXT_KEYS: Final = ("text", "contents", "content", "body", "passage", "segment")
+QUERY_KEYS: Final = (
+    *(
+        "query",
+        "question",
+        "queries",
+        "questions",
+        "ambiguous_question",
+        "user_input",
+        "input",
+        "body",
+        "text",
+    ),
+)
+ANSWER_KEYS: Final[tuple[tuple[str, ...], ...]] = (
+    ("ground_truth", "ground_truths"),  # first: beside them `answer` is what a model said
+    *(("answers", "answer", "possible_answers", "golden_answers", "exact_answer", "output", "qa_pairs"),),
+    ("label", "labels"),
+)
+PASSAGE_KEYS: Final = (
+    *("passages", "passage", "context", "documents", "positive_passages", "snippets"),
+    *("contexts", "reference_contexts"),
+)
+MANY_KEYS: Final = ("data", "paragraphs", "qas", "questions")
+"""Of lists of questions in one record, as SQuAD, MRQA, TriviaQA and BioASQ publish them."""
+
+_SAMPLE_ROWS: Final = 200
+_NAMED: Final = 20  # columns in a message
+_ALIKE: Final = 0.9  # the share of a column's cells that shows what it holds
+_LONGER: Final = 2.0  # times as long as any other column: the text of a corpus
+_LONGEST_TITLE: Final = 200  # characters
+_LIST: Final = re.compile(r"\s*(\[.*\]|\{.*\}|array\(.*\))\s*", re.DOTALL)
+_ADDRESS: Final = re.compile(r"\s*\w+://\S+\s*")
+_CODE: Final = re.compile(r"\S*\d\S*")
+_NAME: Final = re.compile(r"[^\W\d][\w.-]{0,30}( [\w.-]{1,20})?")
+_ASKS: Final = re.compile(
+    r".*[?？؟]\s*$|\s*(who|whose|whom|what|when|where|which|why|how|is|are|was|were|do|does|did|can|could|in "
+    r"(what|which)|on (what|which)|name the)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+class Meaning(NamedTuple):
+    """What a command looks for in a table: its parts, each with the names that its column may have."""
+
+    main: str
+    """The part that each row must have."""
+    parts: Mapping[str, tuple[str, ...]]
+    flag: str
+    """What names the column of the main part; empty where no flag does."""
+    rivals: tuple[str, ...] = ()
+    """Columns beside which the last of the main part's names may not be meant."""
+    unread: tuple[str, ...] = ()
+    """Parts that only help to understand a table."""
+
+    def known(self) -> set[str]:
+        """All names that a column may have."""
+        return {name for names in self.parts.values() for name in names}
+
+    def read(self) -> set[str]:
+        """The names of the columns that are read."""
+        return {name for part, names in self.parts.items() if part not in self.unread for name in names}
+
+
+_RIVALS: Final = ("title", "contents", "content", "passage", "documents", "context")
+_ASKED: Final[Mapping[str, tuple[str, ...]]] = {
+    "id": QUERY_IDS,
+    "question": QUERY_KEYS,
+    "answers": (*(name for names in ANSWER_KEYS for name in names), "reference"),
+    "passages": PASSAGE_KEYS,
+}
+CORPUS: Final = Meaning(
+    "text", {"id": DOCUMENT_IDS, "title": TITLE_KEYS, "text": TEXT_KEYS}, flag="--text_column"
+)
+QUERIES: Final = Meaning("question", _ASKED, "--query_column", _RIVALS, unread=("answers", "passages"))
+GOLD: Final = Meaning("question", _ASKED, "", _RIVALS)
+
+
+class Reading(NamedTuple):
+    """How a file is read."""
+
+    format: str
+    columns: Mapping[str, str]
+    """The column of each part, by the part."""
+    header: bool | None
+    """Whether there is a line of names; None where the format needs none."""
+    guessed: bool
+    """Whether that follows from the content alone, and not from the file's ending and its names."""
+
+    def __str__(self) -> str:
+        words = [self.format]
+        if self.header is not None:
+            words.append("header" if self.header else "no header")
+        return ", ".join([*words, *(f"{part} = {column}" for part, column in self.columns.items())])
+
+
+class _Table(NamedTuple):
+    reading: Reading
+    rows: Callable[[], Iterator[Row]]
+
+
+def rows(source: Source, meaning: Meaning, column: str = "", meter: Meter | None = None) -> Iterator[Row]:
+    """The rows of a file, with the columns that have a meaning; `column` is what `meaning.flag` names.
+
+    Raises `InputError` for what is no data and for columns that cannot be told apart.
+    """
+    with files.open_stream(source, meter) as stream:
+        table = _table(source, stream, meaning, column, meter)
+        if table.reading.format:
+            _tell(str(source), str(table.reading))
+        yield from table.rows()
+
+
+def version_of(sources: Iterable[Source]) -> dict[str, int]:
+    """What the passages or queries of some files depend on besides their content; nothing for JSON lines."""
+    tables = any(files.inner_suffix(source) in folders.TABLES for source in sources)
+    return {"tables": VERSION} if tables else {}
+
+
+def reading(source: Source, meaning: Meaning, column: str = "") -> Reading:
+    """How a file is read. Raises `InputError` as `rows` does."""
+    with files.open_stream(source) as stream:
+        return _table(source, stream, meaning, column, None).reading
+
+
+@functools.cache
+def _tell(source: str, said: str) -> None:
+    log.info("%s: %s", source, said)
+
+
+def _table(  # noqa: PLR0911
+    source: Source, stream: Any, meaning: Meaning, column: str, meter: Meter | None
+) -> _Table:
+    """The kind of a file, from its first bytes, its ending and its first lines."""
+    try:
+        head = stream.peek()
+    except OSError as error:
+        raise files.damaged(source, 0, error) from error
+    suffix = files.inner_suffix(source)
+    kind = first_bytes.format_of(head)
+    if kind == first_bytes.TOPICS:
+        return _topics(source, stream, meaning, column)
+    if kind or suffix == ".parquet":
+        return _batches(source, stream, kind or first_bytes.PARQUET, meaning, column, meter)
+    whole = len(head) < files.HEAD_BYTES
+    text = head.rstrip(b"\0").decode("utf-8", "surrogateescape").lstrip("\ufeff")
+    if suffix in folders.LINES or _is_json(text, whole=whole):
+        return _json(source, stream, text, meaning, column, certain=suffix in folders.LINES)
+    is_table = suffix in folders.TABLES
+    looked = text.strip() and (is_table or _may_be_a_table(text, meaning, column))
+    if looked and (found := _delimited(source, stream, text, suffix, meaning, column, whole=whole)):
+        if not found.reading.header:
+            _check_first(source, text, meaning)
+        return found
+    _check_first(source, text, meaning)
+    if meaning.main != "text":
+        reading = Reading("text, one question a line", {}, None, guessed=False)
+        return _Table(reading, lambda: formats.line_rows(source, stream, column or meaning.main))
+    if suffix in folders.TEXT:
+        return _Table(Reading("", {}, None, guessed=False), lambda: formats.article(source, stream))
+    if not text.strip():
+        return _Table(Reading("", {}, None, guessed=False), lambda: iter(()))
+    raise InputError(
+        f"{source}: neither its ending nor its first line ({one_line(text.splitlines()[0], 60)}) says what "
+        "it is; expected JSON lines, Parquet, Arrow, CSV or TSV, or the ending .txt for an article"
+    )
+
+
+def _first_line(text: str) -> str:
+    """The first line that is not blank."""
+    return text.strip().replace("\r", "\n").partition("\n")[0].strip()
+
+
+def _is_json(text: str, *, whole: bool) -> bool:
+    """Whether the first line is a JSON object."""
+    first = _first_line(text)
+    if not first.startswith("{") or (first == text.strip() and not whole):
+        return first.startswith('{"')
+    try:
+        formats.parse(Row("", 1, first.strip().encode("utf-8", "surrogateescape")))
+    except ValueError:
+        return False
+    return True
+
+
+# Records: JSON lines, Parquet, Arrow, TREC topics, datasets of the hub
+
+
+def _json(source: Source, stream: Any, text: str, meaning: Meaning, column: str, *, certain: bool) -> _Table:
+    seen = []
+    for line in text.strip().split("\n" if "\n" in text else "\r")[:_SAMPLE_ROWS]:
+        try:
+            seen.append(formats.parse(Row("", 1, line.strip().encode("utf-8", "surrogateescape"))))
+        except ValueError:
+            if not seen:  # perhaps one value on many lines
+                break
+    columns = _columns(str(source), seen, meaning, column)
+    reading = Reading("JSON lines", columns, None, guessed=not certain)
+    return _Table(reading, lambda: formats.json_rows(source, stream))
+
+
+def _batches(  # noqa: PLR0917
+    source: Source, stream: Any, kind: str, meaning: Meaning, column: str, meter: Meter | None
+) -> _Table:
+    if files.is_compressed(stream):
+        raise InputError(f"{source}: is a {kind} file that was compressed again; unpack it and give that")
+    found = formats.batches(source, kind, meter)
+    wanted = (
+        meaning.read()
+        | set(MANY_KEYS)
+        | ({column.lower(), column.lower().partition(".")[0]} if column else set())
+    )
+    _check_doubled(str(source), found.names, meaning, column)
+    used = [name for name in found.names if name.lower() in wanted and found.names.count(name) == 1]
+    if not used:
+        raise _no_main(str(source), found.names, meaning, column)
+    again = itertools.islice(formats.batches(source, kind, None).read(used), _SAMPLE_ROWS)
+    columns = _columns(str(source), list(map(formats.parse, again)), meaning, column, found.names)
+    reading = Reading(kind, columns, None, guessed=files.inner_suffix(source) not in folders.BATCHES)
+    return _Table(reading, lambda: found.read(used))
+
+
+def _topics(source: Source, stream: Any, meaning: Meaning, column: str) -> _Table:
+    if meaning.main != "question":
+        raise InputError(f"{source}: holds TREC topics, which are questions, no corpus; give the documents")
+
+    def named(row: Row) -> Row:
+        content: Mapping[str, Any] = row.content if isinstance(row.content, dict) else {}
+        order = (column.lower(),) if column else ("query", "title", "question", "desc", "description")
+        key = next((name for name in order if content.get(name)), "")
+        if not key:
+            seen = ", ".join(content) or "none"
+            return row._replace(problem=f"has no {' or '.join(order)}; its tags are {seen}")
+        number = next((content[name] for name in ("num", "number", "id") if name in content), "")
+        return row._replace(content={"id": number, column or "question": content[key]})
+
+    columns = {"id": "num", "question": column or "title"}
+    reading = Reading(first_bytes.TOPICS, columns, None, guessed=True)
+    return _Table(reading, lambda: map(named, formats.topic_rows(source, stream)))
+
+
+def of_records(name: str, given: Iterator[Row], meaning: Meaning, column: str) -> Iterator[Row]:
+    """Rows that are records already, of the data set `name`, after their first ones were looked at."""
+    first = list(itertools.islice(given, _SAMPLE_ROWS))
+    seen = [row.content for row in first if isinstance(row.content, dict)]
+    lower = [{str(key).lower(): value for key, value in record.items()} for record in seen]
+    columns = _columns(name, lower, meaning, column)
+    _tell(name, str(Reading("records", columns, None, guessed=False)))
+    return itertools.chain(first, given)
+
+
+def _columns(
+    shown: str,
+    records: Sequence[Mapping[str, Any]],
+    meaning: Meaning,
+    column: str,
+    names: Sequence[str] = (),
+) -> dict[str, str]:
+    """The column of each part in some records. Raises `InputError` where none has the main part."""
+    found: dict[str, str] = {}
+    for part, keys in meaning.parts.items():
+        if part == meaning.main and column:
+            if not records or any(has(record, column) for record in records):
+                found[part] = column
+            continue
+        full = {key for record in records for key in keys if is_full(record.get(key))}
+        if key := next((key for key in keys if key in full), ""):
+            found[part] = key
+            if part == meaning.main and key in _LAST_RESORT:
+                _check_rivals(shown, records, meaning, key)
+    seen = names or list(dict.fromkeys(str(name) for record in records for name in record))
+    many = meaning.main == "question" and any(not set(MANY_KEYS).isdisjoint(record) for record in records)
+    empty = any(key in record for record in records for key in meaning.parts[meaning.main])
+    if records and meaning.main not in found and not many and (column or not empty):
+        raise _no_main(shown, seen, meaning, column)
+    return found
+
+
+_LAST_RESORT: Final = frozenset(("text", "body"))
+
+
+def _check_rivals(shown: str, records: Sequence[Mapping[str, Any]], meaning: Meaning, key: str) -> None:
+    """Refuse `text` as the question where something else may be one: so a corpus looks."""
+    rivals = [name for name in meaning.rivals if any(is_full(record.get(name)) for record in records)]
+    if rivals:
+        raise InputError(
+            f"{shown}: either of the columns {key} and {rivals[0]} may hold the question; "
+            f"{_way(meaning, key, 'question')}"
+        )
+
+
+def _check_doubled(shown: str, names: Sequence[str], meaning: Meaning, column: str) -> None:
+    """Refuse a name that several columns have, where it is the one that a part is read from."""
+    for part, keys in meaning.parts.items():
+        if part in meaning.unread:
+            continue
+        own = [name for key in keys for name in names if name.lower() == key]
+        if part == meaning.main and column:
+            own = [names[place] for place in _place(column, names)]
+        exact = [name for name in own if name.islower()] or own
+        if exact and (many := names.count(exact[0])) > 1:
+            raise InputError(
+                f"{shown}: {many} columns are called {exact[0]}; the columns are {_listed(names)}; rename "
+                "all but one"
+            )
+
+
+def _no_main(shown: str, names: Sequence[str], meaning: Meaning, column: str) -> InputError:
+    wanted = repr(column) if column else " or ".join(meaning.parts[meaning.main])
+    return InputError(
+        f"{shown}: no {meaning.main} under {wanted}; the columns are {_listed(names)}: "
+        + (f"name one with {meaning.flag}" if meaning.flag else f"call one {meaning.main}")
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = [one_line(name, 40) or "(no name)" for name in names[:_NAMED]]
+    return ", ".join([*shown, *["…"] * (len(names) > _NAMED)]) or "none"
+
+
+def _way(meaning: Meaning, column: str, part: str) -> str:
+    if meaning.flag:
+        return f"name one with {meaning.flag}, as {meaning.flag} {column}"
+    return f"call the right one {part}"
+
+
+# Delimited text
+
+
+def _delimited(  # noqa: PLR0917
+    source: Source, stream: Any, text: str, suffix: str, meaning: Meaning, column: str, *, whole: bool
+) -> _Table | None:
+    """CSV or TSV, by the ending, or by a header or by tabs; None where it is neither."""
+    is_table = suffix in folders.TABLES
+    found = delimited.samples(text, whole=whole)
+    if not is_table and not _looks_like_a_table(found, meaning, column):
+        return None
+    usual = "," if suffix == ".csv" else "\t"
+    sample = _chosen(found, usual, meaning, column)
+    dialect, records = sample.dialect, sample.records
+    if not records:
+        return None
+    shown = f"{source}: {dialect}"
+    header = records[0] if _is_header(records[0], meaning, column) else None
+    if header is not None:
+        named = _named(shown, header, meaning, column)
+        columns = _of_header(shown, header, named, records[1:], meaning, column)
+        needed, width = columns[meaning.main], len(header)
+    else:
+        places = _told(shown, sample, meaning, column)
+        columns = {part: f"column {place + 1}" for part, place in places.items()}
+        needed, width = column or meaning.main, sample.width
+        named = {
+            needed if part == meaning.main else part: place
+            for part, place in places.items()
+            if part not in meaning.unread
+        }
+    reading = Reading(
+        str(dialect),
+        columns,
+        header is not None,
+        guessed=header is None or dialect.delimiter != usual or not is_table,
+    )
+    wanted = formats.Columns(named, needed, width, header)
+    return _Table(reading, lambda: formats.delimited_rows(source, stream, dialect, wanted))
+
+
+def _may_be_a_table(text: str, meaning: Meaning, column: str) -> bool:
+    """Whether it is worth looking closer: the first line has a tab, or a name of the main part."""
+    first = _first_line(text)
+    main = {*meaning.parts[meaning.main], *([column.lower()] if column else [])}
+    cells = (cell for delimiter in delimited.DELIMITERS for cell in first.split(delimiter))
+    return "\t" in first or any(cell.strip(" \"'").lower() in main for cell in cells)
+
+
+def _check_first(source: Source, text: str, meaning: Meaning) -> None:
+    """Refuse a file whose first line has the names of columns where its other lines have no such columns."""
+    first = _first_line(text)
+    sure = set(meaning.parts[meaning.main]) - _LAST_RESORT
+    for delimiter, called in delimited.DELIMITERS.items():
+        cells = [cell.strip() for cell in first.split(delimiter)]
+        names = [cell.strip("\"'").lower() for cell in cells]
+        short = all(map(_NAME.fullmatch, names)) or all(re.fullmatch(r"(['\"]).*\1", cell) for cell in cells)
+        if len(names) > 1 and short and not sure.isdisjoint(names):
+            raise InputError(
+                f"{source}: its first line has the columns {', '.join(names)}, {called}-separated, and other "
+                "lines do not; mend its quotes"
+            )
+
+
+def _looks_like_a_table(found: Mapping[str, Sample], meaning: Meaning, column: str) -> bool:
+    """Whether a text without the ending of a table has a header, or a tab or more in each line."""
+    for sample in found.values():
+        first = sample.records[0] if sample.records else []
+        sure = [name for name in _plain_names(first) if name in meaning.parts[meaning.main]]
+        if len(first) == 1:
+            sure = [name for name in sure if meaning.main == "question" and name not in _LAST_RESORT]
+            sure = sure if len(sample.records) > 1 else []
+        if (sure or (len(first) > 1 and column.lower() in _plain_names(first))) and _is_header(
+            first, meaning, column
+        ):
+            return True
+    tabs = found["\t"]
+    return tabs.regular == 1 and tabs.width > 1 and (meaning.main == "question" or len(tabs.records) > 1)
+
+
+def _plain_names(cells: Sequence[str]) -> list[str]:
+    return [cell.strip().lower() for cell in cells]
+
+
+def _chosen(found: Mapping[str, Sample], usual: str, meaning: Meaning, column: str) -> Sample:
+    """The delimiter whose columns make most sense: named ones, then regular ones, then the usual one."""
+
+    def sense(item: tuple[str, Sample]) -> tuple[bool, bool, bool, bool, float, bool, int]:
+        delimiter, sample = item
+        header = bool(sample.records) and _is_header(sample.records[0], meaning, column)
+        names = set(_plain_names(sample.records[0])) if sample.records else set()
+        main = {*meaning.parts[meaning.main], *([column.lower()] if column else [])}
+        regular = sample.regular >= _ALIKE and sample.width > 1
+        codes = all(re.fullmatch(r"[\w.-]+", record[0].strip()) for record in sample.records)
+        return (
+            header and not names.isdisjoint(main),
+            regular,
+            regular and codes,
+            delimiter == usual and regular,
+            sample.regular,
+            delimiter == usual,
+            sample.width,
+        )
+
+    return max(found.items(), key=sense)[1]
+
+
+def _is_header(cells: Sequence[str], meaning: Meaning, column: str) -> bool:
+    """Whether the cells of the first line are names: one of them known, none of them a number."""
+    names = _plain_names(cells)
+    if column and column.lower() in names:
+        return True
+    numbers = any(re.fullmatch(r"[-+\d.,]+", name) for name in names)
+    return not numbers and not meaning.known().isdisjoint(names)
+
+
+def _named(shown: str, header: Sequence[str], meaning: Meaning, column: str) -> dict[str, int]:
+    """The places of the columns whose names have a meaning; that of the flag under the name it has there."""
+    names = [name.strip() for name in header]
+    flagged = _place(column, names) if column else []
+    _check_doubled(shown, names, meaning, column)
+    known = meaning.read()
+    places: dict[str, int] = {}
+    for place, name in enumerate(names):
+        if place in flagged:
+            places[column] = place
+        elif name.lower() in known and names.count(name) == 1:
+            places[name] = place
+    if column not in places and (column or not _of_part(places, meaning, meaning.main)):
+        raise _no_main(shown, names, meaning, column)
+    return places
+
+
+def _of_part(names: Iterable[str], meaning: Meaning, part: str) -> list[str]:
+    """Those of some columns that may be a part, the most telling name first."""
+    keys = meaning.parts[part]
+    return sorted((name for name in names if name.lower() in keys), key=lambda name: keys.index(name.lower()))
+
+
+def _place(column: str, names: Sequence[str]) -> list[int]:
+    """Where the column of a flag is: by its name, its name in any case, or its number from 1."""
+    exact = [place for place, name in enumerate(names) if name == column]
+    found = exact or [place for place, name in enumerate(names) if name.lower() == column.lower()]
+    if not found and (number := _number(column)) and number <= len(names):
+        return [number - 1]
+    return found
+
+
+def _number(column: str) -> int:
+    """The number that a flag gives in the place of a name: `2` or `column 2`; 0 for a name."""
+    number = re.fullmatch(r"(?:column )?([1-9]\d{0,3})", column)
+    return int(number[1]) if number else 0
+
+
+def _of_header(  # noqa: PLR0917
+    shown: str,
+    header: Sequence[str],
+    places: Mapping[str, int],
+    records: Sequence[Sequence[str]],
+    meaning: Meaning,
+    column: str,
+) -> dict[str, str]:
+    """The column of each part, by its name: the first that is not empty throughout."""
+    rows = [dict(zip((name.strip() for name in header), record, strict=False)) for record in records]
+    columns = {}
+    for part in meaning.parts:
+        if part == meaning.main and column:
+            columns[part] = column
+        elif own := _of_part(dict.fromkeys(name.strip() for name in header), meaning, part):
+            columns[part] = next(
+                (name for name in own if any(is_full(row.get(name)) for row in rows)), own[0]
+            )
+    if not column and (key := columns[meaning.main].lower()) in _LAST_RESORT:
+        lower = [{name.lower(): cell for name, cell in row.items()} for row in rows]
+        _check_rivals(shown, lower, meaning, key)
+    return columns
+
+
+def _told(shown: str, sample: Sample, meaning: Meaning, column: str) -> dict[str, int]:
+    """The places of the parts in a table without names, by what the columns hold."""
+    records, width = sample.records, sample.width
+    first = [one_line(cell.strip(), 30) for cell in records[0]]
+    number = _number(column)
+    if column and not number:
+        raise _no_main(shown, first, meaning, column)
+    if number > width:
+        raise InputError(f"{shown}, has {width} columns; {meaning.flag} {column} names none of them")
+    if not number and _may_be_names(records):
+        if meaning.flag:
+            way = (
+                f"give {meaning.flag} {first[-1]} if it names columns, {meaning.flag} {width} if it is a row"
+            )
+        else:
+            way = f"write a first line that names a column {meaning.main}"
+        raise InputError(f"{shown}, and its first line ({', '.join(first)}) may be a header or a row; {way}")
+    cells = [[record[place].strip() for record in records if len(record) == width] for place in range(width)]
+    cells = [[cell for cell in column_cells if cell] for column_cells in cells]
+    main = number - 1 if number else _main_column(cells, meaning)
+    if main is None:
+        raise InputError(
+            f"{shown}, no header, {width} columns ({', '.join(first)}): which holds the {meaning.main} "
+            "cannot be told; "
+            + (
+                f"give its number with {meaning.flag}, as {meaning.flag} {width}"
+                if meaning.flag
+                else f"write a first line that names a column {meaning.main}"
+            )
+        )
+    places = {}
+    ids = [place for place in range(main) if _is_code(cells[place]) and _differ(cells[place])]
+    if ids:
+        places["id"] = ids[0]
+    if "title" in meaning.parts and (title := _title(cells, main, ids)) is not None:
+        places["title"] = title
+    places[meaning.main] = main
+    if "answers" in meaning.parts and (answers := _answers(cells, main)) is not None:
+        places["answers"] = answers
+    return places
+
+
+def _may_be_names(records: Sequence[Sequence[str]]) -> bool:
+    """Whether the first line looks like names that are not known, unlike the lines that follow."""
+    first, rest = [cell.strip() for cell in records[0]], records[1:]
+    below = [[record[place].strip() for record in rest if place < len(record)] for place in range(len(first))]
+    if (
+        len(rest) > 1
+        and _NAME.fullmatch(first[0])
+        and all(re.fullmatch(r"[\d.]+", cell) for cell in below[0])
+    ):
+        return True
+    if not all(_NAME.fullmatch(cell) for cell in first if cell):
+        return False
+    return not rest or any(sum(len(cell.split()) for cell in own) > 2 * len(own) for own in below)
+
+
+def _main_column(cells: Sequence[Sequence[str]], meaning: Meaning) -> int | None:
+    """The column of the main part by what the columns hold; None where that does not show it."""
+    likely = [
+        place
+        for place, own in enumerate(cells)
+        if own and not _is_code(own) and not _are(own, _LIST) and not _are(own, _ADDRESS)
+    ]
+    if not likely:
+        alone = len(cells) == 1 or (len(cells) == 2 and _are(cells[0], _CODE))
+        return len(cells) - 1 if alone and cells[-1] else None
+    if len(likely) == 1:
+        return likely[0]
+    if meaning.main == "text":
+        length = {place: sum(map(len, cells[place])) / len(cells[place]) for place in likely}
+        longest, second = sorted(likely, key=length.__getitem__, reverse=True)[:2]
+        return longest if length[longest] >= _LONGER * length[second] else None
+    asks = {place: sum(map(bool, map(_ASKS.match, cells[place]))) / len(cells[place]) for place in likely}
+    most, second = sorted(likely, key=asks.__getitem__, reverse=True)[:2]
+    return most if asks[most] >= 0.5 and asks[second] < asks[most] / 2 else None
+
+
+def _are(cells: Sequence[str], pattern: re.Pattern[str]) -> bool:
+    return sum(bool(pattern.fullmatch(cell)) for cell in cells) >= _ALIKE * len(cells) > 0
+
+
+def _is_code(cells: Sequence[str]) -> bool:
+    """Whether a column holds ids: each without a space, and with a digit or unlike all others."""
+    if not cells or not _are(cells, re.compile(r"\S+")):
+        return False
+    spaced = any(re.search(r"\s", cell) for cell in cells)
+    return not spaced and (
+        _are(cells, _CODE) or (len(cells) > 1 and _differ(cells) and all(map(str.isascii, cells)))
+    )
+
+
+def _differ(cells: Sequence[str]) -> bool:
+    return len(set(cells)) == len(cells)
+
+
+def _title(cells: Sequence[Sequence[str]], main: int, ids: Sequence[int]) -> int | None:
+    """The only other text that is short."""
+    others = [
+        place
+        for place, own in enumerate(cells)
+        if place != main and place not in ids and own and not _are(own, _ADDRESS)
+    ]
+    if len(others) != 1 or sum(map(len, cells[others[0]])) > _LONGEST_TITLE * len(cells[others[0]]):
+        return None
+    return others[0]
+
+
+def _answers(cells: Sequence[Sequence[str]], main: int) -> int | None:
+    """The column of lists, or the only one behind the question."""
+    lists = [place for place, own in enumerate(cells) if place != main and own and _are(own, _LIST)]
+    behind = [place for place in range(main + 1, len(cells)) if cells[place]]
+    if lists:
+        return lists[0]
+    return behind[0] if len(behind) == 1 else None
+
+
+# Values
+
+
+def is_full(value: Any) -> bool:
+    """Whether a value is there: not null, no empty text or list, and not NaN, as a table has a gap."""
+    if isinstance(value, float):
+        return not math.isnan(value)
+    if isinstance(value, Decimal):
+        return not value.is_nan()
+    if isinstance(value, str):
+        return bool(value.strip())
+    return value is not None and value not in ([], {})
+
+
+def value_of(record: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """The first value under some names that is full; else one that is there; else None."""
+    there = None
+    for key in keys:
+        value = record.get(key)
+        if is_full(value):
+            return value
+        if there is None and value is not None and not isinstance(value, float | Decimal):
+            there = value
+    return there
+
+
+def column_of(record: Mapping[str, Any], column: str) -> Any:
+    """The value under the name of a flag, in any case; dots reach into records."""
+    for name in (column, column.lower()):
+        if name in record:
+            return record[name]
+    value: Any = record
+    for name in column.split("."):
+        value = value.get(name, value.get(name.lower())) if isinstance(value, Mapping) else None
+    return value
+
+
+def has(record: Mapping[str, Any], column: str) -> bool:
+    """Whether a record has the column of a flag, and something in it."""
+    return is_full(column_of(record, column))
+
+
+def as_text(value: Any) -> str | None:
+    """A text, or a number as one writes it: 12 also of 12.0, as a table has it; None for anything else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, float | Decimal):
+        if not math.isfinite(value):
+            return None
+        return f"{int(value)}" if value == int(value) else f"{value}"
+    return f"{value}" if isinstance(value, int) else None
+
+
+def id_of(record: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """The id in a record; empty where it has none. Raises `ValueError` for one that is no text or number."""
+    value = value_of(record, keys)
+    if not is_full(value):
+        return ""
+    text = as_text(value)
+    if text is None:
+        raise ValueError(f"the id is {type(value).__name__}, expected a string or number")
+    return text.strip()
