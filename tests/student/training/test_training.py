@@ -123,7 +123,7 @@ def undisturbed(setting: Setting) -> Trained:
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, call: int, *, training: bool) -> None:
-    """Ctrl-C during the n-th forward pass in setup, or in evaluation."""
+    """Ctrl-C during the n-th forward pass in training, or in evaluation."""
     original = Passes._losses
     seen = 0
 
@@ -695,7 +695,7 @@ def test_command_line_end_to_end(setting: Setting, environment: dict[str, str]) 
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert re.search(r"20 examples, 3 steps\n", done.stdout)
-    assert re.search(r"held out +\d+\.\d+ before setup, \d+\.\d+ after; 4 examples", done.stdout)
+    assert re.search(r"held out +\d+\.\d+ before training, \d+\.\d+ after; 4 examples", done.stdout)
     assert f"answer --model {setting().output_dir}" in done.stdout.splitlines()[-1]
     assert "%|" not in done.stderr, "no bars where nobody looks"
     assert all(re.match(r"\d{4}-\d\d-\d\d ", line) for line in done.stderr.splitlines()), done.stderr
