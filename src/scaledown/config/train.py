@@ -30,7 +30,6 @@ class StudentConfig(Options):
         "0..1",
         role="result",
         within=Range(0, below=1),
-        metavar="X",
     )
     generator_model: str = option(
         "mistralai/Mistral-7B-Instruct-v0.2",
@@ -38,7 +37,6 @@ class StudentConfig(Options):
         "causal LM that answers: a name, a folder or a .gguf file",
         role="model",
         settled_by="pretrained_model",
-        metavar="MODEL",
     )
     compressor: str = option(
         "n_layers",
@@ -46,7 +44,6 @@ class StudentConfig(Options):
         "n_layers or pointer (the generator's first layers), modernbert, or any encoder or decoder by name",
         role="model",
         settled_by="pretrained_model",
-        metavar="MODEL",
     )
     num_layers: int = option(
         8,
@@ -56,7 +53,6 @@ class StudentConfig(Options):
         role="result",
         settled_by="pretrained_model",
         within=Range(1),
-        metavar="N",
     )
     compression_rate: int = option(
         16,
@@ -66,7 +62,6 @@ class StudentConfig(Options):
         "tokens",
         role="result",
         settled_by="pretrained_model",
-        metavar="N",
     )
     doc_max_length: int = option(
         0,
@@ -76,7 +71,6 @@ class StudentConfig(Options):
         role="result",
         settled_by="pretrained_model",
         within=Range(0),
-        metavar="N",
     )
     query_max_length: int = option(
         128,
@@ -86,7 +80,6 @@ class StudentConfig(Options):
         role="result",
         settled_by="pretrained_model",
         within=Range(1),
-        metavar="N",
     )
     generator_training: str = option(
         "lora",
@@ -103,16 +96,9 @@ class StudentConfig(Options):
         role="result",
         settled_by="pretrained_model",
         within=Range(0, below=1),
-        metavar="X",
     )
     batch_size: int = option(
-        128,
-        TRAINING,
-        "examples for one step, over all devices",
-        "examples",
-        role="result",
-        within=Range(1),
-        metavar="N",
+        128, TRAINING, "examples for one step, over all devices", "examples", role="result", within=Range(1)
     )
     micro_batch_size: int = option(
         0,
@@ -121,33 +107,15 @@ class StudentConfig(Options):
         "examples",
         role="result",
         within=Range(0),
-        metavar="N",
     )
     num_epochs: float = option(
-        1.0,
-        TRAINING,
-        "passes over the data",
-        "epochs",
-        role="result",
-        within=Range(above=0),
-        metavar="X",
+        1.0, TRAINING, "passes over the data", "epochs", role="result", within=Range(above=0)
     )
     max_steps: int = option(
-        0,
-        TRAINING,
-        "train this many steps, instead of --num_epochs",
-        "steps",
-        role="result",
-        within=Range(0),
-        metavar="N",
+        0, TRAINING, "train this many steps, instead of --num_epochs", "steps", role="result", within=Range(0)
     )
     learning_rate_generator: float = option(
-        1e-4,
-        TRAINING,
-        "learning rate of the generator",
-        role="result",
-        within=Range(above=0),
-        metavar="X",
+        1e-4, TRAINING, "learning rate of the generator", role="result", within=Range(above=0)
     )
     learning_rate_compressor: float = option(
         0.0,
@@ -156,7 +124,6 @@ class StudentConfig(Options):
         "compressor",
         role="result",
         within=Range(0),
-        metavar="X",
     )
     eval_steps: int = option(
         0,
@@ -165,7 +132,6 @@ class StudentConfig(Options):
         "steps",
         role="result",
         within=Range(0),
-        metavar="N",
     )
     early_stopping_patience: int = option(
         0,
@@ -174,7 +140,6 @@ class StudentConfig(Options):
         "evaluations",
         role="result",
         within=Range(0),
-        metavar="N",
     )
     gradient_checkpointing: bool | None = option(
         None,
@@ -183,9 +148,7 @@ class StudentConfig(Options):
         "billion trained weights on",
         role="operation",
     )
-    seed: int = option(
-        0, TRAINING, "seed of every random choice", role="result", within=Range(0), metavar="N"
-    )
+    seed: int = option(0, TRAINING, "seed of every random choice", role="result", within=Range(0))
     output_dir: str = option(
         "model",
         OUTPUT,
@@ -201,7 +164,6 @@ class StudentConfig(Options):
         "steps",
         role="result",
         within=Range(0),
-        metavar="N",
     )
     resume: bool = option(
         False,
@@ -280,10 +242,9 @@ class TrainConfig(StudentConfig):
         "share of examples whose documents the generator reads as text, so that it does not forget how",
         role="result",
         within=SHARE,
-        metavar="X",
     )
     closed_book_fraction: float = option(
-        0.0, TRAINING, "share of examples without documents", role="result", within=SHARE, metavar="X"
+        0.0, TRAINING, "share of examples without documents", role="result", within=SHARE
     )
     pretrained_model: str = option(
         "",
@@ -328,13 +289,7 @@ class PretrainConfig(StudentConfig):
         metavar="PATH",
     )
     max_corpus_size: int = option(
-        0,
-        DATA,
-        "read only this many articles from the start",
-        "articles",
-        role="result",
-        within=Range(0),
-        metavar="N",
+        0, DATA, "read only this many articles from the start", "articles", role="result", within=Range(0)
     )
     train_data: tuple[str, ...] = option(
         (),
@@ -359,7 +314,6 @@ class PretrainConfig(StudentConfig):
         role="result",
         settled_by="pretrained_model",
         within=Range(16),
-        metavar="N",
     )
 
     output_dir: str = option(
