@@ -41,7 +41,6 @@ class AnswerConfig(Options):
         "tokens",
         role="result",
         within=Range(0),
-        metavar="N",
     )
     budget: str = option(
         "each",
@@ -51,9 +50,7 @@ class AnswerConfig(Options):
         role="result",
         choices=BUDGETS,
     )
-    max_new_tokens: int = option(
-        128, MODEL, "longest answer", "tokens", role="result", within=Range(1), metavar="N"
-    )
+    max_new_tokens: int = option(128, MODEL, "longest answer", "tokens", role="result", within=Range(1))
     output_file: str = option(
         "",
         OUTPUT,
@@ -63,7 +60,7 @@ class AnswerConfig(Options):
         metavar="FILE",
     )
     batch_size: int = option(
-        8, MACHINE, "queries answered at once", "queries", role="result", within=Range(1), metavar="N"
+        8, MACHINE, "queries answered at once", "queries", role="result", within=Range(1)
     )
     device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", role="result", metavar="DEVICE")
     dtype: str = option("auto", MACHINE, AUTO_DTYPE, role="result", choices=DTYPES)

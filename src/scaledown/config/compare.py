@@ -53,47 +53,35 @@ class CompareConfig(Options):
         QUALITY,
         "SPLADE model for keywords, as for scaledown evaluate",
         role="model",
-        metavar="MODEL",
     )
     pruning_reranker: str = option(
         EvaluateConfig.pruning_reranker,
         QUALITY,
         "reranker for pruned, as for scaledown evaluate",
         role="model",
-        metavar="MODEL",
     )
     num_examples: int = option(
-        0,
-        QUALITY,
-        "take only the first N questions",
-        "questions",
-        role="result",
-        within=Range(0),
-        metavar="N",
+        0, QUALITY, "take only the first N questions", "questions", role="result", within=Range(0)
     )
-    max_new_tokens: int = option(
-        128, QUALITY, "longest answer", "tokens", role="result", within=Range(1), metavar="N"
-    )
+    max_new_tokens: int = option(128, QUALITY, "longest answer", "tokens", role="result", within=Range(1))
     batch_size: int = option(
-        8, QUALITY, "questions answered at once", "questions", role="result", within=Range(1), metavar="N"
+        8, QUALITY, "questions answered at once", "questions", role="result", within=Range(1)
     )
     cost_batches: tuple[str, ...] = option(
         ("1", "8"), COST, "sizes of the batches that are timed", "queries", role="result", metavar="N"
     )
     cost_documents: int = option(
-        10, COST, "documents for each query", "documents", role="result", within=Range(1), metavar="N"
+        10, COST, "documents for each query", "documents", role="result", within=Range(1)
     )
     cost_document_tokens: int = option(
-        128, COST, "length of each document", "tokens", role="result", within=Range(1), metavar="N"
+        128, COST, "length of each document", "tokens", role="result", within=Range(1)
     )
     cost_query_tokens: int = option(
-        128, COST, "length of the query", "tokens", role="result", within=Range(1), metavar="N"
+        128, COST, "length of the query", "tokens", role="result", within=Range(1)
     )
-    cost_new_tokens: int = option(
-        32, COST, "length of the answer", "tokens", role="result", within=Range(1), metavar="N"
-    )
+    cost_new_tokens: int = option(32, COST, "length of the answer", "tokens", role="result", within=Range(1))
     cost_repeats: int = option(
-        3, COST, "how often each batch is timed", "times", role="result", within=Range(1), metavar="N"
+        3, COST, "how often each batch is timed", "times", role="result", within=Range(1)
     )
     output_dir: str = option(
         "comparison",
@@ -103,7 +91,7 @@ class CompareConfig(Options):
         local=True,
         metavar="DIR",
     )
-    seed: int = option(0, OUTPUT, "seed of resampling", role="result", within=Range(0), metavar="N")
+    seed: int = option(0, OUTPUT, "seed of resampling", role="result", within=Range(0))
     device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", role="result", metavar="DEVICE")
     dtype: str = option("auto", MACHINE, AUTO_DTYPE, role="result", choices=DTYPES)
 

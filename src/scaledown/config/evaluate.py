@@ -59,14 +59,9 @@ class EvaluateConfig(EngineConfig):
         MODEL,
         "reranker for pruned: a cross-encoder, or ql:NAME for query likelihood under a causal LM",
         role="model",
-        metavar="MODEL",
     )
     keyword_model: str = option(
-        PrepareConfig.retriever_model,
-        MODEL,
-        "SPLADE model for keywords",
-        role="model",
-        metavar="MODEL",
+        PrepareConfig.retriever_model, MODEL, "SPLADE model for keywords", role="model"
     )
     compression_rate: int = option(
         0,
@@ -76,7 +71,6 @@ class EvaluateConfig(EngineConfig):
         "tokens",
         role="result",
         within=Range(0),
-        metavar="N",
     )
     budget: str = option(
         "each",
@@ -87,19 +81,11 @@ class EvaluateConfig(EngineConfig):
         choices=BUDGETS,
     )
     num_examples: int = option(
-        0,
-        MODEL,
-        "take only the first N questions",
-        "questions",
-        role="result",
-        within=Range(0),
-        metavar="N",
+        0, MODEL, "take only the first N questions", "questions", role="result", within=Range(0)
     )
-    max_new_tokens: int = option(
-        128, MODEL, "longest answer", "tokens", role="result", within=Range(1), metavar="N"
-    )
+    max_new_tokens: int = option(128, MODEL, "longest answer", "tokens", role="result", within=Range(1))
     batch_size: int = option(
-        8, MODEL, "questions answered at once", "questions", role="result", within=Range(1), metavar="N"
+        8, MODEL, "questions answered at once", "questions", role="result", within=Range(1)
     )
     run: tuple[str, ...] = option(
         (),
@@ -124,11 +110,7 @@ class EvaluateConfig(EngineConfig):
         metavar="NAME",
     )
     judge_model: str = option(
-        "",
-        JUDGE,
-        "let this causal LM grade each answer 1, 0.5 or 0, as the paper's judge does",
-        role="model",
-        metavar="MODEL",
+        "", JUDGE, "let this causal LM grade each answer 1, 0.5 or 0, as the paper's judge does", role="model"
     )
     pairwise: bool = option(
         False,
@@ -144,9 +126,7 @@ class EvaluateConfig(EngineConfig):
         local=True,
         metavar="DIR",
     )
-    seed: int = option(
-        0, OUTPUT, "seed of resampling, and of random", role="result", within=Range(0), metavar="N"
-    )
+    seed: int = option(0, OUTPUT, "seed of resampling, and of random", role="result", within=Range(0))
     device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", role="result", metavar="DEVICE")
     dtype: str = option("auto", MACHINE, AUTO_DTYPE, role="result", choices=DTYPES)
 

@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 from scaledown.config.options import Option, Options
 from scaledown.config.prepare import GROUPS, OUTPUT, PRESETS, IndexConfig, PrepareConfig
@@ -19,6 +19,9 @@ from scaledown.errors import InputError, UsageError
 from scaledown.urls import is_url
 
 Config = TypeVar("Config", bound=Options)
+
+_METAVARS: Final = {int: "N", float: "X"}
+"""What stands for a number in the help."""
 
 
 class _Once(argparse.Action):
@@ -147,10 +150,10 @@ def _add_flag(
         group.add_argument(f"--no_{item.name}", dest=item.name, action="store_false", help=argparse.SUPPRESS)
         return
     arguments: dict[str, Any] = {"help": text}
-    if about.metavar:
-        arguments["metavar"] = about.metavar
-    else:
+    if about.choices and not about.metavar:
         arguments["choices"] = about.choices
+    else:
+        arguments["metavar"] = about.metavar or ("MODEL" if about.role == "model" else _METAVARS[hint])
     if isinstance(hint, types.GenericAlias):
         group.add_argument(flag, action="extend", nargs="+", **arguments)
     else:

@@ -112,7 +112,7 @@ def option(
         unit: What a number counts.
         role: What the setting decides.
         choices: The values that are allowed, besides the default.
-        metavar: What stands for the value in the help; without it, the choices.
+        metavar: What stands for the value in the help; without it the choices, N, X or MODEL.
         within: The values that a number may have.
         local: The path must not be a URL.
         path: A setting with the role `result` that is a path, or a name in whose place a path may stand.

@@ -115,7 +115,6 @@ class IndexConfig(WorkersConfig):
         role="result",
         within=Range(0),
         in_records=True,
-        metavar="N",
     )
     passages: str = option(
         "tokens", CORPUS, "what a passage is", role="result", choices=PASSAGE_MODES, in_records=True
@@ -128,7 +127,6 @@ class IndexConfig(WorkersConfig):
         role="result",
         within=Range(16),
         in_records=True,
-        metavar="N",
     )
     max_bad_fraction: float = option(
         0.05,
@@ -136,24 +134,15 @@ class IndexConfig(WorkersConfig):
         "stop if more than this share of the input lines is malformed",
         role="result",
         within=SHARE,
-        metavar="X",
     )
     retriever_model: str = option(
         "naver/splade-cocondenser-ensembledistil",
         RETRIEVAL,
         "SPLADE model, or sentence-transformers bi-encoder for dense retrieval",
         role="model",
-        metavar="MODEL",
     )
     batch_size: int = option(
-        0,
-        RETRIEVAL,
-        "texts encoded at once",
-        "texts",
-        role="result",
-        automatic=(32, 256),
-        within=Range(0),
-        metavar="N",
+        0, RETRIEVAL, "texts encoded at once", "texts", role="result", automatic=(32, 256), within=Range(0)
     )
     weights: str = option(
         "float16", RETRIEVAL, "how the weights of sparse vectors are stored", role="result", choices=WEIGHTS
@@ -180,7 +169,6 @@ class IndexConfig(WorkersConfig):
         "passages",
         role="result",
         within=Range(1),
-        metavar="N",
     )
     device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", role="result", metavar="DEVICE")
     dtype: str = option("auto", MACHINE, AUTO_DTYPE, role="result", choices=DTYPES, in_records=True)
@@ -245,7 +233,6 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
         "queries",
         role="result",
         within=Range(0),
-        metavar="N",
     )
     query_column: str = option(
         "",
@@ -274,7 +261,6 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
         role="result",
         within=SHARE,
         only_with="search",
-        metavar="X",
     )
     search_memory: float = option(
         1.0,
@@ -284,7 +270,6 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
         role="result",
         within=Range(above=0),
         only_with="search",
-        metavar="GB",
     )
     top_k_retrieval: int = option(
         20,
@@ -294,7 +279,6 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
         role="result",
         within=Range(1),
         in_records=True,
-        metavar="K",
     )
     enable_reranking: bool = option(
         False, RERANKING, "rerank, and write reranking_scores", role="result", in_records=True
@@ -307,14 +291,12 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
         role="result",
         within=Range(0),
         in_records=True,
-        metavar="K",
     )
     reranker_model: str = option(
         "cross-encoder/ms-marco-MiniLM-L-6-v2",
         RERANKING,
         "cross-encoder, or ql:NAME for query likelihood under a causal LM",
         role="model",
-        metavar="MODEL",
     )
     reranking_score_scale: str = option(
         "raw",
@@ -325,24 +307,16 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
         in_records=True,
     )
     reranker_batch_size: int = option(
-        0,
-        RERANKING,
-        "pairs scored at once",
-        "pairs",
-        role="result",
-        automatic=(16, 128),
-        within=Range(0),
-        metavar="N",
+        0, RERANKING, "pairs scored at once", "pairs", role="result", automatic=(16, 128), within=Range(0)
     )
     teacher_model: str = option(
         "mistralai/Mistral-7B-Instruct-v0.2",
         TEACHER,
         "causal LM that answers: a name, a folder or a .gguf file",
         role="model",
-        metavar="MODEL",
     )
     max_new_tokens: int = option(
-        128, TEACHER, "longest answer", "tokens", role="result", within=Range(1), in_records=True, metavar="N"
+        128, TEACHER, "longest answer", "tokens", role="result", within=Range(1), in_records=True
     )
     temperature: float = option(
         0.0,
@@ -351,7 +325,6 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
         role="result",
         within=Range(0),
         in_records=True,
-        metavar="T",
     )
     prompt: str = option(
         "paper",
@@ -370,7 +343,6 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
         role="result",
         within=Range(0),
         in_records=True,
-        metavar="N",
     )
     truncated_answers: str = option(
         "cut",
@@ -397,14 +369,9 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
         role="result",
         within=SHARE,
         in_records=True,
-        metavar="X",
     )
     second_teacher_model: str = option(
-        "",
-        ANSWERS,
-        "a second teacher that also answers; the report shows how far both agree",
-        role="model",
-        metavar="MODEL",
+        "", ANSWERS, "a second teacher that also answers; the report shows how far both agree", role="model"
     )
     teacher_logprobs: int = option(
         0,
@@ -416,7 +383,6 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
         role="result",
         within=Range(0, MOST_LOGPROBS),
         only_with="teacher_logprobs",
-        metavar="K",
     )
     columns: tuple[str, ...] = option(
         (),
@@ -432,7 +398,7 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
     work_dir: str = option(
         "", OUTPUT, "run directory; without it, <output_file>.work", role="place", metavar="DIR"
     )
-    seed: int = option(0, OUTPUT, "seed of every random choice", role="result", metavar="N")
+    seed: int = option(0, OUTPUT, "seed of every random choice", role="result")
     queries_per_shard: int = option(
         256,
         OUTPUT,
@@ -440,7 +406,6 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
         "queries",
         role="result",
         within=Range(1),
-        metavar="N",
     )
     shard: str = option(
         "",

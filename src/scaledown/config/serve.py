@@ -34,7 +34,6 @@ class ServeConfig(Options):
         "tokens",
         role="result",
         within=Range(0),
-        metavar="N",
     )
     budget: str = option(
         "each",
@@ -51,7 +50,6 @@ class ServeConfig(Options):
         "GB",
         role="operation",
         within=Range(0),
-        metavar="GB",
     )
     host: str = option(
         "127.0.0.1",
@@ -61,12 +59,7 @@ class ServeConfig(Options):
         metavar="HOST",
     )
     port: int = option(
-        8000,
-        NETWORK,
-        "port to listen at; 0: a free one",
-        role="operation",
-        within=Range(0, (1 << 16) - 1),
-        metavar="N",
+        8000, NETWORK, "port to listen at; 0: a free one", role="operation", within=Range(0, (1 << 16) - 1)
     )
     insecure: bool = option(False, NETWORK, "serve other machines without a key", role="operation")
     drain_seconds: float = option(
@@ -76,7 +69,6 @@ class ServeConfig(Options):
         "seconds",
         role="operation",
         within=Range(0),
-        metavar="S",
     )
     max_waiting: int = option(
         256,
@@ -85,46 +77,21 @@ class ServeConfig(Options):
         "requests",
         role="operation",
         within=Range(0),
-        metavar="N",
     )
     max_documents: int = option(
-        128,
-        LIMITS,
-        "most documents of one request",
-        "documents",
-        role="operation",
-        within=Range(1),
-        metavar="N",
+        128, LIMITS, "most documents of one request", "documents", role="operation", within=Range(1)
     )
     max_body: int = option(
-        4_000_000,
-        LIMITS,
-        "longest body of a request",
-        "bytes",
-        role="operation",
-        within=Range(1),
-        metavar="N",
+        4_000_000, LIMITS, "longest body of a request", "bytes", role="operation", within=Range(1)
     )
     max_document_characters: int = option(
-        50_000, LIMITS, "longest document", "characters", role="operation", within=Range(1), metavar="N"
+        50_000, LIMITS, "longest document", "characters", role="operation", within=Range(1)
     )
     max_new_tokens: int = option(
-        1024,
-        LIMITS,
-        "longest answer that a request may ask for",
-        "tokens",
-        role="operation",
-        within=Range(1),
-        metavar="N",
+        1024, LIMITS, "longest answer that a request may ask for", "tokens", role="operation", within=Range(1)
     )
     default_new_tokens: int = option(
-        128,
-        LIMITS,
-        "longest answer if a request names no limit",
-        "tokens",
-        role="result",
-        within=Range(1),
-        metavar="N",
+        128, LIMITS, "longest answer if a request names no limit", "tokens", role="result", within=Range(1)
     )
     request_timeout: float = option(
         120.0,
@@ -133,7 +100,6 @@ class ServeConfig(Options):
         "seconds",
         role="operation",
         within=Range(above=0),
-        metavar="S",
     )
     log_texts: bool = option(
         False,
@@ -142,13 +108,7 @@ class ServeConfig(Options):
         role="report",
     )
     batch_size: int = option(
-        32,
-        MACHINE,
-        "answers written at the same time",
-        "answers",
-        role="result",
-        within=Range(1),
-        metavar="N",
+        32, MACHINE, "answers written at the same time", "answers", role="result", within=Range(1)
     )
     device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", role="result", metavar="DEVICE")
     dtype: str = option("auto", MACHINE, AUTO_DTYPE, role="result", choices=DTYPES)

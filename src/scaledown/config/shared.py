@@ -55,7 +55,6 @@ class WorkersConfig(Options):
         "processes",
         role="operation",
         within=Range(0),
-        metavar="N",
     )
     executor: str = option(
         "local",
@@ -78,7 +77,6 @@ class WorkersConfig(Options):
         "seconds",
         role="operation",
         within=Range(0),
-        metavar="S",
     )
 
     def __post_init__(self) -> None:
@@ -137,14 +135,7 @@ class EngineConfig(Options):
         False, ENGINE, "load the teacher in 4 bits (extra: quantization)", role="result", in_records=True
     )
     teacher_batch_size: int = option(
-        0,
-        ENGINE,
-        "prompts answered at once",
-        "prompts",
-        role="result",
-        automatic=(8, 32),
-        within=Range(0),
-        metavar="N",
+        0, ENGINE, "prompts answered at once", "prompts", role="result", automatic=(8, 32), within=Range(0)
     )
     teacher_backend: str = option(
         "auto",
@@ -161,19 +152,12 @@ class EngineConfig(Options):
         "tokens",
         role="result",
         within=Range(0),
-        metavar="N",
     )
     teacher_lora: str = option(
         "", ENGINE, "folder of a LoRA adapter, for vllm", role="result", path=True, metavar="DIR"
     )
     tensor_parallel: int = option(
-        1,
-        ENGINE,
-        "GPUs that share the teacher, for vllm",
-        "GPUs",
-        role="result",
-        within=Range(1),
-        metavar="N",
+        1, ENGINE, "GPUs that share the teacher, for vllm", "GPUs", role="result", within=Range(1)
     )
     teacher_memory: float = option(
         0.0,
@@ -181,7 +165,6 @@ class EngineConfig(Options):
         "share of the GPU's memory that vllm uses; 0: what is free",
         role="operation",
         within=SHARE,
-        metavar="X",
     )
     flush_seconds: float = option(
         5.0,
@@ -190,7 +173,6 @@ class EngineConfig(Options):
         "seconds",
         role="operation",
         within=Range(above=0),
-        metavar="S",
     )
     teacher_endpoint: tuple[str, ...] = option(
         (),
@@ -209,7 +191,6 @@ class EngineConfig(Options):
         role="operation",
         within=Range(0),
         per_process=True,
-        metavar="N",
     )
     max_requests_per_minute: int = option(
         0,
@@ -219,7 +200,6 @@ class EngineConfig(Options):
         role="operation",
         within=Range(0),
         per_process=True,
-        metavar="N",
     )
     request_timeout: float = option(
         120.0,
@@ -228,7 +208,6 @@ class EngineConfig(Options):
         "seconds",
         role="operation",
         within=Range(above=0),
-        metavar="S",
     )
     input_price: float = option(
         0.0,
@@ -236,10 +215,9 @@ class EngineConfig(Options):
         "price of a million prompt tokens, to show the cost so far",
         role="report",
         within=Range(0),
-        metavar="X",
     )
     output_price: float = option(
-        0.0, ENDPOINT, "price of a million answer tokens", role="report", within=Range(0), metavar="X"
+        0.0, ENDPOINT, "price of a million answer tokens", role="report", within=Range(0)
     )
 
     def __post_init__(self) -> None:

@@ -32,7 +32,6 @@ class StudentConfig(Options):
         "0..1",
         role="result",
         within=Range(0, below=1),
-        metavar="X",
     )
     generator_model: str = option(
         "mistralai/Mistral-7B-Instruct-v0.2",
@@ -40,7 +39,6 @@ class StudentConfig(Options):
         "causal LM that answers: a name, a folder or a .gguf file",
         role="model",
         settled_by="pretrained_model",
-        metavar="MODEL",
     )
     compressor: str = option(
         "n_layers",
@@ -49,7 +47,6 @@ class StudentConfig(Options):
         "generator's first layers",
         role="model",
         settled_by="pretrained_model",
-        metavar="MODEL",
     )
     num_layers: int = option(
         8,
@@ -59,7 +56,6 @@ class StudentConfig(Options):
         role="result",
         settled_by="pretrained_model",
         within=Range(1),
-        metavar="N",
     )
     compression_rate: int = option(
         16,
@@ -69,7 +65,6 @@ class StudentConfig(Options):
         "tokens",
         role="result",
         settled_by="pretrained_model",
-        metavar="N",
     )
     doc_max_length: int = option(
         0,
@@ -79,7 +74,6 @@ class StudentConfig(Options):
         role="result",
         settled_by="pretrained_model",
         within=Range(0),
-        metavar="N",
     )
     query_max_length: int = option(
         128,
@@ -89,7 +83,6 @@ class StudentConfig(Options):
         role="result",
         settled_by="pretrained_model",
         within=Range(1),
-        metavar="N",
     )
     generator_training: str = option(
         "lora",
@@ -114,16 +107,9 @@ class StudentConfig(Options):
         role="result",
         settled_by="pretrained_model",
         within=Range(0, below=1),
-        metavar="X",
     )
     batch_size: int = option(
-        128,
-        TRAINING,
-        "examples for one step, over all devices",
-        "examples",
-        role="result",
-        within=Range(1),
-        metavar="N",
+        128, TRAINING, "examples for one step, over all devices", "examples", role="result", within=Range(1)
     )
     micro_batch_size: int = option(
         0,
@@ -132,25 +118,12 @@ class StudentConfig(Options):
         "examples",
         role="result",
         within=Range(0),
-        metavar="N",
     )
     num_epochs: float = option(
-        1.0,
-        TRAINING,
-        "passes over the data",
-        "epochs",
-        role="result",
-        within=Range(above=0),
-        metavar="X",
+        1.0, TRAINING, "passes over the data", "epochs", role="result", within=Range(above=0)
     )
     max_steps: int = option(
-        0,
-        TRAINING,
-        "train this many steps, instead of --num_epochs",
-        "steps",
-        role="result",
-        within=Range(0),
-        metavar="N",
+        0, TRAINING, "train this many steps, instead of --num_epochs", "steps", role="result", within=Range(0)
     )
     optimizer: str = option(
         "adamw",
@@ -161,12 +134,7 @@ class StudentConfig(Options):
         choices=OPTIMIZERS,
     )
     learning_rate_generator: float = option(
-        1e-4,
-        TRAINING,
-        "learning rate of the generator",
-        role="result",
-        within=Range(above=0),
-        metavar="X",
+        1e-4, TRAINING, "learning rate of the generator", role="result", within=Range(above=0)
     )
     learning_rate_compressor: float = option(
         0.0,
@@ -175,7 +143,6 @@ class StudentConfig(Options):
         "compressor",
         role="result",
         within=Range(0),
-        metavar="X",
     )
     eval_steps: int = option(
         0,
@@ -184,7 +151,6 @@ class StudentConfig(Options):
         "steps",
         role="result",
         within=Range(0),
-        metavar="N",
     )
     early_stopping_patience: int = option(
         0,
@@ -193,7 +159,6 @@ class StudentConfig(Options):
         "evaluations",
         role="result",
         within=Range(0),
-        metavar="N",
     )
     gradient_checkpointing: bool | None = option(
         None,
@@ -202,9 +167,7 @@ class StudentConfig(Options):
         "billion trained weights on",
         role="operation",
     )
-    seed: int = option(
-        0, TRAINING, "seed of every random choice", role="result", within=Range(0), metavar="N"
-    )
+    seed: int = option(0, TRAINING, "seed of every random choice", role="result", within=Range(0))
     output_dir: str = option(
         "model",
         OUTPUT,
@@ -220,7 +183,6 @@ class StudentConfig(Options):
         "steps",
         role="result",
         within=Range(0),
-        metavar="N",
     )
     resume: bool = option(
         False,
@@ -310,10 +272,9 @@ class TrainConfig(StudentConfig):
         "share of examples whose documents the generator reads as text, so that it does not forget how",
         role="result",
         within=SHARE,
-        metavar="X",
     )
     closed_book_fraction: float = option(
-        0.0, TRAINING, "share of examples without documents", role="result", within=SHARE, metavar="X"
+        0.0, TRAINING, "share of examples without documents", role="result", within=SHARE
     )
     pretrained_model: str = option(
         "",
@@ -359,13 +320,7 @@ class PretrainConfig(StudentConfig):
         metavar="PATH",
     )
     max_corpus_size: int = option(
-        0,
-        DATA,
-        "read only this many articles from the start",
-        "articles",
-        role="result",
-        within=Range(0),
-        metavar="N",
+        0, DATA, "read only this many articles from the start", "articles", role="result", within=Range(0)
     )
     train_data: tuple[str, ...] = option(
         (),
@@ -390,7 +345,6 @@ class PretrainConfig(StudentConfig):
         role="result",
         settled_by="pretrained_model",
         within=Range(16),
-        metavar="N",
     )
 
     output_dir: str = option(
