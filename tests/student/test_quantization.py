@@ -1,6 +1,7 @@
 """A student whose generator has its frozen weights in 4 bits, and whose optimiser has its moments in 8."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("training") / "train_data.json"
     path.write_text(json.dumps(RECORDS))
     return path
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """So that equal means equal on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def setting(models: dict[str, Path], data: Path, output: Path, **changes: Any) -> TrainConfig:
@@ -92,11 +102,13 @@ def test_gradients_are_those_of_the_same_values_in_float32(
 
 def test_frozen_layers_but_the_head_are_in_4_bits_and_nothing_trained_is(models: dict[str, Path]) -> None:
     plain, model = (student(models["causal_lm"], in_4bit=held) for held in (False, True))
-    found = {name for name, module in model.named_modules() if isinstance(module, FourBitLinear)}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, FourBitLinear)}
     assert len(found) == 14, "two layers, seven products"
     assert all(name.endswith(".base_layer") for name in found)
     assert not any(p.requires_grad and p.dtype is torch.uint8 for p in model.parameters())
-    assert memory_of(model).frozen < 0.7 * memory_of(plain).frozen
+    weights = sum(layer.in_features * layer.out_features for layer in found.values())
+    saved = memory_of(plain).frozen - memory_of(model).frozen
+    assert 0.86 < saved / (4 * weights) < 0.875, "half a byte and a scale for 64 weights, of 4 bytes each"
     assert memory_of(model).trained == memory_of(plain).trained
 
 
@@ -107,7 +119,7 @@ def test_moments_in_8_bits_are_counted_as_they_are(
     kept = load_file(tmp_path / "out" / "checkpoint-1" / "optimizer.safetensors")
     model = ScaleDownModel.from_pretrained(result.output)
     moments = sum(value.nbytes for name, value in kept.items() if not name.endswith("/step"))
-    assert memory_of(model.float(), "adamw8bit").moments == moments < memory_of(model).moments / 2
+    assert memory_of(model.float(), "adamw8bit").moments == moments < 0.7 * memory_of(model).moments
 
 
 def weights(result: Trained) -> dict[str, torch.Tensor]:
@@ -177,7 +189,7 @@ def test_8_bits_learn(models: dict[str, Path], data: Path, tmp_path: Path) -> No
 def test_contradictions_and_a_missing_extra_are_told(
     models: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UsageError, match="--generator_4bit: such weights are not trained"):
+    with pytest.raises(UsageError, match="--generator_4bit: weights in 4 bits are not trained"):
         setting(models, data, tmp_path, generator_training="full")
     with pytest.raises(UsageError, match="--optimizer sgd: use one of"):
         setting(models, data, tmp_path, optimizer="sgd")
