@@ -44,10 +44,10 @@ from scaledown.errors import ModelError
 from scaledown.evaluation.efficiency import COMPRESSED, UNCOMPRESSED, Shape, costs, machine
 from scaledown.gpus import GIB, OnDevice, give_back, index
 from scaledown.models import choose_device, dtype_to_run, dtype_to_train, loadable, resolve
-from scaledown.student.memory import memory_of
 from scaledown.student.model import ScaleDownModel
-from scaledown.student.origin import find_origin
 from scaledown.student.settings import ScaleDownConfig
+from scaledown.student.training.memory import memory_of
+from scaledown.student.training.origin import find_origin
 from scaledown.student.training.setup import make_trainer
 from scaledown.student.training.training_data import load_parts
 

@@ -17,8 +17,8 @@ from scaledown.gpus import GIB, OnDevice
 from scaledown.models import resolve
 from scaledown.student.compressors.layers import load_compressor
 from scaledown.student.model import ScaleDownModel
-from scaledown.student.origin import Origin
 from scaledown.student.settings import ScaleDownConfig
+from scaledown.student.training.origin import Origin
 
 
 class Model:

@@ -15,14 +15,14 @@ from scaledown.config.train import PretrainConfig, TrainConfig
 from scaledown.data.manifest import Sources, compared_settings, repeatable
 from scaledown.models import ModelSource
 from scaledown.run.directory import fingerprint
-from scaledown.student.origin import MODEL_FLAGS
+from scaledown.student.training.origin import MODEL_FLAGS
 
 RECORDED: Final = json.loads(Path(__file__).with_name("identities.json").read_bytes())
 BASE: Final = {"queries_file": ("q.txt",), "output_file": "o.json"}
 ENDPOINT: Final = {"teacher_endpoint": ("http://localhost:8000/v1",), "flush_seconds": 1.0}
 PLACES: Final = {
     **{
-        "corpus_path": "corpus",
+        "corpus_path": ("corpus",),
         "work_dir": "w",
         "index_dir": "i",
         "cache_dir": "c",
@@ -74,7 +74,7 @@ def test_run_directory_is_entered_by_the_settings_that_made_it(name: str, folder
 @pytest.mark.parametrize("name", PREPARE)
 def test_manifest_keeps_full_paths_and_no_secrets(name: str, folder: Path) -> None:
     model = ModelSource("m", "/m", "abc")
-    sources = Sources(model, None, model, None, folder, [], [], {})
+    sources = Sources(model, None, model, None, [folder], [], [], {}, {})
     kept, recorded = as_recorded(repeatable(PREPARE[name](), sources), folder), RECORDED["manifest"][name]
     assert {setting: kept[setting] for setting in recorded} == recorded
 

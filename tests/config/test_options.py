@@ -15,7 +15,7 @@ from scaledown.errors import UsageError
 
 COMMANDS = {
     prepare.PrepareConfig: prepare.GROUPS,
-    prepare.IndexConfig: prepare.GROUPS,
+    prepare.IndexCommandConfig: prepare.GROUPS,
     train.TrainConfig: train.GROUPS,
     train.PretrainConfig: train.GROUPS,
     answer.AnswerConfig: answer.GROUPS,
@@ -23,7 +23,13 @@ COMMANDS = {
     evaluate.EvaluateConfig: evaluate.GROUPS,
     compare.CompareConfig: compare.GROUPS,
 }
-SHARED = {shared.WorkersConfig, shared.CleanConfig, shared.EngineConfig, train.StudentConfig}
+SHARED = {
+    prepare.IndexConfig,
+    shared.WorkersConfig,
+    shared.CleanConfig,
+    shared.EngineConfig,
+    train.StudentConfig,
+}
 
 
 def every(kind: type) -> set[type]:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from scaledown.command import Usage, run_cli
 from scaledown.config.train import GROUPS, PretrainConfig
-from scaledown.student.train import summary, train_quietly
+from scaledown.student.training.run import train
+from scaledown.student.training.summary import summary
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown pretrain") -> int:
@@ -18,7 +19,7 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown pretrain")
     )
     return run_cli(
         PretrainConfig,
-        train_quietly,
+        train,
         lambda result, _: summary(result, pretrained=True),
         usage=usage,
         argv=argv,

@@ -1,43 +1,11 @@
-"""`scaledown train` and `scaledown pretrain`: the commands, and what a finished run prints."""
+"""`scaledown train`: training data in, a model out."""
 
-import logging
-import shlex
 from collections.abc import Sequence
 
-from scaledown.command import Usage, is_first, program_name, run_cli
+from scaledown.command import Usage, run_cli
 from scaledown.config.train import GROUPS, TrainConfig
-from scaledown.run.progress import duration
-from scaledown.student.training.folder import Config
-from scaledown.student.training.run import Trained, train
-
-
-def summary(result: Trained, *, pretrained: bool = False) -> str:
-    """What a finished command prints: what was trained on what, losses, speed, the next command."""
-    lines = ["nothing to do: this run is finished"] if result.already_done else []
-    early = f" of {result.planned_steps:,}, stopped early" if result.steps < result.planned_steps else ""
-    lines += [
-        f"{result.output}: {result.examples:,} examples, {result.steps:,} steps{early}",
-        "",
-        f"  loss        {result.loss_before:.4f} at the start, {result.loss:.4f} at the end",
-    ]
-    if result.held_out_loss is not None:
-        before = "" if result.held_out_before is None else f"{result.held_out_before:.4f} before training, "
-        lines.append(f"  held out    {before}{result.held_out_loss:.4f} after; {result.held_out:,} examples")
-    if result.shared:
-        lines.append(f"              {result.shared:,} of them share an article with training")
-    number, longest, _, cut = result.documents
-    lines.append(
-        f"  documents   {number:,}, the longest of {longest:,} tokens; "
-        + (f"{cut:,} cut to {result.doc_max_length:,}" if cut else "none cut")
-    )
-    lines.append(f"  step        {duration(result.seconds_per_step)} for {result.batch_size:,} examples")
-    if result.skipped:
-        lines.append(f"  skipped     {result.skipped:,} unusable records")
-    folder = shlex.quote(result.output)
-    following = f"answer --model {folder} --help"
-    if pretrained:
-        following = f"train --pretrained_model {folder} --train_data FILE --output_dir DIR"
-    return "\n".join([*lines, "", f"next: {program_name()} {following}"])
+from scaledown.student.training.run import train
+from scaledown.student.training.summary import summary
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown train") -> int:
@@ -49,11 +17,4 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown train") ->
         "torchrun and accelerate launch start it on several GPUs.",
         GROUPS,
     )
-    return run_cli(TrainConfig, train_quietly, lambda result, _: summary(result), usage=usage, argv=argv)
-
-
-def train_quietly(config: Config, *, overwrite: bool = False) -> Trained:
-    """Train; of several processes that torchrun started, only the first logs more than errors."""
-    if not is_first():
-        logging.getLogger("scaledown").setLevel(logging.ERROR)
-    return train(config, overwrite=overwrite)
+    return run_cli(TrainConfig, train, lambda result, _: summary(result), usage=usage, argv=argv)

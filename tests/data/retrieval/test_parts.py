@@ -44,7 +44,7 @@ def written(path: Path, articles: list[dict]) -> str:
 def index(folder: Path, model: Path, corpus: str = "", **changes) -> IndexResult:
     return build_index(
         IndexCommandConfig(
-            corpus_path=corpus,
+            corpus_path=(corpus,) if corpus else (),
             index_dir=str(folder),
             retriever_model=str(model),
             device="cpu",

@@ -19,9 +19,10 @@ from scaledown.data.prompts import CONTINUE, REPEAT
 from scaledown.errors import InputError, ModelError, UsageError
 from scaledown.student.batch import plain_ids
 from scaledown.student.model import ScaleDownModel
-from scaledown.student.origin import find_origin
-from scaledown.student.train import summary, train
+from scaledown.student.training.origin import find_origin
 from scaledown.student.training.pretraining_data import pretraining_examples, pretraining_parts
+from scaledown.student.training.run import train
+from scaledown.student.training.summary import summary
 from web import Server
 
 Setting = Callable[..., PretrainConfig]

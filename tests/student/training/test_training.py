@@ -25,11 +25,12 @@ from scaledown.student import train as command
 from scaledown.student.batch import collate
 from scaledown.student.model import WEIGHTS, ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
-from scaledown.student.train import Trained, main, train
+from scaledown.student.train import main
 from scaledown.student.training import setup
 from scaledown.student.training.checkpoints import delete_old, newest_checkpoint
 from scaledown.student.training.learning_rates import parameter_groups
 from scaledown.student.training.passes import Passes, Size
+from scaledown.student.training.run import Trained, train
 from scaledown.student.training.run import _device as device_of
 from scaledown.student.training.schedule import Schedule
 from scaledown.student.training.setup import make_trainer, reporters

@@ -19,12 +19,12 @@ from scaledown.student.compressors.pointer import RATES
 from scaledown.student.labels import copied_spans
 from scaledown.student.model import WEIGHTS, ScaleDownModel, load_tokenizer
 from scaledown.student.settings import ScaleDownConfig
-from scaledown.student.train import Trained, train
 from scaledown.student.training.checkpoints import newest_checkpoint
 from scaledown.student.training.cloze import ASK
 from scaledown.student.training.encoded_examples import EncodedExamples
 from scaledown.student.training.passes import Passes
 from scaledown.student.training.pretraining_data import pretraining_parts
+from scaledown.student.training.run import Trained, train
 from scaledown.student.training.setup import make_trainer
 from scaledown.student.training.training_data import load_parts
 

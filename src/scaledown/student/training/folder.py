@@ -17,7 +17,7 @@ from scaledown.data.input.files import locate
 from scaledown.errors import RunDirectoryError, UsageError
 from scaledown.run.atomic import read_json
 from scaledown.run.directory import RunDirectory
-from scaledown.student.origin import Origin
+from scaledown.student.training.origin import Origin
 from scaledown.urls import without_secrets
 
 Config = TrainConfig | PretrainConfig

@@ -23,8 +23,8 @@ from scaledown.run.atomic import write_json
 from scaledown.run.directory import RunDirectory
 from scaledown.run.outputs import check_apart
 from scaledown.student.labels import copied_spans
-from scaledown.student.origin import Origin, find_origin
 from scaledown.student.training.folder import OWN_FOLDER, SETTINGS_FILE, Config, alone, identity_of, recall
+from scaledown.student.training.origin import Origin, find_origin
 from scaledown.student.training.pretraining_data import pretraining_parts
 from scaledown.student.training.training_data import Lengths, Subset, load_parts, measure_documents
 
@@ -64,6 +64,8 @@ def train(config: Config, *, overwrite: bool = False) -> Trained:
     A `PretrainConfig` does so on passages. A finished run is left as it is. With `overwrite` the model takes
     the place of files that no training made. Raises `ScaleDownError`; Ctrl-C leaves a checkpoint first.
     """
+    if not is_first():  # of several processes only one logs more than errors
+        log.setLevel(logging.ERROR)
     output = Path(config.output_dir)
     check_apart("--output_dir", config.output_dir, [getattr(config, "corpus_path", ""), *config.gold])
     try:
@@ -101,8 +103,8 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin) -> Trained:
     quiet_libraries()
     from accelerate.utils import set_seed
 
-    from scaledown.student.memory import memory_of
     from scaledown.student.training.checkpoints import newest_checkpoint
+    from scaledown.student.training.memory import memory_of
     from scaledown.student.training.setup import make_trainer
 
     checkpoint = newest_checkpoint(output)

@@ -69,7 +69,7 @@ class Origin(NamedTuple):
                 self.settings, self.source, self.compressor, dtype=dtype, device=device
             )
         if self.in_4bit:
-            from scaledown.student.quantization import quantize
+            from scaledown.student.training.quantization import quantize
 
             quantize(model.generator)
             model.config.generator_4bit = True

@@ -8,9 +8,9 @@ import torch
 from transformers import LlamaConfig, MistralConfig
 
 from conftest import ROOT
-from scaledown.student.memory import Memory, memory_of
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
+from scaledown.student.training.memory import Memory, memory_of
 
 MISTRAL = MistralConfig(
     vocab_size=32_000,
@@ -63,7 +63,7 @@ def in_4_bits(model: ScaleDownModel) -> None:
     pytest.importorskip("bitsandbytes", reason="needs the extra: quantization")
     from bitsandbytes.functional import quantize_4bit
 
-    from scaledown.student.quantization import quantize
+    from scaledown.student.training.quantization import quantize
 
     quantize_4bit(torch.ones(64), compress_statistics=True)  # makes a table, which is to have values
     quantize(model.generator)

@@ -16,13 +16,13 @@ from scaledown.errors import MissingExtraError, UsageError
 from scaledown.models import resolve
 from scaledown.student import train as command
 from scaledown.student.batch import collate
-from scaledown.student.memory import memory_of
 from scaledown.student.model import ScaleDownModel
-from scaledown.student.quantization import FourBitLinear, quantize
 from scaledown.student.settings import ScaleDownConfig
-from scaledown.student.train import Trained, train
 from scaledown.student.training import setup
 from scaledown.student.training.encoded_examples import EncodedExamples
+from scaledown.student.training.memory import memory_of
+from scaledown.student.training.quantization import FourBitLinear, quantize
+from scaledown.student.training.run import Trained, train
 from scaledown.student.training.training_data import load_parts
 
 RECORDS = [

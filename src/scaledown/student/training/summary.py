@@ -1,0 +1,36 @@
+"""What a finished training prints."""
+
+import shlex
+
+from scaledown.command import program_name
+from scaledown.run.progress import duration
+from scaledown.student.training.run import Trained
+
+
+def summary(result: Trained, *, pretrained: bool = False) -> str:
+    """What a finished command prints: what was trained on what, losses, speed, the next command."""
+    lines = ["nothing to do: this run is finished"] if result.already_done else []
+    early = f" of {result.planned_steps:,}, stopped early" if result.steps < result.planned_steps else ""
+    lines += [
+        f"{result.output}: {result.examples:,} examples, {result.steps:,} steps{early}",
+        "",
+        f"  loss        {result.loss_before:.4f} at the start, {result.loss:.4f} at the end",
+    ]
+    if result.held_out_loss is not None:
+        before = "" if result.held_out_before is None else f"{result.held_out_before:.4f} before training, "
+        lines.append(f"  held out    {before}{result.held_out_loss:.4f} after; {result.held_out:,} examples")
+    if result.shared:
+        lines.append(f"              {result.shared:,} of them share an article with training")
+    number, longest, _, cut = result.documents
+    lines.append(
+        f"  documents   {number:,}, the longest of {longest:,} tokens; "
+        + (f"{cut:,} cut to {result.doc_max_length:,}" if cut else "none cut")
+    )
+    lines.append(f"  step        {duration(result.seconds_per_step)} for {result.batch_size:,} examples")
+    if result.skipped:
+        lines.append(f"  skipped     {result.skipped:,} unusable records")
+    folder = shlex.quote(result.output)
+    following = f"answer --model {folder} --help"
+    if pretrained:
+        following = f"train --pretrained_model {folder} --train_data FILE --output_dir DIR"
+    return "\n".join([*lines, "", f"next: {program_name()} {following}"])
