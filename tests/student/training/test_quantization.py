@@ -14,10 +14,10 @@ pytest.importorskip("bitsandbytes", reason="needs the extra: quantization")
 from scaledown.config.train import TrainConfig
 from scaledown.errors import MissingExtraError, UsageError
 from scaledown.models import resolve
-from scaledown.student import train as command
 from scaledown.student.batch import collate
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
+from scaledown.student.training import run as command
 from scaledown.student.training import setup
 from scaledown.student.training.encoded_examples import EncodedExamples
 from scaledown.student.training.memory import memory_of

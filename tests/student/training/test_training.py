@@ -21,7 +21,6 @@ from scaledown.config.flags import from_flags
 from scaledown.config.train import TrainConfig
 from scaledown.errors import MissingExtraError, ModelError, RunDirectoryError, UsageError
 from scaledown.models import resolve
-from scaledown.student import train as command
 from scaledown.student.batch import collate
 from scaledown.student.model import WEIGHTS, ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
@@ -34,6 +33,7 @@ from scaledown.student.training.run import Trained, train
 from scaledown.student.training.run import _device as device_of
 from scaledown.student.training.schedule import Schedule
 from scaledown.student.training.setup import make_trainer, reporters
+from scaledown.student.training.summary import summary
 from scaledown.student.training.trainer import StudentTrainer
 from scaledown.student.training.training_data import load_parts
 from web import Server
@@ -403,7 +403,7 @@ def test_early_stopping_keeps_the_best(save_steps: int, setting: Setting) -> Non
     result = train(config)
     assert result.steps < result.planned_steps == 60
     losses = {entry["step"]: entry["eval_loss"] for entry in history(result) if "eval_loss" in entry}
-    assert "stopped early" in command.summary(result)
+    assert "stopped early" in summary(result)
     best = min((loss, step) for step, loss in losses.items())
     if best[1]:
         assert result.held_out_loss == best[0]
@@ -537,7 +537,7 @@ def test_cut_documents_are_told(setting: Setting, caplog: pytest.LogCaptureFixtu
         result = train(setting(doc_max_length=10, max_steps=1, eval_fraction=0.0))
     assert result.documents.cut > 0
     assert re.search(r"\d+ of \d+ documents have more than --doc_max_length 10 tokens", caplog.text)
-    assert "cut to 10" in command.summary(result)
+    assert "cut to 10" in summary(result)
     config = json.loads((Path(result.output) / "config.json").read_text())
     assert config["doc_max_length"] == 10
 
@@ -561,7 +561,7 @@ def test_finished_run_is_left_alone(
     monkeypatch.setattr("scaledown.student.training.run._train", lambda *_: pytest.fail("it trains again"))
     again = train(setting("undisturbed"))
     assert again == undisturbed._replace(already_done=True)
-    assert command.summary(again).startswith("nothing to do: this run is finished")
+    assert summary(again).startswith("nothing to do: this run is finished")
 
 
 def test_other_settings_in_the_same_folder_are_refused(
