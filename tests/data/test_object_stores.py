@@ -210,7 +210,7 @@ def test_machines_share_a_run_by_parts(words, prepare, queries, index, system, b
         for part in range(2)
     ]
     for process in parts:
-        _, err = process.communicate(timeout=300)
+        _, err = process.communicate(timeout=600)
         assert process.returncode == 0, err.decode()[-2000:]
         assert b"another process" not in err
     assert system.cat_file(f"{bucket}/out/train.json") == prepare.output.read_bytes()
