@@ -114,6 +114,11 @@ def test_value_that_a_field_excludes_is_refused(settings: dict[str, Any], messag
         PrepareConfig(queries_file=("q.txt",), output_file="o.json", **settings)
 
 
+def test_list_is_as_good_as_a_tuple() -> None:
+    given = PrepareConfig(queries_file=["q.txt"], output_file="o.json", columns=["query_id"])
+    assert given == PrepareConfig(queries_file=("q.txt",), output_file="o.json", columns=("query_id",))
+
+
 def test_home_folder_is_found_in_paths_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     given = {"model": "~/m", "query": "~/what is this?", "document": ["~/is home"]}

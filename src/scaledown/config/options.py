@@ -152,6 +152,8 @@ class Options:
     def __post_init__(self) -> None:
         """Check each value on its own. Raises `UsageError` that names the flag."""
         for item in fields(self):  # type: ignore[arg-type]  # of the dataclass that inherits this
+            if isinstance(value := getattr(self, item.name), list):  # as JSON has it
+                object.__setattr__(self, item.name, tuple(value))
             self._check(item)
 
     def _check(self, item: "Field[Any]") -> None:
