@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final
 
-from scaledown.errors import InputError, MissingExtraError, install_command, one_line
+from scaledown.errors import InputError, MissingExtraError, UsageError, install_command, one_line
 
 HTTP: Final = re.compile(r"https?://", re.IGNORECASE)
 # Up to the last @ of the authority, or to the first @ where a key with a slash stands before it.
@@ -13,6 +13,8 @@ LOGIN: Final = re.compile(r"://(?:[^/?#]*@|[^/?#@:]*:(?!\d+(?:/|$))[^@?]*@)")
 HIDDEN: Final = "…"
 HIDDEN_QUERY: Final = f"?{HIDDEN}"
 # What file systems call that which changes with a file, the surest first.
+# Stores in which an object appears whole under its name, or not at all.
+STORES: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "memory")
 _STATES: Final = (
     "xet_hash",
     "blob_id",
@@ -30,6 +32,28 @@ _STATES: Final = (
 def is_url(text: str) -> bool:
     """Whether `text` is a URL and not a local path."""
     return re.match(r"[a-z][a-z0-9+.-]*://", text, re.IGNORECASE) is not None
+
+
+def check_store(name: str) -> None:
+    """Raise `UsageError` for a URL whose store cannot hold a run, an index or an output."""
+    scheme, _, rest = name.partition("://")
+    scheme = scheme.lower()
+    if not is_url(name) or (scheme in {"file", "local"} and rest):
+        return
+    if scheme not in STORES:
+        raise UsageError(
+            f"{redacted(name)}: {scheme}:// cannot hold it; use a local path, s3://, gs://, az:// "
+            "or hf://buckets/"
+        )
+    parts = list(filter(None, rest.split("/")))
+    on_hub = scheme == "hf"
+    if on_hub and parts[:1] != ["buckets"]:
+        raise UsageError(
+            f"{redacted(name)}: each file would be a commit there; use a bucket, hf://buckets/OWNER/NAME/…, "
+            "and `scaledown export --push_to_hub` for what is finished"
+        )
+    if len(parts) < (3 if on_hub else 1) or ".." in parts:
+        raise UsageError(f"{redacted(name)}: name a bucket, and a folder in it")
 
 
 def redacted(url: str) -> str:

@@ -22,8 +22,8 @@ FLAGS = (
 )
 # Where a minute is too long for a test.
 QUICK = (
-    "from scaledown import mirror; object_store._BEAT_SECONDS = 0.3; object_store._DEAD_SECONDS = 4; "
-    "from scaledown import hub; hub._SETTLE_SECONDS = 0.5; hub._SLOWEST_BEAT_SECONDS = 1.0; "
+    "from scaledown.run import object_store; object_store._BEAT_SECONDS = 0.3; object_store._DEAD_SECONDS = 4; "
+    "from scaledown.run import hub; hub._SETTLE_SECONDS = 0.5; hub._SLOWEST_BEAT_SECONDS = 1.0; "
 )
 MAIN = "import sys; from scaledown.data.prepare_dataset import main; raise SystemExit(main(sys.argv[1:]))"
 

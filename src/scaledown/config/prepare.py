@@ -25,6 +25,7 @@ from scaledown.config.shared import (
     batch_for,
 )
 from scaledown.errors import UsageError
+from scaledown.urls import check_store
 
 MS_MARCO_URL: Final = "https://msmarco.z22.web.core.windows.net/msmarcoranking/queries.dev.small.tsv"
 
@@ -147,6 +148,8 @@ class IndexConfig(WorkersConfig):
         self._check_at_least(0, "batch_size", "max_corpus_size")
         self._check_at_least(16, "passage_tokens")
         self._check_share("max_bad_fraction")
+        for name in ("index_dir", "output_file", "work_dir"):
+            check_store(getattr(self, name, ""))
 
     def sized(self, device: str) -> Self:
         """With batches that suit the device where none are given."""

@@ -1,16 +1,12 @@
 """Where a path or URL leads that a flag names: to a folder here, or to one of an object store."""
 
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from scaledown.config.prepare import IndexConfig, PrepareConfig
-from scaledown.errors import UsageError
 from scaledown.run.object_store import mirrored
 from scaledown.run.storage import Storage, cache_directory
-from scaledown.urls import is_url, redacted
-
-# Stores in which an object appears whole under its name, or not at all.
-_SCHEMES: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "memory")
+from scaledown.urls import check_store, is_url
 
 
 class File(NamedTuple):
@@ -44,20 +40,7 @@ def storage_at(name: str, cache: str = "") -> Storage:
         return Storage(Path(rest))
     if not is_url(name):
         return Storage(Path(name))
-    if scheme not in _SCHEMES:
-        raise UsageError(
-            f"{redacted(name)}: {scheme}:// cannot hold it; use a local path, s3://, gs://, az:// "
-            "or hf://buckets/"
-        )
-    parts = list(filter(None, rest.split("/")))
-    on_hub = scheme == "hf"
-    if on_hub and parts[:1] != ["buckets"]:
-        raise UsageError(
-            f"{redacted(name)}: each file would be a commit there; use a bucket, hf://buckets/OWNER/NAME/…, "
-            "and `scaledown export --push_to_hub` for what is finished"
-        )
-    if len(parts) < (3 if on_hub else 1) or ".." in parts:
-        raise UsageError(f"{redacted(name)}: name a bucket, and a folder in it")
+    check_store(name)
     return mirrored(f"{scheme}://{rest}", Path(cache).expanduser() if cache else cache_directory())
 
 

@@ -391,7 +391,7 @@ def test_files_of_a_hub(server: Server) -> None:
         "datasets/org/name/resolve/main/c.jsonl": LINES,
     }
     code = (
-        "import sys; from scaledown.data import files\n"
+        "import sys; from scaledown.data.input import files\n"
         "path = files.locate(sys.argv[1], '--corpus_path')\n"
         "print(path, path.size, *(row.content.decode() for row in files.rows(path)))"
     )

@@ -27,7 +27,7 @@ from scaledown.models import resolve
 from scaledown.records import Answer
 
 REAL = Path(os.environ.get("SCALEDOWN_CACHE") or Path.home() / ".cache" / "scaledown")
-XQUAD = Path(__file__).resolve().parents[3] / "shared" / "data" / "xquad-dev"
+XQUAD = Path(__file__).resolve().parents[4] / "shared" / "data" / "xquad-dev"
 
 STOP, REFUSED, FATAL, TOO_LONG, WRITES_ON = 1, "refused", "fatal", "toolong", "writeson"
 

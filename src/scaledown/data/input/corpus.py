@@ -41,7 +41,7 @@ _REJECTED_AT_ONCE: Final = 10_000
 
 def sample_corpus() -> Path:
     """The corpus that ships with the project: about 60 short articles in KILT's format."""
-    package = Path(__file__).parents[1]
+    package = Path(__file__).parents[2]
     inside = package / "examples" / "corpus.jsonl"
     return inside if inside.exists() else package.parents[1] / "examples" / "corpus.jsonl"
 
