@@ -855,16 +855,38 @@ def test_two_processes_on_two_gpus_train(
     assert_close(alone, alone._replace(output=setting("together").output_dir))
 
 
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+SHARING = {
+    "fsdp": FSDP,
+    "zero2": DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+}
+# DeepSpeed would compile a part of its own that a CPU uses.
+QUICK_DEEPSPEED = """
+if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+    import deepspeed.comm.torch
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+"""
+
+
 @pytest.mark.slow
-def test_two_processes_share_a_model(setting: Setting, environment: dict[str, str], tmp_path: Path) -> None:
-    """By FSDP, as `accelerate launch` puts it into the environment; resumed before the last step."""
+@pytest.mark.parametrize("way", SHARING)
+def test_two_processes_share_a_model(
+    way: str, setting: Setting, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """As `accelerate launch` puts it into the environment; resumed before the last step."""
+    if way != "fsdp":
+        pytest.importorskip("deepspeed", reason="no DeepSpeed: DS_BUILD_OPS=0 pip install deepspeed")
     script = tmp_path / "shared.py"
-    script.write_text(TWO_GPUS.format("train.choose_device = lambda _: 'cuda:0'"))
-    environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
-    environment |= {
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-    }
+    script.write_text(TWO_GPUS.format(f"train.choose_device = lambda _: 'cuda:0'{QUICK_DEEPSPEED}"))
+    environment |= SHARING[way]
     alone = train(setting("alone", num_epochs=1.0, generator_training="full"))
     words = flags(
         setting("together"), "--eval_steps", "3", "--generator_training", "full", "--dtype", "float32"
@@ -884,6 +906,21 @@ def test_two_processes_share_a_model(setting: Setting, environment: dict[str, st
     done = by_two(script, [*words, "--resume"], environment)
     assert done.returncode == 0, done.stderr
     assert all(torch.equal(value, before[name]) for name, value in weights(together).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["--generator_4bit", "--optimizer=adamw8bit"])
+def test_shared_models_have_no_4_or_8_bits(
+    flag: str, setting: Setting, environment: dict[str, str], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs the extra: quantization")
+    script = tmp_path / "shared.py"
+    script.write_text(TWO_GPUS.format("train.choose_device = lambda _: 'cuda:0'"))
+    words = flags(setting(), "--dtype", "float32", flag)
+    words[words.index("--device") + 1] = "auto"
+    done = by_two(script, words, environment | FSDP)
+    assert done.returncode != 0
+    assert f"{flag.replace('=', ' ')}: not with FSDP or DeepSpeed" in done.stderr
 
 
 @pytest.mark.slow

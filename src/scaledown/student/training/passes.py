@@ -176,7 +176,7 @@ class Passes:
             part = examples[start : start + self.micro_batch]
             self._before(len(part))
             losses = self._losses(part, whole)  # [losses]
-            if self.model.training:
+            if torch.is_grad_enabled():  # DeepSpeed's wrapper always says that it is training
                 loss = (losses * weights).sum()
                 if self.is_shared:  # gradients are averaged, and DeepSpeed takes its step in the last pass
                     self.accelerator.sync_gradients = start + self.micro_batch >= most

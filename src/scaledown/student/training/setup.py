@@ -40,6 +40,8 @@ def make_trainer(
     micro_batch = min(share, config.micro_batch_size or (CPU_MICRO_BATCH if device == "cpu" else share))
     if plugin := accelerator.state.deepspeed_plugin:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = micro_batch
+        if plugin.zero_stage == 3:  # else no model can be saved
+            plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     set_seed(config.seed)
     torch.empty((), dtype=torch.int64).random_()  # as earlier versions did: the same seed, the same weights
     batches = _batches(model, config, train, accelerator.process_index, ranks)

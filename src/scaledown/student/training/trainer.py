@@ -217,7 +217,7 @@ class StudentTrainer:
         """Before each micro batch: stop if asked to; of several processes all do, between two steps."""
         if self._noticed and self.passes.ranks == 1:
             raise _Stopped
-        if self._tracker is not None and self.passes.model.training:
+        if self._tracker is not None and torch.is_grad_enabled():
             self._tracker.advance(count * self.passes.ranks)
 
     def _count(self) -> None:
