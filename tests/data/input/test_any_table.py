@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from scaledown.data.input import tables
+from scaledown.data.input import tables, values
 from scaledown.data.input.rows import parse
 from scaledown.errors import InputError
 
@@ -58,8 +58,8 @@ def read(path: Path, column: str = "") -> tuple[list[str], list[str]]:
     for row in tables.rows(path, tables.QUERIES, column):
         try:
             record = parse(row, tables.QUERY_IDS)
-            value = tables.column_of(record, column) if column else tables.value_of(record, tables.QUERY_KEYS)
-            text = same(tables.as_text(value) or "")
+            value = values.column_of(record, column) if column else values.value_of(record, tables.QUERY_KEYS)
+            text = same(values.as_text(value) or "")
             if not text:
                 raise ValueError("no question")
             found.append(text)
@@ -152,7 +152,7 @@ def test_any_json_lines(records, end: str, name: str, tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(record) + end for record in records), encoding="utf-8", newline="")
     expected = []
     for record in records:
-        rival = tables.as_text(record.get("Query")) if tables.is_full(record.get("Query")) else None
+        rival = values.as_text(record.get("Query")) if values.is_full(record.get("Query")) else None
         expected.append(same(record["question"]) if rival is None else same(rival))
     check(path, expected)
 

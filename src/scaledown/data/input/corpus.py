@@ -16,7 +16,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from scaledown.config.prepare import IndexConfig
-from scaledown.data.input import files, tables
+from scaledown.data.input import files, tables, values
 from scaledown.data.input.chunking import Chunker
 from scaledown.data.input.rows import parse
 from scaledown.data.input.seen import Ids
@@ -53,12 +53,12 @@ def parse_article(record: dict[str, Any], fallback_id: str, column: str = "") ->
     Raises:
         ValueError: with the reason why the record is no article.
     """
-    doc_id = tables.id_of(record, tables.DOCUMENT_IDS) or fallback_id
-    given = tables.value_of(record, tables.TITLE_KEYS)
-    title = tables.as_text(given) if tables.is_full(given) else ""
+    doc_id = values.id_of(record, tables.DOCUMENT_IDS) or fallback_id
+    given = values.value_of(record, tables.TITLE_KEYS)
+    title = values.as_text(given) if values.is_full(given) else ""
     if title is None:
         raise ValueError(f"the title is {type(given).__name__}, expected a string")
-    text = tables.column_of(record, column) if column else tables.value_of(record, tables.TEXT_KEYS)
+    text = values.column_of(record, column) if column else values.value_of(record, tables.TEXT_KEYS)
     if isinstance(text, dict):
         text = text.get("paragraph")
     if text is None:
@@ -229,9 +229,9 @@ def _with_own_ids(table: pa.Table, pieces: list[int], ids: Ids) -> pa.Table:
     every = [name for name, count in zip(own, filter(None, pieces), strict=True) for _ in range(count)]
     passages = zip(every, given, table.column("passage_id").to_pylist(), strict=True)
     named = [name + passage.removeprefix(old) for name, old, passage in passages]
-    for column, values in (("doc_id", every), ("passage_id", named)):
+    for column, own_names in (("doc_id", every), ("passage_id", named)):
         place = table.column_names.index(column)
-        table = table.set_column(place, column, pa.array(values, pa.large_string()))
+        table = table.set_column(place, column, pa.array(own_names, pa.large_string()))
     return table
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from scaledown.data.input import files, tables
+from scaledown.data.input import files, tables, values
 from scaledown.data.input.rows import parse
 from scaledown.data.input.training_files import entries
 from scaledown.errors import InputError
@@ -177,7 +177,7 @@ def _question(record: Any) -> GoldQuestion | None:
 
 def _id(record: Mapping[str, Any]) -> str:
     try:
-        return tables.id_of(record, tables.QUERY_IDS)
+        return values.id_of(record, tables.QUERY_IDS)
     except ValueError:  # questions are found by their words, not by their ids
         return ""
 

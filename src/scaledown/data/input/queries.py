@@ -11,7 +11,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from scaledown.config.prepare import PrepareConfig
-from scaledown.data.input import files, tables
+from scaledown.data.input import files, tables, values
 from scaledown.data.input.corpus import RENAMED
 from scaledown.data.input.query_sources import named
 from scaledown.data.input.rows import parse
@@ -176,10 +176,10 @@ def _from_records(rows: Iterator[files.Row], column: str, intake: files.Intake) 
 
 def _query(record: dict[str, Any], column: str) -> Query:
     """The query in a record, in `column` if that is named. Raises `ValueError`."""
-    value = tables.column_of(record, column) if column else tables.value_of(record, tables.QUERY_KEYS)
+    value = values.column_of(record, column) if column else values.value_of(record, tables.QUERY_KEYS)
     if isinstance(value, dict):
         value = value.get("text")
-    text = tables.as_text(value)
+    text = values.as_text(value)
     if text is None or not text.strip():
         names = ", ".join(map(str, record)) or "none"
         wanted = repr(column) if column else " or ".join(tables.QUERY_KEYS)
@@ -188,7 +188,7 @@ def _query(record: dict[str, Any], column: str) -> Query:
         )
     if not says_something(text):
         raise ValueError("holds no letter, digit or symbol")
-    return Query(tables.id_of(record, tables.QUERY_IDS), " ".join(text.replace("\ufeff", "").split()))
+    return Query(values.id_of(record, tables.QUERY_IDS), " ".join(text.replace("\ufeff", "").split()))
 
 
 def from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query]:

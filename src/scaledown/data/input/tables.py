@@ -8,16 +8,16 @@ decides.
 import functools
 import itertools
 import logging
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from decimal import Decimal
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
-from scaledown.data.input import delimited, files, first_bytes, folders
+from scaledown.data.input import delimited, files, first_bytes, folders, unnamed
 from scaledown.data.input import rows as formats
 from scaledown.data.input.delimited import Sample
 from scaledown.data.input.files import Meter, Row, Source
+from scaledown.data.input.values import has, is_full
 from scaledown.errors import InputError, one_line
 
 log = logging.getLogger("scaledown")
@@ -55,18 +55,7 @@ MANY_KEYS: Final = ("data", "paragraphs", "qas", "questions")
 
 _SAMPLE_ROWS: Final = 200
 _NAMED: Final = 20  # columns in a message
-_ALIKE: Final = 0.9  # the share of a column's cells that shows what it holds
-_LONGER: Final = 2.0  # times as long as any other column: the text of a corpus
-_LONGEST_TITLE: Final = 200  # characters
-_LIST: Final = re.compile(r"\s*(\[.*\]|\{.*\}|array\(.*\))\s*", re.DOTALL)
-_ADDRESS: Final = re.compile(r"\s*\w+://\S+\s*")
-_CODE: Final = re.compile(r"\S*\d\S*")
-_NAME: Final = re.compile(r"[^\W\d][\w.-]{0,30}( [\w.-]{1,20})?")
-_ASKS: Final = re.compile(
-    r".*[?？؟]\s*$|\s*(who|whose|whom|what|when|where|which|why|how|is|are|was|were|do|does|did|can|could|in "
-    r"(what|which)|on (what|which)|name the)\b",
-    re.IGNORECASE | re.DOTALL,
-)
+_REGULAR: Final = 0.9  # a share of records with as many columns, from which on it is a table
 
 
 class Meaning(NamedTuple):
@@ -77,8 +66,8 @@ class Meaning(NamedTuple):
     parts: Mapping[str, tuple[str, ...]]
     flag: str
     """What names the column of the main part; empty where no flag does."""
-    rivals: tuple[str, ...] = ()
-    """Columns beside which the last of the main part's names may not be meant."""
+    rivals: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    """Names that may not be meant, each with the columns beside which they are not."""
     unread: tuple[str, ...] = ()
     """Parts that only help to understand a table."""
 
@@ -91,7 +80,10 @@ class Meaning(NamedTuple):
         return {name for part, names in self.parts.items() if part not in self.unread for name in names}
 
 
-_RIVALS: Final = ("title", "contents", "content", "passage", "documents", "context")
+_RIVALS: Final = {
+    "text": ("title", "contents", "content", "passage", "documents", "context"),
+    "body": ("title",),  # BioASQ's question, elsewhere the text under a title
+}
 _ASKED: Final[Mapping[str, tuple[str, ...]]] = {
     "id": QUERY_IDS,
     "question": QUERY_KEYS,
@@ -243,7 +235,10 @@ def _batches(  # noqa: PLR0917
     used = [name for name in found.names if name.lower() in wanted and found.names.count(name) == 1]
     if not used:
         raise _no_main(str(source), found.names, meaning, column)
-    again = itertools.islice(formats.batches(source, kind, None).read(used), _SAMPLE_ROWS)
+    rivals = {name for names in meaning.rivals.values() for name in names}
+    beside = [name for name in found.names if name.lower() in rivals and found.names.count(name) == 1]
+    looked = list(dict.fromkeys([*used, *beside]))
+    again = itertools.islice(formats.batches(source, kind, None).read(looked), _SAMPLE_ROWS)
     columns = _columns(str(source), list(map(formats.parse, again)), meaning, column, found.names)
     reading = Reading(kind, columns, None, guessed=files.inner_suffix(source) not in folders.BATCHES)
     return _Table(reading, lambda: found.read(used))
@@ -295,7 +290,7 @@ def _columns(
         full = {key for record in records for key in keys if is_full(record.get(key))}
         if key := next((key for key in keys if key in full), ""):
             found[part] = key
-            if part == meaning.main and key in _LAST_RESORT:
+            if part == meaning.main:
                 _check_rivals(shown, records, meaning, key)
     seen = names or list(dict.fromkeys(str(name) for record in records for name in record))
     many = meaning.main == "question" and any(not set(MANY_KEYS).isdisjoint(record) for record in records)
@@ -305,12 +300,10 @@ def _columns(
     return found
 
 
-_LAST_RESORT: Final = frozenset(("text", "body"))
-
-
 def _check_rivals(shown: str, records: Sequence[Mapping[str, Any]], meaning: Meaning, key: str) -> None:
     """Refuse `text` as the question where something else may be one: so a corpus looks."""
-    rivals = [name for name in meaning.rivals if any(is_full(record.get(name)) for record in records)]
+    every = meaning.rivals.get(key, ())
+    rivals = [name for name in every if any(is_full(record.get(name)) for record in records)]
     if rivals:
         raise InputError(
             f"{shown}: either of the columns {key} and {rivals[0]} may hold the question; "
@@ -405,11 +398,13 @@ def _may_be_a_table(text: str, meaning: Meaning, column: str) -> bool:
 def _check_first(source: Source, text: str, meaning: Meaning) -> None:
     """Refuse a file whose first line has the names of columns where its other lines have no such columns."""
     first = _first_line(text)
-    sure = set(meaning.parts[meaning.main]) - _LAST_RESORT
+    sure = set(meaning.parts[meaning.main]) - set(meaning.rivals)
     for delimiter, called in delimited.DELIMITERS.items():
         cells = [cell.strip() for cell in first.split(delimiter)]
         names = [cell.strip("\"'").lower() for cell in cells]
-        short = all(map(_NAME.fullmatch, names)) or all(re.fullmatch(r"(['\"]).*\1", cell) for cell in cells)
+        short = all(map(unnamed.NAME.fullmatch, names)) or all(
+            re.fullmatch(r"(['\"]).*\1", cell) for cell in cells
+        )
         if len(names) > 1 and short and not sure.isdisjoint(names):
             raise InputError(
                 f"{source}: its first line has the columns {', '.join(names)}, {called}-separated, and other "
@@ -423,7 +418,7 @@ def _looks_like_a_table(found: Mapping[str, Sample], meaning: Meaning, column: s
         first = sample.records[0] if sample.records else []
         sure = [name for name in _plain_names(first) if name in meaning.parts[meaning.main]]
         if len(first) == 1:
-            sure = [name for name in sure if meaning.main == "question" and name not in _LAST_RESORT]
+            sure = [name for name in sure if meaning.main == "question" and name not in meaning.rivals]
             sure = sure if len(sample.records) > 1 else []
         if (sure or (len(first) > 1 and column.lower() in _plain_names(first))) and _is_header(
             first, meaning, column
@@ -445,7 +440,7 @@ def _chosen(found: Mapping[str, Sample], usual: str, meaning: Meaning, column: s
         header = bool(sample.records) and _is_header(sample.records[0], meaning, column)
         names = set(_plain_names(sample.records[0])) if sample.records else set()
         main = {*meaning.parts[meaning.main], *([column.lower()] if column else [])}
-        regular = sample.regular >= _ALIKE and sample.width > 1
+        regular = sample.regular >= _REGULAR and sample.width > 1
         codes = all(re.fullmatch(r"[\w.-]+", record[0].strip()) for record in sample.records)
         return (
             header and not names.isdisjoint(main),
@@ -525,9 +520,9 @@ def _of_header(  # noqa: PLR0917
             columns[part] = next(
                 (name for name in own if any(is_full(row.get(name)) for row in rows)), own[0]
             )
-    if not column and (key := columns[meaning.main].lower()) in _LAST_RESORT:
+    if not column:
         lower = [{name.lower(): cell for name, cell in row.items()} for row in rows]
-        _check_rivals(shown, lower, meaning, key)
+        _check_rivals(shown, lower, meaning, columns[meaning.main].lower())
     return columns
 
 
@@ -540,7 +535,7 @@ def _told(shown: str, sample: Sample, meaning: Meaning, column: str) -> dict[str
         raise _no_main(shown, first, meaning, column)
     if number > width:
         raise InputError(f"{shown}, has {width} columns; {meaning.flag} {column} names none of them")
-    if not number and _may_be_names(records):
+    if not number and unnamed.may_be_names(records):
         if meaning.flag:
             way = (
                 f"give {meaning.flag} {first[-1]} if it names columns, {meaning.flag} {width} if it is a row"
@@ -550,7 +545,7 @@ def _told(shown: str, sample: Sample, meaning: Meaning, column: str) -> dict[str
         raise InputError(f"{shown}, and its first line ({', '.join(first)}) may be a header or a row; {way}")
     cells = [[record[place].strip() for record in records if len(record) == width] for place in range(width)]
     cells = [[cell for cell in column_cells if cell] for column_cells in cells]
-    main = number - 1 if number else _main_column(cells, meaning)
+    main = number - 1 if number else unnamed.main_column(cells, meaning.main)
     if main is None:
         raise InputError(
             f"{shown}, no header, {width} columns ({', '.join(first)}): which holds the {meaning.main} "
@@ -561,156 +556,4 @@ def _told(shown: str, sample: Sample, meaning: Meaning, column: str) -> dict[str
                 else f"write a first line that names a column {meaning.main}"
             )
         )
-    places = {}
-    ids = [place for place in range(main) if _is_code(cells[place]) and _differ(cells[place])]
-    if ids:
-        places["id"] = ids[0]
-    if "title" in meaning.parts and (title := _title(cells, main, ids)) is not None:
-        places["title"] = title
-    places[meaning.main] = main
-    if "answers" in meaning.parts and (answers := _answers(cells, main)) is not None:
-        places["answers"] = answers
-    return places
-
-
-def _may_be_names(records: Sequence[Sequence[str]]) -> bool:
-    """Whether the first line looks like names that are not known, unlike the lines that follow."""
-    first, rest = [cell.strip() for cell in records[0]], records[1:]
-    below = [[record[place].strip() for record in rest if place < len(record)] for place in range(len(first))]
-    if (
-        len(rest) > 1
-        and _NAME.fullmatch(first[0])
-        and all(re.fullmatch(r"[\d.]+", cell) for cell in below[0])
-    ):
-        return True
-    if not all(_NAME.fullmatch(cell) for cell in first if cell):
-        return False
-    return not rest or any(sum(len(cell.split()) for cell in own) > 2 * len(own) for own in below)
-
-
-def _main_column(cells: Sequence[Sequence[str]], meaning: Meaning) -> int | None:
-    """The column of the main part by what the columns hold; None where that does not show it."""
-    likely = [
-        place
-        for place, own in enumerate(cells)
-        if own and not _is_code(own) and not _are(own, _LIST) and not _are(own, _ADDRESS)
-    ]
-    if not likely:
-        alone = len(cells) == 1 or (len(cells) == 2 and _are(cells[0], _CODE))
-        return len(cells) - 1 if alone and cells[-1] else None
-    if len(likely) == 1:
-        return likely[0]
-    if meaning.main == "text":
-        length = {place: sum(map(len, cells[place])) / len(cells[place]) for place in likely}
-        longest, second = sorted(likely, key=length.__getitem__, reverse=True)[:2]
-        return longest if length[longest] >= _LONGER * length[second] else None
-    asks = {place: sum(map(bool, map(_ASKS.match, cells[place]))) / len(cells[place]) for place in likely}
-    most, second = sorted(likely, key=asks.__getitem__, reverse=True)[:2]
-    return most if asks[most] >= 0.5 and asks[second] < asks[most] / 2 else None
-
-
-def _are(cells: Sequence[str], pattern: re.Pattern[str]) -> bool:
-    return sum(bool(pattern.fullmatch(cell)) for cell in cells) >= _ALIKE * len(cells) > 0
-
-
-def _is_code(cells: Sequence[str]) -> bool:
-    """Whether a column holds ids: each without a space, and with a digit or unlike all others."""
-    if not cells or not _are(cells, re.compile(r"\S+")):
-        return False
-    spaced = any(re.search(r"\s", cell) for cell in cells)
-    return not spaced and (
-        _are(cells, _CODE) or (len(cells) > 1 and _differ(cells) and all(map(str.isascii, cells)))
-    )
-
-
-def _differ(cells: Sequence[str]) -> bool:
-    return len(set(cells)) == len(cells)
-
-
-def _title(cells: Sequence[Sequence[str]], main: int, ids: Sequence[int]) -> int | None:
-    """The only other text that is short."""
-    others = [
-        place
-        for place, own in enumerate(cells)
-        if place != main and place not in ids and own and not _are(own, _ADDRESS)
-    ]
-    if len(others) != 1 or sum(map(len, cells[others[0]])) > _LONGEST_TITLE * len(cells[others[0]]):
-        return None
-    return others[0]
-
-
-def _answers(cells: Sequence[Sequence[str]], main: int) -> int | None:
-    """The column of lists, or the only one behind the question."""
-    lists = [place for place, own in enumerate(cells) if place != main and own and _are(own, _LIST)]
-    behind = [place for place in range(main + 1, len(cells)) if cells[place]]
-    if lists:
-        return lists[0]
-    return behind[0] if len(behind) == 1 else None
-
-
-# Values
-
-
-def is_full(value: Any) -> bool:
-    """Whether a value is there: not null, no empty text or list, and not NaN, as a table has a gap."""
-    if isinstance(value, float):
-        return not math.isnan(value)
-    if isinstance(value, Decimal):
-        return not value.is_nan()
-    if isinstance(value, str):
-        return bool(value.strip())
-    return value is not None and value not in ([], {})
-
-
-def value_of(record: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    """The first value under some names that is full; else one that is there; else None."""
-    there = None
-    for key in keys:
-        value = record.get(key)
-        if is_full(value):
-            return value
-        if there is None and value is not None and not isinstance(value, float | Decimal):
-            there = value
-    return there
-
-
-def column_of(record: Mapping[str, Any], column: str) -> Any:
-    """The value under the name of a flag, in any case; dots reach into records."""
-    for name in (column, column.lower()):
-        if name in record:
-            return record[name]
-    value: Any = record
-    for name in column.split("."):
-        value = value.get(name, value.get(name.lower())) if isinstance(value, Mapping) else None
-    return value
-
-
-def has(record: Mapping[str, Any], column: str) -> bool:
-    """Whether a record has the column of a flag, and something in it."""
-    return is_full(column_of(record, column))
-
-
-def as_text(value: Any) -> str | None:
-    """A text, or a number as one writes it: 12 also of 12.0, as a table has it; None for anything else."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    if isinstance(value, float | Decimal):
-        if not math.isfinite(value):
-            return None
-        return f"{int(value)}" if value == int(value) else f"{value}"
-    return f"{value}" if isinstance(value, int) else None
-
-
-def id_of(record: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """The id in a record; empty where it has none. Raises `ValueError` for one that is no text or number."""
-    value = value_of(record, keys)
-    if not is_full(value):
-        return ""
-    text = as_text(value)
-    if text is None:
-        raise ValueError(f"the id is {type(value).__name__}, expected a string or number")
-    return text.strip()
+    return unnamed.places(cells, main, meaning.parts)

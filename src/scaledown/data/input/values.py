@@ -1,0 +1,71 @@
+"""What is in a field of a record: whether it is there, as text, as an id, under which of some names."""
+
+import math
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+
+def is_full(value: Any) -> bool:
+    """Whether a value is there: not null, no empty text or list, and not NaN, as a table has a gap."""
+    if isinstance(value, float):
+        return not math.isnan(value)
+    if isinstance(value, Decimal):
+        return not value.is_nan()
+    if isinstance(value, str):
+        return bool(value.strip())
+    return value is not None and value not in ([], {})
+
+
+def value_of(record: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """The first value under some names that is full; else one that is there; else None."""
+    there = None
+    for key in keys:
+        value = record.get(key)
+        if is_full(value):
+            return value
+        if there is None and value is not None and not isinstance(value, float | Decimal):
+            there = value
+    return there
+
+
+def column_of(record: Mapping[str, Any], column: str) -> Any:
+    """The value under the name of a flag, in any case; dots reach into records."""
+    for name in (column, column.lower()):
+        if name in record:
+            return record[name]
+    value: Any = record
+    for name in column.split("."):
+        value = value.get(name, value.get(name.lower())) if isinstance(value, Mapping) else None
+    return value
+
+
+def has(record: Mapping[str, Any], column: str) -> bool:
+    """Whether a record has the column of a flag, and something in it."""
+    return is_full(column_of(record, column))
+
+
+def as_text(value: Any) -> str | None:
+    """A text, or a number as one writes it: 12 also of 12.0, as a table has it; None for anything else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, float | Decimal):
+        if not math.isfinite(value):
+            return None
+        return f"{int(value)}" if value == int(value) else f"{value}"
+    return f"{value}" if isinstance(value, int) else None
+
+
+def id_of(record: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """The id in a record; empty where it has none. Raises `ValueError` for one that is no text or number."""
+    value = value_of(record, keys)
+    if not is_full(value):
+        return ""
+    text = as_text(value)
+    if text is None:
+        raise ValueError(f"the id is {type(value).__name__}, expected a string or number")
+    return text.strip()
