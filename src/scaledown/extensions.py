@@ -135,7 +135,7 @@ QUERY_SOURCES: Final = Table(
 
 COMPRESSORS: Final = Table(
     "compressors",
-    "scaledown.student.compressors.base:Compressor",
+    "scaledown.student.compressor:Compressor",
     {
         "n_layers": "scaledown.student.compressors.memory_tokens:N_LAYERS",
         "pointer": "scaledown.student.compressors.pointer:POINTER",

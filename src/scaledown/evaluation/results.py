@@ -14,7 +14,7 @@ from scaledown.evaluation.statistics import Difference, Estimate, difference, es
 from scaledown.extensions import COMPRESSORS
 from scaledown.run.atomic import read_json, write_json
 from scaledown.run.progress import track
-from scaledown.student.compressors.base import Compressor
+from scaledown.student.compressor import Compressor
 
 SCHEMA: Final = 2
 FILE: Final = "results.json"

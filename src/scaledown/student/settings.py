@@ -9,7 +9,7 @@ from scaledown.config.train import BUDGETS, GENERATOR_TRAINING
 from scaledown.data.prompts import PAPER, QUESTION, Template
 from scaledown.errors import ModelError, UsageError
 from scaledown.extensions import COMPRESSORS
-from scaledown.student.compressors.base import Compressor
+from scaledown.student.compressor import Compressor
 
 LOWEST_RATE: Final = 4
 HIGHEST_RATE: Final = 128

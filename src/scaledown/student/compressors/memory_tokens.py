@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from scaledown.student.batch import Group
+from scaledown.student.compressor import Compressed, Compressor
 from scaledown.student.compressors import layers
-from scaledown.student.compressors.base import Compressed, Compressor
 
 
 class MemoryTokens(Compressor):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from scaledown.student.batch import Group
-from scaledown.student.compressors.base import Compressed, Compressor, in_order, nothing
+from scaledown.student.compressor import Compressed, Compressor, in_order, nothing
 
 NO_WORD: Final = -1
 _SCORED: Final = 128  # units that read a state

@@ -6,7 +6,7 @@ import numpy as np
 
 from scaledown.config.train import PretrainConfig, StudentConfig, TrainConfig
 from scaledown.student.batch import Encoded, Reader
-from scaledown.student.compressors.base import Compressor
+from scaledown.student.compressor import Compressor
 from scaledown.student.training.training_data import Examples
 
 

@@ -19,7 +19,7 @@ from scaledown.data.prompts import CONTINUE, REPEAT
 from scaledown.errors import InputError, ModelError
 from scaledown.extensions import COMPRESSORS
 from scaledown.records import Passage, full_text
-from scaledown.student.compressors.base import Compressor
+from scaledown.student.compressor import Compressor
 from scaledown.student.labels import copied_spans
 from scaledown.student.training.cloze import cloze_questions
 from scaledown.student.training.training_data import (
