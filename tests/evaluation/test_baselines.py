@@ -17,7 +17,7 @@ from scaledown.evaluation import baselines, systems
 from scaledown.evaluation.results import read_results
 from scaledown.models import resolve
 from scaledown.run.directory import SCHEMA, fingerprint
-from scaledown.student.compression import Pointed
+from scaledown.student.inference.compressing import Pointed
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
 

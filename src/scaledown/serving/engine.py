@@ -22,9 +22,9 @@ from scaledown.models import is_out_of_memory
 from scaledown.serving.answer_text import AnswerText
 from scaledown.serving.jobs import End, Job, Piece, Scores, Usage
 from scaledown.serving.protocol import RequestError
-from scaledown.student.answering import Question
 from scaledown.student.batch import Document, Encoded
 from scaledown.student.decoding import Decoding
+from scaledown.student.inference.answering import Question
 
 log = logging.getLogger("scaledown")
 

@@ -20,11 +20,11 @@ from transformers.utils import ModelOutput
 from scaledown.data.teacher.context import context_tokens
 from scaledown.errors import ModelError
 from scaledown.models import ModelSource, hub_errors, loadable, loading, onto, read_config_file, resolve
-from scaledown.student.answering import Answering
 from scaledown.student.batch import IGNORED, Group, Reader
 from scaledown.student.card import model_card
 from scaledown.student.compressor import Compressed
 from scaledown.student.compressors import layers
+from scaledown.student.inference.answering import Answering
 from scaledown.student.settings import ScaleDownConfig
 
 WEIGHTS: Final = {"answer_loss": 1.0, "rerank_loss": 0.05, "pointer_loss": 1.0}

@@ -8,8 +8,14 @@ import torch
 
 from scaledown.errors import InputError
 from scaledown.student.batch import Document, Encoded, collate
-from scaledown.student.compression import OWN_WAY, Compressing, Compression, as_lists, check_positive
 from scaledown.student.decoding import Decoding
+from scaledown.student.inference.compressing import (
+    OWN_WAY,
+    Compressing,
+    Compression,
+    as_lists,
+    check_positive,
+)
 
 Documents = Sequence[object]
 """Documents of one query: strings or `{"title", "text"}`, or what `compress` made of them."""
