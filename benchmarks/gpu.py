@@ -40,9 +40,9 @@ from scaledown.data.retrieval.encoders import load_encoder
 from scaledown.data.retrieval.splade import max_logits, max_logits_tiled
 from scaledown.data.teacher.base import Generation, Rejection, answer_all
 from scaledown.data.teacher.engines.transformers import TransformersTeacher
+from scaledown.devices.gpus import GIB, OnDevice, give_back, index
 from scaledown.errors import ModelError
 from scaledown.evaluation.efficiency import COMPRESSED, UNCOMPRESSED, Shape, costs, machine
-from scaledown.gpus import GIB, OnDevice, give_back, index
 from scaledown.models import choose_device, dtype_to_run, dtype_to_train, loadable, resolve
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig

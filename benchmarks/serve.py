@@ -4,6 +4,7 @@
 8 layers; bursts of 1, 8 and 32 requests at the same time. Both sides ask one process of
 `scaledown serve`'s own engine, in turn; no pair of query and document comes twice, so nothing comes from the
 cache of embeddings. Answers do not end early. The student is untrained: what it answers does not matter here.
+`--engine vllm` lets vLLM write both sides' answers, in `.venv-vllm` on a CPU.
 """
 
 import itertools
@@ -46,7 +47,7 @@ class Round(NamedTuple):
     peak_mb: float
 
 
-def serve(layers: int) -> None:
+def serve(layers: int, writes_with: str) -> None:
     """Run a server on a free port, which is printed; ends with its standard input."""
     import uvicorn
 
@@ -65,7 +66,12 @@ def serve(layers: int) -> None:
     model = ScaleDownModel.build(settings, resolve(GENERATOR), dtype=choose_dtype(fast_dtype(), "cpu")).eval()
     model.merge_lora()
     model.generator.generation_config.eos_token_id = []  # no answer ends early
-    engine = Engine(model, config)
+    generation = None
+    if writes_with == "vllm":
+        from scaledown.student.engines.vllm import VllmGeneration
+
+        generation = VllmGeneration(model, resolve(GENERATOR), "cpu", config.batch_size)
+    engine = Engine(model, config, generation)
     app = Server(engine, model.config, "student", config, "").app()
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
     listener = listen(config)
@@ -83,8 +89,8 @@ def serve(layers: int) -> None:
 class Served:
     """A server in a process of its own, and questions that it was never asked."""
 
-    def __init__(self, layers: int) -> None:
-        words = [sys.executable, __file__, "--serve", str(layers)]
+    def __init__(self, layers: int, writes_with: str) -> None:
+        words = [sys.executable, __file__, "--serve", str(layers), "--engine", writes_with]
         self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         told = json.loads(self._process.stdout.readline())
@@ -142,13 +148,25 @@ class Served:
         return Round(requests / (time.perf_counter() - started), found, self._peak_mb())
 
     def _forget_peak(self) -> None:
-        Path(f"/proc/{self._process.pid}/clear_refs").write_text("5")
+        for pid in _with_children(self._process.pid):
+            Path(f"/proc/{pid}/clear_refs").write_text("5")
 
     def _peak_mb(self) -> float:
-        for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1000
-        return float("nan")
+        """Of the server and the engine's processes; what they share counts in each."""
+        peak = 0.0
+        for pid in _with_children(self._process.pid):
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    peak += int(line.split()[1]) / 1000
+        return peak
+
+
+def _with_children(pid: int) -> list[int]:
+    found = [pid]
+    for own in found:
+        for thread in Path(f"/proc/{own}/task").iterdir():
+            found += map(int, (thread / "children").read_text().split())
+    return found
 
 
 def told(name: str, rounds: list[Round]) -> str:
@@ -208,17 +226,20 @@ def plot(path: Path, found: dict[tuple[int, int], dict[bool, list[Round]]]) -> N
 def main() -> None:
     flags = parser(__doc__)
     flags.add_argument("--serve", type=int, metavar="LAYERS", help="be the server")
+    flags.add_argument(
+        "--engine", choices=("transformers", "vllm"), default="transformers", help="what writes the answers"
+    )
     flags.add_argument("--plot", metavar="FILE.svg", help="draw throughput over latency")
     options = flags.parse_args()
     if options.serve:
-        serve(options.serve)
+        serve(options.serve, options.engine)
         return
-    print(f"{machine()}, {fast_dtype()}")
+    print(f"{machine()}, {fast_dtype()}, {options.engine}")
     repeats = 1 if options.quick else 3
     clients_of = (1, 4) if options.quick else CLIENTS
     found: dict[tuple[int, int], dict[bool, list[Round]]] = {}
     for layers in LAYERS[: 1 if options.quick else None]:
-        served = Served(layers)
+        served = Served(layers, options.engine)
         for side in SIDES:
             served.round(1, 1, compressed=side)
         for clients in clients_of:

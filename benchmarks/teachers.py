@@ -1,16 +1,20 @@
 """Teachers on a CPU: answers a second of each engine against transformers one prompt at a time, and accuracy.
 
 Real questions with the three passages that SPLADE-tiny retrieves; an answer is right when it holds the gold
-answer. Transformers runs in bfloat16, OpenVINO on the same weights at 8 bits, exported first where need be.
+answer. Transformers and vLLM run in bfloat16, OpenVINO on the same weights at 8 bits, exported first where
+need be; vLLM in an environment of its own (`make test-vllm`), where there is one.
 """
 
 import importlib.util
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-from common import SHARED, arguments, close, machine, verdict
+from common import SHARED, close, machine, parser, verdict
 
 from scaledown.data.prompts import Prompt, answer_prompt
 from scaledown.data.retrieval import SPLADERetriever
@@ -25,6 +29,7 @@ from scaledown.records import Answer, DocumentDict, full_text
 
 MODEL, DTYPE, BATCH, NEW_TOKENS, TOP = "bundled:smollm2-135m", "bfloat16", 16, 48, 3
 RESAMPLES = 2000
+OF_VLLM = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 
 
 def real_prompts() -> tuple[list[Prompt], list[str]]:
@@ -54,7 +59,9 @@ def spread(count: int, of: int) -> list[int]:
 
 def run(name: str, teacher: Teacher, prompts: Sequence[Prompt]) -> tuple[float, list[str]]:
     """Answers a second, which are printed, and the answers."""
-    warm_up = [prompt._replace(documents=prompt.documents[::-1]) for prompt in prompts[:4]]
+    # With the longest, for which vLLM starts.
+    longest = sorted(prompts, key=lambda prompt: sum(map(len, prompt.documents)))[-4:]
+    warm_up = [prompt._replace(documents=prompt.documents[::-1]) for prompt in longest]
     list(teacher.answers(warm_up))
     started = time.perf_counter()
     given = dict(teacher.answers(prompts))
@@ -68,12 +75,35 @@ def right(answers: Sequence[str], gold: Sequence[str]) -> np.ndarray:
     return np.array([accuracy(answer, [one]) for answer, one in zip(answers, gold, strict=True)])
 
 
+def by_vllm(*, quick: bool) -> list[str]:
+    """Answers of vLLM; its line is printed as it comes."""
+    words = [str(OF_VLLM), __file__, "--vllm", *(["--quick"] if quick else [])]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        *lines, last = process.stdout.read().splitlines() or [""]
+    print("\n".join(lines))
+    if process.returncode:
+        sys.exit("vLLM failed")
+    return json.loads(last)
+
+
 def main() -> None:
-    options = arguments(__doc__)
+    flags = parser(__doc__)
+    flags.add_argument("--vllm", action="store_true", help="measure vLLM alone, here")
+    options = flags.parse_args()
     source = resolve(MODEL)
     prompts, gold = real_prompts()
     chosen = spread(60 if options.quick else len(prompts), len(prompts))
     prompts, gold = [prompts[n] for n in chosen], [gold[n] for n in chosen]
+    if options.vllm:
+        from scaledown.data.teacher.api import load_teacher
+        from scaledown.data.teacher.base import Engine
+
+        teacher = load_teacher(source, "cpu", DTYPE, Generation(NEW_TOKENS), Engine(backend="vllm"))
+        _, answers = run("vllm", teacher, prompts)
+        teacher.close()  # type: ignore[attr-defined]
+        print(json.dumps(answers))
+        return
     some = [prompts[n] for n in spread(12 if options.quick else 200, len(prompts))]
     print(
         f"{machine()}\n{MODEL}, {DTYPE} on transformers, {len(prompts)} real questions ({len(some)} of "
@@ -88,7 +118,11 @@ def main() -> None:
     theirs = right(answers, gold)
     ratio = batched / base
     fast = verdict(f"transformers, batch {BATCH}", f"{ratio:.2f}x", "1.4x", met=ratio >= 1.4)
-    print("  not measured: vllm (CUDA only), endpoint (its server's speed)")
+    if OF_VLLM.exists():
+        print(f"  accuracy of vllm: {right(by_vllm(quick=options.quick), gold).mean():.3f}")
+    else:
+        print("  not measured: vllm (make test-vllm)")
+    print("  not measured: endpoint (its server's speed)")
     if importlib.util.find_spec("openvino_genai") is None:
         print(f"  not measured: openvino ({install_command('openvino')}); accuracy {theirs.mean():.3f}")
         close("teachers", ratio, 1.4)

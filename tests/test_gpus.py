@@ -12,8 +12,8 @@ from scaledown.data.retrieval.encoders import DenseEncoder
 from scaledown.data.retrieval.splade import SpladeEncoder, _from_sentence_transformers
 from scaledown.data.teacher.base import Generation
 from scaledown.data.teacher.engines.transformers import TransformersTeacher
+from scaledown.devices.gpus import GIB, OnDevice
 from scaledown.errors import ModelError
-from scaledown.gpus import GIB, OnDevice
 from scaledown.models import resolve
 from scaledown.student.compressors.layers import load_compressor
 from scaledown.student.model import ScaleDownModel

@@ -17,7 +17,7 @@ LAYERS = [
     {"report", "metrics", "models", "command"},
     {"run"},
     {"config"},
-    {"records", "text", "urls", "gpus", "extensions", "errors"},
+    {"records", "text", "urls", "devices", "extensions", "errors"},
 ]
 MOST_ROOMS = 17
 DEEPEST = 8

@@ -153,13 +153,18 @@ def cross_encoder(folder: Path) -> Path:
 
 
 def causal_lm(
-    folder: Path, chat_template: str | None = CHATML, positions: int = 4096, *, tied: bool = False
+    folder: Path,
+    chat_template: str | None = CHATML,
+    positions: int = 4096,
+    *,
+    tied: bool = False,
+    width: int = 32,
 ) -> Path:
     torch.manual_seed(4)
     tokenizer = bytes_pairs(folder, chat_template)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,

@@ -94,15 +94,24 @@ def _run(words: list[str]) -> int:
     add_flags(lambda _: merge, CleanConfig)
     merge.set_defaults(run=_merge)
 
-    export = commands.add_parser("export", help="write training files in the format of another trainer")
-    export.add_argument("files", nargs="+", type=local_path, metavar="FILE", help=".json, .jsonl or .parquet")
+    export = commands.add_parser(
+        "export", help="write training files or a model's generator for other programs"
+    )
+    export.add_argument(
+        "files",
+        nargs="+",
+        type=local_path,
+        metavar="FILE",
+        help=".json, .jsonl or .parquet; with --format generator the folder of a trained model",
+    )
     export.add_argument(
         "--format",
         required=True,
-        choices=(*OUTPUT_FORMATS, "pisco", "trec"),
+        choices=(*OUTPUT_FORMATS, "pisco", "trec", "generator"),
         help="json, jsonl or parquet: a dataset with its card, as datasets.load_dataset reads it; pisco: a "
         "dataset on disk, as the trainer of OSCAR's authors reads it (github.com/naver/pisco); trec: the "
-        "rankings of a run",
+        "rankings of a run; generator: a trained model's generator as an ordinary causal LM, LoRA merged, "
+        "for a vLLM of your own (docs/serving.md)",
     )
     export.add_argument("--output_dir", required=True, type=local_path, metavar="DIR", help="a new folder")
     export.add_argument(
@@ -192,6 +201,8 @@ def _export(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--push_to_hub shares {', '.join(OUTPUT_FORMATS)}, not --format {arguments.format}")
     if arguments.private and not arguments.push_to_hub:
         raise UsageError("--private is for --push_to_hub: give both")
+    if arguments.format == "generator":
+        return _export_generator(arguments.files, output, overwrite=arguments.overwrite)
     if arguments.format == "trec":
         return _export_trec(arguments.files, output, overwrite=arguments.overwrite)
     if arguments.format == "pisco":
@@ -215,6 +226,14 @@ def _export(arguments: argparse.Namespace) -> int:
             address = push(output, arguments.push_to_hub, private=arguments.private)
             following = f'datasets.load_dataset("{arguments.push_to_hub}"); look: {address}'
     print(f"{output}: {_counted(count, 'record', 'records')}\n\nnext: {following}")
+    return 0
+
+
+def _export_generator(paths: Sequence[Path], output: Path, *, overwrite: bool) -> int:
+    if len(paths) > 1:
+        raise UsageError("--format generator takes one model: give its folder")
+    import_module("scaledown.student.export").export_generator(str(paths[0]), output, overwrite=overwrite)
+    print(f"{output}: the generator of {paths[0]}\n\nnext: vllm serve {output} --enable-prompt-embeds")
     return 0
 
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from filelock import FileLock
 
+from scaledown.devices.gpus import give_back
 from scaledown.errors import ModelError, NoRoomError, ScaleDownError
-from scaledown.gpus import give_back
 from scaledown.run.storage import cache_directory
 
 if TYPE_CHECKING:
@@ -230,6 +230,26 @@ def is_out_of_memory(error: BaseException) -> bool:
 def onto(device: str) -> dict[str, Any]:
     """What lets `from_pretrained` read weights straight onto a device: hosts may have less memory."""
     return {} if device == "cpu" else {"device_map": {"": device}}
+
+
+def kept_folder(kind: str, source: ModelSource, *settings: str) -> Path:
+    """Where what is made of exactly these weights lies in the cache, whether or not it exists.
+
+    Args:
+        kind: The folder of the cache.
+        source: The model that it is made of.
+        settings: What else it depends on.
+    """
+    if source.revision:
+        parts = [source.location, source.revision, source.gguf_file or ""]
+    else:
+        folder = Path(source.location).resolve()
+        files = [folder / source.gguf_file] if source.gguf_file else sorted(folder.iterdir())
+        stats = [(file, file.stat()) for file in files if file.is_file()]
+        parts = [f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats]
+    digest = hashlib.sha256("\n".join([*parts, *settings]).encode()).hexdigest()[:16]
+    label = re.sub(r"[^\w.-]+", "-", source.name.rstrip("/").rsplit("/", 1)[-1]).strip("-.")
+    return cache_directory() / kind / f"{label}-{digest}"
 
 
 def loadable(source: ModelSource) -> tuple[str, dict[str, Any]]:

@@ -15,8 +15,8 @@ import pytest
 from scaledown.config.prepare import PrepareConfig
 from scaledown.config.shared import Part
 from scaledown.data import workers
+from scaledown.devices.gpus import only
 from scaledown.errors import InputError, NoRoomError, RunDirectoryError, UsageError
-from scaledown.gpus import only
 from scaledown.run import executor
 from scaledown.run.directory import RunDirectory
 from scaledown.run.executor import Ending, LocalPool, Order, supervise

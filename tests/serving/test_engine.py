@@ -1,6 +1,5 @@
 """The engine alone: many requests at once, pieces of text, failures that stay with their own."""
 
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from asked import Asked
 from scaledown.config.serve import ServeConfig
 from scaledown.serving.answer_text import AnswerText
 from scaledown.serving.engine import EmbeddingCache, Engine
-from scaledown.serving.jobs import End, Event, Job, Piece, Scores
+from scaledown.serving.jobs import End, Job, Piece, Scores
 from scaledown.serving.protocol import RequestError
 from scaledown.student import decoding
 from scaledown.student.model import ScaleDownModel
@@ -38,26 +38,6 @@ def engine(model: ScaleDownModel) -> Iterator[Engine]:
     yield made
     made.stop(10)
     assert not made._thread.is_alive()
-
-
-class Asked:
-    """A request, and what came back."""
-
-    def __init__(self, engine: Engine, query: str, documents: list[str], **changes: Any) -> None:
-        self.events: queue.Queue[Event] = queue.Queue()
-        self.job = Job(query, documents, self.events.put, **{"rate": 16, "max_new_tokens": 6, **changes})
-        engine.submit(self.job)
-
-    def all(self) -> list[Event]:
-        found = [self.events.get(timeout=60)]
-        while isinstance(found[-1], Piece):
-            found.append(self.events.get(timeout=60))
-        return found
-
-    def text(self) -> str:
-        *pieces, end = self.all()
-        assert isinstance(end, End), end
-        return "".join(piece.text for piece in pieces if isinstance(piece, Piece))
 
 
 def test_a_thousand_at_once_get_their_own_answers(engine: Engine, model: ScaleDownModel) -> None:
@@ -154,7 +134,7 @@ def test_logits_that_are_no_numbers_end_their_own_request(
     def fails(*_: Any) -> int:
         raise RuntimeError("probability tensor contains either inf, nan or element < 0")
 
-    monkeypatch.setattr("scaledown.serving.engine._by_chance", fails)
+    monkeypatch.setattr("scaledown.student.engines.transformers._Chance.draw", fails)
     greedy = [Asked(engine, f"Why {n}?", ["No."]) for n in range(3)]
     (error,) = Asked(engine, "Why?", ["No."], temperature=1.0).all()
     assert isinstance(error, RequestError)

@@ -499,7 +499,7 @@ def fences(language: str) -> list[str]:
 
 
 def test_the_pages_requests_are_answered(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
-    (snippet,) = fences("python")
+    snippet, *_ = fences("python")
     exec(compile(snippet.replace("8000", str(server.port)), "serving.md", "exec"), {})
     assert "document_tokens" in capsys.readouterr().out
     (asked,) = [text for text in fences("bash") if text.startswith("curl")]

@@ -5,7 +5,7 @@ from typing import Final
 
 from scaledown.config.options import Options, Range, check_ending, option
 from scaledown.config.prepare import OUTPUT
-from scaledown.config.shared import AUTO_DTYPE, DTYPES, MACHINE
+from scaledown.config.shared import AUTO_DTYPE, DTYPES, ENGINES, ENGINES_HELP, MACHINE
 from scaledown.config.train import BUDGETS
 from scaledown.errors import UsageError
 
@@ -59,8 +59,15 @@ class AnswerConfig(Options):
         local=True,
         metavar="FILE",
     )
+    engine: str = option("auto", MACHINE, ENGINES_HELP, role="operation", choices=ENGINES)
     batch_size: int = option(
-        8, MACHINE, "queries answered at once", "queries", role="result", within=Range(1)
+        0,
+        MACHINE,
+        "queries answered at once; 0: 8, with vllm 256",
+        "queries",
+        role="result",
+        within=Range(0),
+        metavar="N",
     )
     device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", role="result", metavar="DEVICE")
     dtype: str = option("auto", MACHINE, AUTO_DTYPE, role="result", choices=DTYPES)

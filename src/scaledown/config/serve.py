@@ -7,7 +7,7 @@ from typing import Final
 
 from scaledown.config.options import Options, Range, option
 from scaledown.config.prepare import OUTPUT
-from scaledown.config.shared import AUTO_DTYPE, DTYPES, MACHINE
+from scaledown.config.shared import AUTO_DTYPE, DTYPES, ENGINES, ENGINES_HELP, MACHINE
 from scaledown.config.train import BUDGETS
 from scaledown.errors import UsageError
 
@@ -107,6 +107,7 @@ class ServeConfig(Options):
         "also log queries and answers; without it, no text of a request is logged",
         role="report",
     )
+    engine: str = option("auto", MACHINE, ENGINES_HELP, role="operation", choices=ENGINES)
     batch_size: int = option(
         32, MACHINE, "answers written at the same time", "answers", role="result", within=Range(1)
     )

@@ -12,6 +12,10 @@ from scaledown.extensions import TEACHER_ENGINES
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 AUTO_DTYPE: Final = "auto is bfloat16 on CUDA, float16 on its GPUs before compute capability 8, else float32"
 BACKENDS: Final = ("auto", *TEACHER_ENGINES)
+ENGINES: Final = ("auto", "vllm", "transformers")
+ENGINES_HELP: Final = (
+    "what writes the answers; auto: vllm where it is installed for the device, else transformers"
+)
 EXECUTORS: Final = ("local", "ray")
 DUPLICATES: Final = ("exact", "near")
 CLEANING: Final = "cleaning (docs/cleaning.md)"
@@ -140,8 +144,8 @@ class EngineConfig(Options):
     teacher_backend: str = option(
         "auto",
         ENGINE,
-        "what runs the teacher; auto: endpoint with --teacher_endpoint, vllm on CUDA and openvino on a CPU "
-        "if they are installed, else transformers",
+        "what runs the teacher; auto: endpoint with --teacher_endpoint, vllm on CUDA, openvino or else vllm "
+        "on a CPU if they are installed, else transformers",
         role="result",
         choices=BACKENDS,
     )

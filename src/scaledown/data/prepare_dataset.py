@@ -49,7 +49,7 @@ from scaledown.data.teacher.api import engine_of
 from scaledown.data.teacher.base import Teacher
 from scaledown.data.teacher.questions import write_questions
 from scaledown.data.workers import settings_of
-from scaledown.gpus import OnDevice
+from scaledown.devices.gpus import OnDevice
 from scaledown.models import ModelSource
 from scaledown.run.directory import RunDirectory
 from scaledown.run.locations import output_of, run_of

@@ -12,8 +12,8 @@ from scaledown.config.prepare import PrepareConfig
 from scaledown.data.input.corpus import PassageTable
 from scaledown.data.prompts import LIKELIHOOD_AFTER, LIKELIHOOD_BEFORE
 from scaledown.data.retrieval.splade import by_length
+from scaledown.devices.gpus import OnDevice
 from scaledown.errors import ModelError, UsageError
-from scaledown.gpus import OnDevice
 from scaledown.models import (
     Halving,
     ModelSource,

@@ -19,6 +19,7 @@ from scaledown.config.train import TrainConfig
 from scaledown.data.input.download import fetched
 from scaledown.data.input.gold import read_gold
 from scaledown.data.reranker import resolve_reranker
+from scaledown.devices.gpus import OnDevice
 from scaledown.errors import InputError, UsageError
 from scaledown.evaluation.baselines import ECHOES, OF_A_RATE
 from scaledown.evaluation.efficiency import Cost, Seconds, Shape, costs, machine
@@ -26,7 +27,6 @@ from scaledown.evaluation.evaluate import ANSWERS, evaluate
 from scaledown.evaluation.results import Comparison, Results, Run
 from scaledown.evaluation.statistics import Difference, difference
 from scaledown.extensions import MEASURES
-from scaledown.gpus import OnDevice
 from scaledown.models import choose_device, dtype_to_run, onto, quiet_libraries, resolve
 from scaledown.run.atomic import atomic, read_json, write_json
 from scaledown.run.directory import fingerprint

@@ -21,6 +21,7 @@ from scaledown.data.reranker import LIKELIHOOD_PREFIX, load_reranker, resolve_re
 from scaledown.data.retrieval.encoders import is_sparse
 from scaledown.data.teacher.api import find_teacher
 from scaledown.data.teacher.base import Engine
+from scaledown.devices.gpus import OnDevice
 from scaledown.errors import ModelError, OutputError, RunDirectoryError, UsageError
 from scaledown.evaluation import questions, ranking, systems
 from scaledown.evaluation.baselines import ECHOES, READERS
@@ -40,7 +41,6 @@ from scaledown.evaluation.results import (
 )
 from scaledown.evaluation.scoring import score
 from scaledown.extensions import MEASURES
-from scaledown.gpus import OnDevice
 from scaledown.models import ModelSource, choose_device, dtype_to_run, onto, quiet_libraries, resolve
 from scaledown.report.page import html
 from scaledown.run.atomic import atomic, read_json

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import IO, Any, Final, NamedTuple, Protocol, TypeVar, cast
 
 from scaledown import errors
+from scaledown.devices.gpus import only
 from scaledown.errors import InputError, NoRoomError, RunDirectoryError, ScaleDownError
-from scaledown.gpus import only
 from scaledown.run.leases import TRIES, Leases
 
 log = logging.getLogger("scaledown")

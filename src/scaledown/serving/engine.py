@@ -1,6 +1,7 @@
 """The engine: requests wait, join the answers that are being written, and leave when they are done.
 
-One thread owns the model. Requests come in and pieces of answers go out by thread-safe calls.
+One thread owns the model and the `Generation` that writes, on transformers or vLLM. Requests come in and
+pieces of answers go out by thread-safe calls.
 """
 
 import contextlib
@@ -16,15 +17,15 @@ import torch
 
 from scaledown.config.serve import ServeConfig
 from scaledown.config.train import BUDGETS
-from scaledown.errors import InputError, ScaleDownError
-from scaledown.gpus import give_back
+from scaledown.devices.gpus import give_back
+from scaledown.errors import InputError, ModelError, ScaleDownError
 from scaledown.models import is_out_of_memory
 from scaledown.serving.answer_text import AnswerText
 from scaledown.serving.jobs import End, Job, Piece, Scores, Usage
 from scaledown.serving.protocol import RequestError
-from scaledown.student.batch import Document, Encoded
-from scaledown.student.decoding import Decoding
-from scaledown.student.inference.answering import Question
+from scaledown.student.batch import Document, Encoded, Question
+from scaledown.student.engines.base import Generation, Sampling
+from scaledown.student.engines.transformers import TransformersGeneration
 
 log = logging.getLogger("scaledown")
 
@@ -32,7 +33,6 @@ _SHUTTING_DOWN: Final = "the server is shutting down"
 _FAILED: Final = "the model failed on this request"
 _FAILURES: Final = 3  # times in a row that the model may fail before the engine gives up
 _TRY_AGAIN: Final = 100  # answers, after which more at once are tried than fitted before
-_COLDEST: Final = 1e-4  # of temperatures: below, nothing but the likeliest has a chance
 _POSITIONS: Final = 1 << 13  # of prompts that are read together, padding included: bounds memory
 
 
@@ -44,7 +44,6 @@ class _Row:
     text: AnswerText
     usage: Usage
     written: int = 0
-    random: torch.Generator | None = None
 
 
 class EmbeddingCache:
@@ -100,7 +99,8 @@ class _Made(NamedTuple):
 class Engine:
     """Answers and scores by one `ScaleDownModel`, many at a time."""
 
-    def __init__(self, model: Any, config: ServeConfig) -> None:
+    def __init__(self, model: Any, config: ServeConfig, generation: Generation | None = None) -> None:
+        """`generation` writes the answers; without one the model's own generator does."""
         self._model = model
         self._config = config
         self._waiting: deque[Job] = deque()
@@ -108,7 +108,7 @@ class Engine:
         self._admitted: list[Job] = []
         """That wait no longer, and are no rows yet."""
         self._rows: list[_Row] = []
-        self._decoding = Decoding(model.generator)
+        self._generation = TransformersGeneration(model) if generation is None else generation
         self._most_rows = config.batch_size
         self._answered = 0
         """Since `_most_rows` changed."""
@@ -166,6 +166,7 @@ class Engine:
             self._changed.notify()
         self._thread.join(patience)
         self._closed = True
+        self._generation.close()
         self._fail_all(RequestError(_SHUTTING_DOWN, 503))
 
     # The engine's thread.
@@ -194,6 +195,8 @@ class Engine:
                     self._advance()
                 if fine:
                     self._failures = 0
+            except ModelError as error:  # what writes has ended
+                self.failed = f"{error}: start the server again"
             except Exception as error:
                 rows = len(self._rows)
                 self._drop_rows(error)
@@ -210,7 +213,7 @@ class Engine:
         for row in self._rows:
             row.job.finish(told)
         self._rows = []
-        self._decoding.keep([])
+        self._generation.keep([])
 
     def _count_failure(self) -> None:
         log.exception("the model failed; the requests that it worked on get an error")
@@ -225,11 +228,15 @@ class Engine:
             log.warning("out of memory: at most %s answers at once for now", self._most_rows)
         give_back()
 
-    def _admit(self) -> bool:
-        """Begin with as many of those that wait as there is room for; gives whether the model did well."""
+    def _room(self) -> int:
+        """Answers that may begin now."""
         if self._answered >= _TRY_AGAIN and self._most_rows < self._config.batch_size:
             self._most_rows, self._answered = min(2 * self._most_rows, self._config.batch_size), 0
-        room = self._most_rows - len(self._rows) if self._decoding.can_grow else 0
+        return self._most_rows - len(self._rows) if self._generation.can_grow else 0
+
+    def _admit(self) -> bool:
+        """Begin with as many of those that wait as there is room for; gives whether the model did well."""
+        room = self._room()
         with self._changed:
             while self._waiting and len(self._admitted) < room:
                 job = self._waiting.popleft()
@@ -238,9 +245,13 @@ class Engine:
         try:
             if self._admitted:
                 self._begin(self._admitted)
+        except ModelError as error:
+            for job in self._admitted:
+                job.finish(RequestError(str(error), 503))
+            raise
         except Exception as error:
             writing = {row.job for row in self._rows}
-            if len(self._decoding) != len(self._rows):  # it failed where new rows were joined to these
+            if len(self._generation) != len(self._rows):  # it failed where new rows were joined to these
                 self._drop_rows(error)
             left = [job for job in self._admitted if not (job.settled or job in writing)]
             if not is_out_of_memory(error):
@@ -278,25 +289,15 @@ class Engine:
                 usage = Usage(
                     question.encoded.prompt_length, 0, tokens, sum(map(len, own.embeddings)), asked.cut
                 )
-                begun.append((self._row(job, usage), question))
+                begun.append((_Row(job, AnswerText(self._model.tokenizer, job.stops), usage), question))
         parts = _alike(begun)
-        while parts and self._decoding.can_grow:
+        while parts and self._generation.can_grow:
             part = parts.pop(0)
-            with self._model.using():
-                self._decoding.join(*self._model.prompts([question for _, question in part]))
+            samplings = [_sampling(row.job) for row, _ in part]
+            self._generation.join([question for _, question in part], samplings)
             self._rows += [row for row, _ in part]
         with self._changed:  # what could not join comes first, when these are done
             self._waiting.extendleft(row.job for part in reversed(parts) for row, _ in reversed(part))
-
-    def _row(self, job: Job, usage: Usage) -> _Row:
-        random = None
-        if job.temperature:
-            random = torch.Generator()
-            if job.seed is None:
-                random.seed()
-            else:
-                random.manual_seed(job.seed % (1 << 63))
-        return _Row(job, AnswerText(self._model.tokenizer, job.stops), usage, 0, random)
 
     def _read(self, job: Job) -> "_Asked":
         if not (job.compressed or job.ranks):
@@ -358,18 +359,23 @@ class Engine:
         return Question(encoded, torch.cat(made.embeddings))
 
     def _advance(self) -> None:
-        """One token for each answer that is being written."""
-        tokens = self._decoding.logits.argmax(-1).tolist()
-        for place, row in enumerate(self._rows):
-            if row.random is not None:
-                with _blamed(row.job):  # a row of which none can be drawn ends, and no other
-                    tokens[place] = _by_chance(self._decoding.logits[place], row.job, row.random)
+        """Some more of each answer that is being written."""
         going: list[int] = []
-        stops = self._model.stops
-        for place, (row, token) in enumerate(zip(self._rows, tokens, strict=True)):
+        for place, (row, tokens) in enumerate(zip(self._rows, self._generation.tokens(), strict=True)):
             if row.job.cancelled or row.job.settled:
                 continue
-            ended = token in stops
+            if isinstance(tokens, Exception):
+                log.error("a request failed", exc_info=tokens)
+                row.job.finish(RequestError(_FAILED, 500))
+            elif self._goes_on(row, tokens):
+                going.append(place)
+        self._rows = [self._rows[place] for place in going]
+        self._generation.keep(going)
+
+    def _goes_on(self, row: _Row, tokens: Sequence[int]) -> bool:
+        """Send what tokens add to an answer; gives whether there is more to come."""
+        for token in tokens:
+            ended = token in self._model.stops
             row.written += 1
             if not ended and (text := row.text.add(token)):
                 row.job.send(Piece(text))
@@ -379,15 +385,8 @@ class Engine:
                 reason = "stop" if ended or row.text.stopped else "length"
                 row.job.finish(End(reason, row.usage._replace(completion=row.written)))
                 self._answered += 1
-            else:
-                going.append(place)
-        with self._model.using():
-            if len(going) < len(self._rows):
-                self._rows = [self._rows[place] for place in going]
-                self._decoding.keep(going)
-            if going:
-                chosen = torch.tensor([tokens[place] for place in going], device=self._model.device)
-                self._decoding.step(chosen)
+                return False
+        return True
 
     def _fail_all(self, error: RequestError) -> None:
         with self._changed:
@@ -411,14 +410,8 @@ def _blamed(job: Job) -> Iterator[None]:
         job.finish(RequestError(_FAILED, 500))
 
 
-def _by_chance(logits: torch.Tensor, job: Job, random: torch.Generator) -> int:
-    """The next token, drawn by its probability: of those that together have `top_p`."""
-    scores = logits.float().cpu()
-    scores = (scores - scores.max()) / max(job.temperature, _COLDEST)
-    ordered, places = scores.softmax(-1).sort(descending=True)
-    before = ordered.cumsum(-1) - ordered
-    ordered[1:][before[1:] >= job.top_p] = 0  # the likeliest stays, however little is asked for
-    return int(places[torch.multinomial(ordered, 1, generator=random)])
+def _sampling(job: Job) -> Sampling:
+    return Sampling(job.max_new_tokens, job.temperature, job.top_p, job.seed)
 
 
 def _alike(begun: Sequence[tuple[_Row, Question]]) -> list[list[tuple[_Row, Question]]]:

@@ -10,7 +10,7 @@ from typing import Any
 from scaledown.command import Usage, run_cli
 from scaledown.config.serve import GROUPS, ServeConfig, api_key
 from scaledown.errors import MissingExtraError, UsageError, install_command
-from scaledown.models import choose_device, dtype_to_run, onto, quiet_libraries
+from scaledown.models import choose_device, dtype_to_run, onto, quiet_libraries, resolve
 
 log = logging.getLogger("scaledown")
 
@@ -49,11 +49,11 @@ def serve(config: ServeConfig) -> int:
 
     listener = listen(config)  # before the model is loaded: a port that is taken is told at once
     with listener:
-        model = _load(config)
+        model, generation = _load(config)
         model.config.check_rate(config.compression_rate or model.config.compression_rate)
         model.config.check_budget(config.budget)
         name = Path(config.model).resolve().name if Path(config.model).is_dir() else config.model
-        engine = Engine(model, config)
+        engine = Engine(model, config, generation)
         app = Server(engine, model.config, name, config, key).app()
         options: dict[str, Any] = {
             "log_config": None,
@@ -67,7 +67,8 @@ def serve(config: ServeConfig) -> int:
         engine.start(on_failure=lambda: setattr(server, "should_exit", True))
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
-        log.info("ready: %s at http://%s:%s/v1, on %s", name, host, port, model.device)
+        writer = "transformers" if generation is None else "vLLM"
+        log.info("ready: %s at http://%s:%s/v1, by %s on %s", name, host, port, writer, model.device)
         try:
             server.run([listener])
         except KeyboardInterrupt:  # uvicorn raises the signal again when all is done
@@ -106,16 +107,23 @@ def _telling(config: ServeConfig) -> Iterator[None]:
         ) from error
 
 
-def _load(config: ServeConfig) -> Any:
+def _load(config: ServeConfig) -> tuple[Any, Any]:
+    """The model, and what writes its answers where that is not its own generator."""
     quiet_libraries()
+    from scaledown.student.engines.base import choose_engine
     from scaledown.student.model import ScaleDownModel
 
     device = choose_device(config.device)
+    by_vllm = choose_engine(config.engine, device) == "vllm"
     dtype = dtype_to_run(config.dtype, device)
     model = ScaleDownModel.from_pretrained(config.model, dtype=dtype, **onto(device)).eval()
     if model.config.generator_training == "lora":
         model.merge_lora()
-    return model
+    if not by_vllm:
+        return model, None
+    from scaledown.student.engines.vllm import VllmGeneration
+
+    return model, VllmGeneration(model, resolve(config.model), device, config.batch_size)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -13,13 +14,14 @@ from scaledown.config.answer import GROUPS, AnswerConfig
 from scaledown.data.input.training_files import Entry, entries, is_unicode, unanswerable
 from scaledown.data.output.writers import write_examples
 from scaledown.errors import InputError, each_or_error
-from scaledown.models import choose_device, dtype_to_run, onto
+from scaledown.models import choose_device, dtype_to_run, onto, resolve
 from scaledown.run.outputs import check_output, note_made
 from scaledown.run.progress import track
 
 log = logging.getLogger("scaledown")
 
 _AT_ONCE: Final = 256  # records that are held
+_BATCH: Final = 8  # of them, what transformers takes together
 _COLUMNS: Final = pa.schema(
     {
         "query": pa.string(),
@@ -45,23 +47,36 @@ def answer(config: AnswerConfig, *, overwrite: bool = False) -> Answered:
     if config.output_file:
         output = Path(config.output_file)
         check_output("--output_file", output, [config.data], made="answer", overwrite=overwrite)
-    model = _load(config)
-    if config.output_file:
-        return _answer_file(model, config)
-    for piece in model.stream(
-        config.query, list(config.document), max_new_tokens=config.max_new_tokens, **_way(config)
-    ):
-        print(piece, end="", flush=True)
-    print()
+    model, config = _load(config)
+    try:
+        if config.output_file:
+            return _answer_file(model, config)
+        for piece in model.stream(
+            config.query, list(config.document), max_new_tokens=config.max_new_tokens, **_way(config)
+        ):
+            print(piece, end="", flush=True)
+        print()
+    finally:
+        if model.engine is not None:
+            model.engine.close()
     return Answered()
 
 
-def _load(config: AnswerConfig) -> Any:
+def _load(config: AnswerConfig) -> tuple[Any, AnswerConfig]:
+    """The model with its engine, and the settings with the batch that suits it."""
+    from scaledown.student.engines.base import choose_engine
     from scaledown.student.model import ScaleDownModel
 
     device = choose_device(config.device)
+    by_vllm = choose_engine(config.engine, device) == "vllm"
     dtype = dtype_to_run(config.dtype, device)
-    return ScaleDownModel.from_pretrained(config.model, dtype=dtype, **onto(device))
+    model = ScaleDownModel.from_pretrained(config.model, dtype=dtype, **onto(device))
+    config = replace(config, batch_size=config.batch_size or (_AT_ONCE if by_vllm else _BATCH))
+    if by_vllm:
+        from scaledown.student.engines.vllm import VllmGeneration
+
+        model.engine = VllmGeneration(model, resolve(config.model), device, config.batch_size)
+    return model, config
 
 
 def _way(config: AnswerConfig) -> dict[str, Any]:

@@ -58,6 +58,19 @@ class Encoded(NamedTuple):
         return sum(map(len, self.prompt_parts)) + embeddings
 
 
+class Question(NamedTuple):
+    """A prompt, and what stands for its documents where that is known."""
+
+    encoded: Encoded
+    embeddings: torch.Tensor | None
+    """[memory tokens of all documents, width] where they were given."""
+
+    @property
+    def length(self) -> int:
+        """What a batch is sorted by: the generator's tokens that are text, and the documents."""
+        return sum(map(len, self.encoded.prompt_parts)) + len(self.encoded.prompt_parts)
+
+
 class Group(TypedDict):
     """Documents of similar length, padded on the right."""
 

@@ -100,6 +100,17 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         self.config.generator_training = "frozen"
         self._set_trained()
 
+    def save_generator(self, folder: Path) -> None:
+        """Write the generator alone as an ordinary causal LM, with its tokenizer; LoRA is merged first."""
+        if self.config.generator_training == "lora":
+            self.merge_lora()
+        self.generator.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def forget_generator(self) -> None:
+        """Keep of the generator its embeddings of tokens alone: another engine writes the answers."""
+        self.generator = _Embeddings(self.generator)
+
     def _set_trained(self) -> None:
         """Say which of the generator's weights are trained; all others are."""
         training = self.config.generator_training
@@ -295,6 +306,21 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
                     commit_message=commit_message,
                 )
             )
+
+
+class _Embeddings(nn.Module):
+    """What is needed of a generator to make prompts that another engine reads."""
+
+    def __init__(self, generator: Any) -> None:
+        super().__init__()
+        self.embeddings = generator.get_input_embeddings()
+        self.config = generator.config
+        self.generation_config = generator.generation_config
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Of its tokens."""
+        embeddings: nn.Embedding = self.embeddings
+        return embeddings
 
 
 def read_settings(source: ModelSource) -> ScaleDownConfig:

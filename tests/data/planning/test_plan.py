@@ -15,7 +15,7 @@ from scaledown.data.planning import plan as planning
 from scaledown.data.planning import sample as sampling
 from scaledown.data.planning import trial
 from scaledown.data.workers import gpu_workers
-from scaledown.gpus import GIB
+from scaledown.devices.gpus import GIB
 
 RERANK = ("--enable_reranking", "--top_k_retrieval", "6", "--top_k_reranking", "3")
 

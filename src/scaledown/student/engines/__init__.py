@@ -1,0 +1,1 @@
+"""What writes a student's answers: a protocol, and an engine a file."""

@@ -1,0 +1,151 @@
+"""The generator of a student under vLLM: embeddings of prompts in, tokens out."""
+
+import itertools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from scaledown.devices.vllm import VllmEngine
+from scaledown.errors import ModelError
+from scaledown.models import ModelSource, kept_folder, loading
+from scaledown.student.batch import Question
+from scaledown.student.engines.base import Sampling
+
+log = logging.getLogger("scaledown")
+
+
+class VllmGeneration:
+    """A `Generation` by vLLM. The model keeps its compressor here and gives its generator away."""
+
+    def __init__(self, model: Any, source: ModelSource, device: str, batch_size: int) -> None:
+        """Start vLLM on the generator, which lies in the cache from the first time on.
+
+        Args:
+            model: A `ScaleDownModel`, of whose generator only the embeddings of tokens are left afterwards.
+            source: Where the model comes from.
+            device: `cpu`, `cuda` or `cuda:N`.
+            batch_size: Answers written at the same time, at most.
+
+        Raises:
+            NoRoomError: The device is too full.
+            ModelError: vLLM does not know the generator's architecture, or cannot load it.
+        """
+        folder = generator_folder(model, source)
+        model.forget_generator()
+        self._model = model
+        with loading(source):
+            self._engine = VllmEngine(
+                source.name,
+                device,
+                {
+                    "model": str(folder),
+                    "dtype": str(model.dtype).removeprefix("torch."),
+                    "max_model_len": -1,  # as much as the model reads and memory holds
+                    "max_num_seqs": batch_size,
+                    "enable_prompt_embeds": True,
+                    # Whether a position is a token or an embedding is not part of the cache's key; here a
+                    # prompt is all tokens or all embeddings, which its key does tell apart.
+                    "enable_prefix_caching": True,
+                    "trust_remote_code": False,
+                },
+            )
+        model.reader.context = min(model.reader.context, self._engine.context)
+        self._numbers = itertools.count()
+        self._rows: list[str] = []
+        self._refused: dict[str, Exception] = {}
+        self._finished: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def can_grow(self) -> bool:
+        """Always: vLLM schedules by itself."""
+        return True
+
+    def join(self, questions: Sequence[Question], samplings: Sequence[Sampling]) -> None:
+        """Ask for answers, which become the last rows; one that vLLM refuses gives its error as its tokens.
+
+        Raises `ModelError` where vLLM has ended.
+        """
+        for question, sampling in zip(questions, samplings, strict=True):
+            key = str(next(self._numbers))
+            self._rows.append(key)
+            try:
+                self._engine.add(key, self._prompt(question), self._params(sampling))
+            except ValueError as error:
+                self._refused[key] = error
+            except Exception as error:
+                raise ModelError(f"vLLM has ended ({type(error).__name__})") from error
+
+    def tokens(self) -> list[Sequence[int] | Exception]:
+        """What each row's answer goes on with; waits until there is something for one of them, or may be."""
+        found: dict[str, Sequence[int] | Exception] = {}
+        if not self._refused:
+            try:
+                outputs = self._engine.step()
+            except Exception as error:
+                raise ModelError(f"vLLM has ended ({type(error).__name__})") from error
+            for output in outputs:
+                (written,) = output.outputs
+                found[output.request_id] = list(written.token_ids)
+                if output.finished:
+                    self._finished.add(output.request_id)
+                    if written.finish_reason not in {"stop", "length"}:
+                        found[output.request_id] = RuntimeError(f"vLLM: {written.finish_reason}")
+        found |= self._refused
+        self._refused = {}
+        return [found.get(key, ()) for key in self._rows]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows; others that are not finished are given up."""
+        kept = [self._rows[place] for place in rows]
+        if gone := set(self._rows) - set(kept) - self._finished:
+            self._engine.abort(sorted(gone))
+        self._rows = kept
+        self._finished &= set(kept)
+
+    def close(self) -> None:
+        """End vLLM."""
+        self._engine.close()
+
+    def _prompt(self, question: Question) -> Any:
+        from vllm import TokensPrompt
+        from vllm.inputs import EmbedsPrompt
+
+        if question.embeddings is None:
+            return TokensPrompt(prompt_token_ids=[i for part in question.encoded.prompt_parts for i in part])
+        with self._model.using():
+            embedded, _ = self._model.prompts([question])
+        return EmbedsPrompt(prompt_embeds=embedded[0].cpu())
+
+    def _params(self, sampling: Sampling) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            stop_token_ids=list(self._model.stops),
+            ignore_eos=True,  # the model's own stops are all there are
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+
+def generator_folder(model: Any, source: ModelSource) -> Path:
+    """The model's generator as an ordinary folder in the cache, LoRA merged; written the first time."""
+    folder = kept_folder("generators", source, str(model.dtype))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            log.info("the generator is written once for vLLM: %s", folder)
+            temporary = folder.with_suffix(".tmp")
+            model.save_generator(temporary)
+            temporary.replace(folder)
+    return folder

@@ -1,0 +1,37 @@
+"""`scaledown export --format generator`: a student's generator for servers that know only ordinary models."""
+
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from scaledown.errors import OutputError
+from scaledown.run.atomic import put_in_place, write_json
+from scaledown.run.outputs import check_folder
+
+_NOTE: Final = "scaledown_generator.json"  # in a folder that this command made
+
+
+def export_generator(name: str, output: Path, *, overwrite: bool = False) -> None:
+    """Write the generator of a trained model as an ordinary causal LM, LoRA merged, with its tokenizer.
+
+    Args:
+        name: Folder of the model, or its name on the hub.
+        output: The folder, which appears when it is whole.
+        overwrite: Replace an earlier export.
+
+    Raises:
+        ModelError: The model cannot be read.
+        OutputError: The folder is there already, or cannot be made.
+    """
+    made = (output / _NOTE).exists()
+    check_folder(output, [Path(name)], made=made)
+    if made and not overwrite:
+        raise OutputError(f"--output_dir {output} is there already: name a new folder, or give --overwrite")
+    from scaledown.student.model import ScaleDownModel
+
+    model = ScaleDownModel.from_pretrained(name, dtype="auto")
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.", suffix=".tmp") as folder:
+        whole = Path(folder) / "whole"
+        model.save_generator(whole)
+        write_json(whole / _NOTE, {"student": name})
+        put_in_place(whole, output, Path(folder) / "before")

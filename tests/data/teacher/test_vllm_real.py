@@ -1,0 +1,151 @@
+"""The vLLM teacher on vLLM itself, built for a CPU: in an environment of its own, by `make test-vllm`."""
+
+import importlib.util
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from conftest import ROOT
+from scaledown.data.prompts import answer_prompt
+from scaledown.data.teacher.api import choose_backend, load_teacher
+from scaledown.data.teacher.base import Engine, Generation, Rejection, Teacher, answer_all
+from scaledown.errors import ModelError
+from scaledown.models import resolve
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("default"),  # vLLM's own
+    pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed: make test-vllm"),
+]
+
+MODEL = "bundled:smollm2-135m"
+DOCUMENT = "Penicillin\nAlexander Fleming discovered penicillin in 1928."
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.1")
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Iterator[Teacher]:
+    generation = Generation(max_new_tokens=16, logprobs=3)
+    made = load_teacher(resolve(MODEL), "cpu", "bfloat16", generation, Engine(backend="vllm"))
+    yield made
+    made.close()  # type: ignore[attr-defined]
+
+
+def prompts(document: str = DOCUMENT, temperature: float = 0.0):
+    questions = ["Who discovered penicillin?", "When was penicillin discovered?"]
+    return [answer_prompt(str(n), text, [document], temperature) for n, text in enumerate(questions)]
+
+
+def test_vllm_is_the_engine_of_a_cpu_where_it_is_installed() -> None:
+    assert choose_backend(Engine(), resolve(MODEL), "cpu", Generation()) == "vllm"
+
+
+def test_answers_come_from_the_documents_with_log_probabilities(teacher: Teacher) -> None:
+    answers = answer_all(teacher, prompts())
+    given = [answer for answer in answers if not isinstance(answer, Rejection)]
+    assert "Fleming" in given[0].text
+    assert "1928" in given[1].text
+    for answer in given:
+        assert 0 < answer.answer_tokens <= 16
+        found = answer.answer_logprobs
+        assert found is not None
+        assert len(found["tokens"]) == answer.answer_tokens
+        assert all(
+            len(row) == 3 and row == sorted(row, reverse=True) and row[0] <= 0
+            for row in found["top_logprobs"]
+        )
+
+
+def test_longer_prompts_start_the_engine_again_and_leave_no_process(teacher: Teacher) -> None:
+    before = set(multiprocessing.active_children())
+    long = DOCUMENT + " It is a medicine against bacteria." * 60
+    answers = answer_all(teacher, [*prompts(), *prompts(long)])
+    assert not [answer for answer in answers if isinstance(answer, Rejection)]
+    assert len(set(multiprocessing.active_children()) - before) <= 1
+    assert len(multiprocessing.active_children()) == 1
+
+
+def test_a_seed_repeats_a_sampled_answer(teacher: Teacher) -> None:
+    first, second = (answer_all(teacher, prompts(temperature=1.5)) for _ in range(2))
+    assert first == second
+    assert first != answer_all(teacher, prompts())
+
+
+def test_an_engine_that_is_killed_is_an_error_and_no_run_waits_for_it() -> None:
+    generation = Generation(max_new_tokens=400)
+    one = load_teacher(resolve(MODEL), "cpu", "bfloat16", generation, Engine(backend="vllm"))
+    many = [answer_prompt(str(n), f"Write a long story about {n}.", [DOCUMENT], 1.0) for n in range(64)]
+    answers = one.answers(many)
+    next(answers)
+    (core,) = multiprocessing.active_children()
+    timer = threading.Timer(0.5, lambda: os.kill(core.pid or 0, signal.SIGKILL))
+    timer.start()
+    with pytest.raises(ModelError, match="ended"):
+        list(answers)
+    one.close()  # type: ignore[attr-defined]
+
+
+SCRIPT = """
+import sys
+from scaledown.data.teacher import generate_teacher_answers
+
+if __name__ == "__main__":
+    record = {"query": "Who discovered penicillin?", "documents": [sys.argv[1]]}
+    options = {"max_new_tokens": 12, "backend": "vllm", "device": "cpu"}
+    print(generate_teacher_answers([record] * 3, sys.argv[2], **options))
+"""
+
+
+def test_a_script_of_ones_own_gets_answers_from_spawned_processes(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "own.py"), DOCUMENT, MODEL],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Fleming") >= 3
+    assert done.stdout.startswith("[{"), "standard output is for results"
+
+
+def test_ctrl_c_ends_a_run_in_one_line_and_its_processes(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "scaledown", "prepare", "--preset", "demo", "--teacher_backend", "vllm"]
+    words += ["--queries_file", str(ROOT / "examples" / "queries.txt"), "--max_new_tokens", "500"]
+    words += ["--temperature", "1.5", "--output_file", str(tmp_path / "data.json")]
+    interruptible = "import signal, runpy, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{interruptible}; sys.argv = {words[2:]!r}; runpy.run_module('scaledown', run_name='__main__')"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            deadline = time.monotonic() + 600
+            answered = tmp_path / "data.json.work" / "answers"
+            while not (answered.exists() and any(answered.rglob("*.jsonl"))) and time.monotonic() < deadline:
+                assert process.poll() is None, process.stderr and process.stderr.read()
+                time.sleep(0.2)
+            children = psutil.Process(process.pid).children(recursive=True)
+            assert children
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+            assert process.stderr is not None
+            told = process.stderr.read()
+            assert process.wait(60) == 130, told[-2000:]
+            assert "Traceback" not in told
+            _, alive = psutil.wait_procs(children, timeout=30)
+            assert not alive
+        finally:
+            process.kill()
