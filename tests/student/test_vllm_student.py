@@ -21,7 +21,7 @@ from scaledown.models import resolve
 from scaledown.serving.engine import Engine
 from scaledown.serving.jobs import End, Piece
 from scaledown.serving.protocol import RequestError
-from scaledown.student.engines.base import choose_engine
+from scaledown.student.engines.base import ENGINES, choose_engine
 from scaledown.student.engines.vllm import VllmGeneration
 from scaledown.student.export import export_generator
 from scaledown.student.model import ScaleDownModel
@@ -276,13 +276,13 @@ def test_the_command_takes_the_engine(library: type[Library], folder: Path, mode
 
 
 def test_which_engine_is_chosen(monkeypatch: pytest.MonkeyPatch, library: type[Library]) -> None:
-    assert choose_engine("auto", "cpu") == "vllm"
-    assert choose_engine("auto", "cuda") == choose_engine("transformers", "cpu") == "transformers"
+    assert choose_engine("auto", "cpu") is ENGINES["vllm"]
+    assert choose_engine("auto", "cuda") is choose_engine("transformers", "cpu") is ENGINES["transformers"]
     with pytest.raises(ModelError, match="--engine vllm on --device cuda"):
         choose_engine("vllm", "cuda")
     monkeypatch.delitem(sys.modules, "vllm")
     if importlib.util.find_spec("vllm") is None:
-        assert choose_engine("auto", "cpu") == "transformers"
+        assert choose_engine("auto", "cpu") is ENGINES["transformers"]
         with pytest.raises(MissingExtraError, match="--engine vllm needs vLLM"):
             choose_engine("vllm", "cpu")
 

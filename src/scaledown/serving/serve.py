@@ -114,16 +114,12 @@ def _load(config: ServeConfig) -> tuple[Any, Any]:
     from scaledown.student.model import ScaleDownModel
 
     device = choose_device(config.device)
-    by_vllm = choose_engine(config.engine, device) == "vllm"
+    engine = choose_engine(config.engine, device)
     dtype = dtype_to_run(config.dtype, device)
     model = ScaleDownModel.from_pretrained(config.model, dtype=dtype, **onto(device)).eval()
     if model.config.generator_training == "lora":
         model.merge_lora()
-    if not by_vllm:
-        return model, None
-    from scaledown.student.engines.vllm import VllmGeneration
-
-    return model, VllmGeneration(model, resolve(config.model), device, config.batch_size)
+    return model, engine.start(model, resolve(config.model), device, config.batch_size)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from scaledown.run.progress import track
 log = logging.getLogger("scaledown")
 
 _AT_ONCE: Final = 256  # records that are held
-_BATCH: Final = 8  # of them, what transformers takes together
 _COLUMNS: Final = pa.schema(
     {
         "query": pa.string(),
@@ -68,14 +67,11 @@ def _load(config: AnswerConfig) -> tuple[Any, AnswerConfig]:
     from scaledown.student.model import ScaleDownModel
 
     device = choose_device(config.device)
-    by_vllm = choose_engine(config.engine, device) == "vllm"
+    engine = choose_engine(config.engine, device)
+    config = replace(config, batch_size=config.batch_size or engine.batch)
     dtype = dtype_to_run(config.dtype, device)
     model = ScaleDownModel.from_pretrained(config.model, dtype=dtype, **onto(device))
-    config = replace(config, batch_size=config.batch_size or (_AT_ONCE if by_vllm else _BATCH))
-    if by_vllm:
-        from scaledown.student.engines.vllm import VllmGeneration
-
-        model.engine = VllmGeneration(model, resolve(config.model), device, config.batch_size)
+    model.engine = engine.start(model, resolve(config.model), device, config.batch_size)
     return model, config
 
 

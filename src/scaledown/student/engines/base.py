@@ -1,9 +1,11 @@
 """What writes a student's answers, many at a time: the protocol, and which engine it is."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from pkgutil import resolve_name
+from typing import Any, Final, NamedTuple, Protocol
 
 from scaledown.devices.vllm import check_vllm, runs_on
+from scaledown.models import ModelSource
 from scaledown.student.batch import Question
 
 
@@ -44,13 +46,44 @@ class Generation(Protocol):
         """Give back what is held outside of this process."""
 
 
-def choose_engine(name: str, device: str) -> str:
-    """`auto` becomes vLLM where it is installed for `device`, else transformers.
+class StudentEngine(NamedTuple):
+    """An engine that can write a student's answers."""
 
-    Raises `MissingExtraError` or `ModelError` where vLLM is asked for and cannot run.
+    suits: Callable[[str], bool]
+    """Whether `auto` takes it on a device."""
+    check: Callable[[str], None]
+    """Raises `MissingExtraError` or `ModelError` where it cannot run on a device."""
+    batch: int
+    """Answers that `scaledown answer` asks it to write at once."""
+    generation: str = ""
+    """`module:Class` of the `Generation` that takes the place of the model's own generator."""
+
+    def start(self, model: Any, source: ModelSource, device: str, batch_size: int) -> Generation | None:
+        """What writes the answers; None is the model's own generator."""
+        if not self.generation:
+            return None
+        made: Generation = resolve_name(self.generation)(model, source, device, batch_size)
+        return made
+
+
+ENGINES: Final = {
+    "vllm": StudentEngine(
+        runs_on,
+        lambda device: check_vllm(device, "--engine vllm"),
+        batch=256,
+        generation="scaledown.student.engines.vllm:VllmGeneration",
+    ),
+    "transformers": StudentEngine(lambda _: True, lambda _: None, batch=8),
+}
+"""By name; `auto` takes the first that suits."""
+
+
+def choose_engine(name: str, device: str) -> StudentEngine:
+    """The engine of that name, or for `auto` the first that suits the device.
+
+    Raises `MissingExtraError` or `ModelError` where one is asked for and cannot run.
     """
-    if name == "vllm":
-        check_vllm(device, "--engine vllm")
-    if name == "auto":
-        return "vllm" if runs_on(device) else "transformers"
-    return name
+    if name not in ENGINES:
+        return next(engine for engine in ENGINES.values() if engine.suits(device))
+    ENGINES[name].check(device)
+    return ENGINES[name]
