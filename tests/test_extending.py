@@ -128,7 +128,9 @@ def test_only_tables_know_names() -> None:
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Compare):
-                found = {one.value for one in ast.walk(node) if isinstance(one, ast.Constant)} & names
+                sides = [node.left, *node.comparators]
+                sides += [one for side in sides for one in getattr(side, "elts", [])]
+                found = {one.value for one in sides if isinstance(one, ast.Constant)} & names
                 assert not found, f"{path}:{node.lineno} compares with {found.pop()}"
 
 
@@ -178,7 +180,7 @@ def test_name_of_ours_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (Engine("vllm"), Generation(load_in_4bit=True), "name a quantised checkpoint"),
         (Engine("transformers", lora="adapter"), Generation(), "merge it into the model first"),
         (Engine("vllm", ("http://localhost/v1",)), Generation(), "exclude each other"),
-        (Engine("nothing"), Generation(), "use auto, transformers, openvino, vllm, endpoint"),
+        (Engine("nothing"), Generation(), "use auto, transformers, vllm, openvino, endpoint"),
         (Engine(lora="adapter"), Generation(load_in_8bit=True), "leave some out"),
     ],
 )
