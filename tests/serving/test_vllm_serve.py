@@ -49,7 +49,9 @@ def server(student: Path) -> Iterator[tuple[str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [str(Path(sys.executable).with_name("vllm")), "serve", str(generator), "--enable-prompt-embeds"]
+    # What `vllm serve` runs; the command itself wants a package that is called vllm.
+    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(generator)]
+    words += ["--enable-prompt-embeds"]
     words += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", "float32"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1"}
     log = student.with_name("log.txt")

@@ -19,6 +19,7 @@ log = logging.getLogger("scaledown")
 
 _CPU_CACHE: Final = 4 << 30  # bytes of keys and values on a CPU, where nothing else is asked for
 _CACHE_VARIABLE: Final = "VLLM_CPU_KVCACHE_SPACE"  # vLLM's own: GiB of the same
+_CPU_BATCH: Final = 4096  # tokens of prompts that are read together, which is vLLM's own choice
 _END_SECONDS: Final = 10.0  # that a process which was told to end may still take
 _ENVIRONMENT: Final = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # it forks, which CUDA here would not survive
@@ -97,7 +98,7 @@ class VllmEngine:
         Args:
             name: The model's, for messages.
             device: `cpu`, `cuda` or `cuda:N`, the first of its GPUs.
-            arguments: Of vLLM's `EngineArgs`.
+            arguments: Of vLLM's `EngineArgs`; `max_model_len` among them.
             tensor_parallel: GPUs that share the model.
             memory: Share of its device that the engine takes, 0 to 1; 0 is what is free of a GPU, and of a
                 CPU's memory room for 4 GiB of keys and values beside the weights.
@@ -107,7 +108,7 @@ class VllmEngine:
             Exception: Whatever vLLM raises where it cannot load the model; `models.loading` makes it ours.
         """
         gpus = gpus_of(device, tensor_parallel)
-        room = _room(name, device, gpus, memory)
+        room = _room(name, device, gpus, memory, arguments["max_model_len"])
         with _environment({**_ENVIRONMENT, **(only(os.environ, gpus) if gpus else {})}):
             from vllm import EngineArgs, LLMEngine
             from vllm.usage.usage_lib import UsageContext
@@ -157,11 +158,15 @@ class VllmEngine:
         self._engine.engine_core.outputs_queue.put_nowait(ModelError("vLLM's process has ended"))
 
 
-def _room(name: str, device: str, gpus: range, memory: float) -> dict[str, Any]:
+def _room(name: str, device: str, gpus: range, memory: float, context: int) -> dict[str, Any]:
     """What the engine may take of its device, as arguments of vLLM."""
     if device == "cpu":
-        # Compiling needs a C++ compiler and a minute, and gains little there.
-        room: dict[str, Any] = {"enforce_eager": True}
+        room: dict[str, Any] = {
+            "enforce_eager": True,  # compiling needs a C++ compiler, and minutes
+            # In 0.32 a prompt that is read in parts ends the engine, if its answer is drawn with a seed.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(_CPU_BATCH, context),
+        }
         if memory:
             room["gpu_memory_utilization"] = memory
         elif not os.environ.get(_CACHE_VARIABLE):

@@ -284,6 +284,8 @@ def test_on_a_cpu_the_cache_is_bounded_and_no_gpu_is_asked_for(teacher, monkeypa
     assert len(dict(one.answers(prompts(3)))) == 3
     assert FakeEngine.made.arguments["kv_cache_memory_bytes"] == 4 << 30
     assert FakeEngine.made.arguments["enforce_eager"] is True
+    assert FakeEngine.made.arguments["enable_chunked_prefill"] is False  # seeds and parts of prompts end it
+    assert FakeEngine.made.arguments["max_num_batched_tokens"] >= FakeEngine.made.arguments["max_model_len"]
     assert "CUDA_VISIBLE_DEVICES" not in FakeEngine.made.environment
     list(teacher(device="cpu", tensor_parallel=1, memory=0.3).answers(prompts(1)))
     assert FakeEngine.made.arguments["gpu_memory_utilization"] == 0.3

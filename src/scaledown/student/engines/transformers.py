@@ -57,7 +57,7 @@ class TransformersGeneration:
         """Go on with these rows, and let the model read their tokens."""
         if len(rows) < len(self):
             self._decoding.keep(rows)
-            self._chances = [self._chances[place] for place in rows]
+        self._chances = [self._chances[place] for place in rows]  # of more rows, where joining has failed
         if rows:
             chosen = torch.tensor([self._next[place] for place in rows], device=self._model.device)
             with self._model.using():

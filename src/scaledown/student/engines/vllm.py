@@ -4,17 +4,20 @@ import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from filelock import FileLock
 
 from scaledown.devices.vllm import VllmEngine
 from scaledown.errors import ModelError
+from scaledown.gpus import give_back
 from scaledown.models import ModelSource, kept_folder, loading
 from scaledown.student.batch import Question
 from scaledown.student.engines.base import Sampling
 
 log = logging.getLogger("scaledown")
+
+_CPU_CONTEXT: Final = 1 << 14  # tokens: a CPU reads prompts whole, and sets memory aside for the longest
 
 
 class VllmGeneration:
@@ -35,6 +38,7 @@ class VllmGeneration:
         """
         folder = generator_folder(model, source)
         model.forget_generator()
+        give_back()  # before vLLM sees what is free
         self._model = model
         with loading(source):
             self._engine = VllmEngine(
@@ -43,7 +47,8 @@ class VllmGeneration:
                 {
                     "model": str(folder),
                     "dtype": str(model.dtype).removeprefix("torch."),
-                    "max_model_len": -1,  # as much as the model reads and memory holds
+                    # As much as the model reads and memory holds.
+                    "max_model_len": min(model.reader.context, _CPU_CONTEXT) if device == "cpu" else -1,
                     "max_num_seqs": batch_size,
                     "enable_prompt_embeds": True,
                     # Whether a position is a token or an embedding is not part of the cache's key; here a
