@@ -85,12 +85,13 @@ def test_an_empty_flag_is_refused_by_its_name(name: str) -> None:
         parsed(*MINIMAL[: 2 if name == "output_file" else None], f"--{name}", "")
 
 
-def test_a_flag_that_names_one_file_refuses_a_second() -> None:
-    for name in ("output_file", "query_dataset", "teacher_model", "text_column"):
+def test_a_flag_that_names_one_input_refuses_a_second() -> None:
+    for name in ("query_dataset", "prompt"):
         with pytest.raises(UsageError, match=f"--{name} is given twice, and takes one value"):
             parsed("--queries_file", "q.txt", f"--{name}", "a.json", f"--{name}=b.json")
     assert parsed(*MINIMAL, "--corpus_path", "a", "--corpus-path", "b").corpus_path == ("a", "b")
-    assert parsed(*MINIMAL, "--seed", "1", "--seed", "2").seed == 2, "of numbers the last counts"
+    assert parsed(*MINIMAL, "--seed", "1", "--seed", "2").seed == 2, "of others the last counts"
+    assert parsed(*MINIMAL, "--output_file", "a.json", "--output_file", "b.json").output_file == "b.json"
 
 
 def test_a_manifest_of_before_had_one_corpus(tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def compare(data: Path, tmp_path: Path) -> Compare:
     def run(*words: str) -> int:
-        given = ["--data", str(data), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+        given = ["--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+        given += [] if "--data" in words else ["--data", str(data)]
         given += ["--max_new_tokens", "3", "--cost_batches", "1", "2", *COST]
         return main(["compare", *given, "--seed", "0", *words])
 

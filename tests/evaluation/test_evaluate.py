@@ -97,7 +97,8 @@ def evaluate(student: Path, data: Path, gold: Path, output: Path, models: dict[s
     """Run the command on the tiny student; flags given come last."""
 
     def command(*flags: str) -> int:
-        words = ["evaluate", "--model", str(student), "--data", str(data), "--gold", str(gold)]
+        words = ["evaluate", "--model", str(student), "--gold", str(gold)]
+        words += [] if "--data" in flags else ["--data", str(data)]
         words += ["--output_dir", str(output), "--max_new_tokens", "6", "--device", "cpu"]
         words += ["--pruning_reranker", str(models["cross_encoder"]), *flags]
         return main(words)

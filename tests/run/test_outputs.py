@@ -242,7 +242,7 @@ def test_the_home_folder_in_every_path(command: list[str], made: str, home: Path
         (PrepareConfig, {"queries_file": ["~/q"], "output_file": "~/o.json"}),
         (IndexConfig, {}),
         (TrainConfig, {"train_data": ["~/t.json"]}),
-        (PretrainConfig, {"corpus_path": "~/c"}),
+        (PretrainConfig, {"corpus_path": ["~/c"]}),
         (EvaluateConfig, {"model": "~/m", "data": "~/d"}),
         (CompareConfig, {"data": "~/d"}),
     ],

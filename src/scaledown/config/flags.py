@@ -25,9 +25,9 @@ _METAVARS: Final = {int: "N", float: "X"}
 
 
 class _Once(argparse.Action):
-    """Stores a value, and refuses a second one that names a file, model or column.
+    """Stores the value of a flag that names an input, and refuses a second one: the first would be lost.
 
-    Of two inputs one would be lost in silence. Of numbers and choices the last counts, as scripts expect.
+    Of all other flags the last counts, as scripts expect.
     """
 
     def __call__(
@@ -37,22 +37,19 @@ class _Once(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        names = self.type not in {int, float} and not self.choices
-        if isinstance(parser, Parser) and option_string and names:
-            if option_string in parser.given:
+        if isinstance(parser, Parser):
+            if self.dest in parser.given:
                 parser.error(f"{option_string} is given twice, and takes one value: give it once")
-            parser.given.add(option_string)
+            parser.given.add(self.dest)
         setattr(namespace, self.dest, values)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ours, and that drops no input because another came after it."""
+    """A parser whose errors are ours."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         self.given: set[str] = set()
         super().__init__(*arguments, **settings)
-        self.register("action", None, _Once)
-        self.register("action", "store", _Once)
 
     def parse_known_args(self, *arguments: Any, **settings: Any) -> Any:
         """As argparse does; flags of an earlier call do not count."""
@@ -157,6 +154,8 @@ def _add_flag(
     if isinstance(hint, types.GenericAlias):
         group.add_argument(flag, action="extend", nargs="+", **arguments)
     else:
+        if about.role == "input" or about.path:
+            arguments["action"] = _Once
         group.add_argument(flag, type=hint, **arguments)
 
 

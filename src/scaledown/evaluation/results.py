@@ -3,7 +3,7 @@
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import scaledown
 from scaledown.errors import InputError, one_line
@@ -14,7 +14,9 @@ from scaledown.evaluation.statistics import Difference, Estimate, difference, es
 from scaledown.extensions import COMPRESSORS
 from scaledown.run.atomic import read_json, write_json
 from scaledown.run.progress import track
-from scaledown.student.compressor import Compressor
+
+if TYPE_CHECKING:
+    from scaledown.student.compressor import Compressor
 
 SCHEMA: Final = 2
 FILE: Final = "results.json"
@@ -77,7 +79,7 @@ class Run(NamedTuple):
         return str(self.results.model["compressor"])
 
     @property
-    def kind(self) -> Compressor:
+    def kind(self) -> "Compressor":
         """What the kind declares, where this process knows it; else as of a model of its own."""
         found: Compressor = COMPRESSORS.find(self.compressor)
         return found

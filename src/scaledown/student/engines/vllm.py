@@ -8,9 +8,9 @@ from typing import Any, Final
 
 from filelock import FileLock
 
+from scaledown.devices.gpus import give_back
 from scaledown.devices.vllm import VllmEngine
 from scaledown.errors import ModelError
-from scaledown.gpus import give_back
 from scaledown.models import ModelSource, kept_folder, loading
 from scaledown.student.batch import Question
 from scaledown.student.engines.base import Sampling
