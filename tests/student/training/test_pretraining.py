@@ -134,7 +134,7 @@ def test_a_login_in_the_url_of_a_corpus_is_not_kept(
 
 
 def test_corpus_without_text(setting: Setting, corpus: Path, tmp_path: Path) -> None:
-    corpus.write_text("{}\n")
+    corpus.write_text('{"text": " "}\n')
     config = setting()
     with pytest.raises(InputError, match=r"--corpus_path .*: no article with text; check the file"):
         pretraining_parts(config, find_origin(config).compressor_tokenizer(), tmp_path)
