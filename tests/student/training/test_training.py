@@ -477,6 +477,7 @@ def test_idle_gpus_are_told(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     with caplog.at_level("WARNING", "scaledown"):
         assert device_of(setting(device="auto")) == "cuda"
     assert "7 are idle: torchrun --nproc_per_node 8 -m scaledown train, with the same flags" in caplog.text

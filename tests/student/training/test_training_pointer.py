@@ -22,6 +22,7 @@ from scaledown.student.settings import ScaleDownConfig
 from scaledown.student.training.checkpoints import newest_checkpoint
 from scaledown.student.training.cloze import ASK
 from scaledown.student.training.encoded_examples import EncodedExamples
+from scaledown.student.training.origin import find_origin
 from scaledown.student.training.passes import Passes
 from scaledown.student.training.pretraining_data import pretraining_parts
 from scaledown.student.training.run import Trained, train
@@ -326,7 +327,7 @@ def test_records_are_for_a_pointer(
     pretraining: PretrainConfig, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        replace(pretraining, **changes)
+        find_origin(replace(pretraining, **changes))
 
 
 @pytest.mark.parametrize(
