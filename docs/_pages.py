@@ -22,6 +22,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Links to the code, which lies outside of the site, become plain text."""
+    return re.sub(r"\[([^\]]*)\]\(\.\./[^)]*\)", r"\1", markdown)
+
+
 def commands() -> str:
     """The help of every command, as the command prints it."""
     whole = help_of()

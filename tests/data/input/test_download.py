@@ -97,7 +97,7 @@ def test_what_cannot_be_fetched(server: Server, cache: Path) -> None:
     for url, said in (
         ("memory://fetching", "--train_data memory://fetching: is a folder; name a file in it"),
         ("memory://fetching/none.json", "there is no such file"),
-        (server.url("train.json.gz"), "train.json.gz: training data ends in .json, .jsonl or .parquet"),
+        (server.url("train.json.gz"), "train.json.gz: training data ends in .json, .jsonl, .parquet"),
         (server.url("none.json"), "--train_data .*none.json"),
     ):
         with pytest.raises(InputError, match=said):

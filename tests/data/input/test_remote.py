@@ -368,7 +368,9 @@ def test_a_json_array_and_an_archive_say_how_to_convert_them(server: Server) -> 
 @pytest.mark.parametrize("flag", ["output_file", "work_dir", "index_dir"])
 def test_http_is_only_read(flag: str) -> None:
     given = {"queries_file": ("q",), "output_file": "o.json", flag: "https://host/o.json"}
-    with pytest.raises(UsageError, match="https://host/o.json: https:// cannot hold it; use a local path"):
+    with pytest.raises(
+        UsageError, match="https://host/o.json: https:// cannot be written to; use a local path"
+    ):
         PrepareConfig(**given)
 
 

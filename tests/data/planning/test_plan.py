@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import ROOT
 from scaledown import cli
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data import prepare_dataset as command
@@ -42,7 +43,7 @@ def shards(work: Path, stage: str) -> list[Path]:
 
 def generated(path: Path, articles: int) -> Path:
     """A corpus of very different articles, the longest first, as in KILT."""
-    words = Path(__file__).read_text().split()
+    words = (ROOT / "LICENSE").read_text().split()
     chance = random.Random(1)
     with path.open("w") as file:
         for number in range(articles):
@@ -216,9 +217,8 @@ def test_unusable_inputs_end_it(name, content, message, flags, tmp_path, capsys)
     (tmp_path / "bad.txt.jsonl" if name == "corpus_path" else tmp_path / "bad.txt").write_text(content)
     bad = tmp_path / ("bad.txt.jsonl" if name == "corpus_path" else "bad.txt")
     words = [*flags, f"--{name}", str(bad)]
-    if name == "queries_file":
-        place = words.index("--queries_file")
-        del words[place : place + 2]
+    place = words.index(f"--{name}")
+    del words[place : place + 2]
     assert cli.main(["plan", *words]) == 1
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("error: ")
@@ -255,7 +255,7 @@ def test_queries_elsewhere(flags, work, capsys) -> None:
     assert cli.main(["plan", *words, "--download_ms_marco"]) == 0
     assert planned(work)["queries"]["rows"] == 6980
     assert cli.main(["plan", *words, "--query_dataset", "squad"]) == 1
-    assert "missing: dataset squad is not on this machine" in capsys.readouterr().out
+    assert "missing: dataset rajpurkar/squad is not on this machine" in capsys.readouterr().out
     assert planned(work)["answers"]["rows"] is None
 
 

@@ -38,10 +38,13 @@ def test_a_run_ends_with_its_page_and_card(prepare, capsys) -> None:
         assert f"| {name} |" in card
 
 
-def test_what_was_left_out_is_shown_with_its_reason(prepare) -> None:
-    queries = prepare.output.parent / "more.txt"
-    queries.write_text("What is photosynthesis?\nSomething <b>else</b>?\n")
-    assert prepare("--queries_file", str(queries), "--deduplicate", "exact", "--top_k_retrieval", "2") == 0
+def test_what_was_left_out_is_shown_with_its_reason(prepare, queries: Path) -> None:
+    more = prepare.output.parent / "more.txt"
+    more.write_text("What is photosynthesis?\nSomething <b>else</b>?\n")
+    assert (
+        prepare("--queries_file", str(queries), str(more), "--deduplicate", "exact", "--top_k_retrieval", "2")
+        == 0
+    )
     page = (prepare.work / "report.html").read_text()
     assert "Left out by the run" in page
     assert "exact match of an earlier query" in page

@@ -832,6 +832,7 @@ TWO_GPUS = """
 import os, sys, torch
 from accelerate.state import DistributedType, PartialState
 from scaledown.student import train
+from scaledown.student.training import run
 
 os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
 PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
@@ -886,7 +887,7 @@ def test_two_processes_share_a_model(
     if way != "fsdp":
         pytest.importorskip("deepspeed", reason="no DeepSpeed: DS_BUILD_OPS=0 pip install deepspeed")
     script = tmp_path / "shared.py"
-    script.write_text(TWO_GPUS.format(f"train.choose_device = lambda _: 'cuda:0'{QUICK_DEEPSPEED}"))
+    script.write_text(TWO_GPUS.format(f"run.choose_device = lambda _: 'cuda:0'{QUICK_DEEPSPEED}"))
     environment |= SHARING[way]
     alone = train(setting("alone", num_epochs=1.0, generator_training="full"))
     words = flags(
@@ -916,7 +917,7 @@ def test_shared_models_have_no_4_or_8_bits(
 ) -> None:
     pytest.importorskip("bitsandbytes", reason="needs the extra: quantization")
     script = tmp_path / "shared.py"
-    script.write_text(TWO_GPUS.format("train.choose_device = lambda _: 'cuda:0'"))
+    script.write_text(TWO_GPUS.format("run.choose_device = lambda _: 'cuda:0'"))
     words = flags(setting(), "--dtype", "float32", flag)
     words[words.index("--device") + 1] = "auto"
     done = by_two(script, words, environment | FSDP)

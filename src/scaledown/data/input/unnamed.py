@@ -98,7 +98,10 @@ def _answers(cells: Sequence[Sequence[str]], main: int) -> int | None:
 def places(cells: Sequence[Sequence[str]], main: int, parts: Collection[str]) -> dict[str, int]:
     """The places of those of some parts that can be told, where that of the main part is known."""
     found = {}
-    ids = [place for place in range(main) if _is_code(cells[place]) and _differ(cells[place])]
+    codes = [place for place in range(main) if _is_code(cells[place])]
+    ids = [place for place in codes if _differ(cells[place])]
+    if not ids and main == 1:
+        ids = codes  # ids that come again, as in files that were joined
     if ids:
         found["id"] = ids[0]
     if "title" in parts and (title := _title(cells, main, ids)) is not None:
