@@ -393,7 +393,7 @@ def test_flags_of_the_pages_exist() -> None:
     known |= {"model", "query", "document", "data", "format"}  # of scaledown answer and export
     known |= {"add", "remove"}  # of scaledown index
     known |= {"push_to_hub", "output"}  # of scaledown export and report
-    known |= {"enable"}  # --enable-prompt-embeds, of vLLM's own server
+    known |= {"enable", "no"}  # --enable-…, --no-… of vLLM's own server
     known |= {
         "nproc_per_node",
         "shutdown_timeout",
