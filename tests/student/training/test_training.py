@@ -920,7 +920,8 @@ def test_shared_models_have_no_4_or_8_bits(
     script.write_text(TWO_GPUS.format("run.choose_device = lambda _: 'cuda:0'"))
     words = flags(setting(), "--dtype", "float32", flag)
     words[words.index("--device") + 1] = "auto"
-    done = by_two(script, words, environment | FSDP)
+    # Both processes have written their error before torchrun looks, and ends the other.
+    done = by_two(script, words, environment | FSDP, [*TORCHRUN, "--monitor-interval", "3"])
     assert done.returncode != 0
     assert f"{flag.replace('=', ' ')}: not with FSDP or DeepSpeed" in done.stderr
 
