@@ -118,7 +118,7 @@ TEACHER_ENGINES: Final = Table(
         "endpoint": "scaledown.data.teacher.engines.endpoint:ENGINE",
     },
 )
-"""What runs the teacher, by `--teacher_backend`. `auto` takes the last that suits: on a CPU the fastest."""
+"""What runs the teacher, by `--teacher_backend`. `auto` takes the last one that suits."""
 
 QUERY_SOURCES: Final = Table(
     "query_sources",
