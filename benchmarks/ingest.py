@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common import SHARED, arguments, close, machine
 
-from scaledown.config.prepare import IndexConfig
+from scaledown.config.index import IndexConfig
 from scaledown.data.input.corpus import build_passages
 from scaledown.models import resolve
 from scaledown.run.directory import RunDirectory

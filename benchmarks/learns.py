@@ -180,6 +180,7 @@ def prepare(work: Path, name: str) -> Path:
         *("--queries_file", str(work / f"{name}.queries.jsonl"), "--retriever_model", RETRIEVER),
         *("--passage_tokens", str(PASSAGE_TOKENS), "--top_k_retrieval", str(TOP)),
         *("--teacher_model", GENERATOR, "--teacher_batch_size", "16"),  # by OpenVINO where that is at hand
+        *("--dtype", DTYPE),
         *("--max_new_tokens", str(NEW_TOKENS), "--columns", "query_id", "--output_file", str(output)),
     )
     return output

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from common import SHARED, arguments, machine
 
-from scaledown.config.prepare import IndexConfig
+from scaledown.config.index import IndexConfig
 from scaledown.data.build_index import build_index
 from scaledown.data.input.corpus import PassageTable
 from scaledown.data.reranker import Pair, load_reranker, resolve_reranker

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import pyarrow as pa
 from common import SHARD, SHARED, arguments, close, machine, synthetic, synthetic_queries
 
-from scaledown.config.prepare import IndexConfig
+from scaledown.config.index import IndexConfig
 from scaledown.data.input.corpus import build_passages
 from scaledown.data.retrieval.index import pack, search
 from scaledown.models import resolve

@@ -10,7 +10,7 @@ import pytest
 
 from scaledown.command import Usage, run_cli
 from scaledown.config.options import Options, Range, option
-from scaledown.config.prepare import OUTPUT
+from scaledown.config.shared import OUTPUT
 from scaledown.errors import InputError
 
 USAGE = Usage("test", "--number N", "Count.", (OUTPUT,))

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from scaledown.config.flags import Parser, command_parser, from_flags, underscored
-from scaledown.config.prepare import PRESETS, PrepareConfig
+from scaledown.config.prepare import PrepareConfig
+from scaledown.config.presets import PRESETS
 from scaledown.data.manifest import compared_settings
 from scaledown.errors import InputError, UsageError
 

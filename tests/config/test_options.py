@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from scaledown.config import answer, compare, evaluate, prepare, serve, shared, train
+from scaledown.config import answer, compare, evaluate, index, prepare, serve, shared, train
 from scaledown.config.flags import command_parser, from_flags
 from scaledown.config.options import ROLES, SHARE, Options, Range, option
 from scaledown.config.prepare import PrepareConfig
@@ -15,7 +15,7 @@ from scaledown.errors import UsageError
 
 COMMANDS = {
     prepare.PrepareConfig: prepare.GROUPS,
-    prepare.IndexCommandConfig: prepare.GROUPS,
+    index.IndexCommandConfig: prepare.GROUPS,
     train.TrainConfig: train.GROUPS,
     train.PretrainConfig: train.GROUPS,
     answer.AnswerConfig: answer.GROUPS,
@@ -24,7 +24,7 @@ COMMANDS = {
     compare.CompareConfig: compare.GROUPS,
 }
 SHARED = {
-    prepare.IndexConfig,
+    index.IndexConfig,
     shared.WorkersConfig,
     shared.CleanConfig,
     shared.EngineConfig,

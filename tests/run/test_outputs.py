@@ -10,7 +10,8 @@ from scaledown.cli import main
 from scaledown.config.compare import CompareConfig
 from scaledown.config.evaluate import EvaluateConfig
 from scaledown.config.flags import from_flags
-from scaledown.config.prepare import IndexConfig, PrepareConfig
+from scaledown.config.index import IndexConfig
+from scaledown.config.prepare import PrepareConfig
 from scaledown.config.train import PretrainConfig, TrainConfig
 from scaledown.errors import RunDirectoryError, UsageError
 from scaledown.run.directory import RunDirectory

@@ -5,8 +5,7 @@ from typing import Final
 
 from scaledown.config.evaluate import SYSTEMS, EvaluateConfig
 from scaledown.config.options import Options, Range, check_output_dir, option
-from scaledown.config.prepare import OUTPUT
-from scaledown.config.shared import AUTO_DTYPE, DTYPES, MACHINE
+from scaledown.config.shared import AUTO_DTYPE, DTYPES, MACHINE, OUTPUT
 from scaledown.config.train import BUDGETS
 from scaledown.errors import UsageError
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from scaledown.config.options import Range, check_output_dir, option
-from scaledown.config.prepare import OUTPUT, PrepareConfig
-from scaledown.config.shared import AUTO_DTYPE, DTYPES, ENDPOINT, ENGINE, MACHINE, EngineConfig
+from scaledown.config.prepare import PrepareConfig
+from scaledown.config.shared import AUTO_DTYPE, DTYPES, ENDPOINT, ENGINE, MACHINE, OUTPUT, EngineConfig
 from scaledown.config.train import BUDGETS
 from scaledown.errors import UsageError
 

@@ -13,8 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
+from scaledown.config.index import IndexConfig
 from scaledown.config.options import Option, Options
-from scaledown.config.prepare import GROUPS, OUTPUT, PRESETS, IndexConfig, PrepareConfig
+from scaledown.config.prepare import GROUPS, PrepareConfig
+from scaledown.config.presets import PRESETS
+from scaledown.config.shared import OUTPUT
 from scaledown.errors import InputError, UsageError
 from scaledown.urls import is_url
 

@@ -1,35 +1,31 @@
-"""One frozen dataclass per command. Each field is documented once; that text is the `--help`.
+"""Settings of `scaledown prepare`. Each field is documented once; that text is the `--help`.
 
 Precedence, lowest first: defaults, `--preset`, `--config`, flags.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Final, Self
+from dataclasses import dataclass
+from typing import Final
 
+from scaledown.config.index import CORPUS, RETRIEVAL, IndexConfig
 from scaledown.config.options import SHARE, Range, check_ending, option
 from scaledown.config.shared import (
-    AUTO_DTYPE,
     CLEANING,
-    DTYPES,
     ENDPOINT,
     ENGINE,
     MACHINE,
+    OUTPUT,
     WORKERS,
     CleanConfig,
     EngineConfig,
     Part,
-    WorkersConfig,
 )
 from scaledown.errors import UsageError
 from scaledown.extensions import QUERY_SOURCES
 
 MS_MARCO_URL: Final = "https://msmarco.z22.web.core.windows.net/msmarcoranking/queries.dev.small.tsv"
 
-WEIGHTS: Final = ("float16", "uint8", "float32")
 SEARCHES: Final = ("exact", "approximate")
-PASSAGE_MODES: Final = ("tokens", "paragraph", "article")
 SCORE_SCALES: Final = ("raw", "sigmoid")
 TRUNCATED: Final = ("cut", "keep")
 BAD_ANSWERS: Final = ("keep", "drop", "retry")
@@ -46,161 +42,15 @@ COLUMNS: Final = (
 )
 MOST_LOGPROBS: Final = 20
 
-# The paper's models and sizes (arXiv 2504.07109, section 4 and table 7) and the bundled ones.
-PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "guide": {},
-    "oscar": {
-        "retriever_model": "naver/splade-v3",
-        "reranker_model": "naver/trecdl22-crossencoder-debertav3",
-        "teacher_model": "mistralai/Mistral-7B-Instruct-v0.2",
-        "passages": "tokens",
-        "passage_tokens": 128,
-        "top_k_retrieval": 20,
-        "top_k_reranking": 5,
-        "enable_reranking": True,
-        "max_new_tokens": 128,
-    },
-    "demo": {
-        "retriever_model": "bundled:splade-tiny",
-        "reranker_model": "ql:bundled:smollm2-135m",
-        "teacher_model": "bundled:smollm2-135m",
-        "top_k_retrieval": 10,
-        "top_k_reranking": 3,
-        "enable_reranking": True,
-        "max_new_tokens": 48,
-    },
-}
-
 
 QUERIES: Final = "queries (one source, or several of the first three)"
-CORPUS: Final = "corpus and passages"
-RETRIEVAL: Final = "retrieval"
 RERANKING: Final = "reranking (off unless one of the first two is given)"
 TEACHER: Final = "teacher"
 ANSWERS: Final = "answers"
-OUTPUT: Final = "output and run"
 GROUPS: Final = (
     *(QUERIES, CLEANING, CORPUS, RETRIEVAL, RERANKING, TEACHER, ENGINE, ENDPOINT, ANSWERS),
     *(OUTPUT, MACHINE, WORKERS),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexConfig(WorkersConfig):
-    """Settings of `scaledown index`, and those of `scaledown prepare` that make passages and vectors."""
-
-    corpus_path: tuple[str, ...] = option(
-        (),
-        CORPUS,
-        "KILT JSON lines, JSONL / Parquet / Arrow / CSV / TSV with id, title, text, or a folder of such or "
-        "of text files; plain, gzip, zstd or bzip2; also a URL (https://, s3://), read as a stream; may be "
-        "given several times; without it, the index in --index_dir, or else the sample corpus",
-        role="input",
-        metavar="PATH",
-    )
-    text_column: str = option(
-        "",
-        CORPUS,
-        "column that holds the text; dots reach into records; a number is the place of a column without a "
-        "name; without it, found by its name or what is in it",
-        role="result",
-        only_with="text_column",
-        metavar="NAME",
-    )
-    max_corpus_size: int = option(
-        0,
-        CORPUS,
-        "read only this many articles from the start",
-        "articles",
-        role="result",
-        within=Range(0),
-        in_records=True,
-    )
-    passages: str = option(
-        "tokens", CORPUS, "what a passage is", role="result", choices=PASSAGE_MODES, in_records=True
-    )
-    passage_tokens: int = option(
-        128,
-        CORPUS,
-        "longest passage, title included, by the retriever's tokenizer",
-        "tokens",
-        role="result",
-        within=Range(16),
-        in_records=True,
-    )
-    max_bad_fraction: float = option(
-        0.05,
-        CORPUS,
-        "stop if more than this share of the input lines is malformed",
-        role="result",
-        within=SHARE,
-    )
-    retriever_model: str = option(
-        "naver/splade-cocondenser-ensembledistil",
-        RETRIEVAL,
-        "SPLADE model, or sentence-transformers bi-encoder for dense retrieval",
-        role="model",
-    )
-    batch_size: int = option(
-        0, RETRIEVAL, "texts encoded at once", "texts", role="result", automatic=(32, 256), within=Range(0)
-    )
-    weights: str = option(
-        "float16", RETRIEVAL, "how the weights of sparse vectors are stored", role="result", choices=WEIGHTS
-    )
-    index_dir: str = option(
-        "",
-        OUTPUT,
-        "keep passages and vectors here, for many runs (scaledown index); without it, in the run directory; "
-        "also a URL (s3://, gs://, az://), as for --output_file and --work_dir",
-        role="place",
-        metavar="DIR",
-    )
-    cache_dir: str = option(
-        "",
-        OUTPUT,
-        "local copies of what is read and written at such URLs; without it, the usual cache of downloads",
-        role="place",
-        metavar="DIR",
-    )
-    passages_per_shard: int = option(
-        8192,
-        OUTPUT,
-        "passages held in memory; a crash loses no more than these",
-        "passages",
-        role="result",
-        within=Range(1),
-    )
-    device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", role="result", metavar="DEVICE")
-    dtype: str = option("auto", MACHINE, AUTO_DTYPE, role="result", choices=DTYPES, in_records=True)
-
-    @classmethod
-    def preset(cls, name: str, **settings: Any) -> Self:
-        """The settings of `--preset NAME`, as far as this command has them, with `settings` on top."""
-        if name not in PRESETS:
-            raise UsageError(f"--preset {name}: use one of {', '.join(PRESETS)}")
-        own = {item.name for item in fields(cls)}
-        return cls(**{key: value for key, value in PRESETS[name].items() if key in own} | settings)
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexCommandConfig(IndexConfig):
-    """Settings of `scaledown index`: an index, and what changes in it."""
-
-    add: tuple[str, ...] = option(
-        (),
-        CORPUS,
-        "add the articles of these files to the index in --index_dir, with its other settings; an article "
-        "takes the place of one with the same id",
-        role="input",
-        metavar="FILE",
-    )
-    remove: tuple[str, ...] = option(
-        (),
-        CORPUS,
-        "first remove these articles from the index: ids, or files with an id a line",
-        role="input",
-        metavar="ID",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

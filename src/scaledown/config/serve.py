@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from scaledown.config.options import Options, Range, option
-from scaledown.config.prepare import OUTPUT
-from scaledown.config.shared import AUTO_DTYPE, DTYPES, ENGINES, ENGINES_HELP, MACHINE
+from scaledown.config.shared import AUTO_DTYPE, DTYPES, ENGINES, ENGINES_HELP, MACHINE, OUTPUT
 from scaledown.config.train import BUDGETS
 from scaledown.errors import UsageError
 

@@ -21,6 +21,7 @@ DUPLICATES: Final = ("exact", "near")
 CLEANING: Final = "cleaning (docs/cleaning.md)"
 ENGINE: Final = "what runs the teacher"
 ENDPOINT: Final = "teacher behind an OpenAI-compatible server"
+OUTPUT: Final = "output and run"
 MACHINE: Final = "machine"
 WORKERS: Final = "workers (docs/scaling.md)"
 

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from scaledown.config.options import SHARE, Options, Range, check_output_dir, option
-from scaledown.config.prepare import OUTPUT
-from scaledown.config.shared import DTYPES, MACHINE
+from scaledown.config.shared import DTYPES, MACHINE, OUTPUT
 from scaledown.errors import UsageError
 from scaledown.extensions import COMPRESSORS
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from scaledown.command import Usage, program_name, run_cli
-from scaledown.config.prepare import IndexCommandConfig, IndexConfig
+from scaledown.config.index import IndexCommandConfig, IndexConfig
 from scaledown.data.input import tables
 from scaledown.data.input.corpus import build_passages, sample_corpus
 from scaledown.data.input.files import Source, every, inner_suffix, input_files, locate

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from scaledown.config.prepare import IndexConfig
+from scaledown.config.index import IndexConfig
 from scaledown.errors import UsageError
 from scaledown.models import choose_device
 from scaledown.run.directory import RunDirectory

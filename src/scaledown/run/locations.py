@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from scaledown.config.prepare import IndexConfig, PrepareConfig
+from scaledown.config.index import IndexConfig
+from scaledown.config.prepare import PrepareConfig
 from scaledown.run.object_store import mirrored
 from scaledown.run.storage import Storage, cache_directory
 from scaledown.urls import check_store, is_url

@@ -13,7 +13,8 @@ import pytest
 
 from conftest import ROOT
 from scaledown.cli import main
-from scaledown.config.prepare import IndexCommandConfig, PrepareConfig
+from scaledown.config.index import IndexCommandConfig
+from scaledown.config.prepare import PrepareConfig
 from scaledown.data.build_index import IndexResult, build_index
 from scaledown.data.retrieval import IndexRetriever
 from scaledown.data.retrieval.parts import IndexState, kept_rows, only_state, open_stage, states

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
-from scaledown.config.prepare import IndexConfig
+from scaledown.config.index import IndexConfig
 from scaledown.data.input import files, tables, values
 from scaledown.data.input.chunking import Chunker
 from scaledown.data.input.rows import parse
