@@ -53,7 +53,7 @@ def serve(layers: int, writes_with: str) -> None:
 
     from scaledown.config.serve import ServeConfig
     from scaledown.evaluation.efficiency import one_token_words
-    from scaledown.models import choose_dtype, quiet_libraries, resolve
+    from scaledown.models import dtype_to_run, quiet_libraries, resolve
     from scaledown.serving.app import Server
     from scaledown.serving.engine import Engine
     from scaledown.serving.serve import listen
@@ -63,7 +63,7 @@ def serve(layers: int, writes_with: str) -> None:
     quiet_libraries()
     config = ServeConfig(model=GENERATOR, port=0, request_timeout=3600.0)
     settings = ScaleDownConfig(num_layers=layers, doc_max_length=DOCUMENT_TOKENS)
-    model = ScaleDownModel.build(settings, resolve(GENERATOR), dtype=choose_dtype(fast_dtype(), "cpu")).eval()
+    model = ScaleDownModel.build(settings, resolve(GENERATOR), dtype=dtype_to_run(fast_dtype(), "cpu")).eval()
     model.merge_lora()
     model.generator.generation_config.eos_token_id = []  # no answer ends early
     generation = None

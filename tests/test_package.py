@@ -1,5 +1,7 @@
 """What people install: the wheel, the command, the API reference."""
 
+import ast
+import importlib
 import importlib.metadata
 import os
 import subprocess
@@ -55,6 +57,19 @@ def test_the_wheel_installs_and_is_typed(tmp_path: Path) -> None:
         text=True,
     )
     assert all(line.startswith(str(target)) for line in done.stdout.splitlines())
+
+
+def test_benchmarks_and_examples_import_names_that_exist() -> None:
+    missing = []
+    for path in [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("scaledown"):
+                module = importlib.import_module(node.module or "")
+                names = [name.name for name in node.names]
+                missing += [
+                    f"{path.name}: {node.module}.{name}" for name in names if not hasattr(module, name)
+                ]
+    assert missing == []
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
