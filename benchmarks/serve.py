@@ -4,7 +4,8 @@
 8 layers; bursts of 1, 8 and 32 requests at the same time. Both sides ask one process of
 `scaledown serve`'s own engine, in turn; no pair of query and document comes twice, so nothing comes from the
 cache of embeddings. Answers do not end early. The student is untrained: what it answers does not matter here.
-`--engine vllm` lets vLLM write both sides' answers, in `.venv-vllm` on a CPU.
+`--engine vllm` lets vLLM write both sides' answers, in `.venv-vllm` on a CPU. Another line then shows the
+text when all requests share their documents, whose prefix vLLM reads once.
 """
 
 import itertools
@@ -103,17 +104,18 @@ class Served:
         self._process.stdin.close()
         self._process.wait(60)
 
-    def body(self, *, compressed: bool) -> bytes:
-        """A request for a question of its own."""
+    def body(self, *, compressed: bool, shared: bool = False) -> bytes:
+        """A request for a question of its own, with documents of its own or with those that all share."""
         random = Random(next(self._seeds))
 
-        def text(tokens: int) -> str:
-            return " ".join(random.choices(self._words, k=tokens))
+        def text(tokens: int, source: Random = random) -> str:
+            return " ".join(source.choices(self._words, k=tokens))
 
+        writes = Random("shared") if shared else random
         return json.dumps(
             {
                 "messages": [{"role": "user", "content": text(QUERY_TOKENS)}],
-                "documents": [text(DOCUMENT_TOKENS) for _ in range(DOCUMENTS)],
+                "documents": [text(DOCUMENT_TOKENS, writes) for _ in range(DOCUMENTS)],
                 "compressed": compressed,
                 "max_tokens": NEW_TOKENS,
                 "stream": True,
@@ -138,9 +140,9 @@ class Served:
             sys.exit("an answer had no text: its first token cannot be timed")
         return Request(first, time.perf_counter() - started)
 
-    def round(self, clients: int, requests: int, *, compressed: bool) -> Round:
+    def round(self, clients: int, requests: int, *, compressed: bool, shared: bool = False) -> Round:
         """So many clients, each with a request after the other."""
-        bodies = [self.body(compressed=compressed) for _ in range(requests)]
+        bodies = [self.body(compressed=compressed, shared=shared) for _ in range(requests)]
         self._forget_peak()
         started = time.perf_counter()
         with ThreadPoolExecutor(clients) as pool:
@@ -175,7 +177,7 @@ def told(name: str, rounds: list[Round]) -> str:
     wholes = [one.whole for own in rounds for one in own.requests]
     p95 = firsts[min(len(firsts) - 1, round(0.95 * len(firsts)))]
     return (
-        f"  {name:<11} {statistics.median(own.per_second for own in rounds):6.2f} requests/s   first token "
+        f"  {name:<12} {statistics.median(own.per_second for own in rounds):6.2f} requests/s   first token "
         f"{statistics.median(firsts):6.2f} s (p95 {p95:6.2f} s)   whole {statistics.median(wholes):6.2f} s   "
         f"peak {max(own.peak_mb for own in rounds):,.0f} MB"
     )
@@ -254,6 +256,10 @@ def main() -> None:
             print(
                 "  " + ", ".join(f"{name} {value:.2f}x" for name, value in ratios(rounds).items()), flush=True
             )
+            if options.engine == "vllm" and layers == LAYERS[0]:  # it keeps the prefixes that prompts share
+                served.round(1, 1, compressed=False, shared=True)
+                shared = served.round(clients, max(2, clients), compressed=False, shared=True)
+                print(told("text, shared", [shared]), flush=True)
         served.close()
     if options.plot:
         plot(Path(options.plot), found)
