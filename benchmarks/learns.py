@@ -22,6 +22,7 @@ from random import Random
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import scipy.sparse as sp
 from common import SHARED, fast_dtype, machine, parser
 
 from scaledown.config.evaluate import EvaluateConfig
@@ -349,17 +350,17 @@ class Judge(NamedTuple):
         return found[0].p_value if found[0].mean > 0 else 1.0
 
 
+def holds(text: str, answers: list[str]) -> bool:
+    """Whether a text has a right answer, word for word."""
+    return any(normalized(answer) in normalized(text) for answer in answers if normalized(answer))
+
+
 def judge_of(data: Path, gold: dict[str, Gold]) -> Judge:
     """Who judges the answers to some questions."""
     asked = records(data)
     right = [gold[record["query_id"]] for record in asked]
     held = [
-        any(
-            normalized(answer) in normalized(text)
-            for answer in own.answers
-            if normalized(answer)
-            for text in record["documents"]
-        )
+        any(holds(text, own.answers) for text in record["documents"])
         for own, record in zip(right, asked, strict=True)
     ]
     judge = Judge([own.answers for own in right], [own.article for own in right], np.array(held))
@@ -430,6 +431,26 @@ def report(asked: Asked, models: dict[int, Path], before: Path, recipe: Recipe, 
     return p_value
 
 
+def report_ranking(asked: Asked, model: Path) -> None:
+    """Print how often the first document holds a right answer, in the orders that scores give."""
+    from scaledown.data.retrieval.encoders import load_encoder
+    from scaledown.models import resolve
+    from scaledown.student.model import ScaleDownModel
+
+    content = records(asked.data)
+    queries, documents = ([record[key] for record in content] for key in ("query", "documents"))
+    encoder = load_encoder(resolve(RETRIEVER), "cpu", DTYPE, batch_size=16)
+    vectors = sp.csr_matrix(encoder.queries(queries, lambda _: None))
+    pointed = ScaleDownModel.from_pretrained(str(model)).rerank(queries, documents)
+    first: dict[str, list[bool]] = {}
+    for row, (texts, right, points) in enumerate(zip(documents, asked.judge.right, pointed, strict=True)):
+        found = (sp.csr_matrix(encoder.documents(texts, lambda _: None)) @ vectors[row].T).toarray()[:, 0]
+        for name, scores in {"retriever": found, "pointer": points, "sum": found + np.array(points)}.items():
+            first.setdefault(name, []).append(holds(texts[int(np.argmax(scores))], right))
+    shares = ", ".join(f"{name} {np.mean(own):.3f}" for name, own in first.items())
+    print(f"  R@1, the first document holds a right answer, by the scores of: {shares}", flush=True)
+
+
 def print_ratios(name: str, student: Scores, none: Scores, text: Scores) -> None:
     """Print which share of what the documents' text is worth a student keeps."""
     for what in ("accuracy", "f1"):
@@ -488,6 +509,8 @@ def main() -> None:
         else:
             before = work / f"pretrained-{recipe.name}-{named(student, RATES[0])}{options.labels}-{seed}"
             p_values.append(report(asked, models, before, recipe, with_others(data, gold)))
+            if student == POINTER:
+                report_ranking(asked, models[RATES[0]])
     worst = max(p_values)
     print(f"learns: p {worst:.4f} that 4x is not above closed-book (bar 0.05)")
     sys.exit(0 if worst < 0.05 or options.quick else 1)
