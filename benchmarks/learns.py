@@ -69,7 +69,7 @@ RECIPES: Final = {
     for one in (
         Recipe("quick", 12, 2, 3, ()),
         Recipe("short", None, 200, 100, (*READERS, *ECHOES)),
-        Recipe("long", None, 500, 450, (*READERS, *ECHOES)),
+        Recipe("long", None, 500, 450, ("pruned", *READERS, *ECHOES)),
     )
 }
 
@@ -391,6 +391,7 @@ class Asked(NamedTuple):
             *("--gold", str(self.work / f"{data.name.partition('.')[0]}.gold.jsonl")),
             *("--compression_rate", str(rate), "--budget", budget),
             *("--systems", *systems, "--keyword_model", RETRIEVER),
+            *(("--pruning_reranker", f"ql:{GENERATOR}") if "pruned" in systems else ()),
             *("--max_new_tokens", str(NEW_TOKENS), "--batch_size", "16", "--dtype", DTYPE),
         )
         found = records(output / "answers.jsonl")
