@@ -1,6 +1,8 @@
 import json
 import logging
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -127,6 +129,19 @@ def test_wrong_use_is_one_clear_error(models) -> None:
         add_reranking_scores([{"query": "q", "documents": [3]}], model)  # type: ignore[list-item]
     with pytest.raises(InputError, match="record 2"):
         add_reranking_scores([RECORDS[0], {"query": "q"}], model)  # type: ignore[typeddict-item]
+
+
+def test_query_likelihood_needs_no_sentence_transformers(models) -> None:
+    """It takes longer to import than all else that a worker needs."""
+    code = """if True:
+        import sys
+        from scaledown.data.reranker import add_reranking_scores
+        (record,) = add_reranking_scores([{"query": "q", "documents": ["d"]}], sys.argv[1], device="cpu")
+        print(len(record["reranking_scores"]), "sentence_transformers" in sys.modules)"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"ql:{models['causal_lm']}"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "1 False\n"
 
 
 def test_a_classifier_is_no_reranker(models, tmp_path) -> None:
