@@ -13,7 +13,7 @@ import pytest
 
 import scaledown
 from conftest import ROOT
-from scaledown.cli import main
+from scaledown.cli import _COMMANDS, main
 from scaledown.errors import DISTRIBUTION, install_command
 
 
@@ -214,3 +214,31 @@ def test_site_builds_without_a_dead_link(tmp_path: Path) -> None:
     assert "SPLADERetriever" in api
     assert "best first" in api
     assert "--top_k_retrieval" in (tmp_path / "commands.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("words", "light"),
+    [
+        ("--help", "numpy, torch, pyarrow, rich, jinja2, transformers, tokenizers"),
+        ("--version", "numpy, torch, pyarrow, rich, jinja2, transformers, tokenizers"),
+        *((f"{command} --help", "torch, transformers, jinja2, matplotlib") for command in _COMMANDS),
+        *(
+            (f"{command} --help", "numpy, torch, rich")
+            for command in ("validate", "merge", "export", "status")
+        ),
+        *((f"{command} --help", "numpy, pyarrow") for command in ("pretrain", "train", "serve")),
+    ],
+)
+def test_help_waits_for_no_heavy_library(words: str, light: str) -> None:
+    """Without a clock: by what is imported."""
+    code = (
+        "import sys; from scaledown.cli import main\n"
+        "try: main(sys.argv[2:])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(' '.join(set(sys.argv[1].split(', ')) & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, light, *words.split()], capture_output=True, text=True, check=False
+    )
+    assert done.stderr.strip() == ""
+    assert "scaledown" in done.stdout

@@ -1,14 +1,19 @@
 import json
 import logging
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from conftest import SHARED
+from scaledown.data import reranker as rerankers
+from scaledown.data.pair_tokens import PairTokens
 from scaledown.data.reranker import (
     Pair,
+    QueryLikelihoodReranker,
     add_reranking_scores,
     best_first,
     load_reranker,
@@ -76,6 +81,89 @@ def test_query_likelihood_is_the_mean_log_probability_of_the_question(models) ->
         assert score == pytest.approx(each.mean().item(), abs=1e-4)
 
 
+REPEATED = [
+    Pair(query, document)
+    for document in ("Tides are caused by the pull of the Moon. " * 3, "Bread.", "", "Été, 東京 and 🗼 " * 9)
+    for query in (
+        "what causes tides",
+        "who",
+        "what causes tides, and how often a day",
+        "é 東京?",
+        "a " * 90,
+    )
+]
+
+
+def alone(reranker: QueryLikelihoodReranker, pairs: list[Pair]) -> list[float]:
+    """Each pair in a batch of its own: nothing is shared or padded."""
+    return [reranker.score([pair], lambda _: None)[0] for pair in pairs]
+
+
+@pytest.mark.parametrize("size", [1, 4, 16, 64])
+def test_questions_that_share_a_passage_have_the_scores_of_pairs(size, models) -> None:
+    reranker = load_reranker(resolve_reranker(f"ql:{models['causal_lm']}"), "cpu", "float32", size)
+    assert reranker._together
+    scores = reranker.score(REPEATED, lambda _: None)
+    np.testing.assert_allclose(scores, alone(reranker, REPEATED), atol=1e-5)
+    assert best_first(scores, len(scores)) == best_first(alone(reranker, REPEATED), len(scores))
+
+
+def test_a_passage_is_read_once_and_many_questions_stay_in_batches(models, monkeypatch) -> None:
+    reranker = load_reranker(resolve_reranker(f"ql:{models['causal_lm']}"), "cpu", "float32", 8)
+    read: list[torch.Tensor] = []
+    forward = reranker._model.forward
+
+    def counted(**given: torch.Tensor):
+        read.append(given["input_ids"])
+        return forward(**given)
+
+    monkeypatch.setattr(reranker._model, "forward", counted)
+    reranker.score([Pair(query, "A text. " * 20) for query in ("one", "two", "three")], lambda _: None)
+    assert [len(ids) for ids in read] == [1]
+    read.clear()
+    many = [Pair(f"question number {number}", "A text. " * 20) for number in range(50)]
+    reranker.score(many, lambda _: None)
+    assert [len(ids) for ids in read] == [1] * 7  # each with at most eight questions
+    assert max(ids.shape[1] for ids in read) < 200
+    read.clear()
+    reranker.score([Pair("word " * 200, "A text."), Pair("term " * 200, "A text.")], lambda _: None)
+    assert [len(ids) for ids in read] == [2]  # too long to share a row
+
+
+def test_a_model_that_heeds_no_mask_scores_pair_by_pair(models, monkeypatch, caplog) -> None:
+    from transformers import LlamaForCausalLM
+
+    source = resolve_reranker(f"ql:{models['causal_lm']}")
+    expected = load_reranker(source, "cpu", "float32", 4).score(REPEATED, lambda _: None)
+    forward = LlamaForCausalLM.forward
+
+    def plain(self, *, attention_mask: torch.Tensor, **given: torch.Tensor):
+        if attention_mask.ndim == 4:
+            attention_mask = torch.ones_like(given["input_ids"])
+        return forward(self, attention_mask=attention_mask, **given)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", plain)
+    caplog.set_level(logging.INFO, "scaledown")
+    reranker = load_reranker(source, "cpu", "float32", 4)
+    assert "its own copy of the passage (its scores differ" in caplog.text
+    np.testing.assert_allclose(reranker.score(REPEATED, lambda _: None), expected, atol=1e-5)
+
+
+def test_a_packed_batch_without_memory_is_halved_to_pairs(models, monkeypatch) -> None:
+    reranker = load_reranker(resolve_reranker(f"ql:{models['causal_lm']}"), "cpu", "float32", 16)
+    expected = reranker.score(REPEATED, lambda _: None)
+    batch = reranker._batch
+
+    def small(asked):
+        if len(asked) > 1:
+            raise RuntimeError("out of memory")
+        return batch(asked)
+
+    monkeypatch.setattr(reranker, "_batch", small)
+    np.testing.assert_allclose(reranker.score(REPEATED, lambda _: None), expected, atol=1e-5)
+    assert reranker.halving.count
+
+
 def test_a_document_beyond_the_context_loses_its_end(models) -> None:
     reranker = load_reranker(resolve_reranker(f"ql:{models['causal_lm']}"), "cpu", "float32", 2)
     (score,) = reranker.score([Pair("what", "word " * 9000)], lambda _: None)
@@ -129,6 +217,20 @@ def test_wrong_use_is_one_clear_error(models) -> None:
         add_reranking_scores([RECORDS[0], {"query": "q"}], model)  # type: ignore[typeddict-item]
 
 
+@pytest.mark.parametrize(("prefix", "kind"), [("ql:", "causal_lm"), ("", "cross_encoder")])
+def test_rerankers_need_no_sentence_transformers(prefix, kind, models) -> None:
+    """It takes longer to import than all else that a worker needs."""
+    code = """if True:
+        import sys
+        from scaledown.data.reranker import add_reranking_scores
+        (record,) = add_reranking_scores([{"query": "q", "documents": ["d"]}], sys.argv[1], device="cpu")
+        print(len(record["reranking_scores"]), "sentence_transformers" in sys.modules)"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"{prefix}{models[kind]}"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "1 False\n"
+
+
 def test_a_classifier_is_no_reranker(models, tmp_path) -> None:
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
@@ -137,6 +239,70 @@ def test_a_classifier_is_no_reranker(models, tmp_path) -> None:
     BertForSequenceClassification(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="3 scores a pair"):
         load_reranker(resolve_reranker(str(tmp_path)), "cpu", "float32", 2)
+
+
+ODD = [
+    Pair(query, document)
+    for query in ("who", "", "Été 東京 🗼?", "long " * 300)
+    for document in ("", "A text.", "two\nlines [SEP] 2.5%", "much longer " * 400, "long " * 299)
+]
+
+
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_texts_tokenised_once_give_the_scores_of_pairs(size, models, monkeypatch) -> None:
+    """To the bit, against `CrossEncoder.predict`, which tokenises each pair."""
+    source = resolve(str(models["cross_encoder"]))
+    monkeypatch.setattr(rerankers, "_pair_tokens", lambda _: (None, "to compare"))
+    expected = load_reranker(source, "cpu", "float32", size).score([*ODD, *PAIRS], lambda _: None)
+    monkeypatch.undo()
+    assert load_reranker(source, "cpu", "float32", size).score([*ODD, *PAIRS], lambda _: None) == expected
+    assert len(set(expected)) > 10
+
+
+@pytest.mark.parametrize("longest", [4, 7, 24, 100])
+def test_pairs_of_ids_are_what_the_tokenizer_makes(longest, models) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models["cross_encoder"], model_max_length=longest)
+    tokens = PairTokens(tokenizer)
+    pairs = [*ODD, *PAIRS, *(Pair("a " * one, "b " * other) for one in range(12) for other in range(12))]
+    tokens.read(text for pair in pairs for text in pair)
+    expected = tokenizer(
+        [pair.query for pair in pairs],
+        [pair.document for pair in pairs],
+        padding=True,
+        truncation="longest_first",
+        return_tensors="pt",
+    )
+    found = tokens.features(pairs)
+    assert found.keys() == expected.keys()
+    for name, values in found.items():
+        assert torch.equal(values, expected[name]), name
+
+
+def test_a_text_is_tokenised_once(models, monkeypatch) -> None:
+    reranker = load_reranker(resolve(str(models["cross_encoder"])), "cpu", "float32", 2)
+    read: list[str] = []
+    tokenizer = reranker._tokens._tokenizer
+
+    def counted(texts, **settings):
+        read.extend(texts)
+        return tokenizer(texts, **settings)
+
+    monkeypatch.setattr(reranker._tokens, "_tokenizer", counted)
+    counted.pad_token_id, counted.pad_token_type_id = 0, 0
+    reranker.score([Pair(query, text) for query in "ab" for text in ("one", "two", "three")], lambda _: None)
+    assert sorted(read) == ["a", "b", "one", "three", "two"]
+
+
+def test_a_tokenizer_with_rules_of_its_own_reads_pairs(models, monkeypatch, caplog) -> None:
+    source = resolve(str(models["cross_encoder"]))
+    expected = load_reranker(source, "cpu", "float32", 4).score(ODD, lambda _: None)
+    features = PairTokens.features
+    monkeypatch.setattr(PairTokens, "features", lambda self, pairs: features(self, pairs[::-1]))
+    caplog.set_level(logging.INFO, "scaledown")
+    assert load_reranker(source, "cpu", "float32", 4).score(ODD, lambda _: None) == expected
+    assert "its tokens of a pair are not those of its texts" in caplog.text
 
 
 @pytest.mark.slow

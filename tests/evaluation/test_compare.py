@@ -14,6 +14,7 @@ from scaledown.evaluation import compare as command
 from scaledown.models import resolve
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
+from scaledown.student.training import run as run_of_training
 
 pytestmark = pytest.mark.plots
 
@@ -188,7 +189,7 @@ def test_differences_are_to_the_first_runs_text(
 def test_nothing_is_trained_before_all_is_looked_at(
     compare: Compare, models: dict[str, Path], data: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr(command, "train", None)
+    monkeypatch.setattr(run_of_training, "train", None)
     run = settings(tmp_path / "one.json", generator_model=str(models["causal_lm"]), train_data=[str(data)])
     assert compare(run, str(tmp_path / "nowhere")) in {1, 2}
     assert compare(run, "--data", "nowhere.json") in {1, 2}

@@ -189,7 +189,9 @@ def rerank(session: Session, candidates: Stage, index: Index) -> Stage:
         "batch_size": config.reranker_batch_size,
         **session.machine,
     }
-    if not likelihood and settings["dtype"] != "torch.float32":
+    if likelihood:
+        settings["likelihood"] = reranker.SCORING
+    elif settings["dtype"] != "torch.float32":
         settings["head"] = "float32"
     ranked = session.stage("ranked", settings, [candidates])
     load = partial(reranker.load_reranker, source, device, config.dtype, config.reranker_batch_size)

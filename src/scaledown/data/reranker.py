@@ -1,15 +1,18 @@
 """Relevance of each document to its query: cross-encoders, and query likelihood under a causal LM."""
 
+import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.input.corpus import PassageTable
+from scaledown.data.pair_tokens import PairTokens
 from scaledown.data.prompts import LIKELIHOOD_AFTER, LIKELIHOOD_BEFORE
 from scaledown.data.retrieval.splade import by_length
 from scaledown.devices.gpus import OnDevice
@@ -22,6 +25,7 @@ from scaledown.models import (
     loadable,
     loading,
     onto,
+    read_config_file,
     resolve,
 )
 from scaledown.records import QueryWithDocuments, check_records, document_text, full_text
@@ -31,6 +35,12 @@ from scaledown.run.stage import Stage
 log = logging.getLogger("scaledown")
 
 LIKELIHOOD_PREFIX = "ql:"
+SCORING: Final = 2
+"""Version of how query likelihood is computed: scores depend on it in their last bits."""
+_TOGETHER: Final = 256  # tokens of questions behind one passage: attention grows with their square
+_CHECKED_ON: Final = ("The tower is 330 metres tall.", " How tall is the tower?", " Who built it?")
+_ODD: Final = "Été: 東京's 🗼, x<y [SEP] 2.5%"
+_TOLERANCE: Final = {"torch.float32": 1e-3, "torch.bfloat16": 0.1, "torch.float16": 0.05}
 
 
 class Pair(NamedTuple):
@@ -38,6 +48,13 @@ class Pair(NamedTuple):
 
     query: str
     document: str
+
+
+class _Asked(NamedTuple):
+    """A pair as token ids. Pairs whose prompt is the same object share it."""
+
+    prompt: list[int]
+    question: list[int]
 
 
 class Reranker(Protocol):
@@ -50,45 +67,111 @@ class Reranker(Protocol):
 
 
 class CrossEncoderReranker:
-    """A sentence-transformers cross-encoder with one output; scores are its logits."""
+    """A cross-encoder with one output, as sentence-transformers reads it; scores are its logits.
+
+    An ordinary sequence classifier is read without sentence-transformers, which takes longer to import than
+    all else here. Each text is then tokenised once, while the model computes.
+    """
 
     def __init__(self, source: ModelSource, device: str, dtype: str, batch_size: int) -> None:
-        import torch
-        from sentence_transformers import CrossEncoder
-
-        name, pinned = loadable(source)
-        arguments: dict[str, Any] = {"model_kwargs": {"dtype": dtype_to_run(dtype, device), **onto(device)}}
-        with loading(source):
-            self._model = CrossEncoder(name, device=device, **pinned, **arguments)
-        if self._model.num_labels != 1:
-            raise ModelError(
-                f"model {source.name} gives {self._model.num_labels} scores a pair; a reranker gives one"
-            )
-        _score_in_float32(self._model.model)
         self.name = source.name
+        self._device = device
         self._batch_size = batch_size
-        self._raw = torch.nn.Identity()
         self.halving = Halving("--reranker_batch_size")
+        name, pinned = loadable(source)
+        arguments: dict[str, Any] = {"dtype": dtype_to_run(dtype, device), **onto(device)}
+        self._tokens, reason = _pair_tokens(source)
+        if self._tokens:
+            from transformers import AutoModelForSequenceClassification
+
+            with loading(source):
+                self._model = AutoModelForSequenceClassification.from_pretrained(name, **pinned, **arguments)
+            model, labels = self._model.eval(), self._model.config.num_labels
+        else:
+            from sentence_transformers import CrossEncoder
+
+            log.info("reranker: sentence-transformers reads its pairs (%s)", reason)
+            with loading(source):
+                self._model = CrossEncoder(name, device=device, **pinned, model_kwargs=arguments)
+            model, labels = self._model.model, self._model.num_labels
+        if labels != 1:
+            raise ModelError(f"model {source.name} gives {labels} scores a pair; a reranker gives one")
+        _score_in_float32(model)
 
     def score(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
         """Logits, in the order of `pairs`."""
+        import torch
 
+        order = by_length([pair.document + pair.query for pair in pairs]).tolist()
+        size, tokens = self._batch_size, self._tokens
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        if tokens is None:
+
+            def predict(batch: Sequence[int]) -> Any:
+                return self._model.predict(
+                    [tuple(pairs[i]) for i in batch],
+                    batch_size=len(batch),
+                    show_progress_bar=False,
+                    activation_fn=torch.nn.Identity(),
+                )
+
+            return _in_batches(self, predict, batches, advance)
+
+        def read(batch: Sequence[int]) -> Sequence[int]:
+            tokens.read(itertools.chain.from_iterable(pairs[i] for i in batch))
+            return batch
+
+        @torch.inference_mode()
         def score(batch: Sequence[int]) -> Any:
-            return self._model.predict(
-                [tuple(pairs[i]) for i in batch],
-                batch_size=len(batch),
-                show_progress_bar=False,
-                activation_fn=self._raw,
-            )
+            features = tokens.features([pairs[i] for i in batch])
+            features = {name: values.to(self._device) for name, values in features.items()}
+            return self._model(**features).logits.float()[:, 0].cpu().numpy()  # [batch]
 
-        order = by_length([pair.document + pair.query for pair in pairs])
-        return _in_batches(self, score, order, self._batch_size, advance)
+        with ThreadPoolExecutor(1) as thread:
+            scores = _in_batches(self, score, thread.map(read, batches), advance)
+        tokens.forget()
+        return scores
+
+
+def _pair_tokens(source: ModelSource) -> tuple[PairTokens | None, str]:
+    """What puts the pairs of an ordinary sequence classifier together; None, and why, for other models."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    if any(read_config_file(source, name) for name in ("modules.json", "config_sentence_transformers.json")):
+        return None, "it has settings of sentence-transformers"
+    name, pinned = loadable(source)
+    with loading(source):
+        config = AutoConfig.from_pretrained(name, **pinned)
+        tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
+    if not (config.architectures or [""])[0].endswith("ForSequenceClassification"):
+        return None, "it is no sequence classifier"
+    if tokenizer.chat_template is not None:
+        return None, "it has a chat template"
+    positions = getattr(config, "max_position_embeddings", -1)
+    if positions != -1:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    try:
+        tokens = PairTokens(tokenizer)
+        texts = ("a", "", _ODD, f"{_ODD}\n{_ODD}", f"{_ODD} " * (tokenizer.model_max_length // 8 + 1))
+        pairs = list(itertools.product(texts, texts))
+        tokens.read(texts)
+        ones, others = map(list, zip(*pairs, strict=True))
+        expected = tokenizer(ones, others, padding=True, truncation="longest_first", return_tensors="pt")
+        made = tokens.features(pairs)
+    except Exception as error:  # whatever a foreign tokenizer does
+        return None, f"{type(error).__name__}: {error}"
+    tokens.forget()
+    if made.keys() != expected.keys() or any((made[key] != expected[key]).any() for key in made):
+        return None, "its tokens of a pair are not those of its texts"
+    return tokens, ""
 
 
 class QueryLikelihoodReranker:
     """Mean log-probability of the question's tokens given the passage (UPR, Sachan et al. 2022).
 
-    Works with any causal LM; needs no training for relevance.
+    Works with any causal LM; needs no training for relevance. Questions about the same passage are packed
+    behind it: it is read once, each of them sees it and itself. A model that heeds no such mask reads it once
+    for each of them.
     """
 
     def __init__(self, source: ModelSource, device: str, dtype: str, batch_size: int) -> None:
@@ -106,51 +189,124 @@ class QueryLikelihoodReranker:
         self._batch_size = batch_size
         self.halving = Halving("--reranker_batch_size")
         self._limit = int(getattr(model.config, "max_position_embeddings", 0) or 2048)
-        self._after = self._ids(LIKELIHOOD_AFTER)
+        self._after = self._ids([LIKELIHOOD_AFTER])[LIKELIHOOD_AFTER]
+        self._together = _TOGETHER
+        if reason := self._differs():
+            self._together = 0
+            log.info("reranker: each question is read with its own copy of the passage (%s)", reason)
 
-    def _ids(self, text: str, *, special: bool = False) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-        return ids
+    def _ids(self, texts: Iterable[str], *, special: bool = False) -> dict[str, list[int]]:
+        """Token ids by text; a text that comes again is read once."""
+        unique = list(dict.fromkeys(texts))
+        found = self._tokenizer(unique, add_special_tokens=special, verbose=False) if unique else {}
+        return dict(zip(unique, found.get("input_ids", ()), strict=True))
 
     def score(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
         """Mean log-probabilities, at most 0, in the order of `pairs`."""
-        questions = [self._ids(" " + pair.query.strip())[: self._limit // 2] for pair in pairs]
-        prompts = []
-        for pair, question in zip(pairs, questions, strict=True):
-            room = self._limit - len(question) - len(self._after)
-            prompts.append(self._ids(LIKELIHOOD_BEFORE + pair.document, special=True)[:room] + self._after)
+        questions = self._ids(f" {pair.query.strip()}" for pair in pairs)
+        passages = self._ids((LIKELIHOOD_BEFORE + pair.document for pair in pairs), special=True)
+        prompts: dict[tuple[str, int], list[int]] = {}  # by passage, and how much of it there is room for
+        asked = []
+        for pair in pairs:
+            question = questions[f" {pair.query.strip()}"][: self._limit // 2]
+            passage = passages[LIKELIHOOD_BEFORE + pair.document]
+            kept = min(len(passage), self._limit - len(question) - len(self._after))
+            prompt = prompts.setdefault((pair.document, kept), passage[:kept] + self._after)
+            asked.append(_Asked(prompt, question))
 
         def score(batch: Sequence[int]) -> list[float]:
-            return self._batch([prompts[i] for i in batch], [questions[i] for i in batch])
+            return self._batch([asked[i] for i in batch])
 
-        order = by_length([prompt + question for prompt, question in zip(prompts, questions, strict=True)])
-        return _in_batches(self, score, order, self._batch_size, advance)
+        return _in_batches(self, score, self._batches(asked), advance)
 
-    def _batch(self, prompts: list[list[int]], questions: list[list[int]]) -> list[float]:
+    def _batches(self, asked: Sequence["_Asked"]) -> list[list[int]]:
+        """Places in `asked`, as many at once as the batch size, of rows with as many questions, by length."""
+        by_prompt: dict[int, list[int]] = {}
+        for i, one in enumerate(asked):
+            by_prompt.setdefault(id(one.prompt), []).append(i)
+        rows = self._rows(asked, itertools.chain.from_iterable(by_prompt.values()))
+        tokens = [len(asked[row[0]].prompt) + sum(len(asked[i].question) for i in row) for row in rows]
+        batches: list[list[int]] = []
+        for n in sorted(range(len(rows)), key=lambda n: (-len(rows[n]), -tokens[n])):
+            if batches and len(batches[-1]) + len(rows[n]) <= self._batch_size:
+                batches[-1] += rows[n]
+            else:
+                batches.append(list(rows[n]))
+        return batches
+
+    def _rows(self, asked: Sequence["_Asked"], order: Iterable[int]) -> list[list[int]]:
+        """Places in `asked`, in `order`, those together that share a passage and are read in one row."""
+        rows: list[list[int]] = []
+        tokens = 0
+        for i in order:
+            prompt, question = asked[i]
+            fits = rows and len(rows[-1]) < self._batch_size and tokens + len(question) <= self._together
+            if fits and asked[rows[-1][-1]].prompt is prompt:
+                rows[-1].append(i)
+            else:
+                rows.append([i])
+                tokens = 0
+            tokens += len(question)
+        return rows
+
+    def _batch(self, asked: Sequence["_Asked"]) -> list[float]:
+        """Scores of neighbours that share a prompt come from one row: prompt, question, question, ..."""
         import torch
 
-        sequences = [prompt + question for prompt, question in zip(prompts, questions, strict=True)]
-        length = max(map(len, sequences))
-        longest = max(map(len, questions))
-        ids = torch.zeros(len(sequences), length, dtype=torch.long)  # [batch, length], padded on the left
-        mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(sequences):
-            ids[row, length - len(sequence) :] = torch.tensor(sequence)
-            mask[row, length - len(sequence) :] = 1
+        rows = [[asked[i] for i in row] for row in self._rows(asked, range(len(asked)))]
+        lengths = [len(row[0].prompt) + sum(len(one.question) for one in row) for row in rows]
+        longest = max(lengths)
+        ids = np.zeros((len(rows), longest), np.int64)  # padded on the left
+        position = np.zeros_like(ids)
+        part = np.full_like(ids, -1)  # 0: the prompt, n: its nth question, -1: padding
+        before: list[tuple[int, int]] = []  # row and place of what predicts each token of a question
+        targets: list[int] = []
+        for n, row in enumerate(rows):
+            start = longest - lengths[n]
+            behind = start + len(row[0].prompt)
+            for number, tokens in enumerate([row[0].prompt, *(one.question for one in row)]):
+                span = slice(start, start + len(tokens))
+                ids[n, span] = tokens
+                part[n, span] = number
+                position[n, span] = np.arange(len(tokens)) + (len(row[0].prompt) if number else 0)
+                if number:
+                    targets += tokens
+                    places = [behind - 1, *range(start, span.stop - 1)]
+                    before += [(n, place) for place in places[: len(tokens)]]
+                start = span.stop
+        first = min((place for _, place in before), default=longest - 1)
         with torch.inference_mode():
+            parts = torch.from_numpy(part).to(self._device)
+            mask = (parts >= 0).long()  # [rows, longest]
+            if len(rows) < len(asked):  # each sees the prompt and its own part: [rows, 1, longest, longest]
+                mask = ((parts[:, None] == 0) | (parts[:, None] == parts[..., None])).tril()[:, None]
             logits = self._model(
-                input_ids=ids.to(self._device),
-                attention_mask=mask.to(self._device),
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(self._device),
-                logits_to_keep=longest + 1,
+                input_ids=torch.from_numpy(ids).to(self._device),
+                attention_mask=mask,
+                position_ids=torch.from_numpy(position).to(self._device),
+                logits_to_keep=longest - first,
                 use_cache=False,
-            ).logits[:, :-1]  # [batch, longest, vocabulary]: each predicts the token after it
-            targets = ids[:, -longest:].to(self._device)  # [batch, longest]
-            chosen = torch.log_softmax(logits.float(), -1).gather(-1, targets[..., None])[..., 0].cpu()
-        return [
-            float(row[-len(question) :].mean()) if question else -math.inf
-            for row, question in zip(chosen, questions, strict=True)
-        ]
+            ).logits  # [rows, longest - first, vocabulary]
+            at = torch.tensor(before, dtype=torch.long, device=self._device).reshape(-1, 2)
+            logits = logits[at[:, 0], at[:, 1] - first].float()  # [tokens of questions, vocabulary]
+            wanted = torch.tensor(targets, dtype=torch.long, device=self._device)[:, None]
+            chosen = torch.log_softmax(logits, -1).gather(-1, wanted)[:, 0].cpu()
+        each = torch.split(chosen, [len(one.question) for one in asked])
+        return [float(found.mean()) if len(found) else -math.inf for found in each]
+
+    def _differs(self) -> str:
+        """Why questions must not share a row of this model; empty where their scores are the same."""
+        prompt, *questions = self._ids([LIKELIHOOD_BEFORE + _CHECKED_ON[0], *_CHECKED_ON[1:]]).values()
+        prompt = prompt + self._after
+        asked = [_Asked(prompt, question) for question in (questions[0], *questions)]  # one of them twice
+        try:
+            together = self._batch(asked)
+            alone = [self._batch([one])[0] for one in asked]
+        except Exception as error:  # whatever a foreign model does
+            return f"{type(error).__name__}: {error}"
+        difference = max(abs(one - other) for one, other in zip(together, alone, strict=True))
+        same = difference <= _TOLERANCE[str(self._model.dtype)]
+        return "" if same else f"its scores differ by {difference:.2g}"
 
 
 def _score_in_float32(model: Any) -> None:
@@ -164,19 +320,15 @@ def _score_in_float32(model: Any) -> None:
 def _in_batches(
     reranker: "CrossEncoderReranker | QueryLikelihoodReranker",
     score: Callable[[Sequence[int]], Any],
-    order: np.ndarray[Any, Any],
-    batch_size: int,
+    batches: Iterable[Sequence[int]],
     advance: Callable[[int], None],
 ) -> list[float]:
-    """Scores of pairs, in their order, by batches of similar length."""
-    parts: list[Any] = []
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size].tolist()
-        parts += reranker.halving(score, batch)
+    """Scores of pairs, in their order; each pair is in one of the batches."""
+    found: dict[int, float] = {}
+    for batch in batches:
+        found |= zip(batch, np.concatenate(reranker.halving(score, batch)), strict=True)
         advance(len(batch))
-    scores = np.empty(len(order), np.float32)
-    if parts:
-        scores[order] = np.concatenate(parts)
+    scores = np.array([found[i] for i in range(len(found))], np.float32)
     if not np.isfinite(scores).all():
         raise ModelError(f"model {reranker.name} gave scores that are not numbers: try --dtype float32")
     return [float(value) for value in scores]

@@ -31,7 +31,6 @@ from scaledown.models import choose_device, dtype_to_run, onto, quiet_libraries,
 from scaledown.run.atomic import atomic, read_json, write_json
 from scaledown.run.directory import fingerprint
 from scaledown.run.outputs import check_output
-from scaledown.student.training.run import train
 
 if TYPE_CHECKING:
     from scaledown.student.settings import ScaleDownConfig
@@ -58,6 +57,8 @@ def compare(names: Sequence[str], config: CompareConfig, *, overwrite: bool = Fa
     train`. What was done once is not done again. With `overwrite` files that no comparison made are replaced.
     Raises `ScaleDownError`.
     """
+    from scaledown.student.training.run import train  # here, so that --help needs no torch
+
     quiet_libraries()
     output = Path(config.output_dir)
     reads = (config.data, *config.gold, *(name for name in names if name.endswith(".json")))

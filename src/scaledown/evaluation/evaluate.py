@@ -17,7 +17,7 @@ from scaledown.data.input.files import locate
 from scaledown.data.input.gold import read_gold
 from scaledown.data.input.remote import Remote
 from scaledown.data.prompts import VERSION as PROMPT_VERSION
-from scaledown.data.reranker import LIKELIHOOD_PREFIX, load_reranker, resolve_reranker
+from scaledown.data.reranker import LIKELIHOOD_PREFIX, SCORING, load_reranker, resolve_reranker
 from scaledown.data.retrieval.encoders import is_sparse
 from scaledown.data.teacher.api import find_teacher
 from scaledown.data.teacher.base import Engine
@@ -318,6 +318,8 @@ def _sentences(  # noqa: PLR0917
     budget: dict[str, Any] = {"tokenizer": identities["model"], "tokens": settings.memory_tokens}
     if settings.kind.rates:
         budget["compression_rate"] = rate
+    if source.name.startswith(LIKELIHOOD_PREFIX):
+        budget["likelihood"] = SCORING
     stage = Stage(run, "sentences", {"questions": asked.fingerprint, **scoring, **budget, **machine})
     tokenizer = functools.cache(lambda: load_tokenizer(sources.model))
     tokens = Tokens(

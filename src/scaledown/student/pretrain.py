@@ -4,8 +4,6 @@ from collections.abc import Sequence
 
 from scaledown.command import Usage, run_cli
 from scaledown.config.train import GROUPS, PretrainConfig
-from scaledown.student.training.run import train
-from scaledown.student.training.summary import summary
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown pretrain") -> int:
@@ -17,13 +15,14 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown pretrain")
         "are compressed, and repeated or continued from what is left of them. Separate compressors need it.",
         GROUPS,
     )
-    return run_cli(
-        PretrainConfig,
-        train,
-        lambda result, _: summary(result, pretrained=True),
-        usage=usage,
-        argv=argv,
-    )
+
+    def run(config: PretrainConfig, **others: bool) -> str:  # imports here: the help needs no torch
+        from scaledown.student.training.run import train
+        from scaledown.student.training.summary import summary
+
+        return summary(train(config, **others), pretrained=True)
+
+    return run_cli(PretrainConfig, run, lambda told, _: told, usage=usage, argv=argv)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 
 from scaledown.command import Usage, run_cli
 from scaledown.config.train import GROUPS, TrainConfig
-from scaledown.student.training.run import train
-from scaledown.student.training.summary import summary
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown train") -> int:
@@ -17,4 +15,11 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown train") ->
         "torchrun and accelerate launch start it on several GPUs.",
         GROUPS,
     )
-    return run_cli(TrainConfig, train, lambda result, _: summary(result), usage=usage, argv=argv)
+
+    def run(config: TrainConfig, **others: bool) -> str:  # imports here: the help needs no torch
+        from scaledown.student.training.run import train
+        from scaledown.student.training.summary import summary
+
+        return summary(train(config, **others))
+
+    return run_cli(TrainConfig, run, lambda told, _: told, usage=usage, argv=argv)

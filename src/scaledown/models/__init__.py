@@ -261,40 +261,51 @@ def loadable(source: ModelSource) -> tuple[str, dict[str, Any]]:
 
 
 def _converted(source: ModelSource) -> Path:
-    """GGUF weights as float16 safetensors, made once: transformers takes 15 s to read even a small GGUF."""
+    """GGUF weights as float16 safetensors, made once."""
     file = Path(source.location) / (source.gguf_file or "")
     state = source.revision or "{0.st_size}-{0.st_mtime_ns}".format(file.stat())
     digest = hashlib.sha256(f"{file}:{state}".encode()).hexdigest()[:16]
     folder = cache_directory() / "gguf" / f"{file.stem}-{digest}"
     if (folder / "config.json").exists():
         return folder
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
     log.info("reading %s once; ordinary weights are kept in %s", source.gguf_file, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    arguments: dict[str, Any] = {"gguf_file": source.gguf_file, "trust_remote_code": False}
-    if source.revision:
-        arguments["revision"] = source.revision
     with (
         FileLock(folder.with_suffix(".lock")),
         hub_errors(source.name),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        if (folder / "config.json").exists():
-            return folder
-        temporary = folder.with_suffix(".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        model = AutoModelForCausalLM.from_pretrained(
+        if not (folder / "config.json").exists():
+            temporary = folder.with_suffix(".tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            _convert(source, file, temporary)
+            temporary.replace(folder)
+    return folder
+
+
+def _convert(source: ModelSource, file: Path, folder: Path) -> None:
+    from huggingface_hub import hf_hub_download
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    from scaledown.models.gguf import convert_llama
+
+    arguments: dict[str, Any] = {"gguf_file": source.gguf_file, "trust_remote_code": False}
+    if source.revision:
+        arguments["revision"] = source.revision
+        file = Path(hf_hub_download(source.location, str(source.gguf_file), revision=source.revision))
+    tokenizer: Any = PreTrainedTokenizerFast  # AutoTokenizer reads the whole file to find this
+    if not convert_llama(file, folder):
+        import torch
+        from transformers import AutoModelForCausalLM, GgufConfig
+
+        AutoModelForCausalLM.from_pretrained(
             source.location,
             dtype=torch.float16,
             quantization_config=GgufConfig(dequantize=True),
             **arguments,
-        )
-        model.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(source.location, **arguments).save_pretrained(temporary)
-        temporary.replace(folder)
-    return folder
+        ).save_pretrained(folder)
+        tokenizer = AutoTokenizer
+    tokenizer.from_pretrained(source.location, **arguments).save_pretrained(folder)
 
 
 def read_config_file(source: ModelSource, file_name: str) -> Any:
