@@ -1,6 +1,8 @@
 """Right answers are found in the shapes that data sets come in."""
 
+import bz2
 import csv
+import gzip
 import json
 from pathlib import Path
 
@@ -92,10 +94,32 @@ def test_shapes(name: str, tmp_path: Path) -> None:
     assert found.query_id in {"7", ""}
 
 
-def test_a_json_list_is_read_too(tmp_path: Path) -> None:
-    path = tmp_path / "dev.json"
-    path.write_text(json.dumps([{"question": "who?", "answer": "a"}, {"question": "why?", "answer": "b"}]))
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("name", ["dev.json", "dev.json.gz", "dev.json.bz2"])
+def test_a_json_list_is_read_too(name: str, indent: int | None, tmp_path: Path) -> None:
+    squeeze = {".gz": gzip.compress, ".bz2": bz2.compress}.get(name[8:], bytes)
+    records = [{"question": "who?", "answer": "a"}, {"question": "why?", "answer": "b"}]
+    path = tmp_path / name
+    path.write_bytes(squeeze(json.dumps(records, indent=indent).encode()))
     assert [one.query for one in gold_questions(str(path), "--gold")] == ["who?", "why?"]
+
+
+def test_every_wording_of_a_question_counts(tmp_path: Path) -> None:
+    path = tmp_path / "gold.jsonl"
+    path.write_text('{"id": 7, "questions": ["Who?", "Who was it?", "???"], "answer": "a"}\n')
+    found = list(gold_questions(str(path), "--decontaminate"))
+    assert [(one.query_id, one.query, one.answers) for one in found] == [
+        ("7", "Who?", ("a",)),
+        ("7", "Who was it?", ("a",)),
+    ]
+
+
+def test_what_is_to_be_known_of_the_files_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "gold.jsonl"
+    lines = ('{"question": "who?", "answer": "a"}', '{"question": "Who", "answer": "b"}', '{"title": "x"}')
+    path.write_text("\n".join((*lines, "no json", '{"question": "why?", "answer": "..."}')))
+    counts = {"gold_came_again": 1, "gold_unread": 2, "gold_without_answer": 1}
+    assert read_gold([str(path)], "--gold").counts == counts
 
 
 SQUAD = {

@@ -43,6 +43,7 @@ _OTHER: Final = (
     ),
     (rb"PK\x03\x04|PK\x05\x06", "a zip archive", _UNPACK.replace("{command}", "unzip")),
     (rb"\xfd7zXZ\x00", "an xz file", _UNPACK.replace("{command}", "xz -dk")),
+    (rb"\x5d\0\0.{2}(\xff{8}|.{4}\0{4})", "an lzma file", _UNPACK.replace("{command}", "unlzma -k")),
     (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK.replace("{command}", "7z x")),
     (rb"Rar!\x1a\x07", "a RAR archive", _UNPACK.replace("{command}", "unrar x")),
     (rb"\x04\x22\x4d\x18", "an lz4 file", _UNPACK.replace("{command}", "lz4 -dk")),
