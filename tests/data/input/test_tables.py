@@ -245,6 +245,23 @@ def test_line_ends_of_several_kinds_in_one_file(name: str, text: str, tmp_path: 
     assert found == ["Who?", "Why?", "When?", "Where?", "How?"]
 
 
+@pytest.mark.parametrize("name", ["q.json", "q.jsonl", "q.txt", "q"])
+def test_json_of_several_lines_says_how_to_convert_it(name: str, tmp_path: Path) -> None:
+    records = [{"query": "Who?", "text": "T"}, {"query": "Why?", "text": "T"}]
+    for text, how in (
+        (
+            "\n".join(json.dumps(record, indent=1) for record in records),
+            r"JSON of several lines; .*jq -c '\.' ",
+        ),
+        (json.dumps(records, indent=1), r"one JSON array; .*jq -c '\.\[\]' "),
+        (json.dumps(records), r"one JSON array; .*jq -c '\.\[\]' "),
+    ):
+        path = write(tmp_path / name, text)
+        for read in (queries, articles):
+            with pytest.raises(InputError, match=how):
+                read(path)
+
+
 def test_a_list_in_the_place_of_a_question_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", '{"query": ["Who?", "What?"]}\n')
     with pytest.raises(InputError, match="the question is list, expected a string"):
@@ -415,6 +432,18 @@ def test_only_a_column_that_is_used_may_spoil_a_row(tmp_path: Path) -> None:
         articles(write(tmp_path / "d.csv", b"id,text\n1,\xff\xfe\n"))
 
 
+def test_bytes_that_are_no_text_cost_their_row_alone(tmp_path: Path) -> None:
+    for name in ("id", "text"):
+        table = pa.table({"id": [b"1", b"2"], "text": [b"One.", b"Two."]})
+        place = table.column_names.index(name)
+        table = table.set_column(place, name, pa.array([b"\xff", b"2"]))
+        pq.write_table(table, tmp_path / "c.parquet")
+        first, second = tables.rows(tmp_path / "c.parquet", tables.CORPUS)
+        with pytest.raises(ValueError, match="invalid UTF-8"):
+            parse(first)
+        assert parse(second)[name] == "2"
+
+
 def test_doubled_names(tmp_path: Path) -> None:
     for name, made in {
         "c.csv": "id,text,text\n1,A,B\n",
@@ -537,6 +566,12 @@ def test_trec_topics(tmp_path: Path, caplog) -> None:
         "302",
         "Is the disease of Poliomyelitis (polio) under control?",
     )
+    for text in (
+        XML.replace("topics>", "webtrack2009>"),
+        XML.replace("<topics>", "<!-- of 2020 -->\n<topics>"),
+        "\ufeff" + XML,
+    ):
+        assert queries(write(tmp_path / "web.xml", text)) == [("1", "coronavirus origin")]
     path = write(tmp_path / "topics.xml", XML)
     assert queries(path) == [("1", "coronavirus origin")]
     assert queries(path, column="question") == [("1", "what is the origin of COVID-19")]
@@ -560,6 +595,9 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c9
     [
         (b"<!DOCTYPE html>\n<html><body>Sign in</body></html>", r"is a web page \(HTML\), such as a login"),
         (b"\n <!-- x --><HTML lang=en>", "is a web page"),
+        (b"\xef\xbb\xbf<!DOCTYPE html><html>", "is a web page"),
+        (b"<Error><Code>AccessDenied</Code></Error>", "is XML"),
+        (b"# xet version 0\nfilesize = 12\n", "is a Xet pointer"),
         (LFS.encode(), "is a Git LFS pointer, not the file itself; run `git lfs pull`"),
         (b"\0" * 5000, "NUL bytes alone: a download or copy that did not finish"),
         ("query\nWhat?\n".encode("utf-32"), "is UTF-32; convert it: `iconv -f UTF-32 -t UTF-8"),

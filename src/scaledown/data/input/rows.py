@@ -38,18 +38,21 @@ _LABEL: Final = re.compile(r"\s*(number|topic|title|description|narrative|domain
 
 
 def json_rows(path: Source, stream: io.BufferedReader) -> Iterator[Row]:
-    """JSON lines, not parsed yet. Raises `InputError` for one JSON array."""
+    """JSON lines, not parsed yet. Raises `InputError` for one JSON array, and for values of several lines."""
     first = True
     for number, line in files.raw_lines(path, stream):
         if stripped := line.strip():
-            if first and stripped.startswith(b"["):
+            if first and (stripped.startswith(b"[") or stripped == b"{"):
+                held, program = (
+                    ("one JSON array", ".[]") if stripped != b"{" else ("JSON of several lines", ".")
+                )
                 file, way = first_bytes.local_name(path)
                 if files.is_compressed(stream):
                     file, way = file.with_suffix(""), f"{way}unpack it and "
                 array, result = (shlex.quote(str(p)) for p in (file, file.with_suffix(".lines.jsonl")))
                 raise InputError(
-                    f"{path}: holds one JSON array; expected one record a line. "
-                    f"{(way + 'convert it').capitalize()} with `jq -c '.[]' {array} > {result}`"
+                    f"{path}: holds {held}; expected one record a line. "
+                    f"{(way + 'convert it').capitalize()} with `jq -c '{program}' {array} > {result}`"
                 )
             first = False
             for part in stripped.split(b"\r"):  # of files with other line ends that were joined

@@ -5,6 +5,7 @@ says how it is read; what cannot be decided is refused, with the columns that we
 decides.
 """
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -44,7 +45,10 @@ QUERY_KEYS: Final = (
 )
 ANSWER_KEYS: Final[tuple[tuple[str, ...], ...]] = (
     ("ground_truth", "ground_truths"),  # first: beside them `answer` is what a model said
-    *(("answers", "answer", "possible_answers", "golden_answers", "exact_answer", "output", "qa_pairs"),),
+    (
+        *("answers", "answer", "answer_aliases", "possible_answers", "golden_answers", "exact_answer"),
+        *("output", "qa_pairs"),
+    ),
     ("label", "labels"),
 )
 PASSAGE_KEYS: Final = (
@@ -54,6 +58,8 @@ PASSAGE_KEYS: Final = (
 MANY_KEYS: Final = ("data", "paragraphs", "qas", "questions")
 """Of lists of questions in one record, as SQuAD, MRQA, TriviaQA and BioASQ publish them."""
 
+_BEGINS: Final = re.compile(r"\s*(\[\s*[\[{]|[\[{]\s*[\r\n]\s*[\"\[{\]}])")
+"""How a JSON value on several lines begins."""
 _SAMPLE_ROWS: Final = 200
 _NAMED: Final = 20  # columns in a message
 _REGULAR: Final = 0.9  # a share of records with as many columns, from which on it is a table
@@ -170,7 +176,7 @@ def _table(  # noqa: PLR0911
     declared = delimited.DECLARED.match(text)
     if declared:
         suffix, text = ".tsv" if declared[1] == "\t" else ".csv", text[declared.end() :]
-    if suffix in folders.LINES or _is_json(text, whole=whole):
+    if suffix in folders.LINES or _is_json(text, whole=whole) or _BEGINS.match(text):
         return _json(source, stream, text, meaning, column, certain=suffix in folders.LINES)
     is_table = suffix in folders.TABLES
     looked = text.strip() and (is_table or _may_be_a_table(text, meaning, column))
@@ -247,7 +253,11 @@ def _batches(  # noqa: PLR0917
     beside = [name for name in found.names if name.lower() in rivals and found.names.count(name) == 1]
     looked = list(dict.fromkeys([*used, *beside]))
     again = itertools.islice(formats.batches(source, kind, None).read(looked), _SAMPLE_ROWS)
-    columns = _columns(str(source), list(map(formats.parse, again)), meaning, column, found.names)
+    seen = []
+    for row in again:
+        with contextlib.suppress(ValueError):  # it is rejected when it is read
+            seen.append(formats.parse(row))
+    columns = _columns(str(source), seen, meaning, column, found.names)
     reading = Reading(kind, columns, None, guessed=files.inner_suffix(source) not in folders.BATCHES)
     return _Table(reading, lambda: found.read(used))
 
