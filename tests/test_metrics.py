@@ -29,6 +29,7 @@ def test_normalized() -> None:
         ("O\u2019Neill\u2019s \u201cX\u201d", "oneills x"),
         ("\uff21\uff22\uff11\uff01\u3000\uff08\u6771\u4eac\u3002\uff09", "ab1 \u6771\u4eac"),
         ("Stra\u00dfe", "strasse"),
+        ("10\u00b2, 5\u00bd, x\u00b2", "10 2 5 12 x2"),  # a raised digit makes no other number
     ],
 )
 def test_normalization_is_in_the_order_of_squad(text: str, expected: str) -> None:

@@ -180,6 +180,10 @@ def _merge(arguments: argparse.Namespace) -> int:
     )
     if cleaning.decontaminate:
         told += f", {_counted(merged.contaminated, 'record', 'records')} of evaluation sets left out"
+    if merged.unread:
+        told += (
+            f", {_counted(merged.unread, 'row', 'rows')} of evaluation sets without a question passed over"
+        )
     if cleaning != CleanConfig():
         told += f"\nwhat was left out, one by one, with its match: {removed_file(output)}"
     print(told)

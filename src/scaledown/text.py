@@ -11,6 +11,15 @@ MINUS: Final = "\u2212"
 """What `folded` makes of the sign of a number, whatever dash it was: no punctuation."""
 
 _SIGN: Final = re.compile(r"(?<![\w)\]-])[-\u2010-\u2013](?=\.?\d)")
+_RAISED: Final = re.compile(r"(?<=\d)(?=[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2079\u2150-\u215e])")
+# What makes another question of numbers: operators, comparisons, currencies, per cent, degrees. A dash or
+# slash only with spaces around: elsewhere it is that of a date or a range.
+_OPERATOR: Final = re.compile(
+    r"(?<=\d) *(?:!=|[×÷^<>=≤≥±%°$€£¥]|[+*](?= *\d)|!(?= *[?\w)]))|(?:!=|[×÷^<>=≤≥±√$€£¥]) *(?=\d)|"
+    rf"(?<=\b[a-z]) *(?:!=|[<>=≤≥]) *(?=[a-z]\b)|(?<=\d) [-{MINUS}/] (?=\d)"
+)
+_FULL_WIDTH: Final = {ord(sign): ord(sign) + 0xFEE0 for sign in "*^<>=%$+!/-"}
+_KEPT: Final = frozenset(f"+#{MINUS}×÷≤≥±√°€£¥") | frozenset(map(chr, _FULL_WIDTH.values()))
 _TOKEN: Final = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 _LONG_DASHES: Final = "\u2014\u2015"  # which stand between words without a space
 _WORD: Final = re.compile(rf"[{UNSPACED}]|[^\s!-/:-@\[-`{{-~{UNSPACED}]+[+#]*")
@@ -41,7 +50,8 @@ def folded(text: str) -> str:
 
     All comparisons of questions and answers begin with it.
     """
-    return _SIGN.sub(MINUS, unicodedata.normalize("NFKC", text).replace(MINUS, "-")).casefold()
+    plain = unicodedata.normalize("NFKC", _RAISED.sub(" ", text))
+    return _SIGN.sub(MINUS, plain.replace("\u2044", "/").replace(MINUS, "-")).casefold()
 
 
 def normalized(text: str) -> str:
@@ -59,13 +69,21 @@ def tokens(text: str) -> list[str]:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in any language, without case, punctuation, accents and English articles."""
-    plain = _DROPPED.sub("", unicodedata.normalize("NFKD", folded(text)))
+    """The words of a text in any language, without case, punctuation, accents and English articles.
+
+    Operators and units of numbers are words: 3 < 4 is not 3 > 4.
+    """
+    plain = unicodedata.normalize("NFKD", folded(text).replace("≠", "!="))
+    plain = _OPERATOR.sub(_as_word, _DROPPED.sub("", plain))
     if not plain.isascii():  # \w has no vowel signs
-        kept = f"+#{MINUS}"
-        plain = "".join(c if unicodedata.category(c)[0] in "LMN" or c in kept else " " for c in plain)
+        plain = "".join(c if unicodedata.category(c)[0] in "LMN" or c in _KEPT else " " for c in plain)
     found = _WORD.findall(plain)
     return [word for word in found if word not in _ARTICLES] or found or text.split()
+
+
+def _as_word(operator: re.Match[str]) -> str:
+    """An operator, parted from its numbers, in signs that are no punctuation."""
+    return f" {operator[0].strip().translate(_FULL_WIDTH)} "
 
 
 def says_something(text: str) -> bool:

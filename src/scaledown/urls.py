@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final
+from urllib.parse import unquote
 
 from scaledown.errors import InputError, MissingExtraError, UsageError, install_command, one_line
 
@@ -32,6 +33,14 @@ _STATES: Final = (
 def is_url(text: str) -> bool:
     """Whether `text` is a URL and not a local path."""
     return re.match(r"[a-z][a-z0-9+.-]*://", text, re.IGNORECASE) is not None
+
+
+def local(name: str) -> str:
+    """The path that a URL of this machine names, as `file:///data/a%20b`; anything else as it is."""
+    scheme, separator, rest = name.partition("://")
+    if not separator or scheme.lower() not in {"file", "local"} or not rest:
+        return name
+    return unquote(rest.removeprefix("localhost"))
 
 
 def check_store(name: str) -> None:

@@ -88,6 +88,7 @@ def test_qrels_of_other_forms(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         "floats": "q1 0 b 1.0\nq1 0 c 2.0\nq1 0 d 0.0\nq2 0 a 1.0\n",
         "again": "q1 0 b 1\nq1 0 b 1\nq1 0 c 2\nq1 0 d 0\nq2 0 a 1\n",
         "beir": "query-id\tcorpus-id\tscore\nq1\tb\t1\nq1\tc\t2\nq1\td\t0\nq2\ta\t1\n",
+        "quoted": '"query-id"\t"corpus-id"\t"score"\nq1\t"b"\t1\n"q1"\tc\t2\nq1\td\t"0"\nq2\ta\t1\n',
         "plain": "q1\tb\t1\nq1\tc\t2\nq1\td\t0\nq2\ta\t1\n",
         "below": "q1 0 b 1\nq1 0 c 2\nq1 0 d -1\nq2 0 a 1\n",
     }.items():
@@ -95,7 +96,9 @@ def test_qrels_of_other_forms(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         caplog.clear()
         with caplog.at_level("INFO"):
             assert read_qrels(tmp_path / name) == expected, name
-        assert ("read as query-id corpus-id score, after a line" in caplog.text) == (name == "beir")
+        assert ("read as query-id corpus-id score, after a line" in caplog.text) == (
+            name in {"beir", "quoted"}
+        )
         assert ("1 relevances below 0 count as 0" in caplog.text) == (name == "below")
     (tmp_path / "tabs").write_text("query-id\tcorpus-id\tscore\nq 1\ta b\t1\n")
     assert read_qrels(tmp_path / "tabs") == {"q 1": {"a b": 1}}
@@ -111,6 +114,20 @@ def test_a_run_with_ranks_alone(qrels: Path, run: Path, tmp_path: Path) -> None:
     path.write_text("q1\ta\t0.93\n")
     with pytest.raises(InputError, match=r"rank '0\.93' is no whole number"):
         read_run(path)
+
+
+def test_scores_in_the_place_of_ranks_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.run"
+    path.write_text("q1\ta\t30\nq1\tb\t20\nq1\tc\t10\n")
+    with pytest.raises(
+        InputError, match="its third column holds no ranks: query q1 has none of 0 or 1; give"
+    ):
+        read_run(path)
+    path.write_text("query-id\tcorpus-id\tscore\nq1\ta\t1\nq1\tb\t2\n")
+    with pytest.raises(InputError, match=r":1: its last column is called score, expected rank"):
+        read_run(path)
+    path.write_text("qid\tdocid\trank\nq1\ta\t0\nq1\tb\t1\n")
+    assert read_run(path) == {"q1": {"a": 0, "b": -1}}
 
 
 def test_ranks_that_contradict_scores_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -28,13 +28,13 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def words(command: str, data: Path, output: Path) -> list[str]:
+def words(command: str, data: Path, output: Path | str) -> list[str]:
     """A command that reads `data` and writes `output`."""
     return {
         "merge": ["merge", str(data), "--output_file", str(output)],
         "removed": ["merge", str(data), "--output_file", f"{output}.json", "--deduplicate", "exact"],
-        "page": ["report", str(data), "--output", str(output), "--card", str(output.with_suffix(".card"))],
-        "card": ["report", str(data), "--output", str(output.with_suffix(".page")), "--card", str(output)],
+        "page": ["report", str(data), "--output", str(output), "--card", str(data.with_name("the.card"))],
+        "card": ["report", str(data), "--output", str(data.with_name("the.page")), "--card", str(output)],
     }[command]
 
 
@@ -89,7 +89,7 @@ def test_an_empty_file_is_nobodys(data: Path, tmp_path: Path) -> None:
     assert main(words("merge", data, tmp_path / "full.json")) == 0
 
 
-@pytest.mark.parametrize("by", ["its name", "another way", "a link", "a hard link"])
+@pytest.mark.parametrize("by", ["its name", "another way", "a link", "a hard link", "a URL"])
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
 @pytest.mark.parametrize("command", ["merge", "page", "card"])
 def test_an_output_is_no_input_by_whatever_name(
@@ -104,6 +104,8 @@ def test_an_output_is_no_input_by_whatever_name(
         other.symlink_to(data)
     elif by == "a hard link":
         os.link(data, other)
+    elif by == "a URL":
+        other = f"file://{data}"
     else:
         other = data
     assert main([*words(command, data, other), *flags]) == 2

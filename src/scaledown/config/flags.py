@@ -19,7 +19,7 @@ from scaledown.config.prepare import GROUPS, PrepareConfig
 from scaledown.config.presets import PRESETS
 from scaledown.config.shared import OUTPUT
 from scaledown.errors import InputError, UsageError
-from scaledown.urls import is_url
+from scaledown.urls import is_url, local
 
 Config = TypeVar("Config", bound=Options)
 
@@ -221,10 +221,10 @@ def from_flags(given: Mapping[str, Any], config: type[Config]) -> Config:
 
 
 def _expanded(value: Any) -> Any:
-    """Paths with the home folder in the place of a ~ in front."""
+    """Paths with the home folder in the place of a ~ in front; of a `file://` URL its path."""
     if isinstance(value, tuple | list):
         return tuple(map(_expanded, value))
-    return os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111 (keeps a final slash)
+    return os.path.expanduser(local(value)) if isinstance(value, str) else value  # noqa: PTH111 (keeps a final slash)
 
 
 def _frozen(value: Any) -> Any:
@@ -233,7 +233,7 @@ def _frozen(value: Any) -> Any:
 
 def local_path(text: str) -> Path:
     """What a flag that takes a local path was given. Raises `ArgumentTypeError` for a URL."""
-    if is_url(text):
+    if is_url(local(text)):
         raise argparse.ArgumentTypeError("is a URL: fetch the file and give its path")
     return Path(path_or_url(text))
 
@@ -242,7 +242,7 @@ def path_or_url(text: str) -> str:
     """What a flag that takes a path, URL or model name was given, its ~ expanded."""
     if not text:
         raise argparse.ArgumentTypeError("is empty: name a file")
-    return text if is_url(text) else str(Path(_expanded(text)))
+    return text if is_url(text := local(text)) else str(Path(_expanded(text)))
 
 
 def read_settings(path: Path, config: type[Options]) -> dict[str, Any]:

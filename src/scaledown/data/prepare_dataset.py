@@ -124,7 +124,7 @@ def collect(session: Session, index: Index, teachers: Teachers) -> Stage:
     if config.decontaminate or config.deduplicate:
         settings |= {**session.cleaning, "deduplicate": config.deduplicate}
     queries = session.stage("queries", settings)
-    collect_queries(queries, config, written, cleaner.queries)
+    collect_queries(queries, config, written, cleaner.queries, cleaner.counts)
     return queries
 
 

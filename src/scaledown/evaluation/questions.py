@@ -73,7 +73,7 @@ def collect(
             if gold is not None:
                 way = "--gold is matched by the question's words: give the gold of these questions"
             raise InputError(f"{data}: none of {counts['records']:,} records has a right answer: {way}")
-        stage.finish(rows, {"questions": sum(rows), **counts})
+        stage.finish(rows, {"questions": sum(rows), **counts, **(gold.counts if gold else {})})
 
 
 def _questions(data: Path, gold: Gold | None, limit: int, counts: dict[str, int]) -> Iterator[Question]:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -17,7 +18,7 @@ from scaledown.run.atomic import atomic
 log = logging.getLogger("scaledown")
 
 _MOST_RELEVANCE: Final = 10_000  # more would be memory: trec_eval counts each grade
-_HEADINGS: Final = frozenset({"score", "relevance", "rel", "label", "rank"})
+_HEADINGS: Final = frozenset({"score", "relevance", "rel", "grade", "label", "judgment", "judgement", "rank"})
 
 Scores = dict[str, dict[str, float]]
 """By query, then by document."""
@@ -49,6 +50,7 @@ def read_run(path: Path, counts: Counter[str] | None = None) -> Scores:
     """
     found: Scores = {}
     ranks: dict[str, list[tuple[float, float]]] = {}
+    form = _RUNS[0]
     for where, form, fields in _rows(path, "--run", _RUNS):
         value = _number(fields[form.value], where, form, whole=form is not _RUNS[0])
         score = value if form is _RUNS[0] else -value
@@ -58,6 +60,12 @@ def read_run(path: Path, counts: Counter[str] | None = None) -> Scores:
         found[query][document] = score
         if form is _RUNS[0] and fields[3].isdecimal():
             ranks.setdefault(query, []).append((int(fields[3]), -score))
+    later = [query for query, own in found.items() if max(own.values()) < -1]
+    if form is not _RUNS[0] and 2 * len(later) > len(found):
+        raise InputError(
+            f"--run {path}: its third column holds no ranks: query {later[0]} has none of 0 or 1; give "
+            f"{' '.join(_RUNS[0].columns)} if these are scores"
+        )
     counts = Counter() if counts is None else counts
     if wrong := sum(map(_contradict, ranks.values())):
         log.warning(
@@ -113,6 +121,7 @@ def _rows(path: Path, flag: str, forms: Sequence[_Form]) -> Iterator[tuple[str, 
             # Only white space parts most files; in one with tabs an id may hold a space.
             tabs = [field.strip() for field in text.split("\t")]
             fields = tabs if len(tabs) == len(known.columns) and all(tabs) else text.split()
+            fields = [field[1:-1] if re.fullmatch(r'".+"', field) else field for field in fields]
             if len(fields) == len(known.columns):
                 break
         else:
@@ -123,6 +132,11 @@ def _rows(path: Path, flag: str, forms: Sequence[_Form]) -> Iterator[tuple[str, 
         if form is None:
             form = known
             heads = fields[form.value].lower() in _HEADINGS
+            if heads and (form.columns[form.value] == "rank") != (fields[form.value].lower() == "rank"):
+                raise InputError(
+                    f"{where}: its last column is called {fields[form.value]}, expected "
+                    f"{form.columns[form.value]}; give {' '.join(forms[0].columns)}"
+                )
             if heads or form is not forms[0]:
                 headed = "after a line of headings" if heads else "no line of headings"
                 log.info("%s %s: read as %s, %s", flag, path, " ".join(form.columns), headed)

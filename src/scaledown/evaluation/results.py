@@ -240,6 +240,13 @@ def held_rows(results: Results) -> list[tuple[str, str, str, str]]:
     ]
 
 
+_COUNTED: Final = {
+    "below_0": "judgements below 0 count as 0, as in trec_eval",
+    "gold_came_again": "questions of --gold come again: all their answers count",
+    "gold_unread": "rows of --gold hold no question: passed over, the log names them",
+}
+
+
 def remarks(results: Results) -> Iterator[str]:
     """What is to be known of the numbers: what was left out, what counts as wrong."""
     counts = results.counts
@@ -248,10 +255,11 @@ def remarks(results: Results) -> Iterator[str]:
         yield f"{without} have no right answer: left out"
     if counts.get("unusable"):
         yield f"{counts['unusable']:,} of {counts['records']:,} records cannot be asked: left out"
+    for name, said in _COUNTED.items():
+        if count := counts.get(name):
+            yield f"{count:,} {said}"
     if counts.get("articles", _FEW_ARTICLES) < _FEW_ARTICLES:
         yield f"intervals and p-values from {counts['articles']:,} articles are rough: have {_FEW_ARTICLES}"
-    if counts.get("below_0"):
-        yield f"{counts['below_0']:,} judgements below 0 count as 0, as in trec_eval"
     for system, own in results.systems.items():
         for name, count in own.counts.items():
             if count and name == "errors":

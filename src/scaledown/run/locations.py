@@ -7,7 +7,7 @@ from scaledown.config.index import IndexConfig
 from scaledown.config.prepare import PrepareConfig
 from scaledown.run.object_store import mirrored
 from scaledown.run.storage import Storage, cache_directory
-from scaledown.urls import check_store, is_url
+from scaledown.urls import check_store, is_url, local
 
 
 class File(NamedTuple):
@@ -22,7 +22,7 @@ class File(NamedTuple):
     @classmethod
     def at(cls, name: str, cache: str = "") -> "File":
         """The file with the path or URL `name`; `cache` is the folder of mirrors."""
-        if not is_url(name):
+        if not is_url(name := local(name)):
             path = Path(name)
             return cls(path, Storage(path.parent))
         folder, _, own = name.rpartition("/")
@@ -40,14 +40,12 @@ def storage_at(name: str, cache: str = "") -> Storage:
     Raises:
         UsageError: The URL cannot be written to, or names no folder.
     """
-    scheme, _, rest = name.partition("://")
-    scheme = scheme.lower()
-    if scheme in {"file", "local"} and rest:
-        return Storage(Path(rest))
+    name = local(name)
     if not is_url(name):
         return Storage(Path(name))
     check_store(name)
-    return mirrored(f"{scheme}://{rest}", Path(cache).expanduser() if cache else cache_directory())
+    scheme, _, rest = name.partition("://")
+    return mirrored(f"{scheme.lower()}://{rest}", Path(cache).expanduser() if cache else cache_directory())
 
 
 def output_of(config: PrepareConfig) -> File:

@@ -6,7 +6,7 @@ from pathlib import Path
 from scaledown.errors import OutputError, UsageError
 from scaledown.run.atomic import check_writable, read_json, write_json
 from scaledown.run.locations import File
-from scaledown.urls import is_url
+from scaledown.urls import is_url, local
 
 
 def check_output(
@@ -69,7 +69,7 @@ def check_apart(what: str, output: str, reads: Iterable[object]) -> None:
     for read in filter(None, map(str, reads)):
         if not output or not lies_in(output, read):
             continue
-        if is_url(read) or Path(read).is_dir():
+        if is_url(local(read)) or Path(local(read)).is_dir():
             raise UsageError(f"{what} {output} lies in {read}, which is read: put it elsewhere")
         if lies_in(read, output):  # else a file stands for a folder: an error when it is written
             raise UsageError(f"{what} {output} is also read: name another, it would be overwritten")
@@ -77,6 +77,7 @@ def check_apart(what: str, output: str, reads: Iterable[object]) -> None:
 
 def lies_in(inner: str, outer: str) -> bool:
     """Whether a path or URL is the same as another, also through links, or lies in it."""
+    inner, outer = local(inner), local(outer)
     if is_url(inner) or is_url(outer):
         return f"{inner.rstrip('/')}/".startswith(f"{outer.rstrip('/')}/")
     one, other = Path(inner).resolve(), Path(outer).resolve()

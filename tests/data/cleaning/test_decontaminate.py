@@ -16,7 +16,7 @@ from scaledown.data.cleaning.decontaminate import Cleaner
 from scaledown.data.cleaning.near_duplicates import EXACT, Questions
 from scaledown.errors import InputError, UsageError
 from scaledown.run.stage import Stage
-from scaledown.text import words
+from scaledown.text import question_key, words
 
 QUESTION = "How many points did the Panthers defense surrender?"
 LETTERS = "abcdefgh"
@@ -48,12 +48,31 @@ def matched(query: str, question: str = QUESTION, least: float = 0.6) -> float |
         ("谁写了《红楼梦》？", "谁写了红楼梦"),
         ("ﬁnd № 5", "find no 5"),
         ("Кто написал «Войну и мир»?", "кто написал войну и мир"),
-        ("x² + 1", "X2 1"),
+        ("x² + 1", "X2 +1"),
+        ("5½ m", "5 1/2 m"),
+        ("9/11, 1914-1918", "9-11 1914/1918"),
+        ("*Who* wrote 5 *plays*!", "who wrote 5 plays"),
     ],
 )
 def test_case_punctuation_accents_and_articles_do_not_count(one: str, other: str) -> None:
     assert words(one) == words(other)
     assert matched(one, other, EXACT) == matched(one, other) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        *[("What is 5?", f"What is {other}?") for other in ("-5", "√5", "5!", "5%", "$5", "5°", "±5")],
+        *[("Is 3 < 4?", f"Is 3 {other} 4?") for other in (">", "=", "≤", "!=", "≠")],
+        *[("What is 3 + 4?", f"What is 3 {other} 4?") for other in ("-", "*", "/", "^", "and")],
+        ("What is 10²?", "What is 102?"),
+        ("Is x>y?", "Is x<y?"),
+        ("What is C#?", "What is C++?"),
+    ],
+)
+def test_questions_of_other_numbers_are_others(one: str, other: str) -> None:
+    assert question_key(one) != question_key(other)
+    assert matched(one, other, EXACT) is None
 
 
 @pytest.mark.parametrize("text", ["???", "the", "😀", "\u200b", "\ud800", " - "])
@@ -233,12 +252,14 @@ def quarantined(work: Path, stage: str) -> list[dict]:
 def test_a_run_leaves_out_evaluation_questions_and_says_so(prepare, queries, tmp_path, capsys) -> None:
     asked = queries.read_text().splitlines()
     queries.write_text("\n".join([*asked, "what is  photosynthesis", "the tower is how tall"]) + "\n")
-    file = written(tmp_path / "dev.jsonl", [{"id": "x", "question": "So what causes tides?"}])
+    evaluation = [{"id": "x", "question": "So what causes tides?"}, {"id": "y", "question": "???"}]
+    file = written(tmp_path / "dev.jsonl", evaluation)
     flags = ("--top_k_retrieval", "2", "--decontaminate", file, "--deduplicate", "near")
     assert prepare(*flags, "--strict") == 0
     assert [record["query"] for record in records(prepare.output)] == asked[:3]
     out = capsys.readouterr().out
-    assert "3 queries, 1 contaminated, 2 duplicates" in out
+    assert "3 queries, 1 contaminated, 2 duplicates, 1 evaluation_rows_unread" in out
+    assert "passed over: 1 rows of --decontaminate hold no question" in out
     assert f"left out: 3 queries or answers, each with what it matches, in {prepare.work}" in out
     contaminated, exact, near = quarantined(prepare.work, "queries")
     assert contaminated["query_id"] == "q4"

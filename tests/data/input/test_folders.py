@@ -104,6 +104,33 @@ def test_what_tells_of_the_data_is_no_article(name: str, folder: Path) -> None:
     assert passed(folder) == {name: "is about the data", f"deep/{name}": "is about the data"}
 
 
+def test_what_programs_leave_beside_data_is_no_data(folder: Path) -> None:
+    left = ("_temporary/0/part-1.json", "_delta_log/000.json", "__MACOSX/a.jsonl", "_spark_metadata/0")
+    about = ("dataset_infos.json", "SHA256SUMS.txt", "requirements.txt", "CODE_OF_CONDUCT.md")
+    for name in (*left, *about):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(ARTICLE)
+    assert names(folder) == ["part1.jsonl"]
+    assert passed(folder) == dict.fromkeys(about, "is about the data") | dict.fromkeys(
+        (name.partition("/")[0] for name in left), "is what a program left, and no data"
+    )
+
+
+def test_queries_and_judgements_beside_a_corpus_are_no_articles(folder: Path) -> None:
+    """As BEIR's folders have them."""
+    (folder / "part1.jsonl").rename(folder / "corpus.jsonl")
+    (folder / "queries.jsonl").write_text('{"_id": "1", "text": "Who?"}\n')
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n1\t1\t1\n")
+    assert names(folder) == ["corpus.jsonl"]
+    assert passed(folder) == dict.fromkeys(
+        ("qrels/test.tsv", "queries.jsonl"), "holds no corpus, as its name says"
+    )
+    (queries,) = files.input_files(folder, "--queries_file")
+    assert queries.name == "queries.jsonl"
+    assert list(files.passed_over(folder, "--queries_file")) == ["corpus.jsonl", "qrels/test.tsv"]
+
+
 def test_among_texts_only_capitals_tell(folder: Path) -> None:
     (folder / "part1.jsonl").unlink()
     for name in ("README.md", "LICENSE", "Notice.md", "License.txt", "readme first.txt", "Tides.md"):

@@ -1,6 +1,8 @@
 """Right answers are found in the shapes that data sets come in."""
 
+import bz2
 import csv
+import gzip
 import json
 from pathlib import Path
 
@@ -65,6 +67,25 @@ SHAPES = {
         ("a", "b"),
         ("It was a.",),
     ),
+    "musique": (
+        {
+            "paragraphs": [{"title": "T", "paragraph_text": "p"}],
+            "question": "who?",
+            "answer": "a",
+            "answer_aliases": ["b"],
+            "answerable": True,
+        },
+        ("a", "b"),
+        (),
+    ),
+    "musique_unanswerable": ({"question": "who?", "answer": "a", "answerable": False}, (), ()),
+    "an_empty_answer_beside_a_label": ({"question": "who?", "answer": None, "label": "a"}, ("a",), ()),
+    "an_empty_answer_beside_a_class": ({"question": "who?", "answer": "", "label": 1}, (), ()),
+    "an_empty_truth_beside_what_a_model_said": (
+        {"question": "who?", "ground_truth": "", "answer": "m"},
+        (),
+        (),
+    ),
     "floats": ({"question": "who?", "answer": [1984.0, 2.5]}, ("1984", "2.5"), ()),
     "asqa": (
         {"ambiguous_question": "who?", "qa_pairs": [{"short_answers": ["a"]}, {"short_answers": ["b"]}]},
@@ -92,10 +113,32 @@ def test_shapes(name: str, tmp_path: Path) -> None:
     assert found.query_id in {"7", ""}
 
 
-def test_a_json_list_is_read_too(tmp_path: Path) -> None:
-    path = tmp_path / "dev.json"
-    path.write_text(json.dumps([{"question": "who?", "answer": "a"}, {"question": "why?", "answer": "b"}]))
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("name", ["dev.json", "dev.json.gz", "dev.json.bz2"])
+def test_a_json_list_is_read_too(name: str, indent: int | None, tmp_path: Path) -> None:
+    squeeze = {".gz": gzip.compress, ".bz2": bz2.compress}.get(name[8:], bytes)
+    records = [{"question": "who?", "answer": "a"}, "why?"]
+    path = tmp_path / name
+    path.write_bytes(squeeze(json.dumps(records, indent=indent).encode()))
     assert [one.query for one in gold_questions(str(path), "--gold")] == ["who?", "why?"]
+
+
+def test_every_wording_of_a_question_counts(tmp_path: Path) -> None:
+    path = tmp_path / "gold.jsonl"
+    path.write_text('{"id": 7, "questions": ["Who?", "Who was it?", "???"], "answer": "a"}\n')
+    found = list(gold_questions(str(path), "--decontaminate"))
+    assert [(one.query_id, one.query, one.answers) for one in found] == [
+        ("7", "Who?", ("a",)),
+        ("7", "Who was it?", ("a",)),
+    ]
+
+
+def test_what_is_to_be_known_of_the_files_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "gold.jsonl"
+    lines = ('{"question": "who?", "answer": "a"}', '{"question": "Who", "answer": "b"}', '{"title": "x"}')
+    path.write_text("\n".join((*lines, "no json", '{"question": "why?", "answer": "..."}')))
+    counts = {"gold_came_again": 1, "gold_unread": 2, "gold_without_answer": 1}
+    assert read_gold([str(path)], "--gold").counts == counts
 
 
 SQUAD = {
@@ -134,9 +177,10 @@ TRIVIA_QA = {
 
 
 @pytest.mark.parametrize("indent", [None, 4])
+@pytest.mark.parametrize("name", ["dev.json", "dev.jsonl", "dev.txt", "dev"])
 @pytest.mark.parametrize(("content", "answers"), [(SQUAD, ("a",)), (TRIVIA_QA, ("a", "A."))])
-def test_official_files(content: dict, answers: tuple, indent: int | None, tmp_path: Path) -> None:
-    path = tmp_path / "dev.json"
+def test_official_files(content: dict, answers: tuple, name: str, indent: int | None, tmp_path: Path) -> None:
+    path = tmp_path / name
     path.write_text(json.dumps(content, indent=indent))
     found = list(gold_questions(str(path), "--gold"))
     assert [(one.query_id, one.query, one.answers) for one in found] == [
@@ -155,6 +199,15 @@ def test_official_files(content: dict, answers: tuple, indent: int | None, tmp_p
         ("{'text': array(['a', 'b'], dtype=object), 'answer_start': array([1, 2])}", ("a", "b")),
         ("array(['a', 'b'], dtype=object)", ("a", "b")),
         ("[1984 1990.]", ("1984", "1990")),
+        ("('Goethe', 'J. W. Goethe')", ("Goethe", "J. W. Goethe")),
+        ("{'b', 'a'}", ("a", "b")),
+        ("[np.str_('a (b)'), np.str_('c'), np.int64(7)]", ("a (b)", "c", "7")),
+        ("(sic)", ("(sic)",)),
+        ("[nan]", ()),
+        ("(no answer)", ()),
+        ("#N/A", ()),
+        ("Na", ("Na",)),
+        ("None", ("None",)),
         ("[007 008]", ("[007 008]",)),
         ('["a", "b"]', ("a", "b")),
         ("[sic] a [b]", ("[sic] a [b]",)),

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import logging
+import lzma
 import os
 import re
 import struct
@@ -175,6 +176,104 @@ def test_what_cannot_be_told_is_refused(name: str, text: str, message: str, tmp_
         gold(path)
 
 
+def test_the_line_in_which_excel_names_its_delimiter_is_no_row(tmp_path: Path, caplog) -> None:
+    text = "\ufeffsep=;\r\nID;Question;Answer\r\n1;Was ist 3,5?;eine Zahl\r\n2;Wer?;Goethe\r\n"
+    for name in ("q.csv", "q.txt", "q"):
+        path = write(tmp_path / name, text)
+        assert queries(path) == [("1", "Was ist 3,5?"), ("2", "Wer?")]
+        assert gold(path)[1] == ("2", "Wer?", ("Goethe",))
+    assert "q.csv: semicolon-separated, header, id = ID, question = Question, answers = Answer" in said(
+        caplog
+    )
+    path = write(tmp_path / "c.csv", "sep=,\nid,title,text\n1,T,Some text\n")
+    assert articles(path) == [("1", "T", "Some text")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("q.csv", "# exported today\nid,question,text\n{}"),
+        ("q.csv", "My questions\n\nid,question,text\n{}"),
+        ("q.csv", "Survey,,\nid,question,text\n{}"),
+        ("q.tsv", "#version=1\nid\tquestion\ttext\n{}"),
+    ],
+)
+@pytest.mark.parametrize("rows", [2, 40])
+def test_names_below_other_lines_are_refused(name: str, text: str, rows: int, tmp_path: Path) -> None:
+    delimiter = "\t" if name == "q.tsv" else ","
+    lines = "".join(delimiter.join((str(n), f"Who is {n}?", f"Text {n}.")) + "\n" for n in range(rows))
+    path = write(tmp_path / name, text.format(lines))
+    for read in (queries, gold, articles):
+        with pytest.raises(InputError, match=r"its row 2 \(id, question, text\) looks like the names of"):
+            read(path)
+
+
+def test_a_first_line_of_unknown_names_is_told_with_the_likely_column(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.csv", "Nr;Frage;Antwort\n1;Wer schrieb Faust?;Goethe\n2;Was ist das?;x\n")
+    with pytest.raises(InputError, match="give --query_column Frage if it names columns, --query_column 2 "):
+        queries(path)
+
+
+def test_one_column_is_called_so(tmp_path: Path, caplog) -> None:
+    path = write(tmp_path / "q.csv", "question\nWho, what?\nWhen, why, how?\n")
+    assert queries(path) == [("", "Who, what?"), ("", "When, why, how?")]
+    assert said(caplog) == ["q.csv: one column, header, question = question"]
+
+
+def test_a_quote_that_is_not_closed_leaves_the_others_quotes(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.csv", 'id,question\n1,"Who?"\n2,"Why\n3,"When, then?"\n')
+    assert queries(path, bad=0.5) == [("1", "Who?"), ("3", "When, then?")]
+    with pytest.raises(InputError, match="1 of 3 lines are malformed .*line 3: a quote is not closed"):
+        queries(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("q.txt", "Who?\rWhy?\rWhen?\nWhere?\r\nHow?\n"),
+        (
+            "q.jsonl",
+            '{"query": "Who?"}\r{"query": "Why?"}\r{"query": "When?"}\n{"query": "Where?"}\r\n'
+            '{"query": "How?"}',
+        ),
+        ("q.csv", "id,query\r1,Who?\r2,Why?\r\n3,When?\n4,Where?\r\n5,How?"),
+        ("q.tsv", "id\tquery\r1\tWho?\r2\tWhy?\r\n3\tWhen?\n4\tWhere?\r\n5\tHow?"),
+    ],
+)
+def test_line_ends_of_several_kinds_in_one_file(name: str, text: str, tmp_path: Path) -> None:
+    found = [query for _, query in queries(write(tmp_path / name, text))]
+    assert found == ["Who?", "Why?", "When?", "Where?", "How?"]
+
+
+@pytest.mark.parametrize("name", ["q.json", "q.jsonl", "q.txt", "q"])
+def test_json_of_several_lines_says_how_to_convert_it(name: str, tmp_path: Path) -> None:
+    records = [{"query": "Who?", "text": "T"}, {"query": "Why?", "text": "T"}]
+    for text, how in (
+        (
+            "\n".join(json.dumps(record, indent=1) for record in records),
+            r"JSON of several lines; .*jq -c '\.' ",
+        ),
+        (json.dumps(records, indent=1), r"one JSON array; .*jq -c '\.\[\]' "),
+        (json.dumps(records), r"one JSON array; .*jq -c '\.\[\]' "),
+    ):
+        path = write(tmp_path / name, text)
+        for read in (queries, articles):
+            with pytest.raises(InputError, match=how):
+                read(path)
+
+
+def test_a_list_in_the_place_of_a_question_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", '{"query": ["Who?", "What?"]}\n')
+    with pytest.raises(InputError, match="the question is list, expected a string"):
+        queries(path)
+
+
+def test_text_in_another_encoding_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.csv", "id;query\n1;Wer schrieb über Köln?\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"invalid UTF-8 \(.*\): save it as UTF-8"):
+        queries(path)
+
+
 def test_the_flag_decides(tmp_path: Path) -> None:
     path = write(tmp_path / "q.csv", "nr;frage\n1;Wer war Goethe?\n2;Wer war Schiller?\n")
     assert [text for _, text in queries(path, column="frage")] == ["Wer war Goethe?", "Wer war Schiller?"]
@@ -263,6 +362,29 @@ def test_dprs_passages(tmp_path: Path) -> None:
     assert articles(path) == [("1", "Aaron", '"Aaron, the prophet'), ("2", "Aaron", 'He "spoke"')]
 
 
+def test_a_column_in_quotes_throughout_is_quoted(tmp_path: Path) -> None:
+    """As DPR's whole file is; elsewhere quotes in TSV are text."""
+    head = 'id\ttext\ttitle\n1\t"Aaron ( or ""Ahärôn"") is"\t"The ""Who"""\n'
+    path = write(tmp_path / "c.tsv", head + '2\t"God at Sinai"\tAaron\n3\t"He"\tAaron\n')
+    assert articles(path) == [
+        ("1", 'The "Who"', 'Aaron ( or "Ahärôn") is'),
+        ("2", "Aaron", "God at Sinai"),
+        ("3", "Aaron", "He"),
+    ]
+    write(path, head + '2\t"God at Sinai" or so\tAaron\n3\t"He"\tAaron\n')
+    assert [text for _, _, text in articles(path)][1:] == ['"God at Sinai" or so', '"He"']
+
+
+def test_a_passages_own_id_comes_before_its_documents(tmp_path: Path) -> None:
+    line = '{"pid": "msmarco_passage_00_0", "passage": "Text.", "docid": "msmarco_doc_00_0"}\n'
+    assert articles(write(tmp_path / "c.jsonl", line)) == [("msmarco_passage_00_0", "", "Text.")]
+
+
+def test_an_article_may_begin_with_the_name_of_a_column(tmp_path: Path) -> None:
+    path = write(tmp_path / "Notes.txt", "Passage, text and context\nSome words here.\n")
+    assert articles(path) == [("line 1", "Notes", "Passage, text and context\nSome words here.")]
+
+
 def test_documents_with_addresses_and_titles_without_a_header(tmp_path: Path, caplog) -> None:
     rows = [
         (f"D{n}", f"https://a.org/{n}", f"Title of {n}", f"Long text of number {n}. " * 9) for n in range(3)
@@ -308,6 +430,18 @@ def test_only_a_column_that_is_used_may_spoil_a_row(tmp_path: Path) -> None:
     assert articles(write(tmp_path / "c.csv", raw)) == [("1", "", "A")]
     with pytest.raises(ValueError, match="invalid UTF-8"):
         articles(write(tmp_path / "d.csv", b"id,text\n1,\xff\xfe\n"))
+
+
+def test_bytes_that_are_no_text_cost_their_row_alone(tmp_path: Path) -> None:
+    for name in ("id", "text"):
+        table = pa.table({"id": [b"1", b"2"], "text": [b"One.", b"Two."]})
+        place = table.column_names.index(name)
+        table = table.set_column(place, name, pa.array([b"\xff", b"2"]))
+        pq.write_table(table, tmp_path / "c.parquet")
+        first, second = tables.rows(tmp_path / "c.parquet", tables.CORPUS)
+        with pytest.raises(ValueError, match="invalid UTF-8"):
+            parse(first)
+        assert parse(second)[name] == "2"
 
 
 def test_doubled_names(tmp_path: Path) -> None:
@@ -432,6 +566,12 @@ def test_trec_topics(tmp_path: Path, caplog) -> None:
         "302",
         "Is the disease of Poliomyelitis (polio) under control?",
     )
+    for text in (
+        XML.replace("topics>", "webtrack2009>"),
+        XML.replace("<topics>", "<!-- of 2020 -->\n<topics>"),
+        "\ufeff" + XML,
+    ):
+        assert queries(write(tmp_path / "web.xml", text)) == [("1", "coronavirus origin")]
     path = write(tmp_path / "topics.xml", XML)
     assert queries(path) == [("1", "coronavirus origin")]
     assert queries(path, column="question") == [("1", "what is the origin of COVID-19")]
@@ -455,6 +595,9 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c9
     [
         (b"<!DOCTYPE html>\n<html><body>Sign in</body></html>", r"is a web page \(HTML\), such as a login"),
         (b"\n <!-- x --><HTML lang=en>", "is a web page"),
+        (b"\xef\xbb\xbf<!DOCTYPE html><html>", "is a web page"),
+        (b"<Error><Code>AccessDenied</Code></Error>", "is XML"),
+        (b"# xet version 0\nfilesize = 12\n", "is a Xet pointer"),
         (LFS.encode(), "is a Git LFS pointer, not the file itself; run `git lfs pull`"),
         (b"\0" * 5000, "NUL bytes alone: a download or copy that did not finish"),
         ("query\nWhat?\n".encode("utf-32"), "is UTF-32; convert it: `iconv -f UTF-32 -t UTF-8"),
@@ -547,6 +690,18 @@ def test_sound_compressed_files_of_any_writer(squeeze, tmp_path: Path) -> None:
     write(path, squeeze(text)[:-600])
     with pytest.raises(InputError, match="cut short or damaged after line"):
         articles(path)
+
+
+def test_what_was_compressed_twice_or_otherwise_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.txt.gz", gzip.compress(gzip.compress(b"Who?\n")))
+    with pytest.raises(InputError, match="is gzip within gzip; unpack it once and give that"):
+        queries(path)
+    path = write(tmp_path / "q.txt.lzma", lzma.compress(b"Who?\n", format=lzma.FORMAT_ALONE))
+    with pytest.raises(InputError, match=r"is an lzma file; unpack it \(`unlzma -k"):
+        queries(path)
+    path = write(tmp_path / "q.json.gz", gzip.compress(b'[{"query": "Who?"}]'))
+    with pytest.raises(InputError, match=r"Unpack it and convert it with `jq -c '\.\[\]' \S*/q\.json > "):
+        queries(path)
 
 
 def test_guesses_are_named_in_summary_manifest_and_report(

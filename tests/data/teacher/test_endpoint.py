@@ -15,6 +15,7 @@ from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pyarrow.parquet as pq
 import pytest
 
@@ -23,6 +24,7 @@ from scaledown.data.input.training_files import validate
 from scaledown.data.prompts import Prompt
 from scaledown.data.teacher import dispatch, rate_limit, servers
 from scaledown.data.teacher.base import Generation, Rejection
+from scaledown.data.teacher.chat import Chat
 from scaledown.data.teacher.engines.endpoint import EndpointTeacher
 from scaledown.data.teacher.rate_limit import Endpoint, Fault, Rate, retry_after
 from scaledown.errors import ModelError
@@ -469,6 +471,7 @@ def test_why_an_answer_ends_is_kept(serve: Any, end: Any, kept: str) -> None:
     [
         ("content_filter", 1, "the server withheld the answer: content_filter"),
         ("SAFETY", 1, "the server withheld the answer: SAFETY"),
+        ("guardrail_intervened", 1, "the server withheld the answer: guardrail_intervened"),
         ("abort", 8, "given up after 8 tries: the server broke off the answer: abort"),
         ("error", 8, "given up after 8 tries: the server broke off the answer: error"),
     ],
@@ -481,6 +484,85 @@ def test_some_ends_are_no_answer(serve: Any, end: str, tries: int, said: str) ->
     assert result == Rejection(said)
     assert server.asked.total() == tries
     assert asked.spent_tokens == 100 * tries
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ("content_filter", "the server withheld the answer: content_filter"),
+        ("length", "all 10 tokens of the reply went into reasoning: raise --max_new_tokens"),
+    ],
+)
+def test_a_message_without_content_is_no_answer(end: str, said: str) -> None:
+    """As Azure and Gemini send it."""
+    for message in ({"content": None}, {"role": "assistant"}):
+        response = httpx2.Response(
+            200,
+            json={
+                "choices": [{"message": message, "finish_reason": end}],
+                "usage": {"completion_tokens": 10},
+            },
+        )
+        chat = Chat("m", Generation(max_new_tokens=16), "")
+        result = chat.read(chat.draft(prompt(0)), response).result
+        assert isinstance(result, Rejection)
+        assert result.reason.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "spent"),
+    [
+        (400, "Your credit balance is too low to access the API", True),
+        (400, {"code": "Arrearage", "message": "Access denied"}, True),
+        (403, "Key limit exceeded (total limit)", True),
+        (429, "Rate limit exceeded: free-models-per-day. Add 10 credits to unlock more", True),
+        (429, "You exceeded your current quota. Please retry in 30s.", False),
+        (400, "the prompt speaks of credit", False),
+    ],
+)
+def test_what_waiting_does_not_mend_in_any_words(status: int, error: Any, spent: bool) -> None:
+    response = httpx2.Response(status, json={"error": error})
+    assert Chat("m", Generation(), "").is_spent(response) == spent
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        ({"message": "slow", "code": "rate_limit_exceeded"}, 429),
+        ({"message": "busy", "type": "overloaded_error"}, 503),
+        ({"message": "bad", "type": "invalid_request_error"}, 400),
+        ("sleeps", 0),
+    ],
+)
+def test_the_status_of_an_error_without_one(error: Any, status: int) -> None:
+    assert Chat("m", Generation(), "").status(httpx2.Response(200, json={"error": error})) == status
+
+
+@pytest.mark.parametrize(
+    ("temperature", "said", "gone"),
+    [
+        (0.7, '{"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"]}]}', "seed"),
+        (0.0, '{"error": "`temperature` must be strictly positive"}', "temperature"),
+    ],
+)
+def test_what_a_server_does_not_take_is_left_out(
+    temperature: float, said: str, gone: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    chat = Chat("m", Generation(temperature=temperature), "")
+    draft = chat.draft(prompt(0, temperature=temperature))
+    body = chat.body(draft)
+    assert gone in body
+    assert chat.adapts(body, draft, httpx2.Response(422, text=said))
+    assert chat.body(draft) == {name: value for name, value in body.items() if name != gone}
+    assert f"the server takes no {gone}" in caplog.text
+
+
+def test_a_limit_of_input_and_output_together_shortens_the_documents() -> None:
+    chat = Chat("m", Generation(), "")
+    draft = chat.draft(prompt(0, DOCUMENTS))
+    said = "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 4100 `inputs` tokens"
+    assert chat.adapts(chat.body(draft), draft, httpx2.Response(422, text=said))
+    assert draft.dropped_tokens
 
 
 @pytest.mark.parametrize("usage", [[], [1], "many", {"prompt_tokens": 1e30}, {"prompt_tokens": -1}, 7])

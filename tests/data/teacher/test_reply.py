@@ -62,6 +62,9 @@ from scaledown.records import Answer
         ("", ""),
         ("assistant<|end_header_id|>\n\nParis", "Paris"),
         ("</think>Paris", "Paris"),
+        ("[BOS]Paris[EOS]", "Paris"),
+        ("Paris<EOS_TOKEN>", "Paris"),
+        ("Paris<pad><pad>", "Paris"),
     ],
 )
 def test_thoughts_markers_and_roles_are_no_part_of_an_answer(reply: str, answer: str) -> None:
@@ -85,6 +88,8 @@ def test_an_empty_answer_stays_one_and_nothing_but_thoughts_is_none() -> None:
     assert heard(Answer("<think>Hm", "length", 5, 32, 0), judge) == Rejection(
         "all 32 tokens of the reply went into reasoning: take another judge"
     )
+    hidden = "all tokens of the reply went into reasoning: take another judge"
+    assert heard(Answer("", "length", 5, 0, 0), judge) == Rejection(hidden), "a server may keep its thoughts"
 
 
 def test_log_probabilities_of_a_part_begin_at_a_token() -> None:

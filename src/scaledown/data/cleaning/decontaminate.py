@@ -5,6 +5,7 @@ Everything that is left out is recorded with what it matched.
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -33,11 +34,13 @@ class Cleaner:
 
     def __init__(self, config: CleanConfig) -> None:
         self._config = config
+        self.counts: Counter[str] = Counter()
+        """Rows of the evaluation files in which there is no question, as `unread`, once they were read."""
 
     def check(self) -> None:
         """Find out before any work whether the evaluation files are of use. Raises `InputError`."""
         for name in self._config.decontaminate:
-            next(gold_questions(name, "--decontaminate"))
+            next(gold_questions(name, "--decontaminate", tell=False))
         if self._config.decontaminate_answers and not any(
             question.answers and question.passages for _, question in self._questions()
         ):
@@ -79,10 +82,10 @@ class Cleaner:
                     return _left("contaminated", "answer and passage of an evaluation question", question)
         return None
 
-    def _questions(self) -> Iterator[tuple[str, GoldQuestion]]:
+    def _questions(self, counts: Counter[str] | None = None) -> Iterator[tuple[str, GoldQuestion]]:
         """All evaluation questions with the name of their file."""
         for name in self._config.decontaminate:
-            for question in gold_questions(name, "--decontaminate"):
+            for question in gold_questions(name, "--decontaminate", counts, tell=counts is not None):
                 yield redacted(name) if is_url(name) else name, question
 
     @functools.cached_property
@@ -90,7 +93,7 @@ class Cleaner:
         """The evaluation questions, and where each is from."""
         known, block = Questions(_LIKE_EVALUATION), list[str]()
         origins = []
-        for file, question in self._questions():
+        for file, question in self._questions(self.counts):
             block.append(writable(question.query))
             origins.append({"query_id": question.query_id, "file": file})
             if len(block) == _BLOCK:

@@ -15,6 +15,9 @@ _NONE: Final = "\x1f"  # a delimiter that no text has: one column
 _REGULAR: Final = 0.9  # a share of records from which on the others are mistakes
 _QUOTED: Final = re.compile(r'"(?:[^"]|"")*"')
 _NUMBER: Final = re.compile(r"\s*[-+]?[\d.,]*\d\s*")
+_CLOSED: Final = r'(?:^|{delimiter} *)"(?:[^"]|"")*"(?= *(?:{delimiter}|[\r\n]|\Z))'
+DECLARED: Final = re.compile(r"\"?sep=([\t,;|])\"?[ \t,;|]*(?:\r\n?|\n)", re.IGNORECASE)
+"""The line in which Excel says how the columns are parted; it is no row."""
 
 
 class Dialect(NamedTuple):
@@ -23,9 +26,16 @@ class Dialect(NamedTuple):
     delimiter: str
     quote: str = ""
     escape: str = ""
+    quoted: frozenset[int] = frozenset()
+    """Columns that stand in quotes throughout, in a text without quoting, as DPR's passages do."""
 
     def __str__(self) -> str:
         return f"{DELIMITERS[self.delimiter]}-separated" if self.delimiter in DELIMITERS else "one column"
+
+    def split(self, line: str) -> list[str]:
+        """The cells of a line without quoting; of `quoted` columns without their quotes."""
+        cells = enumerate(line.split(self.delimiter))
+        return [unquoted(cell, always=place in self.quoted) for place, cell in cells]
 
     def reader(self, lines: Iterable[str], *, spaces: bool = False) -> "Iterator[list[str]]":
         """The records in some lines, without the spaces in front of their fields unless asked for.
@@ -52,6 +62,8 @@ class Sample(NamedTuple):
     records: list[list[str]]
     regular: float
     """The share of records that have as many fields as most, 0..1; 0 where a quote is not closed."""
+    unclosed: int = 0
+    """Lines with a quote that is not closed."""
 
     @property
     def width(self) -> int:
@@ -102,12 +114,15 @@ def _best(lines: Sequence[str], delimiter: str, *, whole: bool) -> Sample:
     if delimiter == "\t" and plain.regular == 1:
         return plain
     likely = [plain, found[0]] if delimiter == "\t" else [*found, plain]
+    closed = len(re.findall(_CLOSED.format(delimiter=re.escape(delimiter)), text, re.MULTILINE))
+    if delimiter != "\t" and 0 < closed >= found[0].unclosed:  # those that are not closed are mistakes
+        likely = found
     return max(likely, key=lambda one: min(one.regular, _REGULAR))
 
 
 def _would_write(sample: Sample, text: str) -> bool:
     """Whether a writer of the dialect makes the text of the records, and has to quote or escape for it."""
-    delimiter, quote, escape = sample.dialect
+    delimiter, quote, escape, _ = sample.dialect
     if not re.search(rf"\\[{quote}{re.escape(delimiter)}\r\n]" if escape else quote, text):
         return False
     try:
@@ -170,14 +185,19 @@ def _sample(lines: Sequence[str], dialect: Dialect, *, whole: bool) -> Sample:
 def _counted(dialect: Dialect, found: list[list[str]], unclosed: int = 0) -> Sample:
     width = _width(found)
     regular = sum(len(record) == width for record in found) / max(1, len(found) + unclosed)
-    return Sample(dialect, found, regular)
+    return Sample(dialect, found, regular, unclosed)
 
 
 def _unquoted(text: str, delimiter: str, *, whole: bool) -> Sample:
     """The sample of a text without quoting, its lines as `files.raw_lines` has them."""
     lines = [line for line in text.split("\n" if "\n" in text else "\r") if line.strip()]
-    found = [[unquoted(cell) for cell in line.removesuffix("\r").split(delimiter)] for line in lines]
-    return _counted(Dialect(delimiter), found if whole or len(found) < 2 else found[:-1])
+    lines = [line.removesuffix("\r") for line in (lines if whole or len(lines) < 2 else lines[:-1])]
+    columns: Counter[int] = Counter()
+    for line in lines[1:]:  # the first may have names
+        columns.update(place for place, cell in enumerate(line.split(delimiter)) if _QUOTED.fullmatch(cell))
+    throughout = (place for place, count in columns.items() if count == len(lines) - 1 > 1)
+    dialect = Dialect(delimiter, quoted=frozenset(throughout))
+    return _counted(dialect, [dialect.split(line) for line in lines])
 
 
 def records(
@@ -212,8 +232,11 @@ def records(
             yield *taken[0], fields
 
 
-def unquoted(cell: str) -> str:
-    """A cell of a table without quoting; one that was quoted nevertheless, for the quotes in it, as meant."""
-    if cell[:1] == '"' and '""' in cell[1:-1] and _QUOTED.fullmatch(cell):
+def unquoted(cell: str, *, always: bool) -> str:
+    """A cell of a table without quoting; one that was quoted nevertheless, for the quotes in it, as meant.
+
+    With `always`, also one whose quotes have no such reason.
+    """
+    if cell[:1] == '"' and (always or '""' in cell[1:-1]) and _QUOTED.fullmatch(cell):
         return cell[1:-1].replace('""', '"')
     return cell

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any, Final, NamedTuple, NoReturn
-from urllib.parse import unquote, urlsplit
 
 from scaledown.data.input import first_bytes, folders
 from scaledown.data.input.remote import Remote, find
 from scaledown.errors import InputError
-from scaledown.urls import is_url
+from scaledown.urls import is_url, local
 
 _CHUNK_BYTES: Final = 1 << 22
 _MAX_LINE_BYTES: Final = 1 << 26
@@ -85,18 +84,15 @@ def inner_suffix(source: Source | PurePath) -> str:
 
 def locate(name: str, what: str) -> Source:
     """The file or folder that a path or URL names. Raises `InputError` when there is no input in it."""
-    if name == "-" or name.startswith(("/dev/", "/proc/self/fd/")):
-        raise _read_once(f"{what} {name}")
-    if not is_url(name):
-        path = Path(name)
-    elif name.lower().startswith("file://"):
-        path = Path(unquote(urlsplit(name).path))
+    check_stream(name, what)
+    if not is_url(local(name)):
+        path = Path(local(name))
     else:
         remote = find(name, what)
         if remote.files is None:
             return remote
         files: dict[PurePath, Remote] = {file.path.relative_to(remote.path): file for file in remote.files}
-        found = folders.chosen(files)
+        found = folders.chosen(files, what)
         folders.tell(what, remote, found.passed_over)
         if not found.files:
             _no_data(remote, what)
@@ -104,6 +100,12 @@ def locate(name: str, what: str) -> Source:
         return replace(remote, files=inside, passed_over=found.passed_over)
     input_files(path, what)
     return path
+
+
+def check_stream(name: str, what: str) -> None:
+    """Raise `InputError` for a name of what can be read only once."""
+    if name == "-" or name.startswith(("/dev/", "/proc/self/fd/")):
+        raise _read_once(f"{what} {name}".strip())
 
 
 def _read_once(shown: str) -> InputError:
@@ -202,9 +204,12 @@ def open_stream(path: Source, meter: Meter | None = None) -> io.BufferedReader:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check that path") from error
     try:
-        first_bytes.check(path, stream.peek()[: first_bytes.SIZE])
+        head = stream.peek()[: first_bytes.SIZE]
     except OSError as error:
         raise damaged(path, 0, error) from error
+    first_bytes.check(path, head)
+    if kind and (inner := first_bytes.compression(head)):
+        raise InputError(f"{path}: is {inner} within {kind}; unpack it once and give that")
     return stream
 
 

@@ -24,7 +24,7 @@ TOPICS: Final = "TREC topics"
 _FORMATS: Final = (
     (rb"PAR1", PARQUET),
     (rb"ARROW1|\xff{4}..[\x00-\x7f]\x00", ARROW),
-    (rb"\s*(<\?xml[^>]*>\s*)?(<topics[^>]*>\s*)?<top(ic)?[\s>]", TOPICS),
+    (rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<(?!top[ >])[\w-]+[^>]*>\s*)?<top(ic)?[\s>]", TOPICS),
 )
 _UNPACK: Final = "unpack it (`{command} {name}`) and give what was in it"
 # What holds no data that is read, by its first bytes, and what to do about it.
@@ -43,6 +43,7 @@ _OTHER: Final = (
     ),
     (rb"PK\x03\x04|PK\x05\x06", "a zip archive", _UNPACK.replace("{command}", "unzip")),
     (rb"\xfd7zXZ\x00", "an xz file", _UNPACK.replace("{command}", "xz -dk")),
+    (rb"\x5d\0\0.{2}(\xff{8}|.{4}\0{4})", "an lzma file", _UNPACK.replace("{command}", "unlzma -k")),
     (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK.replace("{command}", "7z x")),
     (rb"Rar!\x1a\x07", "a RAR archive", _UNPACK.replace("{command}", "unrar x")),
     (rb"\x04\x22\x4d\x18", "an lz4 file", _UNPACK.replace("{command}", "lz4 -dk")),
@@ -61,6 +62,11 @@ _OTHER: Final = (
         "run `git lfs pull` where it lies, or fetch the file from its page",
     ),
     (
+        rb"# xet version \d",
+        "a Xet pointer, not the file itself",
+        "fetch the file from its page",
+    ),
+    (
         rb"(\.\./)*(\.git)?/annex/objects/",
         "a git-annex pointer, not the file itself",
         "run `git annex get` where it lies",
@@ -71,7 +77,7 @@ _OTHER: Final = (
         "open the address in a browser to see it, and give the address or path of the file itself",
     ),
     (
-        rb"\s*(<\?xml|<(DOC|doc|article|mediawiki|feed|rss|root|data)[\s>])",
+        rb"\s*(<\?xml|<(DOC|doc|article|mediawiki|feed|rss|root|data|Error)[\s>])",
         "XML",
         "write it as JSON lines with id, title and text, or with id and question, and give that",
     ),
@@ -91,7 +97,12 @@ def format_of(head: bytes) -> str:
 
 
 def _first(table: tuple[tuple[bytes, str], ...], head: bytes) -> str:
-    return next((name for magic, name in table if re.match(magic, head, re.DOTALL)), "")
+    return next((name for magic, name in table if re.match(magic, _unmarked(head), re.DOTALL)), "")
+
+
+def _unmarked(head: bytes) -> bytes:
+    """Without the byte order mark of UTF-8."""
+    return head.removeprefix(b"\xef\xbb\xbf")
 
 
 def local_name(source: Path | Remote) -> tuple[Path, str]:
@@ -109,7 +120,7 @@ def check(source: Path | Remote, head: bytes) -> None:
         )
     if not _first(_FORMATS, head):
         for magic, kind, way in _OTHER:
-            if re.match(magic, head, re.DOTALL | (re.IGNORECASE if b"html" in magic else 0)):
+            if re.match(magic, _unmarked(head), re.DOTALL | (re.IGNORECASE if b"html" in magic else 0)):
                 raise InputError(f"{source}: is {kind}; {fetch}{way.replace('{name}', quoted)}")
         if (
             isinstance(source, Remote)

@@ -21,9 +21,16 @@ BATCHES: Final = {".parquet", ".arrow", ".feather"}
 KNOWN: Final = TEXT | LINES | TABLES | BATCHES
 
 _ABOUT: Final = re.compile(
-    r"(readme|licen[cs]e|copying|notice|changelog|contributing|authors|citation)([-_.].*)?", re.IGNORECASE
+    r"(readme|licen[cs]e|copying|notice|changelog|contributing|authors|citation|code[-_]of[-_]conduct|security|"
+    r"checksums?|md5(sums?)?|sha\d+(sums?)?|requirements|robots)([-_.].*)?",
+    re.IGNORECASE,
 )
 _STATE: Final = re.compile(r"(state|dataset_info|dataset_dict)\.json|(cache|indices|tmp).*\.arrow")
+_INFOS: Final = "dataset_infos.json"  # beside data of the hub
+_TABLE_STATE: Final = {"_temporary", "_delta_log", "_spark_metadata", "__MACOSX"}
+# In a folder as BEIR has it, corpus, queries and judgements lie side by side.
+_CORPUS: Final = ("--corpus_path", "corpus", "holds no corpus, as its name says", {"queries", "qrels"})
+_QUERIES: Final = ("--queries_file", "queries", "holds no queries, as its name says", {"corpus", "qrels"})
 _NAMED: Final = 20  # files in the log; all are in the manifest
 
 
@@ -40,8 +47,8 @@ def inner_suffix(path: PurePath) -> str:
     return Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSED else path.suffix.lower()
 
 
-def chosen(names: Iterable[PurePath]) -> Folder:
-    """The data among the files of a folder, in order."""
+def chosen(names: Iterable[PurePath], what: str) -> Folder:
+    """The data among the files of a folder, in order, for the flag `what`."""
     files: list[PurePath] = []
     passed_over: dict[str, str] = {}
     for name in sorted(names):
@@ -56,7 +63,17 @@ def chosen(names: Iterable[PurePath]) -> Folder:
     if len(about) < len(files):
         passed_over |= dict.fromkeys(map(str, about), "is about the data")
         files = [name for name in files if name not in about]
+    for flag, own, reason, others in (_CORPUS, _QUERIES):
+        if what == flag and any(_called(name) == own for name in files):
+            other = [name for name in files if _called(name) in others]
+            passed_over |= dict.fromkeys(map(str, other), reason)
+            files = [name for name in files if name not in other]
     return Folder(files, passed_over)
+
+
+def _called(path: PurePath) -> str:
+    """The folder of a file within the outer one, or its name without endings."""
+    return path.parts[0].partition(".")[0].lower()
 
 
 def _unentered(path: PurePath) -> tuple[PurePath, str] | None:
@@ -66,6 +83,8 @@ def _unentered(path: PurePath) -> tuple[PurePath, str] | None:
             return PurePath(*path.parts[:place]), "is hidden"
         if part.endswith(".work"):
             return PurePath(*path.parts[:place]), "is a run directory"
+        if part in _TABLE_STATE:
+            return PurePath(*path.parts[:place]), "is what a program left, and no data"
     return None
 
 
@@ -79,7 +98,9 @@ def _unread(path: PurePath) -> str:
 
 
 def _is_state(path: PurePath, saved: set[PurePath]) -> bool:
-    """Whether a file belongs to what `datasets` saved in Arrow files, and holds no rows of it."""
+    """Whether a file belongs to what `datasets` saved or the hub has, and holds no rows of it."""
+    if path.name == _INFOS:
+        return True
     beside = path.parent in saved or any(folder.parent == path.parent for folder in saved)
     return beside and bool(_STATE.fullmatch(path.name))
 
@@ -124,7 +145,7 @@ def listed(folder: Path, what: str) -> Folder:
             names.append(name)
         else:
             passed_over[str(name)] = "is no regular file"
-    found = chosen(names)
+    found = chosen(names, what)
     return Folder(found.files, dict(sorted((passed_over | found.passed_over).items())))
 
 

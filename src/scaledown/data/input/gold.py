@@ -6,30 +6,41 @@ import json
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from scaledown.data.input import files, tables, values
 from scaledown.data.input.rows import parse
 from scaledown.data.input.training_files import entries
+from scaledown.data.input.values import is_full
 from scaledown.errors import InputError
 from scaledown.text import folded, question_key, says_something
 
 log = logging.getLogger("scaledown")
 
+_SURE: Final = tuple(
+    key for key in tables.QUERY_KEYS if key not in {*tables.MANY_KEYS, "text", "body", "input"}
+)
 _TEXT_KEYS: Final = ("text", "value", "aliases", "answer", "short_answers", "answers", "sentences")
 _MESSAGES: Final = 5  # about bad rows; the rest is counted
-# How MS MARCO, SQuAD, QuAC, Qasper and tables say that there is no right answer; besides dots and dashes.
+# How MS MARCO, SQuAD, QuAC, Qasper and tables say that there is no right answer, with or without brackets;
+# besides dots and dashes.
 _NO_ANSWER: Final = frozenset(
     {
-        *("<unk>", "no answer present", "no answer present.", "no answer", "<no answer>", "[no answer]"),
-        *("cannotanswer", "noanswer", "unanswerable", "nan", "<na>", "n/a"),
+        *("<unk>", "<na>", "nan", "n/a", "#n/a", "#nv", "null", "no answer present", "no answer"),
+        *("no answer found", "no_answer", "noanswer", "cannotanswer", "unanswerable", "not answerable"),
     }
 )
+_BRACKETS: Final = "[](){}<>. "
+_UNANSWERED: Final = {"answerable": False, "is_impossible": True}
+"""What says of a record that its answers are none."""
 _DOTS: Final = ".\u2026-\u2013\u2014?_ "
 _QUOTED: Final = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _ITEM: Final = rf"(?:{_QUOTED}|-?\d+(?:\.\d*)?)"
+_SCALAR: Final = re.compile(rf"\bnp\.\w+\(({_ITEM})\)")  # as NumPy 2 shows what is in a list
 _NUMPY: Final = re.compile(rf"\[\s*{_ITEM}(?:\s+{_ITEM})*\s*\]")
 _ARRAY: Final = re.compile(r"array\((\[[^\]]*\])(?:,\s*dtype=[^()]*)?\)")
 _WHOLE: Final = re.compile(r"(-?\d+)\.0")
@@ -48,37 +59,44 @@ class Gold(NamedTuple):
     """Right answers by normalized query: ids of different data sets are the same too often."""
 
     by_query: dict[str, tuple[str, ...]]
+    counts: Mapping[str, int] = MappingProxyType({})
+    """What is to be known of the files: `gold_came_again`, `gold_without_answer`, `gold_unread`; no zeros."""
 
     def answers(self, query: str) -> tuple[str, ...]:
         """The right answers to a query, found by its words; empty where there are none."""
         return self.by_query.get(question_key(query), ())
 
 
-def gold_questions(name: str, flag: str, *, tell: bool = True) -> Iterator[GoldQuestion]:
+def gold_questions(
+    name: str, flag: str, counts: Counter[str] | None = None, *, tell: bool = True
+) -> Iterator[GoldQuestion]:
     """The questions of a file or folder, local or a URL, of any shape that data sets come in.
 
     JSON lines, a JSON list, Parquet, CSV; plain text and `qid<TAB>query` have questions only. `flag` named
-    it. Rows without a question go to the log if `tell`. Raises `InputError` where there is no question.
+    it. Rows without a question go to the log if `tell`, and their number into `counts` as `unread`. Raises
+    `InputError` where there is no question.
     """
     found = bad = 0
     located = files.locate(name, flag)
     for source in files.sources(located, flag):
         for line, read in _records(source):
             for record in _each(read):
-                question = _question(record)
-                if question is None:
+                number = found
+                for question in _questions(record):
+                    found += 1
+                    yield question
+                if found == number:
                     bad += 1
+                    if counts is not None:
+                        counts["unread"] += 1
                     if tell and bad <= _MESSAGES:
                         reason = record if isinstance(record, str) else "no question in it"
                         log.warning("%s:%s: %s; skipped", source, line, reason)
-                else:
-                    found += 1
-                    yield question
     if tell and bad > _MESSAGES:
         log.warning("%s %s: %s more rows without a question", flag, located, f"{bad - _MESSAGES:,}")
     if not found:
         names = " or ".join(tables.QUERY_KEYS[:2])
-        raise InputError(f"{flag} {located}: holds no question; it needs a column {names}")
+        raise InputError(f"{flag} {located}: holds no question; it needs rows with a column {names}")
 
 
 def read_gold(names: Iterable[str], flag: str, *, needed: bool = True) -> Gold:
@@ -86,10 +104,10 @@ def read_gold(names: Iterable[str], flag: str, *, needed: bool = True) -> Gold:
 
     Raises `InputError` for a file that holds none, if they are `needed`.
     """
-    gold = Gold({})
+    gold, counts = Gold({}), Counter[str]()
     for name in names:
         answered = without = again = 0
-        for question in gold_questions(name, flag, tell=needed):
+        for question in gold_questions(name, flag, counts, tell=needed):
             if question.answers:
                 answered += 1
                 key = question_key(question.query)
@@ -103,17 +121,18 @@ def read_gold(names: Iterable[str], flag: str, *, needed: bool = True) -> Gold:
             log.info("%s %s: %s questions with right answers, %s without; %s came again", flag, name, *said)
         if needed and not answered:
             raise InputError(f"{flag} {name}: has no answers; it needs a column answers beside the question")
-    return gold
+        counts.update(came_again=again, without_answer=without)
+    return gold._replace(counts={f"gold_{what}": count for what, count in sorted(counts.items()) if count})
 
 
 def _records(source: files.Source) -> Iterator[tuple[int, Any]]:
     """Lines and what they hold: a record, or a text that says why there is none."""
-    suffix = files.inner_suffix(source)
     if isinstance(source, Path) and source.suffix == ".json" and _is_list(source):
         for entry in entries(source):
-            yield entry.line, entry.problem or entry.record
-    elif suffix == ".json" and (whole := _whole(source)) is not None:
-        yield 1, whole
+            yield entry.line, entry.problem or _asked(entry.record)
+    elif _begins_as_json(source) and (whole := _whole(source)) is not None:
+        for record in whole if isinstance(whole, list) else [whole]:
+            yield 1, _asked(record)
     else:
         for row in tables.rows(source, tables.GOLD):
             try:
@@ -122,18 +141,28 @@ def _records(source: files.Source) -> Iterator[tuple[int, Any]]:
                 yield row.line, str(error)
 
 
+def _asked(record: Any) -> Any:
+    """A record; in a list of texts each is a question."""
+    return {"question": record} if isinstance(record, str) else record
+
+
 def _is_list(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
+def _begins_as_json(source: files.Source) -> bool:
+    with files.open_stream(source) as stream:
+        return stream.peek()[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"["))
+
+
 def _whole(source: files.Source) -> Any:
-    """The one object that a file holds on several lines; None where it is none, or has one a line."""
-    first = next(iter(files.lines(source)), (0, b""))[1]
+    """The one list, or the object on several lines, that a file holds; None where it has one a line."""
+    first = next(iter(files.lines(source)), (0, b""))[1].strip()
     with contextlib.suppress(ValueError):
-        json.loads(first)
-        return None
-    if first.startswith(b"{"):
+        whole = json.loads(first)
+        return whole if isinstance(whole, list) else None
+    if first.startswith((b"{", b"[")):
         with contextlib.suppress(ValueError), files.open_stream(source) as stream:
             return json.loads(stream.read())
     return None
@@ -145,6 +174,9 @@ def _each(record: Any) -> Iterator[Any]:
         yield record
         return
     record = {str(key).lower(): value for key, value in record.items()}
+    if any(is_full(record.get(key)) for key in _SURE):  # MuSiQue's has `paragraphs` beside it
+        yield record
+        return
     many = (record.get(key) for key in tables.MANY_KEYS)
     inside = next(
         (own for own in many if isinstance(own, list) and isinstance(next(iter(own), 0), Mapping)), None
@@ -157,22 +189,28 @@ def _each(record: Any) -> Iterator[Any]:
         yield from _each({**shared, **one} if isinstance(one, Mapping) else one)
 
 
-def _question(record: Any) -> GoldQuestion | None:
+def _questions(record: Any) -> Iterator[GoldQuestion]:
+    """The question in a record; of one that is written in several ways, each."""
     if not isinstance(record, Mapping):
-        return None
+        return
     told = (record.get(key) for key in tables.QUERY_KEYS)
-    asked = next((text for value in told if not isinstance(value, int | float) for text in _texts(value)), "")
-    if not says_something(asked):
-        return None
+    every = (list(_texts(value)) for value in told if not isinstance(value, int | float))
+    asked = [text for text in next(filter(None, every), []) if says_something(text)]
+    if not asked:
+        return
     query_id = _id(record)
-    keys: tuple[str, ...] = next(
-        (keys for keys in tables.ANSWER_KEYS if not record.keys().isdisjoint(keys)), ()
-    )
+    there = [keys for keys in tables.ANSWER_KEYS if not record.keys().isdisjoint(keys)]
+    keys: tuple[str, ...] = there[0] if there else ()
+    if len(there) > 1 and keys != tables.ANSWER_KEYS[0] and not any(is_full(record.get(key)) for key in keys):
+        keys = tuple(key for key in there[1] if not _is_number(record.get(key)))  # a number is a class
     if "user_input" in record and "reference" in record:  # RAGAS'; elsewhere it names a source
         keys = ("reference",)
+    if any(record.get(name) is value for name, value in _UNANSWERED.items()):
+        keys = ()
     answers = dict.fromkeys(text for key in keys for text in _texts(record.get(key)) if not _is_none(text))
     passages = dict.fromkeys(text for key in tables.PASSAGE_KEYS for text in _texts(record.get(key)))
-    return GoldQuestion(query_id, " ".join(asked.split()), tuple(answers), tuple(passages))
+    for text in dict.fromkeys(" ".join(text.split()) for text in asked):
+        yield GoldQuestion(query_id, text, tuple(answers), tuple(passages))
 
 
 def _id(record: Mapping[str, Any]) -> str:
@@ -182,9 +220,14 @@ def _id(record: Mapping[str, Any]) -> str:
         return ""
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, str) and value.strip().isdecimal())
+
+
 def _is_none(text: str) -> bool:
     """Whether a text says that there is no right answer."""
-    return folded(text) in _NO_ANSWER or not text.strip(_DOTS)
+    plain = folded(text)
+    return plain in _NO_ANSWER or plain.strip(_BRACKETS) in _NO_ANSWER or not text.strip(_DOTS)
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -217,13 +260,15 @@ def _read(text: str) -> Any:
     """The list or record that a text stands for, as JSON, Python or NumPy write it; else the text."""
     if array := _ARRAY.fullmatch(text):
         text = array[1]
-    if text[:1] + text[-1:] not in {"[]", "{}"}:
+    if text[:1] + text[-1:] not in {"[]", "{}", "()"}:
         return text
+    text = _SCALAR.sub(r"\1", text)
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
     with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
         if _NUMPY.fullmatch(text):  # Python would join its texts
             return [ast.literal_eval(own) for own in re.findall(_ITEM, text)]
         value = ast.literal_eval(_ARRAY.sub(r"\1", text))
-        return value if isinstance(value, list | dict) else text
+        value = sorted(value, key=str) if isinstance(value, set) else value
+        return value if isinstance(value, list | dict | tuple) else text
     return text

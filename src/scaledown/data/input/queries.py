@@ -4,8 +4,9 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import pyarrow as pa
@@ -28,6 +29,7 @@ log = logging.getLogger("scaledown")
 
 SCHEMA: Final = pa.schema([("query_id", pa.large_string()), ("query", pa.large_string())])
 MS_MARCO_QUERIES: Final = 6_980
+UNREAD: Final = "evaluation_rows_unread"
 
 
 def query_files(config: PrepareConfig, *, fetch: bool = True) -> list[files.Source]:
@@ -88,14 +90,19 @@ LeftOut = Callable[[Sequence[str]], Sequence[dict[str, Any] | None]]
 
 
 def collect_queries(
-    stage: Stage, config: PrepareConfig, synthetic: Stage | None, left_out: LeftOut | None = None
+    stage: Stage,
+    config: PrepareConfig,
+    synthetic: Stage | None,
+    left_out: LeftOut | None = None,
+    unread: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Read all queries into shards of `queries_per_shard`. Raises `InputError` where there are none.
 
-    What is `left_out` goes to the quarantine and is counted by its `problem`.
+    What is `left_out` goes to the quarantine and is counted by its `problem`. `unread` has, once queries were
+    compared, how many rows of evaluation files hold no question.
     """
     if done := stage.done():
-        rows_read = sum(done.counts.values()) - done.counts.get(RENAMED, 0)
+        rows_read = sum(done.counts.get(name, 0) for name in ("queries", "bad", *_COUNTED.values()))
         files.Intake("the queries", config.max_bad_fraction, rows_read, done.counts["bad"]).close()
         return
     with stage.lease("all", wait=True):
@@ -134,6 +141,8 @@ def collect_queries(
         if ids.renamed:
             log.warning("%s queries have the id of another: told apart by #2, #3 …", f"{ids.renamed:,}")
             named[RENAMED] = ids.renamed
+        if unread.get("unread"):
+            named[UNREAD] = unread["unread"]
         stage.finish(rows, {"queries": sum(rows), "bad": intake.bad, **named})
 
 
@@ -180,6 +189,8 @@ def _query(record: dict[str, Any], column: str) -> Query:
     if isinstance(value, dict):
         value = value.get("text")
     text = values.as_text(value)
+    if text is None and values.is_full(value):
+        raise ValueError(f"the question is {type(value).__name__}, expected a string")
     if text is None or not text.strip():
         names = ", ".join(map(str, record)) or "none"
         wanted = repr(column) if column else " or ".join(tables.QUERY_KEYS)

@@ -38,26 +38,34 @@ _LABEL: Final = re.compile(r"\s*(number|topic|title|description|narrative|domain
 
 
 def json_rows(path: Source, stream: io.BufferedReader) -> Iterator[Row]:
-    """JSON lines, not parsed yet. Raises `InputError` for one JSON array."""
+    """JSON lines, not parsed yet. Raises `InputError` for one JSON array, and for values of several lines."""
     first = True
     for number, line in files.raw_lines(path, stream):
         if stripped := line.strip():
-            if first and stripped.startswith(b"["):
-                file, fetch = first_bytes.local_name(path)
+            if first and (stripped.startswith(b"[") or stripped == b"{"):
+                held, program = (
+                    ("one JSON array", ".[]") if stripped != b"{" else ("JSON of several lines", ".")
+                )
+                file, way = first_bytes.local_name(path)
+                if files.is_compressed(stream):
+                    file, way = file.with_suffix(""), f"{way}unpack it and "
                 array, result = (shlex.quote(str(p)) for p in (file, file.with_suffix(".lines.jsonl")))
                 raise InputError(
-                    f"{path}: holds one JSON array; expected one record a line. "
-                    f"{(fetch + 'convert it').capitalize()} with `jq -c '.[]' {array} > {result}`"
+                    f"{path}: holds {held}; expected one record a line. "
+                    f"{(way + 'convert it').capitalize()} with `jq -c '{program}' {array} > {result}`"
                 )
             first = False
-            yield Row(str(path), number, stripped)
+            for part in stripped.split(b"\r"):  # of files with other line ends that were joined
+                if part.strip():
+                    yield Row(str(path), number, part.strip())
 
 
 def line_rows(path: Source, stream: io.BufferedReader, name: str) -> Iterator[Row]:
     """The lines of a text that are not blank, each as the column `name`."""
     for number, line in files.raw_lines(path, stream):
-        if stripped := line.strip():
-            yield Row(str(path), number, {name: stripped})
+        for part in line.split(b"\r"):  # of files with other line ends that were joined
+            if stripped := part.strip():
+                yield Row(str(path), number, {name: stripped})
 
 
 def article(path: Source, stream: io.BufferedReader) -> Iterator[Row]:
@@ -151,6 +159,8 @@ class Columns(NamedTuple):
     """The name of the column that each row must have."""
     width: int
     header: Sequence[str] | None
+    above: int = 0
+    """Lines above the header that are no rows."""
 
 
 def delimited_rows(
@@ -161,6 +171,8 @@ def delimited_rows(
     least = columns.width if not dialect.quote else columns.names[columns.needed] + 1
     first = True
     for number, line, fields in found:
+        if number <= columns.above:
+            continue
         if first and columns.header is not None:
             if isinstance(fields, csv.Error):
                 raise InputError(f"{path}: the header cannot be read ({fields}); mend its quotes")
@@ -188,7 +200,7 @@ def _plain_records(
     for number, raw in files.raw_lines(path, stream):
         line = raw.rstrip(b"\r").decode("utf-8", "surrogateescape")
         if line.strip():
-            yield number, line, [delimited.unquoted(cell) for cell in line.split(dialect.delimiter)]
+            yield number, line, dialect.split(line)
 
 
 def _quoted(
@@ -290,7 +302,7 @@ def _decode(content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"invalid UTF-8 ({error.reason} at byte {error.start})") from error
+        raise ValueError(f"invalid UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
 
 
 def _is_utf8(content: bytes) -> bool:

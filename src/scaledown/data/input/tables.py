@@ -5,6 +5,7 @@ says how it is read; what cannot be decided is refused, with the columns that we
 decides.
 """
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -24,7 +25,8 @@ log = logging.getLogger("scaledown")
 
 VERSION: Final = 1  # of how delimited text is read
 
-DOCUMENT_IDS: Final = ("id", "_id", "doc_id", "docid", "pid", "docno", "wikipedia_id", "kilt_id")
+# A passage's own id before that of its document.
+DOCUMENT_IDS: Final = ("id", "_id", "pid", "doc_id", "docid", "docno", "wikipedia_id", "kilt_id")
 QUERY_IDS: Final = ("query_id", "qid", "question_id", "questionid", "id", "_id")
 TITLE_KEYS: Final = ("title", "wikipedia_title")
 TEXT_KEYS: Final = ("text", "contents", "content", "body", "passage", "segment")
@@ -43,7 +45,10 @@ QUERY_KEYS: Final = (
 )
 ANSWER_KEYS: Final[tuple[tuple[str, ...], ...]] = (
     ("ground_truth", "ground_truths"),  # first: beside them `answer` is what a model said
-    *(("answers", "answer", "possible_answers", "golden_answers", "exact_answer", "output", "qa_pairs"),),
+    (
+        *("answers", "answer", "answer_aliases", "possible_answers", "golden_answers", "exact_answer"),
+        *("output", "qa_pairs"),
+    ),
     ("label", "labels"),
 )
 PASSAGE_KEYS: Final = (
@@ -53,9 +58,12 @@ PASSAGE_KEYS: Final = (
 MANY_KEYS: Final = ("data", "paragraphs", "qas", "questions")
 """Of lists of questions in one record, as SQuAD, MRQA, TriviaQA and BioASQ publish them."""
 
+_BEGINS: Final = re.compile(r"\s*(\[\s*[\[{]|[\[{]\s*[\r\n]\s*[\"\[{\]}])")
+"""How a JSON value on several lines begins."""
 _SAMPLE_ROWS: Final = 200
 _NAMED: Final = 20  # columns in a message
 _REGULAR: Final = 0.9  # a share of records with as many columns, from which on it is a table
+_ABOVE: Final = 10  # rows among which the names of columns are looked for, where the first has none
 
 
 class Meaning(NamedTuple):
@@ -165,11 +173,17 @@ def _table(  # noqa: PLR0911
         return _batches(source, stream, kind or first_bytes.PARQUET, meaning, column, meter)
     whole = len(head) < files.HEAD_BYTES
     text = head.rstrip(b"\0").decode("utf-8", "surrogateescape").lstrip("\ufeff")
-    if suffix in folders.LINES or _is_json(text, whole=whole):
+    declared = delimited.DECLARED.match(text)
+    if declared:
+        suffix, text = ".tsv" if declared[1] == "\t" else ".csv", text[declared.end() :]
+    if suffix in folders.LINES or _is_json(text, whole=whole) or _BEGINS.match(text):
         return _json(source, stream, text, meaning, column, certain=suffix in folders.LINES)
     is_table = suffix in folders.TABLES
     looked = text.strip() and (is_table or _may_be_a_table(text, meaning, column))
-    if looked and (found := _delimited(source, stream, text, suffix, meaning, column, whole=whole)):
+    above = int(bool(declared))
+    if looked and (
+        found := _delimited(source, stream, text, suffix, meaning, column, whole=whole, above=above)
+    ):
         if not found.reading.header:
             _check_first(source, text, meaning)
         return found
@@ -209,7 +223,7 @@ def _is_json(text: str, *, whole: bool) -> bool:
 
 def _json(source: Source, stream: Any, text: str, meaning: Meaning, column: str, *, certain: bool) -> _Table:
     seen = []
-    for line in text.strip().split("\n" if "\n" in text else "\r")[:_SAMPLE_ROWS]:
+    for line in re.split(r"[\r\n]+", text.strip())[:_SAMPLE_ROWS]:
         try:
             seen.append(formats.parse(Row("", 1, line.strip().encode("utf-8", "surrogateescape"))))
         except ValueError:
@@ -239,7 +253,11 @@ def _batches(  # noqa: PLR0917
     beside = [name for name in found.names if name.lower() in rivals and found.names.count(name) == 1]
     looked = list(dict.fromkeys([*used, *beside]))
     again = itertools.islice(formats.batches(source, kind, None).read(looked), _SAMPLE_ROWS)
-    columns = _columns(str(source), list(map(formats.parse, again)), meaning, column, found.names)
+    seen = []
+    for row in again:
+        with contextlib.suppress(ValueError):  # it is rejected when it is read
+            seen.append(formats.parse(row))
+    columns = _columns(str(source), seen, meaning, column, found.names)
     reading = Reading(kind, columns, None, guessed=files.inner_suffix(source) not in folders.BATCHES)
     return _Table(reading, lambda: found.read(used))
 
@@ -350,7 +368,15 @@ def _way(meaning: Meaning, column: str, part: str) -> str:
 
 
 def _delimited(  # noqa: PLR0917
-    source: Source, stream: Any, text: str, suffix: str, meaning: Meaning, column: str, *, whole: bool
+    source: Source,
+    stream: Any,
+    text: str,
+    suffix: str,
+    meaning: Meaning,
+    column: str,
+    *,
+    whole: bool,
+    above: int,
 ) -> _Table | None:
     """CSV or TSV, by the ending, or by a header or by tabs; None where it is neither."""
     is_table = suffix in folders.TABLES
@@ -362,8 +388,11 @@ def _delimited(  # noqa: PLR0917
     dialect, records = sample.dialect, sample.records
     if not records:
         return None
-    shown = f"{source}: {dialect}"
+    parted = str(dialect) if sample.width > 1 else "one column"
+    shown = f"{source}: {parted}"
     header = records[0] if _is_header(records[0], meaning, column) else None
+    if header is None:
+        _check_above(source, found, meaning)
     if header is not None:
         named = _named(shown, header, meaning, column)
         columns = _of_header(shown, header, named, records[1:], meaning, column)
@@ -378,12 +407,12 @@ def _delimited(  # noqa: PLR0917
             if part not in meaning.unread
         }
     reading = Reading(
-        str(dialect),
+        parted,
         columns,
         header is not None,
         guessed=header is None or dialect.delimiter != usual or not is_table,
     )
-    wanted = formats.Columns(named, needed, width, header)
+    wanted = formats.Columns(named, needed, width, header, above)
     return _Table(reading, lambda: formats.delimited_rows(source, stream, dialect, wanted))
 
 
@@ -393,6 +422,20 @@ def _may_be_a_table(text: str, meaning: Meaning, column: str) -> bool:
     main = {*meaning.parts[meaning.main], *([column.lower()] if column else [])}
     cells = (cell for delimiter in delimited.DELIMITERS for cell in first.split(delimiter))
     return "\t" in first or any(cell.strip(" \"'").lower() in main for cell in cells)
+
+
+def _check_above(source: Source, found: Mapping[str, Sample], meaning: Meaning) -> None:
+    """Refuse a table whose names stand below other lines, which would be rows."""
+    sure = set(meaning.parts[meaning.main]) - set(meaning.rivals)
+    for sample in found.values():
+        for number, record in enumerate(sample.records[1:_ABOVE], 2):
+            cells = [cell.strip() for cell in record]
+            names = len(record) == sample.width > 1 and all(map(unnamed.NAME.fullmatch, filter(None, cells)))
+            if names and not sure.isdisjoint(_plain_names(cells)):
+                raise InputError(
+                    f"{source}: its row {number} ({', '.join(cells)}) looks like the names of columns; "
+                    "delete what stands above it"
+                )
 
 
 def _check_first(source: Source, text: str, meaning: Meaning) -> None:
@@ -420,6 +463,8 @@ def _looks_like_a_table(found: Mapping[str, Sample], meaning: Meaning, column: s
         if len(first) == 1:
             sure = [name for name in sure if meaning.main == "question" and name not in meaning.rivals]
             sure = sure if len(sample.records) > 1 else []
+        if meaning.main == "text" and sample.regular < _REGULAR:
+            continue  # an article may begin with such a word
         if (sure or (len(first) > 1 and column.lower() in _plain_names(first))) and _is_header(
             first, meaning, column
         ):
@@ -537,14 +582,16 @@ def _told(shown: str, sample: Sample, meaning: Meaning, column: str) -> dict[str
         raise InputError(f"{shown}, has {width} columns; {meaning.flag} {column} names none of them")
     if not number and unnamed.may_be_names(records):
         if meaning.flag:
+            place = unnamed.main_column(_cells(records[1:], width), meaning.main)
+            place = len(first) - 1 if place is None else place
             way = (
-                f"give {meaning.flag} {first[-1]} if it names columns, {meaning.flag} {width} if it is a row"
+                f"give {meaning.flag} {first[place]} if it names columns, {meaning.flag} {place + 1} if it "
+                "is a row"
             )
         else:
             way = f"write a first line that names a column {meaning.main}"
         raise InputError(f"{shown}, and its first line ({', '.join(first)}) may be a header or a row; {way}")
-    cells = [[record[place].strip() for record in records if len(record) == width] for place in range(width)]
-    cells = [[cell for cell in column_cells if cell] for column_cells in cells]
+    cells = _cells(records, width)
     main = number - 1 if number else unnamed.main_column(cells, meaning.main)
     if main is None:
         raise InputError(
@@ -557,3 +604,9 @@ def _told(shown: str, sample: Sample, meaning: Meaning, column: str) -> dict[str
             )
         )
     return unnamed.places(cells, main, meaning.parts)
+
+
+def _cells(records: Sequence[Sequence[str]], width: int) -> list[list[str]]:
+    """Of each column, the cells that are not empty."""
+    rows = [[cell.strip() for cell in record] for record in records if len(record) == width]
+    return [[row[place] for row in rows if row[place]] for place in range(width)]

@@ -89,6 +89,7 @@ def read_json(path: Path) -> Iterator[Entry]:
 
 def check_file(path: Path) -> None:
     """Raise `InputError` where a training file is missing or of another kind."""
+    files.check_stream(str(path), "")
     if not path.is_file():
         problem = (
             "is a folder; name a file in it" if path.is_dir() else "there is no such file; check the path"

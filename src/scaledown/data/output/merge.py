@@ -39,6 +39,8 @@ class Merged(NamedTuple):
     records: int
     duplicates: int
     contaminated: int = 0
+    unread: int = 0
+    """Rows of the evaluation sets in which there is no question."""
 
 
 def removed_file(output: Path) -> Path:
@@ -91,7 +93,7 @@ def merge(
         number = write_examples(output, kept(), columns)
     for path in written:
         note_made(path, "merge")
-    return Merged(number, counts["duplicate"], counts["contaminated"])
+    return Merged(number, counts["duplicate"], counts["contaminated"], cleaner.counts["unread"])
 
 
 def _records(paths: Sequence[Path]) -> Iterator[Example]:

@@ -22,7 +22,7 @@ from scaledown.data.teacher.base import Engine, Generation
 from scaledown.errors import UsageError
 from scaledown.models import resolve
 from scaledown.run.outputs import check_apart, lies_in
-from scaledown.urls import is_url
+from scaledown.urls import is_url, local
 
 log = logging.getLogger("scaledown")
 
@@ -110,7 +110,7 @@ def find_inputs(config: PrepareConfig, *, fetch: bool = True) -> tuple[list[Sour
             raise UsageError(f"--index_dir {config.index_dir} is the run directory: name another folder")
     given = (*map(str, corpus), *config.queries_file, *config.decontaminate, config.query_dataset)
     for read in filter(None, given):
-        if not is_url(read) and not Path(read).is_dir():
+        if not is_url(local(read)) and not Path(local(read)).is_dir():
             continue
         for what, path in written.items():
             check_apart(what, path, [read])

@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 from scaledown.command import program_name
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.build_index import stage_line
+from scaledown.data.input.queries import UNREAD
 from scaledown.data.input.training_files import entries
 from scaledown.data.planning.plan import compared, planned_seconds
 from scaledown.data.teacher.api import is_served
@@ -102,6 +103,8 @@ def _missing(result: Result, config: PrepareConfig) -> Iterator[str]:
 
     if collapsed := counted("collapsed"):
         yield f"collapsed: {collapsed:,} candidates had the text of one that ranked above them"
+    if unread := counted(UNREAD):
+        yield f"passed over: {unread:,} rows of --decontaminate hold no question, the log names them"
     if left_out := counted("contaminated", "duplicates"):
         yield f"left out: {left_out:,} queries or answers, each with what it matches, in {where}"
 

@@ -24,7 +24,7 @@ _CHARACTERS_A_TOKEN: Final = 4
 _TOO_LONG: Final = re.compile(
     r"context.{0,20}(length|window|size)|too (long|large|many (input )?tokens)|max_model_len|"
     r"(maximum|input|prompt|sequence).{0,30}length|tokens.{0,30}exceed|exceed.{0,60}tokens|input tokens|"
-    r"reduce the (length|input|prompt)",
+    r"reduce the (length|input|prompt)|tokens.{0,30}must be <",
     re.DOTALL,
 )
 _SYSTEM_ROLE: Final = re.compile(
@@ -33,18 +33,26 @@ _SYSTEM_ROLE: Final = re.compile(
 _TEMPERATURE: Final = re.compile(
     r"temperature.{0,80}(only|default|support|fixed|must be 1\b)|(only|support).{0,80}temperature", re.DOTALL
 )
+_POSITIVE: Final = re.compile(r"temperature.{0,40}(positive|greater than 0|> ?0)", re.DOTALL)
 # How servers say that an answer ran into its limit; that it may not be, and that it broke off.
 _CUT: Final = re.compile(r"length|(model|max)_length|token_limit|max_\w*tokens")
-_FILTERED: Final = re.compile(r"content_filter\w*|safety|recitation|blocklist|prohibited_content|refusal")
-_BROKEN: Final = re.compile(r"abort(ed)?|error\w*|\w+_error|fail(ed|ure)|cancell?ed|timeout|interrupted")
+_FILTERED: Final = re.compile(
+    r"content_filter\w*|guardrail\w*|safety|recitation|blocklist|prohibited_content|refusal"
+)
+_BROKEN: Final = re.compile(
+    r"abort(ed)?|error\w*|\w+_error|fail(ed|ure)|cancell?ed|timeout|interrupted|insufficient_system_resource"
+)
 # What waiting does not mend. A server may say the same of a minute's quota, with the seconds to wait.
 _SPENT: Final = re.compile(
     r"insufficient[_ ](quota|balance|credits?|funds)|billing_(hard_limit|not_active)|out of credits|"
     r"credit balance is too low|account.{0,20}(deactivated|suspended|overdue|in arrears)|"
-    r"exceeded your current quota(?!.*retry)",
+    r"exceeded your current quota(?!.*retry)|(credit|key) limit exceeded|arrearage|"
+    r"limit exceeded: \S*per-day",
     re.DOTALL,
 )
-_SPENT_STATUS: Final = frozenset({0, 402, 403, 429})
+_SPENT_STATUS: Final = frozenset({0, 400, 402, 403, 429})
+# What servers call an error, where they give no status of it.
+_STATUS: Final = {"rate_limit": 429, "overloaded": 503, "invalid_request": 400}
 _THOUGHTS: Final = ("reasoning_content", "reasoning", "thinking")
 _MOST_TOKENS: Final = 1 << 40  # a larger count is none
 
@@ -104,6 +112,7 @@ class Chat:
         self._secret = secret
         self._folds_system = False
         self._own_temperature = False
+        self._seeds = True
         self._limit = "max_tokens"
 
     def draft(self, prompt: Prompt) -> Draft:
@@ -126,7 +135,7 @@ class Chat:
         }
         if self._own_temperature:
             del body["temperature"]
-        if prompt.temperature:
+        if prompt.temperature and self._seeds:
             body["seed"] = seed_of(self._generation.seed, prompt.key)
         if self.logprobs:
             body |= {"logprobs": True, "top_logprobs": self.logprobs}
@@ -144,8 +153,13 @@ class Chat:
             log.info("the server knows no system role: its text goes into the user's turn")
             self._folds_system = True
             return True
-        if status in {400, 422} and "temperature" in body and _TEMPERATURE.search(text):
-            if self._generation.temperature not in {None, 1.0}:
+        if status in {400, 422} and "seed" in body and re.search(r"\bseed\b", text):
+            log.warning("the server takes no seed (%s): its samples differ in each run", self.said(response))
+            self._seeds = False
+            return True
+        above_0 = bool(_POSITIVE.search(text)) and not draft.prompt.temperature
+        if status in {400, 422} and "temperature" in body and (above_0 or _TEMPERATURE.search(text)):
+            if self._generation.temperature not in {None, 1.0} and not above_0:
                 raise ModelError(
                     f"--temperature {self._generation.temperature:g}: the server of {self.model} refuses it "
                     f"({self.said(response)}): give --temperature 1"
@@ -166,7 +180,8 @@ class Chat:
             choice = reply["choices"][0]
             message = choice["message"]
             thought = any(message.get(name) for name in _THOUGHTS)
-            content = message.get("content") if thought else message["content"]
+            ended = choice.get("finish_reason") is not None  # Azure and Gemini leave out what is empty
+            content = message.get("content") if thought or ended else message["content"]
             thought |= _holds_thoughts(content)
             # JSON may hold halves of characters, which no file does.
             text = _text(content).strip().encode(errors="replace").decode()
@@ -213,8 +228,9 @@ class Chat:
         if not response.is_success or error is None:
             return status
         code = error.get("code", error.get("status")) if isinstance(error, Mapping) else None
-        known = str(code).isdecimal() and 400 <= int(str(code)) < 600
-        return int(str(code)) if known else 400 if "invalid_request" in response.text else 0
+        if str(code).isdecimal() and 400 <= int(str(code)) < 600:
+            return int(str(code))
+        return next((own for word, own in _STATUS.items() if word in response.text), 0)
 
     def is_spent(self, response: httpx2.Response) -> bool:
         """Whether the server wants what waiting does not bring: payment, or a larger quota."""
@@ -294,7 +310,7 @@ def _head(text: str, size: int) -> str:
 
 
 def _tokens(count: object, text: str) -> int:
-    if isinstance(count, int | float) and 0 <= count < _MOST_TOKENS:
+    if isinstance(count, int | float) and not isinstance(count, bool) and 0 <= count < _MOST_TOKENS:
         return int(count)
     return len(text) // _CHARACTERS_A_TOKEN
 

@@ -8,7 +8,8 @@ from scaledown.data.teacher.base import Generation, Rejection
 from scaledown.records import Answer
 
 CONTROL: Final = re.compile(
-    r"<[|\uff5c][^|\uff5c<>\n]{1,40}[|\uff5c]>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|<</?SYS>>|<[be]os>|<EOT>"
+    r"<[|\uff5c][^|\uff5c<>\n]{1,40}[|\uff5c]>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|<</?SYS>>|<[be]os>|<EOT>|"
+    r"<pad>|<EOS_TOKEN>|\[(?:EOS|BOS|PAD)\]"
 )
 """What begins or ends a turn in the chat templates of common models."""
 
@@ -78,10 +79,12 @@ def heard(answer: Answer, generation: Generation, *, thought: bool = False) -> A
         The answer; a `Rejection` where the reply was nothing but thoughts or markers.
     """
     text = spoken(answer.text)
-    if not text and (answer.text or thought):
+    if not text and (answer.text or thought or answer.finish_reason == "length"):
         if answer.finish_reason == "length":
-            used = f"all {answer.answer_tokens:,} tokens of the reply went into reasoning"
-            return Rejection(f"{used}: {generation.if_cut_short}")
+            number = f" {answer.answer_tokens:,}" * bool(answer.answer_tokens)  # not every server tells
+            return Rejection(
+                f"all{number} tokens of the reply went into reasoning: {generation.if_cut_short}"
+            )
         return Rejection("the reply holds reasoning or chat markers, and no answer")
     if text == answer.text:
         return answer
