@@ -183,7 +183,7 @@ def test_measures_are_told_apart_by_whether_the_documents_hold_a_right_answer(
     told = capsys.readouterr().out
     assert "held (7)" in told
     assert "not held (1)" in told
-    assert "Apart by whether the documents hold a right answer" in (output / "report.html").read_text()
+    assert "Questions whose documents hold a right answer" in (output / "report.html").read_text()
     results, found = read_results(output), lines(output)
     assert results.counts["held"] == 7
     assert [line["held"] for line in found] == [True] * 7 + [False], "the documents of the last say nothing"
@@ -437,7 +437,7 @@ def test_a_question_that_does_not_fit_is_counted_and_wrong(
         (["--model", "m"], "give --model DIR and --data FILE"),
         (["--model", "{student}", "--data", "nowhere.json"], "--data nowhere.json: there is no such file"),
         (["--model", "/nowhere/m", "--data", "{data}"], "/nowhere/m"),
-        (["--model", "{lm}", "--data", "{data}"], "is no ScaleDown model"),
+        (["--model", "{lm}", "--data", "{data}"], "is not a ScaleDown model"),
         (["--model", "{student}", "--data", "{data}", "--gold", "no.jsonl"], "--gold no.jsonl"),
         (["--model", "{student}", "--data", "{empty}"], "holds no records: make some with scaledown prepare"),
         (

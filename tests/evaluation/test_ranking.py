@@ -45,7 +45,7 @@ def test_measures_computed_by_hand(run: Path, qrels: Path) -> None:
         ("q1 Q0 a 1 3.0 x\nq1 Q0 b 2 2.0\n", ":2: 5 fields, expected 6: qid Q0 docid rank score tag"),
         ("q1 Q0 a 1 high x\n", ":1: score 'high' is no number"),
         ("q1 Q0 a 1 nan x\n", ":1: score 'nan' is no number"),
-        ("q1 Q0 a 1 3 x\n\nq1 Q0 a 2 2 x\n", ":3: document a is there twice for query q1"),
+        ("q1 Q0 a 1 3 x\n\nq1 Q0 a 2 2 x\n", ":3: document a occurs twice for query q1"),
         ("\n", "is empty"),
     ],
 )
@@ -171,7 +171,7 @@ def test_two_runs_are_compared(run: Path, qrels: Path, tmp_path: Path, capsys: p
     out = capsys.readouterr().out
     assert "3 judged queries" in out
     assert "against a.run" in out
-    assert "a.run: 1 judged queries are not in it" in out
+    assert "a.run: 1 judged queries are not in the run" in out
     results = read_results(output)
     assert results.kind == "rankings"
     assert results.systems["b.run"].measures["RR@10"].mean == pytest.approx(2 / 3)
