@@ -191,7 +191,9 @@ def test_checkpoint_of_an_earlier_version_is_refused(undisturbed: Trained, setti
     del memory["result"]
     (output / "settings.json").write_text(json.dumps(memory))
     for resume in (True, False):
-        with pytest.raises(RunDirectoryError, match=r"checkpoint-7 is of version 0\.6, .* to start again"):
+        with pytest.raises(
+            RunDirectoryError, match=r"checkpoint-7 was written by version 0\.6, .* to start again"
+        ):
             train(setting("undisturbed", resume=resume))
 
 
@@ -234,7 +236,7 @@ def test_interruption_before_the_first_step_keeps_nothing(
         interrupt_at(patch, 1, training=True)
         with pytest.raises(KeyboardInterrupt):
             train(setting())
-    assert "there is nothing to keep" in caplog.text
+    assert "nothing was saved" in caplog.text
     assert train(setting()).steps == 7
 
 
@@ -579,7 +581,7 @@ def test_other_settings_in_the_same_folder_are_refused(
 def test_folder_with_something_else_is_refused(setting: Setting, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
-    with pytest.raises(RunDirectoryError, match=r"holds config\.json, and no run: choose another"):
+    with pytest.raises(RunDirectoryError, match=r"holds config\.json but not a run: choose another"):
         train(setting())
 
 
