@@ -515,7 +515,7 @@ def test_workers_on_ray_take_their_gpus(
 
 @pytest.mark.parametrize(
     ("gpus_there", "device", "each", "says"),
-    [(2, "auto", 2, "no node of the cluster has so many"), (2, "cuda:0", 1, "leave out its number")],
+    [(2, "auto", 2, "no node of the cluster has that many"), (2, "cuda:0", 1, "leave out its number")],
 )
 def test_what_a_cluster_cannot_do(
     gpus_there: int, device: str, each: int, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -324,7 +324,7 @@ def test_second_command_is_warned(machine, caplog) -> None:
     with machine("one").claim("same"), machine("two").claim("other"):
         pass
     assert "another process may be at work" in caplog.text
-    assert ", with other settings. In a bucket nobody can see" in caplog.text
+    assert ", with other settings. A bucket does not show" in caplog.text
 
 
 @MEMORY

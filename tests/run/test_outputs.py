@@ -55,7 +55,7 @@ def test_what_a_command_did_not_make_stays(
     mine.write_text(MINE)
     assert main(words(command, data, output)) == 1
     assert (
-        f"{mine} is there already, and is not what this command made: name another, or give --overwrite"
+        f"{mine} is there already, and this command has not written it: name another, or give --overwrite"
         in (capsys.readouterr().err)
     )
     assert mine.read_text() == MINE
@@ -173,7 +173,7 @@ def test_a_run_takes_the_place_of_nothing_else(prepare, capsys) -> None:
     prepare.output.write_text(MINE)
     for flags in (["--top_k_retrieval", "3"], ["--top_k_retrieval", "3", "--dry_run"]):
         assert prepare(*flags) == 1
-        assert "is not what this command made" in capsys.readouterr().err
+        assert "this command has not written it" in capsys.readouterr().err
         assert prepare.output.read_text() == MINE
     assert prepare("--top_k_retrieval", "3", "--overwrite") == 0
     assert json.loads(prepare.output.read_text())
