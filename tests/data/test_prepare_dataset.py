@@ -206,7 +206,7 @@ def test_an_edited_output_is_left_as_it_is(prepare, capsys) -> None:
     prepare(*RERANK)
     prepare.output.write_text(json.dumps([{"query": "mine", "documents": ["d"], "answer": "a"}]))
     assert prepare(*RERANK) == 0
-    assert "was changed since it was written" in capsys.readouterr().err
+    assert "has changed since it was written" in capsys.readouterr().err
     assert records(prepare.output)[0]["query"] == "mine"
 
 

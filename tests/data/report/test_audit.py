@@ -48,7 +48,7 @@ def test_counts(write: Write) -> None:
         )
     )
     assert (found.records, found.bad, found.sampled) == (8, 1, 8)
-    assert found.told == ["line 9: has no answer"]
+    assert found.messages == ["line 9: has no answer"]
     assert found.repeated_queries == 7
     assert found.documents == 16
     assert found.different_documents == 2
@@ -111,7 +111,7 @@ def test_documents_with_titles_are_read(write: Write) -> None:
 
 
 def test_nothing_sound_is_an_error(write: Write) -> None:
-    with pytest.raises(InputError, match="holds no sound record; `scaledown validate"):
+    with pytest.raises(InputError, match="holds no valid record; `scaledown validate"):
         audit(write({"query": "x"}))
 
 

@@ -106,7 +106,7 @@ def test_a_file_of_others_needs_no_run(tmp_path: Path, capsys) -> None:
         (["{data}", "--output", "data.json/r.html"], "data.json/r.html cannot be written"),
         (["{data}", "--card", "report.html"], "are one file"),
         (["{data}", "--gold", "missing.jsonl"], "--gold missing.jsonl"),
-        (["{empty}"], "holds no sound record"),
+        (["{empty}"], "holds no valid record"),
         (["{data}", "--output", "data.json"], "data.json is also read"),
         (["{data}", "--card", "notes.md"], "notes.md is there already"),
     ],

@@ -350,7 +350,7 @@ def test_it_works_where_an_event_loop_runs_already(serve: Any) -> None:
     assert right(asyncio.run(notebook()), 20)
 
 
-@pytest.mark.parametrize(("fault", "said"), [("402", "wants payment"), ("400", "refuses every prompt")])
+@pytest.mark.parametrize(("fault", "said"), [("402", "requires payment"), ("400", "refuses every prompt")])
 def test_what_is_no_fault_of_a_prompt_ends_the_run_and_sets_nothing_aside(
     serve: Any, prepare: Any, queries: Path, fault: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -536,7 +536,7 @@ def test_a_server_with_one_temperature_names_the_flag_or_gets_none(
     assert right(dict(teacher(server, generation=flagged._replace(temperature=1.0)).answers(warm)), 1)
     assert "none is sent" not in caplog.text
     assert right(dict(teacher(server).answers(prompts(3))), 3)  # a judge, whose temperature no flag decides
-    assert "takes no temperature but its own" in caplog.text
+    assert "accepts only its own temperature" in caplog.text
     assert "temperature" not in server.bodies[-1]
 
 
