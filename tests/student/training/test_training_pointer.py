@@ -320,7 +320,7 @@ def test_pretraining_learns_from_records_too(
     ("changes", "message"),
     [
         ({"train_data": ("x.json",), "compressor": "n_layers"}, "give --compressor pointer"),
-        ({"gold": ("x.json",)}, "give that, too"),
+        ({"gold": ("x.json",)}, "give --train_data too"),
     ],
 )
 def test_records_are_for_a_pointer(
@@ -334,9 +334,9 @@ def test_records_are_for_a_pointer(
     ("changes", "message"),
     [
         ({"text_fraction": 1.2}, "must lie between 0 and 1"),
-        ({"text_fraction": 0.6, "closed_book_fraction": 0.5}, "are more than all examples"),
+        ({"text_fraction": 0.6, "closed_book_fraction": 0.5}, "add up to more than 1"),
         ({"compression_rate": 64}, "takes 4 to 32"),
-        ({"generator_training": "frozen"}, "teach a frozen generator nothing"),
+        ({"generator_training": "frozen"}, "have no effect on a frozen generator"),
         ({"enable_reranking": True}, "by its own scores"),
     ],
 )
