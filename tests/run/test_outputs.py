@@ -84,7 +84,7 @@ def test_what_another_command_made_stays(data: Path, tmp_path: Path) -> None:
     assert main(words("page", data, output)) == 1
 
 
-def test_an_empty_file_is_nobodys(data: Path, tmp_path: Path) -> None:
+def test_empty_file_may_be_replaced(data: Path, tmp_path: Path) -> None:
     (tmp_path / "full.json").touch()
     assert main(words("merge", data, tmp_path / "full.json")) == 0
 
@@ -92,7 +92,7 @@ def test_an_empty_file_is_nobodys(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("by", ["its name", "another way", "a link", "a hard link"])
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
 @pytest.mark.parametrize("command", ["merge", "page", "card"])
-def test_an_output_is_no_input_by_whatever_name(
+def test_output_that_is_an_input_is_refused_under_any_name(
     command: str, flags: list[str], by: str, data: Path, tmp_path: Path, capsys
 ) -> None:
     before = data.read_bytes()
@@ -192,7 +192,7 @@ def test_metrics_take_the_place_of_nothing_else(prepare, tmp_path: Path, capsys)
 
 
 @pytest.mark.parametrize("name", ["README.md", "report.html", "manifest.json"])
-def test_a_folder_with_a_readme_alone_is_no_run(name: str, tmp_path: Path) -> None:
+def test_folder_with_only_a_readme_is_not_a_run(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(MINE)
     with pytest.raises(RunDirectoryError, match="holds other things"):
         RunDirectory(tmp_path)

@@ -215,7 +215,7 @@ def test_examples_without_scores_leave_the_head_alone(build: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["n_layers", "bert"])
-def test_what_is_trained(build: Any, kind: str) -> None:
+def test_trained_weights_by_generator_training(build: Any, kind: str) -> None:
     for training in ("lora", "full", "frozen"):
         model = build(kind, generator_training=training)
         for name, parameter in model.named_parameters():

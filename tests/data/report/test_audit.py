@@ -64,7 +64,7 @@ def test_counts(write: Write) -> None:
     assert found.finish_known
 
 
-def test_where_the_answer_stands(write: Write) -> None:
+def test_place_of_the_answer_in_the_documents(write: Write) -> None:
     records = [SOUND, SOUND | {"query": "Who?", "documents": ["Bees.", "Ada was a countess."]}]
     lost = SOUND | {"query": "Why?", "documents": ["Bees."], "answer": "Because."}
     found = audit(write(*records, lost), gold(who_was_ada="countess", who="Countess", why="honey"))

@@ -101,7 +101,7 @@ def test_tasks_depend_on_the_seed_alone(setting: Setting) -> None:
     assert tasks[0] != tasks[1]
 
 
-def test_only_what_is_needed_is_read(setting: Setting, tmp_path: Path) -> None:
+def test_only_the_needed_part_of_the_corpus_is_read(setting: Setting, tmp_path: Path) -> None:
     config = setting(max_steps=2, eval_fraction=0.0)
     parts = pretraining_parts(config, find_origin(config).compressor_tokenizer(), tmp_path)
     assert len(parts.train.examples) == 8
@@ -252,7 +252,7 @@ def test_pretraining_that_is_asked_for_again_changes_nothing(
     assert not trained.already_done
 
 
-def test_a_run_that_recorded_the_defaults_of_settled_flags_goes_on(
+def test_run_that_recorded_defaults_of_settled_flags_continues(
     pretrained: str, data: str, tmp_path: Path
 ) -> None:
     """As those of earlier versions did."""

@@ -381,7 +381,7 @@ def test_a_generator_can_learn_from_text_alone(setting: Setting, tmp_path: Path)
     assert any(not torch.allclose(weights[0][name], weights[1][name]) for name in lora)
 
 
-def test_a_run_of_before_these_flags_goes_on(setting: Setting) -> None:
+def test_run_without_these_flags_continues(setting: Setting) -> None:
     config = setting(text_fraction=0.0, closed_book_fraction=0.0)
     result = train(config)
     path = Path(result.output) / "settings.json"
