@@ -40,7 +40,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return said
 
 
-def test_a_model_is_loaded_once_and_nobody_else_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_is_loaded_once_and_has_no_other_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     emptied: list[bool] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
@@ -77,7 +77,7 @@ def test_what_has_processes_of_its_own_ends_them(free: list[int]) -> None:
 
 
 @pytest.mark.parametrize(("after", "told"), [(79.5, False), (60.0, True)])
-def test_memory_that_does_not_come_back_is_told(after: float, told: bool, free: list[int], caplog) -> None:
+def test_memory_that_is_not_freed_is_reported(after: float, told: bool, free: list[int], caplog) -> None:
     free.append(int(after * GIB))
     model = OnDevice("the reranker", "cuda", Model)
     model()

@@ -141,7 +141,7 @@ def test_a_blank_line_is_nothing(prepare, corpus) -> None:
     assert not (prepare.work / "quarantine").exists()
 
 
-def test_no_network_is_no_traceback(prepare, capsys) -> None:
+def test_missing_network_is_an_error_without_traceback(prepare, capsys) -> None:
     assert prepare("--retriever_model", "org/somewhere-else") == 1
     error = capsys.readouterr().err
     assert "hub cannot be reached" in error

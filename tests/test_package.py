@@ -132,7 +132,7 @@ def test_versions_agree() -> None:
     assert f"## {scaledown.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_an_extra_is_told_by_its_packages_however_it_was_installed(monkeypatch) -> None:
+def test_extra_is_detected_by_its_packages(monkeypatch) -> None:
     needed = {
         "scaledown-rag": [
             "torch>=2.6",
@@ -156,7 +156,7 @@ def test_an_extra_is_told_by_its_packages_however_it_was_installed(monkeypatch) 
     assert install_command("ray") == "pip install -e '.[ray]' in a checkout"
 
 
-def test_nobody_is_sent_to_the_package_of_another_project() -> None:
+def test_no_text_recommends_the_package_of_another_project() -> None:
     assert f'name = "{DISTRIBUTION}"' in (ROOT / "pyproject.toml").read_text()
     told = [ROOT / "README.md", ROOT / "tests" / "conftest.py", *(ROOT / "docs").glob("*.md")]
     for path in [*told, *(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
@@ -180,7 +180,7 @@ def test_dependencies_have_reasons() -> None:
         assert f"\n{name}==" in pinned, name
 
 
-def test_a_reader_that_stops_early_is_no_error(tmp_path: Path) -> None:
+def test_reader_that_stops_early_is_not_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("{}\n" * 20000)
     words = f"{sys.executable} -m scaledown validate {' '.join([str(path)] * 40)} | head -1"

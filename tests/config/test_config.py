@@ -58,13 +58,13 @@ def test_hyphens_and_underscores_are_one() -> None:
     assert a.queries_file == ("q-a_b.txt",)
 
 
-def test_a_flag_takes_several_values_at_once_or_one_by_one() -> None:
+def test_flag_takes_several_values_together_or_repeated() -> None:
     for words in (["a", "b"], ["a", "--queries_file", "b"]):
         flags = vars(parser().parse_args(["--queries_file", *words, "--output_file", "x.json"]))
         assert flags["queries_file"] == ["a", "b"]
 
 
-def test_what_follows_two_hyphens_is_no_flag() -> None:
+def test_words_after_two_hyphens_are_not_flags() -> None:
     assert underscored(["--a-b", "--", "--c-d", "--"]) == ["--a_b", "--", "--c-d", "--"]
 
 
@@ -217,7 +217,7 @@ def test_batches_suit_the_device_where_none_are_given(device: str, sizes: tuple[
     assert (given.batch_size, given.reranker_batch_size, given.teacher_batch_size) == (3, sizes[1], 5)
 
 
-def test_a_run_of_an_earlier_version_with_its_default_batches_goes_on() -> None:
+def test_run_of_an_earlier_version_with_default_batches_continues() -> None:
     """Its settings have the numbers that are zeros now."""
     numbers = {"batch_size": 32, "reranker_batch_size": 16, "teacher_batch_size": 8}
     before = compared_settings(PrepareConfig(**BASE, **numbers))

@@ -80,7 +80,7 @@ def test_manifest_keeps_full_paths_and_no_secrets(name: str, folder: Path) -> No
 
 
 @pytest.mark.parametrize("name", EVALUATE)
-def test_evaluation_goes_on_by_the_settings_that_began_it(name: str) -> None:
+def test_evaluation_continues_with_its_original_settings(name: str) -> None:
     compared = EVALUATE[name]().compared()
     assert as_recorded(compared, Path()) == RECORDED["evaluation"][name]
     assert fingerprint(compared) == RECORDED["fingerprint"][f"evaluation {name}"]
@@ -93,7 +93,7 @@ def test_batches_of_zero_stand_for_what_suits_the_device(device: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [TrainConfig, PretrainConfig])
-def test_training_goes_on_with_other_settings_only_where_the_result_is_the_same(kind: type[Options]) -> None:
+def test_training_continues_with_other_settings_only_if_the_result_is_the_same(kind: type[Options]) -> None:
     free = kind.named("input", "model", "place", "operation", "report")
     assert sorted(free) == RECORDED["free in training"][kind.__name__]
 

@@ -119,7 +119,7 @@ def test_what_has_no_finite_logarithm_and_too_many_digits() -> None:
     assert [own.rounded(float(value)) for value in ("-inf", "nan")] == [-9999, -9999]
 
 
-def test_only_the_tokens_of_what_is_kept_of_an_answer_stay() -> None:
+def test_logprobs_are_cut_with_the_answer() -> None:
     whole = logprobs_of("One sentence. And not a wh")
     cut = for_answer(whole, "One sentence.")
     assert cut == {name: values and values[:2] for name, values in whole.items()}
@@ -173,7 +173,7 @@ def test_a_servers_tokens_are_texts_and_their_bytes_count() -> None:
         ({"mine": 1}, "is not an object of tokens, token_ids"),
     ],
 )
-def test_what_is_wrong_with_a_column_is_said(change: dict[str, Any], said: str) -> None:
+def test_invalid_logprobs_column_is_reported(change: dict[str, Any], said: str) -> None:
     value = logprobs_of("Two words") | change
     found = own.problem(value, "Two words")
     assert said in found
@@ -395,12 +395,12 @@ def test_what_cannot_be_is_refused_at_once(flags: dict[str, Any], said: str) -> 
         PrepareConfig(output_file="a.json", queries_file=("q.txt",), **flags)
 
 
-def test_an_engine_that_gives_none_is_refused() -> None:
+def test_engine_without_logprobs_is_refused() -> None:
     with pytest.raises(UsageError, match="openvino gives none: use one of transformers, vllm, endpoint"):
         check_options(Engine("openvino"), Generation(logprobs=5))
 
 
-def test_auto_takes_an_engine_that_gives_them(models, monkeypatch) -> None:
+def test_auto_takes_an_engine_with_logprobs(models, monkeypatch) -> None:
     import importlib.util
 
     from scaledown.data.teacher.engines import openvino as module

@@ -117,7 +117,7 @@ def test_run_in_bucket_gives_the_bytes_of_a_local_one(
     assert manifest["output"]["path"] == f"{bucket}/out/train.json"
     assert manifest["parameters"]["work_dir"] == f"{bucket}/run"
     assert b"secret-of-the-tests" not in system.cat_file(f"{bucket}/run/manifest.json")
-    assert "Where the answer stands" in system.cat_file(f"{bucket}/run/report.html").decode()
+    assert "Where the answer is" in system.cat_file(f"{bucket}/run/report.html").decode()
     mirrored = [path.relative_to(tmp_path / "cache") for path in (tmp_path / "cache").rglob("*")]
     assert not [path for path in mirrored if bucket.split("/")[-1] in str(path)], (
         "no name in the cache comes from a URL"

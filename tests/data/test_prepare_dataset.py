@@ -159,7 +159,7 @@ def test_no_corpus_uses_the_sample_and_says_so(prepare, queries, capsys) -> None
     assert manifest["stages"]["passages"]["counts"]["articles"] == 60
 
 
-def test_top_k_above_the_corpus_warns_and_gives_all(prepare, corpus, capsys) -> None:
+def test_top_k_above_the_corpus_warns_and_returns_all(prepare, corpus, capsys) -> None:
     corpus.write_text("".join(corpus.read_text().splitlines(keepends=True)[:1]))
     assert prepare("--top_k_retrieval", "500") == 0
     assert "every query gets all of them" in capsys.readouterr().err
@@ -206,7 +206,7 @@ def test_an_edited_output_is_left_as_it_is(prepare, capsys) -> None:
     prepare(*RERANK)
     prepare.output.write_text(json.dumps([{"query": "mine", "documents": ["d"], "answer": "a"}]))
     assert prepare(*RERANK) == 0
-    assert "was changed since it was written" in capsys.readouterr().err
+    assert "has changed since it was written" in capsys.readouterr().err
     assert records(prepare.output)[0]["query"] == "mine"
 
 
@@ -415,7 +415,7 @@ def test_two_commands_in_one_run_directory_share_the_work(
 
 
 @pytest.mark.slow
-def test_sigkill_then_the_same_command_gives_the_same_bytes(
+def test_same_command_after_sigkill_makes_the_same_bytes(
     tmp_path, tiny_flags, corpus, queries, prepare, forked
 ) -> None:
     whole = tmp_path / "whole.json"
@@ -546,7 +546,7 @@ def test_no_queries_flag(prepare, capsys, corpus) -> None:
         (("--config", "/no/such.json"), "cannot be read as JSON"),
     ],
 )
-def test_what_is_missing_exits_with_1(flags, match, prepare, capsys) -> None:
+def test_missing_inputs_exit_with_1(flags, match, prepare, capsys) -> None:
     assert match in refused(prepare, capsys, *flags)
 
 
@@ -620,7 +620,7 @@ def test_an_output_over_an_input_is_refused(place, prepare, corpus, queries, tmp
     assert corpus.read_bytes() == content
 
 
-def test_a_file_name_that_is_no_unicode(prepare, corpus, tmp_path, capsys) -> None:
+def test_file_name_that_is_not_unicode(prepare, corpus, tmp_path, capsys) -> None:
     name = os.fsdecode(b"caf\xe9.jsonl")
     try:
         corpus = corpus.rename(tmp_path / name)
@@ -631,7 +631,7 @@ def test_a_file_name_that_is_no_unicode(prepare, corpus, tmp_path, capsys) -> No
     assert "PosixPath" not in error
 
 
-def test_only_what_is_read_of_a_corpus_folder_counts(prepare, tmp_path, monkeypatch) -> None:
+def test_only_files_that_are_read_from_a_corpus_folder_count(prepare, tmp_path, monkeypatch) -> None:
     folder = tmp_path / "texts"
     (folder / "deeper").mkdir(parents=True)
     for name in ("a.txt", "deeper/a.txt"):
@@ -731,7 +731,7 @@ def test_a_truncated_gzip(prepare, tmp_path, corpus, capsys) -> None:
     assert "cut short" in refused(prepare, capsys, "--corpus_path", str(path))
 
 
-def test_malformed_lines_are_counted_and_the_run_goes_on(prepare, corpus, capsys) -> None:
+def test_malformed_lines_are_counted_and_the_run_continues(prepare, corpus, capsys) -> None:
     with corpus.open("ab") as file:
         file.write(b'{"id": "x"\n')
     flags = ("--top_k_retrieval", "2", "--max_bad_fraction", "0.2")

@@ -42,7 +42,7 @@ def test_a_prompt_that_cannot_be_read_is_refused(content: bytes | None, tmp_path
         load_template(str(tmp_path / "prompt.txt"))
 
 
-def test_a_digest_names_what_is_shown_and_nothing_else() -> None:
+def test_digest_depends_on_the_shown_prompt_only() -> None:
     one = answer_prompt("1", "Why?", ["a"], 0.0)
     assert one.digest == answer_prompt("2", "Why?", ["a"], 0.0).digest
     others = [("Why not?", ["a"], 0.0), ("Why?", ["b"], 0.0), ("Why?", ["a"], 0.5), ("Why?", ["a", ""], 0.0)]

@@ -106,7 +106,7 @@ def test_parts_one_after_the_other(run, capsys) -> None:
         out = capsys.readouterr().out
         assert f"part {part} is done" in out
         assert not run.output.exists()
-    assert "2 shards of other parts are to come" in out
+    assert "2 shards of other parts are missing" in out
     assert run("--shard", "1/3") == 0, "asked again, it has nothing to do"
     assert not run.output.exists()
     assert run("--shard", "2/3") == 0
@@ -160,7 +160,7 @@ def test_a_shard_that_ends_each_worker_is_given_up_and_tried_again_later(
     assert run("--workers", "1") == 1
     assert len(accidents.read_text().splitlines()) == 3, "it is tried three times"
     out, err = capsys.readouterr()
-    assert "given up: 1 shard was the death of each worker" in out
+    assert "given up: 1 shard was not made, because each worker that tried died" in out
     assert "run the same command again" in err
     assert len(json.loads(run.output.read_text())) == 12 - lost
     stage, shard = fault.split(":")[1:]

@@ -227,7 +227,7 @@ def test_stages_of_other_models_keep_their_fingerprints(
         ),
         (
             ["--systems", "keywords", "--keyword_model", "{dense}"],
-            "no SPLADE model; or leave keywords out",
+            "not a SPLADE model; or leave keywords out",
         ),
         (["--systems", "keywords", "--keyword_model", "/no/model"], "or give --keyword_model"),
     ],

@@ -247,7 +247,9 @@ def test_settings_are_trained_first_and_once(
         (["{rate8}", "--gold", "missing.jsonl"], "missing.jsonl"),
     ],
 )
-def test_mistakes_are_told(compare: Compare, students: dict[str, Path], words, message, capsys) -> None:
+def test_user_errors_are_reported(
+    compare: Compare, students: dict[str, Path], words, message, capsys
+) -> None:
     assert compare(*(word.format(**students) for word in words)) in {1, 2}
     told = capsys.readouterr().err
     assert message in told

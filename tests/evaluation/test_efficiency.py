@@ -130,7 +130,7 @@ def test_what_does_not_fit_ends_the_list(
     assert "batches of 4 and more do not fit" in caplog.text
 
 
-def test_batches_that_were_halved_are_not_told_as_whole_ones(
+def test_halved_batches_are_not_reported_as_whole_ones(
     model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     generate = model._generate

@@ -110,7 +110,7 @@ def lines(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
 
 
-def test_what_is_evaluated_may_be_behind_a_url(
+def test_evaluation_data_may_be_at_a_url(
     evaluate: Evaluate,
     output: Path,
     data: Path,
@@ -176,14 +176,14 @@ def test_all_systems_are_measured(
 
 
 @pytest.mark.plots
-def test_measures_are_told_apart_by_whether_the_documents_hold_a_right_answer(
+def test_measures_are_reported_separately_by_whether_documents_hold_an_answer(
     evaluate: Evaluate, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate("--systems", "uncompressed", "closed_book") == 0
     told = capsys.readouterr().out
     assert "held (7)" in told
     assert "not held (1)" in told
-    assert "Apart by whether the documents hold a right answer" in (output / "report.html").read_text()
+    assert "Questions whose documents hold a right answer" in (output / "report.html").read_text()
     results, found = read_results(output), lines(output)
     assert results.counts["held"] == 7
     assert [line["held"] for line in found] == [True] * 7 + [False], "the documents of the last say nothing"
@@ -196,7 +196,7 @@ def test_measures_are_told_apart_by_whether_the_documents_hold_a_right_answer(
                 assert own.mean == pytest.approx(sum(scores) / count)
 
 
-def test_where_all_documents_hold_the_answer_nothing_is_told_apart(
+def test_measures_are_not_separated_if_all_documents_hold_the_answer(
     evaluate: Evaluate, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate("--systems", "closed_book", "--num_examples", "3") == 0
@@ -325,7 +325,7 @@ def test_a_judge_grades_and_prefers(evaluate: Evaluate, output: Path, judge_serv
     assert any("Golden answer: Ada or Countess" in user["content"] for _, user in shown)
 
 
-def test_a_judge_that_says_nothing_is_told_and_is_no_zero(
+def test_judge_without_verdict_is_counted_and_not_a_zero(
     evaluate: Evaluate, output: Path, judge_server: Misbehaving, capsys: pytest.CaptureFixture[str]
 ) -> None:
     judge_server.text = "I think that \x1b[31m the answer is fine."
@@ -351,7 +351,7 @@ def test_no_reply_is_paid_twice(
     assert read_results(output).systems["closed_book"].measures["judge"].n == 8
 
 
-def test_a_reply_that_never_comes_is_no_verdict(
+def test_missing_reply_of_the_judge_is_not_a_verdict(
     evaluate: Evaluate, output: Path, judge_server: Misbehaving
 ) -> None:
     judge_server.context = 1
@@ -437,7 +437,7 @@ def test_a_question_that_does_not_fit_is_counted_and_wrong(
         (["--model", "m"], "give --model DIR and --data FILE"),
         (["--model", "{student}", "--data", "nowhere.json"], "--data nowhere.json: there is no such file"),
         (["--model", "/nowhere/m", "--data", "{data}"], "/nowhere/m"),
-        (["--model", "{lm}", "--data", "{data}"], "is no ScaleDown model"),
+        (["--model", "{lm}", "--data", "{data}"], "is not a ScaleDown model"),
         (["--model", "{student}", "--data", "{data}", "--gold", "no.jsonl"], "--gold no.jsonl"),
         (["--model", "{student}", "--data", "{empty}"], "holds no records: make some with scaledown prepare"),
         (

@@ -43,9 +43,9 @@ def test_measures_computed_by_hand(run: Path, qrels: Path) -> None:
     ("text", "said"),
     [
         ("q1 Q0 a 1 3.0 x\nq1 Q0 b 2 2.0\n", ":2: 5 fields, expected 6: qid Q0 docid rank score tag"),
-        ("q1 Q0 a 1 high x\n", ":1: score 'high' is no number"),
-        ("q1 Q0 a 1 nan x\n", ":1: score 'nan' is no number"),
-        ("q1 Q0 a 1 3 x\n\nq1 Q0 a 2 2 x\n", ":3: document a is there twice for query q1"),
+        ("q1 Q0 a 1 high x\n", ":1: score 'high' is not a number"),
+        ("q1 Q0 a 1 nan x\n", ":1: score 'nan' is not a number"),
+        ("q1 Q0 a 1 3 x\n\nq1 Q0 a 2 2 x\n", ":3: document a occurs twice for query q1"),
         ("\n", "is empty"),
     ],
 )
@@ -60,17 +60,17 @@ def test_malformed_runs_are_named_with_their_line(text: str, said: str, tmp_path
 def test_malformed_qrels_are_named_with_their_line(tmp_path: Path) -> None:
     path = tmp_path / "qrels.txt"
     path.write_text("q1 0 a 1\nq1 0 b 1.5\n")
-    with pytest.raises(InputError, match=r"--qrels .*qrels\.txt:2: relevance '1\.5' is no whole number"):
+    with pytest.raises(InputError, match=r"--qrels .*qrels\.txt:2: relevance '1\.5' is not a whole number"):
         read_qrels(path)
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("q1 0 a 1\nq1 0 a 0\n", "there twice"),
+        ("q1 0 a 1\nq1 0 a 0\n", "occurs twice"),
         ("q1 0 a 1e300\n", "use small grades"),
         ("q1 0 a 1 x\n", "5 fields, expected 4: qid 0 docid relevance or 3: query-id corpus-id score"),
-        ("q1 0 a inf\n", "is no whole number"),
+        ("q1 0 a inf\n", "is not a whole number"),
         ("query-id\tcorpus-id\tscore\n", "is empty"),
     ],
 )
@@ -112,7 +112,7 @@ def test_a_run_with_ranks_alone(qrels: Path, run: Path, tmp_path: Path) -> None:
     judged = read_qrels(qrels)
     assert per_query(read_run(path), judged, measures) == per_query(read_run(run), judged, measures)
     path.write_text("q1\ta\t0.93\n")
-    with pytest.raises(InputError, match=r"rank '0\.93' is no whole number"):
+    with pytest.raises(InputError, match=r"rank '0\.93' is not a whole number"):
         read_run(path)
 
 
@@ -130,7 +130,7 @@ def test_scores_in_the_place_of_ranks_are_refused(tmp_path: Path) -> None:
     assert read_run(path) == {"q1": {"a": 0, "b": -1}}
 
 
-def test_ranks_that_contradict_scores_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_ranks_that_contradict_scores_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "a.run"
     lines = ("q1 Q0 a 1 1.0", "q1 Q0 b 2 2.0", "q2 Q0 a 1 2", "q2 Q0 b 2 1", "q3 Q0 a 0 1", "q3 Q0 b 0 2")
     path.write_text("".join(f"{line} x\n" for line in lines))
@@ -164,7 +164,7 @@ def test_unknown_measures_are_refused(name: str) -> None:
         parse_measures([name])
 
 
-def test_what_a_ranking_lacks_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_queries_missing_from_a_ranking_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "a.run").write_text("q1 Q0 a 1 1 x\nq1 Q0 b 2 2 x\nq1 Q0 c 3 1 x\n")
     (tmp_path / "qrels").write_text("q1 0 a 1\nq1 0 b -2\n")
     words = ["evaluate", "--run", str(tmp_path / "a.run"), "--qrels", str(tmp_path / "qrels")]
@@ -188,7 +188,7 @@ def test_two_runs_are_compared(run: Path, qrels: Path, tmp_path: Path, capsys: p
     out = capsys.readouterr().out
     assert "3 judged queries" in out
     assert "against a.run" in out
-    assert "a.run: 1 judged queries are not in it" in out
+    assert "a.run: 1 judged queries are not in the run" in out
     results = read_results(output)
     assert results.kind == "rankings"
     assert results.systems["b.run"].measures["RR@10"].mean == pytest.approx(2 / 3)

@@ -140,7 +140,7 @@ def test_a_phone_needs_no_sideways_scrolling(opened: Any) -> None:
     assert opened.evaluate("document.documentElement.scrollWidth") <= 360
 
 
-def test_what_a_screen_reader_is_told(opened: Any) -> None:
+def test_screen_reader_gets_names_and_tables(opened: Any) -> None:
     assert opened.get_by_role("heading", level=1).inner_text() == "Report"
     assert opened.get_by_role("navigation").get_by_role("link").count() == 2
     assert opened.get_by_role("img").get_attribute("aria-label").startswith("A plot")

@@ -78,7 +78,7 @@ def test_nothing_comes_from_outside() -> None:
     assert policy.startswith("default-src 'none'")
 
 
-def test_people_who_do_not_see_it_are_told() -> None:
+def test_plots_have_tables_for_readers_who_cannot_see_them() -> None:
     found = Tags(html(page("plain"))).found
     assert ("html", {"lang": "en"}) in found
     assert any(tag == "caption" for tag, _ in found)
@@ -88,7 +88,7 @@ def test_people_who_do_not_see_it_are_told() -> None:
     assert len(ids) == len(set(ids)), "an id twice"
 
 
-def test_the_same_record_gives_the_same_bytes() -> None:
+def test_equal_pages_have_equal_bytes() -> None:
     assert html(page("plain")) == html(page("plain"))
 
 
@@ -100,7 +100,7 @@ def test_markdown_keeps_text_as_text() -> None:
     assert "alert" in text, "it is there to be read"
 
 
-def test_markdown_leaves_out_what_is_for_the_eye() -> None:
+def test_markdown_leaves_out_plots_and_examples() -> None:
     long = Table("", ("x", "n"), [(str(n), n) for n in range(40)])
     told = Page(
         "t", "lead", [Section("s", [Plot("curve", "<svg/>", long)]), Section("e", [Examples("x", [])])]

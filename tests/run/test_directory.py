@@ -238,7 +238,7 @@ def test_a_live_run_with_other_settings_is_refused_and_a_dead_one_is_not(tmp_pat
     assert not list((tmp_path / "live").glob("*.json"))
 
 
-def test_a_process_that_is_just_leaving_is_no_obstacle(tmp_path: Path) -> None:
+def test_process_that_is_about_to_end_does_not_block(tmp_path: Path) -> None:
     """Its note is gone while its lock is still held."""
     from filelock import FileLock
 
@@ -290,7 +290,7 @@ def test_outputs_that_cannot_be_written_are_noticed(tmp_path: Path) -> None:
     assert json.dumps(sorted(os.listdir(tmp_path))) == '["file", "new"]'
 
 
-def test_who_enters_does_not_clear_what_another_is_writing(tmp_path: Path, monkeypatch) -> None:
+def test_entering_process_keeps_files_that_others_write(tmp_path: Path, monkeypatch) -> None:
     """Inputs are hashed before a process has claimed the directory."""
     run = RunDirectory(tmp_path / "run")
     (tmp_path / "input").write_text("text")

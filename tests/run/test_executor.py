@@ -83,7 +83,7 @@ def test_an_error_of_the_user_ends_all(tmp_path: Path) -> None:
     assert [name[:8] for name in pool.killed] == ["worker-0"]
 
 
-def test_a_worker_whose_gpu_is_full_stops_and_the_others_go_on(tmp_path: Path, caplog: Any) -> None:
+def test_worker_with_full_gpu_stops_and_others_continue(tmp_path: Path, caplog: Any) -> None:
     full = Ending.failed("NoRoomError", "model x: out of memory while loading")
     pool = Scripted(full, WELL, WELL)
     supervise(pool, "m:f", {}, 3, [Leases(tmp_path, "me")])
@@ -113,7 +113,7 @@ def test_no_worker_takes_what_others_could_make(shards: int, most: int, count: i
     assert together(shards, most) == count
 
 
-def test_workers_are_told_how_many_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_know_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, Any] = {}
 
     def supervise(_pool: Any, _target: str, settings: dict[str, Any], *_: Any) -> None:
@@ -242,7 +242,7 @@ def test_a_process_says_why_it_died(tmp_path: Path) -> None:
     assert "No module named" in (tmp_path / "live" / "lost.log").read_text()
 
 
-def test_a_lease_is_taken_over_from_the_dead_who_are_counted(tmp_path: Path) -> None:
+def test_lease_of_dead_worker_is_taken_over_and_death_is_counted(tmp_path: Path) -> None:
     one, two = Leases(tmp_path, "one"), Leases(tmp_path, "two")
     with one.hold("s-f-000000") as mine, two.hold("s-f-000000") as other:
         assert (mine, other) == (True, False)
@@ -269,7 +269,7 @@ def test_parts_are_all_of_it_and_disjoint(shards: int, count: int) -> None:
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_who_cuts_passages_and_dies_of_a_shard_died_of_the_shard(tmp_path: Path) -> None:
+def test_death_is_attributed_to_the_shard_and_not_to_cutting(tmp_path: Path) -> None:
     worker, leases = Leases(tmp_path, "w"), Leases(tmp_path, "me")
     with (
         pytest.raises(MemoryError),
@@ -309,7 +309,7 @@ def died_of(run: RunDirectory, stage: Stage, shard: int, times: int = 3) -> None
         run.leases.died(run.leases.held()[0].worker, "SIGKILL")
 
 
-def test_what_stands_for_a_shard_that_was_given_up(tmp_path: Path) -> None:
+def test_empty_shard_replaces_a_given_up_shard(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     source, stage = Stage(run, "candidates", {}), Stage(run, "ranked", {})
     for number in range(3):
@@ -332,7 +332,7 @@ def test_what_stands_for_a_shard_that_was_given_up(tmp_path: Path) -> None:
     assert stage.table(1).column("n").to_pylist() == [1, 1]
 
 
-def test_what_is_made_from_nothing_is_made_again_with_it(tmp_path: Path) -> None:
+def test_shard_made_from_a_given_up_shard_is_made_again(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     source = Stage(run, "ranked", {})
     stage = Stage(run, "answers", {}, [source])
@@ -515,7 +515,7 @@ def test_workers_on_ray_take_their_gpus(
 
 @pytest.mark.parametrize(
     ("gpus_there", "device", "each", "says"),
-    [(2, "auto", 2, "no node of the cluster has so many"), (2, "cuda:0", 1, "leave out its number")],
+    [(2, "auto", 2, "no node of the cluster has that many"), (2, "cuda:0", 1, "leave out its number")],
 )
 def test_what_a_cluster_cannot_do(
     gpus_there: int, device: str, each: int, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -176,7 +176,7 @@ def test_store_that_never_keeps_all_is_an_error(shards, monkeypatch) -> None:
 
 @pytest.mark.parametrize("bucket", ["gs"], indirect=True)
 @pytest.mark.parametrize("end", [b"\r", b"\r\n", b"\n", b"\r\r", b"\n--==0==\n", b"\0"])
-def test_the_server_that_stands_for_googles_keeps_uploads_to_the_byte(machine, end) -> None:
+def test_gs_test_server_keeps_uploads_byte_for_byte(machine, end) -> None:
     storage = machine("one").storage
     path = storage.root / "file.bin"
     path.write_bytes(bytes(range(256)) + end)
@@ -324,7 +324,7 @@ def test_second_command_is_warned(machine, caplog) -> None:
     with machine("one").claim("same"), machine("two").claim("other"):
         pass
     assert "another process may be at work" in caplog.text
-    assert ", with other settings. In a bucket nobody can see" in caplog.text
+    assert ", with other settings. A bucket does not show" in caplog.text
 
 
 @MEMORY
@@ -362,7 +362,7 @@ def test_workers_and_parts_are_not_warned_of_each_other(bucket, tmp_path, caplog
 
 
 @MEMORY
-def test_directory_in_which_nothing_is_left_to_make_warns_nobody(machine, caplog) -> None:
+def test_finished_directory_gives_no_warning(machine, caplog) -> None:
     with machine("one").claim("index", finished=True), machine("two").claim("index", finished=True):
         pass
     assert "another process" not in caplog.text

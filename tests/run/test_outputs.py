@@ -55,7 +55,7 @@ def test_what_a_command_did_not_make_stays(
     mine.write_text(MINE)
     assert main(words(command, data, output)) == 1
     assert (
-        f"{mine} is there already, and is not what this command made: name another, or give --overwrite"
+        f"{mine} is there already, and this command has not written it: name another, or give --overwrite"
         in (capsys.readouterr().err)
     )
     assert mine.read_text() == MINE
@@ -84,7 +84,7 @@ def test_what_another_command_made_stays(data: Path, tmp_path: Path) -> None:
     assert main(words("page", data, output)) == 1
 
 
-def test_an_empty_file_is_nobodys(data: Path, tmp_path: Path) -> None:
+def test_empty_file_may_be_replaced(data: Path, tmp_path: Path) -> None:
     (tmp_path / "full.json").touch()
     assert main(words("merge", data, tmp_path / "full.json")) == 0
 
@@ -92,7 +92,7 @@ def test_an_empty_file_is_nobodys(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("by", ["its name", "another way", "a link", "a hard link", "a URL"])
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
 @pytest.mark.parametrize("command", ["merge", "page", "card"])
-def test_an_output_is_no_input_by_whatever_name(
+def test_output_that_is_an_input_is_refused_under_any_name(
     command: str, flags: list[str], by: str, data: Path, tmp_path: Path, capsys
 ) -> None:
     before = data.read_bytes()
@@ -175,7 +175,7 @@ def test_a_run_takes_the_place_of_nothing_else(prepare, capsys) -> None:
     prepare.output.write_text(MINE)
     for flags in (["--top_k_retrieval", "3"], ["--top_k_retrieval", "3", "--dry_run"]):
         assert prepare(*flags) == 1
-        assert "is not what this command made" in capsys.readouterr().err
+        assert "this command has not written it" in capsys.readouterr().err
         assert prepare.output.read_text() == MINE
     assert prepare("--top_k_retrieval", "3", "--overwrite") == 0
     assert json.loads(prepare.output.read_text())
@@ -194,7 +194,7 @@ def test_metrics_take_the_place_of_nothing_else(prepare, tmp_path: Path, capsys)
 
 
 @pytest.mark.parametrize("name", ["README.md", "report.html", "manifest.json"])
-def test_a_folder_with_a_readme_alone_is_no_run(name: str, tmp_path: Path) -> None:
+def test_folder_with_only_a_readme_is_not_a_run(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(MINE)
     with pytest.raises(RunDirectoryError, match="holds other things"):
         RunDirectory(tmp_path)

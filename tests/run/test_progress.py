@@ -75,7 +75,7 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_what_is_in_flight_begins_anew_with_each_shard(tmp_path: Path) -> None:
+def test_in_flight_count_restarts_with_each_shard(tmp_path: Path) -> None:
     stage = Stage(RunDirectory(tmp_path), "candidates", {})
     with track("retrieve", "queries", 8, stage=stage) as tracker:
         assert at_work() == [tracker]

@@ -69,7 +69,7 @@ def test_prometheus_reads_them() -> None:
     assert all(family.documentation for family in found.values())
 
 
-def test_what_is_unknown_is_left_out() -> None:
+def test_unknown_values_are_left_out() -> None:
     unknown = STAGE._replace(rows_planned=None, shards_planned=None)
     found = parsed(
         metrics(Status("run", False, None, "", None, (unknown, STAGE._replace(name="answers")), ()))
@@ -110,7 +110,7 @@ def test_an_index_writes_them(tiny_flags, corpus: Path, tmp_path: Path) -> None:
         ("s3://b/m.prom", "URL"),
     ],
 )
-def test_a_wrong_path_is_told_before_any_work(name: str, message: str, prepare, capsys) -> None:
+def test_invalid_path_is_reported_before_any_work(name: str, message: str, prepare, capsys) -> None:
     assert prepare("--metrics_file", name) in {1, 2}
     err = capsys.readouterr().err
     assert message in err
@@ -130,7 +130,7 @@ def test_a_full_disk_ends_no_run(tmp_path: Path, monkeypatch) -> None:
     assert path.read_bytes() == before
 
 
-def test_it_goes_on_after_a_failure() -> None:
+def test_metrics_continue_after_a_failed_write() -> None:
     """As when a disk was full for a while."""
     import threading
 

@@ -214,7 +214,7 @@ def test_an_index(tiny_flags, corpus: Path, tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize("path", ["", "there-is-none", "file.json"])
-def test_what_is_no_run_directory_is_told(path: str, tmp_path: Path, capsys) -> None:
+def test_path_that_is_not_a_run_directory_is_reported(path: str, tmp_path: Path, capsys) -> None:
     (tmp_path / "file.json").write_text("[]")
     (tmp_path / "mine.txt").write_text("mine")
     assert main(["status", str(tmp_path / path)]) == 1

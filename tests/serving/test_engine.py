@@ -145,7 +145,7 @@ def test_logits_that_are_no_numbers_end_their_own_request(
     assert not engine._failures
 
 
-def test_who_is_gone_leaves_room(model: ScaleDownModel) -> None:
+def test_cancelled_request_makes_room(model: ScaleDownModel) -> None:
     engine = Engine(model, ServeConfig(model="x", batch_size=1, max_new_tokens=3_900))
     engine.start(lambda: None)
     try:
@@ -192,7 +192,7 @@ def failing(
     monkeypatch.setattr(model, "prompts", fails)
 
 
-def test_a_failure_ends_its_requests_and_the_engine_goes_on(
+def test_failure_ends_its_requests_and_the_engine_continues(
     engine: Engine, model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(model, monkeypatch, lambda text: ValueError("broken") if "poison" in text else None)
@@ -299,9 +299,7 @@ def test_a_request_that_fails_as_it_begins_ends_no_other(
         engine.stop(10)
 
 
-def test_an_engine_that_dies_leaves_nobody_waiting(
-    model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engine_that_dies_ends_all_requests(model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def dies() -> bool:
         raise SystemExit
 
@@ -325,7 +323,7 @@ def test_documents_that_are_cut_are_counted(engine: Engine, model: ScaleDownMode
     assert end.usage.document_tokens <= 2 * model.config.doc_max_length
 
 
-def test_a_stopped_engine_leaves_nobody_waiting(model: ScaleDownModel) -> None:
+def test_stopped_engine_ends_all_requests(model: ScaleDownModel) -> None:
     engine = Engine(model, ServeConfig(model="x", batch_size=1, max_new_tokens=3_900))
     engine.start(lambda: None)
     asked = [Asked(engine, "Why?", ["No."], max_new_tokens=3_900, temperature=5.0, seed=n) for n in range(3)]

@@ -197,10 +197,10 @@ def test_documents_are_ranked(server: Running, model: ScaleDownModel) -> None:
 
 
 REFUSED: list[tuple[str, Any, int, str]] = [
-    (CHAT, b"{", 400, "no JSON"),
-    (CHAT, b"\xff\xfe", 400, "no JSON"),
-    (CHAT, b'{"messages": [{"role": "user", "content": "\xff"}]}', 400, "no JSON"),
-    (CHAT, b"[" * 3_900, 400, "no JSON"),
+    (CHAT, b"{", 400, "not valid JSON"),
+    (CHAT, b"\xff\xfe", 400, "not valid JSON"),
+    (CHAT, b'{"messages": [{"role": "user", "content": "\xff"}]}', 400, "not valid JSON"),
+    (CHAT, b"[" * 3_900, 400, "not valid JSON"),
     (CHAT, [], 400, "JSON object"),
     (CHAT, {}, 400, "messages: field required"),
     (CHAT, {"messages": []}, 400, "messages"),
@@ -361,7 +361,7 @@ def wait_for(what: Any) -> None:
     assert what()
 
 
-def test_more_than_may_wait_are_told_to_come_again(model: ScaleDownModel) -> None:
+def test_requests_above_max_waiting_get_429(model: ScaleDownModel) -> None:
     with running(model, batch_size=1, max_waiting=1, max_new_tokens=3_900) as server:
         streams = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=60) for _ in range(2)]
         for number, stream in enumerate(streams):
@@ -376,7 +376,7 @@ def test_more_than_may_wait_are_told_to_come_again(model: ScaleDownModel) -> Non
             stream.close()
 
 
-def test_who_waits_too_long_is_told(model: ScaleDownModel) -> None:
+def test_request_that_takes_too_long_gets_504(model: ScaleDownModel) -> None:
     with running(model, batch_size=1, max_new_tokens=3_900, request_timeout=0.3) as server:
         assert server.ask(CHAT, chat(max_tokens=3_900, temperature=2, seed=1))[0] == 504
         status, text, _ = server.ask(CHAT, chat(max_tokens=3_900, temperature=2, seed=1, stream=True))
@@ -608,7 +608,7 @@ def test_sigterm_finishes_what_was_asked(model: ScaleDownModel, tmp_path: Path, 
             process.kill()
 
 
-def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(
+def test_port_in_use_is_reported_before_the_model_is_loaded(
     server: Running, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--model", "nowhere", "--port", str(server.port)]) == 2

@@ -132,7 +132,7 @@ def test_chance_depends_on_the_seed_alone(engine: Engine) -> None:
     assert len({written(seed) for seed in range(6)}) > 3
 
 
-def test_who_is_gone_leaves_room(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancelled_request_makes_room(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine._model.generator.generation_config, "eos_token_id", [])
     long = [Asked(engine, "Why?", ["No."], max_new_tokens=3_000) for _ in range(8)]
     for one in long:
@@ -150,7 +150,7 @@ def test_a_request_that_cannot_be_read_fails_alone(engine: Engine) -> None:
     assert isinstance(good.all()[-1], End)
 
 
-def test_an_engine_that_is_killed_leaves_nobody_waiting(folder: Path, engine: Engine) -> None:
+def test_killed_engine_ends_all_requests(folder: Path, engine: Engine) -> None:
     others = set(multiprocessing.active_children())
     own, told = started(folder, max_new_tokens=3_000), threading.Event()
     own._on_failure = told.set

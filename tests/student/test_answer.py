@@ -131,7 +131,7 @@ def test_answers_take_the_place_of_nothing_else(
         assert f"{data} is also read: name another" in capsys.readouterr().err
     output.write_text("mine\n")
     assert main([*words, "--output_file", str(output)]) == 1
-    assert "is not what this command made" in capsys.readouterr().err
+    assert "this command has not written it" in capsys.readouterr().err
     assert (data.read_bytes(), output.read_text()) == (before, "mine\n")
     assert main([*words, "--output_file", str(output), "--overwrite"]) == 0
     assert main([*words, "--output_file", str(output)]) == 0, "its own"
@@ -205,7 +205,7 @@ def test_a_bad_record_takes_no_other_with_it(
     assert "the generator takes" in errors[4]
     assert errors[6] == "has no query"
     out, err = capsys.readouterr()
-    assert "8 records, 6 of them errors" in out
+    assert "8 records, 6 with an error" in out
     assert f"{data}:3: document 1 is neither" in err
     assert found[7]["reranking_scores"] == []
 

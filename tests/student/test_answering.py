@@ -113,12 +113,12 @@ def test_scores_do_not_depend_on_the_batch(model: ScaleDownModel) -> None:
         assert model.rerank(query, documents, batch_size=1) == pytest.approx(scores, abs=1e-5)
 
 
-def test_the_query_changes_what_is_kept(model: ScaleDownModel) -> None:
+def test_query_changes_the_embeddings(model: ScaleDownModel) -> None:
     first, second = (model.compress(query, ["The moon."]) for query in ("Who?", "When was it?"))
     assert not torch.allclose(first[0], second[0], atol=1e-3)
 
 
-def test_training_goes_on_as_before(models: dict[str, Path]) -> None:
+def test_inference_does_not_change_training(models: dict[str, Path]) -> None:
     model = student(models).train()
     answers = [model.answer(QUERIES, DOCUMENTS, max_new_tokens=8) for _ in range(2)]
     assert answers[0] == answers[1], "dropout was on"

@@ -65,7 +65,7 @@ def test_rows_that_join_and_leave_are_written_as_alone(generator: torch.nn.Modul
 
 
 @torch.no_grad()
-def test_the_cache_is_no_longer_than_its_longest_row(generator: torch.nn.Module) -> None:
+def test_cache_is_as_long_as_its_longest_row(generator: torch.nn.Module) -> None:
     decoding = Decoding(generator)
     decoding.join(*prompt(generator, *ROWS))
     assert decoding._cache.get_seq_length() == 8

@@ -215,7 +215,7 @@ def test_examples_without_scores_leave_the_head_alone(build: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["n_layers", "bert"])
-def test_what_is_trained(build: Any, kind: str) -> None:
+def test_trained_weights_by_generator_training(build: Any, kind: str) -> None:
     for training in ("lora", "full", "frozen"):
         model = build(kind, generator_training=training)
         for name, parameter in model.named_parameters():
@@ -361,7 +361,7 @@ def test_parts_that_do_not_fit_say_what_to_do(build: Any, models: dict[str, Path
         build(num_layers=3)
     with pytest.raises(ModelError, match="reads 512 tokens; .* lower --doc_max_length"):
         build("bert", doc_max_length=600)
-    with pytest.raises(ModelError, match="is no ScaleDown model: .* python train.py"):
+    with pytest.raises(ModelError, match="is not a ScaleDown model: .* python train.py"):
         ScaleDownModel.from_pretrained(models["causal_lm"])
     with pytest.raises(ModelError, match="there is no such folder"):
         ScaleDownModel.from_pretrained(tmp_path / "nowhere")

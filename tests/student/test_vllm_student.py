@@ -230,7 +230,7 @@ def test_requests_join_and_leave_as_they_come(engine: Engine, model: ScaleDownMo
     assert len(pieces) > 2
 
 
-def test_who_is_gone_is_given_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_removed_rows_are_cancelled(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine._model.generator.generation_config, "eos_token_id", [])
     one = Asked(engine, "Why?", ["No."], max_new_tokens=1500)
     assert isinstance(one.events.get(timeout=60), Piece)
@@ -249,7 +249,7 @@ def test_a_prompt_that_vllm_refuses_fails_alone(engine: Engine) -> None:
     assert not engine.failed
 
 
-def test_where_vllm_dies_nobody_waits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dead_vllm_ends_all_answers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine._model.generator.generation_config, "eos_token_id", [])
     asked = [Asked(engine, f"Why {n}?", ["No."], max_new_tokens=1500) for n in range(12)]
     assert isinstance(asked[0].events.get(timeout=60), Piece)

@@ -1,4 +1,4 @@
-"""Settings of `scaledown answer`. Each field is documented once, for the `--help`."""
+"""Settings of `scaledown answer`. The text of each field is its `--help`."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -8,7 +8,7 @@ from scaledown.config.shared import AUTO_DTYPE, DTYPES, ENGINES, ENGINES_HELP, M
 from scaledown.config.train import BUDGETS
 from scaledown.errors import UsageError
 
-QUESTIONS: Final = "what is answered"
+QUESTIONS: Final = "questions"
 MODEL: Final = "model"
 GROUPS: Final = (QUESTIONS, MODEL, OUTPUT, MACHINE)
 
@@ -79,7 +79,7 @@ class AnswerConfig(Options):
             raise UsageError("give --query TEXT, or --data FILE with --output_file FILE")
         if self.uncompressed and (self.compression_rate or self.budget != "each"):
             raise UsageError(
-                "--uncompressed leaves --compression_rate and --budget no meaning: leave them out"
+                "--compression_rate and --budget have no effect with --uncompressed: leave them out"
             )
         if self.data and not self.output_file:
             raise UsageError("--data needs --output_file FILE for the answers")

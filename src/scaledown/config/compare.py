@@ -1,4 +1,4 @@
-"""Settings of `scaledown compare`. Each field is documented once, for the `--help`."""
+"""Settings of `scaledown compare`. The text of each field is its `--help`."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -31,7 +31,7 @@ class CompareConfig(Options):
     baselines: tuple[str, ...] = option(
         ("uncompressed", "closed_book"),
         QUALITY,
-        "what the first run's generator does without compression, for comparison",
+        "baselines, answered by the first run's model",
         role="result",
         choices=tuple(system for system in SYSTEMS if system != "compressed"),
     )

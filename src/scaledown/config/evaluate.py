@@ -1,4 +1,4 @@
-"""Settings of `scaledown evaluate`. Each field is documented once, for the `--help`."""
+"""Settings of `scaledown evaluate`. The text of each field is its `--help`."""
 
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,9 +15,9 @@ JUDGE: Final = "judge, run as a teacher is"
 GROUPS: Final = (MODEL, RANKINGS, JUDGE, ENGINE, ENDPOINT, OUTPUT, MACHINE)
 
 DEFAULT_SYSTEMS: Final = ("compressed", "uncompressed", "closed_book", "pruned")
-"""What `scaledown evaluate` compares where nothing else is asked for."""
+"""The systems that `scaledown evaluate` compares by default."""
 SYSTEMS: Final = (*DEFAULT_SYSTEMS, "first", "keywords", "random", "echo", "echo_span")
-"""What it can compare: each answers in a stage of its own."""
+"""All systems that it can compare; the answers of each are a stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +46,11 @@ class EvaluateConfig(EngineConfig):
     systems: tuple[str, ...] = option(
         DEFAULT_SYSTEMS,
         MODEL,
-        "what answers: the model (compressed); its generator with the documents' text (uncompressed), "
-        "without documents (closed_book), with the sentences that a reranker keeps, in as many tokens as "
-        "compression takes (pruned), or with as many of each document's tokens: the first, those of the most "
-        "weight for the query (keywords), or random ones; or no generator: the tokens that a pointer picks "
-        "(echo), or its best span (echo_span)",
+        "systems that answer: the model (compressed); its generator with the documents' text (uncompressed), "
+        "without documents (closed_book), with sentences that a reranker keeps, in as many tokens as there "
+        "are memory tokens (pruned), or with as many of each document's tokens: the first, those with the "
+        "highest weight for the query (keywords), or random ones; without a generator, the tokens that a "
+        "pointer picks (echo), or its best span (echo_span)",
         role="result",
         choices=SYSTEMS,
     )
@@ -151,6 +151,6 @@ class EvaluateConfig(EngineConfig):
         return "uncompressed" if "uncompressed" in self.systems else self.systems[0]
 
     def compared(self) -> dict[str, Any]:
-        """The settings that two runs must share to be one."""
-        own = {"served": bool(self.teacher_endpoint), "device": self.device.partition(":")[0]}
-        return super().compared() | own
+        """Return the settings that must be equal for two evaluations in one directory."""
+        machine = {"served": bool(self.teacher_endpoint), "device": self.device.partition(":")[0]}
+        return super().compared() | machine

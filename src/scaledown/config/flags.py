@@ -24,13 +24,13 @@ from scaledown.urls import is_url, local
 Config = TypeVar("Config", bound=Options)
 
 _METAVARS: Final = {int: "N", float: "X"}
-"""What stands for a number in the help."""
+"""Names of number values in the help."""
 
 
 class _Once(argparse.Action):
-    """Stores the value of a flag that names an input, and refuses a second one: the first would be lost.
+    """Stores the value of a flag for an input, and refuses a second value: the first would be ignored.
 
-    Of all other flags the last counts, as scripts expect.
+    For all other flags the last value counts, as scripts expect.
     """
 
     def __call__(
@@ -48,19 +48,19 @@ class _Once(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ours."""
+    """A parser whose errors are `UsageError`s."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         self.given: set[str] = set()
         super().__init__(*arguments, **settings)
 
     def parse_known_args(self, *arguments: Any, **settings: Any) -> Any:
-        """As argparse does; flags of an earlier call do not count."""
+        """Parse as argparse does; the flags of an earlier call are forgotten."""
         self.given.clear()
         return super().parse_known_args(*arguments, **settings)
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong in one line instead of printing the whole usage. Raises `UsageError`."""
+        """Raise `UsageError` with one line, instead of printing the whole usage."""
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
@@ -179,7 +179,7 @@ def underscored(argv: Sequence[str]) -> list[str]:
     result: list[str] = []
     words = iter(argv)
     for word in words:
-        if word == "--":  # what follows are no flags
+        if word == "--":  # only values follow
             return [*result, word, *words]
         if word.startswith("--"):
             flag, equals, value = word.partition("=")
@@ -221,7 +221,7 @@ def from_flags(given: Mapping[str, Any], config: type[Config]) -> Config:
 
 
 def _expanded(value: Any) -> Any:
-    """Paths with the home folder in the place of a ~ in front; of a `file://` URL its path."""
+    """Expand a leading ~ in paths to the home folder, and turn a `file://` URL into its path."""
     if isinstance(value, tuple | list):
         return tuple(map(_expanded, value))
     return os.path.expanduser(local(value)) if isinstance(value, str) else value  # noqa: PTH111 (keeps a final slash)
@@ -232,21 +232,21 @@ def _frozen(value: Any) -> Any:
 
 
 def local_path(text: str) -> Path:
-    """What a flag that takes a local path was given. Raises `ArgumentTypeError` for a URL."""
+    """Convert the value of a flag for a local path. Raises `ArgumentTypeError` for a URL."""
     if is_url(local(text)):
         raise argparse.ArgumentTypeError("is a URL: fetch the file and give its path")
     return Path(path_or_url(text))
 
 
 def path_or_url(text: str) -> str:
-    """What a flag that takes a path, URL or model name was given, its ~ expanded."""
+    """Convert the value of a flag for a path, URL or model name; a leading ~ is expanded."""
     if not text:
         raise argparse.ArgumentTypeError("is empty: name a file")
     return text if is_url(text := local(text)) else str(Path(_expanded(text)))
 
 
 def read_settings(path: Path, config: type[Options]) -> dict[str, Any]:
-    """The settings in a JSON file: a flat object, or a manifest's `parameters`."""
+    """Read settings from a JSON file: a flat object, or a manifest with `parameters`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -32,7 +32,7 @@ class IndexConfig(WorkersConfig):
         "",
         CORPUS,
         "column that holds the text; dots reach into records; a number is the place of a column without a "
-        "name; without it, found by its name or what is in it",
+        "name; without it, found by its name or its content",
         role="result",
         only_with="text_column",
         metavar="NAME",
@@ -105,7 +105,7 @@ class IndexConfig(WorkersConfig):
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> Self:
-        """The settings of `--preset NAME`, as far as this command has them, with `settings` on top."""
+        """Return the settings of `--preset NAME` that this command has, overridden by `settings`."""
         if name not in PRESETS:
             raise UsageError(f"--preset {name}: use one of {', '.join(PRESETS)}")
         own = {item.name for item in fields(cls)}
@@ -114,20 +114,20 @@ class IndexConfig(WorkersConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class IndexCommandConfig(IndexConfig):
-    """Settings of `scaledown index`: an index, and what changes in it."""
+    """Settings of `scaledown index`: of an index, and of changes to it."""
 
     add: tuple[str, ...] = option(
         (),
         CORPUS,
         "add the articles of these files to the index in --index_dir, with its other settings; an article "
-        "takes the place of one with the same id",
+        "replaces one with the same id",
         role="input",
         metavar="FILE",
     )
     remove: tuple[str, ...] = option(
         (),
         CORPUS,
-        "first remove these articles from the index: ids, or files with an id a line",
+        "first remove these articles from the index: ids, or files with an id on each line",
         role="input",
         metavar="ID",
     )

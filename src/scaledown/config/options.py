@@ -1,7 +1,7 @@
-"""How a command's settings are declared. A field says everything about itself; the rest is derived from it.
+"""Declaration of a command's settings. A field has all facts about itself; the rest is derived from it.
 
-The dataclass that has a field says which command has the flag. No field is a secret: keys come from the
-environment only. What is secret in a URL is left out wherever a setting is kept.
+A command has the flags of the fields of its dataclass. No field is a secret: keys are read from the
+environment only. Secrets in a URL are removed wherever a setting is stored.
 """
 
 import math
@@ -15,20 +15,20 @@ from scaledown.extensions import OUTPUT_FORMATS
 from scaledown.urls import check_store, is_url
 
 Role = Literal["result", "input", "model", "place", "operation", "report"]
-"""What a setting decides, and so whether two runs in one directory must share it.
+"""What a setting decides. It follows whether two runs in one directory must have the same value.
 
 - `result`: what is made. Part of a run's identity.
-- `input`: which data is read: a path or URL. Known by its content.
-- `model`: which model is used: a name or a path. Known by its weights.
-- `place`: where something is written: a path or URL.
-- `operation`: how the work is done: by which processes, how fast, from where on. The result is the same.
-- `report`: what is shown, and with which exit status the command ends.
+- `input`: the data that is read, a path or URL. Compared by its content.
+- `model`: the model, a name or a path. Compared by its weights.
+- `place`: where something is written, a path or URL.
+- `operation`: how the work is done: processes, speed, restarts. It does not change the result.
+- `report`: what is shown, and the exit status.
 """
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
 
 
 class Range(NamedTuple):
-    """The values that a number may have; all are finite."""
+    """The allowed values of a number, which must be finite."""
 
     at_least: float = -math.inf
     at_most: float = math.inf
@@ -36,7 +36,7 @@ class Range(NamedTuple):
     below: float = math.inf
 
     def allows(self, value: float) -> bool:
-        """Whether `value` lies in the range."""
+        """Whether `value` is in the range."""
         inside = self.at_least <= value <= self.at_most and self.above < value < self.below
         return inside and math.isfinite(value)
 
@@ -53,7 +53,7 @@ class Range(NamedTuple):
 
     @property
     def unit(self) -> str:
-        """The range as the help shows it, if it has both ends."""
+        """The range as in the help; empty if it has no lower or no upper end."""
         both = math.isfinite(self.at_least) and math.isfinite(self.at_most)
         return f"{self.at_least}..{self.at_most}" if both else ""
 
@@ -62,7 +62,7 @@ SHARE: Final = Range(0, 1)
 
 
 class Option(NamedTuple):
-    """What a field says about itself; `option` explains each."""
+    """The facts about a field; `option` explains each."""
 
     group: str
     text: str
@@ -81,7 +81,7 @@ class Option(NamedTuple):
 
     @property
     def is_path(self) -> bool:
-        """Whether a value may be a path: a ~ in front of it is the home folder."""
+        """Whether a value may be a path, in which a leading ~ is expanded to the home folder."""
         return self.path or self.role in {"input", "model", "place"}
 
 
@@ -107,21 +107,21 @@ def option(
 
     Args:
         default: Its default. A tuple makes a flag that takes several values.
-        group: The group of the help that it is in.
+        group: Its group in the help.
         text: Its help.
-        unit: What a number counts.
+        unit: The unit of a number.
         role: What the setting decides.
-        choices: The values that are allowed, besides the default.
-        metavar: What stands for the value in the help; without it the choices, N, X or MODEL.
-        within: The values that a number may have.
+        choices: The allowed values, besides the default.
+        metavar: The name of the value in the help; without it the choices, N, X or MODEL.
+        within: The allowed values of a number.
         local: The path must not be a URL.
-        path: A setting with the role `result` that is a path, or a name in whose place a path may stand.
-        automatic: What 0 stands for: on a CPU, and on CUDA, which smaller batches leave idle.
-        only_with: The setting counts only where this other one, or itself, is not at its default. So runs of
-            a version that did not have it can be continued.
+        path: The setting has the role `result`, and its value is or may be a path.
+        automatic: The values that 0 selects on a CPU and on CUDA, which needs larger batches.
+        only_with: The setting is part of a run's identity only if this other setting, or itself, is not at
+            its default. So runs of a version without the setting can be continued.
         settled_by: The flag that excludes this one.
-        in_records: The setting shapes the records: `scaledown merge` joins only runs that agree in it.
-        per_process: The limit holds for one process: several workers are refused.
+        in_records: The setting changes the records: `scaledown merge` joins only runs with equal values.
+        per_process: The limit is for one process: several workers are refused.
 
     Raises:
         ValueError: `role` is unknown.
@@ -137,16 +137,16 @@ def option(
 
 
 class Options:
-    """A dataclass of options: what follows from what its fields say about themselves."""
+    """A dataclass of options, with everything that is derived from the facts about its fields."""
 
     @classmethod
     def options(cls) -> dict[str, Option]:
-        """What each field says about itself, by its name."""
+        """Return the facts about each field, by name."""
         return {item.name: item.metadata["option"] for item in fields(cls)}  # type: ignore[arg-type]
 
     @classmethod
     def named(cls, *roles: Role) -> tuple[str, ...]:
-        """The names of the fields that have one of the `roles`, in their order."""
+        """Return the names of the fields that have one of the `roles`, in order."""
         return tuple(name for name, about in cls.options().items() if about.role in roles)
 
     def __post_init__(self) -> None:
@@ -174,12 +174,12 @@ class Options:
 
     @classmethod
     def batch_for(cls, name: str, given: int, device: str) -> int:
-        """How much is taken at once: what was `given`, or for 0 what suits the `device`."""
+        """Return the batch size: the `given` one, or for 0 the one that suits the `device`."""
         on_cpu, on_cuda = cls.options()[name].automatic or (given, given)
         return given or (on_cuda if device.startswith("cuda") else on_cpu)
 
     def sized(self, device: str) -> Self:
-        """With batches that suit the `device` where none are given."""
+        """Return the settings with batch sizes that suit the `device`, where they are 0."""
         sizes = {
             name: self.batch_for(name, getattr(self, name), device)
             for name, about in self.options().items()
@@ -188,10 +188,10 @@ class Options:
         return replace(self, **sizes)  # type: ignore[type-var]
 
     def compared(self) -> dict[str, Any]:
-        """The settings that two runs in one directory must share.
+        """Return the settings that must be equal for two runs in one directory.
 
-        Inputs and models are not among them: they are compared by their contents. A run that was begun with
-        the batches of one device can be continued on another.
+        Inputs and models are not included: they are compared by their contents. A run can continue on another
+        device, since automatic batch sizes are always compared by their values for a CPU.
         """
         sized = self.sized("")
         return {
@@ -208,7 +208,7 @@ OUTPUT_SUFFIXES: Final = tuple(f".{name}" for name in OUTPUT_FORMATS)
 
 
 def check_ending(flag: str, output: str | Path) -> None:
-    """Raise `UsageError` where the ending of an output names none of the formats."""
+    """Raise `UsageError` if the suffix of an output is not one of the formats."""
     if Path(output).suffix not in OUTPUT_SUFFIXES:
         raise UsageError(
             f"{flag} {output}: the ending chooses the format; use one of {', '.join(OUTPUT_SUFFIXES)}"
@@ -216,7 +216,7 @@ def check_ending(flag: str, output: str | Path) -> None:
 
 
 def check_output_dir(folder: str) -> None:
-    """Raise `UsageError` where `--output_dir` names no folder."""
+    """Raise `UsageError` if `--output_dir` is empty or is a file."""
     if not folder:
         raise UsageError("no output: give --output_dir DIR")
     if Path(folder).is_file():

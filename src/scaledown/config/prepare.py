@@ -1,4 +1,4 @@
-"""Settings of `scaledown prepare`. Each field is documented once; that text is the `--help`.
+"""Settings of `scaledown prepare`. The text of each field is its `--help`.
 
 Precedence, lowest first: defaults, `--preset`, `--config`, flags.
 """
@@ -88,7 +88,7 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
         "",
         QUERIES,
         "column that holds the query in a table or a dataset; dots reach into records (question.text); a "
-        "number is the place of a column without a name; without it, found by its name or what is in it",
+        "number is the place of a column without a name; without it, found by its name or its content",
         role="result",
         metavar="NAME",
     )
@@ -221,13 +221,13 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
         in_records=True,
     )
     second_teacher_model: str = option(
-        "", ANSWERS, "a second teacher that also answers; the report shows how far both agree", role="model"
+        "", ANSWERS, "a second teacher that also answers; the report shows how much both agree", role="model"
     )
     teacher_logprobs: int = option(
         0,
         ANSWERS,
-        "for each token of the answer, write the log probabilities of the teacher's K likeliest tokens, as "
-        "answer_logprobs (docs/formats.md); up to 20; for transformers, vllm and servers that support it; "
+        "for each token of the answer, write the log probabilities of the teacher's K most probable tokens, "
+        "as answer_logprobs (docs/formats.md); up to 20; for transformers, vllm and servers that support it; "
         "0: none",
         "tokens",
         role="result",
@@ -300,27 +300,27 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
                 "--num_synthetic_queries"
             )
         if self.num_synthetic_queries and len(given) > 1:
-            raise UsageError(f"{' and '.join(given)} exclude each other: synthetic queries stand alone")
+            raise UsageError(f"{' and '.join(given)} exclude each other: synthetic queries are used alone")
 
     @property
     def reranks(self) -> bool:
-        """Whether a reranker runs at all."""
+        """Whether a reranker runs."""
         return self.enable_reranking or self.top_k_reranking > 0
 
     @property
     def extra_columns(self) -> tuple[str, ...]:
-        """What is written beyond the guide's format."""
+        """The columns that are written in addition to the guide's format."""
         return (*self.columns, "answer_logprobs") if self.teacher_logprobs else self.columns
 
     @property
     def documents_per_query(self) -> int:
-        """How many documents each training record has."""
+        """Number of documents of each training record."""
         if not self.reranks:
             return self.top_k_retrieval
         return self.top_k_reranking or min(5, self.top_k_retrieval)
 
     @property
     def part(self) -> Part:
-        """`--shard`; without it, all."""
+        """The part that `--shard` names; without it, the whole."""
         number, _, count = (self.shard or "0/1").partition("/")
         return Part(int(number), int(count))

@@ -1,4 +1,4 @@
-"""Settings of `scaledown serve`. Each field is documented once, for the `--help`."""
+"""Settings of `scaledown serve`. The text of each field is its `--help`."""
 
 import ipaddress
 import os
@@ -45,7 +45,7 @@ class ServeConfig(Options):
     embedding_cache: float = option(
         0.5,
         MODEL,
-        "memory for embeddings of (query, document) pairs that may come again; 0: none",
+        "memory to cache embeddings of (query, document) pairs; 0: none",
         "GB",
         role="operation",
         within=Range(0),
@@ -53,7 +53,7 @@ class ServeConfig(Options):
     host: str = option(
         "127.0.0.1",
         NETWORK,
-        f"address to listen at; any but this machine's own needs a key in {KEY_VARIABLE}",
+        f"address to listen at; any other than a loopback address needs a key in {KEY_VARIABLE}",
         role="operation",
         metavar="HOST",
     )
@@ -125,16 +125,17 @@ class ServeConfig(Options):
 
 
 def api_key(config: ServeConfig) -> str:
-    """The key that clients must give, from the environment; empty where none is needed.
+    """Return the key that clients must send, from the environment; empty if no key is needed.
 
-    Raises `UsageError` where others than this machine could ask without one.
+    Raises `UsageError` if other machines could send requests without a key.
     """
     key = os.environ.get(KEY_VARIABLE, "")
     if key != key.strip() or (KEY_VARIABLE in os.environ and not key):
         raise UsageError(f"{KEY_VARIABLE} is empty or has spaces around it: set it to the key, or unset it")
     if not key and not config.insecure and not _is_loopback(config.host):
         raise UsageError(
-            f"--host {config.host}: others could ask without a key; set {KEY_VARIABLE}, or give --insecure"
+            f"--host {config.host}: other machines could send requests without a key; set {KEY_VARIABLE}, or "
+            "give --insecure"
         )
     return key
 

@@ -1,4 +1,4 @@
-"""Settings that several commands share: what is left out, what runs a teacher, which processes work."""
+"""Settings that several commands share: cleaning, the teacher's engine, workers."""
 
 import re
 from dataclasses import dataclass, fields
@@ -14,7 +14,7 @@ AUTO_DTYPE: Final = "auto is bfloat16 on CUDA, float16 on its GPUs before comput
 BACKENDS: Final = ("auto", *TEACHER_ENGINES)
 ENGINES: Final = ("auto", "vllm", "transformers")
 ENGINES_HELP: Final = (
-    "what writes the answers; auto: vllm where it is installed for the device, else transformers"
+    "engine that writes the answers; auto: vllm if it is installed for the device, else transformers"
 )
 EXECUTORS: Final = ("local", "ray")
 DUPLICATES: Final = ("exact", "near")
@@ -28,13 +28,13 @@ WORKERS: Final = "workers (docs/scaling.md)"
 
 @dataclass(frozen=True)
 class Part:
-    """Which part of the queries this process makes: number `number`, from 0, of `count`."""
+    """The part of the queries that this process makes: part `number`, counted from 0, of `count` parts."""
 
     number: int
     count: int
 
     def of(self, shards: int) -> range:
-        """Its shards, of so many: as many as those of any other part, but for one."""
+        """Return its shards of `shards` shards; the sizes of parts differ by at most one."""
         return range(shards * self.number // self.count, shards * (self.number + 1) // self.count)
 
 
@@ -88,17 +88,17 @@ class WorkersConfig(Options):
         super().__post_init__()
         if self.metrics_file and not self.metrics_file.endswith(".prom"):
             raise UsageError(
-                f"--metrics_file {self.metrics_file}: must end in .prom, else no collector reads it"
+                f"--metrics_file {self.metrics_file}: must end in .prom, otherwise no collector reads it"
             )
 
     def of_worker(self, workers: int) -> dict[str, Any]:
-        """What differs in the settings of one of so many workers, which starts no workers itself."""
+        """Return the changed settings for one of `workers` workers, which starts no workers itself."""
         return {item.name: item.default for item in fields(WorkersConfig)} | {"workers": workers}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CleanConfig(Options):
-    """What `scaledown prepare` and `scaledown merge` leave out."""
+    """Settings of `scaledown prepare` and `scaledown merge` for queries and records to leave out."""
 
     decontaminate: tuple[str, ...] = option(
         (),
@@ -118,7 +118,7 @@ class CleanConfig(Options):
     deduplicate: str = option(
         "",
         CLEANING,
-        "keep only the first of the same queries; near: also of queries that differ by a word or so",
+        "keep only the first of equal queries; near: also of queries that differ by about one word",
         role="result",
         choices=DUPLICATES,
     )
@@ -131,7 +131,7 @@ class CleanConfig(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(Options):
-    """What runs a teacher, or a judge."""
+    """The engine of a teacher or a judge."""
 
     teacher_8bit: bool = option(
         False, ENGINE, "load the teacher in 8 bits (extra: quantization)", role="result", in_records=True
@@ -145,8 +145,8 @@ class EngineConfig(Options):
     teacher_backend: str = option(
         "auto",
         ENGINE,
-        "what runs the teacher; auto: endpoint with --teacher_endpoint, vllm on CUDA, openvino or else vllm "
-        "on a CPU if they are installed, else transformers",
+        "engine that runs the teacher; auto: endpoint with --teacher_endpoint, vllm on CUDA, openvino or "
+        "else vllm on a CPU if they are installed, else transformers",
         role="result",
         choices=BACKENDS,
     )
@@ -167,7 +167,7 @@ class EngineConfig(Options):
     teacher_memory: float = option(
         0.0,
         ENGINE,
-        "share of the GPU's memory that vllm uses; 0: what is free",
+        "share of the GPU's memory that vllm uses; 0: all that is free",
         role="operation",
         within=SHARE,
     )
@@ -232,7 +232,9 @@ class EngineConfig(Options):
                 "--teacher_8bit and --teacher_4bit: a server loads its model itself, leave them out"
             )
         if self.teacher_lora and not (Path(self.teacher_lora).expanduser() / "adapter_config.json").is_file():
-            raise UsageError(f"--teacher_lora {self.teacher_lora} is no folder with an adapter_config.json")
+            raise UsageError(
+                f"--teacher_lora {self.teacher_lora} is not a folder with an adapter_config.json"
+            )
         for url in self.teacher_endpoint:
             if not re.match(r"https?://[^/@]+(/[^?#]*)?$", url):
                 raise UsageError(

@@ -1,4 +1,4 @@
-"""Settings of `scaledown train` and `scaledown pretrain`. Each field is documented once, for the `--help`."""
+"""Settings of `scaledown train` and `scaledown pretrain`. The text of each field is its `--help`."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -10,7 +10,8 @@ from scaledown.extensions import COMPRESSORS
 
 GENERATOR_TRAINING: Final = ("lora", "full", "frozen")
 BUDGETS: Final = ("each", "shared")
-"""A document has memory tokens by its own length, or those of a question share them by score (pointer)."""
+"""With `each`, a document has memory tokens by its length; with `shared` (pointer only), the documents of a
+question share them by score."""
 OPTIMIZERS: Final = ("adamw", "adamw8bit")
 REPORTERS: Final = ("auto", "none", "tensorboard", "wandb", "trackio")
 
@@ -22,7 +23,7 @@ GROUPS: Final = (DATA, MODEL, TRAINING, OUTPUT, MACHINE)
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig(Options):
-    """What training and pretraining share; defaults are the paper's (arXiv 2504.07109, table 7)."""
+    """Settings of training and pretraining; the defaults are the paper's (arXiv 2504.07109, table 7)."""
 
     eval_fraction: float = option(
         0.02,
@@ -59,8 +60,8 @@ class StudentConfig(Options):
     compression_rate: int = option(
         16,
         MODEL,
-        "document tokens for one memory token, 4 to 128; for a pointer 4 to 32, where a request names no "
-        "other",
+        "document tokens for one memory token, 4 to 128; for a pointer 4 to 32, used if a request names no "
+        "other rate",
         "tokens",
         role="result",
         settled_by="pretrained_model",
@@ -86,7 +87,7 @@ class StudentConfig(Options):
     generator_training: str = option(
         "lora",
         MODEL,
-        "what is trained of the generator: LoRA on its linear layers, all of it, or nothing",
+        "trained weights of the generator: LoRA on its linear layers, all weights, or none",
         role="result",
         settled_by="pretrained_model",
         choices=GENERATOR_TRAINING,
@@ -94,15 +95,15 @@ class StudentConfig(Options):
     generator_4bit: bool = option(
         False,
         MODEL,
-        "hold the generator's frozen weights in 4 bits while it trains (extra quantization); they are saved "
-        "as plain weights of the same values",
+        "keep the generator's frozen weights in 4 bits during training (extra quantization); they are saved "
+        "as ordinary weights with the same values",
         role="result",
         only_with="generator_4bit",
     )
     lora_dropout: float = option(
         0.1,
         MODEL,
-        "share of LoRA's inputs that a step leaves out",
+        "dropout of LoRA's inputs",
         role="result",
         settled_by="pretrained_model",
         within=Range(0, below=1),
@@ -127,7 +128,7 @@ class StudentConfig(Options):
     optimizer: str = option(
         "adamw",
         TRAINING,
-        "adamw8bit keeps its moments in 8 bits, and in host memory where a GPU is full (extra quantization)",
+        "adamw8bit keeps its moments in 8 bits, and in host memory if the GPU is full (extra quantization)",
         role="result",
         only_with="optimizer",
         choices=OPTIMIZERS,
@@ -138,8 +139,8 @@ class StudentConfig(Options):
     learning_rate_compressor: float = option(
         0.0,
         TRAINING,
-        "learning rate of all else; 0: 5e-5 for n_layers, 3e-4 for a pointer's layers, 1e-4 for a separate "
-        "compressor",
+        "learning rate of all other weights; 0: 5e-5 for n_layers, 3e-4 for a pointer's layers, 1e-4 for a "
+        "separate compressor",
         role="result",
         within=Range(0),
     )
@@ -162,15 +163,15 @@ class StudentConfig(Options):
     gradient_checkpointing: bool | None = option(
         None,
         TRAINING,
-        "compute activations again instead of keeping them: less memory, a third slower; auto is on from a "
-        "billion trained weights on",
+        "recompute activations instead of keeping them: less memory, a third slower; by default on from a "
+        "billion trained weights",
         role="operation",
     )
     seed: int = option(0, TRAINING, "seed of every random choice", role="result", within=Range(0))
     output_dir: str = option(
         "model",
         OUTPUT,
-        "folder for the model, and for checkpoints on the way",
+        "folder for the model and its checkpoints",
         role="place",
         local=True,
         metavar="DIR",
@@ -223,18 +224,18 @@ class StudentConfig(Options):
 
     @property
     def holds_out(self) -> bool:
-        """Whether anything is held out."""
+        """Whether examples are held out."""
         return self.eval_fraction > 0
 
     @property
     def needs_bitsandbytes(self) -> str:
-        """The flag that needs the extra, or nothing."""
+        """The flag that needs bitsandbytes; empty if none does."""
         if self.generator_4bit:
             return "--generator_4bit"
         return "--optimizer adamw8bit" if self.optimizer == "adamw8bit" else ""
 
     def compressor_rate(self, default: float) -> float:
-        """Learning rate of the compressor; `default` is that of its kind."""
+        """Return the learning rate of the compressor; `default` is the rate of its kind."""
         return self.learning_rate_compressor or default
 
 
@@ -268,7 +269,7 @@ class TrainConfig(StudentConfig):
     text_fraction: float = option(
         0.0,
         TRAINING,
-        "share of examples whose documents the generator reads as text, so that it does not forget how",
+        "share of examples whose documents the generator reads as text, so that it keeps this ability",
         role="result",
         within=SHARE,
     )
@@ -278,7 +279,7 @@ class TrainConfig(StudentConfig):
     pretrained_model: str = option(
         "",
         MODEL,
-        "start from the output of scaledown pretrain, which has settled the flags about the model",
+        "start from the output of scaledown pretrain, whose model flags are kept",
         role="model",
         metavar="DIR",
     )
@@ -292,16 +293,15 @@ class TrainConfig(StudentConfig):
             raise UsageError("no training data: give --train_data train_data.json")
         if self.generator_training == "frozen" and self.text_fraction + self.closed_book_fraction:
             raise UsageError(
-                "--text_fraction and --closed_book_fraction teach a frozen generator nothing: leave them out"
+                "--text_fraction and --closed_book_fraction have no effect on a frozen generator: leave them "
+                "out"
             )
         if self.text_fraction + self.closed_book_fraction > 1:
-            raise UsageError(
-                "--text_fraction and --closed_book_fraction are more than all examples: lower them"
-            )
+            raise UsageError("--text_fraction and --closed_book_fraction add up to more than 1: lower them")
 
     @property
     def holds_out(self) -> bool:
-        """Whether anything is held out."""
+        """Whether examples are held out."""
         return bool(self.eval_data) or super().holds_out
 
 
@@ -313,8 +313,8 @@ class PretrainConfig(StudentConfig):
         (),
         DATA,
         "any text: KILT JSON lines, JSONL / Parquet / CSV with id, title, text, or a folder of such or of "
-        "text files; also a URL; may be given several times; with --max_steps no more is tokenised than "
-        "needed",
+        "text files; also a URL; may be given several times; with --max_steps only as much as needed is "
+        "tokenized",
         role="input",
         metavar="PATH",
     )
@@ -338,8 +338,8 @@ class PretrainConfig(StudentConfig):
     doc_max_length: int = option(
         160,
         MODEL,
-        "longest passage by the compressor's tokenizer, and longest document ever after: 128 tokens of a "
-        "retriever are some 142 of a generator",
+        "longest passage by the compressor's tokenizer, and longest document of the model: 128 tokens of a "
+        "retriever are about 142 of a generator",
         "tokens",
         role="result",
         settled_by="pretrained_model",
@@ -349,7 +349,7 @@ class PretrainConfig(StudentConfig):
     output_dir: str = option(
         "pretrained",
         OUTPUT,
-        "folder for the model, and for checkpoints on the way",
+        "folder for the model and its checkpoints",
         role="place",
         local=True,
         metavar="DIR",
@@ -360,4 +360,4 @@ class PretrainConfig(StudentConfig):
         if not self.corpus_path:
             raise UsageError("no text: give --corpus_path PATH")
         if self.gold and not self.train_data:
-            raise UsageError("--gold answers the questions of --train_data: give that, too")
+            raise UsageError("--gold has answers to the questions of --train_data: give --train_data too")

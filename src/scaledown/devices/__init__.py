@@ -1,1 +1,1 @@
-"""GPUs and the engine that runs on them: which there are, what is free, how models are given back."""
+"""GPUs and vLLM's engine: available devices, free memory, release of models."""

@@ -1,4 +1,4 @@
-"""The GPUs that this process sees: their names, their free memory, and the models that hold it."""
+"""The GPUs that this process sees: their names, their free memory, and the models on them."""
 
 import contextlib
 import gc
@@ -13,22 +13,25 @@ Model = TypeVar("Model")
 
 GIB: Final = 1 << 30
 
-_MOST: Final = 0.92  # of a GPU, which is what vLLM takes of one that is free
+_MOST: Final = 0.92  # of a GPU's memory: vLLM's default for a free GPU
 
 
 def index(device: str) -> int:
-    """The number of a CUDA device among those that this process sees; the first where it has none."""
+    """Return the number of a CUDA device among those that this process sees; 0 if the name has no number."""
     return int(device.partition(":")[2] or 0)
 
 
 def only(environment: Mapping[str, str], numbers: Iterable[int]) -> dict[str, str]:
-    """The variables that show a process these GPUs alone, of those that the environment shows.
+    """Return the environment variables that show a process only these GPUs.
 
-    What the environment names them by, be it an index, a UUID or a part of a GPU, stays their name.
+    Args:
+        environment: The environment, which may already show only some GPUs, by index, UUID or MIG name. Their
+            names are kept.
+        numbers: The GPUs, numbered among those that the environment shows.
     """
     import torch
 
-    known = ["HIP_VISIBLE_DEVICES"] if torch.version.hip else []  # the first that is set counts
+    known = ["HIP_VISIBLE_DEVICES"] if torch.version.hip else []  # the first variable that is set counts
     known.append("CUDA_VISIBLE_DEVICES")
     names = [name for name in known if environment.get(name)] or known[-1:]
     there = [gpu.strip() for gpu in environment.get(names[0], "").split(",") if gpu.strip()]
@@ -38,7 +41,7 @@ def only(environment: Mapping[str, str], numbers: Iterable[int]) -> dict[str, st
 
 @contextlib.contextmanager
 def showing(numbers: Iterable[int]) -> Iterator[None]:
-    """Let processes that start inside see these GPUs alone."""
+    """Let processes that start inside the block see only these GPUs."""
     before = dict(os.environ)
     changed = only(before, numbers)
     os.environ.update(changed)
@@ -53,9 +56,9 @@ def showing(numbers: Iterable[int]) -> Iterator[None]:
 
 
 def free_share(numbers: Iterable[int]) -> float:
-    """The share of its GPUs that a process may take which is yet to start: what is free of each, less 1 GiB.
+    """Return the share of GPU memory that a new process may use: the free memory of each GPU, less 1 GiB.
 
-    The GiB is what it needs before it counts.
+    The process needs about 1 GiB itself before it measures its memory.
     """
     import torch
 
@@ -64,7 +67,7 @@ def free_share(numbers: Iterable[int]) -> float:
 
 
 def give_back() -> None:
-    """Free what nobody holds any more: models refer to themselves, and torch keeps memory for later."""
+    """Free memory of deleted models: they have reference cycles, and torch caches freed memory."""
     import torch
 
     gc.collect()
@@ -73,7 +76,7 @@ def give_back() -> None:
 
 
 class OnDevice(Generic[Model]):
-    """A model that is loaded when it is first called for, and held here alone until it is released.
+    """A model that is loaded at its first use. This object has the only reference to it until `release`.
 
     A `with` block releases it at its end.
     """
@@ -84,7 +87,7 @@ class OnDevice(Generic[Model]):
         self._free = 0
 
     def __call__(self) -> Model:
-        """The model, loaded by now."""
+        """Return the model; the first call loads it."""
         if self._model is None:
             self._free = self._free_memory()
             self._model = self._load()
@@ -94,11 +97,11 @@ class OnDevice(Generic[Model]):
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:  # else the command ends at once, and the process gives everything back
+        if kind is None:  # after an error the process ends, which frees everything
             self.release()
 
     def release(self) -> None:
-        """Drop the model, if it was loaded. Memory of a GPU that does not come back is told."""
+        """Delete the model, if it was loaded. Warn if the GPU's memory is not free again."""
         if self._model is None:
             return
         if hasattr(self._model, "close"):
@@ -108,13 +111,13 @@ class OnDevice(Generic[Model]):
         if (lost := self._free - self._free_memory()) > GIB:
             log.warning(
                 "%s is released, but %.1f GiB of the GPU are not free again: the next model may not fit; "
-                "nvidia-smi shows who has them",
+                "nvidia-smi shows which process uses them",
                 self._name,
                 lost / GIB,
             )
 
     def _free_memory(self) -> int:
-        """Bytes, of a CUDA device."""
+        """Return the free bytes of a CUDA device; 0 for other devices."""
         if not self._device.startswith("cuda"):
             return 0
         import torch

@@ -1,4 +1,4 @@
-"""vLLM's engine on this machine: the device that it is built for, its memory, its processes."""
+"""vLLM's engine on this machine: the device that it was built for, its memory, its processes."""
 
 import contextlib
 import importlib.metadata
@@ -17,17 +17,17 @@ from scaledown.errors import MissingExtraError, ModelError, NoRoomError, install
 
 log = logging.getLogger("scaledown")
 
-_CPU_CACHE: Final = 4 << 30  # bytes of keys and values on a CPU, where nothing else is asked for
-_CACHE_VARIABLE: Final = "VLLM_CPU_KVCACHE_SPACE"  # vLLM's own: GiB of the same
-_CPU_BATCH: Final = 4096  # tokens of prompts that are read together, which is vLLM's own choice
-_END_SECONDS: Final = 10.0  # that a process which was told to end may still take
+_CPU_CACHE: Final = 4 << 30  # bytes of keys and values on a CPU, by default
+_CACHE_VARIABLE: Final = "VLLM_CPU_KVCACHE_SPACE"  # vLLM's variable for the same, in GiB
+_CPU_BATCH: Final = 4096  # tokens of prompts that are read together: vLLM's default
+_END_SECONDS: Final = 10.0  # to wait for a process that is asked to end
 _ENVIRONMENT: Final = {
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # it forks, which CUDA here would not survive
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # the default is fork, which fails if CUDA is in use here
 }
 _DEFAULTS: Final = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output is for results
-    "VLLM_NO_USAGE_STATS": "1",  # it would send them to its authors
+    "VLLM_NO_USAGE_STATS": "1",  # otherwise vLLM sends statistics to its authors
 }
 
 
@@ -35,8 +35,8 @@ def check_vllm(device: str, flag: str) -> None:
     """Raise unless vLLM is installed and built for `device`; `flag` is named in the message.
 
     Raises:
-        MissingExtraError: The library is not installed.
-        ModelError: It is built for another kind of device.
+        MissingExtraError: vLLM is not installed.
+        ModelError: vLLM was built for another kind of device.
     """
     if importlib.util.find_spec("vllm") is None:
         raise MissingExtraError(
@@ -57,7 +57,7 @@ def runs_on(device: str) -> bool:
 
 
 def _is_cpu_build() -> bool:
-    """By the name and the version that it is installed under, as vLLM itself knows it."""
+    """Whether the installed vLLM is for CPUs, by its name and version, as vLLM itself decides."""
     for name in ("vllm-cpu", "vllm"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return "cpu" in name + importlib.metadata.version(name)
@@ -65,9 +65,9 @@ def _is_cpu_build() -> bool:
 
 
 def gpus_of(device: str, tensor_parallel: int, flag: str = "--tensor_parallel") -> range:
-    """The numbers of the GPUs that share a model, from `device` on; none on a CPU.
+    """Return the numbers of the GPUs that share a model, from `device` on; none on a CPU.
 
-    Raises `ModelError` where there are fewer.
+    Raises `ModelError` if there are too few GPUs.
     """
     import torch
 
@@ -82,7 +82,7 @@ def gpus_of(device: str, tensor_parallel: int, flag: str = "--tensor_parallel") 
 
 
 class VllmEngine:
-    """Requests in, tokens out; the model lies in processes of the engine's own."""
+    """vLLM's engine: it takes requests and returns tokens. The model is in the engine's own processes."""
 
     def __init__(
         self,
@@ -96,16 +96,16 @@ class VllmEngine:
         """Start the engine, which takes from seconds to minutes.
 
         Args:
-            name: The model's, for messages.
-            device: `cpu`, `cuda` or `cuda:N`, the first of its GPUs.
-            arguments: Of vLLM's `EngineArgs`; `max_model_len` among them.
-            tensor_parallel: GPUs that share the model.
-            memory: Share of its device that the engine takes, 0 to 1; 0 is what is free of a GPU, and of a
-                CPU's memory room for 4 GiB of keys and values beside the weights.
+            name: The model's name, for messages.
+            device: `cpu`, `cuda` or `cuda:N`; N is the first of its GPUs.
+            arguments: Arguments of vLLM's `EngineArgs`, with `max_model_len`.
+            tensor_parallel: Number of GPUs that share the model.
+            memory: Share of the device's memory that the engine may use, 0 to 1. 0 is all free memory of a
+                GPU; on a CPU it is 4 GiB for keys and values in addition to the weights.
 
         Raises:
-            NoRoomError: Its GPU has no free memory.
-            Exception: Whatever vLLM raises where it cannot load the model; `models.loading` makes it ours.
+            NoRoomError: The GPU has no free memory.
+            Exception: Any error of vLLM if it cannot load the model; `models.loading` converts it.
         """
         gpus = gpus_of(device, tensor_parallel)
         room = _room(name, device, gpus, memory, arguments["max_model_len"])
@@ -115,7 +115,7 @@ class VllmEngine:
 
             def make() -> Any:
                 settings = EngineArgs(**arguments, **room, tensor_parallel_size=tensor_parallel)
-                # As vLLM's own class for whole files: for more requests at once than it takes otherwise.
+                # The context of vLLM's `LLM` class, whose defaults allow more requests at a time.
                 return LLMEngine.from_engine_args(settings, usage_context=UsageContext.LLM_CLASS)
 
             before = set(multiprocessing.active_children())
@@ -126,44 +126,44 @@ class VllmEngine:
 
     @property
     def context(self) -> int:
-        """Tokens of prompt and answer together that the engine takes."""
+        """The most tokens of prompt and answer together."""
         return int(self._engine.model_config.max_model_len)
 
     def add(self, key: str, prompt: Any, sampling: Any, **options: Any) -> None:
-        """Ask for an answer. Raises `ValueError` for a prompt that vLLM refuses."""
+        """Request an answer. Raises `ValueError` if vLLM refuses the prompt."""
         self._engine.add_request(key, prompt, sampling, **options)
 
     def step(self) -> list[Any]:
-        """Wait until something is written, and give vLLM's `RequestOutput`s. Call it only while requests run.
+        """Wait for new tokens, and return vLLM's `RequestOutput`s. Call it only while requests run.
 
-        Raises whatever ended the engine.
+        Raises the error that ended the engine.
         """
         outputs: list[Any] = self._engine.step()
         return outputs
 
     def abort(self, keys: list[str]) -> None:
-        """Give up on requests; nothing to do where the engine has ended."""
+        """Cancel requests; does nothing if the engine has ended."""
         with contextlib.suppress(Exception):
             self._engine.abort_request(keys)
 
     def close(self) -> None:
-        """End the engine's processes, which hold the device's memory."""
+        """End the engine's processes, which frees the device's memory."""
         self._engine.engine_core.shutdown()
         for process in self._processes:
             process.join(_END_SECONDS)
 
     def _watch(self) -> None:
-        """Let `step` fail once a process has ended: by itself it would wait for it for ever."""
+        """Make `step` fail when a process has ended; vLLM itself would wait for the process forever."""
         multiprocessing.connection.wait([one.sentinel for one in self._processes])
         self._engine.engine_core.outputs_queue.put_nowait(ModelError("vLLM's process has ended"))
 
 
 def _room(name: str, device: str, gpus: range, memory: float, context: int) -> dict[str, Any]:
-    """What the engine may take of its device, as arguments of vLLM."""
+    """Return vLLM's arguments for the memory that the engine may use."""
     if device == "cpu":
         room: dict[str, Any] = {
             "enforce_eager": True,  # compiling needs a C++ compiler, and minutes
-            # In 0.32 a prompt that is read in parts ends the engine, if its answer is drawn with a seed.
+            # vLLM 0.32 fails if a prompt is read in parts and its answer is sampled with a seed.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(_CPU_BATCH, context),
         }
@@ -174,15 +174,15 @@ def _room(name: str, device: str, gpus: range, memory: float, context: int) -> d
         return room
     if not (share := memory or free_share(gpus)):
         raise NoRoomError(
-            f"model {name}: its GPU has no free memory: end what uses it (nvidia-smi shows "
-            "who), or give another --device"
+            f"model {name}: its GPU has no free memory: end the processes that use it (nvidia-smi lists "
+            "them), or give another --device"
         )
     return {"gpu_memory_utilization": share}
 
 
 @contextlib.contextmanager
 def _environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables inside; afterwards all are as before, those that vLLM sets included."""
+    """Change environment variables inside the block; afterwards restore all, also those that vLLM sets."""
     before = dict(os.environ)
     os.environ.update(changes)
     for name, value in _DEFAULTS.items():
@@ -196,9 +196,9 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
 
 
 def _unless_interrupted(make: Callable[[], Any]) -> Any:
-    """What `make` gives. Processes that it starts do not hear Ctrl-C, which is for this one: it ends them.
+    """Return `make()`. The processes that it starts do not receive Ctrl-C; this process ends them.
 
-    `make` runs in a thread that blocks the signal; processes inherit that.
+    `make` runs in a thread that blocks the signal, and the processes inherit that.
     """
     made: list[Any] = []
     errors: list[BaseException] = []

@@ -1,7 +1,7 @@
-"""Baselines of compression: tokens that are chosen by simple means, and answers without a generator.
+"""Baselines for compression: simple choices of tokens, and answers without a generator.
 
-`first`, `keywords` and `random` let the generator read as many tokens of each document as compression
-takes. `echo` and `echo_span` answer with what a pointer finds, as it stands in the documents.
+With `first`, `keywords` and `random` the generator reads as many tokens of each document as compression has
+memory tokens for it. `echo` and `echo_span` answer with tokens of the documents that a pointer picks.
 """
 
 import functools
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
     from scaledown.student.model import ScaleDownModel
 
 READERS: Final = ("first", "keywords", "random")
-"""Let the generator read tokens of the documents."""
+"""Systems whose generator reads some tokens of the documents."""
 ECHOES: Final = ("echo", "echo_span")
-"""Have no generator, and need a pointer."""
+"""Systems without a generator; they need a pointer."""
 OF_A_RATE: Final = ("pruned", *READERS, "echo")
-"""Take as many tokens of the documents as compression does."""
+"""Systems that use as many tokens of the documents as compression has memory tokens."""
 
 _LONGEST_SPAN: Final = 8  # tokens
 _LEAST_SHARE: Final = 1 / 4  # of the best token's probability
 
 
 class Tokens(NamedTuple):
-    """A document by the generator's tokenizer, as far as the model reads it."""
+    """A document in the generator's tokens, cut at the model's `doc_max_length`."""
 
     text: str
     ids: list[int]
     """[tokens]."""
     spans: list[tuple[int, int]]
-    """[tokens]: where each begins and ends in `text`, in characters."""
+    """[tokens]: first character and end of each token in `text`."""
 
 
 Weigh = Callable[[str, Sequence[Tokens]], list[list[float]]]
-"""Weights [documents][tokens] of the tokens of a query's documents; the highest are read."""
+"""Weighs the tokens of a query's documents, [documents][tokens]; those with the highest weights are read."""
 
 
 def answer(
@@ -59,18 +59,18 @@ def answer(
 
     Args:
         system: One of `READERS` or `ECHOES`.
-        model: Its generator reads the tokens; as a pointer, it finds what `ECHOES` say.
+        model: Its generator reads the tokens of `READERS`; for `ECHOES` it is a pointer and picks them.
         queries: The questions.
         documents: The documents of each question.
-        weigh: Gives how the tokens are chosen, of `READERS`.
-        config: Its rate, budget, length of answers and size of batches.
+        weigh: Returns the function that weighs the tokens; called for `READERS` alone.
+        config: Its rate, budget, length of answers and size of batches are used.
 
     Returns:
         An answer for each question.
 
     Raises:
         InputError: A prompt does not fit the generator.
-        UsageError: The model is no pointer and the system needs one, or does not have the rate.
+        UsageError: The system needs a pointer and the model is not one, or the model does not have the rate.
     """
     pairs = list(zip(queries, documents, strict=True))
     if system == "echo":
@@ -95,7 +95,7 @@ def answer(
 
 
 def tokenised(model: "ScaleDownModel", document: str) -> Tokens:
-    """A document in the generator's tokens, cut where the compressor cuts it."""
+    """Tokenize a document for the generator, cut at the same length as for the compressor."""
     read = model.tokenizer(
         document,
         add_special_tokens=False,
@@ -108,17 +108,17 @@ def tokenised(model: "ScaleDownModel", document: str) -> Tokens:
 
 
 def memory_tokens(model: "ScaleDownModel", document: Tokens, rate: int) -> int:
-    """How many tokens compression takes of a document at a rate; 0 is the model's own."""
+    """Return how many memory tokens compression has for a document at a rate; 0 is the model's own rate."""
     return model.config.memory_tokens_of(len(document.ids), rate or model.config.compression_rate)
 
 
 def best(weights: Sequence[float], count: int) -> list[int]:
-    """Places of the `count` highest weights, in order; ties go to the earlier place."""
+    """Return the indices of the `count` highest weights, ascending; equal weights: the first index wins."""
     return sorted(sorted(range(len(weights)), key=lambda place: -weights[place])[:count])
 
 
 def weighing(system: str, config: EvaluateConfig) -> Weigh:
-    """How one of `READERS` chooses tokens."""
+    """Return the function that weighs tokens for one of `READERS`."""
     if system == "first":
         return lambda _, documents: [[-float(place) for place in range(len(one.ids))] for one in documents]
     if system == "random":
@@ -127,13 +127,13 @@ def weighing(system: str, config: EvaluateConfig) -> Weigh:
 
 
 def random_weights(seed: int, query: str, documents: Sequence[Tokens]) -> list[list[float]]:
-    """Weights that depend on the seed and the query alone."""
+    """Draw weights that depend on the seed and the query alone."""
     random = Random(f"{seed} {query}")  # noqa: S311
     return [[random.random() for _ in one.ids] for one in documents]
 
 
 class Keywords:
-    """Weighs a token by the SPLADE vector of the query: the weight of the word-piece that it is part of.
+    """Weighs a token by the query's SPLADE vector, which has a weight for each word-piece.
 
     A token that overlaps several word-pieces has the highest of their weights.
     """
@@ -145,7 +145,7 @@ class Keywords:
         self._tokenizer = load_tokenizer(source)
 
     def __call__(self, query: str, documents: Sequence[Tokens]) -> list[list[float]]:
-        """Weights [documents][tokens], 0 where the query's vector has none."""
+        """Return weights, [documents][tokens]; 0 for word-pieces that the query's vector does not have."""
         vector = sp.csr_matrix(self._encoder.queries([query], lambda _: None)).toarray()[0]  # [vocabulary]
         found = []
         for one in documents:
@@ -160,17 +160,24 @@ class Keywords:
 
 
 def echo(model: "ScaleDownModel", query: str, documents: Sequence[str], *, rate: int, budget: str) -> str:
-    """The tokens that a pointer picks, as text, of all documents. Raises `UsageError` without a pointer."""
+    """Return the tokens that a pointer picks in all documents, as text.
+
+    Raises:
+        UsageError: The model is not a pointer.
+    """
     found = model.point(query, documents, compression_rate=rate, budget=budget)
     return " ".join(filter(None, (text_of(model, own.ids, own.picked) for own in found)))
 
 
 def echo_span(model: "ScaleDownModel", query: str, documents: Sequence[str]) -> str:
-    """The likeliest token of all documents with its neighbours, as text.
+    """Return the most probable token of all documents with its neighbours, as text.
 
-    Probabilities are a softmax of a pointer's scores over all tokens of the documents. The span takes its
-    likelier neighbour, up to 8 tokens, as long as that has at least a quarter of the first one's probability.
-    Raises `UsageError` without a pointer.
+    Probabilities are a softmax of a pointer's scores over all tokens of the documents. The span grows by its
+    more probable neighbour, up to 8 tokens, while that neighbour has at least a quarter of the probability of
+    the first token.
+
+    Raises:
+        UsageError: The model is not a pointer.
     """
     found = model.point(query, documents)
     tokens = [(number, place) for number, own in enumerate(found) for place in range(len(own.ids))]
@@ -190,14 +197,14 @@ def echo_span(model: "ScaleDownModel", query: str, documents: Sequence[str]) -> 
 
 
 def text_of(model: "ScaleDownModel", ids: Sequence[int], places: Iterable[int]) -> str:
-    """Some of a document's tokens as text: neighbours as they stand there, others with a space between."""
+    """Decode some tokens of a document: adjacent tokens together, others joined by a space."""
     runs = itertools.groupby(enumerate(places), lambda pair: pair[1] - pair[0])
     texts = (model.tokenizer.decode([ids[place] for _, place in run]).strip() for _, run in runs)
     return " ".join(filter(None, texts))
 
 
 def _embedded(model: "ScaleDownModel", ids: Sequence[int], places: Iterable[int]) -> Any:
-    """The generator's own embeddings of tokens, [places, width]."""
+    """Return the generator's input embeddings of tokens, [places, width]."""
     import torch
 
     chosen = torch.tensor([ids[place] for place in places], dtype=torch.long, device=model.device)

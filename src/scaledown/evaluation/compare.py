@@ -1,4 +1,4 @@
-"""`scaledown compare`: models side by side, what their answers are worth and what they cost."""
+"""The command `scaledown compare`: the quality and the cost of several models' answers."""
 
 import csv
 import io
@@ -44,18 +44,28 @@ _EVALUATIONS: Final = "evaluations"  # a folder in the output
 
 
 def _shape(config: CompareConfig) -> Shape:
-    """What is timed."""
+    """Return the sizes of queries, documents and answers that are timed."""
     return Shape(
         config.cost_query_tokens, config.cost_documents, config.cost_document_tokens, config.cost_new_tokens
     )
 
 
 def compare(names: Sequence[str], config: CompareConfig, *, overwrite: bool = False) -> Comparison:
-    """Evaluate and time each run, training first those that are settings, and write page and tables.
+    """Evaluate and time each run, and write the page and the tables.
 
-    A run is the folder of a trained model, a name on the hub, or a JSON file with settings of `scaledown
-    train`. What was done once is not done again. With `overwrite` files that no comparison made are replaced.
-    Raises `ScaleDownError`.
+    Work that an earlier call finished is not repeated.
+
+    Args:
+        names: The runs. Each is the folder of a trained model, a name on the hub, or a JSON file with
+            settings of `scaledown train`, which is trained first.
+        config: Data, systems, sizes to time, output folder.
+        overwrite: Replace files in the output folder that no comparison has written.
+
+    Returns:
+        The results of all runs.
+
+    Raises:
+        ScaleDownError: An input, a model or the output folder cannot be used.
     """
     from scaledown.student.training.run import train  # here, so that --help needs no torch
 
@@ -73,8 +83,8 @@ def compare(names: Sequence[str], config: CompareConfig, *, overwrite: bool = Fa
     for name, folder, rate, budget in _ways(short, folders, config):
         log.info("compare: %s", name)
         baselines = config.baselines
-        if runs:  # of the first model alone, and once if the rate does not matter to them
-            baselines = tuple(one for one in baselines if one in OF_A_RATE and folder == folders[0])
+        if runs:  # baselines use the first model alone; those that no rate changes are evaluated once
+            baselines = tuple(name for name in baselines if name in OF_A_RATE and folder == folders[0])
         results = evaluate(
             EvaluateConfig(
                 model=folder,
@@ -109,17 +119,17 @@ def compare(names: Sequence[str], config: CompareConfig, *, overwrite: bool = Fa
 
 
 class _Way(NamedTuple):
-    """A model, and how it compresses."""
+    """A model with a rate and a budget of compression."""
 
     name: str
     folder: str
     rate: int
-    """0 is the model's own."""
+    """0 is the model's own rate."""
     budget: str
 
 
 def _ways(names: Sequence[str], folders: Sequence[str], config: CompareConfig) -> Iterator[_Way]:
-    """Each model once, a pointer once for each rate."""
+    """Yield each model once, and a pointer once for each of `--compression_rates`."""
     from scaledown.student.model import read_settings as read_model
 
     for name, folder in zip(names, folders, strict=True):
@@ -132,7 +142,7 @@ def _ways(names: Sequence[str], folders: Sequence[str], config: CompareConfig) -
 
 
 def _names(names: Sequence[str]) -> list[str]:
-    """Short names of the runs, which differ: of two that are called alike, with the folder they are in."""
+    """Return short, unique names of the runs. Runs of the same name get their parent folder as a prefix."""
     paths = [
         Path(name).resolve().with_suffix("") if name.endswith(".json") else Path(name).resolve()
         for name in names
@@ -147,7 +157,7 @@ def _names(names: Sequence[str]) -> list[str]:
 
 
 def _settings(path: Path, output: Path) -> TrainConfig:
-    """The run of `scaledown train` that a file describes, into a folder that no other settings have."""
+    """Read settings of `scaledown train` from a file. The output folder's name has a hash of the settings."""
     found = read_settings(path, TrainConfig)
     digest = blake2b(json.dumps(found, sort_keys=True).encode(), digest_size=4).hexdigest()
     folder = output / "models" / f"{path.stem}-{digest}"
@@ -155,7 +165,7 @@ def _settings(path: Path, output: Path) -> TrainConfig:
 
 
 def _check(names: Sequence[str], settings: Sequence[TrainConfig | None], config: CompareConfig) -> None:
-    """Find out before any training what would fail after it. Raises `ScaleDownError`."""
+    """Check before any training what would fail after it. Raises `ScaleDownError`."""
     from scaledown.student.model import read_settings as read_model
 
     if not fetched(config.data, "--data").is_file():
@@ -176,26 +186,26 @@ def _check(names: Sequence[str], settings: Sequence[TrainConfig | None], config:
         and not any(model.kind.rates for model in models.values())
     ):
         raise UsageError(
-            "--compression_rates: no run is a pointer, and others have but one rate: leave it out"
+            "--compression_rates: no run is a pointer, and other models have only one rate: leave it out"
         )
     if (
         settings[0] is None
         and not models[names[0]].kind.picks_tokens
         and (found := set(config.baselines) & set(ECHOES))
     ):
-        raise UsageError(f"--baselines {min(found)}: the first run is no pointer: leave it out")
+        raise UsageError(f"--baselines {min(found)}: the first run is not a pointer: leave it out")
 
 
 def _check_shape(name: str, model: "ScaleDownConfig", shape: Shape) -> None:
-    """Raise `InputError` where a model would be timed on less than what its generator reads as text."""
+    """Raise `InputError` if a model would compress fewer tokens than its generator reads as text."""
     for flag, asked, most in (
         ("document", shape.document_tokens, model.doc_max_length),
         ("query", shape.query_tokens, model.query_max_length),
     ):
         if asked > most:
             raise InputError(
-                f"--cost_{flag}_tokens {asked}: {name} compresses {most} tokens of a {flag}, the rest would "
-                "be cut: lower the flag"
+                f"--cost_{flag}_tokens {asked}: {name} compresses {most} tokens of a {flag} and cuts the "
+                "rest: lower the flag"
             )
 
 
@@ -219,7 +229,7 @@ def _answered(path: Path) -> _Answered:
 
 
 def _differences(own: _Answered, first: _Answered, reference: str, seed: int) -> dict[str, Difference]:
-    """Paired, of the measures that every answer has. None where not the same questions were asked."""
+    """Return paired differences for the measures that every answer has; empty if the questions differ."""
     if own.queries != first.queries:
         return {}
     left, right = own.scores["compressed"], first.scores[reference]
@@ -232,7 +242,7 @@ def _differences(own: _Answered, first: _Answered, reference: str, seed: int) ->
 
 
 def _costs(path: Path, results: Results, config: CompareConfig) -> list[Cost]:
-    """Measured, or as they were measured here before."""
+    """Measure the costs of a model, or read those that were measured earlier on this machine."""
     batches = [int(size) for size in config.cost_batches]
     device = choose_device(config.device)
     dtype = dtype_to_run(config.dtype, device)
@@ -264,7 +274,7 @@ def _cost(kept: dict[str, Any]) -> Cost:
 
 
 def _check_room(model: Any, shape: Shape) -> None:
-    """Raise `InputError` where the text that is to be timed does not fit the generator."""
+    """Raise `InputError` if the text to time does not fit into the generator's context."""
     needed = shape.query_tokens + shape.documents * (shape.document_tokens + 2) + shape.new_tokens + 128
     if needed > model.reader.context:
         raise InputError(
@@ -284,7 +294,7 @@ def _write(output: Path, comparison: Comparison) -> None:
 
 
 def numbers(comparison: Comparison) -> str:
-    """CSV with a line for each number: run, model, system, what, value, interval, how many questions."""
+    """Return CSV with a line for each number: run, model, system, measure, value, interval, questions."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     made = ("compressor", "num_layers", "compression_rate", "memory_tokens", "enable_reranking")
@@ -311,7 +321,7 @@ def numbers(comparison: Comparison) -> str:
 
 
 def summary(comparison: Comparison, config: CompareConfig) -> str:
-    """What a finished command prints: a line for each run, where the page is."""
+    """Return what the finished command prints: a line for each run, and the path of the page."""
     from scaledown.evaluation.pages import quality_rows
 
     columns, rows = quality_rows(comparison)
@@ -335,12 +345,12 @@ def summary(comparison: Comparison, config: CompareConfig) -> str:
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown compare") -> int:
-    """The command line; gives the exit status."""
+    """Run the command line. Returns the exit status."""
     usage = Usage(
         program,
         "RUN... --data FILE",
-        "Compare models by the quality and the cost of their answers. The same command again continues an "
-        "interrupted one.",
+        "Compare models by the quality and the cost of their answers. To continue an interrupted comparison, "
+        "run the same command again.",
         GROUPS,
     )
     return run_cli(CompareConfig, _compare, summary, usage=usage, argv=argv, add=_add_runs, resumes=True)

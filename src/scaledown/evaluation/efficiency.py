@@ -1,4 +1,4 @@
-"""What compression and generation cost: FLOPs, time and peak memory (OSCAR, arXiv 2504.07109, table 5)."""
+"""Costs of compression and generation: FLOPs, time and peak memory (OSCAR, arXiv 2504.07109, table 5)."""
 
 import contextlib
 import logging
@@ -23,7 +23,7 @@ UNCOMPRESSED: Final = "uncompressed"
 
 
 class Shape(NamedTuple):
-    """What is asked, in tokens of the generator; as in the paper."""
+    """Sizes of a timed query, in tokens of the generator. The defaults are the paper's."""
 
     query_tokens: int = 128
     documents: int = 10
@@ -35,7 +35,7 @@ AS_THE_PAPER: Final = Shape()
 
 
 class Seconds(NamedTuple):
-    """Of one query, over several repetitions of a batch."""
+    """Seconds of one query, over several repetitions of a batch."""
 
     median: float
     low: float
@@ -45,14 +45,14 @@ class Seconds(NamedTuple):
 
     @classmethod
     def of(cls, seconds: Sequence[float], queries: int) -> "Seconds":
-        """From the seconds of whole batches."""
+        """Compute the seconds of a query from the seconds of whole batches of `queries`."""
         each = [value / queries for value in seconds]
         low, _, high = statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else each * 3
         return cls(statistics.median(each), low, high)
 
 
 class Cost(NamedTuple):
-    """Of one query in a batch of `batch`: compression is 0 where the documents' text is read."""
+    """Costs of one query in a batch of `batch`. Without compression, its FLOPs and seconds are 0."""
 
     system: str
     batch: int
@@ -61,16 +61,16 @@ class Cost(NamedTuple):
     compression: Seconds
     generation: Seconds
     peak_bytes: int | None
-    """Of the whole process on a CPU, of what torch has taken on a GPU; None where it cannot be told."""
+    """On a CPU the memory of the whole process, on a GPU the memory that torch allocated; None if unknown."""
 
     @property
     def flops(self) -> float:
-        """Of compression and generation."""
+        """FLOPs of compression and generation together."""
         return self.compression_flops + self.generation_flops
 
     @property
     def seconds(self) -> float:
-        """Median of compression and that of generation."""
+        """Sum of the median seconds of compression and of generation."""
         return self.compression.median + self.generation.median
 
 
@@ -83,12 +83,21 @@ def costs(
     compression_rate: int = 0,
     budget: str = "each",
 ) -> list[Cost]:
-    """Costs of answering from compressed documents and from their text, for each size of a batch.
+    """Measure the costs of answering from compressed documents and from their text.
 
-    A pointer compresses at `compression_rate` (0: its own) and by `budget`, see `ScaleDownModel.answer`.
+    Both are run alternately, once to warm up and then `repeats` times. LoRA is merged into the weights first,
+    and no answer ends early.
 
-    Both sides are run in turn, once to warm up and `repeats` times more. LoRA is folded into the weights
-    before, and no answer ends early. Batches from the first that does not fit into memory on are left out.
+    Args:
+        model: The model; its LoRA weights are merged in place.
+        batches: Sizes of batches. If one does not fit into memory, it and all larger ones are left out.
+        shape: Sizes of a query, its documents and its answer, in tokens.
+        repeats: Timed repetitions.
+        compression_rate: Of a pointer; 0 is its own rate.
+        budget: Of a pointer, see `ScaleDownModel.answer`.
+
+    Returns:
+        Two costs for each size of batch: compressed and uncompressed.
     """
     import torch
 
@@ -104,7 +113,7 @@ def costs(
             measured: list[Cost] = []
             with contextlib.suppress(torch.OutOfMemoryError):
                 measured = _of_batch(model, batch, shape, repeats, way)
-            if not measured or model.halving.count > before:  # several smaller ones are not this one
+            if not measured or model.halving.count > before:  # a batch that was halved is not of this size
                 log.warning("batches of %s and more do not fit into memory", batch)
                 break
             found += measured
@@ -161,7 +170,7 @@ def _of_batch(
 
 
 def inputs(model: "ScaleDownModel", batch: int, shape: Shape) -> tuple[list[str], list[list[str]]]:
-    """Queries and their documents, of words that are one token each."""
+    """Make `batch` queries with documents, of words that are one token each."""
     import torch
 
     words = one_token_words(model.tokenizer)
@@ -175,7 +184,7 @@ def inputs(model: "ScaleDownModel", batch: int, shape: Shape) -> tuple[list[str]
 
 
 def one_token_words(tokenizer: Any) -> list[str]:
-    """Words that are one token after a space, at most 1,000; all kinds of tokens where there are none."""
+    """Return at most 1,000 words that are one token after a space; `["a"]` if the tokenizer has none."""
     found = []
     for number in range(len(tokenizer)):
         word = tokenizer.decode([number]).strip()
@@ -189,17 +198,18 @@ def one_token_words(tokenizer: Any) -> list[str]:
 
 
 def flops(call: Callable[[], object]) -> float:
-    """Of the matrix products and attention in a call, as torch counts them: two to a multiply and add."""
+    """Count the FLOPs of matrix products and attention in a call, by torch: a multiply-add is two."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
-    # Not among those that torch knows: attention on a CPU.
+    # torch has no formula for attention on a CPU.
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
     def count(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:  # of their shapes
         return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
-    # Nor a recurrent layer of cuDNN, whose input is packed, [tokens, width]. On a CPU it is made of products.
+    # It has none either for cuDNN's recurrent layers, whose input is packed, [tokens, width]. On a CPU these
+    # layers are matrix products, which torch counts.
     def count_recurrent(read: Any, weights: Any, *_: Any, **__: Any) -> int:
         return int(2 * read[0] * sum(math.prod(shape) for shape in weights if len(shape) == 2))
 
@@ -211,7 +221,7 @@ def flops(call: Callable[[], object]) -> float:
 
 
 def machine() -> str:
-    """Processor or GPU, cores and versions, to be told with every figure."""
+    """Describe processor or GPU, cores and versions; every figure is reported with this."""
     import torch
 
     name = platform.processor() or platform.machine()
@@ -226,7 +236,7 @@ def machine() -> str:
 
 @contextlib.contextmanager
 def _peak(device: "torch.device", peaks: dict[str, int | None], name: str) -> Iterator[None]:
-    """Note the most memory in use inside, if it is more than was noted before."""
+    """Record the peak of memory inside the block, if it is higher than the peak recorded before."""
     import torch
 
     if device.type == "cuda":
@@ -235,7 +245,7 @@ def _peak(device: "torch.device", peaks: dict[str, int | None], name: str) -> It
         peak: int | None = torch.cuda.max_memory_allocated(device)
     else:
         reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-        with contextlib.suppress(OSError):  # macOS; or not allowed: then it is the peak since the start
+        with contextlib.suppress(OSError):  # macOS, or not permitted: the peak is then since the start
             reset.write_text("5", encoding="ascii")
         yield
         lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []

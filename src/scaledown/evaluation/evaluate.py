@@ -1,4 +1,4 @@
-"""`scaledown evaluate`: a model beside its baselines, or rankings -> `results.json`, answers with scores."""
+"""The command `scaledown evaluate`: measure a model and its baselines, or rankings, into `results.json`."""
 
 import contextlib
 import functools
@@ -59,7 +59,7 @@ ANSWERS: Final = "answers.jsonl"
 PAGE: Final = "report.html"
 QUERIES: Final = "queries.jsonl"
 
-_ROWS: Final = 64  # of a shard, which is what a crash costs at most
+_ROWS: Final = 64  # in a shard; a crash loses at most one shard
 _WORK: Final = "work"  # in the output: a run directory
 _RERANKER_BATCH: Final = 16
 _MODEL_FACTS: Final = (
@@ -78,10 +78,19 @@ class Sources(NamedTuple):
 
 
 def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> Results:
-    """Evaluate as `config` says into its `output_dir`, or go on with what is there.
+    """Evaluate into `config.output_dir`, or continue an evaluation there.
 
-    What was answered or judged once under the same settings is not asked again; a finished evaluation is
-    read. With `overwrite` it takes the place of files that no evaluation made. Raises `ScaleDownError`.
+    Answers and verdicts that were made with the same settings are kept. A finished evaluation is only read.
+
+    Args:
+        config: What is evaluated, and how.
+        overwrite: Replace files in the output folder that no evaluation has written.
+
+    Returns:
+        The results, as in `results.json`.
+
+    Raises:
+        ScaleDownError: An input, a model or the output folder cannot be used.
     """
     output = Path(config.output_dir)
     reads = (config.data, *config.gold, *config.run, config.qrels)
@@ -125,7 +134,7 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> Results:
 
 
 def _is_ours(output: Path) -> bool:
-    """Whether a folder has an evaluation, finished or not."""
+    """Whether a folder holds an evaluation, finished or not."""
     if not (output / FILE).exists():
         return (output / _WORK).is_dir()
     there = read_json(output / FILE)
@@ -133,7 +142,7 @@ def _is_ours(output: Path) -> bool:
 
 
 def _inputs(config: EvaluateConfig, run: RunDirectory) -> dict[str, list[str]]:
-    """Hashes of the files that are read."""
+    """Return the hashes of the input files."""
 
     def known(flag: str, file: str) -> str:
         source = locate(file, flag)
@@ -145,7 +154,7 @@ def _inputs(config: EvaluateConfig, run: RunDirectory) -> dict[str, list[str]]:
 
 
 def _find(config: EvaluateConfig) -> Sources:
-    """The models, found before any work. Raises `ModelError`."""
+    """Find the models before any work begins. Raises `ModelError`."""
     model, reranker, keywords, judging = resolve(config.model), None, None, None
     if "pruned" in config.systems:
         with _or_without("pruned", "pruning_reranker"):
@@ -154,7 +163,7 @@ def _find(config: EvaluateConfig) -> Sources:
         with _or_without("keywords", "keyword_model"):
             keywords = resolve(config.keyword_model)
             if not is_sparse(keywords):
-                raise ModelError(f"{config.keyword_model} is no SPLADE model")
+                raise ModelError(f"{config.keyword_model} is not a SPLADE model")
     if config.judge_model:
         judging = find_teacher(config.judge_model, Engine.of(config))
     return Sources(model, reranker, keywords, judging)
@@ -162,7 +171,7 @@ def _find(config: EvaluateConfig) -> Sources:
 
 @contextlib.contextmanager
 def _or_without(system: str, flag: str) -> Iterator[None]:
-    """Say of a model that cannot be used that its system can be left out."""
+    """Add to a `ModelError` that the system which needs this model can be left out."""
     try:
         yield
     except ModelError as error:
@@ -170,7 +179,7 @@ def _or_without(system: str, flag: str) -> Iterator[None]:
 
 
 def _identities(config: EvaluateConfig, run: RunDirectory, sources: Sources | None) -> dict[str, str]:
-    """What names the exact weights of each model."""
+    """Return what identifies the exact weights of each model."""
     found = {}
     if sources:
         for name, source in sources._asdict().items():
@@ -183,7 +192,7 @@ def _identities(config: EvaluateConfig, run: RunDirectory, sources: Sources | No
 
 
 def _finished(output: Path, run: RunDirectory, request: str) -> Results | None:
-    """The results of an earlier call with these settings, whose files are still as they were written."""
+    """Return the results of an earlier call with these settings; None if one of its files has changed."""
     content = read_json(output / FILE)
     if not isinstance(content, dict) or content.get("request") != request:
         return None
@@ -196,7 +205,7 @@ def _finished(output: Path, run: RunDirectory, request: str) -> Results | None:
 def _evaluate_model(
     config: EvaluateConfig, run: RunDirectory, sources: Sources, known: dict[str, Any]
 ) -> Results:
-    """Questions -> answers of each system -> verdicts -> scores -> means. Stages keep what each has made."""
+    """Make questions, answers of each system, verdicts, scores and means; each step is a stage."""
     quiet_libraries()
     from scaledown.student.model import ScaleDownModel, read_settings
 
@@ -280,16 +289,16 @@ def _evaluate_model(
 
 
 def _check_whole(run: RunDirectory) -> None:
-    """A measure of some of the answers would be no measure."""
+    """Raise an error if shards were given up: a mean over the other answers would be misleading."""
     if lost := run.given_up():
         raise RunDirectoryError(
-            f"{lost:,} shards of answers ended each process that tried them: see {run.quarantine}, mend the "
-            "cause, and run the same command again: it tries again"
+            f"{lost:,} shards of answers crashed each process that tried them: see {run.quarantine}, fix the "
+            "cause, and run the same command again to retry them"
         )
 
 
 def _questions(config: EvaluateConfig, run: RunDirectory, inputs: dict[str, Any]) -> Stage:
-    """The stage of questions, finished."""
+    """Return the finished stage of questions."""
     shards = {"limit": config.num_examples, "rows_per_shard": max(_ROWS, config.batch_size)}
     stage = Stage(run, "questions", {"data": inputs["data"], "gold": inputs.get("gold"), **shards})
     gold = functools.partial(read_gold, config.gold, "--gold") if config.gold else None
@@ -306,7 +315,7 @@ def _sentences(  # noqa: PLR0917
     identities: dict[str, str],
     machine: dict[str, str],
 ) -> Stage | None:
-    """The stage of documents that are pruned to as many tokens as compression takes, finished."""
+    """Return the finished stage of documents that are pruned to as many tokens as compression keeps."""
     if not sources.reranker:
         return None
     from scaledown.student.batch import plain_ids
@@ -348,10 +357,10 @@ def _evaluate_rankings(config: EvaluateConfig, run: RunDirectory, known: dict[st
     names = short if len(set(short)) == len(short) else list(config.run)
     values, counts = {}, {}
     for name, path in zip(names, config.run, strict=True):
-        told: Counter[str] = Counter()
-        found = ranking.read_run(Path(path), told)
+        faults: Counter[str] = Counter()
+        found = ranking.read_run(Path(path), faults)
         values[name] = ranking.per_query(found, qrels, measures)
-        counts[name] = {"missing": len(qrels.keys() - found.keys()), **told}
+        counts[name] = {"missing": len(qrels.keys() - found.keys()), **faults}
     written = Path(config.output_dir) / QUERIES
     ranking.write_queries(written, list(qrels), values)
     return Results(
@@ -367,7 +376,7 @@ def _evaluate_rankings(config: EvaluateConfig, run: RunDirectory, known: dict[st
 
 
 def summary(results: Results, config: EvaluateConfig) -> str:
-    """What a finished command prints: measures with intervals, what went wrong, the next command."""
+    """Return what the finished command prints: measures with intervals, problems, the next command."""
     output, counts = config.output_dir, results.counts
     if results.kind == "rankings":
         lines = [f"{output}: {counts['queries']:,} judged queries"]
@@ -381,19 +390,19 @@ def summary(results: Results, config: EvaluateConfig) -> str:
         if not config.judge_model:
             kept = f"evaluate --config {shlex.quote(f'{output}/{FILE}')} --judge_model MODEL"
             following = f"{program_name()} {kept} grades the same answers, which are in {output}/{ANSWERS}"
-    told = [f"  {line}" for line in remarks(results)]
+    notes = [f"  {line}" for line in remarks(results)]
     tables = [text for text in (table(results), held_table(results)) if text]
-    parts = ["\n".join(lines), *tables, *(["\n".join(told)] if told else []), f"next: {following}"]
+    parts = ["\n".join(lines), *tables, *(["\n".join(notes)] if notes else []), f"next: {following}"]
     return "\n\n".join(parts)
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown evaluate") -> int:
-    """The command line; gives the exit status."""
+    """Run the command line. Returns the exit status."""
     usage = Usage(
         program,
         "--model DIR --data FILE | --run FILE --qrels FILE",
-        "Measure the answers of a trained model beside its baselines, or rankings, with intervals and paired "
-        "tests. The same command again continues an interrupted one.",
+        "Measure the answers of a trained model and its baselines, or rankings, with intervals and paired "
+        "tests. To continue an interrupted evaluation, run the same command again.",
         GROUPS,
     )
     return run_cli(EvaluateConfig, evaluate, summary, usage=usage, argv=argv, resumes=True)

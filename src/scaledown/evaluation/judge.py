@@ -1,6 +1,6 @@
-"""A language model as judge: grades of single answers, and which of two is better.
+"""A language model as judge: it grades single answers, and decides which of two answers is better.
 
-A reply without a verdict is none: it is counted, and never a zero.
+A reply without a verdict is counted as such; it is never a grade of 0.
 """
 
 import functools
@@ -27,20 +27,23 @@ from scaledown.run.stage import Stage
 from scaledown.text import normalized
 
 JUDGED: Final = "judge"
-"""The measure that grades make."""
+"""The measure from grades of single answers."""
 PREFERRED: Final = "preferred"
-"""The measure that pairs make: 1 where the answer is better than the baseline's, 0.5 for a tie."""
-NEW_TOKENS: Final = 32  # a verdict takes one; some models say a few words around it
+"""The measure from pairs of answers: 1 if the answer is better than the baseline's, 0.5 for a tie, else 0."""
+NEW_TOKENS: Final = 32  # a verdict needs one; some models write a few words around it
 
 _GRADES: Final = {"0": 0.0, "0.0": 0.0, "0.5": 0.5, ".5": 0.5, "1": 1.0, "1.0": 1.0}
-_LABELS: Final = {"correct": 1.0, "partially correct": 0.5}  # as the prompt names the grades; the rest is 0
+_LABELS: Final = {
+    "correct": 1.0,
+    "partially correct": 0.5,
+}  # the prompt's names of the grades; other names are 0
 _LABEL: Final = re.compile(r"\b(partially correct|incorrect|not correct|correct|wrong)\b", re.IGNORECASE)
 _LABEL_ALONE: Final = re.compile(
     rf"\W*(?:(?:the )?(?:answer|grade|verdict)\W+(?:is\W+)?)?{_LABEL.pattern}\W*", re.IGNORECASE
 )
 _BOTH: Final = re.compile(rf"\W*(0\.5|0|1)\s*:\s*{_LABEL.pattern}(?!\s*,\s*\d)", re.IGNORECASE)
 _NUMBER: Final = re.compile(r"-?(?:\d+(?:[.,]\d+)*|\.\d+)")
-_LETTER: Final = re.compile(  # alone, or what is better: in "A better answer is B" the A is none
+_LETTER: Final = re.compile(  # the letter alone, or as the better one: in "A better answer is B" not the A
     r"\W*(?:(?:the )?(?:better )?(?:answer|verdict|choice)\W+(?:is\W+)?)?([ABC])"
     r"(?=\W*$|[.,:;)*\n]| is (?:the )?better\b)",
     re.IGNORECASE,
@@ -48,7 +51,13 @@ _LETTER: Final = re.compile(  # alone, or what is better: in "A better answer is
 
 
 def grade(reply: str) -> float | None:
-    """The grade in a reply: as asked for, the only number in it, or a name alone; none if it names others."""
+    """Read the grade in a reply.
+
+    A grade is `number: name` as the prompt asks, the only number, or a name alone.
+
+    Returns:
+        0, 0.5 or 1; None if the reply has no grade, or names of other grades too.
+    """
     numbers = set(_NUMBER.findall(reply))
     if both := _BOTH.match(reply):
         numbers = {both[1]}
@@ -60,9 +69,15 @@ def grade(reply: str) -> float | None:
 
 
 def preference(there: str, back: str) -> float | None:
-    """Of two replies, the second to the answers in reverse: 1 the first is better, 0 the other, 0.5 a tie.
+    """Combine two replies about a pair of answers.
 
-    Replies that disagree are a tie, too.
+    Args:
+        there: The reply to the answers in their order.
+        back: The reply to the answers in reverse order.
+
+    Returns:
+        1 if the first answer is better, 0 if the second is, 0.5 for a tie or if the replies disagree; None if
+        one of them has no verdict.
     """
     letters = [found[1].upper() if (found := _LETTER.match(reply)) else "" for reply in (there, back)]
     if "" in letters:
@@ -71,13 +86,13 @@ def preference(there: str, back: str) -> float | None:
 
 
 class Judging(NamedTuple):
-    """How a judge is loaded and asked, and in `settings` all that its verdicts depend on."""
+    """How the judge is loaded and asked. `settings` holds everything that its verdicts depend on."""
 
     load: Callable[[int], Teacher]
-    """With the tokens that were spent on it before."""
+    """Loads the judge; the argument is the number of tokens spent on it before."""
     device: str
     at_once: int
-    """Shards that are asked together."""
+    """Shards whose prompts are sent together."""
     settings: dict[str, Any]
     flush_seconds: float
     prices: tuple[float, float]
@@ -90,7 +105,7 @@ class Judging(NamedTuple):
         identities: Mapping[str, str],
         machine: Mapping[str, str],
     ) -> "Judging":
-        """As the settings say. Raises `ModelError` where there is no such server or model behind it."""
+        """Create it from the settings. Raises `ModelError` if the server or the model cannot be reached."""
         device = choose_device(config.device)
         size = EngineConfig.batch_for("teacher_batch_size", config.teacher_batch_size, device)
         generation = Generation(
@@ -124,9 +139,17 @@ class Judging(NamedTuple):
 def judge(
     run: RunDirectory, asked: Stage, answers: Mapping[str, Stage], against: str | None, judging: Judging
 ) -> dict[str, dict[str, Stage]]:
-    """Grade the answers of each system, and compare them with those of the one that they are `against`.
+    """Grade the answers of each system, and compare them with those of the system `against`.
 
-    Gives the stages of each system by the name of their measure.
+    Args:
+        run: The run directory of the evaluation.
+        asked: The finished stage of questions.
+        answers: The finished stage of answers, by system.
+        against: The system to compare with; None for grades alone.
+        judging: The judge.
+
+    Returns:
+        The finished stages of verdicts, by system and measure.
     """
     found: dict[str, dict[str, Stage]] = {}
     for system, own in answers.items():
@@ -147,17 +170,18 @@ def judge(
 
 
 class _Inquiry(NamedTuple):
-    """What the judge is asked, and what follows from what it says."""
+    """The prompts for the judge, and how a verdict follows from its replies."""
 
     replies: int
-    """To each question that needs any."""
+    """Number of replies to a question that needs the judge."""
     prompts: Callable[[int], list[list[Prompt]]]
-    """Of each question of a shard; none where the verdict is plain."""
+    """Returns the prompts of each question of a shard; none if the verdict needs no judge."""
     verdict: Callable[[Sequence[str]], float | None]
+    """Returns the verdict from the replies to a question."""
 
 
 def _grading(asked: Stage, answers: Stage) -> _Inquiry:
-    """Grades of answers; that of an empty one is 0."""
+    """Grade answers. An empty answer has grade 0."""
 
     def prompts(shard: int) -> list[list[Prompt]]:
         pairs = zip(questions.read(asked, shard), systems.read(answers, shard), strict=True)
@@ -170,7 +194,7 @@ def _grading(asked: Stage, answers: Stage) -> _Inquiry:
 
 
 def _comparing(asked: Stage, answers: Stage, others: Stage) -> _Inquiry:
-    """The better of two systems' answers; the same words are a tie."""
+    """Compare the answers of two systems. Equal answers are a tie."""
 
     def prompts(shard: int) -> list[list[Prompt]]:
         own, other = systems.read(answers, shard), systems.read(others, shard)
@@ -189,7 +213,7 @@ def _comparing(asked: Stage, answers: Stage, others: Stage) -> _Inquiry:
 def _judge(
     stage: Stage, asked: Stage, inquiry: _Inquiry, load: Callable[[], Teacher], judging: Judging
 ) -> None:
-    """Ask for each shard of questions; keep the replies as they come, and what is concluded from them."""
+    """Ask the judge about each shard of questions. Replies are logged as they arrive; verdicts are kept."""
     if stage.done():
         return
     rows = asked.finished().rows
@@ -214,7 +238,7 @@ def _judge(
             log.remove()
 
         stage.complete_together(len(rows), judging.at_once, work)
-    for left in AnswerLog.every(stage):  # of groups whose shards were then made one by one
+    for left in AnswerLog.every(stage):  # logs of groups whose shards were made one by one later
         left.remove()
     without = sum(stage.table(shard).column("verdict").null_count for shard in range(len(rows)))
     counts = {"verdicts": sum(rows) - without, "no_verdict": without}
@@ -250,6 +274,6 @@ def _table(
 
 
 def read(stage: Stage, shard: int) -> list[float | None]:
-    """The verdicts of one shard, None where a reply held none."""
+    """Return the verdicts of one shard; None for replies without a verdict."""
     verdicts: list[float | None] = stage.table(shard).column("verdict").to_pylist()
     return verdicts

@@ -1,4 +1,4 @@
-"""Evaluations and comparisons as pages: tables, plots of quality against cost, answers to look at."""
+"""Pages of evaluations and comparisons: tables, plots of quality against cost, answers to browse."""
 
 import itertools
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ _HOW: Final = (
 
 
 def evaluation_page(results: Results, answers: Path) -> Page:
-    """One evaluation; `answers` is the `answers.jsonl` beside it."""
+    """Make the page of one evaluation; `answers` is the path of its `answers.jsonl`."""
     model = results.model
     whose = "gold answers" if results.right_answers == "gold" else "the teacher's answers taken as right"
     lead = (
@@ -72,13 +72,13 @@ def _measures(results: Results) -> Table:
 
 
 def _apart(results: Results) -> list[Block]:
-    """The measures by whether the documents hold a right answer; nothing where all questions are alike."""
+    """Measures for questions whose documents hold a right answer, and for others; none if all are alike."""
     rows = held_rows(results)
     if not rows:
         return []
     held, questions = results.counts["held"], results.counts["questions"]
     columns = ("measure", "system", f"held: {held:,} questions", f"not held: {questions - held:,}")
-    return [Table("Apart by whether the documents hold a right answer", columns, rows)]
+    return [Table("Questions whose documents hold a right answer, and the others", columns, rows)]
 
 
 def _named(results: Results) -> list[str]:
@@ -121,7 +121,7 @@ def _answers(path: Path, systems: Sequence[str]) -> Examples:
 
 
 def comparison_page(comparison: Comparison) -> Page:
-    """Quality against cost, in the form of the paper's figures 1, 3 and 12, and all numbers."""
+    """Make the page of a comparison: quality against cost, as in figures 1, 3 and 12 of the paper, tables."""
     first = comparison.runs[0].results
     shape = comparison.shape
     whose = "gold answers" if first.right_answers == "gold" else "the teacher's answers taken as right"
@@ -143,7 +143,7 @@ def comparison_page(comparison: Comparison) -> Page:
 
 
 def quality_rows(comparison: Comparison) -> tuple[Sequence[str], list[list[Cell]]]:
-    """A line for each run and each baseline: what it is, how good, by how much cheaper than reading text."""
+    """Return columns and rows, a row for each run and baseline: quality, and how much cheaper than text."""
     batches = sorted({cost.batch for run in comparison.runs for cost in run.costs})
     columns = ["run", "compressor", "rate", "accuracy", "F1", f"accuracy against {comparison.reference}"]
     columns += ["fewer FLOPs", *(f"faster, batch {batch}" for batch in batches)]
@@ -181,12 +181,12 @@ def _compressor(run: Run) -> str:
 
 
 def _against_cost(comparison: Comparison) -> list[Block]:
-    """Figure 1: a point for each run, and for text."""
+    """Figure 1 of the paper: a point for each run, and for answers from the text."""
     found: list[Block] = []
     batches = sorted({cost.batch for run in comparison.runs for cost in run.costs})
     costs = [("FLOPs of a query", "flops", batches[0], 1e9, "GFLOPs")] if batches else []
     costs += [(f"time of a query, batches of {b}", "seconds", b, 1e-3, "milliseconds") for b in batches]
-    for said, what, batch, unit, name in costs:
+    for title, what, batch, unit, name in costs:
         series: dict[str, list[plots.Point]] = {}
         rows = []
         for run in comparison.runs:
@@ -202,14 +202,14 @@ def _against_cost(comparison: Comparison) -> list[Block]:
                 rows.append((label, group, point.x, mean, low, high))
         table = Table("", ("run", "kind", name, _QUALITY, "low", "high"), rows)
         drawn = plots.plane(series, name, _QUALITY, logarithmic=True)
-        found.append(Plot(f"{_QUALITY.capitalize()} against {said}", drawn, table))
+        found.append(Plot(f"{_QUALITY.capitalize()} against {title}", drawn, table))
     return found
 
 
 def _against_settings(comparison: Comparison) -> list[Block]:
-    """Figures 3 and 12: quality by compression rate and by depth, where runs differ in it."""
+    """Figures 3 and 12 of the paper: quality by compression rate and by layers, if the runs differ in it."""
     found: list[Block] = []
-    for setting, said in (
+    for setting, title in (
         ("compression_rate", "compression rate"),
         ("num_layers", "layers of the compressor"),
     ):
@@ -231,14 +231,14 @@ def _against_settings(comparison: Comparison) -> list[Block]:
             continue
         ordered = {name: sorted(points, key=lambda point: point.x) for name, points in series.items()}
         rows = [(p.name, name, p.x, p.y, p.low, p.high) for name, points in ordered.items() for p in points]
-        table = Table("", ("run", "kind", said, _QUALITY, "low", "high"), rows)
-        drawn = plots.plane(ordered, said, _QUALITY, logarithmic=setting == "compression_rate")
-        found.append(Plot(f"{_QUALITY.capitalize()} by {said}", drawn, table))
+        table = Table("", ("run", "kind", title, _QUALITY, "low", "high"), rows)
+        drawn = plots.plane(ordered, title, _QUALITY, logarithmic=setting == "compression_rate")
+        found.append(Plot(f"{_QUALITY.capitalize()} by {title}", drawn, table))
     return found
 
 
 def _cost_table(comparison: Comparison) -> Table:
-    """The paper's table 5."""
+    """The table of costs, as the paper's table 5."""
     columns = (
         *("run", "reads", "batch", "GFLOPs: compression", "generation", "sum"),
         *("ms: compression [quartiles]", "generation [quartiles]", "sum", "peak memory of the batch, GB"),
@@ -262,8 +262,8 @@ def _milliseconds(one: Seconds) -> str:
 def _cost_notes(comparison: Comparison) -> list[Block]:
     left_out = [
         Note(
-            f"{run.name} in batches of {', '.join(map(str, missing))}: left out, they do not fit into memory "
-            "as a whole."
+            f"{run.name} in batches of {', '.join(map(str, missing))}: left out, because a whole batch "
+            "does not fit into memory."
         )
         for run in comparison.runs
         if (missing := [size for size in comparison.batches if run.cost(COMPRESSED, size) is None])
@@ -271,8 +271,8 @@ def _cost_notes(comparison: Comparison) -> list[Block]:
     return [
         *left_out,
         Note(
-            "FLOPs are those of matrix products and attention, as torch counts them. Peak memory is that of "
-            "the whole process on a CPU, and of what torch has taken on a GPU."
+            "FLOPs are those of matrix products and attention, counted by torch. Peak memory is that of the "
+            "whole process on a CPU, and the memory that torch allocated on a GPU."
         ),
     ]
 

@@ -1,4 +1,4 @@
-"""Hard pruning, the baseline of compression: sentences that a reranker keeps, in as many tokens."""
+"""Hard pruning, a baseline for compression: a reranker keeps sentences, in as many tokens as compression."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from scaledown.run.stage import Stage
 
 
 class Sentence(NamedTuple):
-    """A sentence of a document; it is scored beneath the document's title, and kept without it."""
+    """A sentence of a document. It is scored with the document's title, and kept without it."""
 
     document: int
     title: str
@@ -22,14 +22,14 @@ class Sentence(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """How the generator counts."""
+    """The generator's tokenizer."""
 
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
 
 
 def split(documents: Sequence[str]) -> list[Sentence]:
-    """The sentences of all documents, in reading order, without titles."""
+    """Split all documents into sentences, in reading order, without titles."""
     return [
         Sentence(number, title, text)
         for number, document in enumerate(documents)
@@ -39,9 +39,13 @@ def split(documents: Sequence[str]) -> list[Sentence]:
 
 
 def keep(found: Sequence[Sentence], scores: Sequence[float], budget: int, tokens: Tokens) -> list[str]:
-    """The best sentences that fit into `budget` tokens together, in reading order, a text a document.
+    """Keep the best sentences that fit into `budget` tokens together.
 
-    The best first, and each that still fits. Where none does, the beginning of the best.
+    Sentences are tried from the best to the worst; each that still fits is kept. If none fits, the beginning
+    of the best one is kept.
+
+    Returns:
+        One text for each document that has kept sentences; sentences are in reading order.
     """
     order = best_first(scores, len(scores))
     chosen: list[int] = []
@@ -52,7 +56,7 @@ def keep(found: Sequence[Sentence], scores: Sequence[float], budget: int, tokens
     if chosen or not order:
         return _texts([found[place] for place in chosen])
     ids = tokens.encode(found[order[0]].text)[:budget]
-    while ids and len(tokens.encode(tokens.decode(ids).strip())) > budget:  # a cut word may take more
+    while ids and len(tokens.encode(tokens.decode(ids).strip())) > budget:  # a cut word may need more tokens
         ids.pop()
     return [text] if (text := tokens.decode(ids).strip()) else []
 
@@ -71,9 +75,14 @@ def prune(
     tokens: Tokens,
     memory: Callable[[str], int],
 ) -> None:
-    """Prune the documents of each question to as many tokens as compression takes of them together.
+    """Prune the documents of each question to as many tokens as compression has for all of them.
 
-    `memory` tells how many it takes of a document.
+    Args:
+        stage: The stage of pruned documents.
+        asked: The finished stage of questions.
+        load: Loads the reranker.
+        tokens: The generator's tokenizer.
+        memory: Returns the number of memory tokens of a document.
     """
     if stage.done():
         return

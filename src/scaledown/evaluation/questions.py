@@ -1,4 +1,4 @@
-"""Held-out records and right answers -> the stage `questions`."""
+"""The stage `questions`: held-out records with their right answers."""
 
 import itertools
 import logging
@@ -18,7 +18,7 @@ from scaledown.run.stage import Stage
 
 log = logging.getLogger("scaledown")
 
-_MESSAGES: Final = 5  # about bad records; the rest is counted
+_MESSAGES: Final = 5  # about unusable records; the others are counted
 _SCHEMA: Final = pa.schema(
     {
         "query": pa.large_string(),
@@ -31,23 +31,31 @@ _SCHEMA: Final = pa.schema(
 
 
 class Question(NamedTuple):
-    """What is asked, and what is right."""
+    """A question with its documents and right answers."""
 
     query: str
     documents: list[str]
     right: list[str]
     article: str
-    """What questions that are alike share: the title of the first document; without one, the question."""
+    """The title of the first document, or the question itself. Questions on the same article are similar."""
     scores: list[float] | None
-    """Relevance of each document by the teacher's reranker, where the data has it."""
+    """Relevance of each document by the teacher's reranker; None if the data has no scores."""
 
 
 def collect(
     stage: Stage, data: Path, load_gold: Callable[[], Gold] | None, *, limit: int, rows_per_shard: int
 ) -> None:
-    """Keep the records of `data` that have a right answer, of the first `limit` ones if that is not 0.
+    """Keep the records of `data` that have a right answer.
 
-    Without gold the teacher's answer is right. Raises `InputError` where nothing is left.
+    Args:
+        stage: The stage to fill.
+        data: A file of training records.
+        load_gold: Loads right answers; without it the teacher's answers count as right.
+        limit: Use only the first `limit` records; 0 for all.
+        rows_per_shard: Questions in a shard.
+
+    Raises:
+        InputError: No record has a right answer.
     """
     if stage.done():
         return
@@ -96,7 +104,7 @@ def _questions(data: Path, gold: Gold | None, limit: int, counts: dict[str, int]
 
 
 def _right(record: dict[str, object], gold: Gold | None) -> list[str]:
-    """The right answers to a record; what is no text is none."""
+    """Return the right answers to a record. Values that are not valid text are left out."""
     if gold is not None:
         found = gold.answers(str(record["query"]))
     else:
@@ -106,13 +114,13 @@ def _right(record: dict[str, object], gold: Gold | None) -> list[str]:
 
 
 def _scores(given: object, documents: int) -> list[float] | None:
-    """Scores that are numbers, one a document; else none."""
+    """Return the scores if they are finite numbers, one for each document; else None."""
     if not isinstance(given, list) or len(given) != documents:
         return None
-    sound = all(isinstance(score, int | float) and math.isfinite(score) for score in given)
-    return [float(score) for score in given] if sound else None
+    valid = all(isinstance(score, int | float) and math.isfinite(score) for score in given)
+    return [float(score) for score in given] if valid else None
 
 
 def read(stage: Stage, shard: int) -> list[Question]:
-    """The questions of one shard."""
+    """Return the questions of one shard."""
     return [Question(**record) for record in stage.table(shard).to_pylist()]

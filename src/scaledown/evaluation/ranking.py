@@ -1,4 +1,4 @@
-"""Measures of rankings, by ir_measures: TREC runs against TREC relevance judgements, query by query."""
+"""Measures of rankings by ir_measures: runs and relevance judgements in TREC's format, query by query."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ from scaledown.run.atomic import atomic
 
 log = logging.getLogger("scaledown")
 
-_MOST_RELEVANCE: Final = 10_000  # more would be memory: trec_eval counts each grade
+_MOST_RELEVANCE: Final = 10_000  # trec_eval counts each grade: larger grades need much memory
 _HEADINGS: Final = frozenset({"score", "relevance", "rel", "grade", "label", "judgment", "judgement", "rank"})
 
 Scores = dict[str, dict[str, float]]
@@ -25,7 +25,7 @@ Scores = dict[str, dict[str, float]]
 
 
 class _Form(NamedTuple):
-    """The columns of a file, and which of them are the document and its value."""
+    """The columns of a file, and the indices of the document and its value."""
 
     columns: tuple[str, ...]
     document: int
@@ -43,10 +43,20 @@ _QRELS: Final = (  # TREC's and BEIR's
 
 
 def read_run(path: Path, counts: Counter[str] | None = None) -> Scores:
-    """The scores of a TREC run, or of one with ranks alone. Raises `InputError` that names file and line.
+    """Read the scores of a TREC run, or of a run that has only ranks.
 
-    Ranks beside scores count for nothing, as in trec_eval; the log and `counts` say where they contradict
-    them (`contradicted`), and how many scores are `tied`.
+    If a run has scores, its ranks are ignored, as in trec_eval.
+
+    Args:
+        path: The file.
+        counts: Receives the number of queries whose ranks contradict their scores (`contradicted`) and the
+            number of `tied` scores. Both are logged too.
+
+    Returns:
+        The score of each document, by query.
+
+    Raises:
+        InputError: A line is not valid; the message names the file and the line.
     """
     found: Scores = {}
     ranks: dict[str, list[tuple[float, float]]] = {}
@@ -56,7 +66,7 @@ def read_run(path: Path, counts: Counter[str] | None = None) -> Scores:
         score = value if form is _RUNS[0] else -value
         query, document = fields[0], fields[form.document]
         if document in found.setdefault(query, {}):
-            raise InputError(f"{where}: document {document} is there twice for query {query}: keep one")
+            raise InputError(f"{where}: document {document} occurs twice for query {query}: keep one")
         found[query][document] = score
         if form is _RUNS[0] and fields[3].isdecimal():
             ranks.setdefault(query, []).append((int(fields[3]), -score))
@@ -81,14 +91,22 @@ def read_run(path: Path, counts: Counter[str] | None = None) -> Scores:
 
 
 def _contradict(ranked: list[tuple[float, float]]) -> bool:
-    """Whether ranks and falling scores are two orders."""
+    """Whether the order by rank differs from the order by falling score."""
     return any(rank < other and low > high for (rank, low), (other, high) in pairwise(sorted(ranked)))
 
 
 def read_qrels(path: Path, counts: Counter[str] | None = None) -> dict[str, dict[str, int]]:
-    """The relevance of judged documents. Raises `InputError` that names file and line.
+    """Read the relevance of judged documents. Equal judgements that occur twice count once.
 
-    Below 0 it is 0, as in trec_eval, which `counts` says as `below_0`. The same judgement twice is one.
+    Args:
+        path: The file.
+        counts: Receives the number of relevances below 0 (`below_0`), which become 0, as in trec_eval.
+
+    Returns:
+        The relevance of each document, by query.
+
+    Raises:
+        InputError: A line is not valid; the message names the file and the line.
     """
     found: dict[str, dict[str, int]] = {}
     below = 0
@@ -100,7 +118,7 @@ def read_qrels(path: Path, counts: Counter[str] | None = None) -> dict[str, dict
         relevance = max(0, int(value))
         query, document = fields[0], fields[form.document]
         if found.setdefault(query, {}).setdefault(document, relevance) != relevance:
-            raise InputError(f"{where}: document {document} is there twice for query {query}: keep one")
+            raise InputError(f"{where}: document {document} occurs twice for query {query}: keep one")
     if below:
         if counts is not None:
             counts["below_0"] = below
@@ -109,7 +127,7 @@ def read_qrels(path: Path, counts: Counter[str] | None = None) -> dict[str, dict
 
 
 def _rows(path: Path, flag: str, forms: Sequence[_Form]) -> Iterator[tuple[str, _Form, list[str]]]:
-    """Each line as where it is, the form of the file, and its fields; a line of headings is passed over."""
+    """Yield the place, the form and the fields of each line; a line of headings is skipped."""
     if not path.is_file():
         raise InputError(f"{flag} {path}: there is no such file; check the path")
     form = None
@@ -118,7 +136,7 @@ def _rows(path: Path, flag: str, forms: Sequence[_Form]) -> Iterator[tuple[str, 
         text = line.decode("utf-8", "replace")
         where = f"{flag} {path}:{number}"
         for known in (form,) if form else forms:
-            # Only white space parts most files; in one with tabs an id may hold a space.
+            # Most files separate fields by any white space; in files with tabs an id may contain a space.
             tabs = [field.strip() for field in text.split("\t")]
             fields = tabs if len(tabs) == len(known.columns) and all(tabs) else text.split()
             fields = [field[1:-1] if re.fullmatch(r'".+"', field) else field for field in fields]
@@ -155,12 +173,12 @@ def _number(text: str, where: str, form: _Form, *, whole: bool) -> float:
         value = math.nan
     if not math.isfinite(value) or (whole and not value.is_integer()):
         kind = "whole number" if whole else "number"
-        raise InputError(f"{where}: {form.columns[form.value]} {text!r} is no {kind}: mend that line")
+        raise InputError(f"{where}: {form.columns[form.value]} {text!r} is not a {kind}: fix that line")
     return value
 
 
 def parse_measures(names: Sequence[str]) -> list[Any]:
-    """The measures behind `--measures`. Raises `UsageError` for one that ir_measures does not know."""
+    """Parse the names in `--measures`. Raises `UsageError` for a name that ir_measures does not know."""
     import ir_measures
 
     found = []
@@ -177,7 +195,14 @@ def parse_measures(names: Sequence[str]) -> list[Any]:
 def per_query(
     run: Scores, qrels: dict[str, dict[str, int]], measures: Sequence[Any]
 ) -> dict[str, list[float]]:
-    """By the measures' names, a value for each query of `qrels` in their order; 0 where the run has none."""
+    """Compute each measure for each query.
+
+    Returns:
+        By the measure's name, a value for each query of `qrels` in its order; 0 if the run lacks the query.
+
+    Raises:
+        UsageError: ir_measures cannot compute one of the measures.
+    """
     import ir_measures
 
     judged, ranked = _untied(run, qrels)
@@ -185,7 +210,7 @@ def per_query(
     try:
         for value in ir_measures.iter_calc(measures, judged, ranked):
             found[str(value.measure)][int(value.query_id)] = float(value.value)
-    except Exception as error:  # its providers raise all kinds
+    except Exception as error:  # its providers raise many types
         raise UsageError(
             f"--measures {' '.join(map(str, measures))}: ir_measures cannot compute one of them here "
             f"({type(error).__name__}); use nDCG@10, R@20, RR@10, AP, P@5 …"
@@ -194,9 +219,9 @@ def per_query(
 
 
 def _untied(run: Scores, qrels: Mapping[str, Mapping[str, int]]) -> tuple[dict[str, dict[str, int]], Scores]:
-    """Judgements and rankings for which all measures agree on an order: numbers for ids, and no ties.
+    """Replace ids by numbers and scores by ranks, so that all measures use the same order.
 
-    Among equal scores the larger id comes first, as in trec_eval.
+    Documents of equal score are ordered by id, the larger id first, as in trec_eval.
     """
     judged: dict[str, dict[str, int]] = {}
     ranked: Scores = {}
@@ -213,7 +238,7 @@ def _untied(run: Scores, qrels: Mapping[str, Mapping[str, int]]) -> tuple[dict[s
 def write_queries(
     path: Path, queries: Sequence[str], values: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> None:
-    """A line for each query: every measure of every run."""
+    """Write a line for each query, with every measure of every run."""
     with atomic(path) as temporary, temporary.open("wb") as file:
         for place, query in enumerate(queries):
             runs = {run: {name: own[place] for name, own in found.items()} for run, found in values.items()}

@@ -1,4 +1,4 @@
-"""What an evaluation found: typed records, kept in `results.json`, shown as a table."""
+"""Results of an evaluation: typed records, written to `results.json` and shown as a table."""
 
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -22,26 +22,26 @@ SCHEMA: Final = 2
 FILE: Final = "results.json"
 
 _MAIN: Final = "accuracy"
-_FEW_ARTICLES: Final = 20  # fewer, and the bootstrap's intervals are too narrow
+_FEW_ARTICLES: Final = 20  # with fewer, the bootstrap's intervals are too narrow
 
 
 class SystemResult(NamedTuple):
-    """How one system did."""
+    """The results of one system."""
 
     measures: dict[str, Estimate]
-    """By name, as papers write it."""
+    """By the name that papers use."""
     differences: dict[str, Difference]
-    """To the baseline; empty for the baseline itself."""
+    """Differences to the baseline, by measure; empty for the baseline itself."""
     counts: dict[str, int]
-    """What went wrong: `errors`, `no_verdict`, `missing`; of rankings also `contradicted` and `tied`."""
+    """Counts of problems: `errors`, `no_verdict`, `missing`; for rankings also `contradicted` and `tied`."""
     held: dict[str, Estimate]
-    """The measures over the questions whose documents hold a right answer; none of rankings."""
+    """The measures over the questions whose documents hold a right answer; empty for rankings."""
     not_held: dict[str, Estimate]
     """The measures over the other questions."""
 
 
 class Results(NamedTuple):
-    """All that `results.json` holds; see docs/evaluation.md."""
+    """The content of `results.json`; see docs/evaluation.md."""
 
     kind: str
     """`answers` or `rankings`."""
@@ -49,60 +49,60 @@ class Results(NamedTuple):
     """Fingerprint of settings, models and inputs."""
     parameters: dict[str, Any]
     inputs: dict[str, Any]
-    """Hashes of the files that were read."""
+    """Hashes of the input files."""
     models: dict[str, str]
-    """Commits or hashes, of the model, the reranker and the judge."""
+    """Commits or hashes of the model, the reranker and the judge."""
     model: dict[str, Any]
-    """What the model is made of; empty for rankings."""
+    """Name and settings of the model; empty for rankings."""
     right_answers: str
-    """Where they come from: `gold`, `teacher`, or `qrels`."""
+    """The source of right answers: `gold`, `teacher`, or `qrels`."""
     counts: dict[str, int]
     baseline: str
     systems: dict[str, SystemResult]
     files: dict[str, str]
-    """What was written beside, and its hash."""
+    """Hashes of the other files in the output folder, by name."""
 
 
 class Run(NamedTuple):
-    """A model with what it is worth and what it costs."""
+    """A model with its results and costs."""
 
     name: str
     folder: Path
     results: Results
     costs: list[Cost]
     differences: dict[str, Difference]
-    """Of its compressed answers to the reference, by measure; empty for the reference itself."""
+    """Differences of its compressed answers to the reference, by measure; empty for the reference itself."""
 
     @property
     def compressor(self) -> str:
-        """The name of its kind."""
+        """The name of the model's kind of compressor."""
         return str(self.results.model["compressor"])
 
     @property
     def kind(self) -> "Compressor":
-        """What the kind declares, where this process knows it; else as of a model of its own."""
+        """The declaration of this kind; for a kind that is not registered here, that of a separate model."""
         found: Compressor = COMPRESSORS.find(self.compressor)
         return found
 
     def cost(self, system: str, batch: int) -> Cost | None:
-        """Of a query, in batches of so many."""
+        """Return the cost of a query of a system in batches of this size; None if it was not measured."""
         return next((one for one in self.costs if (one.system, one.batch) == (system, batch)), None)
 
 
 class Comparison(NamedTuple):
-    """Runs in the order given; the first has the baselines."""
+    """Runs in the order of the command; the first has the baselines."""
 
     runs: list[Run]
     reference: str
-    """What differences are to: a system of the first run."""
+    """The system of the first run that the others are compared with."""
     machine: str
     shape: Shape
     batches: list[int]
-    """Sizes of batches that were to be timed; a run has no costs of those that did not fit into memory."""
+    """Requested sizes of batches; a run has no costs for those that did not fit into memory."""
 
 
 Values = Mapping[str, Mapping[str, Sequence[float]]]
-"""By system, then by measure, a value for each question; NaN where there is none."""
+"""By system and measure, a value for each question; NaN for a question without a value."""
 
 
 def conclude(
@@ -114,18 +114,18 @@ def conclude(
     seed: int,
     held: Sequence[bool] = (),
 ) -> dict[str, SystemResult]:
-    """Means, intervals and differences of each system; a measure without any value is left out.
+    """Compute means, intervals and differences of each system.
 
     Args:
-        values: By system, then by measure, a value for each question; NaN where there is none.
-        groups: Of each question, what it shares with those that are like it.
+        values: By system and measure, a value for each question; NaN for a question without a value.
+        groups: The group of each question; similar questions have the same group.
         baseline: The system that the others are compared with.
-        counts: Of each system, what went wrong.
-        seed: Seed of resampling.
-        held: Of each question, whether its documents hold a right answer; empty where there are none.
+        counts: Counts of problems, by system.
+        seed: Seed of the resampling.
+        held: For each question, whether its documents hold a right answer; empty for rankings.
 
     Returns:
-        A record for each system. `length` has no differences.
+        A record for each system. A measure without any value is left out. `length` has no differences.
     """
     found = {}
     with track("compare", "measures", sum(map(len, values.values()))) as tracker:
@@ -173,7 +173,7 @@ def write_results(folder: Path, results: Results) -> None:
 
 
 def read_results(folder: Path) -> Results:
-    """What `scaledown evaluate` left in a folder. Raises `InputError` where that is nothing."""
+    """Read `results.json` of a folder. Raises `InputError` if `scaledown evaluate` has not written it."""
     content = read_json(folder / FILE)
     try:
         if content["schema"] != SCHEMA:
@@ -195,7 +195,7 @@ def read_results(folder: Path) -> Results:
 
 
 def table(results: Results) -> str:
-    """Measures of each system with 95% intervals, and differences to the baseline with p-values."""
+    """Return a text table: measures of each system with 95% intervals, differences, p-values."""
     width = max(map(len, results.systems)) + 2
     names = list(dict.fromkeys(name for own in results.systems.values() for name in own.measures))
     heading = f"against {results.baseline}" if len(results.systems) > 1 else ""
@@ -213,14 +213,14 @@ def table(results: Results) -> str:
 
 
 def held_table(results: Results) -> str:
-    """Accuracy apart for questions whose documents hold a right answer and for others, if there are both."""
+    """Return a text table: accuracy for questions whose documents hold a right answer, and for the others."""
     rows = [row for row in held_rows(results) if row[0] == _MAIN]
     if not rows:
         return ""
     width = max(len(system) for _, system, _, _ in rows) + 2
     held, questions = results.counts["held"], results.counts["questions"]
     lines = [
-        f"  {_MAIN} apart by whether the documents hold a right answer",
+        f"  {_MAIN}, by whether the documents hold a right answer",
         f"  {'':<10}{'':<{width}}{f'held ({held:,})':<24}not held ({questions - held:,})",
     ]
     lines += [f"  {'':<10}{system:<{width}}{own:<24}{other}" for _, system, own, other in rows]
@@ -228,7 +228,10 @@ def held_table(results: Results) -> str:
 
 
 def held_rows(results: Results) -> list[tuple[str, str, str, str]]:
-    """Measure, system, its estimate where documents hold a right answer and where not, if there are both."""
+    """Return rows: measure, system, estimate if documents hold a right answer, and if not.
+
+    There are no rows if all questions are of one kind.
+    """
     if results.counts.get("held", 0) in {0, results.counts.get("questions", 0)}:
         return []
     names = dict.fromkeys(name for own in results.systems.values() for name in own.measures)
@@ -248,7 +251,7 @@ _COUNTED: Final = {
 
 
 def remarks(results: Results) -> Iterator[str]:
-    """What is to be known of the numbers: what was left out, what counts as wrong."""
+    """Yield notes about the numbers: what was left out, what counts as wrong."""
     counts = results.counts
     if counts.get("without_right_answer"):
         without = f"{counts['without_right_answer']:,} of {counts['records']:,} records"
@@ -259,15 +262,15 @@ def remarks(results: Results) -> Iterator[str]:
         if count := counts.get(name):
             yield f"{count:,} {said}"
     if counts.get("articles", _FEW_ARTICLES) < _FEW_ARTICLES:
-        yield f"intervals and p-values from {counts['articles']:,} articles are rough: have {_FEW_ARTICLES}"
+        yield f"intervals and p-values from {counts['articles']:,} articles are rough: use {_FEW_ARTICLES}"
     for system, own in results.systems.items():
         for name, count in own.counts.items():
             if count and name == "errors":
                 yield f"{system}: {count:,} questions could not be asked and count as not answered"
             elif count and name == "missing":
-                yield f"{system}: {count:,} judged queries are not in it and count as 0"
+                yield f"{system}: {count:,} judged queries are not in the run and count as 0"
             elif count and name == "contradicted":
-                yield f"{system}: the ranks of {count:,} queries contradict their scores, which count"
+                yield f"{system}: the ranks of {count:,} queries contradict their scores; the scores are used"
             elif count and name == "tied":
                 yield f"{system}: {count:,} scores are tied: the larger id comes first, as in trec_eval"
             elif count:

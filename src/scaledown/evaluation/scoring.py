@@ -1,4 +1,4 @@
-"""Answers and verdicts -> values of each measure, and a file that shows every answer beside its scores."""
+"""Score answers: the value of each measure, and a file with every answer and its scores."""
 
 import math
 import statistics
@@ -17,36 +17,48 @@ from scaledown.run.progress import track
 from scaledown.run.stage import Stage
 
 Measure = Callable[[str, Sequence[str]], float]
-"""An entry of `MEASURES`: an answer and the right answers -> 0 to 1, higher is better."""
+"""An entry of `MEASURES`: takes an answer and the right answers, and returns 0 to 1; higher is better."""
 
 TAU: Final = "tau"
-"""Kendall's tau-b: how far the model ranks the documents as the teacher's reranker does, -1 to 1."""
+"""Kendall's tau-b between the model's ranking of the documents and the teacher's reranker's, -1 to 1."""
 ORDER: Final = "R@1 order"
-"""1 where the first document of the data holds a right answer; this and the next two have no value where no
-document does."""
+"""1 if the first document of the data holds a right answer, else 0.
+
+This measure and the next two have no value for a question of which no document holds a right answer.
+"""
 MODEL: Final = "R@1 model"
-"""The same of the document that the model scores highest."""
+"""The same for the document that the model scores highest."""
 SUM: Final = "R@1 sum"
-"""The same of the highest sum of the model's score and the data's, each standardised within the question."""
+"""The same for the highest sum of the model's and the data's scores, each standardised in its question."""
 LENGTH: Final = "length"
-"""Words of the answer, which are no quality."""
+"""Words of the answer; not a measure of quality."""
 
 
 class Scored(NamedTuple):
-    """What every answer is worth."""
+    """The scores of all answers."""
 
     values: dict[str, dict[str, "array[float]"]]
-    """By system, then by measure, one a question; NaN where there is none."""
+    """By system and measure, a value for each question; NaN for a question without a value."""
     articles: list[str]
-    """Of each question, what it shares with those that are like it."""
+    """The article of each question; questions about one article are similar."""
     held: list[bool]
-    """Of each question, whether one of its documents holds a right answer."""
+    """For each question, whether one of its documents holds a right answer."""
 
 
 def score(
     path: Path, asked: Stage, answers: Mapping[str, Stage], verdicts: Mapping[str, Mapping[str, Stage]]
 ) -> Scored:
-    """Measure each answer; `path` gets a line for each question: all answers to it with their scores."""
+    """Measure each answer, and write a line for each question to `path`: all answers with their scores.
+
+    Args:
+        path: The file to write, as JSON lines.
+        asked: The finished stage of questions.
+        answers: The finished stage of answers, by system.
+        verdicts: The finished stages of verdicts, by system and measure.
+
+    Returns:
+        The values of all measures.
+    """
     rows = asked.finished().rows
     measures: dict[str, Measure] = dict(MEASURES)
     reranks = {system: bool(stage.finished().counts["reranked"]) for system, stage in answers.items()}
@@ -69,40 +81,44 @@ def score(
         temporary.open("wb") as file,
     ):
         for shard in range(len(rows)):
-            own = questions.read(asked, shard)
-            told: list[dict[str, Any]] = [{} for _ in own]
-            holding = [[holds(document, one.right) for document in one.documents] for one in own]
+            batch = questions.read(asked, shard)
+            shown: list[dict[str, Any]] = [{} for _ in batch]  # by system, for the file
+            holding = [
+                [holds(document, question.right) for document in question.documents] for question in batch
+            ]
             for system, stage in answers.items():
-                judged = {name: judge.read(one, shard) for name, one in verdicts.get(system, {}).items()}
+                judged = {
+                    name: judge.read(verdict, shard) for name, verdict in verdicts.get(system, {}).items()
+                }
                 for row, given in enumerate(stage.table(shard).to_pylist()):
                     scores: dict[str, float | None] = {
-                        name: measure(given["answer"], own[row].right) for name, measure in measures.items()
+                        name: measure(given["answer"], batch[row].right) for name, measure in measures.items()
                     }
                     scores |= {name: column[row] for name, column in judged.items()}
                     if reranks[system]:
-                        scores[TAU] = _tau(given["scores"], own[row].scores)
-                        scores |= _first_of_each_order(given["scores"], own[row].scores, holding[row])
+                        scores[TAU] = _tau(given["scores"], batch[row].scores)
+                        scores |= _first_of_each_order(given["scores"], batch[row].scores, holding[row])
                     scores[LENGTH] = len(given["answer"].split())
                     for name, value in scores.items():
                         scored.values[system][name].append(math.nan if value is None else value)
                     error = {"error": given["error"]} if given["error"] else {}
-                    told[row][system] = {"answer": given["answer"], **error, **scores}
-            for question, holds_it, found in zip(own, map(any, holding), told, strict=True):
+                    shown[row][system] = {"answer": given["answer"], **error, **scores}
+            for question, is_held, found in zip(batch, map(any, holding), shown, strict=True):
                 record = {
                     "query": question.query,
                     "gold": question.right,
                     "article": question.article,
-                    "held": holds_it,
+                    "held": is_held,
                 }
                 file.write(orjson.dumps({**record, "answers": found}, option=orjson.OPT_APPEND_NEWLINE))
                 scored.articles.append(question.article)
-                scored.held.append(holds_it)
-            tracker.advance(len(own))
+                scored.held.append(is_held)
+            tracker.advance(len(batch))
     return scored
 
 
 def _tau(own: Sequence[float] | None, teachers: Sequence[float] | None) -> float | None:
-    """None where there is no order to compare."""
+    """Return Kendall's tau-b; None if one side has no scores or only equal ones."""
     if own is None or teachers is None or len(set(own)) < 2 or len(set(teachers)) < 2:
         return None
     from scipy.stats import kendalltau
@@ -113,7 +129,10 @@ def _tau(own: Sequence[float] | None, teachers: Sequence[float] | None) -> float
 def _first_of_each_order(
     own: Sequence[float] | None, given: Sequence[float] | None, holding: Sequence[bool]
 ) -> dict[str, float | None]:
-    """R@1 of the orders of the data, the model and both; None where there is no such order, or no answer."""
+    """Return R@1 for the orders of the data, of the model and of both.
+
+    A value is None if there is no such order, or if no document holds a right answer.
+    """
     if own is None or not any(holding):
         return dict.fromkeys((ORDER, MODEL, SUM))
     both = (
@@ -127,6 +146,6 @@ def _first_of_each_order(
 
 
 def _standard(scores: Sequence[float]) -> list[float]:
-    """Scores with mean 0 and standard deviation 1; all 0 where they are the same."""
+    """Standardise scores to mean 0 and standard deviation 1; equal scores become 0."""
     mean, deviation = statistics.fmean(scores), statistics.pstdev(scores)
     return [(score - mean) / (deviation or 1) for score in scores]

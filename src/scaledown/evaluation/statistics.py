@@ -1,7 +1,7 @@
-"""Means with their uncertainty, and whether two systems differ by more than chance.
+"""Means with confidence intervals, and tests of whether two systems differ by more than chance.
 
-Questions about one article are alike: with `groups`, articles are resampled, not questions. A group counts
-as one draw, so that intervals are as wide as they have to be.
+Questions about one article are not independent. With `groups`, articles are resampled instead of questions:
+resampling questions would make the intervals too narrow.
 """
 
 from collections.abc import Hashable, Sequence
@@ -11,11 +11,11 @@ import numpy as np
 
 CONFIDENCE: Final = 0.95
 RESAMPLES: Final = 9_999
-_AT_ONCE: Final = 1 << 22  # numbers that are held
+_AT_ONCE: Final = 1 << 22  # numbers in memory at a time
 
 
 class Estimate(NamedTuple):
-    """A mean over `n` questions and its 95% interval; None where a single group says nothing of it."""
+    """A mean over `n` questions and its 95% interval; `low` and `high` are None for a single group."""
 
     mean: float
     low: float | None
@@ -47,9 +47,15 @@ class Difference(NamedTuple):
 
 
 def estimate(values: Sequence[float], groups: Sequence[Hashable] | None = None, *, seed: int = 0) -> Estimate:
-    """The mean of `values` and its percentile bootstrap interval (Efron 1979).
+    """Compute the mean of `values` and its percentile bootstrap interval (Efron 1979).
 
-    Without values the mean is NaN.
+    Args:
+        values: A value for each question.
+        groups: The group of each question; without it each question is a group.
+        seed: Seed of the resampling.
+
+    Returns:
+        The estimate; its mean is NaN if there are no values.
     """
     sums, counts = _by_group(values, groups)
     mean = float(sums.sum() / counts.sum()) if len(sums) else float("nan")
@@ -77,11 +83,11 @@ def difference(
     *,
     seed: int = 0,
 ) -> Difference:
-    """How much better `one` is than `other`, measured on the same questions.
+    """Compute how much better `one` is than `other` on the same questions.
 
-    The p-value is that of a paired randomisation test (Fisher 1935; for retrieval Smucker et al. 2007): the
-    share of all ways to swap the two systems, group by group, that give a difference as large. All ways are
-    tried where these are few, else 9,999 of them.
+    The p-value is that of a paired randomisation test (Fisher 1935; for retrieval Smucker et al. 2007). The
+    test swaps the two systems group by group; the p-value is the share of swaps with a difference at least as
+    large as the observed one. All swaps are tried if there are few, otherwise 9,999 random ones.
     """
     pairs = np.asarray(one, np.float64) - np.asarray(other, np.float64)
     found = estimate(pairs.tolist(), groups, seed=seed)
@@ -105,10 +111,10 @@ def difference(
 def _by_group(
     values: Sequence[float], groups: Sequence[Hashable] | None
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Sums and counts of each group, in the order of their first appearance; each value alone without."""
+    """Return sum and count of each group, in order of first appearance; without groups, of each value."""
     numbers: dict[Hashable, int] = {}
-    own = range(len(values)) if groups is None else groups
-    places = [numbers.setdefault(group, len(numbers)) for _, group in zip(values, own, strict=True)]
+    keys = range(len(values)) if groups is None else groups
+    places = [numbers.setdefault(key, len(numbers)) for _, key in zip(values, keys, strict=True)]
     sums, counts = np.zeros(len(numbers)), np.zeros(len(numbers))
     np.add.at(sums, places, values)
     np.add.at(counts, places, 1)

@@ -1,4 +1,4 @@
-"""Questions -> answers, by one model in several ways that share everything else."""
+"""Answer questions by each system: one model, used in several ways, with all other settings equal."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
@@ -19,7 +19,7 @@ _SCHEMA: Final = pa.schema(
 
 
 class _Answered(NamedTuple):
-    """What a system says of one question: an answer or an error, and scores if it reranks."""
+    """A system's answer to one question, or an error; scores of the documents if the system reranks."""
 
     answer: str
     error: str
@@ -29,17 +29,26 @@ class _Answered(NamedTuple):
 def answer(
     stage: Stage, asked: Stage, pruned: Stage | None, load: Callable[[], Any], config: EvaluateConfig
 ) -> None:
-    """Let the system that `stage` is named after answer each shard of questions.
+    """Answer each shard of questions by one system; `stage` has the system's name.
 
-    Of a question that cannot be asked the answer is empty and `error` says why. `scores` are those of the
-    reranking head or the pointer, where compressing gives any.
+    If a question cannot be asked, its answer is empty and `error` has the reason. `scores` are those of the
+    reranking head or the pointer; None for systems without them.
+
+    Args:
+        stage: The stage of answers.
+        asked: The finished stage of questions.
+        pruned: The finished stage of pruned documents, for the system `pruned`.
+        load: Loads the model.
+        config: Length of answers, size of batches, rate and budget.
     """
     if stage.done():
         return
     rows = asked.finished().rows
     compressed = stage.name == "compressed"
     weigh = OnDevice(
-        "what weighs tokens", choose_device(config.device), lambda: baselines.weighing(stage.name, config)
+        "the model that weighs tokens",
+        choose_device(config.device),
+        lambda: baselines.weighing(stage.name, config),
     )
     with tracked(stage, stage.name, "answers", rows) as tracker:
 
@@ -91,6 +100,6 @@ def answer(
 
 
 def read(stage: Stage, shard: int) -> list[str]:
-    """The answers of one shard, in the order of its questions."""
+    """Return the answers of one shard, in the order of its questions."""
     answers: list[str] = stage.table(shard).column("answer").to_pylist()
     return answers

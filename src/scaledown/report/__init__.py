@@ -1,1 +1,1 @@
-"""Pages to look at: one record describes a page, and becomes HTML or Markdown."""
+"""Report pages: a record describes a page, which is written as HTML or Markdown."""

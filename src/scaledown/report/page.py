@@ -1,6 +1,6 @@
-"""A page as a record -> one self-contained HTML file, or Markdown.
+"""Write a page, described by records, as one self-contained HTML file or as Markdown.
 
-Every text is data and is escaped; the only script is ours, named by its hash in the page's own policy.
+All texts are data and are escaped. The only script is our own; the page's security policy names its hash.
 """
 
 import base64
@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 Cell = str | int | float | None
 
-_CARD_ROWS: Final = 20  # of a plot in a README
+_CARD_ROWS: Final = 20  # a README shows plots of at most this many rows, as tables
 _MARKDOWN: Final = re.compile(r"([\\`*_{}\[\]<>|#~$&])")
 
 
@@ -23,7 +23,7 @@ class Note(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Rows of cells; numbers stand on the right, None is a dash."""
+    """Rows of cells. Numbers are aligned right; None is shown as a dash."""
 
     caption: str
     columns: Sequence[str]
@@ -31,7 +31,7 @@ class Table(NamedTuple):
 
 
 class Plot(NamedTuple):
-    """A drawing (SVG of `plots`), and the table of what it shows for those who cannot see it."""
+    """A drawing (SVG from `plots`), and a table of its values for readers who cannot see it."""
 
     caption: str
     svg: str
@@ -53,7 +53,7 @@ class Field(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One thing to look at, found by its words and filtered by its tags."""
+    """An example, which readers search by its words and filter by its tags."""
 
     title: str
     tags: Sequence[str]
@@ -68,7 +68,7 @@ class Examples(NamedTuple):
 
     @property
     def tags(self) -> list[str]:
-        """All that there are."""
+        """All tags of the examples, sorted."""
         return sorted({tag for example in self.examples for tag in example.tags})
 
 
@@ -76,7 +76,7 @@ Block = Note | Table | Plot | Examples
 
 
 class Section(NamedTuple):
-    """A heading and what stands under it."""
+    """A heading and the blocks below it."""
 
     heading: str
     blocks: Sequence[Block]
@@ -91,7 +91,7 @@ class Page(NamedTuple):
 
 
 def html(page: Page) -> str:
-    """One file that needs nothing else: no script, style, font or picture from outside."""
+    """Return the page as one HTML file that loads no script, style, font or picture from elsewhere."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -104,12 +104,12 @@ def html(page: Page) -> str:
     )
     environment.filters["cell"] = cell
     environment.tests["number"] = lambda value: isinstance(value, int | float)
-    script = _own("page.js")
+    script = _resource("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("page.html.jinja").render(
         page=page,
         script=Markup(script),  # noqa: S704 (ours)
-        style=Markup(_own("page.css")),  # noqa: S704 (ours)
+        style=Markup(_resource("page.css")),  # noqa: S704 (ours)
         digest=digest,
         drawn=lambda plot: Markup(plot.svg),  # noqa: S704 (matplotlib escapes the texts in it)
         kind=lambda block: type(block).__name__,
@@ -117,7 +117,7 @@ def html(page: Page) -> str:
 
 
 def markdown(page: Page) -> str:
-    """The same for a README: plots by their numbers where these are few, no examples."""
+    """Return the page as Markdown for a README: plots as tables if they have few rows, no examples."""
     parts = [f"# {_escaped(page.title)}", _escaped(page.lead)]
     for section in page.sections:
         blocks = [text for block in section.blocks if (text := _markdown(block))]
@@ -127,7 +127,7 @@ def markdown(page: Page) -> str:
 
 
 def cell(value: Cell) -> str:
-    """A value as people write it: thousands apart, four digits of a fraction."""
+    """Format a value: integers with separators for thousands, fractions with four significant digits."""
     if value is None:
         return "–"
     if isinstance(value, str):
@@ -157,9 +157,9 @@ def _markdown(block: Block) -> str:
 
 
 def _escaped(text: str) -> str:
-    """One line without what Markdown or HTML would take for a sign."""
+    """Return the text on one line, with the special characters of Markdown and HTML escaped."""
     return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))
 
 
-def _own(name: str) -> str:
+def _resource(name: str) -> str:
     return resources.files("scaledown.report").joinpath(name).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Plots as SVG for a page: they take the page's colours and font, light or dark, and need no script."""
+"""Plots as SVG for a page. They use the page's colours and font, light or dark, and need no script."""
 
 import io
 import itertools
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_WIDTH, _HEIGHT = 4.6, 2.9  # inches: on a phone its 9 points stay 9 points
-# Placeholders in what matplotlib draws, and the colours of the style sheet that take their place.
+_WIDTH, _HEIGHT = 4.6, 2.9  # inches: narrow enough that a phone shows the font at its 9 points
+# matplotlib draws with these placeholders; colours of the style sheet replace them.
 _INK: Final = "#0a0a01"
 _GRID: Final = "#0a0a02"
 SERIES: Final = ("#0a0a11", "#0a0a12", "#0a0a13", "#0a0a14", "#0a0a15", "#0a0a16")
 _NAME_LENGTH: Final = 28
-_MOST_STEPS: Final = 40  # of three points each, by which a name is moved
+_MOST_STEPS: Final = 40  # of three points each, to move a name that overlaps another
 _MARKERS: Final = "osD^vP"
 _COLOURS: Final = {
     _INK: "var(--ink)",
@@ -48,7 +48,7 @@ _STYLE: Final = {
 
 
 class Point(NamedTuple):
-    """A mark in a plane with its name; `low` and `high` bound y, NaN where nothing is known."""
+    """A named point in a plane; `low` and `high` are the interval of y, NaN if it is not known."""
 
     name: str
     x: float
@@ -58,7 +58,7 @@ class Point(NamedTuple):
 
 
 def bars(names: Sequence[str], values: Sequence[float], y: str) -> str:
-    """A bar for each name, with its value above it."""
+    """Draw a bar for each name, with its value above."""
     with _figure() as (axes, drawn):
         found = axes.bar(range(len(names)), values, color=SERIES[0])
         axes.bar_label(found, [f"{value:,.4g}" for value in values], padding=2, fontsize=8)
@@ -73,7 +73,7 @@ def bars(names: Sequence[str], values: Sequence[float], y: str) -> str:
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int], x: str, y: str) -> str:
-    """Counts between consecutive edges: one edge more than counts."""
+    """Draw counts between consecutive edges; there is one more edge than counts."""
     with _figure() as (axes, drawn):
         widths = [high - low for low, high in itertools.pairwise(edges)]
         axes.bar(edges[:-1], counts, width=widths, align="edge", color=SERIES[0], linewidth=0)
@@ -84,7 +84,7 @@ def histogram(edges: Sequence[float], counts: Sequence[int], x: str, y: str) -> 
 
 
 def curves(lines: Mapping[str, Sequence[float]], xs: Sequence[float], x: str, y: str) -> str:
-    """A line for each name over the same xs."""
+    """Draw a line for each name over the same `xs`."""
     with _figure() as (axes, drawn):
         for number, (name, values) in enumerate(lines.items()):
             axes.plot(xs, values, marker=_MARKERS[number % len(_MARKERS)], markersize=4, label=_short(name))
@@ -96,7 +96,7 @@ def curves(lines: Mapping[str, Sequence[float]], xs: Sequence[float], x: str, y:
 
 
 def intervals(names: Sequence[str], values: Sequence[tuple[float, float, float]], x: str) -> str:
-    """A line for each name: its mean and what lies between the two bounds, (mean, low, high)."""
+    """Draw an interval for each name; `values` has (mean, low, high)."""
     with _figure() as (axes, drawn):
         places = range(len(names), 0, -1)  # the first on top
         means = [mean for mean, _, _ in values]
@@ -110,7 +110,7 @@ def intervals(names: Sequence[str], values: Sequence[tuple[float, float, float]]
 
 
 def plane(points: Mapping[str, Sequence[Point]], x: str, y: str, *, logarithmic: bool = False) -> str:
-    """Named points in a plane, a colour and a marker for each series, with bars for what is uncertain."""
+    """Draw named points in a plane, with error bars, and a colour and a marker for each series."""
     with _figure() as (axes, drawn):
         names = []
         for number, (name, series) in enumerate(points.items()):
@@ -127,14 +127,14 @@ def plane(points: Mapping[str, Sequence[Point]], x: str, y: str, *, logarithmic:
             )
             for point in series:
                 place: dict[str, Any] = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 7.5}
-                place["annotation_clip"] = False  # else a name at the edge has no extent
+                place["annotation_clip"] = False  # otherwise a name at the edge has no extent
                 names.append(axes.annotate(_short(point.name), (point.x, point.y), **place))
         axes.set(xlabel=x, ylabel=y)
         if logarithmic:
             _make_logarithmic(axes, [point.x for series in points.values() for point in series])
         axes.margins(0.15)
         figure: Any = axes.figure
-        figure.draw_without_rendering()  # only then is known where the points are
+        figure.draw_without_rendering()  # the positions of the points are known only after this
         _move_apart(names)
         if len(points) > 1:
             axes.legend(fontsize=8)
@@ -142,7 +142,7 @@ def plane(points: Mapping[str, Sequence[Point]], x: str, y: str, *, logarithmic:
 
 
 def _move_apart(names: Sequence[Any]) -> None:
-    """Move each name up until it lies on no other, or is far from its point."""
+    """Move each name up until it overlaps no other name, or is too far from its point."""
     placed: list[Any] = []
     for name in names:
         box = name.get_window_extent()
@@ -156,7 +156,7 @@ def _move_apart(names: Sequence[Any]) -> None:
 
 
 def _make_logarithmic(axes: "Axes", xs: Sequence[float]) -> None:
-    """With as many ticks as there is room for, written as plain numbers."""
+    """Make the x axis logarithmic, with as many ticks as fit, written as plain numbers."""
     from matplotlib import ticker
 
     axes.set_xscale("log")
@@ -169,7 +169,7 @@ def _make_logarithmic(axes: "Axes", xs: Sequence[float]) -> None:
 
 @contextmanager
 def _figure() -> Iterator[tuple["Axes", list[str]]]:
-    """Axes to draw on; the SVG is in the list afterwards."""
+    """Yield axes to draw on, and a list that holds the SVG after the block."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -177,7 +177,7 @@ def _figure() -> Iterator[tuple["Axes", list[str]]]:
     drawn: list[str] = []
     settings: dict[str, Any] = _STYLE
     with mpl.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the page's font may well have it
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the page's font may have the glyph
         figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
         FigureCanvasSVG(figure)
         yield figure.subplots(), drawn
@@ -192,7 +192,7 @@ def _short(name: str) -> str:
 
 
 def _for_a_page(svg: str) -> str:
-    """The SVG element alone, without names that another plot has too, in the page's colours and font."""
+    """Return the SVG element alone, in the page's colours and font, without ids that other plots share."""
     svg = svg[svg.index("<svg") :].replace("<svg", '<svg aria-hidden="true"', 1)
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)

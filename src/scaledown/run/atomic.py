@@ -1,4 +1,4 @@
-"""Files that are whole or not there, however the process ends."""
+"""Atomic files: a file is complete or does not exist, however the process ends."""
 
 import contextlib
 import errno
@@ -14,9 +14,14 @@ from scaledown.errors import OutputError
 
 @contextlib.contextmanager
 def atomic(path: Path, room: int = 0) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success it becomes `path`, durable, in one step.
+    """Yield a temporary path beside `path`. After the block it is synced to the disk and renamed to `path`.
 
-    `room` is what the message about a full disk asks for, in bytes.
+    Args:
+        path: The file to write.
+        room: Free bytes to ask for in the message about a full disk.
+
+    Raises:
+        OutputError: The disk is full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:6]}.tmp")
     try:
@@ -42,7 +47,7 @@ def atomic(path: Path, room: int = 0) -> Iterator[Path]:
 
 
 def put_in_place(new: Path, target: Path, aside: Path) -> None:
-    """Let a folder take the place of another, which goes `aside`, and comes back where that fails."""
+    """Replace the folder `target` by `new`. The old folder is moved to `aside`, and moved back on failure."""
     if target.exists():
         target.replace(aside)
     try:
@@ -57,11 +62,11 @@ def write_json(path: Path, content: Any) -> None:
     """Write `content` atomically, indented."""
     with atomic(path) as temporary:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")  # file names are bytes
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")  # file names may be any bytes
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file, or None where there is none or it is not JSON."""
+    """Return the content of a JSON file; None if there is no file or it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
     except (FileNotFoundError, ValueError, RecursionError):
@@ -69,10 +74,10 @@ def read_json(path: Path) -> Any:
 
 
 def check_writable(output: Path, flag: str = "--output_file") -> None:
-    """Find out before any work whether `output`, which `flag` names, can be written. Raises `OutputError`."""
+    """Check before any work that `output`, the value of `flag`, can be written. Raises `OutputError`."""
     try:
         output = output.resolve() if output.is_symlink() else output
-    except (OSError, RuntimeError) as error:  # Python 3.13 changed the one to the other
+    except (OSError, RuntimeError) as error:  # RuntimeError before Python 3.13
         raise OutputError(f"{flag} {output} is a link to itself: delete it") from error
     if output.is_dir():
         raise OutputError(f"{flag} {output} is a folder: name a file in it")

@@ -1,4 +1,4 @@
-"""The run directory: stages, hashes of inputs, processes at work, quarantine, and the manifest at the end."""
+"""The run directory: stages, hashes of inputs, live processes, quarantine, and the final manifest."""
 
 import contextlib
 import hashlib
@@ -57,21 +57,21 @@ _OWN_NAMES: Final = {
 }
 _COMMON_NAMES: Final = {"manifest.json", "report.html", "README.md"}  # these alone are not a run
 ABSENT: Final = ".absent.json"
-"""The ending of the file that marks a shard as given up."""
+"""Suffix of the file that marks a shard as given up."""
 GIVEN_UP: Final = "-given-up"
-"""The ending of the file in the quarantine that gives the reason."""
+"""Suffix of the file in the quarantine that has the reason."""
 _START: Final = ".start"
-"""The ending of the note that a process leaves in a bucket while it is at work."""
+"""Suffix of the note that a process leaves in a bucket while it works."""
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
-    """16 hex digits that change when any of `settings` does."""
+    """Return 16 hex digits that change when any of `settings` changes."""
     text = json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def stage_fingerprint(name: str, settings: Mapping[str, Any]) -> str:
-    """The name of the folder that a stage with these settings has."""
+    """Return the name of the folder of a stage with these settings."""
     return fingerprint({"schema": SCHEMA, "stage": name, **settings})
 
 
@@ -79,13 +79,13 @@ class RunDirectory:
     """`<output>.work/`: stages, hashes of inputs, live processes, manifest.
 
     Args:
-        place: The folder, or the storage that has it.
+        place: The folder, or a storage.
         part: The part of the queries that this process makes.
         worker: The name of this process if another process started it as one of several workers.
 
     Raises:
-        RunDirectoryError: There is something else.
-        OutputError: It cannot be created.
+        RunDirectoryError: The folder holds something else.
+        OutputError: The folder cannot be created.
     """
 
     def __init__(self, place: Path | Storage, part: Part = WHOLE, worker: str = "") -> None:
@@ -132,18 +132,18 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def claim(self, request: str, *, finished: bool = False) -> Iterator[Path]:
-        """Enter the directory as a live process while the block runs.
+        """Register this process as a live process of the directory while the block runs.
 
-        Processes with the same settings share the work. A lock shows whether a process of this machine, or of
-        another one on the same disk, is alive. In a bucket no lock shows that of other machines: there a
-        process leaves a note, and warns of the notes it finds.
+        Processes with the same settings share the work. Each holds a lock, which shows other processes on the
+        same disk that it is alive. In a bucket there are no locks between machines: a process leaves a note
+        there, and warns about the notes of others.
 
         Args:
             request: A fingerprint of the settings.
             finished: Nothing is left to make here, so other processes do not matter.
 
         Yields:
-            The path of this process' files in live/, without ending.
+            The path of this process' files in live/, without suffix.
 
         Raises:
             RunDirectoryError: A live process has other settings.
@@ -156,7 +156,7 @@ class RunDirectory:
         who = {"request": request, "pid": os.getpid(), "host": socket.gethostname()}
         with FileLock(live / "entrance.lock"):
             others = [other for other in sorted(live.glob("*.json")) if _lives(other)]
-            for other in map(read_json, others):  # None: that process is just leaving
+            for other in map(read_json, others):  # None: that process is about to end
                 if isinstance(other, dict) and other.get("request") != request:
                     raise RunDirectoryError(
                         f"{self.storage} is in use by a live run with other settings (process "
@@ -176,11 +176,11 @@ class RunDirectory:
             lock.unlink(missing_ok=True)
             mine.release()
         with contextlib.suppress(OutputError):  # the work is done
-            if start and self._is_ours(start):  # after an error it stays, for who comes next
+            if start and self._is_ours(start):  # after an error the note stays, to warn the next process
                 self.storage.remove(start)
 
     def _announce(self, who: Mapping[str, Any]) -> Path:
-        """Warn of other processes that may be at work in this bucket, and leave a note of this one."""
+        """Warn about other processes that may work in this bucket, and leave a note about this one."""
         start = self.path / "live" / f"{self.part.number}-of-{self.part.count}{_START}"
         for path in self.storage.glob(start.parent, f"*{_START}"):
             other = self.storage.read_json(path)
@@ -190,9 +190,9 @@ class RunDirectory:
                 case [number, self.part.count] if number != self.part.number:
                     continue  # another part: expected
             log.warning(
-                "%s: another process may be at work (process %s on %s, since %s)%s. In a bucket nobody can "
-                "see whether it still is. If so, both make the same shards; stop one, or give each its "
-                "--shard. If not, go on.",
+                "%s: another process may be at work (process %s on %s, since %s)%s. A bucket does not show "
+                "whether it still is. If so, both make the same shards: stop one, or give each its --shard. "
+                "If not, ignore this.",
                 *(self.storage, other.get("pid"), one_line(str(other.get("host")), 80)),
                 one_line(str(other.get("since")), 40),
                 "" if other.get("request") == who["request"] else ", with other settings",
@@ -203,13 +203,14 @@ class RunDirectory:
         return start
 
     def _is_ours(self, note: Path) -> bool:
-        """Whether a note in the bucket is one that a process of this machine left."""
+        """Whether a process on this machine left a note in the bucket."""
         return note.exists() and self.storage.read(note) == note.read_bytes()
 
     def _begin(self) -> None:
-        """As the only process: remove what others left half written, and try again what they gave up.
+        """As the only live process, remove incomplete files of earlier ones, and retry shards they gave up.
 
-        A part tries again only what it gave up itself, a worker nothing: the process that started it does so.
+        A part retries only the shards that it gave up itself. A worker retries none: the process that started
+        it does so.
         """
         for half_written in self.path.rglob(".*.tmp*"):
             half_written.unlink(missing_ok=True)
@@ -230,12 +231,15 @@ class RunDirectory:
                 self.storage.remove(why)
 
     def _why(self, mark: Path) -> Path:
-        """The file in the quarantine that says why a shard was given up, if workers died of that shard."""
+        """Return the path in the quarantine for the reason why a shard was given up.
+
+        The file exists if this shard ended its workers, and not only a shard that it is made from.
+        """
         shard, folder = mark.name.removesuffix(ABSENT), mark.parent
         return self.quarantine / f"{folder.parent.name}-{folder.name}-{shard}{GIVEN_UP}.jsonl"
 
     def given_up(self, *, own: bool = False) -> int:
-        """The number of shards given up in the stages opened here; with `own`, only those of this part."""
+        """Count the shards given up in the stages opened here; with `own`, only those of this part."""
         count = 0
         for folder in self.opened.values():
             self.storage.refresh(folder)
@@ -247,12 +251,12 @@ class RunDirectory:
         return count
 
     def content_hash(self, path: Path, files: Sequence[Path] = ()) -> str:
-        """SHA-256 of a file, or of a folder; remembered while size and time stay the same.
+        """Compute the SHA-256 of a file or a folder. It is cached until size or time of a file changes.
 
         Args:
             path: The file or the folder.
-            files: The files of the folder that count. Without it all but those that training leaves beside a
-                model: hidden files and checkpoints.
+            files: The files of the folder to hash. Without it, all files except hidden ones and checkpoints,
+                which training leaves beside a model.
 
         Returns:
             64 hex digits.
@@ -288,7 +292,7 @@ class RunDirectory:
 
 
 def _lives(note: Path) -> bool:
-    """Whether the process that left a note in live/ is alive; if not, its files are removed."""
+    """Whether the process that left a note in live/ is alive. The files of a dead process are removed."""
     path = note.with_suffix(".lock")
     lock = FileLock(path, timeout=0)
     try:

@@ -1,8 +1,8 @@
-"""Work in other processes: a function over a stream of items, or a whole run by workers that share it.
+"""Work in other processes: a function over a stream of items, or a whole run that workers share.
 
-Workers run what the process that started them would run alone. On one disk a lease gives each shard to a
-worker that is free. In an object store, where each machine has a disk of its own, each worker makes a part.
-No stage knows where its worker runs: in a process of this machine, or in a task on Ray.
+Workers run the same code as a single process. On a shared disk, leases give each shard to a free worker. With
+an object store, where machines do not share a disk, each worker makes a fixed part. A stage does not know
+whether its worker is a process on this machine or a task on Ray.
 """
 
 import collections
@@ -29,36 +29,36 @@ from scaledown.run.leases import TRIES, Leases
 
 log = logging.getLogger("scaledown")
 
-_IDLE_SECONDS: Final = 30  # after so long the workers of a process that was killed end
+_IDLE_SECONDS: Final = 30  # after this time without work, processes of `in_order` end, if theirs was killed
 _LOOK_SECONDS: Final = 0.2
 _EVERY_SECONDS: Final = 1.0
-_LONG_SECONDS: Final = 600.0  # a worker that lived so long did not die of its start
-_FAILED: Final = 3  # exit status of a worker that failed with an error of ours
+_LONG_SECONDS: Final = 600.0  # a worker that lived longer did not fail at its start
+_FAILED: Final = 3  # exit status of a worker that ended with a `ScaleDownError`
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def cores() -> int:
-    """The processors this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_here() -> int:
-    """The threads a computation of this process may use: `OMP_NUM_THREADS`, at most its processors."""
+    """Return the threads that this process may use: `OMP_NUM_THREADS`, but not more than its processors."""
     given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     return min(cores(), int(given)) if given.isdecimal() and int(given) else cores()
 
 
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], processes: int) -> Iterator[Result]:
-    """`map(function, items)` by several processes, a few items ahead of the reader.
+    """Yield `map(function, items)` in order, computed by several processes a few items ahead.
 
-    `function` must be picklable and should be cheap to pickle.
+    `function` must be picklable, and cheap to pickle.
     """
     if processes < 2:
         yield from map(function, items)
         return
-    from loky import ProcessPoolExecutor  # unlike the standard one it needs no main-module guard
+    from loky import ProcessPoolExecutor  # the standard library's pool needs a main-module guard
 
     quiet: dict[str, Any] = {"TOKENIZERS_PARALLELISM": "false"}
     executor = ProcessPoolExecutor(processes, timeout=_IDLE_SECONDS, env=quiet)
@@ -75,16 +75,16 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], processe
 
 
 class Order(NamedTuple):
-    """The order for a worker: to call `target`, `module:function`, with settings and its own name."""
+    """An order for a worker: call `target` (`module:function`) with the settings and the worker's name."""
 
     target: str
     settings: Mapping[str, Any]
     worker: str
     folder: str = ""
-    """The folder that relative paths start from; empty for the worker's own."""
+    """The folder for relative paths; if empty, the worker's working directory."""
 
     def carry_out(self) -> None:
-        """Do it in this process. Raises `InputError` if this machine does not have the folder."""
+        """Call the target in this process. Raises `InputError` if this machine does not have the folder."""
         if self.folder:
             try:
                 os.chdir(self.folder)
@@ -98,7 +98,7 @@ class Order(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """How a worker ended: well, with an error for the user, or dead of `reason`."""
+    """How a worker ended: without an error, with an error for the user, or killed by `reason`."""
 
     well: bool
     reason: str = ""
@@ -106,7 +106,7 @@ class Ending(NamedTuple):
 
     @classmethod
     def failed(cls, kind: str, message: str) -> "Ending":
-        """With one of our errors, by the name of its class."""
+        """Create the ending with one of our errors, given by the name of its class."""
         error: ScaleDownError = getattr(errors, kind)(message)
         return cls(well=False, error=error)
 
@@ -115,17 +115,17 @@ class Worker(Protocol):
     """A worker that has been started."""
 
     def ended(self) -> Ending | None:
-        """How it ended, or None while it works."""
+        """Return how it ended; None while it works."""
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill it at once."""
 
 
 class Pool(Protocol):
     """The machines or processes that run workers."""
 
     def start(self, order: Order, place: int) -> Worker:
-        """Start a worker at one of the pool's places."""
+        """Start a worker; `place` is its number, which decides its GPUs."""
 
 
 def supervise(  # noqa: PLR0917
@@ -137,26 +137,26 @@ def supervise(  # noqa: PLR0917
     task_timeout: float = 0.0,
     look: Callable[[], None] = lambda: None,
 ) -> None:
-    """Let `count` workers carry out the same order until all have done so.
+    """Run `count` workers with the same order until all have finished.
 
-    A worker that dies is replaced. One whose device has no room for a model stops, and the others go on.
+    A worker that dies is replaced. A worker stops if its device has no room for a model; the others continue.
 
     Args:
         pool: Starts the workers.
         target: The function that they call, `module:function`.
         settings: Its settings.
-        count: How many workers.
-        leases: The leases of the directories that all workers share, which count the deaths of each shard.
-            Without any, the workers share no disk: each makes a part, named by `shard` in its settings.
-        task_timeout: A worker that needs longer for a shard is killed; in seconds, 0 for no limit.
-        look: Called again and again.
+        count: Number of workers.
+        leases: The leases of the directories that all workers share; they count the deaths of each shard.
+            Without leases the workers do not share a disk: each makes a part, given by `shard` in its
+            settings. task_timeout: A worker that needs longer for a shard is killed; in seconds, 0 for no
+            limit. look: Called several times a second.
 
     Raises:
         ScaleDownError: A worker ended with this error.
-        RunDirectoryError: Workers died again and again without any progress that can be seen.
+        RunDirectoryError: Too many workers died in a row without visible progress.
     """
-    ours = uuid.uuid4().hex[:4]  # another process may start workers for the same run
-    names = (f"worker-{number}-{ours}" for number in range(sys.maxsize))
+    suffix = uuid.uuid4().hex[:4]  # another process may start workers for the same run
+    names = (f"worker-{number}-{suffix}" for number in range(sys.maxsize))
     working: dict[int, tuple[str, Worker]] = {}
     begun: dict[str, float] = {}
     hung: set[str] = set()
@@ -210,7 +210,7 @@ def supervise(  # noqa: PLR0917
 
 
 class _Clock:
-    """How long each worker holds its lease without progress, by this machine's clock."""
+    """Measures how long each worker has held its lease without progress, by this machine's clock."""
 
     def __init__(self, limit: float) -> None:
         self._limit = limit
@@ -218,7 +218,7 @@ class _Clock:
         self._next = 0.0
 
     def late(self, leases: Sequence[Leases]) -> dict[str, str]:
-        """The leases, by worker, that are held for longer than the limit. Looks once a second."""
+        """Return the leases that are held longer than the limit, by worker. Checks at most once a second."""
         if not self._limit or time.monotonic() < self._next:
             return {}
         self._next = time.monotonic() + _EVERY_SECONDS
@@ -237,7 +237,7 @@ class _Clock:
 
 
 class LocalPool:
-    """Processes on this machine, each with its share of the cores, and with GPUs of its own."""
+    """A pool of processes on this machine; each has its share of the cores and its own GPUs."""
 
     def __init__(self, workers: int, logs: Path, gpus_each: int = 0) -> None:
         self._workers, self._logs, self._gpus_each = workers, logs, gpus_each
@@ -247,13 +247,13 @@ class LocalPool:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // self._workers)))
         if self._gpus_each:
-            own = range(place * self._gpus_each, (place + 1) * self._gpus_each)
-            environment |= only(environment, own)
+            gpus = range(place * self._gpus_each, (place + 1) * self._gpus_each)
+            environment |= only(environment, gpus)
         return _Process(order, self._logs / f"{order.worker}.log", environment)
 
 
 class _Process:
-    """A worker in a process, which ends with this one: it reads a pipe that ends then."""
+    """A worker in a process. It ends with this process: it reads a pipe that closes then."""
 
     def __init__(self, order: Order, log_file: Path, environment: Mapping[str, str]) -> None:
         self._log_file = log_file
@@ -270,7 +270,7 @@ class _Process:
         self._orders, self._result = cast(
             "tuple[IO[bytes], IO[bytes]]", (self._process.stdin, self._process.stdout)
         )
-        with contextlib.suppress(BrokenPipeError):  # it died already: `ended` says how
+        with contextlib.suppress(BrokenPipeError):  # it has died already; `ended` returns how
             self._orders.write(json.dumps(order._asdict()).encode() + b"\n")
             self._orders.flush()
 
@@ -305,17 +305,17 @@ class _Process:
 
 
 def _end_group(leader: int) -> None:
-    """End a worker and all processes that it started; its session began with it."""
+    """Kill a worker and all processes that it started; they are in its session."""
     if hasattr(os, "killpg"):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(leader, signal.SIGKILL)
 
 
 def main() -> int:
-    """A worker's process: carries out the order from standard input, and ends when that is closed."""
+    """Run a worker: carry out the order from standard input, and end when standard input is closed."""
     order = Order(**json.loads(sys.stdin.readline()))
     result = os.dup(1)
-    os.dup2(2, 1)  # what libraries print goes to the log
+    os.dup2(2, 1)  # output of libraries goes to the log
 
     def end_with_supervisor() -> None:
         sys.stdin.read()

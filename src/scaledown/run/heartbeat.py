@@ -1,8 +1,8 @@
-"""The progress of each process at work in a run directory, in a file of its own, for those who look on.
+"""Heartbeats: each process at work in a run directory writes its progress to a file, for `scaledown status`.
 
 The file is in `live/`, beside the lock that the process holds while it is alive. It is removed when the
-process ends well; what a killed process leaves shows how far the run had come. All of it stays on the disk
-(of a run in an object store: in the mirror), since locks show nothing from another machine.
+process ends without an error; the file of a killed process shows how far the run had come. These files are
+never copied to an object store, since a lock means nothing on another machine.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from scaledown.run.periodic import throughout
 from scaledown.run.progress import Tracker, at_work
 
 SUPERVISOR: Final = "supervisor"
-"""The name, in place of a worker's, of a process that starts and watches workers."""
+"""Name of a process that starts and watches workers, instead of a worker's name."""
 
 _EVERY_SECONDS: Final = 1.0
 _ENDING: Final = ".progress"
 
 
 class Work(NamedTuple):
-    """The work of a process in a stage, as its tracker has it; `rate` is rows a second."""
+    """The progress of a process in a stage, from its tracker; `rate` is in rows per second."""
 
     stage: str
     unit: str
@@ -38,26 +38,26 @@ class Work(NamedTuple):
     guess: int
     rate: float
     shards: tuple[int, int] | None
-    """First and past the last: the shards that `in_flight` counts rows of."""
+    """The shards whose rows `in_flight` counts: the first, and the one after the last."""
     in_flight: int
     waiting: str = ""
-    """What it waits for, if it does."""
+    """What the process waits for; empty if it works."""
 
     @classmethod
     def parse(cls, content: Any) -> "Work | None":
-        """From a progress file; None for anything else, as of another version."""
+        """Read it from a progress file; None if the content is invalid or of another version."""
         if not isinstance(content, dict) or content.keys() != set(cls._fields):
             return None
         at, numbers = content["shards"], [content[name] for name in ("done", "guess", "rate", "in_flight")]
-        shards = tuple(at) if isinstance(at, list) and [type(own) for own in at] == [int, int] else None
-        sound = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
-        sound &= isinstance(content["stage"], str) and isinstance(content["total"], int | None)
-        sound &= isinstance(content["waiting"], str)
-        return cls(**{**content, "shards": shards}) if sound else None
+        shards = tuple(at) if isinstance(at, list) and [type(bound) for bound in at] == [int, int] else None
+        valid = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+        valid &= isinstance(content["stage"], str) and isinstance(content["total"], int | None)
+        valid &= isinstance(content["waiting"], str)
+        return cls(**{**content, "shards": shards}) if valid else None
 
     @classmethod
     def of(cls, tracker: Tracker) -> "Work":
-        """From the tracker of the stage."""
+        """Create it from the tracker of the stage."""
         at = (tracker.at.start, tracker.at.stop) if tracker.at else None
         shown = (tracker.unit, tracker.done, tracker.total, tracker.guess, tracker.rate())
         name = tracker.stage.name if tracker.stage else tracker.name
@@ -65,18 +65,18 @@ class Work(NamedTuple):
 
 
 class Process(NamedTuple):
-    """A process in a run directory: its name, where it runs, and its progress at `time`."""
+    """A process in a run directory: its name, its machine, and its progress at `time`."""
 
     worker: str
     host: str
     pid: int
     alive: bool | None
-    """None where the file system has no locks."""
+    """None if the file system has no locks."""
     time: float
     run: str
-    """The path of the run directory on its machine."""
+    """The path of the run directory on the process' machine."""
     stages: Mapping[str, str]
-    """The folders of the stages it has opened, on its machine."""
+    """The folders of the stages that it has opened, by name, on its machine."""
     work: tuple[Work, ...]
 
 
@@ -85,7 +85,7 @@ def publishing(place: Path, worker: str, *runs: RunDirectory) -> Iterator[None]:
     """Write the progress of this process to a file, every second while the block runs.
 
     Args:
-        place: The path, without ending, that `RunDirectory.claim` gives.
+        place: The path without suffix that `RunDirectory.claim` yields.
         worker: The name of this process among the workers; empty if it has none.
         runs: The directories whose stages it opens.
     """
@@ -111,7 +111,7 @@ _supervises: Final = threading.Event()
 
 @contextlib.contextmanager
 def supervising() -> Iterator[None]:
-    """Show this process as the one that starts and watches workers, while the block runs."""
+    """Show this process as the supervisor of workers while the block runs."""
     _supervises.set()
     try:
         yield
@@ -120,7 +120,7 @@ def supervising() -> Iterator[None]:
 
 
 def write_quickly(path: Path, text: str) -> None:
-    """Write a file without waiting for the disk: after a power cut it may be damaged, else it is whole."""
+    """Write a file atomically, without waiting for the disk: only a power cut can damage it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
@@ -130,7 +130,7 @@ def write_quickly(path: Path, text: str) -> None:
 
 
 def processes(run: Path) -> list[Process]:
-    """The processes in a run directory, and what is left of those that were killed. Changes nothing."""
+    """List the live processes of a run directory and those that were killed. Changes nothing."""
     live = run / "live"
     paths = sorted({path.with_suffix("") for path in live.glob("*") if path.suffix in {".json", _ENDING}})
     return [process for path in paths if (process := _process(path, _holds(path.with_suffix(".lock"))))]
@@ -145,31 +145,31 @@ _KINDS: Final = {
 def _process(place: Path, alive: bool | None) -> Process | None:
     note, progress = (read_json(place.with_suffix(ending)) for ending in (".json", _ENDING))
     if not isinstance(note, dict) and not isinstance(progress, dict):
-        return None  # it has just left
+        return None  # it has just ended
     found: dict[str, Any] = {name: kind() for name, kind in _KINDS.items()}
-    for own in (note, progress):
-        if isinstance(own, dict):
-            found |= {name: own[name] for name, kind in _KINDS.items() if type(own.get(name)) is kind}
+    for content in (note, progress):
+        if isinstance(content, dict):
+            found |= {name: content[name] for name, kind in _KINDS.items() if type(content.get(name)) is kind}
     found["time"] = finite(found["time"])
-    found["work"] = tuple(work for content in found["work"] if (work := Work.parse(content)))
+    found["work"] = tuple(work for entry in found["work"] if (work := Work.parse(entry)))
     found["stages"] = {name: path for name, path in found["stages"].items() if isinstance(path, str)}
     return Process(alive=alive if note is not None else False, **found)
 
 
 def finite(seconds: float) -> float:
-    """Seconds from a file, which anybody may have written. Raises `ValueError` for infinity and NaN."""
+    """Check seconds that were read from a file. Raises `ValueError` for infinity and NaN."""
     if not math.isfinite(seconds):
         raise ValueError(f"{seconds} seconds")
     return seconds
 
 
 def _holds(lock: Path) -> bool | None:
-    """Whether a process holds a lock; None where the file system has no locks."""
+    """Whether a process holds a lock; None if the file system has no locks."""
     try:
         import fcntl
 
         with lock.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, and given back at once
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, and released at once
     except BlockingIOError:
         return True
     except FileNotFoundError:

@@ -1,9 +1,10 @@
-"""Leases: at most one process makes a shard at a time, and everybody can see which, and since when.
+"""Leases: at most one process makes a shard at a time. A note shows which process, and since when.
 
-A lease is a locked file, so it ends with its process, however that ends. Beside the lock lies a note of who
-holds it. A note without a lock is that of a dead process; the next holder turns it into a record of a death,
-so that a shard that ends its worker again and again is given up. All this is between processes that share a
-disk. In an object store it is between those of one machine, which share its mirror.
+A lease is a locked file. The operating system releases the lock when the process ends, however it ends, so no
+timeout is needed. Beside the lock is a note about its holder. A note without a lock is from a dead process;
+the next holder turns it into a record of the death. So deaths are counted, and a shard that repeatedly ends
+its worker is given up. Leases work between processes that share a disk; with an object store, between
+processes of one machine, which share its mirror.
 """
 
 import contextlib
@@ -25,17 +26,17 @@ from scaledown.run.atomic import read_json, write_json
 log = logging.getLogger("scaledown")
 
 TRIES: Final = 3
-"""A shard that ends so many workers is given up."""
+"""Number of deaths of workers after which a shard is given up."""
 
 _DIGITS: Final = 6  # of a shard's number
 
 _WAIT_SECONDS: Final = 0.1
 _DEATHS: Final = "deaths"
-"""The folder with a file for each death, which names the cause if the shard is to blame."""
+"""The folder with a file for each death; the file has the cause if the shard caused the death."""
 
 
 class Held(NamedTuple):
-    """A lease: its name, its holder, and since when it is held, in seconds since 1970."""
+    """A lease: its name, its holder, and when it was taken, in seconds since 1970."""
 
     name: str
     worker: str
@@ -45,12 +46,12 @@ class Held(NamedTuple):
 
     @property
     def numbered(self) -> bool:
-        """Whether it is for one shard or several, and not for all of a stage."""
+        """Whether it is for one shard or several shards, not for a whole stage."""
         return _numbered(self.name)
 
     @property
     def shards(self) -> int:
-        """How many shards it is for."""
+        """Number of its shards."""
         first, last = self.name.split("-")[-2:]
         return int(last) - int(first) if len(first) == len(last) == _DIGITS and first.isdecimal() else 1
 
@@ -63,12 +64,12 @@ def _numbered(name: str) -> bool:
 def _held(content: Any) -> Held | None:
     known = isinstance(content, dict) and content.keys() == set(Held._fields)
     held = Held(**content) if known else None
-    sound = held and [type(value) for value in held] == [str, str, str, int, float] and isfinite(held.since)
-    return held if sound else None
+    valid = held and [type(value) for value in held] == [str, str, str, int, float] and isfinite(held.since)
+    return held if valid else None
 
 
 class Leases:
-    """The leases of a run directory, as one of its processes sees them."""
+    """The leases of a run directory, used by one of its processes."""
 
     def __init__(self, folder: Path, worker: str) -> None:
         self._folder = folder
@@ -81,9 +82,9 @@ class Leases:
         """Hold a lease while the block runs.
 
         Args:
-            name: What it is for.
+            name: The name of the lease.
             wait: Wait while another process holds it.
-            check: Called while waiting; may raise.
+            check: Called while waiting; it may raise an error to stop waiting.
 
         Yields:
             Whether this process holds it.
@@ -104,7 +105,7 @@ class Leases:
                 yield True
             except (KeyboardInterrupt, ScaleDownError):
                 note.unlink(missing_ok=True)
-                raise  # any other error leaves the note: the work may be to blame
+                raise  # after any other error the note stays, and counts as a death at this work
             note.unlink(missing_ok=True)
         finally:
             lock.release()
@@ -120,9 +121,9 @@ class Leases:
         return True
 
     def renew(self, name: str) -> None:
-        """Note that work on `name`, whose lease this process holds, makes progress.
+        """Record progress for the lease `name`, which this process holds.
 
-        For all of a stage this also clears the deaths so far.
+        For the lease of a whole stage this also clears the deaths so far.
         """
         self._write(name)
         if not _numbered(name):
@@ -134,7 +135,7 @@ class Leases:
         write_json(self._note(name), held._asdict())
 
     def held(self, worker: str = "") -> list[Held]:
-        """The leases of all workers, or of one, which may be dead."""
+        """List the leases of all workers, or of one worker; the worker may be dead."""
         found = []
         for path in sorted(self._folder.glob("*.held")):
             held = _held(read_json(path))
@@ -143,19 +144,23 @@ class Leases:
         return found
 
     def died(self, worker: str, reason: str) -> list[str]:
-        """Record the death of a worker and its cause; gives the leases it held, for the next to take."""
+        """Record the death of a worker and its cause, which frees its leases. Returns their names."""
         names = []
         for held in sorted(self.held(worker), key=lambda held: held.numbered):
             lock = FileLock(self._folder / held.name)
-            with contextlib.suppress(Timeout), lock.acquire(timeout=0):  # else another has taken it
+            with (
+                contextlib.suppress(Timeout),
+                lock.acquire(timeout=0),
+            ):  # otherwise another worker has taken it
                 self._bury(held.name, reason, worker)
             names.append(held.name)
         return names
 
     def _bury(self, name: str, reason: str, worker: str = "") -> None:
-        """Turn the note that a dead process (`worker`, if given) left into a record of its death.
+        """Turn the note of a dead process into a record of its death. The caller holds the lock.
 
-        The caller has the lock. A process that also held a shard died of the shard, not of `name`.
+        If the process also held a lease for a shard, the death is attributed to that shard and not to `name`.
+        If `worker` is given, the note must be from this worker.
         """
         note = self._note(name)
         if not note.exists():
@@ -164,14 +169,15 @@ class Leases:
         if worker and not (held and held.worker == worker):
             return
         blamed = held and (held.numbered or not any(own.numbered for own in self.held(held.worker)))
-        # Named by the note: should this process die before it removes the note, the death counts once.
+        # The file name has a hash of the note: if this process dies before it removes the note, the next one
+        # writes the same file, and the death still counts once.
         death = self._folder / _DEATHS / f"{name}.{hashlib.sha256(note.read_bytes()).hexdigest()[:16]}.death"
         death.parent.mkdir(exist_ok=True)
         write_json(death, {"time": time.time(), "of": reason if blamed else None})
         note.unlink()
 
     def deaths(self, name: str) -> list[str]:
-        """The causes of death, in order, of the workers that held `name` (a pattern) in this run."""
+        """Return the causes of death, by time, of the workers that held `name` (a pattern) in this run."""
         found = map(read_json, (self._folder / _DEATHS).glob(f"{name}.*"))
         deaths = [(death.get("time"), death.get("of")) for death in found if isinstance(death, dict)]
         known = [(at, cause) for at, cause in deaths if isinstance(at, float) and isinstance(cause, str)]

@@ -1,4 +1,4 @@
-"""From the path or URL in a flag to its storage: a folder on a disk, or one of an object store."""
+"""Find the storage for the path or URL of a flag: a folder on a disk, or in an object store."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class File(NamedTuple):
 
     @classmethod
     def at(cls, name: str, cache: str = "") -> "File":
-        """The file with the path or URL `name`; `cache` is the folder of mirrors."""
+        """Return the file with the path or URL `name`; `cache` is the folder of mirrors."""
         if not is_url(name := local(name)):
             path = Path(name)
             return cls(path, Storage(path.parent))
@@ -31,14 +31,14 @@ class File(NamedTuple):
 
 
 def storage_at(name: str, cache: str = "") -> Storage:
-    """The storage of a folder.
+    """Return the storage of a folder.
 
     Args:
         name: A path or a URL.
-        cache: The folder of mirrors; empty for the one in `cache_directory`.
+        cache: The folder of mirrors; if empty, the one in `cache_directory`.
 
     Raises:
-        UsageError: The URL cannot be written to, or names no folder.
+        UsageError: The URL cannot be written to, or does not name a folder.
     """
     name = local(name)
     if not is_url(name):
@@ -49,15 +49,15 @@ def storage_at(name: str, cache: str = "") -> Storage:
 
 
 def output_of(config: PrepareConfig) -> File:
-    """The file of the training data."""
+    """Return the file of the training data."""
     return File.at(config.output_file, config.cache_dir)
 
 
 def run_of(config: PrepareConfig) -> Storage:
-    """The storage of the run directory."""
+    """Return the storage of the run directory."""
     return storage_at(config.work_dir or config.output_file + ".work", config.cache_dir)
 
 
 def index_of(config: IndexConfig) -> Storage:
-    """The storage of the index that `config.index_dir` names."""
+    """Return the storage of the index directory `config.index_dir`."""
     return storage_at(config.index_dir, config.cache_dir)

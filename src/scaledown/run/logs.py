@@ -1,4 +1,4 @@
-"""The log on standard error: lines of text, or a JSON object a line for machines."""
+"""The log on standard error: lines of text, or for machines one JSON object on each line."""
 
 import json
 import logging
@@ -21,9 +21,9 @@ class LogStyle(NamedTuple):
 
 
 class JSONLines(logging.Formatter):
-    """A record as a JSON object: time, level, logger, message, worker, and the fields of `extra["fields"]`.
+    """Formats a record as a JSON object: time, level, logger, message, worker, fields of `extra["fields"]`.
 
-    In ASCII, on one line, whatever the message holds.
+    The object is always on one line and in ASCII.
     """
 
     structured: Final = True
@@ -34,7 +34,7 @@ class JSONLines(logging.Formatter):
         self._worker = worker
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record on one line."""
+        """Return the record as one line."""
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -52,7 +52,7 @@ _style = LogStyle()
 
 
 def start_logging(level: str, form: str = "text", worker: str = "") -> None:
-    """Send the package's log to standard error: JSON if asked for, else styled on a terminal or plain."""
+    """Send the package's log to standard error: as JSON if `form` is `json`, else styled on a terminal."""
     global _style  # noqa: PLW0603
     _style = LogStyle(level, form, worker)
     handler: logging.Handler = logging.StreamHandler()
@@ -69,5 +69,5 @@ def start_logging(level: str, form: str = "text", worker: str = "") -> None:
 
 
 def style() -> LogStyle:
-    """The style that `start_logging` set last."""
+    """Return the style that `start_logging` set last."""
     return _style

@@ -1,8 +1,9 @@
-"""A run directory or an output in an object store (s3://, gs://, az://), through a mirror on this disk.
+"""A run directory or an output in an object store (s3://, gs://, az://), by a mirror on this disk.
 
-What this machine reads or writes lies in the mirror, where it can be memory-mapped. An object appears under
-its name when it is whole, so a shard is finished when the store lists it. A file of the mirror is the object
-if size and time are equal, as with rsync. A store has no locks, and nobody sees there who is at work.
+Files that this machine reads or writes are in the mirror, where they can be memory-mapped. An object appears
+only when it is complete, so a shard is finished when the store lists it. A file of the mirror counts as a
+copy of the object if size and time are equal, as with rsync. A store has no locks, and does not show which
+processes are alive.
 """
 
 import contextlib
@@ -34,19 +35,19 @@ log = logging.getLogger("scaledown")
 Result = TypeVar("Result")
 
 _PATIENCE_SECONDS: Final = 60.0
-"""So long a store that does not answer is asked again."""
-_LISTED_SECONDS: Final = 1.0  # a listing is that old at most: loops that wait ask the server no more often
+"""Seconds for which requests to a store that does not answer are repeated."""
+_LISTED_SECONDS: Final = 1.0  # the most age of a listing; loops that wait ask the server no more often
 _SMALL_BYTES: Final = 1 << 24
 _DEPTH: Final = 3  # of a run directory's files
-_OF_PROCESSES: Final = {"live", "locks"}  # folders of a run directory that only mean something on a disk
+_OF_PROCESSES: Final = {"live", "locks"}  # folders of a run directory that are useful only on a disk
 _THREADS: Final = 16
 _OWN: Final = re.compile(r"-[0-9a-f]{8}\.")  # what `own` adds to a name
-# Names that file systems give to the time of writing by the store's clock.
+# Names of the time of writing, by the store's clock, in different file systems.
 _TIMES: Final = ("LastModified", "mtime", "updated", "last_modified", "created")
 
 
 def mirrored(url: str, cache: Path) -> Storage:
-    """The folder of an object store behind `url`, with its mirror below the folder `cache`."""
+    """Return the folder of an object store at `url`, with its mirror below the folder `cache`."""
     return _Mirror(url.rstrip("/"), cache)
 
 
@@ -64,7 +65,7 @@ class _Entry(NamedTuple):
         return cls(int(info["size"]), found.timestamp() if isinstance(found, datetime) else float(found))
 
     def is_at(self, path: Path) -> bool:
-        """Whether the file on this disk is a copy of the object."""
+        """Whether the file at `path` on this disk is a copy of the object."""
         with contextlib.suppress(FileNotFoundError):
             found = path.stat()
             return found.st_size == self.size and int(found.st_mtime) == int(self.time)
@@ -72,7 +73,7 @@ class _Entry(NamedTuple):
 
 
 def _final(error: Exception) -> str:
-    """The advice for an error that another attempt does not change; empty for all other errors."""
+    """Return the advice for an error that a retry cannot fix; empty for other errors."""
     if refused(error):
         return "access is refused ({}); check the bucket and the keys in the environment"
     status = status_of(error)
@@ -82,7 +83,7 @@ def _final(error: Exception) -> str:
 
 
 class _Mirror(Storage):
-    """A folder of an object store, as far as this machine has read or written it."""
+    """A folder of an object store; the mirror has the files that this machine has read or written."""
 
     in_bucket = True
     pauses = (0.5, 1.0, 2.0, 4.0)
@@ -129,19 +130,19 @@ class _Mirror(Storage):
     # Requests
 
     def _ask(self, path: Path, question: Callable[[], Result]) -> Result:
-        """Send a request, again and again for a minute while the store cannot be reached.
+        """Send a request, and repeat it for a minute while the store cannot be reached.
 
         Args:
-            path: What the request is about, for messages.
+            path: The file or folder of the request, for messages.
             question: Sends the request.
 
         Returns:
-            The answer.
+            The result of `question`.
 
         Raises:
-            OutputError: The store refuses, or cannot be reached for a minute.
-            FileNotFoundError: That is the answer.
-            FileExistsError: That is the answer.
+            OutputError: The store refuses the request, or cannot be reached for a minute.
+            FileNotFoundError: The store has no such object.
+            FileExistsError: The object exists already.
         """
         pause, gone = 0.5, 0.0
         while True:
@@ -179,7 +180,7 @@ class _Mirror(Storage):
             return []
 
     def _listing(self, folder: Path) -> dict[str, _Entry]:
-        """The objects in a folder by name, as they were at most `_LISTED_SECONDS` ago."""
+        """List the objects in a folder by name. The listing may be `_LISTED_SECONDS` old."""
         asked, known = self._listings.get(folder, (-math.inf, {}))
         if (now := time.monotonic()) - asked >= _LISTED_SECONDS:
             infos = [info for info in self._list(folder) if info["type"] == "file"]
@@ -191,7 +192,7 @@ class _Mirror(Storage):
         return self._listing(path.parent).get(path.name)
 
     def _info(self, path: Path) -> Mapping[str, Any] | None:
-        """What the store knows about an object now; None if there is none."""
+        """Return the store's current data about an object; None if there is no object."""
 
         def question() -> Mapping[str, Any]:
             self._system.invalidate_cache()
@@ -215,7 +216,7 @@ class _Mirror(Storage):
         return [folder / name for name in inside if len(name.parts) == depth and name.match(pattern)]
 
     def _below(self, folder: Path) -> list[tuple[PurePosixPath, _Entry]]:
-        """All objects below a folder, by their paths from there."""
+        """List all objects below a folder, by their relative paths."""
 
         def question() -> Mapping[str, Mapping[str, Any]]:
             self._system.invalidate_cache()
@@ -227,7 +228,7 @@ class _Mirror(Storage):
             found = self._ask(folder, question)
         except FileNotFoundError:
             return []
-        # Anyone may have put anything into a bucket: no name from there leads out of the mirror.
+        # Others may write to the bucket: names that lead out of the mirror are left out.
         names = {
             PurePosixPath(name.removeprefix(root)): name for name in sorted(found) if name.startswith(root)
         }
@@ -252,7 +253,7 @@ class _Mirror(Storage):
             contents = threads.map(content, *zip(*found, strict=True))
             for (name, entry), data in zip(found, contents, strict=True):
                 path = Path(folder) / name
-                with contextlib.suppress(OSError, ValueError):  # names that no folder on a disk can have
+                with contextlib.suppress(OSError, ValueError):  # names that a disk does not allow
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(data)
                     os.utime(path, (entry.time, entry.time))
@@ -285,7 +286,7 @@ class _Mirror(Storage):
     def publish(self, path: Path, *, once: bool = False) -> None:
         try:
             self._put(path, lambda: self._send(path, once=once))
-        except FileExistsError:  # another was quicker, or the answer to an attempt of ours was lost
+        except FileExistsError:  # another process was faster, or the response to our first attempt was lost
             self.drop(path)
             self.refresh(path.parent)
             return
@@ -303,10 +304,10 @@ class _Mirror(Storage):
 
     def _send(self, path: Path, *, once: bool) -> None:
         if once:
-            try:  # s3fs, gcsfs and adlfs each make this a condition of the write
+            try:  # s3fs, gcsfs and adlfs send this as a condition of the write
                 self._system.put_file(str(path), self._at(path), mode="create")
             except OSError as error:
-                if error.errno == errno.EINVAL:  # how s3fs reports an unmet condition of some servers
+                if error.errno == errno.EINVAL:  # s3fs, with some servers: the object exists
                     raise FileExistsError(self._at(path)) from None
                 if error.errno != errno.ENOSYS:
                     raise
@@ -317,7 +318,10 @@ class _Mirror(Storage):
         self._system.put_file(str(path), self._at(path))  # the last write wins
 
     def _note(self, path: Path) -> _Entry | None:
-        """Remember that the file on this disk is the object; gives the object, if it is there."""
+        """Record that the file on this disk is a copy of the object.
+
+        Returns the object; None if it is gone.
+        """
         if (info := self._info(path)) is None:
             return None
         entry = _Entry.of(info)
@@ -359,7 +363,7 @@ class _Mirror(Storage):
         entry = _Entry.of(self._info(path) or {"size": 0})
         self._system.get_file(self._at(path), str(target))
         if target.stat().st_size != entry.size:
-            raise OSError("only a part came, or it was changed meanwhile")
+            raise OSError("only a part arrived, or the object has changed meanwhile")
         os.utime(target, (entry.time, entry.time))
 
     def fetch_log(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a command may write: nothing that it reads, and over nothing that it did not make itself."""
+"""Checks of outputs: a command never overwrites its inputs, or files that it has not written itself."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,19 +17,19 @@ def check_output(
     made: str | Callable[[], bool],
     overwrite: bool = False,
 ) -> None:
-    """Find out before any work whether an output can be written, and may be.
+    """Check before any work that an output can be written, and may be overwritten.
 
     Args:
-        flag: What names the output, for messages.
+        flag: The flag of the output, for messages.
         output: The file.
-        reads: Paths and URLs of what the command reads.
-        made: The command, which leaves a note beside what it made; or what tells otherwise whether an earlier
-            run of the same command made what is there.
-        overwrite: Replace what is there, whoever made it.
+        reads: Paths and URLs of the command's inputs.
+        made: The name of the command, which leaves a note beside its output; or a function that returns
+            whether an earlier run of the command wrote the present file.
+        overwrite: Replace any present file.
 
     Raises:
-        UsageError: The output is also read.
-        OutputError: Something else is there, or the output cannot be written.
+        UsageError: The output is also an input.
+        OutputError: There is a file that this command has not written, or the output cannot be written.
     """
     file = output if isinstance(output, File) else File.at(str(output))
     check_apart(flag, str(output), reads)
@@ -40,21 +40,23 @@ def check_output(
 def check_free(
     flag: str, output: File | Path, made: str | Callable[[], bool], *, overwrite: bool = False
 ) -> None:
-    """Raise `OutputError` where something is that no earlier run made; the rest of `check_output`."""
+    """Raise `OutputError` if there is a file that no earlier run has written; a part of `check_output`."""
     output = output if isinstance(output, File) else File.at(str(output))
     state = output.storage.state(output.path)
-    there = state and not state.startswith("0 ")  # an empty file is nobody's
+    there = state and not state.startswith("0 ")  # an empty file may be replaced
     if there and not overwrite and not (is_made(output.path, made) if isinstance(made, str) else made()):
         raise OutputError(
-            f"{flag} {output} is there already, and is not what this command made: name another, or give "
+            f"{flag} {output} is there already, and this command has not written it: name another, or give "
             "--overwrite to replace it"
         )
 
 
 def check_folder(output: Path, reads: Iterable[Path], *, made: bool) -> None:
-    """Find out before any work whether a folder can be made: it is new, empty, or `made` by an earlier run.
+    """Check before any work that a folder can be written: it is new, empty, or `made` by an earlier run.
 
-    Raises `UsageError` where what is read lies in it, `OutputError` where it cannot be made.
+    Raises:
+        UsageError: The folder contains an input.
+        OutputError: The folder holds other files, or cannot be written.
     """
     for read in reads:
         if lies_in(str(read), str(output)):
@@ -65,18 +67,18 @@ def check_folder(output: Path, reads: Iterable[Path], *, made: bool) -> None:
 
 
 def check_apart(what: str, output: str, reads: Iterable[object]) -> None:
-    """Raise `UsageError` where an output is what is read, or lies in a folder or URL that is."""
+    """Raise `UsageError` if an output is an input, or is inside a folder or URL that is an input."""
     for read in filter(None, map(str, reads)):
         if not output or not lies_in(output, read):
             continue
         if is_url(local(read)) or Path(local(read)).is_dir():
             raise UsageError(f"{what} {output} lies in {read}, which is read: put it elsewhere")
-        if lies_in(read, output):  # else a file stands for a folder: an error when it is written
+        if lies_in(read, output):  # otherwise a parent of the output is a file: an error when it is written
             raise UsageError(f"{what} {output} is also read: name another, it would be overwritten")
 
 
 def lies_in(inner: str, outer: str) -> bool:
-    """Whether a path or URL is the same as another, also through links, or lies in it."""
+    """Whether a path or URL equals another one or is inside it; links are followed."""
     inner, outer = local(inner), local(outer)
     if is_url(inner) or is_url(outer):
         return f"{inner.rstrip('/')}/".startswith(f"{outer.rstrip('/')}/")
@@ -85,13 +87,13 @@ def lies_in(inner: str, outer: str) -> bool:
 
 
 def note_made(output: Path, command: str) -> None:
-    """Leave a note beside what a command made, by which it knows the file again until that is changed."""
+    """Write a note beside a command's output. It identifies the file until the file is changed."""
     output = output.resolve()
     write_json(_note(output), _made(output, command))
 
 
 def is_made(output: Path, command: str) -> bool:
-    """Whether a file is as this command made it."""
+    """Whether this command has written a file, and the file is unchanged."""
     output = output.resolve()
     return bool(read_json(_note(output)) == _made(output, command))
 

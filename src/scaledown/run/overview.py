@@ -1,4 +1,4 @@
-"""A run's status as text: the table of `scaledown status`, and the bars of a process that watches workers."""
+"""The status of a run as text: the table of `scaledown status`, and a supervisor's progress bars."""
 
 import contextlib
 import logging
@@ -18,7 +18,7 @@ _EVERY_SECONDS: Final = 1.0
 
 
 class Overview:
-    """The progress of all workers together: a bar, or log lines, for each stage that is under way."""
+    """The progress of all workers together: a bar, or log lines, for each stage that is running."""
 
     def __init__(self, run: Path) -> None:
         self._run = run
@@ -63,7 +63,7 @@ class Overview:
 
 
 def notes(stage: StageStatus) -> list[str]:
-    """Further facts about a stage: its workers, and what went wrong."""
+    """Return further facts about a stage: its workers and its problems."""
     counted = [
         f"{count:,} {one if count == 1 else many}"
         for count, one, many in (
@@ -78,7 +78,7 @@ def notes(stage: StageStatus) -> list[str]:
 
 
 def table(status: Status) -> str:
-    """A status as a table: the state of the run, its stages, its workers."""
+    """Format a status as a table: the state of the run, its stages, its workers."""
     lines = [f"{status.path}: {_state(status)}", ""]
     if status.stages:
         lines += _columns([_HEAD, *(_row(stage, status) for stage in status.stages)])
@@ -103,7 +103,7 @@ def _state(status: Status) -> str:
             text += f", {status.examples:,} examples in {one_line(status.output)}"
         return text
     if status.workers:
-        return "under way"
+        return "running"
     if is_url(status.path):
         return "unfinished (whether a process is at work cannot be seen in a bucket)"
     return "interrupted, or waiting for other parts: the same command continues"

@@ -1,4 +1,4 @@
-"""An action repeated in a thread while a block runs. When it fails, the block goes on."""
+"""Repeat an action in a thread while a block runs. An error of the action does not stop the block."""
 
 import contextlib
 import logging
@@ -31,5 +31,5 @@ def throughout(seconds: float, action: Callable[[], None]) -> Iterator[None]:
 def _attempt(action: Callable[[], None]) -> None:
     try:
         action()
-    except Exception:  # a full disk, a folder that is gone: the work itself will report it
+    except Exception:  # a full disk, a deleted folder: the work itself will report it
         log.debug("failed, and is tried again", exc_info=True)

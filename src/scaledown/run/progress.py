@@ -18,7 +18,7 @@ LINE_EVERY_SECONDS: Final = 15.0
 
 
 class Tracker:
-    """Counts work done. A `total` of None is unknown."""
+    """Counts finished work. A `total` of None is not known."""
 
     def __init__(
         self, name: str, unit: str, total: int | None, done: int, stage: Stage | None = None
@@ -27,20 +27,23 @@ class Tracker:
         self.done = done
         self.stage = stage
         self.note = ""
-        """Further facts to show: tokens a second, cost."""
+        """Further facts to show: tokens per second, cost."""
         self.waiting = ""
-        """What it waits for, if it does."""
+        """What the work waits for; empty if it does not wait."""
         self.guess = 0
-        """An estimate of the total while it is unknown."""
+        """An estimate of the total while it is not known."""
         self.at: range | None = None
-        """The shards that `in_flight` counts units of: those done so far, on the disk or not."""
+        """The shards whose units `in_flight` counts, whether they are on the disk yet or not."""
         self.in_flight = 0
         self._first = done
         self._rate: float | None = None
         self._started = self._spoke = time.monotonic()
 
     def advance(self, count: int = 1, fraction: float | None = None) -> None:
-        """Add `count` units; `fraction`, the share of the whole done so far, gives an unknown total."""
+        """Add `count` units.
+
+        An unknown total is estimated from `fraction`, the share of the work done so far.
+        """
         self.done += count
         if self.total is None and fraction:
             self.guess = max(self.done, round(self.done / fraction))
@@ -51,12 +54,12 @@ class Tracker:
         self._show()
 
     def skip(self, count: int) -> None:
-        """Add `count` units that were done before this process: they do not count for the rate."""
+        """Add `count` units that earlier processes have done; they do not count for the rate."""
         self._first += count
         self.advance(count)
 
     def wait(self, reason: str) -> None:
-        """Show what it waits for; empty when it goes on."""
+        """Show what the work waits for; empty when it continues."""
         if reason != self.waiting:
             self.waiting = reason
             self._show()
@@ -76,18 +79,18 @@ class Tracker:
         log.info("%s", self.line(), extra={"fields": self.fields()})
 
     def counts(self) -> str:
-        """`3,000/24,000 passages`, with `~` before a total that is an estimate."""
+        """Return `3,000/24,000 passages`; an estimated total has a `~` before it."""
         total = f"/{self.total:,}" if self.total is not None else f"/~{self.guess:,}" if self.guess else ""
         return f"{self.done:,}{total} {self.unit}"
 
     def rate(self) -> float:
-        """Units a second: in this process, or as last set by `tell`."""
+        """Return units per second: of this process, or the value from `tell`."""
         if self._rate is not None:
             return self._rate
         return (self.done - self._first) / max(time.monotonic() - self._started, 1e-9)
 
     def line(self) -> str:
-        """`retrieve: 3,000/24,000 passages, 85.1/s, 4 min left`."""
+        """Return `retrieve: 3,000/24,000 passages, 85.1/s, 4 min left`."""
         rate = self.rate()
         text = f"{self.name}: {self.counts()}, {rate:,.1f}/s"
         if (left := self._left(rate)) is not None:
@@ -95,7 +98,7 @@ class Tracker:
         return ", ".join(filter(None, (text, self.note, self.waiting)))
 
     def fields(self) -> dict[str, Any]:
-        """The line for machines; rate is a second's, a total of None is unknown."""
+        """Return the same values for machines; the rate is per second, a total of None is not known."""
         rate = self.rate()
         left = self._left(rate)
         return {
@@ -139,7 +142,7 @@ def no_progress(_: float) -> None:
 
 
 def at_work() -> list[Tracker]:
-    """The trackers of stages that this process is at now."""
+    """Return the trackers of the stages that this process works on now."""
     return list(_at_work)
 
 
@@ -147,9 +150,9 @@ def at_work() -> list[Tracker]:
 def track(
     name: str, unit: str, total: int | None, done: int = 0, stage: Stage | None = None
 ) -> Iterator[Tracker]:
-    """Show the progress of some work; `done` were finished by an earlier run.
+    """Show the progress of some work, of which an earlier run finished `done` units.
 
-    That of a `stage` is published, too, for those who look at the run from elsewhere.
+    The progress of a `stage` is also published for `scaledown status`.
     """
     with _shown(name, unit, total, done, stage) as tracker:
         if stage:
@@ -163,9 +166,14 @@ def track(
 
 @contextlib.contextmanager
 def tracked(stage: Stage, name: str, unit: str, rows: Sequence[int], each: int = 1) -> Iterator[Tracker]:
-    """Show the progress of a stage whose shards have so many `rows`, from what is finished already.
+    """Show the progress of a stage, counting its finished shards first.
 
-    `each` is how many `unit` are made of one row.
+    Args:
+        stage: The stage.
+        name: The name to show.
+        unit: What is counted.
+        rows: Rows of each shard.
+        each: Units for each row.
     """
     done = sum(count for shard, count in enumerate(rows) if stage.has(shard))
     with track(name, unit, sum(rows) * each, done * each, stage) as tracker:
@@ -191,7 +199,7 @@ _drawing_lock: Final = threading.RLock()
 
 @contextlib.contextmanager
 def _drawing() -> Iterator[Progress]:
-    """The bars on the terminal: stages that run at once share them."""
+    """Yield the progress bars on the terminal; stages that run at the same time share them."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description:<10}"),
@@ -214,7 +222,7 @@ def _drawing() -> Iterator[Progress]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as text: `3.2 s`, `4 min 10 s`, `25 min`, `2 h 05 min`."""
+    """Format seconds: `3.2 s`, `4 min 10 s`, `25 min`, `2 h 05 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     if seconds < 599.5:

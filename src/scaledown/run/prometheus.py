@@ -1,4 +1,4 @@
-"""A run's status as a file of metrics for node_exporter's textfile collector.
+"""The status of a run as a metrics file for node_exporter's textfile collector.
 
 https://prometheus.io/docs/instrumenting/exposition_formats/, names as in .../practices/naming/
 """
@@ -19,7 +19,7 @@ _FIRST: Final = b"# HELP scaledown_"
 
 Value = float | None
 
-# Name, type and help of what each stage has; a value of None is left out.
+# Name, type, help and value of the metrics of each stage; a value of None is left out.
 _OF_STAGES: Final[tuple[tuple[str, str, str, Callable[[StageStatus], Value]], ...]] = (
     ("rows_done_total", "counter", "Rows in whole shards.", lambda stage: stage.rows),
     (
@@ -39,7 +39,10 @@ _OF_STAGES: Final[tuple[tuple[str, str, str, Callable[[StageStatus], Value]], ..
 
 
 def metrics(status: Status) -> str:
-    """The status in Prometheus' text format: each sample has a label for the run, most for the stage."""
+    """Return the status in Prometheus' text format.
+
+    Each sample has a label for the run, most also the stage.
+    """
     run = {"run": status.path}
     lines: list[str] = []
 
@@ -66,7 +69,7 @@ def _labels(labels: Mapping[str, str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    text = text.encode(errors="replace").decode()  # a path may hold bytes that are no text
+    text = text.encode(errors="replace").decode()  # a path may hold bytes that are not text
     return text.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
 
 

@@ -1,4 +1,4 @@
-"""Workers as tasks on a Ray cluster: each takes its GPUs on any node that has them."""
+"""Workers as tasks on a Ray cluster; each gets its GPUs on any node that has them free."""
 
 import logging
 import math
@@ -12,7 +12,8 @@ from scaledown.run.executor import Ending, Order
 log = logging.getLogger("scaledown")
 
 _KNOCK_SECONDS: Final = 10
-# Passed on to workers. Keys are not: Ray shows these variables, so keys are set where its nodes start.
+# Environment variables for workers. API keys are not passed on, since Ray shows these variables: set keys
+# where the nodes are started.
 _VARIABLES: Final = (
     *("OMP_NUM_THREADS", "MKL_CBWR", "SCALEDOWN_CACHE"),
     *("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "TRANSFORMERS_OFFLINE"),
@@ -44,13 +45,15 @@ class RayPool:
         self._gpus_each = gpus_each if self.has_gpus else 0
         room = [int(node.get("GPU", 0)) // gpus_each if self.has_gpus else 1 for node in nodes]
         if not any(room):
-            raise UsageError(f"--tensor_parallel {gpus_each}: no node of the cluster has so many GPUs")
+            raise UsageError(f"--tensor_parallel {gpus_each}: no node of the cluster has that many GPUs")
         self.workers = workers or sum(room)
-        """One a GPU; one a node if the cluster has no GPU."""
+        """By default one for each GPU; if the cluster has no GPU, one for each node."""
         a_node = math.ceil(self.workers / len(nodes))
         cores = min(int(node.get("CPU", 1)) for node, fits in zip(nodes, room, strict=True) if fits)
         self._threads = max(1, cores // (max(room) if self.has_gpus else a_node))
-        self._cores_each = 1 if self.has_gpus else self._threads  # with GPUs, these set how many fit
+        self._cores_each = (
+            1 if self.has_gpus else self._threads
+        )  # with GPUs, their number decides how many workers fit
         log.info("Ray: %s nodes, %s workers", len(nodes), self.workers)
         free = self._ray.available_resources().get("GPU" if self.has_gpus else "CPU", 0)
         if free < self.workers * (gpus_each if self.has_gpus else self._cores_each):
@@ -72,14 +75,14 @@ class RayPool:
 
 
 def _knock(address: str) -> None:
-    """Raise `OSError` if nothing listens there: Ray itself would try for minutes."""
+    """Raise `OSError` if nothing listens at the address: Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
 
 
 def _carry_out(order: dict[str, Any]) -> tuple[str, str] | None:
-    """Run a worker; gives one of our errors as its class and message."""
+    """Run a worker. Returns class and message if it ends with a `ScaleDownError`."""
     try:
         Order(**order).carry_out()
     except ScaleDownError as error:

@@ -1,8 +1,8 @@
-"""A stage of a run: shards that are written once, with the same content whoever makes them.
+"""A stage of a run: shards that are written once, with the same content whichever process makes them.
 
-The shards of a stage are in `<work_dir>/<stage>/<fingerprint>/`. A changed setting starts a new folder for
-that stage and those after it, and changing it back finds the old shards again. A shard has its final name
-only when it is whole; `done.json` marks a stage that has all of its shards.
+The shards of a stage are in `<work_dir>/<stage>/<fingerprint>/`. If a setting changes, this stage and the
+stages after it use new folders; if it is changed back, the old shards are found again. A shard gets its final
+name only when it is complete. `done.json` marks a stage that has all its shards.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ from scaledown.run.leases import TRIES
 log = logging.getLogger("scaledown")
 
 _CHECKSUM_BYTES: Final = 4
-_OUT_OF_RESOURCES: Final = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # the file is not to blame
+_OUT_OF_RESOURCES: Final = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # errors that are not due to the file
 _WAIT_SECONDS: Final = 0.1
 
 
 class StageResult(NamedTuple):
-    """The record of a finished stage; `rows` has one entry a shard."""
+    """The record of a finished stage; `rows` has an entry for each shard."""
 
     rows: list[int]
     counts: dict[str, int]
@@ -46,10 +46,10 @@ class Stage:
     Args:
         run: The run directory.
         name: The stage's name, one of `STAGES`.
-        settings: All that the shards depend on.
-        sources: The stages that a shard is made from: it needs the shards with its number. The first of them
-            sets how many shards there will be.
-        beside: Other stages with this name, and other settings, may be in the run: the log does not say so.
+        settings: Everything that the shards depend on.
+        sources: The stages that a shard is made from: it needs their shards of the same number. The first one
+            decides how many shards there are.
+        beside: Do not log that the run has stages of this name with other settings: it is expected.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Stage:
         run.opened[name] = self.folder
 
     def path(self, shard: int) -> Path:
-        """The file of shard number `shard`, which exists once the shard is whole."""
+        """Return the path of a shard's file, which exists only when the shard is complete."""
         return self.folder / f"{shard:06d}.arrow"
 
     def has(self, shard: int) -> bool:
@@ -87,15 +87,15 @@ class Stage:
         return self.storage.exists(self.path(shard))
 
     def files(self) -> list[Path]:
-        """All files of the stage."""
+        """List all files of the stage."""
         return self.storage.glob(self.folder, "*")
 
     def size(self, shard: int) -> int:
-        """The size of a finished shard, in bytes."""
+        """Return the size of a finished shard, in bytes."""
         return self.storage.size(self.path(shard))
 
     def done(self) -> StageResult | None:
-        """The record of the finished stage, or None while it is unfinished."""
+        """Return the record of the finished stage; None while it is unfinished."""
         content = self.storage.read_json(self.folder / "done.json")
         try:
             return StageResult(**content) if content else None
@@ -103,7 +103,7 @@ class Stage:
             return None
 
     def finished(self) -> StageResult:
-        """The record of the stage. Raises `RunDirectoryError` while it is unfinished."""
+        """Return the record of the stage. Raises `RunDirectoryError` while it is unfinished."""
         result = self.done()
         if result is None:
             raise RunDirectoryError(
@@ -112,31 +112,31 @@ class Stage:
         return result
 
     def planned(self) -> list[int]:
-        """Rows of each shard; while the stage is unfinished, those of the stage it is made from."""
+        """Return the rows of each shard; while the stage is unfinished, those of its first source."""
         if (result := self.done()) is None and self._sources:
             return self._sources[0].planned()
         return (result or self.finished()).rows
 
     def missing(self) -> int:
-        """The number of shards that are still to be made."""
+        """Return the number of shards that are not made yet."""
         self.storage.refresh(self.folder)
         return sum(not self.has(shard) for shard in range(len(self.planned())))
 
     def made(self) -> list[int]:
-        """Rows of each shard, 0 for one that was given up; for `finish`."""
+        """Return the rows of each shard for `finish`; 0 for a shard that was given up."""
         given_up = set(self.lost())
         return [0 if shard in given_up else rows for shard, rows in enumerate(self.planned())]
 
     def write(self, shard: int, content: pa.Table, seconds: float = 0.0, left: float = 0.0) -> None:
-        """Write a whole shard atomically, and its time to the journal.
+        """Write a complete shard atomically, and its time to the journal.
 
-        In an object store a shard that is already there stays: only the first of two makers is kept.
+        In an object store an existing shard is kept: if two processes make a shard, the first one counts.
 
         Args:
             shard: Its number.
             content: Its rows.
             seconds: The time that it took.
-            left: How many more shards of this size are to come; for the message when the disk is full.
+            left: Number of shards of this size that follow; for the message about a full disk.
         """
         with atomic(self.path(shard), room=int((left + 1) * content.nbytes)) as temporary:
             with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, content.schema) as writer:
@@ -167,7 +167,7 @@ class Stage:
                 self.note({"shard": shard, "halved": more})
 
     def journal(self) -> list[dict[str, Any]]:
-        """The events in the journal, in order."""
+        """Return the events in the journal, in order."""
         notes = []
         for path in self.storage.owned(self.folder / "journal.jsonl"):
             self.storage.fetch_log(path)
@@ -178,16 +178,16 @@ class Stage:
         return notes
 
     def table(self, shard: int, *, check: bool = False) -> pa.Table:
-        """The rows of a shard, memory-mapped.
+        """Return the rows of a shard, memory-mapped.
 
-        What is damaged when it comes from a store, or not there yet, is fetched again for some seconds.
+        In a store, a file that is damaged or not there yet is fetched again for some seconds.
 
         Args:
             shard: Its number.
-            check: Read all of it and compare it with its checksum.
+            check: Read the whole file and compare it with its checksum.
 
         Raises:
-            RunDirectoryError: It is missing or damaged.
+            RunDirectoryError: The shard is missing or damaged.
         """
         path = self.path(shard)
         check |= self.storage.fetch(path, once=True)
@@ -198,9 +198,9 @@ class Stage:
             except (pa.ArrowException, OSError, ValueError) as error:
                 if getattr(error, "errno", None) in _OUT_OF_RESOURCES:
                     raise
-                self.storage.drop(path)  # else the next fetch would keep it
+                self.storage.drop(path)  # otherwise the next fetch would keep the damaged copy
                 if (pause := next(pauses, None)) is None:
-                    # No advice to delete a file that another process may be making.
+                    # Another process may be making the file: the message does not say to delete it first.
                     raise RunDirectoryError(
                         f"{self.storage.shown(path)} is missing or damaged: run the same command again when "
                         "no other process works on this run; if it still fails then, delete the file and "
@@ -210,7 +210,7 @@ class Stage:
             check |= self.storage.fetch(path)
 
     def tables(self) -> Iterator[pa.Table]:
-        """All shards of a finished stage in order, one at a time."""
+        """Yield all shards of a finished stage in order."""
         for shard in range(len(self.finished().rows)):
             yield self.table(shard)
 
@@ -221,11 +221,11 @@ class Stage:
 
         Args:
             rows: Rows of each shard.
-            counts: What the stage counted, by name.
-            measured: What the stage measured, by name.
+            counts: The stage's counts, by name.
+            measured: The stage's measured values, by name.
 
         Returns:
-            The record, with the seconds and halved batches of the journal added up.
+            The record, with the sums of seconds and halved batches in the journal.
         """
         journal = self.journal()
         halved = sum(int(event.get("halved", 0)) for event in journal)
@@ -254,11 +254,11 @@ class Stage:
         Args:
             shards: How many shards the stage has.
             work: Makes the shard with the given number.
-            nothing: The metadata of the empty shard in place of one that was given up, because it ended its
-                worker again and again.
+            nothing: The metadata of the empty shard that replaces a shard which was given up after repeated
+                deaths of its workers.
 
         Returns:
-            Whether this stage and those it is made from have all shards: those of other parts may be missing.
+            Whether this stage and its sources have all shards. The shards of other parts may be missing.
         """
         return self.complete_together(shards, 1, lambda group: [work(group.start)], nothing=nothing)
 
@@ -270,7 +270,7 @@ class Stage:
         *,
         nothing: Mapping[str, str] | None = None,
     ) -> bool:
-        """Like `complete`, with `work` that makes `at_once` consecutive shards and gives them in order."""
+        """Like `complete`, but `work` makes `at_once` consecutive shards and returns them in order."""
         mine = self._run.part.of(shards)
         groups = [range(first, min(first + at_once, mine.stop)) for first in mine[::at_once]]
         waited = False
@@ -283,7 +283,9 @@ class Stage:
                     )
                 waited = True
                 time.sleep(_WAIT_SECONDS)
-        self.storage.refresh(self.folder)  # to see what others made just now: one of all parts must see all
+        self.storage.refresh(
+            self.folder
+        )  # see the newest shards of others: the last part to finish must see all of them
         self._stand_in(shards, lambda like, _: like.slice(0, 0).replace_schema_metadata(nothing))
         before = all(source.done() for source in self._sources)
         return before and all(map(self.has, range(shards)))
@@ -295,13 +297,13 @@ class Stage:
         check: Callable[[], None],
         empty: Callable[[pa.Table, int], pa.Table],
     ) -> None:
-        """Like `complete`, with one shard for each of `source`, which is being made at the same time.
+        """Like `complete`, while `source` is being made: one shard for each shard of `source`.
 
         Args:
             source: The stage that comes before.
             work: Makes the shard with the given number.
-            check: Called between shards and while waiting; raises when `source` cannot be finished.
-            empty: Makes the shard in place of one that was given up, from a whole one and its number.
+            check: Called between shards and while waiting; raises an error if `source` cannot be finished.
+            empty: Makes the shard that replaces a given-up one, from a complete shard and the number.
         """
 
         def make(number: int, shards: int) -> bool:
@@ -324,11 +326,14 @@ class Stage:
         self._stand_in(shards, empty)
 
     def _settled(self, shard: int) -> bool:
-        """Whether the shard needs no more work: it is there, or was given up."""
+        """Whether the shard needs no more work: it exists, or was given up."""
         return self.has(shard) or self.absent(shard)
 
     def _make(self, group: range, shards: int, work: Callable[[range], Iterable[pa.Table]]) -> bool:
-        """Make the shards of `group` unless another process does so; gives whether any was settled."""
+        """Make the shards of `group`, unless another process holds their lease.
+
+        Returns whether any shard was made or given up.
+        """
         name = f"{self._key}-{group.start:06d}" + (f"-{group.stop:06d}" if len(group) > 1 else "")
         with self._run.leases.hold(name) as mine:
             if not mine:
@@ -339,7 +344,9 @@ class Stage:
             lost = {n: source.name for n in group for source in self._sources if source.absent(n)}
             for shard, source in lost.items():
                 self._mark(shard, f"given up in {source}")
-            if len(group) > 1 and (deaths or any(map(self.absent, group))):  # one is to blame: each alone
+            if len(group) > 1 and (
+                deaths or any(map(self.absent, group))
+            ):  # one shard is the cause: make each alone
                 made = []
                 for shard in group:
                     if not self._settled(shard):
@@ -381,7 +388,7 @@ class Stage:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def _stand_in(self, shards: int, empty: Callable[[pa.Table, int], pa.Table]) -> None:
-        """Write an empty shard, with the columns of another, for each shard that was given up."""
+        """Write an empty shard, with the columns of a complete one, for each shard that was given up."""
         if not (absent := self.lost()):
             return
         whole = next((shard for shard in range(shards) if shard not in absent and self.has(shard)), None)
@@ -398,11 +405,11 @@ class Stage:
     def lease(
         self, what: str, *, wait: bool = False, check: Callable[[], None] = lambda: None
     ) -> Iterator[bool]:
-        """Hold the lease on `what` of this stage; see `Leases.hold`. Each written shard renews it."""
+        """Hold the lease `what` of this stage, see `Leases.hold`. Each written shard renews it."""
         name = f"{self._key}-{what}"
         if len(deaths := self._run.leases.deaths(name)) >= TRIES:
             raise RunDirectoryError(
-                f"{self.name}: {len(deaths)} workers died of it, the last of {deaths[-1]}: see their logs in "
+                f"{self.name}: {len(deaths)} workers died at it, the last by {deaths[-1]}: see their logs in "
                 f"{self._run.path / 'live'}"
             )
         with self._run.leases.hold(name, wait=wait, check=check) as mine:
@@ -426,16 +433,16 @@ class Stage:
 
 
 def together(shards: int, most: int) -> int:
-    """How many of `shards` shards to make at once: at most `most`, and so few that 8 workers have two turns.
+    """Return how many shards to make together: at most `most`, so that 8 workers have two groups each.
 
-    It does not depend on the number of workers: more may come later, and all must form the same groups, or
-    two of them make the same shards.
+    It does not depend on the actual number of workers. More may start later, and all must form the same
+    groups; otherwise two workers would make the same shards.
     """
     return max(1, min(most, shards // 16))
 
 
 def _mapped(path: Path, *, check: bool) -> pa.Table:
-    """The rows in a shard's file. Raises `ArrowException`, `OSError` or `ValueError` if it is not whole."""
+    """Map the rows of a shard's file. Raises `ArrowException`, `OSError` or `ValueError` if it is damaged."""
     mapped = pa.memory_map(str(path)).read_buffer()
     body = mapped[: mapped.size - _CHECKSUM_BYTES]
     if check and _checksum(body) != mapped[body.size :].to_pybytes():

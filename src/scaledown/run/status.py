@@ -1,8 +1,9 @@
-"""The status of a run, read from its directory at any time, also while it works. Changes nothing there.
+"""The status of a run, read from its directory at any time, also while it is running. Changes nothing there.
 
-The rows of a stage are those in whole shards, and those that live processes have done of unfinished ones.
-What a dead process had done of its shard counts again only when another process does it. In an object store
-nobody can see which processes are alive: there only whole shards count.
+The rows of a stage are those in complete shards, plus those that live processes have done of incomplete
+shards. The work of a dead process on an incomplete shard does not count. In an object store live processes
+are not
+known: there only complete shards count.
 """
 
 import contextlib
@@ -24,13 +25,13 @@ from scaledown.run.leases import Held, Leases
 from scaledown.run.locations import storage_at
 from scaledown.urls import redacted
 
-# Stages that are not made shard by shard from another stage; for the others see `_source`.
+# Stages that are not made shard by shard from another stage. For other stages see `_source`.
 _OWN_SHARDS: Final = ("synthetic", "queries", "passages", "approximate", "questions")
 _UNITS: Final = {"synthetic": "questions", "approximate": "passages"}
 
 
 class StageStatus(NamedTuple):
-    """The status of a stage. Rows are queries or passages, see `unit`; None is unknown."""
+    """The status of a stage. Rows are queries or passages, see `unit`; None is not known."""
 
     name: str
     fingerprint: str
@@ -38,16 +39,16 @@ class StageStatus(NamedTuple):
     shards: int
     shards_planned: int | None
     rows: int
-    """Rows in whole shards."""
+    """Rows in complete shards."""
     rows_in_progress: int
-    """Rows that live processes have done of unfinished shards."""
+    """Rows of incomplete shards that live processes have done."""
     rows_planned: int | None
     estimated: bool
     """Whether `rows_planned` is an estimate."""
     seconds: float
-    """The time that its whole shards took, all processes together."""
+    """The time that its complete shards took, summed over processes."""
     rate: float
-    """Rows a second of all processes that work on it; without any, the mean of its whole shards."""
+    """Rows per second of all processes that work on it; without any, the mean of its complete shards."""
     seconds_left: float | None
     workers: int
     """Processes that work on it."""
@@ -56,16 +57,16 @@ class StageStatus(NamedTuple):
     quarantined: int
     finished: bool
     waiting: str = ""
-    """What one of its processes waits for, if any does."""
+    """What one of its processes waits for; empty if none waits."""
 
     @property
     def done(self) -> int:
-        """Rows in whole and unfinished shards."""
+        """Rows in complete and incomplete shards."""
         return self.rows + self.rows_in_progress
 
 
 class WorkerStatus(NamedTuple):
-    """A process in the run directory: its name, where it runs, its shard, and for how many seconds."""
+    """A process in the run directory: its name, its machine, its shard, and the seconds at this shard."""
 
     worker: str
     host: str
@@ -75,7 +76,7 @@ class WorkerStatus(NamedTuple):
     silent_seconds: float | None
     """Seconds since its progress was last written."""
     alive: bool | None
-    """None where the file system has no locks: then `silent_seconds` gives a hint."""
+    """None if the file system has no locks; `silent_seconds` is then the only hint."""
 
 
 class Status(NamedTuple):
@@ -91,19 +92,19 @@ class Status(NamedTuple):
     workers: tuple[WorkerStatus, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return it as JSON values."""
         stages, workers = ([row._asdict() for row in rows] for rows in (self.stages, self.workers))
         return {**self._asdict(), "stages": stages, "workers": workers}
 
 
 def status_at(name: str) -> Status:
-    """The status of a run now.
+    """Return the current status of a run.
 
     Args:
         name: The run directory, an index directory, or the output; a path or a URL.
 
     Raises:
-        InputError: There is no run, or one of another version.
+        InputError: There is no run, or it was written by another version.
     """
     for place in (name, f"{name.rstrip('/')}.work"):
         storage = storage_at(place)
@@ -113,7 +114,7 @@ def status_at(name: str) -> Status:
                     return status_of(run, elsewhere=storage.in_bucket)._replace(path=str(storage))
                 except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
                     raise InputError(
-                        f"{storage}: what is there was not written by this version "
+                        f"{storage}: this run was not written by this version "
                         f"({type(error).__name__}: {one_line(str(error), 80)})"
                     ) from error
     raise InputError(
@@ -123,9 +124,9 @@ def status_at(name: str) -> Status:
 
 
 def status_of(run: Path, *, elsewhere: bool = False) -> Status:
-    """The status of the run in the directory `run` now.
+    """Return the current status of the run in the directory `run`.
 
-    With `elsewhere` it is an outline of one in an object store: no path in it leads to this disk.
+    With `elsewhere`, `run` is an outline of a run in an object store: its paths do not exist on this disk.
     """
     everyone = processes(run)
     living = [process for process in everyone if process.alive is not False]
@@ -139,7 +140,7 @@ def status_of(run: Path, *, elsewhere: bool = False) -> Status:
     planned: dict[str, int | None] = {}
     for name, folder in opened:
         working = [work for process in living for work in process.work if work.stage == name]
-        if name == "approximate" and not working:  # has files of its own kind, and never ends
+        if name == "approximate" and not working:  # has no shards, and is never marked as finished
             continue
         shards[name] = _Shards.of(folder)
         source = None if name in _OWN_SHARDS else shards.get(_source(name))
@@ -162,7 +163,7 @@ def status_of(run: Path, *, elsewhere: bool = False) -> Status:
 def _ended(
     run: Path, manifest: Mapping[str, Any], stages: Sequence[StageStatus], folders: Mapping[str, Path]
 ) -> float | None:
-    """When the run was finished, in seconds since 1970; None if it is not."""
+    """Return when the run was finished, in seconds since 1970; None if it is unfinished."""
     if not all(stage.finished or not folders[stage.name].exists() for stage in stages):
         return None
     if made := manifest.get("stages"):
@@ -174,7 +175,7 @@ def _ended(
 
 
 class _Shards(NamedTuple):
-    """A stage's shards: which are whole, the rows of each as far as known, the counts once it is finished."""
+    """A stage's shards: the complete ones, the known rows of each, the counts of the finished stage."""
 
     whole: frozenset[int]
     rows: Mapping[int, int]
@@ -183,7 +184,7 @@ class _Shards(NamedTuple):
 
     @classmethod
     def of(cls, folder: Path) -> "_Shards":
-        """From the stage's folder."""
+        """Read them from the stage's folder."""
         names = (entry.name.removesuffix(".arrow") for entry in _entries(folder))
         whole = frozenset(int(name) for name in names if name.isdecimal())
         rows: dict[int, int] = {}
@@ -193,7 +194,7 @@ class _Shards(NamedTuple):
             if event.get("shard") in whole and "rows" in event:
                 rows[event["shard"]] = event["rows"]
         if isinstance(done := read_json(folder / "done.json"), dict):
-            every = frozenset(range(len(done["rows"])))  # also where the shards are those of an index' parts
+            every = frozenset(range(len(done["rows"])))  # also if the shards are in the parts of an index
             return cls(every, dict(enumerate(done["rows"])), done["seconds"], done["counts"])
         return cls(whole, rows, seconds, None)
 
@@ -204,7 +205,7 @@ class _Shards(NamedTuple):
 
 
 def _source(name: str) -> str:
-    """The stage that a stage is made from."""
+    """Return the name of the stage that a stage is made from."""
     if name == "vectors":
         return "passages"
     return "queries" if STAGES.index(name) < STAGES.index("questions") else "questions"
@@ -213,9 +214,9 @@ def _source(name: str) -> str:
 def _opened(
     run: Path, everyone: list[Process], manifest: Mapping[str, Any], *, elsewhere: bool
 ) -> list[tuple[str, Path]]:
-    """The stages of the run, in order: those that processes name, else the manifest, else all there are.
+    """List the stages of the run, in order: those that its processes or the manifest name, or all folders.
 
-    Stages in an index directory are looked up there, but left out of a run in an object store.
+    Stages in an index directory are searched there; for a run in an object store they are left out.
     """
     named: dict[str, Path] = {}
     for process in sorted(everyone, key=lambda process: process.time):
@@ -242,10 +243,9 @@ def _opened(
 
 
 def _present(run: Path) -> dict[str, Path]:
-    """The stages of an index as it is now, where there is one and nothing else."""
-    found = [
-        told for path in (run / "vectors").glob("*/index.json") if isinstance(told := read_json(path), dict)
-    ]
+    """Return the current stages of an index, if the directory holds exactly one index and no queries."""
+    contents = (read_json(path) for path in (run / "vectors").glob("*/index.json"))
+    found = [content for content in contents if isinstance(content, dict)]
     if len(found) != 1 or (run / "queries").exists():
         return {}
     names = [name for name in ("passages", "vectors") if isinstance(found[0].get(name), dict)]
@@ -255,7 +255,7 @@ def _present(run: Path) -> dict[str, Path]:
 def _stage(
     folder: Path, own: _Shards, source: _Shards | None, working: list[Work], guess: int
 ) -> StageStatus:
-    """The status of a stage; `guess` is how many rows it may have while that is unknown."""
+    """Compute the status of a stage; `guess` estimates its rows while they are not known."""
     name = folder.parent.name
     planned = own.rows if own.finished else source.rows if source else {}
     known = own.finished or (source is not None and source.finished)
@@ -275,7 +275,7 @@ def _stage(
             theirs = (shard for shard in source.rows if at[0] <= shard < at[1] and shard not in own.whole)
             most = sum(source.rows[shard] for shard in theirs)
             flying[at] = max(flying.get(at, 0.0), min(work.in_flight * share, most))
-    elif working:  # one makes all of it, others wait
+    elif working:  # one process makes the whole stage, others wait
         work = max(working, key=lambda work: work.done)
         rows, rate, total, guess = work.done, work.rate, work.total, work.guess or guess
     if not working:
@@ -328,7 +328,7 @@ def _entries(folder: Path) -> list["os.DirEntry[str]"]:
 
 
 def _beside(folder: Path, kind: str, ending: str) -> Iterator[Path]:
-    """The files about a stage in another folder of its run directory."""
+    """Yield the files about a stage in another folder of its run directory."""
     return (folder.parent.parent / kind).glob(f"{folder.parent.name}-{folder.name}-*{ending}")
 
 

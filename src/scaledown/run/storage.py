@@ -1,7 +1,7 @@
-"""The folder that holds a run directory or an output: on a disk, or in an object store behind a URL.
+"""The folder of a run directory or an output: on a disk, or in an object store.
 
-All code works on files on this disk: it publishes a file once that is whole, and fetches a file before it
-reads it. For a folder on a disk both do nothing; for an object store see `object_store`.
+All code works on files on this disk: it publishes a file when it is complete, and fetches a file before
+reading it. For a folder on a disk both do nothing; for an object store see `object_store`.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from scaledown.run.atomic import check_writable, read_json
 
 
 def cache_directory() -> Path:
-    """The folder for downloads, converted weights and mirrors: `$SCALEDOWN_CACHE`, or the user's cache."""
+    """Return the folder for downloads, converted weights, mirrors: `$SCALEDOWN_CACHE` or the user's cache."""
     base = os.environ.get("SCALEDOWN_CACHE")
     if base:
         return Path(base)
@@ -25,7 +25,7 @@ class Storage:
     """A folder on a disk."""
 
     in_bucket: bool = False
-    """Whether it is in an object store, where no locks show who is at work."""
+    """Whether it is in an object store, which has no locks."""
     pauses: Sequence[float] = ()
     """Seconds before each further attempt to read a file that is damaged or not there yet."""
 
@@ -40,7 +40,7 @@ class Storage:
         return str(path)
 
     def address(self, path: Path) -> str:
-        """The name of a file that holds everywhere: an absolute path or a URL."""
+        """Return a name that identifies the file from everywhere: an absolute path or a URL."""
         return str(path.resolve())
 
     def entries(self) -> list[str]:
@@ -63,58 +63,58 @@ class Storage:
         return path.stat().st_size
 
     def state(self, path: Path) -> str:
-        """A text that changes when the file does, known without reading it; empty where there is no file."""
+        """Return a text that changes when the file changes, without reading it; empty if there is no file."""
         if not path.is_file():
             return ""
         found = path.stat()
         return f"{found.st_size} {found.st_mtime_ns}"
 
     def own(self, name: str) -> str:
-        """The name of the file to which this process appends, where all processes append to `name`.
+        """Return the name of this process' file for the log `name`, to which all processes append.
 
-        An object cannot be appended to, so in a store each process has a file of its own.
+        An object cannot be appended to: in a store each process has its own file.
         """
         return name
 
     def logs(self, folder: Path, pattern: str) -> dict[Path, list[Path]]:
-        """The logs in `folder` that match, each with its `owned` files, published or not yet."""
+        """Return the logs in `folder` that match, each with its `owned` files, published or not."""
         return {path: [path] for path in self.glob(folder, pattern)}
 
     def owned(self, path: Path) -> list[Path]:
-        """The files that make up the log `path`: one of each process, under its `own` name."""
+        """Return the files of the log `path`: one of each process, under its `own` name."""
         return [path] if path.exists() else []
 
     def send_log(self, path: Path) -> None:
-        """Publish a log if others do not have all of it."""
+        """Publish a log if the store has less of it."""
 
     def check_writable(self, output: Path, flag: str = "--output_file") -> None:
         """Raise `OutputError` if `output` cannot be written. Called before any work."""
         check_writable(output, flag)
 
     def publish(self, path: Path, *, once: bool = False) -> None:
-        """Let others see a file that is whole.
+        """Make a complete file visible to others.
 
         Args:
             path: The file.
-            once: Keep an object that is already there, if the store can make this a condition of the write;
-                otherwise the last write wins. The file is then dropped, and fetched when it is read.
+            once: Keep an existing object, if the store supports conditional writes; otherwise the last write
+                wins. If an object is kept, the file here is dropped, and fetched when it is read.
 
         Raises:
-            OutputError: The store refuses it, or cannot be reached.
+            OutputError: The store refuses the file, or cannot be reached.
         """
 
     def fetch(self, path: Path, *, once: bool = False) -> bool:
-        """Copy the file to this disk as others see it; gives whether it was copied now.
+        """Copy the published file to this disk. Returns whether it was copied now.
 
-        With `once` a copy that this process has made or checked is kept: the file never changes.
+        With `once` the file never changes: a copy that this process has made or checked is kept.
         """
         return False
 
     def drop(self, path: Path) -> None:
-        """Remove the copy on this disk of a file in a store."""
+        """Remove this disk's copy of a file in a store."""
 
     def fetch_log(self, path: Path) -> None:
-        """Copy a log to this disk if others have more of it."""
+        """Copy a log to this disk if the store has more of it."""
 
     def read_json(self, path: Path) -> Any:
         """The content of a JSON file, or None if there is no file or it is not JSON."""
@@ -129,7 +129,7 @@ class Storage:
 
     @contextlib.contextmanager
     def outline(self) -> Iterator[Path]:
-        """A folder with all file names, and the contents of manifests, journals and other small files."""
+        """Yield a folder with all file names, and the contents of manifests, journals, other small files."""
         yield self.root
 
     def remove(self, path: Path) -> None:

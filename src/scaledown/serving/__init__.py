@@ -1,1 +1,1 @@
-"""A trained model behind the HTTP interface that OpenAI's clients speak."""
+"""An HTTP server for a trained model, compatible with OpenAI's clients."""

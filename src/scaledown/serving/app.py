@@ -1,4 +1,4 @@
-"""The HTTP interface: routes, keys, limits. Texts come in and go out; the engine does the work."""
+"""The HTTP interface: routes, keys and limits. The engine does the work."""
 
 import asyncio
 import hmac
@@ -30,23 +30,26 @@ log = logging.getLogger("scaledown")
 
 _CHAT: Final = "/v1/chat/completions"
 _RERANK: Final = "/v1/rerank"
-_OPEN: Final = "/health"  # for load balancers, which have no key
-_AWAY: Final = 499  # nginx's status for a client that left
+_OPEN: Final = "/health"  # needs no key: load balancers have none
+_AWAY: Final = 499  # nginx's status for a client that closed the connection
 _LOGGED: Final = "%s %s %.3f s, prompt %s, answer %s, documents %s -> %s, %s cut"
 _RETRY_SECONDS: Final = 1
-_UNBUFFERED: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # else proxies hold pieces back
-_LOOK_SECONDS: Final = 0.5  # between two looks at whether a client is still there
+_UNBUFFERED: Final = {
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}  # proxies must not wait
+_LOOK_SECONDS: Final = 0.5  # between two checks that the client is still connected
 
 
 @dataclass
 class _Waiting:
-    """A request in the engine, seen from the event loop."""
+    """A request that the engine works on, as the event loop keeps it."""
 
     job: Job
     events: asyncio.Queue[Event]
     deadline: float
     looked: float = 0.0
-    """When it was last seen that the client is still there."""
+    """Time of the last check that the client is still connected."""
     usage: Usage = field(default_factory=Usage)
 
 
@@ -65,13 +68,13 @@ class Server:
         self._started = int(time.time())
 
     def app(self) -> FastAPI:
-        """The application, without pages of documentation: those would load scripts from elsewhere."""
+        """Return the application. It has no documentation pages, since they load scripts from other sites."""
         app = FastAPI(title="ScaleDown", docs_url=None, redoc_url=None, openapi_url=None)
         routes = (
             ("POST", _CHAT, self._chat),
             ("POST", _RERANK, self._rerank),
             ("GET", "/v1/models", self._models),
-            ("GET", "/metrics", self._told),
+            ("GET", "/metrics", self._metrics_text),
             ("GET", _OPEN, self._health),
         )
         for method, path, route in routes:
@@ -83,7 +86,7 @@ class Server:
     def _guarded(
         self, path: str, route: Callable[[Request], Awaitable[Response]]
     ) -> Callable[[Request], Awaitable[Response]]:
-        """A route whose errors have OpenAI's shape, for clients that know the key."""
+        """Wrap a route: it checks the key, and returns errors in OpenAI's format."""
 
         async def guarded(request: Request) -> Response:
             started = time.perf_counter()
@@ -93,7 +96,7 @@ class Server:
                 return await route(request)
             except RequestError as error:
                 status = error.status
-                response = _json(error.told(), status)
+                response = _json(error.body(), status)
             except ClientDisconnect:
                 status = _AWAY
                 response = Response(status_code=status)
@@ -129,8 +132,8 @@ class Server:
         failed = self._engine.failed
         return _json({"status": failed or "ok"}, 503 if failed else 200)
 
-    async def _told(self, _: Request) -> Response:
-        return Response(self._metrics.told(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def _metrics_text(self, _: Request) -> Response:
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _models(self, _: Request) -> Response:
         model = {"id": self._name, "object": "model", "created": self._started, "owned_by": "scaledown"}
@@ -143,7 +146,7 @@ class Server:
         identity = f"chatcmpl-{uuid.uuid4().hex}"
         head = {"id": identity, "created": int(time.time()), "model": self._name}
         if asked.stream:
-            first = await self._next(request, waiting)  # what fails before any text has a status of its own
+            first = await self._next(request, waiting)  # an error before the first text gets its own status
             with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
             events = self._streamed(request, waiting, first, head, started, with_usage=with_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers=_UNBUFFERED)
@@ -178,7 +181,7 @@ class Server:
         *,
         with_usage: bool,
     ) -> AsyncIterator[bytes]:
-        """Server-sent events of an answer, whose first `event` is here already."""
+        """Yield an answer as server-sent events; its first `event` has already arrived."""
 
         def chunk(delta: dict[str, Any], reason: str | None = None) -> bytes:
             choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
@@ -197,13 +200,13 @@ class Server:
             waiting.usage, status = event.usage, 200
             yield chunk({}, event.reason)
             if with_usage:
-                told = {"object": "chat.completion.chunk", "choices": [], "usage": _usage(event.usage)}
-                yield _event({**head, **told})
+                last = {"object": "chat.completion.chunk", "choices": [], "usage": _usage(event.usage)}
+                yield _event({**head, **last})
             yield b"data: [DONE]\n\n"
             self._log_texts(waiting.job, text)
-        except RequestError as error:  # the response has begun: the error is its last event
+        except RequestError as error:  # the response has begun, so the error is its last event
             status = error.status
-            yield _event(error.told())
+            yield _event(error.body())
         finally:
             waiting.job.cancelled = True
             self._done(_CHAT, status, started, waiting.usage)
@@ -220,7 +223,7 @@ class Server:
         waiting = self._submit(job)
         event = await self._next(request, waiting)
         if not isinstance(event, Scores):
-            raise RequestError("the model gave no scores", 500)
+            raise RequestError("the model returned no scores", 500)
         waiting.usage = event.usage
         order = sorted(range(len(job.documents)), key=lambda place: -event.relevance[place])
         results = [
@@ -238,10 +241,10 @@ class Server:
             }
         )
 
-    # What routes share.
+    # Shared by the routes.
 
     async def _body(self, request: Request) -> bytes:
-        """The body, if it is not too long; no more of it is read than that."""
+        """Read the body. Reading stops where the body is longer than `--max_body`, which is an error."""
         most = self._config.max_body
         too_long = RequestError(f"the body is longer than {most:,} bytes: send less", 413)
         with suppress(ValueError):
@@ -305,7 +308,7 @@ class Server:
         events: asyncio.Queue[Event] = asyncio.Queue()
 
         def send(event: Event) -> None:
-            with suppress(RuntimeError):  # the loop has ended, and with it whoever waits
+            with suppress(RuntimeError):  # the event loop has ended: no client waits any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         job.send = send
@@ -313,9 +316,11 @@ class Server:
         return _Waiting(job, events, loop.time() + self._config.request_timeout)
 
     async def _next(self, request: Request, waiting: _Waiting) -> Event:
-        """What the engine says next.
+        """Wait for the engine's next event.
 
-        Raises `RequestError` where it failed or time is up, `ClientDisconnect` where nobody waits any more.
+        Raises:
+            RequestError: The engine failed, or the time is up.
+            ClientDisconnect: The client closed the connection.
         """
         try:
             event = await self._event(request, waiting)
@@ -348,7 +353,7 @@ class Server:
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
-    """In OpenAI's shape, and what compression did."""
+    """Usage in OpenAI's format, with counts of the compression."""
     return {
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.completion,
@@ -371,18 +376,18 @@ def _json(content: dict[str, Any], status: int = 200) -> Response:
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """A score that is no number is none, in JSON."""
+    """Replace a score that is not finite by null: JSON has no NaN."""
     score = row["relevance_score"]
     return {**row, "relevance_score": score if math.isfinite(score) else None}
 
 
 async def _unexpected(_: Request, error: Exception) -> Response:
-    """A fault of the server; what it was stands in the log alone."""
-    return _json(RequestError("the server failed on this request", 500).told(), 500)
+    """An error inside the server; only the log says which."""
+    return _json(RequestError("the server failed on this request", 500).body(), 500)
 
 
 async def _not_found(_: Request, error: Exception) -> Response:
-    """Paths and methods that are not served, in the same shape."""
+    """Paths and methods that are not served, in OpenAI's error format."""
     status = getattr(error, "status_code", 500)
     words = {404: "there is no such path", 405: "this path has another method"}
-    return _json(RequestError(words.get(status, str(error)), status).told(), status)
+    return _json(RequestError(words.get(status, str(error)), status).body(), status)

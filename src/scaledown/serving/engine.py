@@ -1,7 +1,7 @@
-"""The engine: requests wait, join the answers that are being written, and leave when they are done.
+"""The engine: continuous batching. A request joins the running batch, and leaves it when it is done.
 
-One thread owns the model and the `Generation` that writes, on transformers or vLLM. Requests come in and
-pieces of answers go out by thread-safe calls.
+One thread owns the model and the `Generation` that writes the answers, by transformers or vLLM. Other threads
+submit requests and receive pieces of answers by thread-safe calls.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ log = logging.getLogger("scaledown")
 
 _SHUTTING_DOWN: Final = "the server is shutting down"
 _FAILED: Final = "the model failed on this request"
-_FAILURES: Final = 3  # times in a row that the model may fail before the engine gives up
-_TRY_AGAIN: Final = 100  # answers, after which more at once are tried than fitted before
-_POSITIONS: Final = 1 << 13  # of prompts that are read together, padding included: bounds memory
+_FAILURES: Final = 3  # consecutive failures of the model after which the engine gives up
+_TRY_AGAIN: Final = 100  # answers, after which a larger batch than the last that fitted is tried
+_POSITIONS: Final = 1 << 13  # of prompts in one prefill, padding included: bounds memory
 
 
 @dataclass(eq=False)
@@ -47,7 +47,7 @@ class _Row:
 
 
 class EmbeddingCache:
-    """What stands for (query, document) pairs seen before; the least recently used go first."""
+    """Embeddings of (query, document) pairs seen before; the least recently used are removed first."""
 
     def __init__(self, gigabytes: float) -> None:
         self._room = int(gigabytes * 1e9)
@@ -56,16 +56,16 @@ class EmbeddingCache:
         """Bytes in use."""
 
     def get(self, key: bytes) -> torch.Tensor | None:
-        """The embeddings, [memory tokens, width], if they are there."""
+        """Return the embeddings, [memory tokens, width]; None if they are not in the cache."""
         if key in self._kept:
             self._kept.move_to_end(key)
         return self._kept.get(key)
 
     def put(self, key: bytes, embeddings: torch.Tensor) -> None:
-        """Keep embeddings, if there is room for them at all."""
+        """Keep embeddings, unless they alone are larger than the cache."""
         if embeddings.nbytes > self._room or key in self._kept:
             return
-        self._kept[key] = embeddings.clone()  # alone, not the whole batch that it is a part of
+        self._kept[key] = embeddings.clone()  # a view would keep the whole batch in memory
         self.size += embeddings.nbytes
         while self.size > self._room:
             self.size -= self._kept.popitem(last=False)[1].nbytes
@@ -79,39 +79,45 @@ def _key(job: Job, document: str) -> bytes:
 
 
 class _Asked(NamedTuple):
-    """A request and its documents as the compressor reads them; none where their text is read."""
+    """A request and its documents in the compressor's tokens; no documents if their text is read instead."""
 
     job: Job
     documents: list[Document]
     cut: int
-    """Documents that were longer than the model compresses."""
+    """Documents that were cut because they are longer than the model's limit."""
 
 
 class _Made(NamedTuple):
-    """What stands for the documents of a request."""
+    """The compressed documents of a request."""
 
     embeddings: list[torch.Tensor]
     """[memory tokens, width] of each document."""
     relevance: list[float]
-    """Of each document, where that was asked for."""
+    """Of each document; empty unless the request asks for it."""
 
 
 class Engine:
-    """Answers and scores by one `ScaleDownModel`, many at a time."""
+    """Answers and scores of one `ScaleDownModel`, for many requests at a time."""
 
     def __init__(self, model: Any, config: ServeConfig, generation: Generation | None = None) -> None:
-        """`generation` writes the answers; without one the model's own generator does."""
+        """Create the engine without starting it.
+
+        Args:
+            model: The `ScaleDownModel`.
+            config: Batch size, limits and cache size.
+            generation: Writes the answers; without it the model's own generator does.
+        """
         self._model = model
         self._config = config
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._admitted: list[Job] = []
-        """That wait no longer, and are no rows yet."""
+        """Requests that have left `_waiting` and are not in `_rows` yet."""
         self._rows: list[_Row] = []
         self._generation = TransformersGeneration(model) if generation is None else generation
         self._most_rows = config.batch_size
         self._answered = 0
-        """Since `_most_rows` changed."""
+        """Answers finished since `_most_rows` changed."""
         self._cache = EmbeddingCache(config.embedding_cache)
         self._failures = 0
         self._draining = self._closed = False
@@ -119,19 +125,19 @@ class Engine:
         self.failed = ""
         """Why the engine gave up; empty while it works."""
         self.hits = self.misses = 0
-        """Pairs of query and document that were in the cache, and that were not."""
+        """Pairs of query and document that were in the cache, and pairs that were not."""
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self, on_failure: Callable[[], None]) -> None:
-        """Begin to work; `on_failure` is called if the engine gives up."""
+        """Start the engine's thread. `on_failure` is called if the engine gives up."""
         self._on_failure = on_failure
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Let a request wait for its turn.
+        """Add a request to the queue.
 
         Raises:
-            RequestError: Too many wait (429), the server is about to end, or the engine gave up (503).
+            RequestError: Too many requests wait (429), or the server is shutting down or failed (503).
         """
         with self._changed:
             if self.failed or self._draining:
@@ -156,11 +162,11 @@ class Engine:
 
     @property
     def cached_bytes(self) -> int:
-        """Of embeddings that are kept."""
+        """Bytes of the embeddings in the cache."""
         return self._cache.size
 
     def stop(self, patience: float) -> None:
-        """Take no more requests, finish those that are there within `patience` seconds, and fail the rest."""
+        """Refuse new requests, finish the others within `patience` seconds, and fail those that are left."""
         with self._changed:
             self._draining = True
             self._changed.notify()
@@ -195,7 +201,7 @@ class Engine:
                     self._advance()
                 if fine:
                     self._failures = 0
-            except ModelError as error:  # what writes has ended
+            except ModelError as error:  # the process that writes answers has ended
                 self.failed = f"{error}: start the server again"
             except Exception as error:
                 rows = len(self._rows)
@@ -206,12 +212,12 @@ class Engine:
                     self._count_failure()
 
     def _drop_rows(self, error: Exception) -> None:
-        """Give up on the answers that are being written."""
-        told = RequestError(_FAILED, 500)
+        """Fail all requests whose answers are being written."""
+        failure = RequestError(_FAILED, 500)
         if is_out_of_memory(error):
-            told = RequestError("out of memory: ask for less at once, or try again", 503)
+            failure = RequestError("out of memory: ask for less at once, or try again", 503)
         for row in self._rows:
-            row.job.finish(told)
+            row.job.finish(failure)
         self._rows = []
         self._generation.keep([])
 
@@ -222,20 +228,20 @@ class Engine:
             self.failed = "the model does not work any more: start the server again"
 
     def _allow(self, rows: int) -> None:
-        """Write so many answers at once from here on, until that is tried again."""
+        """Limit the batch to `rows` answers, until a larger batch is tried again."""
         self._most_rows, self._answered = max(1, min(rows, self._config.batch_size)), 0
         if self._most_rows < self._config.batch_size:
             log.warning("out of memory: at most %s answers at once for now", self._most_rows)
         give_back()
 
     def _room(self) -> int:
-        """Answers that may begin now."""
+        """Return how many answers may begin now."""
         if self._answered >= _TRY_AGAIN and self._most_rows < self._config.batch_size:
             self._most_rows, self._answered = min(2 * self._most_rows, self._config.batch_size), 0
         return self._most_rows - len(self._rows) if self._generation.can_grow else 0
 
     def _admit(self) -> bool:
-        """Begin with as many of those that wait as there is room for; gives whether the model did well."""
+        """Begin as many waiting requests as there is room for. Returns False if the model failed."""
         room = self._room()
         with self._changed:
             while self._waiting and len(self._admitted) < room:
@@ -251,7 +257,7 @@ class Engine:
             raise
         except Exception as error:
             writing = {row.job for row in self._rows}
-            if len(self._generation) != len(self._rows):  # it failed where new rows were joined to these
+            if len(self._generation) != len(self._rows):  # it failed while new rows were joined to these
                 self._drop_rows(error)
             left = [job for job in self._admitted if not (job.settled or job in writing)]
             if not is_out_of_memory(error):
@@ -296,7 +302,7 @@ class Engine:
             samplings = [_sampling(row.job) for row, _ in part]
             self._generation.join([question for _, question in part], samplings)
             self._rows += [row for row, _ in part]
-        with self._changed:  # what could not join comes first, when these are done
+        with self._changed:  # requests that could not join are the next ones in the queue
             self._waiting.extendleft(row.job for part in reversed(parts) for row, _ in reversed(part))
 
     def _read(self, job: Job) -> "_Asked":
@@ -308,7 +314,7 @@ class Engine:
         return _Asked(job, documents, reader.cut - before)
 
     def _compressed(self, read: Sequence["_Asked"]) -> dict[Job, "_Made"]:
-        """What stands for the documents of each request."""
+        """Compress the documents of each request."""
         found = self._by_pair([own for own in read if own.job.budget == "each" and not own.job.ranks])
         for budget in BUDGETS:
             chosen = [own for own in read if own.job not in found and own.job.budget == budget]
@@ -320,7 +326,7 @@ class Engine:
         return found
 
     def _by_pair(self, read: Sequence["_Asked"]) -> dict[Job, "_Made"]:
-        """Embeddings that depend on a query and one document alone; from the cache, where they are there."""
+        """Compress each document by itself. Embeddings that are in the cache are taken from there."""
         pairs = {
             asked.job: [
                 (_key(asked.job, text), one)
@@ -359,7 +365,7 @@ class Engine:
         return Question(encoded, torch.cat(made.embeddings))
 
     def _advance(self) -> None:
-        """Some more of each answer that is being written."""
+        """Write the next tokens of each running answer."""
         going: list[int] = []
         for place, (row, tokens) in enumerate(zip(self._rows, self._generation.tokens(), strict=True)):
             if row.job.cancelled or row.job.settled:
@@ -373,7 +379,7 @@ class Engine:
         self._generation.keep(going)
 
     def _goes_on(self, row: _Row, tokens: Sequence[int]) -> bool:
-        """Send what tokens add to an answer; gives whether there is more to come."""
+        """Send the text of new tokens. Returns whether the answer continues."""
         for token in tokens:
             ended = token in self._model.stops
             row.written += 1
@@ -398,7 +404,10 @@ class Engine:
 
 @contextlib.contextmanager
 def _blamed(job: Job) -> Iterator[None]:
-    """What goes wrong inside ends this request alone; but for memory, of which others hold more."""
+    """An error inside this block ends this request alone.
+
+    Running out of memory is raised to the caller, since other requests may hold more of the memory.
+    """
     try:
         yield
     except ScaleDownError as error:
@@ -415,7 +424,7 @@ def _sampling(job: Job) -> Sampling:
 
 
 def _alike(begun: Sequence[tuple[_Row, Question]]) -> list[list[tuple[_Row, Question]]]:
-    """Prompts that are read together, of similar length and not too many positions; the oldest first."""
+    """Group prompts of similar length for prefill, at most `_POSITIONS` each; the oldest group first."""
     parts: list[list[tuple[_Row, Question]]] = []
     for row, question in sorted(begun, key=lambda own: own[1].encoded.prompt_length):
         longest = question.encoded.prompt_length

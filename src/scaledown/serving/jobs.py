@@ -1,4 +1,4 @@
-"""A request on its way through the engine, and what comes back."""
+"""A request in the engine, and the events that the engine sends for it."""
 
 import time
 from collections.abc import Callable
@@ -9,22 +9,22 @@ from scaledown.serving.protocol import RequestError
 
 
 class Usage(NamedTuple):
-    """What a request took."""
+    """What a request used."""
 
     prompt: int = 0
     """Positions of the generator's prompt, tokens and embeddings."""
     completion: int = 0
     """Tokens written."""
     document_tokens: int = 0
-    """Of the compressor's; those that were compressed."""
+    """Tokens of documents that were compressed, by the compressor's tokenizer."""
     embeddings: int = 0
-    """That stand for them."""
+    """Embeddings that replace these tokens."""
     cut: int = 0
-    """Documents that were longer than the model compresses."""
+    """Documents that were cut because they are longer than the model's limit."""
 
 
 class Piece(NamedTuple):
-    """Some more text of an answer."""
+    """The next piece of an answer's text."""
 
     text: str
 
@@ -33,7 +33,7 @@ class End(NamedTuple):
     """The answer is complete."""
 
     reason: str
-    """`stop`, or `length` where it was cut."""
+    """`stop`, or `length` if the answer reached its limit."""
     usage: Usage
 
 
@@ -49,7 +49,7 @@ Event = Piece | End | Scores | RequestError
 
 @dataclass(eq=False)
 class Job:
-    """One request on its way through the engine."""
+    """One request in the engine."""
 
     query: str
     documents: list[str]
@@ -58,7 +58,7 @@ class Job:
     system: str = ""
     compressed: bool = True
     ranks: bool = False
-    """Whether the documents' relevance is asked for, and no answer."""
+    """Whether the request asks for the documents' relevance instead of an answer."""
     rate: int = 0
     budget: str = "each"
     max_new_tokens: int = 128
@@ -67,7 +67,7 @@ class Job:
     seed: int | None = None
     stops: tuple[str, ...] = ()
     cancelled: bool = False
-    """Set by whoever no longer waits."""
+    """Set if the client no longer waits."""
     settled: bool = False
     """Whether its last event was sent."""
     arrived: float = field(default_factory=time.monotonic)

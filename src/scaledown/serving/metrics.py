@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus."""
+"""The server's metrics for Prometheus."""
 
 from typing import Any
 
@@ -13,34 +13,44 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
 
 
 class Metrics:
-    """Counters of one server; the engine's own numbers are read when they are asked for."""
+    """Counters of one server. The engine's own numbers are read at each scrape."""
 
     def __init__(self, engine: Engine) -> None:
         self._registry = CollectorRegistry()
-        own: dict[str, Any] = {"registry": self._registry}
+        options: dict[str, Any] = {"registry": self._registry}
         self._requests = Counter(
-            "scaledown_requests", "Requests by route and status.", ["route", "status"], **own
+            "scaledown_requests", "Requests by route and status.", ["route", "status"], **options
         )
         self._positions = Counter(
-            "scaledown_positions", "Positions of prompts, and tokens of answers.", ["kind"], **own
+            "scaledown_positions", "Positions of prompts and tokens of answers.", ["kind"], **options
         )
         self._documents = Counter(
-            "scaledown_documents", "Document tokens that were compressed, and embeddings.", ["kind"], **own
+            "scaledown_documents",
+            "Document tokens that were compressed, and embeddings.",
+            ["kind"],
+            **options,
         )
         self._first = Histogram(
-            "scaledown_first_token_seconds", "Until the first text of an answer.", buckets=_SECONDS, **own
+            "scaledown_first_token_seconds",
+            "Seconds until the first text of an answer.",
+            buckets=_SECONDS,
+            **options,
         )
         self._whole = Histogram(
-            "scaledown_request_seconds", "Until a request is done.", ["route"], buckets=_SECONDS, **own
+            "scaledown_request_seconds",
+            "Seconds until a request is done.",
+            ["route"],
+            buckets=_SECONDS,
+            **options,
         )
         self._registry.register(_EngineNumbers(engine))
 
     def first(self, seconds: float) -> None:
-        """An answer began."""
+        """Record the seconds until the first text of an answer."""
         self._first.observe(seconds)
 
     def done(self, route: str, status: int, seconds: float, usage: Usage) -> None:
-        """A request ended."""
+        """Record a request that has ended."""
         self._requests.labels(route, str(status)).inc()
         self._whole.labels(route).observe(seconds)
         self._positions.labels("prompt").inc(usage.prompt)
@@ -48,8 +58,8 @@ class Metrics:
         self._documents.labels("tokens").inc(usage.document_tokens)
         self._documents.labels("embeddings").inc(usage.embeddings)
 
-    def told(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+    def text(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
@@ -58,16 +68,20 @@ class _EngineNumbers(Collector):
         self._engine = engine
 
     def collect(self) -> list[Any]:
-        """What the engine has at this moment."""
+        """Return the engine's numbers at this moment."""
         engine = self._engine
         pairs = CounterMetricFamily(
-            "scaledown_embedding_cache_pairs", "Pairs found in the cache, and not.", labels=["found"]
+            "scaledown_embedding_cache_pairs",
+            "Pairs of query and document, found in the cache or not.",
+            labels=["found"],
         )
         pairs.add_metric(["yes"], engine.hits)
         pairs.add_metric(["no"], engine.misses)
         return [
             GaugeMetricFamily("scaledown_requests_waiting", "Requests that wait.", engine.waiting),
             GaugeMetricFamily("scaledown_answers_running", "Answers being written.", engine.running),
-            GaugeMetricFamily("scaledown_embedding_cache_bytes", "Of embeddings kept.", engine.cached_bytes),
+            GaugeMetricFamily(
+                "scaledown_embedding_cache_bytes", "Bytes of embeddings in the cache.", engine.cached_bytes
+            ),
             pairs,
         ]

@@ -1,4 +1,4 @@
-"""What clients send and get: the shapes of OpenAI's chat completions and of Jina's and Cohere's reranking."""
+"""Requests and errors in the formats of OpenAI's chat completions and of Jina's and Cohere's reranking."""
 
 from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
 
@@ -9,7 +9,7 @@ from scaledown.errors import ScaleDownError, one_line
 
 
 class RequestError(ScaleDownError):
-    """A request that is refused or failed, with its HTTP status."""
+    """A request that was refused or failed, with its HTTP status."""
 
     def __init__(self, message: str, status: int = 400, *, param: str = "", kind: str = "") -> None:
         super().__init__(message)
@@ -17,8 +17,8 @@ class RequestError(ScaleDownError):
         self.param = param
         self.kind = kind or ("invalid_request_error" if status < 500 else "server_error")
 
-    def told(self) -> dict[str, Any]:
-        """The body of the response, in OpenAI's shape."""
+    def body(self) -> dict[str, Any]:
+        """Return the body of the response, in OpenAI's format."""
         return {
             "error": {
                 "message": one_line(str(self)),
@@ -30,7 +30,7 @@ class RequestError(ScaleDownError):
 
 
 class _Shape(BaseModel):
-    """Unknown fields are ignored, as vLLM does; types are not bent."""
+    """Unknown fields are ignored, as vLLM does. Values of another type are refused, not converted."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -48,7 +48,7 @@ class _TextPart(_Shape):
 
 
 class Message(_Shape):
-    """A turn of a chat."""
+    """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[_TextPart] | None = None
@@ -99,7 +99,7 @@ class ChatRequest(_Shape):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Texts that end an answer, and are no part of it."""
+        """Texts that end an answer; they are not part of it."""
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(text for text in given if text)
 
@@ -114,7 +114,7 @@ class RerankRequest(_Shape):
     return_documents: bool = False
 
 
-# Fields of OpenAI's and vLLM's that change the answer and are not served: the values that ask for nothing.
+# Fields of OpenAI and vLLM that would change the answer and are not supported; their values without effect.
 _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "n": (1,),
     "best_of": (1,),
@@ -144,16 +144,27 @@ Request = TypeVar("Request", ChatRequest, RerankRequest)
 
 
 def parsed(body: bytes, kind: type[Request]) -> Request:
-    """A request from the bytes of its body. Raises `RequestError` that names the field."""
+    """Parse and check the body of a request.
+
+    Args:
+        body: The bytes that the client sent.
+        kind: The class of the request.
+
+    Returns:
+        The request.
+
+    Raises:
+        RequestError: The body is not such a request; the message names the field.
+    """
     try:
         content = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise RequestError(f"the body is no JSON: {error}") from None
+        raise RequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise RequestError("the body must be a JSON object")
     if kind is ChatRequest:
-        for name, idle in _UNSUPPORTED.items():
-            if content.get(name) is not None and not any(_same(content[name], one) for one in idle):
+        for name, allowed in _UNSUPPORTED.items():
+            if content.get(name) is not None and not any(_same(content[name], value) for value in allowed):
                 raise RequestError(f"{name} is not supported here: leave it out", param=name)
     try:
         return kind.model_validate(content)
@@ -162,13 +173,14 @@ def parsed(body: bytes, kind: type[Request]) -> Request:
 
 
 def _same(value: object, other: object) -> bool:
-    """Equal, where a truth value is no number."""
+    """Whether two values are equal, where True is not 1 and False is not 0."""
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def _refuse(error: ValidationError) -> NoReturn:
-    # Of a union each branch has an error, with its name in the place: the one that got furthest says most.
-    first = max(error.errors(include_url=False, include_input=False), key=lambda one: len(one["loc"]))
+    # For a union pydantic reports an error for each branch, with the branch's name in `loc`. The error with
+    # the longest `loc` is of the branch that fitted best.
+    first = max(error.errors(include_url=False, include_input=False), key=lambda found: len(found["loc"]))
     place = [str(part) for part in first["loc"] if isinstance(part, int) or str(part).islower()]
     place = [part for part in place if part not in {"str", "list", "constrained-str"}]
     param = ".".join(place)

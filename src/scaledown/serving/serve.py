@@ -1,4 +1,4 @@
-"""`scaledown serve`: the command."""
+"""The command `scaledown serve`."""
 
 import contextlib
 import logging
@@ -16,11 +16,11 @@ log = logging.getLogger("scaledown")
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown serve") -> int:
-    """The command line; gives the exit status."""
+    """Run the command line. Returns the exit status."""
     usage = Usage(
         program,
         "--model DIR",
-        "Serve a trained model over HTTP, as clients of OpenAI's chat completions ask for answers.",
+        "Serve a trained model over HTTP, for clients of OpenAI's chat completions.",
         GROUPS,
     )
     return run_cli(
@@ -34,9 +34,13 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown serve") ->
 
 
 def serve(config: ServeConfig) -> int:
-    """Serve until SIGTERM or Ctrl-C; gives the exit status, 1 where the model failed again and again.
+    """Serve until SIGTERM or Ctrl-C.
 
-    Raises `ScaleDownError` where it cannot begin.
+    Returns:
+        The exit status: 1 if the model failed several times in a row, else 0.
+
+    Raises:
+        ScaleDownError: The server cannot start.
     """
     key = api_key(config)
     try:
@@ -47,7 +51,7 @@ def serve(config: ServeConfig) -> int:
         raise MissingExtraError(f"scaledown serve needs {error.name}: {install_command('serve')}") from error
     from scaledown.serving.engine import Engine
 
-    listener = listen(config)  # before the model is loaded: a port that is taken is told at once
+    listener = listen(config)  # before the model is loaded: a port in use is reported at once
     with listener:
         model, generation = _load(config)
         model.config.check_rate(config.compression_rate or model.config.compression_rate)
@@ -62,8 +66,8 @@ def serve(config: ServeConfig) -> int:
             "timeout_graceful_shutdown": max(1, round(config.drain_seconds)),
         }
         server = uvicorn.Server(uvicorn.Config(app, **options))
-        with _telling(config):
-            listener.listen(1024)  # not before: who comes while the model loads is refused at once
+        with _address_errors(config):
+            listener.listen(1024)  # only now: connections are refused while the model loads
         engine.start(on_failure=lambda: setattr(server, "should_exit", True))
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
@@ -71,7 +75,7 @@ def serve(config: ServeConfig) -> int:
         log.info("ready: %s at http://%s:%s/v1, by %s on %s", name, host, port, writer, model.device)
         try:
             server.run([listener])
-        except KeyboardInterrupt:  # uvicorn raises the signal again when all is done
+        except KeyboardInterrupt:  # uvicorn raises the signal again after its shutdown
             log.info("stopped")
         finally:
             engine.stop(1.0)
@@ -79,10 +83,10 @@ def serve(config: ServeConfig) -> int:
 
 
 def listen(config: ServeConfig) -> socket.socket:
-    """A socket at the address that is asked for. Raises `UsageError` where there can be none."""
+    """Bind a socket to `--host` and `--port`. Raises `UsageError` if the address cannot be used."""
     listener = None
     try:
-        with _telling(config):
+        with _address_errors(config):
             family, kind, protocol, _, address = socket.getaddrinfo(
                 config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )[0]
@@ -97,8 +101,8 @@ def listen(config: ServeConfig) -> socket.socket:
 
 
 @contextlib.contextmanager
-def _telling(config: ServeConfig) -> Iterator[None]:
-    """An address that cannot be had is a fault of the flags."""
+def _address_errors(config: ServeConfig) -> Iterator[None]:
+    """Raise `UsageError` for an address that cannot be used."""
     try:
         yield
     except OSError as error:
@@ -108,7 +112,7 @@ def _telling(config: ServeConfig) -> Iterator[None]:
 
 
 def _load(config: ServeConfig) -> tuple[Any, Any]:
-    """The model, and what writes its answers where that is not its own generator."""
+    """Load the model, and start vLLM if it writes the answers."""
     quiet_libraries()
     from scaledown.student.engines.base import choose_engine
     from scaledown.student.model import ScaleDownModel

@@ -1,4 +1,4 @@
-"""`scaledown answer`: one query on the terminal, or a file of them, through a trained model."""
+"""The command `scaledown answer`: answer one query, or the queries of a file, with a trained model."""
 
 import itertools
 import logging
@@ -20,7 +20,7 @@ from scaledown.run.progress import track
 
 log = logging.getLogger("scaledown")
 
-_AT_ONCE: Final = 256  # records that are held
+_AT_ONCE: Final = 256  # records in memory at a time
 _COLUMNS: Final = pa.schema(
     {
         "query": pa.string(),
@@ -34,15 +34,26 @@ _COLUMNS: Final = pa.schema(
 
 
 class Answered(NamedTuple):
-    """A file of answers; without one, nothing was counted."""
+    """Counts of a file of answers; 0 if the answer went to standard output."""
 
     records: int = 0
     failed: int = 0
-    """Records that say `error` instead of an answer."""
+    """Records with an `error` instead of an answer."""
 
 
 def answer(config: AnswerConfig, *, overwrite: bool = False) -> Answered:
-    """Answer as `config` says: on standard output while the answer is written, or into a file."""
+    """Write one answer to standard output, piece by piece, or the answers to a file.
+
+    Args:
+        config: Model, query or file of queries, output.
+        overwrite: Replace an output file that this command has not written.
+
+    Returns:
+        Counts of the file of answers.
+
+    Raises:
+        ScaleDownError: The model, the input or the output cannot be used.
+    """
     if config.output_file:
         output = Path(config.output_file)
         check_output("--output_file", output, [config.data], made="answer", overwrite=overwrite)
@@ -62,7 +73,7 @@ def answer(config: AnswerConfig, *, overwrite: bool = False) -> Answered:
 
 
 def _load(config: AnswerConfig) -> tuple[Any, AnswerConfig]:
-    """The model with its engine, and the settings with the batch that suits it."""
+    """Load the model with its engine; return it with settings whose batch size suits the engine."""
     from scaledown.student.engines.base import choose_engine
     from scaledown.student.model import ScaleDownModel
 
@@ -76,7 +87,7 @@ def _load(config: AnswerConfig) -> tuple[Any, AnswerConfig]:
 
 
 def _way(config: AnswerConfig) -> dict[str, Any]:
-    """How the model reads documents."""
+    """Return the options that say how the model reads documents."""
     return {
         "compressed": not config.uncompressed,
         "compression_rate": config.compression_rate,
@@ -85,7 +96,7 @@ def _way(config: AnswerConfig) -> dict[str, Any]:
 
 
 def _answer_file(model: Any, config: AnswerConfig) -> Answered:
-    """Answer the records of a file, or one query, into a file that appears when it is whole."""
+    """Write the answers to a file's queries, or to one query, to a file. It appears when it is complete."""
     output, failed = Path(config.output_file), 0
     if config.data:
         source = entries(Path(config.data))
@@ -96,8 +107,8 @@ def _answer_file(model: Any, config: AnswerConfig) -> Answered:
         nonlocal failed
         while block := list(itertools.islice(source, _AT_ONCE)):
             wrong = {place: reason for place, entry in enumerate(block) if (reason := unanswerable(entry))}
-            sound = [entry.record for place, entry in enumerate(block) if place not in wrong]
-            made = iter(_answers(model, sound, config))
+            valid = [entry.record for place, entry in enumerate(block) if place not in wrong]
+            made = iter(_answers(model, valid, config))
             for place, entry in enumerate(block):
                 record = {"error": wrong[place]} if place in wrong else next(made)
                 if "error" in record:
@@ -114,7 +125,7 @@ def _answer_file(model: Any, config: AnswerConfig) -> Answered:
 
 
 def _answers(model: Any, records: list[dict[str, Any]], config: AnswerConfig) -> list[dict[str, Any]]:
-    """For each record its answer and scores, or the error."""
+    """Return for each record its answer and scores, or its error."""
 
     def answers(part: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         queries = [record["query"] for record in part]
@@ -146,17 +157,17 @@ def _answers(model: Any, records: list[dict[str, Any]], config: AnswerConfig) ->
 
 
 def summary(result: Answered, config: AnswerConfig) -> str:
-    """What a finished command prints besides an answer: what is in the file."""
+    """Return what the finished command prints about the file of answers; empty without a file."""
     if not config.output_file:
         return ""
-    errors = f", {result.failed:,} of them errors, which their records tell" if result.failed else ""
+    errors = f", {result.failed:,} with an error instead of an answer" if result.failed else ""
     return (
         f"{config.output_file}: {result.records:,} {'record' if result.records == 1 else 'records'}{errors}"
     )
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown answer") -> int:
-    """The command line; gives the exit status."""
+    """Run the command line. Returns the exit status."""
     usage = Usage(
         program,
         "--model DIR --query TEXT | --data FILE --output_file FILE",

@@ -1,4 +1,4 @@
-"""Questions with documents become token ids; examples become batches with little padding."""
+"""Turn questions with documents into token ids, and examples into batches with little padding."""
 
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple, TypedDict
@@ -13,30 +13,30 @@ from scaledown.records import document_text
 from scaledown.student.labels import copied_spans
 from scaledown.student.settings import ScaleDownConfig
 
-IGNORED: Final = -100  # as a label: no loss there, by the convention of transformers
+IGNORED: Final = -100  # a label without loss, by the convention of transformers
 SEPARATOR: Final = "\n\n"  # between documents, as in `Prompt.user`
 
-# Where the documents go while the chat template is applied: no text holds it.
+# Marks the place of the documents while the chat template is applied. It is removed from texts of users.
 _DOCUMENTS: Final = "\ue000documents\ue000"
-# One more forward pass costs about as much as so many tokens: more on a GPU, fewer on two cores.
+# The fixed cost of a forward pass, in tokens that take as long: higher on a GPU, lower on two CPU cores.
 _PASS_TOKENS: Final = 128
-PASS_TOKENS: Final = 1 << 15  # of one forward pass of the compressor, at most: bounds its memory
-CPU_PASS_TOKENS: Final = 1 << 12  # more do not stay in its caches
+PASS_TOKENS: Final = 1 << 15  # in one forward pass of the compressor, at most: bounds its memory
+CPU_PASS_TOKENS: Final = 1 << 12  # more do not fit into a CPU's caches
 
 
 class Document(NamedTuple):
-    """A document with its query, as the compressor reads them."""
+    """A query with one document, in the compressor's tokens."""
 
     ids: list[int]
-    """Tokens, without memory tokens."""
+    """Tokens of query and document, without memory tokens."""
     start: int
-    """Where the document's own tokens begin in `ids`."""
+    """Index in `ids` of the document's first token."""
     stop: int
-    """Where they end."""
+    """Index in `ids` after the document's last token."""
     memory: int
-    """Memory tokens that stand for it."""
+    """Number of memory tokens for the document."""
     copied: tuple[bool, ...] = ()
-    """Which of its own tokens the answer copies; empty where that is not known."""
+    """For each of the document's tokens, whether the answer copies it; empty if that is not known."""
 
 
 class Encoded(NamedTuple):
@@ -44,30 +44,30 @@ class Encoded(NamedTuple):
 
     documents: list[Document]
     prompt_parts: list[list[int]]
-    """The generator's tokens around the documents, one part more than documents; a pointer's pretraining has
-    none."""
+    """The generator's tokens before, between and after the documents: one part more than there are documents.
+    Empty in the pretraining of a pointer."""
     answer_ids: list[int]
-    """The answer with its end token; empty where there is none yet."""
+    """The answer's tokens with the end token; empty before it is written."""
     scores: list[float] | None
     """Relevance of each document by the teacher's reranker."""
 
     @property
     def prompt_length(self) -> int:
-        """Positions of the generator's prompt."""
+        """Number of positions of the generator's prompt."""
         embeddings = sum(document.memory for document in self.documents) if self.prompt_parts else 0
         return sum(map(len, self.prompt_parts)) + embeddings
 
 
 class Question(NamedTuple):
-    """A prompt, and what stands for its documents where that is known."""
+    """A prompt, and the embeddings of its documents if they are already compressed."""
 
     encoded: Encoded
     embeddings: torch.Tensor | None
-    """[memory tokens of all documents, width] where they were given."""
+    """[memory tokens of all documents, width]; None if the documents are not compressed yet."""
 
     @property
     def length(self) -> int:
-        """What a batch is sorted by: the generator's tokens that are text, and the documents."""
+        """Length for sorting: tokens of the prompt's text, plus the number of its parts."""
         return sum(map(len, self.encoded.prompt_parts)) + len(self.encoded.prompt_parts)
 
 
@@ -75,39 +75,39 @@ class Group(TypedDict):
     """Documents of similar length, padded on the right."""
 
     ids: torch.Tensor
-    """[documents, length], of the compressor's vocabulary."""
+    """[documents, length]: tokens of the compressor's vocabulary."""
     lengths: torch.Tensor
-    """[documents]: tokens that are not padding."""
+    """[documents]: number of tokens without padding."""
     starts: torch.Tensor
-    """[documents]: where the document's own tokens begin."""
+    """[documents]: index of the document's first token."""
     stops: torch.Tensor
-    """[documents]: where they end."""
+    """[documents]: index after the document's last token."""
     counts: torch.Tensor
-    """[documents]: embeddings that stand for each."""
+    """[documents]: number of memory tokens of each document."""
     places: torch.Tensor
-    """[documents]: where each stands among all documents of the batch."""
+    """[documents]: index of each document among all documents of the batch."""
 
 
 class Batch(TypedDict):
-    """What `ScaleDownModel.forward` takes by name. Documents count through the batch, example by example."""
+    """The arguments of `ScaleDownModel.forward`. Documents are numbered through the batch, by example."""
 
     groups: list[Group]
     ids: torch.Tensor
-    """[batch, length], prompt and answer, padded on the right; 0 where `is_memory`."""
+    """[batch, length]: prompt and answer, padded on the right; 0 where `is_memory` is true."""
     is_memory: torch.Tensor
-    """[batch, length] bool: the places of memory embeddings, in the order of the documents."""
+    """[batch, length] bool: positions of memory embeddings, in the order of the documents."""
     labels: torch.Tensor
-    """[batch, length]: the answer's tokens, -100 elsewhere."""
+    """[batch, length]: the answer's tokens, -100 at other positions."""
     scores: torch.Tensor
-    """[documents] float32, NaN where an example has none."""
+    """[documents] float32: the teacher's scores, NaN for an example without scores."""
     copied: torch.Tensor
-    """[documents, longest document] float32: 1 where a document's own token is copied by the answer."""
+    """[documents, longest document] float32: 1 for tokens that the answer copies, else 0."""
     sizes: torch.Tensor
-    """[batch]: documents of each example."""
+    """[batch]: number of documents of each example."""
 
 
 def collate(examples: Sequence[Encoded]) -> Batch:
-    """Examples as one batch."""
+    """Make one batch of examples."""
     length = max(example.prompt_length + len(example.answer_ids) for example in examples)
     ids = torch.zeros(len(examples), length, dtype=torch.long)  # [batch, length]
     is_memory = torch.zeros_like(ids, dtype=torch.bool)
@@ -142,9 +142,15 @@ def collate(examples: Sequence[Encoded]) -> Batch:
 
 
 def group(documents: Sequence[Document], most_tokens: int = PASS_TOKENS) -> list[Group]:
-    """Documents in groups of similar length, so that padding and forward passes together cost least.
+    """Group documents of similar length, so that padding and forward passes together cost least.
 
-    A group has at most `most_tokens`, padding included, but for a longer document alone.
+    Args:
+        documents: The documents of a batch.
+        most_tokens: The most tokens of a group, padding included. A document that is longer is a group by
+            itself.
+
+    Returns:
+        The groups; each document is in one of them.
     """
     groups: list[Group] = []
     for places in _partition([len(document.ids) for document in documents], most_tokens):
@@ -167,15 +173,19 @@ def group(documents: Sequence[Document], most_tokens: int = PASS_TOKENS) -> list
 
 
 def _partition(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
-    """Places in `lengths`, by rising length, cut where the sum of padded tokens and passes is least."""
+    """Sort the indices of `lengths` by length and cut them into parts of the least total cost.
+
+    The cost is the number of tokens with padding, plus a fixed cost for each part. The best cuts are found by
+    dynamic programming: `best[n]` is the least cost of the documents before the n-th possible cut.
+    """
     order = sorted(range(len(lengths)), key=lambda place: lengths[place])
-    # Documents of one length stay together: only the ends of such runs are worth a cut.
+    # Documents of equal length stay together: a cut between them never helps.
     ends = [
         end
         for end in range(1, len(order) + 1)
         if end == len(order) or lengths[order[end]] > lengths[order[end - 1]]
     ]
-    best: list[tuple[int, int]] = [(0, 0)]  # cost of the documents up to a cut, and the cut before it
+    best: list[tuple[int, int]] = [(0, 0)]  # (cost, previous cut) for the documents before a cut
     cuts = [0, *ends]
     for number, end in enumerate(ends, 1):
         longest = lengths[order[end - 1]]
@@ -197,14 +207,14 @@ def _partition(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
 
 
 class _Pieces(Context):
-    """The teacher's prompt in pieces, around documents that the generator sees as embeddings."""
+    """The teacher's prompt, cut into pieces around documents that the generator reads as embeddings."""
 
     def spelled(self, text: str) -> str:
-        """Text from outside, in which special tokens and the place of the documents are nothing special."""
+        """Neutralize special tokens and the mark of the documents in a user's text."""
         return self.spelled_apart(text).replace(_DOCUMENTS[0], "")
 
     def around(self, prompt: Prompt, documents: int) -> list[list[int]]:
-        """Token ids before, between and after `documents` documents, tokenised piece by piece."""
+        """Return the token ids before, between and after `documents` documents, tokenized piece by piece."""
         user = self.spelled(prompt.before) + _DOCUMENTS + self.spelled(prompt.after)
         special = self._tokenizer.chat_template is None
         if special:
@@ -220,11 +230,13 @@ class _Pieces(Context):
 
 
 class Reader:
-    """Turns text into `Encoded` examples, by the generator's tokenizer and the compressor's.
+    """Turns text into `Encoded` examples, with the tokenizers of the generator and of the compressor.
 
-    `cut` counts the documents and `cut_queries` the queries (as the compressor reads them) that were longer
-    than the settings allow. `context` is what the generator takes, in tokens. Raises `ModelError` for a
-    generator whose context is too short.
+    `cut` counts documents and `cut_queries` counts queries that were cut for the compressor because they were
+    longer than the settings allow. `context` is the generator's context, in tokens.
+
+    Raises:
+        ModelError: The generator's context is too short, or a pointer's tokenizer is not a fast one.
     """
 
     def __init__(
@@ -244,7 +256,7 @@ class Reader:
         special = compressor_tokenizer("")["input_ids"]
         first = {compressor_tokenizer.cls_token_id, compressor_tokenizer.bos_token_id}
         self._start = [token for token in special[:1] if token in first]
-        self._end = special[len(self._start) :]  # [SEP] of encoders, nothing of most decoders
+        self._end = special[len(self._start) :]  # [SEP] for encoders, nothing for most decoders
 
     def encode(
         self,
@@ -255,10 +267,20 @@ class Reader:
         *,
         rate: int = 0,
     ) -> Encoded:
-        """An example whose documents will be compressed: strings or `{"title", "text"}`.
+        """Encode an example whose documents will be compressed.
 
-        `rate` is that of compression, in tokens a memory token; 0 is the model's own. Raises `InputError` for
-        a document that is neither, or none at all.
+        Args:
+            query: The question.
+            documents: Strings or `{"title", "text"}`.
+            answer: The answer to learn; None if it is to be written.
+            scores: The teacher's relevance of each document, if known.
+            rate: Document tokens for each memory token; 0 is the model's own rate.
+
+        Returns:
+            The example.
+
+        Raises:
+            InputError: There are no documents, or a document is of another type.
         """
         if not documents:
             raise InputError("there are no documents to compress: give at least one")
@@ -271,19 +293,22 @@ class Reader:
         )
 
     def prompt_parts(self, query: str, documents: int, system: str = "") -> list[list[int]]:
-        """The generator's prompt around documents that are embeddings already.
+        """Return the generator's prompt around `documents` documents that are already embeddings.
 
-        A `system` message takes the place of the template's.
+        A `system` message replaces the template's.
         """
         return self._pieces.around(self._instructed(self._prompt(query), system), documents)
 
     def encode_text(
         self, query: str, documents: Sequence[object], max_new_tokens: int, system: str = ""
     ) -> Encoded:
-        """A prompt in plain text, as the teacher reads it: the documents themselves, or none.
+        """Encode a prompt as plain text, as the teacher reads it: with the documents' text, or without any.
 
-        Documents that do not fit the context lose their ends, from the last one. A `system` message takes the
-        place of the template's. Raises `InputError` where the question alone does not fit.
+        If the documents do not fit into the context, their ends are cut, from the last document on. A
+        `system` message replaces the template's.
+
+        Raises:
+            InputError: The question alone does not fit.
         """
         texts = [document_text(document) for document in documents]
         template = self._config.template if texts else CLOSED_BOOK
@@ -297,9 +322,16 @@ class Reader:
     def read(
         self, query: str, documents: Sequence[object], answer: str = "", *, rate: int = 0
     ) -> list[Document]:
-        """Query and document as the compressor reads them, for each document; without a query if empty.
+        """Tokenize the query with each document for the compressor.
 
-        With an `answer`, each tells which of its tokens that copies.
+        Args:
+            query: The question; if it is empty, the compressor reads the document alone.
+            documents: Strings or `{"title", "text"}`.
+            answer: If given, the tokens that it copies from the documents are marked.
+            rate: Document tokens for each memory token; 0 is the model's own rate.
+
+        Returns:
+            A record for each document.
         """
         config = self._config
         asked: list[int] = []
@@ -326,7 +358,9 @@ class Reader:
             found.append(Document(ids, start, start + len(tokens), memory))
             if answer:
                 offsets.append(read["offset_mapping"][: len(tokens)])
-                texts.append(text[: max((end for _, end in offsets[-1]), default=0)])  # what is not cut
+                texts.append(
+                    text[: max((end for _, end in offsets[-1]), default=0)]
+                )  # without the part that is cut
         if not answer:
             return found
         return [
@@ -335,8 +369,8 @@ class Reader:
         ]
 
     def answer_ids(self, answer: str) -> list[int]:
-        """The answer's tokens with the token that ends it."""
-        # A chat template leaves the generator at the start of a line, the bare prompt after `Answer:`.
+        """Return the answer's tokens and the end token."""
+        # After a chat template the answer begins a line; after the plain prompt it follows `Answer:`.
         text = answer.strip() if self._tokenizer.chat_template is not None else f" {answer.strip()}"
         ids: list[int] = self._tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, verbose=False
@@ -347,7 +381,7 @@ class Reader:
         return answer_prompt("", query, (), 0.0, self._config.template)
 
     def _instructed(self, prompt: Prompt, system: str) -> Prompt:
-        """The prompt with another system message, if there is one; it comes from outside, as a query does."""
+        """Replace the prompt's system message, if one is given. It is a user's text and is neutralized."""
         return prompt._replace(system=self._pieces.spelled(system)) if system else prompt
 
     def _plain_ids(self, text: str) -> list[int]:
@@ -355,7 +389,7 @@ class Reader:
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text from data, in which special tokens are nothing special."""
+    """Tokenize a text from data; special tokens in it are read as ordinary text."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
         "input_ids"
     ]

@@ -4,7 +4,7 @@ from scaledown.student.settings import ScaleDownConfig
 
 
 def model_card(config: ScaleDownConfig) -> str:
-    """Markdown with the metadata that the hub reads."""
+    """Return the card as Markdown, with the metadata that the hub reads."""
     compressor = (
         f"the first {config.num_layers} layers of the generator"
         if config.compressor_name is None

@@ -1,4 +1,4 @@
-"""What every kind of compressor declares, and how it makes embeddings of documents."""
+"""The base class of all kinds of compressors: what a kind declares, and how it compresses documents."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,90 +7,96 @@ import torch
 
 
 class Compressed(NamedTuple):
-    """What stands for the documents of a batch, in the order of their `places`."""
+    """The compressed documents of a batch, in the order of their `places`."""
 
     embeddings: torch.Tensor
     """[memory tokens of all documents, generator width], document by document."""
     counts: list[int]
     """Memory tokens of each document."""
     relevance: torch.Tensor | None
-    """[documents]: relevance to the query, where the model gives one."""
+    """[documents]: relevance to the query; None if the model does not rank documents."""
     token_scores: torch.Tensor | None = None
-    """[documents, tokens]: of each document's own tokens, where the kind picks tokens."""
+    """[documents, tokens]: scores of each document's own tokens; None if the kind does not pick tokens."""
     chosen: torch.Tensor | None = None
     """[documents, tokens] bool: the tokens that were picked."""
 
 
 class Compressor:
-    """A kind of compressor, which an entry of `COMPRESSORS` is an object of.
+    """A kind of compressor. Each entry of `COMPRESSORS` is an object of a subclass.
 
-    The weights belong to the `ScaleDownModel` that each method is given: `model.compressor` reads query and
-    document, and `add_parts` adds what else the kind needs. A kind with a fixed number of memory tokens
-    needs `states` alone.
+    The object itself holds no weights: these belong to the `ScaleDownModel` that each method receives.
+    `model.compressor` reads query and document, and `add_parts` adds the other weights that the kind needs. A
+    kind with a fixed number of memory tokens needs to define `states` alone.
     """
 
     label: str = ""
-    """Its name in tables, where that says more than the layers or the model that it is made of."""
+    """Name in tables; if empty, tables name the layers or the model of the compressor."""
     of_generator: bool = True
-    """Whether `model.compressor` is a copy of the generator's first layers; else it is a model of its own."""
+    """Whether `model.compressor` is a copy of the generator's first layers, or else a separate model."""
     model_name: str = ""
-    """That model; empty: the value of `--compressor` names it."""
+    """Name of the separate model; if empty, the value of `--compressor` is the name."""
     learning_rate: float = 1e-4
-    """Of the compressor and its parts, where `--learning_rate_compressor` gives no other."""
+    """Learning rate of the compressor and its parts, unless `--learning_rate_compressor` sets another."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW."""
+    """AdamW's betas."""
     part_rates: Mapping[str, float] = {}
-    """Learning rates of parts, as multiples of that of the compressor, by the beginnings of their weights'
-    names. They have no weight decay."""
+    """Learning rates of parts as multiples of the compressor's, by a prefix of the weights' names. These
+    parts have no weight decay."""
     float32_parts: tuple[str, ...] = ()
-    """Parts that stay in float32 whatever the model's dtype is."""
+    """Parts that stay in float32 for any dtype of the model."""
     rates: tuple[int, ...] = ()
-    """Compression rates that it is trained at, lowest first. It then compresses at any rate between them,
-    each document by its own length, and the documents of a question can share their memory tokens. Empty: all
-    documents have the same number of memory tokens, by `--compression_rate`."""
+    """Compression rates used in training, lowest first. The kind compresses at any rate between the first and
+    the last, each document by its own length, and the documents of a question can share their memory tokens.
+    Empty: all documents have the same number of memory tokens, set by `--compression_rate`."""
     ranks: bool = False
-    """Whether it gives the relevance of documents by itself."""
+    """Whether it computes the relevance of documents without a reranking head."""
     has_head: bool = False
-    """Whether `--enable_reranking` gives it a reranking head (`model.rerank_token`, `model.score`)."""
+    """Whether `--enable_reranking` adds a reranking head (`model.rerank_token`, `model.score`)."""
     picks_tokens: bool = False
-    """Whether some of a document's own tokens stand for it. It then learns from the tokens that answers copy,
-    and in pretraining from cloze questions, which need no generator; others learn there to repeat and to
-    continue text."""
+    """Whether it represents a document by some of the document's own tokens. Such a kind learns from the
+    tokens that answers copy, and its pretraining uses cloze questions, which need no generator. Other kinds
+    learn in pretraining to repeat and to continue text."""
 
     def add_parts(self, model: Any) -> None:
-        """Add weights to a model, as attributes; `from_pretrained` or `start` gives them values."""
+        """Add weights to a model, as attributes. `from_pretrained` or `start` sets their values."""
 
     def start(self, model: Any, tokenizer: Any) -> None:
-        """Set the values that training begins with. `tokenizer` is the generator's."""
+        """Set the initial values of a model for training. `tokenizer` is the generator's."""
 
     def loaded(self, model: Any) -> None:
-        """Correct what loading from a folder has changed."""
+        """Correct what loading from a folder has changed in a model."""
 
     def choose_pretrained(self, model: Any) -> None:
-        """Turn off gradients of weights that training learns and pretraining does not."""
+        """Turn off the gradients of weights that are trained later but not in pretraining."""
 
     def loss(self, compressed: Compressed, copied: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor | None:
-        """A loss besides that of answers, summed over questions, []; None for none.
+        """Compute an additional loss, besides the one on answers.
 
         Args:
-            compressed: What `compress` gave.
-            copied: [documents, tokens], 1 where an answer's token stands.
-            sizes: How many documents each question has.
+            compressed: The result of `compress`.
+            copied: [documents, tokens]: 1 for tokens that the answer copies.
+            sizes: Number of documents of each question.
+
+        Returns:
+            The sum over questions, a scalar; None if the kind has no such loss.
         """
         return None
 
     def states(self, model: Any, group: Any) -> torch.Tensor:
-        """What stands for each document of a group: [documents, memory tokens, width].
+        """Compute the states of the memory tokens of each document in a group.
 
         Args:
             model: The `ScaleDownModel`.
             group: A `Group` of `student/batch.py`: `ids` [documents, length] are query and document, padded
-                on the right; the document's own tokens stand from `starts` to `stops` [documents].
+                on the right; the document's own tokens are from `starts` to `stops` [documents].
+
+        Returns:
+            [documents, memory tokens, width].
         """
         raise NotImplementedError
 
     def embed(self, model: Any, states: torch.Tensor) -> Compressed:
-        """The generator's input from the `states` of all documents, in order."""
+        """Turn the `states` of all documents, in order, into embeddings for the generator."""
         return Compressed(states.flatten(0, 1), [states.shape[1]] * len(states), None)
 
     def compress(self, model: Any, groups: Sequence[Any], shared: Sequence[int]) -> Compressed:
@@ -98,8 +104,8 @@ class Compressor:
 
         Args:
             model: The `ScaleDownModel`.
-            groups: Documents of similar length, see `states`.
-            shared: How many documents each question has, where these share their memory tokens; else empty.
+            groups: Groups of documents of similar length, see `states`.
+            shared: Number of documents of each question, if these share their memory tokens; else empty.
 
         Returns:
             All documents in the order of their `places`.
@@ -111,12 +117,12 @@ class Compressor:
 
 
 def nothing(model: Any) -> Compressed:
-    """What stands for no documents."""
+    """Return the result of compressing no documents."""
     embeddings = model.get_input_embeddings()
     none = embeddings.weight.new_zeros(0, embeddings.embedding_dim)
     return Compressed(none, [], none[:, 0].float() if model.config.ranks else None)
 
 
 def in_order(groups: Sequence[Any]) -> torch.Tensor:
-    """Where among the documents of the groups, one after the other, each document of the batch stands."""
+    """Return the permutation that sorts the documents of all groups, concatenated, by their `places`."""
     return torch.cat([group["places"] for group in groups]).argsort()

@@ -1,4 +1,4 @@
-"""Decoding: prompts as embeddings in, the scores of each next token out."""
+"""Decoding: reads prompts as embeddings, and computes the scores of each next token."""
 
 import inspect
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
 class Decoding:
-    """Answers that a causal LM writes at the same time, one row each, a token a step.
+    """A batch of answers that a causal LM writes: one row for each answer, one token in each step.
 
-    Rows need not begin together: `join` adds some, `keep` leaves others out, `step` gives each its next
-    token. What a row has read is kept in one cache, which holds a shorter row at its end.
+    Rows need not begin at the same time: `join` adds rows, `keep` removes the others, `step` feeds each row
+    its next token. All rows share one cache. A shorter row occupies the end of it, as if padded on the left.
     """
 
     def __init__(self, generator: Any) -> None:
@@ -24,7 +24,7 @@ class Decoding:
     def _clear(self) -> None:
         self._cache: Any = None
         self._mask = torch.zeros(0, 0, dtype=torch.long)
-        """[rows, length]: 0 where the cache holds nothing of a row."""
+        """[rows, length]: 0 at positions of the cache that a row does not use."""
         self._places = torch.zeros(0, 1, dtype=torch.long)
         """[rows, 1]: the position of each row's last token."""
         self.logits = torch.zeros(0, 0)
@@ -35,12 +35,16 @@ class Decoding:
 
     @property
     def can_grow(self) -> bool:
-        """Whether rows may join those that are there; a cache that forgets old tokens holds none apart."""
+        """Whether rows may join.
+
+        They may not if a layer's cache drops old tokens (sliding windows): it cannot align rows of different
+        lengths.
+        """
         layers = getattr(self._cache, "layers", ())
         return not len(self) or (bool(layers) and all(type(layer) is DynamicLayer for layer in layers))
 
     def join(self, embedded: torch.Tensor, mask: torch.Tensor) -> None:
-        """Read prompts, which become the last rows. What fails on the way may leave no row at all.
+        """Read prompts, which become the last rows. After an error there may be no rows left.
 
         Args:
             embedded: [rows, length, width], padded on the left.
@@ -48,7 +52,7 @@ class Decoding:
         """
         places = (mask.cumsum(1) - 1).clamp(min=0)  # [rows, length]
         last = torch.tensor([mask.shape[1] - 1], device=mask.device)
-        # As an index: of a slice, torch would copy the output layer's weights for every row.
+        # A tensor of indices: with a slice, torch would copy the output layer's weights for every row.
         logits, cache = self._forward(mask, places, None, inputs_embeds=embedded, logits_to_keep=last)
         places = places[:, -1:]
         if len(self):
@@ -58,14 +62,14 @@ class Decoding:
             logits = torch.cat([self.logits, logits])
             try:
                 _join(self._cache, cache)
-            except BaseException:  # some layers have the new rows, others do not
+            except BaseException:  # some layers may have the new rows while others do not
                 self._clear()
                 raise
             cache = self._cache
         self._cache, self._mask, self._places, self.logits = cache, mask, places, logits
 
     def step(self, tokens: torch.Tensor) -> None:
-        """Give each row its next token, [rows]."""
+        """Feed each row its next token, [rows]."""
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self), 1)], 1)
         self._places = self._places + 1
         self.logits, self._cache = self._forward(
@@ -73,7 +77,7 @@ class Decoding:
         )
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only, and in this order."""
+        """Keep only these rows, in this order."""
         if not rows:
             self._clear()
             return
@@ -81,7 +85,7 @@ class Decoding:
         self._mask, self._places = self._mask[chosen], self._places[chosen]
         self.logits = self.logits[chosen]
         self._cache.batch_select_indices(chosen)
-        unused = int(self._mask.any(0).int().argmax())  # columns that were of longer rows
+        unused = int(self._mask.any(0).int().argmax())  # columns that only removed rows used
         if unused and self.can_grow:
             self._mask = self._mask[:, unused:]
             for layer in self._cache.layers:
@@ -97,7 +101,7 @@ class Decoding:
 
 
 def _join(first: DynamicCache, second: DynamicCache) -> None:
-    """Let the first have the rows of both, layer by layer: both as a whole would need memory twice."""
+    """Append the second cache's rows to the first, layer by layer: all at once needs twice the memory."""
     for own, other in zip(first.layers, second.layers, strict=True):
         length = max(own.keys.shape[2], other.keys.shape[2])
         own.keys = torch.cat([_widened(layer.keys, length, 2) for layer in (own, other)])
@@ -106,6 +110,6 @@ def _join(first: DynamicCache, second: DynamicCache) -> None:
 
 
 def _widened(rows: torch.Tensor, length: int, axis: int) -> torch.Tensor:
-    """The same with `length` entries along an axis, the new ones 0 and in front."""
+    """Pad `rows` with zeros in front to `length` entries along an axis."""
     after = [0, 0] * (rows.ndim - 1 - axis)  # torch counts axes from the last
     return nn.functional.pad(rows, [*after, length - rows.shape[axis], 0])

@@ -1,4 +1,4 @@
-"""`scaledown export --format generator`: a student's generator for servers that know only ordinary models."""
+"""`scaledown export --format generator`: write a student's generator as an ordinary causal LM."""
 
 import tempfile
 from pathlib import Path
@@ -16,12 +16,12 @@ def export_generator(name: str, output: Path, *, overwrite: bool = False) -> Non
 
     Args:
         name: Folder of the model, or its name on the hub.
-        output: The folder, which appears when it is whole.
+        output: The folder to write. It appears when it is complete.
         overwrite: Replace an earlier export.
 
     Raises:
         ModelError: The model cannot be read.
-        OutputError: The folder is there already, or cannot be made.
+        OutputError: The folder exists already, or cannot be written.
     """
     made = (output / _NOTE).exists()
     check_folder(output, [Path(name)], made=made)

@@ -1,4 +1,4 @@
-"""Which parts of documents an answer copies: what a pointer learns to pick."""
+"""Labels for a pointer: the parts of documents that an answer copies."""
 
 import re
 from collections.abc import Sequence
@@ -7,16 +7,25 @@ from typing import Final
 from scaledown.data.teacher.review import WORD, content_words
 
 Span = tuple[int, int]
-"""Where a piece of a text begins and ends, in characters."""
+"""First character and end of a piece of a text."""
 
 _LEAST_SUPPORT: Final = 0.5  # share of an answer's content words that a supporting document has
 
 
 def copied_spans(query: str, documents: Sequence[str], answer: str) -> list[list[Span]]:
-    """For each document the pieces that the answer copies, in order; empty where it copies nothing.
+    """Find the pieces of each document that the answer copies.
 
-    Where documents hold the whole answer, these are its occurrences. Else they are the answer's content words
-    that the query does not have, in the documents that have the most of them, if that is at least half.
+    If documents contain the whole answer, the pieces are its occurrences. Otherwise they are the answer's
+    content words that are not in the query, in the documents with the most of these words, if such a document
+    has at least half of them.
+
+    Args:
+        query: The question.
+        documents: The texts of its documents.
+        answer: The answer.
+
+    Returns:
+        For each document its pieces, in order; empty if the answer copies nothing from it.
     """
     whole = [occurrences(document, answer) for document in documents]
     if any(whole):
@@ -37,20 +46,20 @@ def copied_spans(query: str, documents: Sequence[str], answer: str) -> list[list
 
 
 def occurrences(document: str, answer: str) -> list[Span]:
-    """Where a document has the whole answer as words of its own, whatever the case.
+    """Find the whole answer in a document, as complete words, in any case.
 
-    Nowhere, if the answer is yes or no, a single letter, or has function words only: these are in many a
-    document by chance.
+    An answer that is yes, no, a single letter, or has only function words is not searched for: such words
+    occur in many documents by chance.
     """
     text = answer.strip().strip(".").strip()
     if not _content(text):
         return []
-    # Neither a part of another word ("Man" of "Spider-Man") nor of another number ("1" of "1,000").
+    # Not a part of another word ("Man" in "Spider-Man") or of another number ("1" in "1,000").
     pattern = re.compile(rf"(?<![\w-])(?<!\d[.,]){re.escape(text)}(?![\w-])(?![.,]\d)", re.IGNORECASE)
     return [match.span() for match in pattern.finditer(document)]
 
 
 def _content(text: str) -> set[str]:
-    """Words that say something by themselves."""
+    """Return the content words of a text, without yes, no and single letters."""
     words = set(content_words(text)) - {"yes", "no"}
     return {word for word in words if not (len(word) == 1 and word.isascii() and word.isalpha())}

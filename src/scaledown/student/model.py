@@ -28,35 +28,35 @@ from scaledown.student.inference.answering import Answering
 from scaledown.student.settings import ScaleDownConfig
 
 WEIGHTS: Final = {"answer_loss": 1.0, "rerank_loss": 0.05, "pointer_loss": 1.0}
-"""What each loss counts: the answers' and the reranking head's as in arXiv 2504.07109, section 3."""
+"""Weights of the losses; those of answers and of the reranking head are from arXiv 2504.07109, section 3."""
 COMPRESSOR_FOLDER: Final = "compressor"  # the tokenizer of a separate compressor, in a model's folder
 
 
 @dataclass
 class Output(ModelOutput):  # type: ignore[misc]  # transformers has no types
-    """Losses of one batch, scalars; one that the model does not have is 0."""
+    """Losses of one batch, scalars. A loss that the model does not have is 0."""
 
     loss: torch.Tensor | None = None
-    """The sum of the others by `WEIGHTS`."""
+    """The sum of the others, weighted by `WEIGHTS`."""
     answer_loss: torch.Tensor | None = None
-    """Cross-entropy on the answers' tokens, their mean over the batch."""
+    """Cross-entropy on the answers' tokens; the mean over the tokens of the batch."""
     rerank_loss: torch.Tensor | None = None
     """Squared differences to the teacher's scores, summed over documents; the mean over queries."""
     pointer_loss: torch.Tensor | None = None
-    """The compressor's own: of a pointer, cross-entropy on the tokens that answers copy, summed over queries
-    that have any; divided by all queries."""
+    """The compressor's own loss. For a pointer: cross-entropy on the tokens that answers copy, summed over
+    the queries with such tokens and divided by the number of all queries."""
 
 
 class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # transformers has no types
-    """OSCAR (arXiv 2504.07109): documents compressed for their query, and a generator that reads the result.
+    """OSCAR (arXiv 2504.07109): a compressor that reads documents with their query, and a generator.
 
-    Made by `build` from pretrained parts or by `from_pretrained` from a folder that `save_pretrained` wrote.
+    `build` makes a model of pretrained parts; `from_pretrained` loads one that `save_pretrained` wrote.
     """
 
     config_class = ScaleDownConfig
     base_model_prefix = ""
     supports_gradient_checkpointing = True
-    _supports_sdpa = True  # the choice of transformers; each part makes its own
+    _supports_sdpa = True  # required by transformers; each part chooses its own attention
 
     def __init__(self, config: ScaleDownConfig, generator: Any = None, compressor: Any = None) -> None:
         super().__init__(config)
@@ -65,7 +65,9 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         config.kind.add_parts(self)
         self._keep_in_fp32_modules_strict = set(config.kind.float32_parts)
         self.post_init()
-        if config.generator_training == "lora":  # only now: post_init would overwrite how LoRA begins
+        if (
+            config.generator_training == "lora"
+        ):  # after post_init, which would overwrite LoRA's initial values
             self._add_lora()
         self._set_trained()
 
@@ -87,9 +89,10 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         inject_adapter_in_model(settings, self.generator)
 
     def merge_lora(self) -> None:
-        """Fold LoRA into the generator's weights: fewer products a token, and training it has an end.
+        """Merge LoRA into the generator's weights, which makes generation faster.
 
-        The same function but for rounding; what is saved from here on has no LoRA.
+        The model computes the same function, except for rounding. LoRA cannot be trained any more, and is not
+        saved.
         """
         from peft.tuners.lora import LoraLayer
 
@@ -108,11 +111,11 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         self.tokenizer.save_pretrained(folder)
 
     def forget_generator(self) -> None:
-        """Keep of the generator its embeddings of tokens alone: another engine writes the answers."""
+        """Delete the generator except for its token embeddings: another engine writes the answers."""
         self.generator = _Embeddings(self.generator)
 
     def _set_trained(self) -> None:
-        """Say which of the generator's weights are trained; all others are."""
+        """Choose the trained weights of the generator. All weights of the other parts are trained."""
         training = self.config.generator_training
         for name, parameter in self.generator.named_parameters():
             parameter.requires_grad_(training == "full" or (training == "lora" and ".lora_" in name))
@@ -127,10 +130,20 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
     ) -> Self:
-        """An untrained model of pretrained parts; memory tokens, mapping and head are new.
+        """Build an untrained model of pretrained parts; memory tokens, mapping and head are new.
 
-        `compressor_source` is `resolve(config.compressor_name)`, None where that is None. Fills in the parts'
-        configurations. Raises `ModelError` for parts that do not fit.
+        Args:
+            config: The settings; the configurations of the parts are added to it.
+            generator_source: The generator.
+            compressor_source: `resolve(config.compressor_name)`, or None if that name is None.
+            dtype: Of the weights.
+            device: `cpu`, `cuda`, `cuda:N` or `mps`.
+
+        Returns:
+            The model.
+
+        Raises:
+            ModelError: A part cannot be loaded, or the parts do not fit together.
         """
         name, pinned = loadable(generator_source)
         with loading(generator_source):
@@ -138,9 +151,7 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
             generator = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **pinned, **onto(device))
             generation = generator.generation_config
         if tokenizer.eos_token_id is None:
-            raise ModelError(
-                f"{generator_source.name} has no token that ends an answer: use another generator"
-            )
+            raise ModelError(f"{generator_source.name} has no end token: use another generator")
         config.generator = layers.architecture_of(generator)
         config.generator_name = generator_source.name
         if compressor_source is None:
@@ -160,7 +171,7 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         return model
 
     def add_reranking(self) -> None:
-        """A reranking head, untrained, for a model that was made without."""
+        """Add an untrained reranking head to a model that has none."""
         rows = layers.token_like(self.compressor, 1)
         self.rerank_token = nn.Parameter(rows[0].to(self.memory))
         self.score = nn.Linear(len(rows[0]), 1).to(self.memory)
@@ -173,7 +184,7 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         self.reader = Reader(self.config, tokenizer, compressor_tokenizer, context)
         stops = generation.eos_token_id
         stops = stops if isinstance(stops, list) else [stops]
-        # Greedy, whatever decoding the generator's authors prefer; only the stop tokens are theirs.
+        # Greedy decoding; of the generator's own settings only the stop tokens are kept.
         self.generator.generation_config = GenerationConfig(
             do_sample=False,
             eos_token_id=sorted({stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None}),
@@ -181,18 +192,21 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         )
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The generator's."""
+        """Return the generator's token embeddings."""
         embeddings: nn.Embedding = self.generator.get_input_embeddings()
         return embeddings
 
     def compress_ids(self, groups: Sequence[Group], shared: Sequence[int] = ()) -> Compressed:
-        """Compress documents. With `shared`, the documents of each question, so many, share their budget."""
+        """Compress documents.
+
+        `shared` has the number of documents of each question, if these share a budget.
+        """
         return self.config.kind.compress(self, groups, shared)
 
     def embed(
         self, ids: torch.Tensor, is_memory: torch.Tensor, embeddings: torch.Tensor | None
     ) -> torch.Tensor:
-        """The generator's input [batch, length, width]: tokens, and `embeddings` where `is_memory`."""
+        """Return the generator's input, [batch, length, width]: tokens; `embeddings` where `is_memory`."""
         embedded: torch.Tensor = self.generator.get_input_embeddings()(ids)
         if embeddings is None:
             return embedded
@@ -208,7 +222,7 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         copied: torch.Tensor | None = None,
         sizes: torch.Tensor | None = None,
     ) -> Output:
-        """The losses of a `Batch`, whose shapes see there."""
+        """Compute the losses of a `Batch`; see there for the shapes."""
         compressed = self.compress_ids(groups)
         zero = torch.zeros((), device=ids.device)
         losses = dict.fromkeys(WEIGHTS, zero)
@@ -227,9 +241,9 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
     def _answer_loss(
         self, embeddings: torch.Tensor, ids: torch.Tensor, is_memory: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
-        # Of the positions before an answer's tokens only: the vocabulary is wide.
+        # Logits are computed only for the positions that predict an answer's token: the vocabulary is large.
         columns = (labels != IGNORED).any(0).nonzero()[:, 0]  # [answers' positions]
-        # Padding stands on the right, where causal attention does not look: no mask is needed.
+        # No mask is needed: padding is on the right, and causal attention does not look there.
         logits = self.generator(
             inputs_embeds=self.embed(ids, is_memory, embeddings),
             logits_to_keep=columns - 1,
@@ -253,9 +267,18 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
 
     @classmethod
     def from_pretrained(cls, name: Any, *arguments: Any, **keywords: Any) -> Any:
-        """A saved model from its folder, or from the hub (`org/name`, `org/name@revision`), in eval mode.
+        """Load a saved model from a folder or from the hub, in eval mode.
 
-        Keywords (`dtype`, `device_map`, ...) are those of transformers. Raises `ModelError`.
+        Args:
+            name: The folder, `org/name` or `org/name@revision`.
+            arguments: As in transformers.
+            keywords: As in transformers: `dtype`, `device_map`, ...
+
+        Returns:
+            The model.
+
+        Raises:
+            ModelError: It cannot be read, or is not a ScaleDown model.
         """
         if revision := keywords.pop("revision", None):
             name = f"{name}@{revision}"
@@ -273,7 +296,7 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         if model.config.compressor_name is not None:
             compressor_tokenizer = load_tokenizer(source, COMPRESSOR_FOLDER)
         model.config.kind.loaded(model)
-        model._set_trained()  # loading has made all of it trainable
+        model._set_trained()  # loading makes all weights trainable
         model._attach(tokenizer, compressor_tokenizer, generation)
         return model
 
@@ -287,9 +310,9 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         create_pr: bool = False,
         commit_message: str = "Upload ScaleDownModel",
     ) -> str:
-        """Save to a repository of the hub, made if there is none, and give its address.
+        """Save to a repository of the hub, which is created if it does not exist. Returns its address.
 
-        Unlike that of transformers it keeps the model card that `save_pretrained` writes.
+        Unlike the method of transformers, this one keeps the model card that `save_pretrained` writes.
         """
         from huggingface_hub import HfApi
 
@@ -309,7 +332,7 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
 
 
 class _Embeddings(nn.Module):
-    """What is needed of a generator to make prompts that another engine reads."""
+    """The parts of a generator that are needed to make prompts for another engine."""
 
     def __init__(self, generator: Any) -> None:
         super().__init__()
@@ -318,17 +341,17 @@ class _Embeddings(nn.Module):
         self.generation_config = generator.generation_config
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """Of its tokens."""
+        """Return the token embeddings."""
         embeddings: nn.Embedding = self.embeddings
         return embeddings
 
 
 def read_settings(source: ModelSource) -> ScaleDownConfig:
-    """The settings of a saved model. Raises `ModelError` for a model of another kind."""
+    """Read the settings of a saved model. Raises `ModelError` if it is not a ScaleDown model."""
     settings = read_config_file(source, "config.json") or {}
     if settings.get("model_type") != ScaleDownConfig.model_type:
         raise ModelError(
-            f"{source.name} is no ScaleDown model: make one of it with python train.py --generator_model "
+            f"{source.name} is not a ScaleDown model: make one of it with python train.py --generator_model "
             f"{source.name}"
         )
     with loading(source):
@@ -337,7 +360,7 @@ def read_settings(source: ModelSource) -> ScaleDownConfig:
 
 
 def load_tokenizer(source: ModelSource, folder: str = "") -> Any:
-    """The tokenizer of a model, or the one in a `folder` of it. Raises `ModelError`."""
+    """Load the tokenizer of a model, or the one in its subfolder `folder`. Raises `ModelError`."""
     name, pinned = loadable(source)
     with loading(source):
         return AutoTokenizer.from_pretrained(name, **pinned, subfolder=folder)

@@ -1,4 +1,4 @@
-"""`scaledown pretrain`: text in, a model out whose compressor and generator know each other."""
+"""The command `scaledown pretrain`: train compressor and generator on text, before training on answers."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,12 @@ from scaledown.config.train import GROUPS, PretrainConfig
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown pretrain") -> int:
-    """The command line; gives the exit status."""
+    """Run the command line. Returns the exit status."""
     usage = Usage(
         program,
         "--corpus_path PATH",
-        "Teach a compressor and a generator to understand each other before training: passages of any text "
-        "are compressed, and repeated or continued from what is left of them. Separate compressors need it.",
+        "Train a compressor and a generator together on passages of any text, before `scaledown train`: the "
+        "generator repeats or continues a passage from its embeddings. Separate compressors need it.",
         GROUPS,
     )
 

@@ -1,4 +1,4 @@
-"""What a compressed generator is made of, as `config.json` keeps it."""
+"""The settings of a `ScaleDownModel`, as in its `config.json`."""
 
 import math
 from typing import Any, ClassVar, Final
@@ -16,9 +16,10 @@ HIGHEST_RATE: Final = 128
 
 
 class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers has no types
-    """Settings of a `ScaleDownModel`; defaults are those of OSCAR (arXiv 2504.07109, table 7).
+    """Settings of a `ScaleDownModel`. The defaults are OSCAR's (arXiv 2504.07109, table 7).
 
-    Raises `UsageError` for values out of range.
+    Raises:
+        UsageError: A value is out of range.
     """
 
     model_type: ClassVar[str] = "scaledown"
@@ -27,24 +28,24 @@ class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers h
     """The generator's own configuration."""
     generator_name: str = ""
     compressor: str = "n_layers"
-    """A name in `COMPRESSORS`, or that of any encoder or decoder."""
+    """A name in `COMPRESSORS`, or the name of any encoder or decoder."""
     compressor_config: dict[str, Any] | None = None
-    """The configuration of a compressor that is a model of its own."""
+    """The configuration of a compressor that is a separate model."""
     num_layers: int = 8
     """Layers of a compressor that is made of the generator's first layers."""
     compression_rate: int = 16
-    """Tokens to one memory token: of the longest document, 4 to 128; of a pointer, of each document, 4 to 32
-    where no other rate is asked for."""
+    """Document tokens for each memory token. With memory tokens it is for the longest document, 4 to 128; a
+    pointer applies it to each document, 4 to 32, and uses it when no other rate is given."""
     doc_max_length: int = 128
-    """Longest document in tokens of the compressor; what is longer is cut."""
+    """Longest document, in tokens of the compressor; longer documents are cut."""
     query_max_length: int = 128
-    """Longest query in tokens of the compressor, which alone reads it cut."""
+    """Longest query, in tokens of the compressor. It is cut for the compressor, not for the generator."""
     mapping_width: int = 8096
     """Hidden units of the mapping from a separate compressor to the generator."""
     enable_reranking: bool = False
     generator_training: str = "lora"
     generator_4bit: bool = False
-    """Whether the generator's frozen weights are values of 4 bits, as they were when it was trained."""
+    """Whether the generator's frozen weights had 4 bits in training; the saved weights have these values."""
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.1
@@ -69,21 +70,21 @@ class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers h
                 f"--generator_training {self.generator_training}: use {', '.join(GENERATOR_TRAINING)}"
             )
         if QUESTION not in self.before + self.after:
-            raise UsageError(f"the prompt asks no question: put {QUESTION} before or after the documents")
+            raise UsageError(f"the prompt has no question: put {QUESTION} before or after the documents")
 
     @property
     def memory_tokens(self) -> int:
-        """Memory tokens that stand for one document; of a pointer, for the longest."""
+        """Number of memory tokens of a document; for a pointer, of the longest document."""
         return math.ceil(self.doc_max_length / self.compression_rate)
 
     @property
     def kind(self) -> Compressor:
-        """The kind of compressor. Raises `UsageError` where it cannot be imported."""
+        """The kind of compressor. Raises `UsageError` if it cannot be imported."""
         found: Compressor = COMPRESSORS.find(self.compressor)
         return found
 
     def check_reranking(self) -> None:
-        """Raise `UsageError` for a reranking head that the compressor does not have."""
+        """Raise `UsageError` if a reranking head is enabled and the kind of compressor cannot have one."""
         if self.enable_reranking and self.kind.ranks:
             raise UsageError(
                 f"--enable_reranking: a {self.compressor} ranks documents by its own scores: leave it out"
@@ -93,11 +94,11 @@ class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers h
 
     @property
     def ranks(self) -> bool:
-        """Whether the model tells how relevant documents are."""
+        """Whether the model computes the relevance of documents."""
         return self.enable_reranking or self.kind.ranks
 
     def check_rate(self, rate: int) -> None:
-        """Raise `UsageError` where the model cannot compress at `rate` tokens a memory token."""
+        """Raise `UsageError` if the model cannot compress at `rate` document tokens for each memory token."""
         rates = self.kind.rates
         if not rates:
             if rate != self.compression_rate:
@@ -112,31 +113,34 @@ class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers h
             )
 
     def check_budget(self, budget: str) -> None:
-        """Raise `UsageError` where the model does not have this way to give memory tokens to documents."""
+        """Raise `UsageError` if the model does not support this budget of memory tokens."""
         if budget not in BUDGETS:
             raise UsageError(f"--budget {budget}: use {' or '.join(BUDGETS)}")
         if budget == "shared" and not self.kind.rates:
             raise UsageError("--budget shared: only a pointer shares memory tokens; use each")
 
     def memory_tokens_of(self, tokens: int, rate: int) -> int:
-        """Memory tokens that stand for a document of `tokens` tokens at `rate`; a pointer's may be none."""
+        """Return how many memory tokens a document of `tokens` tokens has at `rate`; a pointer may have 0."""
         return math.ceil(tokens / rate) if self.kind.rates else self.memory_tokens
 
     @property
     def compressor_name(self) -> str | None:
-        """The model to load as the compressor; None where it is made of the generator."""
+        """Name of the model to load as the compressor; None if it is made of the generator."""
         return None if self.kind.of_generator else self.kind.model_name or self.compressor
 
     @property
     def template(self) -> Template:
-        """How the generator is asked; `before` and `after` stand around the documents."""
+        """The generator's prompt: `before` precedes the documents, `after` follows them."""
         return Template(self.system, self.before, self.after)
 
     @staticmethod
     def architecture(settings: dict[str, Any] | None) -> Any:
-        """The transformers configuration that `generator` or `compressor_config` describes."""
+        """Return the transformers configuration that `generator` or `compressor_config` describes."""
         if settings is None:
-            raise ModelError("the configuration lacks a part's own: make the model with ScaleDownModel.build")
+            raise ModelError(
+                "the configuration of the generator or the compressor is missing: make the model with "
+                "ScaleDownModel.build"
+            )
         return AutoConfig.for_model(**settings)
 
 

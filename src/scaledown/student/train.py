@@ -1,4 +1,4 @@
-"""`scaledown train`: training data in, a model out."""
+"""The command `scaledown train`: train a model on training data."""
 
 from collections.abc import Sequence
 
@@ -7,11 +7,11 @@ from scaledown.config.train import GROUPS, TrainConfig
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown train") -> int:
-    """The command line; gives the exit status."""
+    """Run the command line. Returns the exit status."""
     usage = Usage(
         program,
         "--train_data FILE",
-        "Train OSCAR: a compressor of documents, and a generator that answers from what it leaves of them. "
+        "Train OSCAR: a compressor of documents, and a generator that answers from the compressed documents. "
         "torchrun and accelerate launch start it on several GPUs.",
         GROUPS,
     )

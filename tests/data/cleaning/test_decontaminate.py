@@ -95,7 +95,7 @@ def test_nearly_the_same_are_most_words_in_any_order(query: str, similarity: flo
     assert matched(query) == (similarity and pytest.approx(similarity))
 
 
-def test_short_questions_other_numbers_and_words_that_come_again() -> None:
+def test_short_questions_other_numbers_and_repeated_words() -> None:
     assert matched("Who founded the city of Rome?", "Who established the city of Rome?") == pytest.approx(
         2 / 3
     )

@@ -100,7 +100,7 @@ def test_a_known_column_of_another_kind_is_named(tmp_path: Path, capsys) -> None
 
 
 @pytest.mark.parametrize("value", [{}, [{}], (1 << 53) + 1])
-def test_what_parquet_cannot_hold_at_all_is_told(value: object, tmp_path: Path, capsys) -> None:
+def test_values_that_parquet_cannot_hold_are_reported(value: object, tmp_path: Path, capsys) -> None:
     records = numbered(3, extra=value)
     records[0]["extra"] = 0.5 if isinstance(value, int) else None
     assert parquet("merge", lines(tmp_path / "a.jsonl", records), tmp_path)[0] in {0, 1}

@@ -163,7 +163,7 @@ def test_rankings_of_ids_that_come_again_can_be_evaluated(
         (["--format", "parquet", "{bad}"], "answer"),
     ],
 )
-def test_mistakes_are_told(words, message, data: Path, tmp_path: Path, capsys) -> None:
+def test_user_errors_are_reported(words, message, data: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "bad.json").write_text('[{"query": "q", "documents": ["d"]}]')
     paths = {"data": data, "empty": tmp_path / "empty.json", "bad": tmp_path / "bad.json"}

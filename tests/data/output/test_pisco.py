@@ -50,7 +50,7 @@ def test_no_record(data: Path, tmp_path: Path) -> None:
         export_pisco([data], tmp_path / "out")
 
 
-def test_what_is_there_is_left_alone(data: Path, tmp_path: Path) -> None:
+def test_existing_folder_is_not_changed(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
     assert export_pisco([data], output) == 40

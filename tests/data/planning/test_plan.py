@@ -208,7 +208,7 @@ def test_a_run_of_days_without_a_gpu_says_so(flags, monkeypatch, capsys) -> None
     ("name", "content", "message"),
     [
         ("corpus_path", "", "no article with text"),
-        ("corpus_path", '{"id": 1, "text": "A sentence."}\n{"id":\n', "1 of 2 rows looked at are malformed"),
+        ("corpus_path", '{"id": 1, "text": "A sentence."}\n{"id":\n', "1 of 2 rows read are malformed"),
         ("corpus_path", "[\n", "holds one JSON array"),
         ("queries_file", "\n", "there are no queries"),
     ],

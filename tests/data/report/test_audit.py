@@ -48,7 +48,7 @@ def test_counts(write: Write) -> None:
         )
     )
     assert (found.records, found.bad, found.sampled) == (8, 1, 8)
-    assert found.told == ["line 9: has no answer"]
+    assert found.messages == ["line 9: has no answer"]
     assert found.repeated_queries == 7
     assert found.documents == 16
     assert found.different_documents == 2
@@ -64,7 +64,7 @@ def test_counts(write: Write) -> None:
     assert found.finish_known
 
 
-def test_where_the_answer_stands(write: Write) -> None:
+def test_place_of_the_answer_in_the_documents(write: Write) -> None:
     records = [SOUND, SOUND | {"query": "Who?", "documents": ["Bees.", "Ada was a countess."]}]
     lost = SOUND | {"query": "Why?", "documents": ["Bees."], "answer": "Because."}
     found = audit(write(*records, lost), gold(who_was_ada="countess", who="Countess", why="honey"))
@@ -111,7 +111,7 @@ def test_documents_with_titles_are_read(write: Write) -> None:
 
 
 def test_nothing_sound_is_an_error(write: Write) -> None:
-    with pytest.raises(InputError, match="holds no sound record; `scaledown validate"):
+    with pytest.raises(InputError, match="holds no valid record; `scaledown validate"):
         audit(write({"query": "x"}))
 
 

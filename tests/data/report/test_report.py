@@ -106,12 +106,12 @@ def test_a_file_of_others_needs_no_run(tmp_path: Path, capsys) -> None:
         (["{data}", "--output", "data.json/r.html"], "data.json/r.html cannot be written"),
         (["{data}", "--card", "report.html"], "are one file"),
         (["{data}", "--gold", "missing.jsonl"], "--gold missing.jsonl"),
-        (["{empty}"], "holds no sound record"),
+        (["{empty}"], "holds no valid record"),
         (["{data}", "--output", "data.json"], "data.json is also read"),
         (["{data}", "--card", "notes.md"], "notes.md is there already"),
     ],
 )
-def test_mistakes_are_told_in_a_line(words, message, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_user_errors_are_reported_in_one_line(words, message, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.json").write_text(json.dumps([{"query": "q?", "documents": ["d"], "answer": "d"}]))
     (tmp_path / "empty.json").write_text("[]")
@@ -150,7 +150,7 @@ def test_other_settings_are_seen() -> None:
     assert differs == {"passages", "teacher", "documents to a query", "reranking scores kept"}
 
 
-def test_no_folder_of_this_machine_is_told(tmp_path: Path) -> None:
+def test_report_names_no_folder_of_this_machine(tmp_path: Path) -> None:
     secret = tmp_path / "alice" / "secret"
     secret.mkdir(parents=True)
     names = {
@@ -165,7 +165,7 @@ def test_no_folder_of_this_machine_is_told(tmp_path: Path) -> None:
     assert "ql:secret" in str(told)
 
 
-def test_what_the_paper_does_not_have_is_told() -> None:
+def test_settings_that_the_paper_does_not_have_are_listed() -> None:
     names = {one.name for one in fidelity(manifest(bad_answers="retry", deduplicate="near"))}
     assert {"bad answers", "repeated queries left out", "learning rates", "passages retrieved"} <= names
 

@@ -48,7 +48,7 @@ def test_other_groups(logged: range, asked: range, found: dict[int, int], tmp_pa
     assert AnswerLog.of(stage, asked, 60).read(prompts) == {}
 
 
-def test_a_log_that_is_no_log(tmp_path: Path) -> None:
+def test_invalid_answer_log_is_ignored(tmp_path: Path) -> None:
     stage = Stage(RunDirectory(tmp_path / "run"), "answers", {})
     for name in ("evil.part.jsonl", "1.part.jsonl", "000000-x.part.jsonl"):
         (stage.folder / name).write_text('["hostile"]\n')

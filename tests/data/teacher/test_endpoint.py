@@ -90,7 +90,7 @@ def right(results: dict[int, Any], count: int) -> bool:
     }
 
 
-def test_what_is_asked_and_what_is_kept(serve: Any) -> None:
+def test_requests_and_stored_answers(serve: Any) -> None:
     server = serve()
     [(place, answer)] = teacher(server).answers(prompts(1))
     assert (place, answer) == (0, Answer(answer_to("Question 0"), "stop", 90, 10, 0))
@@ -145,7 +145,7 @@ def test_a_mixture_of_faults_loses_nothing_and_pays_once(serve: Any) -> None:
     assert set(server.paid.values()) == {1}
 
 
-def test_retry_after_is_kept_by_all_who_ask(serve: Any) -> None:
+def test_retry_after_applies_to_all_requests(serve: Any) -> None:
     server = serve(["429"])
     server.retry_after, server.delay = "1", 0.02
     assert right(dict(teacher(server).answers(prompts(20))), 20)
@@ -162,7 +162,7 @@ def test_retry_after_is_seconds_or_a_date() -> None:
     assert [retry_after(text) for text in unusable] == [0.0] * 6
 
 
-def test_what_is_on_disk_is_never_asked(serve: Any) -> None:
+def test_answers_on_disk_are_never_asked_again(serve: Any) -> None:
     server = serve()
     asked = teacher(server)
     results = dict(asked.answers(prompts(10), have=[0, 3, 4]))
@@ -171,7 +171,7 @@ def test_what_is_on_disk_is_never_asked(serve: Any) -> None:
     assert not list(asked.answers(prompts(2), have={0, 1}))
 
 
-def test_the_budget_ends_a_run_and_more_of_it_goes_on(serve: Any) -> None:
+def test_token_budget_ends_a_run_and_a_larger_one_continues_it(serve: Any) -> None:
     server = serve()
     have: dict[int, Any] = {}
     first = teacher(server, max_total_tokens=1000, spent_tokens=300)
@@ -330,7 +330,7 @@ def test_a_refused_prompt_is_rejected_at_once(serve: Any) -> None:
     assert server.asked["Question 1"] == 1
 
 
-def test_a_url_that_leads_to_no_chat_is_told_and_nothing_is_quarantined(serve: Any) -> None:
+def test_url_without_chat_completions_is_reported_and_nothing_is_quarantined(serve: Any) -> None:
     server = serve()
     server.models = None
     with pytest.raises(ModelError, match="does the URL end in /v1"):
@@ -352,8 +352,8 @@ def test_it_works_where_an_event_loop_runs_already(serve: Any) -> None:
     assert right(asyncio.run(notebook()), 20)
 
 
-@pytest.mark.parametrize(("fault", "said"), [("402", "wants payment"), ("400", "refuses every prompt")])
-def test_what_is_no_fault_of_a_prompt_ends_the_run_and_sets_nothing_aside(
+@pytest.mark.parametrize(("fault", "said"), [("402", "requires payment"), ("400", "refuses every prompt")])
+def test_fault_of_the_server_ends_the_run_and_quarantines_nothing(
     serve: Any, prepare: Any, queries: Path, fault: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = serve(lambda _: fault)
@@ -367,7 +367,7 @@ def test_what_is_no_fault_of_a_prompt_ends_the_run_and_sets_nothing_aside(
     assert len(json.loads(prepare.output.read_text())) == 60
 
 
-def test_a_server_that_answers_with_another_model_alone_is_told(serve: Any) -> None:
+def test_server_that_answers_only_with_another_model_is_reported(serve: Any) -> None:
     server = serve(lambda _: "model")
     server.models = None
     with pytest.raises(ModelError, match="with impostor: if that is the one you want"):
@@ -434,7 +434,7 @@ def test_reasoning_is_never_part_of_an_answer(serve: Any, said: Any, expected: s
         assert result.reason.startswith(reason)
 
 
-def test_reasoning_beside_an_empty_answer_is_told_and_ends_a_run_of_nothing_else(serve: Any) -> None:
+def test_reasoning_without_an_answer_is_reported_and_ends_a_run_without_answers(serve: Any) -> None:
     server = serve()
     server.message = {"content": None, "reasoning_content": "Well, well."}
     server.finish_reason = "length"
@@ -618,7 +618,7 @@ def test_a_server_with_one_temperature_names_the_flag_or_gets_none(
     assert right(dict(teacher(server, generation=flagged._replace(temperature=1.0)).answers(warm)), 1)
     assert "none is sent" not in caplog.text
     assert right(dict(teacher(server).answers(prompts(3))), 3)  # a judge, whose temperature no flag decides
-    assert "takes no temperature but its own" in caplog.text
+    assert "accepts only its own temperature" in caplog.text
     assert "temperature" not in server.bodies[-1]
 
 
@@ -750,7 +750,7 @@ def test_a_server_without_system_turns_gets_one_turn(serve: Any) -> None:
     ]
 
 
-def test_the_key_is_sent_and_never_told(
+def test_key_is_sent_and_never_shown(
     serve: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")
@@ -816,7 +816,7 @@ def test_a_model_that_is_served_and_not_listed_is_asked_all_the_same(serve: Any)
     assert sum(server.asked.values()) == 4  # one of them a question of one token, to find out
 
 
-def test_no_server_at_all_is_told_at_the_start() -> None:
+def test_missing_server_is_reported_at_the_start() -> None:
     with pytest.raises(ModelError, match=r"out of reach.*start the server or mend the URL"):
         teacher(dead_url(), dead_url())
 
@@ -826,7 +826,7 @@ def test_a_proxy_does_not_stand_before_this_machine(serve: Any, monkeypatch: pyt
     assert right(dict(teacher(serve()).answers(prompts(1))), 1)
 
 
-def test_who_stops_early_leaves_nothing_behind(serve: Any) -> None:
+def test_caller_that_stops_early_leaves_nothing_behind(serve: Any) -> None:
     server = serve()
     server.poison["Question 1"] = "hang"
     threads = {thread for thread in threading.enumerate() if "process_request" not in thread.name}

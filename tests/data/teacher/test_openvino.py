@@ -148,7 +148,7 @@ def test_answers_come_as_they_finish_with_their_finish_reason(teacher, library) 
     assert pipeline.asked[0].endswith("assistant\n"), "the chat template's own generation prompt"
 
 
-def test_what_is_answered_already_is_not_asked(teacher, library) -> None:
+def test_known_answers_are_not_asked_again(teacher, library) -> None:
     given = dict(teacher.answers(prompts(*(f"Who {n}?" for n in range(10))), have={0, 3, 9}))
     assert set(given) == {1, 2, 4, 5, 6, 7, 8}
     assert not any("Who 3?" in text for text in library.made[0].asked)
@@ -180,7 +180,7 @@ def test_a_prompt_that_fills_the_cache_takes_no_other_with_it(teacher) -> None:
     assert "--teacher_document_tokens" in given[1].reason
 
 
-def test_who_stops_early_leaves_nothing_behind(teacher, library) -> None:
+def test_caller_that_stops_early_leaves_nothing_behind(teacher, library) -> None:
     answers = teacher.answers(prompts(*(f"Who was number {n}?" for n in range(9))))
     next(answers)
     answers.close()

@@ -20,7 +20,7 @@ def answer(text: str = "yes") -> Answer:
     return Answer(text, "stop", 10, 2, 0)
 
 
-def test_a_log_gives_back_what_it_was_given(tmp_path: Path) -> None:
+def test_answer_log_returns_what_was_written(tmp_path: Path) -> None:
     log = AnswerLog(tmp_path / "log.jsonl", 60, Storage(tmp_path))
     with log.writing() as writer:
         writer.add(3, PROMPTS[3], answer("line\n\u2028 \U0001f600"))
@@ -184,7 +184,7 @@ def test_other_limits_ask_nothing_again(difficult, monkeypatch) -> None:
     assert difficult("--min_groundedness", "0.01", "--truncated_answers", "keep") == 0
 
 
-def test_ungrounded_answers_are_dropped_and_said(prepare, monkeypatch) -> None:
+def test_ungrounded_answers_are_dropped_and_reported(prepare, monkeypatch) -> None:
     class Half(Recorded):
         def say(self, prompt):
             text = prompt.documents[0].split()[0] if len(self.asked) % 2 else "Xylophone zebras"
@@ -229,7 +229,7 @@ def test_every_column_can_be_written(ending: str, prepare, models, tmp_path) -> 
     assert len(table[0]["prompt_hash"]) == 16
 
 
-def test_a_prompt_and_a_budget_for_documents_change_what_is_shown(prepare, tmp_path, monkeypatch) -> None:
+def test_prompt_and_document_budget_change_the_shown_text(prepare, tmp_path, monkeypatch) -> None:
     assert prepare("--columns", "prompt_tokens") == 0
     whole = [record["prompt_tokens"] for record in json.loads(prepare.output.read_text())]
     assert prepare("--columns", "prompt_tokens", "--teacher_document_tokens", "4") == 0
@@ -322,7 +322,7 @@ def test_batches_partly_on_disk_give_the_same_answers(models) -> None:
     assert not dict(teacher.answers(prompts, set(range(6))))
 
 
-def test_an_edited_prompt_is_no_repetition(prepare, tmp_path, capsys) -> None:
+def test_edited_prompt_is_asked_again(prepare, tmp_path, capsys) -> None:
     own = tmp_path / "prompt.txt"
     own.write_text("{documents} {question}")
     assert prepare("--prompt", str(own)) == 0

@@ -130,7 +130,7 @@ def test_hundreds_of_documents_are_cut_in_a_few_rounds(tmp_path, monkeypatch) ->
         ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, False),
     ],
 )
-def test_a_model_that_does_not_write_is_no_teacher(config, sound, tmp_path) -> None:
+def test_model_that_is_not_a_causal_lm_is_refused_as_teacher(config, sound, tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with contextlib.nullcontext() if sound else pytest.raises(ModelError, match="a teacher is a causal LM"):
         check_teacher(resolve(str(tmp_path)), load_in_8bit=False, load_in_4bit=False)
@@ -147,7 +147,7 @@ def test_one_prompt_that_cannot_be_asked_does_not_end_the_others(tmp_path) -> No
     assert "without documents" in answers[1].reason
 
 
-def test_generate_teacher_answers_gives_training_records(models, tmp_path, caplog) -> None:
+def test_generate_teacher_answers_returns_training_records(models, tmp_path, caplog) -> None:
     import tiny
 
     model = str(tiny.causal_lm(tmp_path / "short", positions=300))
@@ -250,7 +250,7 @@ def test_a_turn_ends_where_model_or_tokenizer_say(models, tmp_path) -> None:
     assert teacher(folder)._stops == [1, tokenizer.eos_token_id]
 
 
-def test_an_empty_answer_is_no_record(models, caplog, monkeypatch) -> None:
+def test_empty_answer_makes_no_record(models, caplog, monkeypatch) -> None:
     monkeypatch.setattr(TransformersTeacher, "_answer", lambda *_: Answer("", "stop", 1, 0, 0))
     with caplog.at_level(logging.WARNING, "scaledown"):
         made = generate_teacher_answers(

@@ -157,7 +157,7 @@ def prompts(count: int, temperature: float = 0.0):
     ]
 
 
-def test_what_is_called_is_there() -> None:
+def test_called_functions_of_vllm_exist() -> None:
     methods = SIGNATURES["LLMEngine"]["methods"]
     assert methods["from_engine_args"][2] == "usage_context"
     assert "LLM_CLASS" in SIGNATURES["UsageContext"]["fields"]
@@ -174,7 +174,7 @@ def test_what_is_called_is_there() -> None:
     assert SIGNATURES["LoRARequest"]["fields"][:3] == ["lora_name", "lora_int_id", "lora_path"]
 
 
-def test_every_prompt_gets_an_answer_or_a_reason_and_the_rest_goes_on(teacher, monkeypatch) -> None:
+def test_every_prompt_gets_an_answer_or_a_reason(teacher, monkeypatch) -> None:
     from scaledown.data.teacher.engines import vllm
 
     monkeypatch.setattr(vllm, "_WAITING", 5)
@@ -192,7 +192,7 @@ def test_every_prompt_gets_an_answer_or_a_reason_and_the_rest_goes_on(teacher, m
     assert FakeEngine.made.arguments["enable_prefix_caching"] is True
 
 
-def test_what_is_there_is_not_asked_again_and_nothing_stays_behind(teacher) -> None:
+def test_known_answers_are_not_asked_again_and_no_request_remains(teacher) -> None:
     one = teacher()
     found = dict(one.answers(prompts(10), have={1, 2, 3}))
     assert sorted(found) == [0, 4, 5, 6, 7, 8, 9]
@@ -337,7 +337,7 @@ def test_bits_are_for_transformers(teacher) -> None:
         teacher(load_in_8bit=True)
 
 
-def test_its_processes_are_spawned_whoever_used_cuda_before(teacher) -> None:
+def test_processes_are_spawned_even_if_cuda_was_used_before(teacher) -> None:
     """A process that is forked from one that asked whether there is CUDA cannot use it."""
     one = teacher()
     list(one.answers(prompts(1)))
@@ -370,7 +370,7 @@ def test_its_context_is_what_the_prompts_need_and_grows_with_them(teacher) -> No
 
 
 @pytest.mark.parametrize(("free", "given", "share"), [(80, 0.0, 0.92), (41, 0.0, 0.5), (80, 0.3, 0.3)])
-def test_it_takes_what_is_free_of_each_of_its_gpus(free, given, share, teacher, monkeypatch) -> None:
+def test_engine_takes_the_free_memory_of_each_of_its_gpus(free, given, share, teacher, monkeypatch) -> None:
     least = {0: 80.0, 1: free}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (int(least[number] * 2**30), 80 << 30))
     list(teacher(memory=given).answers(prompts(1)))
@@ -402,12 +402,12 @@ def test_on_rocm_the_variable_of_hip_counts(teacher, monkeypatch) -> None:
     assert FakeEngine.made.environment["HIP_VISIBLE_DEVICES"] == "4,2"
 
 
-def test_more_gpus_than_there_are_is_told_before_it_starts(teacher) -> None:
+def test_too_many_gpus_are_reported_before_the_engine_starts(teacher) -> None:
     with pytest.raises(ModelError, match="there are 8 GPUs"):
         teacher(device="cuda:7")
 
 
-def test_a_gpu_without_free_memory_is_told(teacher, monkeypatch) -> None:
+def test_gpu_without_free_memory_is_reported(teacher, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (1 << 29, 80 << 30))
     with pytest.raises(NoRoomError, match="no free memory"):
         list(teacher().answers(prompts(1)))

@@ -68,7 +68,7 @@ def test_the_best_tokens_stand_for_a_document_in_its_order(model: ScaleDownModel
 
 
 @torch.no_grad()
-def test_an_untrained_pointer_gives_tokens_as_they_are(models: dict[str, Path]) -> None:
+def test_untrained_pointer_returns_the_embeddings_of_tokens(models: dict[str, Path]) -> None:
     model = build(models, learned=False)
     read = model.reader.read(QUERY, DOCUMENTS[:1], rate=4)[0]
     (embeddings,) = model.compress(QUERY, DOCUMENTS[:1], compression_rate=4)
@@ -182,7 +182,7 @@ def test_a_pointer_keeps_its_rate_scores_and_answers_in_its_folder(
 
 
 @torch.no_grad()
-def test_each_token_is_told_with_its_score(model: ScaleDownModel) -> None:
+def test_point_returns_each_token_with_its_score(model: ScaleDownModel) -> None:
     read = model.reader.read(QUERY, DOCUMENTS, rate=4)
     found = model.point(QUERY, DOCUMENTS, compression_rate=4)
     for own, one, scores in zip(found, read, scores_of(model, DOCUMENTS), strict=True):
@@ -293,7 +293,7 @@ def test_documents_without_tokens_have_no_embeddings(model: ScaleDownModel) -> N
     assert model(**collate([model.reader.encode(QUERY, [""], "1889")])).loss.isfinite()
 
 
-def test_labels_are_of_what_is_not_cut(models: dict[str, Path]) -> None:
+def test_labels_cover_only_the_uncut_document(models: dict[str, Path]) -> None:
     model = build(models, doc_max_length=8)
     late = "wind " * 20 + "gravity oceans"
     read = model.reader.read("What?", [late, "gravity and more"], "It is gravity in oceans")
@@ -301,7 +301,7 @@ def test_labels_are_of_what_is_not_cut(models: dict[str, Path]) -> None:
     assert any(read[1].copied)
 
 
-def test_cloze_questions_hide_what_stands_nowhere_else() -> None:
+def test_cloze_answers_occur_only_once() -> None:
     text = (
         "In the year 1889 the engineer Gustave Eiffel finished his tower in Paris for a fair. "
         "Short one. The tower, which Gustave Eiffel drew, is still painted every seven years or so today."

@@ -80,7 +80,7 @@ def test_the_papers_student_is_in_the_table_and_fits_24_gb_in_4_bits() -> None:
     assert 1.91e9 < trained < 1.93e9
 
 
-def test_memory_is_told_in_gigabytes() -> None:
+def test_memory_is_shown_in_gigabytes() -> None:
     told = str(Memory(14_500_000_000, 7_670_000_000, 7_670_000_000, 15_340_000_000))
     assert told == (
         "45.2 GB before any example: frozen weights 14.5, trained weights 7.7, gradients 7.7, "

@@ -101,7 +101,7 @@ def test_tasks_depend_on_the_seed_alone(setting: Setting) -> None:
     assert tasks[0] != tasks[1]
 
 
-def test_only_what_is_needed_is_read(setting: Setting, tmp_path: Path) -> None:
+def test_only_the_needed_part_of_the_corpus_is_read(setting: Setting, tmp_path: Path) -> None:
     config = setting(max_steps=2, eval_fraction=0.0)
     parts = pretraining_parts(config, find_origin(config).compressor_tokenizer(), tmp_path)
     assert len(parts.train.examples) == 8
@@ -252,7 +252,7 @@ def test_pretraining_that_is_asked_for_again_changes_nothing(
     assert not trained.already_done
 
 
-def test_a_run_that_recorded_the_defaults_of_settled_flags_goes_on(
+def test_run_that_recorded_defaults_of_settled_flags_continues(
     pretrained: str, data: str, tmp_path: Path
 ) -> None:
     """As those of earlier versions did."""
@@ -268,9 +268,9 @@ def test_a_run_that_recorded_the_defaults_of_settled_flags_goes_on(
 def test_what_pretraining_settled_is_not_changed(
     pretrained: str, data: str, tmp_path: Path, models: dict[str, Path]
 ) -> None:
-    with pytest.raises(UsageError, match=r"--compression_rate 4: .* is made with 16; leave the flag out"):
+    with pytest.raises(UsageError, match=r"--compression_rate 4: .* was made with 16; leave the flag out"):
         train(training(data, pretrained, tmp_path, compression_rate=4))
-    with pytest.raises(UsageError, match=r"--generator_model .*phi: .* is made with .*causal_lm"):
+    with pytest.raises(UsageError, match=r"--generator_model .*phi: .* was made with .*causal_lm"):
         train(training(data, pretrained, tmp_path, generator_model=str(models["phi"])))
     train(training(data, pretrained, tmp_path, generator_model=str(models["causal_lm"])))
 
@@ -292,7 +292,7 @@ def test_flags_that_pretraining_settled_are_refused(
 
 
 def test_no_scaledown_model(data: str, tmp_path: Path, models: dict[str, Path]) -> None:
-    with pytest.raises(ModelError, match="is no ScaleDown model"):
+    with pytest.raises(ModelError, match="is not a ScaleDown model"):
         train(training(data, str(models["causal_lm"]), tmp_path))
 
 

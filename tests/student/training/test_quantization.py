@@ -126,7 +126,7 @@ def weights(result: Trained) -> dict[str, torch.Tensor]:
     return load_file(Path(result.output) / "model.safetensors")
 
 
-def test_a_run_goes_on_bit_for_bit_and_what_is_saved_needs_no_bitsandbytes(
+def test_quantized_run_resumes_bit_for_bit_and_saved_model_needs_no_bitsandbytes(
     models: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes: dict[str, Any] = {"max_steps": 4, "save_steps": 1, "eval_fraction": 0.3, "eval_steps": 1}
@@ -159,7 +159,7 @@ def test_a_run_goes_on_bit_for_bit_and_what_is_saved_needs_no_bitsandbytes(
     assert isinstance(reloaded.answer("Why?", ["The tower is red."], max_new_tokens=3), str)
 
 
-def test_what_is_saved_computes_what_was_trained(models: dict[str, Path], tmp_path: Path) -> None:
+def test_saved_model_computes_the_trained_function(models: dict[str, Path], tmp_path: Path) -> None:
     model = student(models["causal_lm"], in_4bit=True).eval()
     model.save_pretrained(tmp_path)
     ids = torch.arange(30)[None]
@@ -186,7 +186,7 @@ def test_8_bits_learn(models: dict[str, Path], data: Path, tmp_path: Path) -> No
     assert result.loss < result.loss_before / 2
 
 
-def test_contradictions_and_a_missing_extra_are_told(
+def test_contradictions_and_a_missing_extra_are_reported(
     models: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UsageError, match="--generator_4bit: weights in 4 bits are not trained"):

@@ -191,7 +191,9 @@ def test_checkpoint_of_an_earlier_version_is_refused(undisturbed: Trained, setti
     del memory["result"]
     (output / "settings.json").write_text(json.dumps(memory))
     for resume in (True, False):
-        with pytest.raises(RunDirectoryError, match=r"checkpoint-7 is of version 0\.6, .* to start again"):
+        with pytest.raises(
+            RunDirectoryError, match=r"checkpoint-7 was written by version 0\.6, .* to start again"
+        ):
             train(setting("undisturbed", resume=resume))
 
 
@@ -234,7 +236,7 @@ def test_interruption_before_the_first_step_keeps_nothing(
         interrupt_at(patch, 1, training=True)
         with pytest.raises(KeyboardInterrupt):
             train(setting())
-    assert "there is nothing to keep" in caplog.text
+    assert "nothing was saved" in caplog.text
     assert train(setting()).steps == 7
 
 
@@ -455,7 +457,7 @@ def test_large_models_compute_activations_again(
     assert not recomputes(gradient_checkpointing=False)
 
 
-def test_a_run_goes_on_with_activations_computed_again(setting: Setting) -> None:
+def test_run_resumes_with_gradient_checkpointing(setting: Setting) -> None:
     """As where memory did not suffice; a run of before has the old default in its settings."""
     assert train(setting(max_steps=1, gradient_checkpointing=False)).steps == 1
     assert train(setting(max_steps=1)).already_done
@@ -472,7 +474,7 @@ def test_gradient_checkpointing_in_a_settings_file(value: str, found: bool | Non
         from_flags({"config": str(path)}, TrainConfig)
 
 
-def test_idle_gpus_are_told(
+def test_idle_gpus_are_reported(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -533,7 +535,7 @@ def test_held_out_file(setting: Setting, tmp_path: Path) -> None:
     assert result.held_out_loss is not None
 
 
-def test_cut_documents_are_told(setting: Setting, caplog: pytest.LogCaptureFixture) -> None:
+def test_cut_documents_are_reported(setting: Setting, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING", "scaledown"):
         result = train(setting(doc_max_length=10, max_steps=1, eval_fraction=0.0))
     assert result.documents.cut > 0
@@ -543,7 +545,7 @@ def test_cut_documents_are_told(setting: Setting, caplog: pytest.LogCaptureFixtu
     assert config["doc_max_length"] == 10
 
 
-def test_one_long_document_is_told(
+def test_one_long_document_is_reported(
     setting: Setting, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     content = records(60)
@@ -579,7 +581,7 @@ def test_other_settings_in_the_same_folder_are_refused(
 def test_folder_with_something_else_is_refused(setting: Setting, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
-    with pytest.raises(RunDirectoryError, match=r"holds config\.json, and no run: choose another"):
+    with pytest.raises(RunDirectoryError, match=r"holds config\.json but not a run: choose another"):
         train(setting())
 
 
@@ -765,7 +767,7 @@ def test_control_c_leaves_a_checkpoint(setting: Setting, environment: dict[str, 
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_and_go_on_bit_for_bit(
+def test_two_processes_stop_together_and_resume_bit_for_bit(
     setting: Setting, environment: dict[str, str]
 ) -> None:
     def words(output: str) -> list[str]:
@@ -927,7 +929,7 @@ def test_shared_models_have_no_4_or_8_bits(
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(setting: Setting, environment: dict[str, str]) -> None:
+def test_killed_run_resumes_bit_for_bit(setting: Setting, environment: dict[str, str]) -> None:
     changes: dict[str, Any] = {"max_steps": 60, "eval_steps": 20, "micro_batch_size": 0, "num_epochs": 1.0}
     undisturbed = train(setting("undisturbed", **changes))
     words = flags(setting("killed"), "--max_steps", "60", "--eval_steps", "20")

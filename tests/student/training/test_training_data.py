@@ -181,7 +181,7 @@ def test_longest_document_is_found(tmp_path: Path, models: dict[str, Path]) -> N
     assert (cut.number, cut.longest, cut.cut) == (18, max(lengths), 6)
 
 
-def test_documents_without_a_title_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_documents_without_a_title_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "data.jsonl"
     documents = [["a passage"], ["Title\nanother"], ["one more"], ["Title\nlast"]]
     lines = [{"query": f"{n}?", "documents": own, "answer": "a"} for n, own in enumerate(documents)]

@@ -1,1 +1,1 @@
-"""What a run will cost, measured on a sample."""
+"""Estimates of what a run will cost, measured on a sample."""

@@ -34,9 +34,9 @@ from scaledown.run.locations import index_of, output_of, run_of
 from scaledown.run.progress import duration
 from scaledown.run.stage import StageResult
 
-_TEXTS: Final = 1000  # queries that are looked at
-_BYTES_A_WORKER: Final = 200_000_000  # a process that cuts: libraries and its cache of words
-_COPIES_OF_A_SHARD: Final = 3  # texts or vectors as read, as worked on, as packed
+_TEXTS: Final = 1000  # the most queries that are read
+_BYTES_A_WORKER: Final = 200_000_000  # memory of a process that cuts passages: libraries and a cache of words
+_COPIES_OF_A_SHARD: Final = 3  # texts or vectors as read, in work, and packed
 _LONG_SECONDS: Final = 24 * 3600.0
 _SHOWN_AS: Final = {
     "synthetic": "prompts",
@@ -48,7 +48,7 @@ _ON_DEVICE: Final = {"synthetic", "vectors", "ranked", "answers"}
 
 
 class StagePlan(NamedTuple):
-    """A stage of a run to come; None is what cannot be told. `disk` and `memory` (at its peak) are bytes."""
+    """The plan of a stage. None is not known. `disk` and `memory` (peak) are in bytes."""
 
     name: str
     rows: int | None
@@ -59,7 +59,7 @@ class StagePlan(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a run will take, by stage, on `device`, and what is missing for it."""
+    """What a run will need on `device`, by stage, and what is missing for it."""
 
     stages: list[StagePlan]
     missing: list[str]
@@ -68,7 +68,7 @@ class Plan(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """How many queries there are, if that can be told; the first of them; seconds that reading took."""
+    """The number of queries if it is known, the first queries, and the seconds for reading."""
 
     number: int | None
     texts: list[str]
@@ -76,9 +76,10 @@ class Queries(NamedTuple):
 
 
 def make_plan(config: PrepareConfig, corpus: Sequence[files.Source]) -> Plan:  # noqa: PLR0915
-    """Plan a run over a corpus; without one, over the index that is there.
+    """Plan a run over a corpus, or without a corpus over an existing index. Missing models are listed.
 
-    Raises `InputError` for inputs that a run would refuse; missing models are listed.
+    Raises:
+        InputError: An input is one that a run would refuse.
     """
     missing: list[str] = []
     device = "cpu"
@@ -153,7 +154,7 @@ def make_plan(config: PrepareConfig, corpus: Sequence[files.Source]) -> Plan:  #
 
 
 def _stage(name: str, rows: int | None, per_shard: int, like: pa.Table | None, cost: Cost) -> StagePlan:
-    """A stage of `rows` rows that resemble those of `like`."""
+    """Plan a stage of `rows` rows like those of `like`."""
     if rows is None:
         return StagePlan(name, None, None, None, cost.memory or None, None)
     shards = math.ceil(rows / per_shard)
@@ -170,14 +171,14 @@ def _stage(name: str, rows: int | None, per_shard: int, like: pa.Table | None, c
 
 
 def _shared(stage: StagePlan, workers: int) -> StagePlan:
-    """A stage on GPUs, its shards shared by workers that have one each."""
+    """Plan a stage on GPUs; its shards are divided among workers with one GPU each."""
     if stage.name not in _ON_DEVICE or not stage.seconds or not stage.shards:
         return stage
     return stage._replace(seconds=stage.seconds / min(workers, stage.shards))
 
 
 def _stored(table: pa.Table) -> int:
-    """Bytes of a table as a shard."""
+    """Return the size in bytes of a table, written as a shard."""
     sink = pa.MockOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks())
@@ -211,7 +212,7 @@ def _count_queries(config: PrepareConfig, missing: list[str]) -> Queries:
 
 
 def _words() -> Tokenizer:
-    """Counts words and marks, in place of a tokenizer that is missing."""
+    """Return a function that counts words and punctuation, to replace a missing tokenizer."""
     words = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))  # noqa: S106
     words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     return words
@@ -227,7 +228,7 @@ def _passages_a_shard(config: PrepareConfig, sample: Sample) -> int:
 
 
 def _missing_disk(config: PrepareConfig, stages: Sequence[StagePlan]) -> list[str]:
-    """File systems with less room than the stages on them need."""
+    """List file systems with less free space than the stages on them need."""
     places = {stage.name: run_of(config).root for stage in stages}
     places["output"] = output_of(config).path
     if config.index_dir:
@@ -257,15 +258,15 @@ def _missing_gpu(stages: Sequence[StagePlan], device: str) -> list[str]:
 
 
 def total_seconds(seconds: Mapping[str, float]) -> float:
-    """Seconds of a run by those of its stages: passages are made while vectors are."""
+    """Add up the seconds of a run's stages; passages and vectors are made at the same time."""
     return sum(seconds.values()) - min(seconds.get("passages", 0.0), seconds.get("vectors", 0.0))
 
 
-# Telling
+# Output
 
 
 def report(plan: Plan) -> str:
-    """The plan as a table, and what is missing."""
+    """Format the plan as a table, and list what is missing."""
     rows = [("stage", "rows", "shards", "disk", "peak memory", "time")]
     for stage in plan.stages:
         gpu = " GPU" if plan.device.startswith("cuda") and stage.name in _ON_DEVICE else ""
@@ -301,7 +302,7 @@ def _size(count: int) -> str:
 
 
 def keep(plan: Plan, config: PrepareConfig) -> None:
-    """Leave the plan in the run directory, where the run's summary finds it."""
+    """Write the plan into the run directory, where the run's summary reads it."""
     run = RunDirectory(run_of(config))
     content = plan._asdict() | {"stages": [stage._asdict() for stage in plan.stages]}
     write_json(run.path / "plan.json", {"command": _command(config), **content})
@@ -309,7 +310,7 @@ def keep(plan: Plan, config: PrepareConfig) -> None:
 
 
 def planned_seconds(config: PrepareConfig) -> dict[str, float]:
-    """Seconds of each stage by the plan that was made of the same command, as far as it could tell."""
+    """Return the planned seconds of each stage, if `plan` was run with the same command before."""
     run = run_of(config)
     content = run.read_json(run.root / "plan.json")
     if not isinstance(content, dict) or content.get("command") != _command(config):
@@ -318,17 +319,17 @@ def planned_seconds(config: PrepareConfig) -> dict[str, float]:
 
 
 def _command(config: PrepareConfig) -> str:
-    """Names the work and how it is done. Unlike a run's request it reads no inputs, which may be huge."""
+    """Return a fingerprint of the command's settings. It does not read the inputs, which may be huge."""
     named = config.named("result", "input", "model", "operation")
     return fingerprint({name: getattr(config, name) for name in named})
 
 
 def compared(planned: Mapping[str, float], stages: Mapping[str, StageResult]) -> str:
-    """How far a plan was off, as a sentence; stages that it could not tell do not count."""
+    """Compare planned and actual seconds, in a sentence; stages without a plan do not count."""
     both = planned.keys() & stages.keys()
-    said = total_seconds({name: planned[name] for name in both})
+    expected = total_seconds({name: planned[name] for name in both})
     took = total_seconds({name: stages[name].seconds for name in both})
-    off = f"{abs(took / said - 1):.0%} {'more' if took > said else 'less'}" if said else "more"
-    untold = [name for name in stages if name not in both]
-    without = f", without {', '.join(untold)}" if untold else ""
-    return f"the plan said {duration(said)}, it took {duration(took)} ({off}){without}"
+    off = f"{abs(took / expected - 1):.0%} {'more' if took > expected else 'less'}" if expected else "more"
+    unplanned = [name for name in stages if name not in both]
+    without = f", without {', '.join(unplanned)}" if unplanned else ""
+    return f"the plan said {duration(expected)}, it took {duration(took)} ({off}){without}"

@@ -1,4 +1,4 @@
-"""Rows from all over a corpus, cut into passages: what a plan concludes from."""
+"""A sample of rows from the whole corpus, cut into passages, on which a plan is based."""
 
 import functools
 import itertools
@@ -27,7 +27,7 @@ _BYTES_A_PLACE: Final = 1 << 17
 
 
 class Sample(NamedTuple):
-    """Rows from all over a corpus, cut into passages by one process in `seconds`.
+    """Rows from the whole corpus, cut into passages by one process in `seconds`.
 
     The corpus is `whole` times as large.
     """
@@ -39,7 +39,7 @@ class Sample(NamedTuple):
 
 
 def sample_index(config: PrepareConfig) -> Sample:
-    """Passages from all over the index in `--index_dir`; cutting them took no time."""
+    """Sample passages from the whole index in `--index_dir`; cutting takes no time."""
     storage = index_of(config)
     passages = open_stage(RunDirectory(storage), "passages", only_state(storage).passages)
     counts, removed = passages.finished().counts, removed_rows(passages)
@@ -58,7 +58,7 @@ def sample_index(config: PrepareConfig) -> Sample:
 
 
 def sample_corpus(config: PrepareConfig, corpus: Sequence[files.Source], tokenizer: Tokenizer) -> Sample:
-    """Cut rows from all over the corpus into passages. Raises `InputError` where a run would."""
+    """Cut a sample of rows from the whole corpus into passages. Raises `InputError` if a run would."""
     read = functools.partial(tables.rows, meaning=tables.CORPUS, column=config.text_column)
     rows, whole = _sample_rows(files.every(corpus, "--corpus_path"), config.max_corpus_size, read)
     chunker = Chunker(tokenizer, config.passages, config.passage_tokens)
@@ -69,7 +69,7 @@ def sample_corpus(config: PrepareConfig, corpus: Sequence[files.Source], tokeniz
     if len(cut.rejected) > config.max_bad_fraction * cut.rows:
         row, reason = cut.rejected[0]
         raise InputError(
-            f"{shown}: {len(cut.rejected):,} of {cut.rows:,} rows looked at are malformed ({row.source}: "
+            f"{shown}: {len(cut.rejected):,} of {cut.rows:,} rows read are malformed ({row.source}: "
             f"{reason}), more than --max_bad_fraction {config.max_bad_fraction:g} allows: mend them or raise "
             "the flag"
         )
@@ -82,7 +82,7 @@ def sample_corpus(config: PrepareConfig, corpus: Sequence[files.Source], tokeniz
 
 
 class _Place(NamedTuple):
-    """Rows read at a place of the corpus, the bytes they take there, and the bytes that they stand for."""
+    """Rows read at a place of the corpus, their bytes, and the bytes of the corpus that they represent."""
 
     rows: list[files.Row]
     read: float
@@ -90,7 +90,7 @@ class _Place(NamedTuple):
 
 
 def _sample_rows(paths: Sequence[files.Source], limit: int, read: _Reader) -> tuple[list[files.Row], float]:
-    """Rows of `paths`, and how many times as large all of them are; of the first `limit` rows, if any.
+    """Sample rows of `paths`, and estimate the ratio of all rows to them; of the first `limit` rows, if set.
 
     A small corpus is read whole. Of a large one, some rows are read at each of 20 places that are evenly
     spread over its bytes; from files that cannot be entered midway, the first ones.
@@ -113,7 +113,7 @@ def _sample_rows(paths: Sequence[files.Source], limit: int, read: _Reader) -> tu
 
 
 def _reach(places: Sequence[_Place], rows: int) -> float:
-    """How many bytes the first `rows` rows take, by what was read at places in order."""
+    """Estimate the bytes of the first `rows` rows from the rows read at places in order."""
     left, reach, each = float(rows), 0.0, 0.0
     for place in places:
         each = place.read / max(1, len(place.rows))
@@ -125,7 +125,7 @@ def _reach(places: Sequence[_Place], rows: int) -> float:
 
 
 def _places(path: files.Source, offsets: Sequence[int], width: float, read: _Reader) -> list[_Place]:
-    """Some rows of a file from each of `offsets` on."""
+    """Read some rows of a file at each of `offsets`."""
     first, length = _first_rows(path, _BYTES_A_PLACE * len(offsets), read)
     head = [_Place(first, length, width * len(offsets))]
     lines = bool(first) and isinstance(first[0].content, bytes) and not first[0].problem
@@ -149,12 +149,15 @@ def _places(path: files.Source, offsets: Sequence[int], width: float, read: _Rea
 
 
 def _first_rows(path: files.Source, enough: int, read: _Reader) -> tuple[list[files.Row], float]:
-    """The first rows of a file, of about `enough` bytes, and how many of its bytes they take, compressed."""
+    """Read the first rows of a file, about `enough` bytes.
+
+    Returns them and their size in the (compressed) file.
+    """
     meter = files.Meter([path])
     rows: list[files.Row] = []
     length, before = 0, 0.0
     for row in read(path, meter=meter):
-        # The meter moves when a further block was read: all rows so far come from before it.
+        # The position changes when another block is read: all rows so far are from the blocks before it.
         if length >= enough and meter.fraction() != before:
             return rows, before * meter.size
         before = meter.fraction()

@@ -1,4 +1,4 @@
-"""Short trials of the models on real texts: what a query or passage costs on this machine."""
+"""Short trials of the models on real texts: the cost of a query or passage on this machine."""
 
 import contextlib
 import functools
@@ -32,7 +32,7 @@ from scaledown.records import Answer, Logprobs, Passage, full_text
 from scaledown.run.executor import cores
 from scaledown.run.progress import no_progress
 
-_TRIAL_SECONDS: Final = 5.0  # after as many, no further batch
+_TRIAL_SECONDS: Final = 5.0  # after this time no further batch is tried
 _QUERIES_SEARCHED: Final = 256
 _PASSAGES_SEARCHED: Final = 20_000
 
@@ -42,7 +42,7 @@ Used = TypeVar("Used")
 
 
 class Cost(NamedTuple):
-    """Seconds before the first row and for each, and bytes of memory; infinite seconds are unknown ones."""
+    """Seconds before the first row, seconds for each row, bytes of memory; infinite seconds are not known."""
 
     start: float
     each: float
@@ -53,7 +53,7 @@ UNKNOWN: Final = Cost(math.inf, math.inf, 0)
 
 
 class Trials(NamedTuple):
-    """Short trials of each stage on real texts: tables with rows as the stage will have, and costs."""
+    """Short trials of each stage on real texts. They return costs, and tables with rows like the stage's."""
 
     config: PrepareConfig
     texts: list[str]  # queries
@@ -65,11 +65,11 @@ class Trials(NamedTuple):
     missing: list[str]
 
     def queries(self) -> pa.Table:
-        """Queries as a shard has them."""
+        """Return a table of queries, as in a shard."""
         return pa.table([[f"q{n}" for n in range(len(self.texts))], self.texts], schema=SCHEMA)
 
     def candidates(self, top_k: int, *, ranked: bool = False) -> pa.Table:
-        """Candidates as a shard has them."""
+        """Return a table of candidates, as in a shard."""
         nothing = np.zeros(top_k)
         table = candidates_table(self.queries(), [Candidates(nothing, nothing)] * len(self.texts))
         return table.append_column("reranking_scores", table.column("scores")) if ranked else table
@@ -89,7 +89,7 @@ class Trials(NamedTuple):
         return pa.concat_tables(made) if made else None, cost
 
     def vectors(self, shards: int) -> tuple[pa.Table | None, Cost, Cost]:
-        """Encode sampled passages, and search them; the second cost is of a query and one passage."""
+        """Encode sampled passages and search them. The second cost is for a query and one passage."""
         config, rows = self.config, self._by_length()
 
         def load(device: str) -> Encoder:
@@ -103,7 +103,7 @@ class Trials(NamedTuple):
 
             each, parts = _timed(rows, config.batch_size, documents)
             vectors = stacked(parts)
-            # What an approximate search will take nobody knows before its index.
+            # The cost of an approximate search is not known before its index exists.
             searching = self._search(encoder, vectors, shards) if config.search == "exact" else UNKNOWN
             return each, (vectors, searching)
 
@@ -128,7 +128,7 @@ class Trials(NamedTuple):
         return Cost(0, each, peak("cpu") + round(self.config.search_memory * 1e9))
 
     def ranked(self) -> tuple[pa.Table, Cost]:
-        """Score pairs of queries and sampled passages; the cost is of a query with all of its passages."""
+        """Score pairs of queries and sampled passages. The cost is for a query with all its passages."""
         config, chance = self.config, random.Random(self.config.seed)  # noqa: S311
         size = config.reranker_batch_size
         rows = [chance.randrange(len(self.passages)) for _ in range(min(3 * size, self.most * self.top_k))]
@@ -174,12 +174,12 @@ class Trials(NamedTuple):
         return table.append_column("prompt_hash", hashes), cost
 
     def reviewed(self, answers: pa.Table) -> pa.Table:
-        """Answers as the last stage has them."""
+        """Return a table of answers, as in the last stage."""
         table = answers.append_column("problem", pa.array([""] * len(answers)))
         return table.append_column("groundedness", pa.array([1.0] * len(answers)))
 
     def record_bytes(self, answers: pa.Table) -> int:
-        """Bytes of an average training record."""
+        """Return the bytes of an average training record."""
 
         def average(texts: Sequence[str]) -> str:
             return "x" * round(sum(len(text.encode()) for text in texts) / len(texts))
@@ -205,12 +205,12 @@ class Trials(NamedTuple):
         return sorted(range(len(self.passages)), key=lambda row: len(self.passages[row].text))
 
     def _try_teacher(self, use: Callable[[Teacher], tuple[float, Used]]) -> tuple[Cost, Used | None]:
-        if is_served(Engine.of(self.config)):  # whose answers cost money
+        if is_served(Engine.of(self.config)):  # a server's answers may cost money
             return UNKNOWN, None
         return self._try(self._load_teacher, use)
 
     def _full_load(self) -> int:
-        """How many prompts keep the teacher's engine busy, if it takes more than a batch at once."""
+        """Return how many prompts keep the teacher's engine busy, if that is more than a batch."""
         engine = Engine.of(self.config)
         if is_served(engine):
             return 0
@@ -218,7 +218,7 @@ class Trials(NamedTuple):
             source = find_teacher(self.config.teacher_model, engine)
             generation = Generation.of(self.config)
             backend = choose_backend(engine, source, choose_device(self.config.device), generation)
-        except ScaleDownError:  # which is listed when the teacher is loaded
+        except ScaleDownError:  # the error is listed when the teacher is loaded
             return 0
         return engine_of(backend).full_load
 
@@ -231,7 +231,7 @@ class Trials(NamedTuple):
     def _try(
         self, load: Callable[[str], Made], use: Callable[[Made], tuple[float, Used]]
     ) -> tuple[Cost, Used | None]:
-        """Load a model and let `use` tell its seconds a row; one that is missing is listed."""
+        """Load a model, and measure its seconds per row by `use`. A missing model is listed."""
         cost: Cost = UNKNOWN
         made: Used | None = None
         with listed(self.missing):
@@ -250,7 +250,7 @@ class Trials(NamedTuple):
 
 
 def _longest(tokens: int, logprobs: int) -> Answer:
-    """An answer of so many tokens, of four letters each, for want of one that a teacher wrote."""
+    """Make an answer of `tokens` tokens with four letters each, if no teacher has written one."""
     each: Logprobs = {
         "tokens": ["xxxx"] * tokens,
         "token_ids": None,
@@ -264,9 +264,9 @@ def _longest(tokens: int, logprobs: int) -> Answer:
 def _timed(
     items: Sequence[Item], batch_size: int, work: Callable[[Sequence[Item]], Made]
 ) -> tuple[float, list[Made]]:
-    """Seconds an item takes, and what was made: batches of middling, short and long ones of sorted `items`.
+    """Time batches of medium, short and long items of the sorted `items`. Returns seconds per item, results.
 
-    The longest goes before, untimed: libraries get ready for all.
+    The longest item is worked on first, untimed, so that libraries are initialised for all sizes.
     """
     work(items[-1:])
     made: list[Made] = []
@@ -289,9 +289,9 @@ def _clocked(work: Callable[[], Made]) -> tuple[Made, float]:
 
 
 def peak(device: str) -> int:
-    """The most memory that was in use so far, in bytes: the GPU's, or this process's.
+    """Return the peak of memory so far, in bytes: of the GPU, or of this process.
 
-    What other processes have of the GPU now counts, too: engines with processes of their own, and strangers.
+    Memory that other processes use on the GPU now counts too; they may be an engine's own processes.
     """
     if device.startswith("cuda"):
         import torch
@@ -304,7 +304,7 @@ def peak(device: str) -> int:
 
 @contextlib.contextmanager
 def listed(missing: list[str]) -> Iterator[None]:
-    """Put a model that is missing on the list, once, and go on."""
+    """Add a missing model to the list, once, and continue."""
     try:
         yield
     except (ModelError, MissingExtraError) as error:

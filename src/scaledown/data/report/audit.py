@@ -1,4 +1,4 @@
-"""What is in training data: one pass over the file, and a closer look at a sample of its records.
+"""Audit of training data: one pass over the file, and detailed checks of a sample of its records.
 
 Nothing but counts, hashes and the sample is held: a million records need a few hundred megabytes.
 """
@@ -28,13 +28,13 @@ SAMPLE: Final = 20_000
 SHOWN: Final = 200  # examples to browse, those with problems first
 _SHOWN_OF_A_PROBLEM: Final = 15
 _TOP: Final = 20
-_TOLD: Final = 5
+_MESSAGES: Final = 5
 _SAMPLE_CHARACTERS: Final = 200_000_000
 UNGROUNDED: Final = 0.5  # content words of an answer that its documents must have, to be called grounded
 
 
 class Spread(NamedTuple):
-    """Of lengths in words."""
+    """Statistics of lengths, in words."""
 
     name: str
     least: int
@@ -46,34 +46,34 @@ class Spread(NamedTuple):
     most: int
     counts: list[int]
     edges: list[float]
-    """Of a histogram up to the 99th percentile, one more than counts."""
+    """Edges of a histogram up to the 99th percentile; one more than counts."""
 
 
 class Looked(NamedTuple):
-    """A record of the sample, and what was found in it."""
+    """A record of the sample, and the findings about it."""
 
     record: dict[str, Any]
     tags: tuple[str, ...]
     right: tuple[str, ...]
-    """Right answers, where they are known."""
+    """Right answers; empty if they are not known."""
 
 
 class Frequent(NamedTuple):
-    """A document that many queries have."""
+    """A document that occurs in the records of many queries."""
 
     queries: int
     text: str
-    """Empty where no record of the sample has it."""
+    """Empty if no record of the sample has it."""
 
 
 class Audit(NamedTuple):
-    """What is in a file of training data. `places` count from 1, 0 is nowhere."""
+    """The findings about a file of training data. `places` count from 1; 0 means nowhere."""
 
     path: Path
     records: int
     bad: int
-    told: list[str]
-    """Why the first bad ones are bad, with their lines."""
+    messages: list[str]
+    """Reasons and line numbers of the first unusable records."""
     repeated_queries: int
     documents: int
     different_documents: int
@@ -81,7 +81,7 @@ class Audit(NamedTuple):
     sampled: int
     spreads: list[Spread]
     tags: dict[str, int]
-    """How many records of the sample have each tag."""
+    """Number of records of the sample with each tag."""
     scores: list[list[float]]
     """Reranking scores in the sample, by place of the document."""
     gold_places: list[int]
@@ -102,15 +102,15 @@ def audit(path: Path, gold: Gold | None = None, *, sample: int = SAMPLE, seed: i
     draw = random.Random(seed)  # noqa: S311 (no secret)
     queries, documents = array("Q"), array("Q")
     bad = total = size = 0
-    told: list[str] = []
+    messages: list[str] = []
     with track("audit", "records", None) as tracker:
         for entry in entries(path):
             tracker.advance(1)
             wrong = [entry.problem] if entry.problem else problems(entry.record)
-            if wrong and wrong != ["answer is empty"]:  # which is one of the things to be seen
+            if wrong and wrong != ["answer is empty"]:  # the report shows empty answers
                 bad += 1
-                if len(told) < _TOLD:
-                    told.append(f"line {entry.line}: {wrong[0]}")
+                if len(messages) < _MESSAGES:
+                    messages.append(f"line {entry.line}: {wrong[0]}")
                 continue
             record = entry.record | {"documents": [document_text(one) for one in entry.record["documents"]]}
             if len(queries) < sample:
@@ -119,7 +119,7 @@ def audit(path: Path, gold: Gold | None = None, *, sample: int = SAMPLE, seed: i
             elif (place := draw.randrange(len(queries) + 1)) < sample:
                 size += _characters(record) - _characters(chosen[place])
                 chosen[place] = record
-            if size > _SAMPLE_CHARACTERS and len(chosen) > 1:  # a smaller sample is as random
+            if size > _SAMPLE_CHARACTERS and len(chosen) > 1:  # a smaller sample is still random
                 sample = (len(chosen) + 1) // 2
                 chosen = draw.sample(chosen, sample)
                 size = sum(map(_characters, chosen))
@@ -127,14 +127,14 @@ def audit(path: Path, gold: Gold | None = None, *, sample: int = SAMPLE, seed: i
             total += len(record["documents"])
             documents.extend({_hash(text) for text in record["documents"]})
     if not queries:
-        raise InputError(f"{path}: holds no sound record; `scaledown validate {path}` says why")
+        raise InputError(f"{path}: holds no valid record; `scaledown validate {path}` says why")
     looked = [_look(record, gold) for record in chosen]
     counts = np.unique(np.frombuffer(documents, np.uint64), return_counts=True)
     return Audit(
         path=path,
         records=len(queries),
         bad=bad,
-        told=told,
+        messages=messages,
         repeated_queries=len(queries) - len(np.unique(np.frombuffer(queries, np.uint64))),
         documents=total,
         different_documents=len(counts[0]),
@@ -190,7 +190,7 @@ def _first(found: Iterable[float]) -> int:
 
 
 def recall(places: Sequence[int], depth: int) -> list[float]:
-    """R@1 to R@depth: the share of queries with a document that holds the answer among the first k."""
+    """Return R@1 to R@depth: the share of queries whose first k documents contain a right answer."""
     found = np.asarray(places)
     return [float(((found > 0) & (found <= k)).mean()) for k in range(1, depth + 1)]
 
@@ -231,7 +231,7 @@ def _by_place(records: Sequence[dict[str, Any]]) -> list[list[float]]:
 
 
 def _frequent(hashes: np.ndarray, counts: np.ndarray, records: Sequence[dict[str, Any]]) -> list[Frequent]:
-    """The documents that most queries have, of those that more than one has."""
+    """Return the documents that occur with the most queries, and with more than one."""
     order = np.lexsort((hashes, -counts.astype(np.int64)))[:_TOP]
     wanted = {int(hashes[place]): int(counts[place]) for place in order if counts[place] > 1}
     texts: dict[int, str] = {}
@@ -244,7 +244,7 @@ def _frequent(hashes: np.ndarray, counts: np.ndarray, records: Sequence[dict[str
 
 
 def _shown(looked: Sequence[Looked]) -> list[Looked]:
-    """Some with each tag first, then whatever comes."""
+    """Choose examples to show: first some with each tag, then any others."""
     of_tag: collections.Counter[str] = collections.Counter()
     chosen: dict[int, None] = {}
     for number, one in enumerate(looked):
@@ -259,7 +259,7 @@ def _shown(looked: Sequence[Looked]) -> list[Looked]:
 
 
 def marked(text: str, phrases: Sequence[str], words: Iterable[str]) -> list[Piece]:
-    """The text in parts: `phrases` are marked where there is one, else `words`, whatever their case."""
+    """Split a text into parts. `phrases` are marked; if none occurs, `words` are marked, in any case."""
     for wanted in (sorted(filter(None, phrases), key=len, reverse=True), sorted(set(words))):
         if wanted:
             pattern = re.compile(f"({'|'.join(map(_bounded, wanted))})", re.IGNORECASE)
@@ -270,7 +270,7 @@ def marked(text: str, phrases: Sequence[str], words: Iterable[str]) -> list[Piec
 
 
 def _bounded(phrase: str) -> str:
-    """A pattern of whole words; Chinese and Japanese leave no space between theirs."""
+    """Return a pattern for whole words; Chinese and Japanese have no spaces between words."""
     unspaced = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
     before = "" if unspaced.match(phrase) else r"(?<!\w)"
     after = "" if unspaced.match(phrase[-1:]) else r"(?!\w)"

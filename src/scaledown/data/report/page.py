@@ -1,4 +1,4 @@
-"""`scaledown report`: training data as a page to look at, and as a dataset card."""
+"""The command `scaledown report`: a page about training data, and a dataset card."""
 
 import contextlib
 import itertools
@@ -42,7 +42,7 @@ from scaledown.run.storage import Storage
 from scaledown.urls import is_url
 
 _SET_ASIDE: Final = 10
-_CLIPPED: Final = 8_000  # characters of a text that are shown
+_CLIPPED: Final = 8_000  # the most characters shown of a text
 MADE: Final = "<!-- made by scaledown report -->"
 _SIZES: Final = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _SAID: Final = {
@@ -59,7 +59,7 @@ _SAID: Final = {
 
 
 class Report(NamedTuple):
-    """What was written."""
+    """The files that were written, and the findings."""
 
     page: Path
     card: Path
@@ -75,7 +75,7 @@ def write_report(
     origin: Path | None = None,
     work: Storage | None = None,
 ) -> Report:
-    """Write the page and the card of a training file; of its run, too, where the run directory is there.
+    """Write the page and the card of a training file, with facts about its run if the run directory exists.
 
     `origin` is the file that the run made, where `data` is a copy; `work` is the run directory, where it is
     known.
@@ -91,20 +91,21 @@ def write_report(
     known = read_gold(gold, "--gold") if gold else _own_gold(manifest)
     found = audit(data, known)
     changed = reordering(manifest, work, known) if work else None
-    told = _page(found, manifest, work, changed)
-    for path, text in ((page, html(told)), (card, _front_matter(found) + markdown(told) + _use(data))):
+    content = _page(found, manifest, work, changed)
+    texts = ((page, html(content)), (card, _front_matter(found) + markdown(content) + _use(data)))
+    for path, text in texts:
         with atomic(path.resolve()) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="replace")
     return Report(page, card, found)
 
 
 def _own_gold(manifest: Mapping[str, Any]) -> Gold | None:
-    """Right answers beside the queries of the run, if its files are here and have any."""
+    """Read right answers from the run's query files, if these are on this machine and have any."""
     files = (manifest.get("parameters") or {}).get("queries_file") or ()
     names = [name for name in files if not is_url(name) and Path(name).is_file()]
     try:
         return read_gold(names, "--queries_file", needed=False)
-    except InputError:  # changed since
+    except InputError:  # a file has changed since the run
         return None
 
 
@@ -113,15 +114,15 @@ def _page(
 ) -> Page:
     whole = found.sampled == found.records
     sampled = "all of them" if whole else f"a random sample of {found.sampled:,}"
-    bad = f" {found.bad:,} more are no training records ({'; '.join(found.told)})." if found.bad else ""
+    bad = f" {found.bad:,} more are not usable ({'; '.join(found.messages)})." if found.bad else ""
     lead = (
         f"{found.records:,} records, {found.documents / found.records:.3g} documents each.{bad} Counts of "
-        f"records and repetitions are over the whole file; all else was read word for word in {sampled}."
+        f"records and repetitions are over the whole file; everything else is from {sampled}."
     )
     sections = [
         Section("Counts", [*_counts(found, manifest)]),
         Section("Answers", [*_answers(found), *_set_aside(work)]),
-        Section("Where the answer stands", [*_places(found, changed)]),
+        Section("Where the answer is", [*_places(found, changed)]),
         Section("Reranking", [*_reranking(found, changed)]),
         Section("Lengths", [*_lengths(found)]),
         Section("Repetitions", [*_repetitions(found)]),
@@ -142,9 +143,7 @@ def _counts(found: Audit, manifest: Mapping[str, Any]) -> list[Block]:
         measured = [f"{key} {value:.4g}" for key, value in (stage.get("measured") or {}).items()]
         rows.append((name, ", ".join([counts, *measured]), duration(float(stage.get("seconds") or 0))))
     rows.append(("export", f"{found.records:,} records", ""))
-    blocks: list[Block] = [
-        Table("What each stage made, and how long it worked", ("stage", "counts", "time"), rows)
-    ]
+    blocks: list[Block] = [Table("What each stage made, and its time", ("stage", "counts", "time"), rows)]
     if passed := manifest.get("passed_over"):
         over = [(flag, name, why) for flag, files in passed.items() for name, why in files.items()]
         blocks.append(Table("Files that were passed over", ("flag", "file", "why"), over))
@@ -168,13 +167,13 @@ def _answers(found: Audit) -> list[Block]:
     ]
     if not found.finish_known:
         blocks.append(
-            Note("Which answers were cut is not told by this file: --columns finish_reason keeps it.")
+            Note("This file does not say which answers were cut: --columns finish_reason adds that.")
         )
     return blocks
 
 
 def _set_aside(work: Storage | None) -> Iterator[Block]:
-    """The first answers and queries that the run left out, each with its reason."""
+    """Show the first answers and queries that the run left out, each with its reason."""
     rows = []
     for stage in ("queries", "answers", "reviewed"):
         files = work.glob(work.root / "quarantine", f"{stage}-*.jsonl") if work else []
@@ -249,12 +248,12 @@ def _reranking(found: Audit, changed: Reordering | None) -> list[Block]:
         blocks.append(Plot("Reranking scores of the documents; by place in the numbers", drawn, table))
     if changed:
         places = list(range(1, len(changed.firsts) + 1))
-        told = f"of the first {QUERIES:,} queries" if changed.queries == QUERIES else "of all queries"
+        scope = f"of the first {QUERIES:,} queries" if changed.queries == QUERIES else "of all queries"
         orders = {"retriever's order": changed.before, "reranker's order": changed.after}
         means = list(zip(places, changed.before, changed.after, strict=True))
         table = Table("", ("place", "mean score, retriever's order", "reranker's order"), means)
         drawn = plots.curves(orders, places, "place", "mean reranking score")
-        blocks.append(Plot(f"What reranking changed, {told}: mean score at each place", drawn, table))
+        blocks.append(Plot(f"What reranking changed, {scope}: mean score at each place", drawn, table))
         firsts = list(zip(places, changed.firsts, strict=True))
         table = Table("", ("place before", "came first after reranking"), firsts)
         drawn = plots.bars([str(place) for place in places], changed.firsts, "queries")
@@ -283,7 +282,7 @@ def _repetitions(found: Audit) -> list[Block]:
     rows: list[tuple[str, int, str]] = [
         ("records", found.records, ""),
         (
-            "queries that come again",
+            "repeated queries",
             found.repeated_queries,
             f"{found.repeated_queries / found.records:.2%} of the records",
         ),
@@ -324,12 +323,12 @@ def _fidelity(manifest: Mapping[str, Any]) -> Block:
 def _licences(manifest: Mapping[str, Any]) -> list[Block]:
     rows = [tuple(one) for one in licences(manifest)]
     columns = ("part", "name", "revision", "licence", "allows")
-    note = "What licences allow is a reminder of what to read, no legal advice."
+    note = "What licences allow is only a reminder to read them, not legal advice."
     return [Table("Models and corpus", columns, rows), Note(note)]
 
 
 def _examples(found: Audit) -> Examples:
-    first = "those with something to see come first" if found.sampled > len(found.shown) else "all of them"
+    first = "those with findings first" if found.sampled > len(found.shown) else "all of them"
     caption = f"{len(found.shown):,} records, {first}. The answer's words are marked in the documents."
     return Examples(caption, [_example(one) for one in found.shown])
 
@@ -342,10 +341,10 @@ def _example(one: Looked) -> Example:
         fields.append(Field("right answers", [Piece(" / ".join(one.right))]))
     words = content_words(record["answer"])
     for place, (text, score) in enumerate(zip(record["documents"], scores, strict=True), 1):
-        told = "" if score is None else f", score {score:.4g}"
+        shown = "" if score is None else f", score {score:.4g}"
         clipped = text if len(text) <= _CLIPPED else text[:_CLIPPED] + " …"
         parts = marked(clipped, [*one.right, record["answer"].strip(" .")], words)
-        fields.append(Field(f"document {place}{told}", parts))
+        fields.append(Field(f"document {place}{shown}", parts))
     return Example(record["query"], one.tags, fields)
 
 
@@ -369,12 +368,12 @@ def _use(data: Path) -> str:
 
 
 def main(argv: Sequence[str], program: str = "scaledown report") -> int:
-    """The command line; gives the exit status."""
+    """Run the command line. Returns the exit status."""
     words = underscored(argv)
     parser = Parser(
         prog=program,
         allow_abbrev=False,
-        description="Look at training data: counts, answers, scores, repetitions, licences, examples. Writes "
+        description="Inspect training data: counts, answers, scores, repetitions, licences, examples. Writes "
         "one HTML page, and a dataset card beside it.",
     )
     add = parser.add_argument

@@ -1,4 +1,4 @@
-"""What reranking changed in a run: read from its candidates and ranked stages."""
+"""What reranking changed in a run, from its stages `candidates` and `ranked`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -14,26 +14,26 @@ from scaledown.run.locations import storage_at
 from scaledown.run.stage import Stage
 from scaledown.run.storage import Storage
 
-QUERIES: Final = 2_000  # that are looked at
+QUERIES: Final = 2_000  # the most queries that are read
 
 
 class Reordering(NamedTuple):
-    """Of the first queries of a run; places count from 1, and lists go by place."""
+    """Effects of reranking on the first queries of a run. Places count from 1; lists are indexed by place."""
 
     queries: int
     firsts: list[int]
-    """How often the passage that reranking put first had each place before."""
+    """For each place, how often the passage that is now first was there before reranking."""
     before: list[float]
     """Mean reranking score at each place in the retriever's order."""
     after: list[float]
     """The same in the reranker's order."""
     gold_before: list[int]
-    """For each query with known answers, the place of the first passage that holds one; 0 is nowhere."""
+    """For each query with known answers, the place of the first passage with an answer; 0 means nowhere."""
     gold_after: list[int]
 
 
 def reordering(manifest: Mapping[str, Any], work: Storage, gold: Gold | None = None) -> Reordering | None:
-    """What reranking changed, or None where the run has no reranker, or its stages are gone."""
+    """Compute what reranking changed; None if the run has no reranker, or its stages are deleted."""
     stages = finished_stages(manifest, work, ("candidates", "ranked", "passages"))
     if stages is None:
         return None
@@ -76,22 +76,22 @@ def _place(rows: list[int], texts: PassageTable, right: tuple[str, ...]) -> int:
 
 
 def finished_stages(manifest: Mapping[str, Any], work: Storage, names: Sequence[str]) -> list[Stage] | None:
-    """Stages of a run by the manifest in its directory `work`, if all of them are there."""
-    told = manifest.get("stages") or {}
+    """Open stages of a run by the manifest in its directory `work`, if all of them exist."""
+    recorded = manifest.get("stages") or {}
     parameters = manifest.get("parameters") or {}
     index, cache = parameters.get("index_dir"), parameters.get("cache_dir") or ""
     found = []
     for name in names:
         home = storage_at(index, cache) if index and name == "passages" else work
-        if name not in told or not home.exists(
-            home.root / name / str(told[name].get("fingerprint")) / "done.json"
+        if name not in recorded or not home.exists(
+            home.root / name / str(recorded[name].get("fingerprint")) / "done.json"
         ):
             return None
         try:
-            stage = open_stage(RunDirectory(home), name, told[name]["settings"])
+            stage = open_stage(RunDirectory(home), name, recorded[name]["settings"])
         except RunDirectoryError:
             return None
-        if stage.fingerprint != told[name]["fingerprint"] or stage.done() is None:
+        if stage.fingerprint != recorded[name]["fingerprint"] or stage.done() is None:
             return None
         found.append(stage)
     return found

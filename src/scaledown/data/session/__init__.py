@@ -1,1 +1,1 @@
-"""What surrounds the stages of a run: its inputs, its result, its workers, its summary."""
+"""The parts of a run around its stages: inputs, result, workers, summary."""

@@ -1,4 +1,4 @@
-"""The session: this process at work on a run, whose inputs are found and whose settings are compared."""
+"""The session: the work of this process on a run, with checked inputs and settings."""
 
 import contextlib
 import functools
@@ -32,41 +32,41 @@ class Session:
 
     run: RunDirectory
     given: PrepareConfig
-    """The settings as they were given."""
+    """The settings as the user gave them."""
     request: str
-    """Names the run: a fingerprint of its settings, models and inputs."""
+    """The fingerprint of the run's settings, models and inputs."""
     home: RunDirectory
-    """Where passages and vectors are."""
+    """The run directory of passages and vectors."""
     sources: Sources
     identities: dict[str, str]
     inputs: dict[str, Any]
     worker: str = ""
-    """The name of this process if another one started it, to help."""
+    """The name of this process if another process started it as a worker."""
     stages: dict[str, Stage] = field(default_factory=dict)
-    """The stages that were opened, in their order, by name."""
+    """The opened stages by name, in order."""
 
     @functools.cached_property
     def device(self) -> str:
-        """The device of the models. A finished run does not ask for it, since that loads torch."""
+        """The device of the models. A finished run does not use it, since choosing it loads torch."""
         return choose_device(self.given.device)
 
     @functools.cached_property
     def config(self) -> PrepareConfig:
-        """The settings, with the batches that suit the device."""
+        """The settings, with batch sizes that suit the device."""
         return self.given.sized(self.device)
 
     @property
     def machine(self) -> dict[str, str]:
-        """What the last bits of a model's output depend on besides its weights."""
+        """Device and dtype, which influence the last bits of a model's output."""
         return machine(self.config)
 
     @property
     def cleaning(self) -> dict[str, Any]:
-        """What leaving out evaluation questions depends on."""
+        """The settings that decide which evaluation questions are left out."""
         return {"clean": CLEAN_VERSION, "evaluation": self.inputs.get("evaluation")}
 
     def stage(self, name: str, settings: Mapping[str, Any], sources: Sequence[Stage] = ()) -> Stage:
-        """Open a stage of the run. Its `settings` must name all that its shards depend on."""
+        """Open a stage of the run. Its `settings` must have everything that its shards depend on."""
         stage = self.stages[name] = Stage(self.run, name, settings, sources)
         return stage
 
@@ -76,7 +76,7 @@ class Session:
             share(self.given, target, [self.run] if self.home is self.run else [self.run, self.home])
 
     def parts(self) -> Iterator["Session"]:
-        """The part of the queries that this process makes; then all of them, if the other parts are made.
+        """Yield the part of the queries that this process makes; then all parts, if the others are finished.
 
         In the second pass no shard is missing; each stage is marked as complete.
         """
@@ -88,7 +88,7 @@ class Session:
             self.stages.update(whole.stages)
 
     def given_up(self, *, own: bool = False) -> int:
-        """How many shards were given up, because each worker that tried them died; `own`: of this part."""
+        """Count the shards given up because every worker that tried them died; `own`: only of this part."""
         homes = [self.run] if self.home is self.run else [self.run, self.home]
         return sum(home.given_up(own=own) for home in homes)
 
@@ -97,7 +97,7 @@ class Session:
 def open_session(
     config: PrepareConfig, repeats: Path | None = None, *, overwrite: bool = False, worker: str = ""
 ) -> Iterator[Session]:
-    """Find all inputs and enter the run directory as one of its live processes.
+    """Find all inputs, and register in the run directory as one of its live processes.
 
     Unless this is a `worker`, metrics are written until the session ends; `overwrite` allows to replace what
     is no metrics file.

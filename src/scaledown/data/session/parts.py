@@ -1,4 +1,4 @@
-"""Machines that share a run in a bucket: what must be finished before each makes its part of the queries."""
+"""Runs in a bucket that machines share: what must be finished before each makes its part of the queries."""
 
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.build_index import open_index
@@ -16,7 +16,7 @@ def is_indexed(config: PrepareConfig, sources: Sources, home: RunDirectory, retr
 
 
 def check_parts(config: PrepareConfig, run: RunDirectory, home: RunDirectory, *, indexed: bool) -> None:
-    """Raise `UsageError` where machines that share a bucket would all make the same shards.
+    """Raise `UsageError` if machines that share a bucket would all make the same shards.
 
     A bucket has no leases. Who makes a shard follows from the part of the queries, so what is not made by
     parts must be there before: the index, and questions that a teacher writes.
@@ -26,7 +26,7 @@ def check_parts(config: PrepareConfig, run: RunDirectory, home: RunDirectory, *,
     flag = "--executor ray" if config.executor == "ray" else "--shard"
     if home.storage.in_bucket and not indexed:
         raise UsageError(
-            f"{flag}: in a bucket the index comes first, else each process would make all of it: run "
+            f"{flag}: in a bucket the index comes first, otherwise each process would make it: run "
             "`scaledown index --index_dir URL` with the same settings, then this with that --index_dir"
         )
     if not run.storage.in_bucket:
@@ -36,7 +36,8 @@ def check_parts(config: PrepareConfig, run: RunDirectory, home: RunDirectory, *,
     first = config.executor == "local" and config.part.number == 0
     if config.num_synthetic_queries and not first and not run.storage.glob(run.path, "synthetic/*/done.json"):
         raise UsageError(
-            f"{flag}: in a bucket the questions of --num_synthetic_queries come first, else each process "
-            "would write them: run the same command with --shard 0/8 and without --executor; run this when "
+            f"{flag}: in a bucket the questions of --num_synthetic_queries come first, otherwise each "
+            "process would write them: run the same command with --shard 0/8 and without --executor; run "
+            "this when "
             "`scaledown status` shows that synthetic is done"
         )

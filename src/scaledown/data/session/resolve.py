@@ -1,4 +1,4 @@
-"""What a run reads, found before any work: corpus, queries and models; none is loaded."""
+"""Find the inputs of a run before any work: corpus, queries and models. Nothing is loaded."""
 
 import logging
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ from scaledown.urls import is_url, local
 
 log = logging.getLogger("scaledown")
 
-_REMOTE_FILES: Final = 20  # each takes a request; the others are looked at when they are read
+_REMOTE_FILES: Final = 20  # checked in advance; each takes a request
 
 
 def find(config: PrepareConfig) -> Sources:
-    """Find inputs and models; whatever is missing fails here, before any work."""
+    """Find inputs and models. A missing one is an error here, before any work."""
     corpus, queries = find_inputs(config)
     if not config.reranks and config.reranker_model != PrepareConfig.reranker_model:
         log.warning("--reranker_model is not used: add --enable_reranking or --top_k_reranking")
@@ -76,7 +76,10 @@ def _passed_over(config: PrepareConfig, corpus: Sequence[Source]) -> dict[str, d
 def _guessed(
     config: PrepareConfig, corpus: Sequence[Source], queries: Sequence[Source]
 ) -> dict[str, dict[str, str]]:
-    """How each file is read whose content alone says so. Raises `InputError` for what cannot be told."""
+    """Return how files are read whose columns are found by their content.
+
+    Raises `InputError` if that fails.
+    """
     read = (
         ("--corpus_path", _looked_at(every(corpus, "--corpus_path")), tables.CORPUS, config.text_column),
         ("--queries_file", [one for one in queries if not one.is_dir()], tables.QUERIES, config.query_column),
@@ -94,13 +97,13 @@ def _guessed(
 
 
 def _looked_at(files: Sequence[Source]) -> Sequence[Source]:
-    """The files of a corpus that are looked at before any work: all that are on this machine."""
+    """Return the files of a corpus to check before any work: those on this machine, and some remote ones."""
     remote = [file for file in files if isinstance(file, Remote)]
     return [file for file in files if not isinstance(file, Remote)] + remote[:_REMOTE_FILES]
 
 
 def find_inputs(config: PrepareConfig, *, fetch: bool = True) -> tuple[list[Source], list[Source]]:
-    """The corpus, if it is read, and what queries are read from; MS MARCO's only with `fetch`."""
+    """Return the corpus, if it is read, and the query files; MS MARCO's are downloaded only with `fetch`."""
     corpus = find_corpus(config)
     output, run = config.output_file, config.work_dir or f"{config.output_file}.work"
     written = {"--output_file": output, "the run directory": run}
@@ -126,6 +129,6 @@ def find_inputs(config: PrepareConfig, *, fetch: bool = True) -> tuple[list[Sour
 
 
 def evaluation_files(config: PrepareConfig) -> list[Source]:
-    """The files that `--decontaminate` names. Raises `InputError` for one that is not there."""
+    """Return the files of `--decontaminate`. Raises `InputError` if one does not exist."""
     flag = "--decontaminate"
     return [path for name in config.decontaminate for path in sources(locate(name, flag), flag)]

@@ -1,4 +1,4 @@
-"""What a run leaves: output, manifest, report; and how a later call of the same command finds them."""
+"""The result of a run: output, manifest, report; and how a later call of the same command finds it."""
 
 import logging
 import shlex
@@ -20,7 +20,7 @@ log = logging.getLogger("scaledown")
 
 
 def earlier_or_free(session: Session, *, overwrite: bool) -> Result | None:
-    """The result of an earlier run, if it is finished; else the output may be written.
+    """Return the result of an earlier run if it is finished; otherwise check that the output may be written.
 
     Raises `OutputError` where something is in its place that no run of this directory made, unless
     `overwrite` allows to replace it.
@@ -35,7 +35,7 @@ def earlier_or_free(session: Session, *, overwrite: bool) -> Result | None:
 
 
 def part_result(session: Session) -> Result | None:
-    """What a part or a worker has made; None if all shards of the run are made and it can be exported."""
+    """Return the result of a part or a worker; None if the run has all shards and can be exported."""
     path = output_of(session.given).path
     if session.worker:
         return Result(path, 0, {}, 0)
@@ -50,7 +50,7 @@ def part_result(session: Session) -> Result | None:
 def write_output(
     session: Session, records: Iterable[Example], write: Callable[[Path, Iterable[Example]], int]
 ) -> Result:
-    """Write the training data, then the manifest and the report, unless another process just did.
+    """Write the training data, then the manifest and the report, unless another process has just done so.
 
     `write` writes records to a path and gives their number.
     """
@@ -82,40 +82,40 @@ def write_output(
 
 
 def _measured(records: Iterable[Example], numbers: set[int]) -> Iterator[Example]:
-    """Records as they are; how many documents they have is added to `numbers`."""
+    """Yield the records unchanged; their numbers of documents are added to `numbers`."""
     for record in records:
         numbers.add(len(record["documents"]))
         yield record
 
 
 def _remove_half_written(output: Path) -> None:
-    """Remove what a process left that was killed while it wrote the output."""
+    """Remove temporary files of a process that was killed while it wrote the output."""
     target = output.resolve()
     for path in target.parent.glob(f".{target.name}.*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def report_of(run: RunDirectory, output: File) -> None:
-    """Write the run's page and card. The data is whole by now: a run without them has not failed."""
+    """Write the run's page and card. The data is complete: an error here does not fail the run."""
     try:
         output.storage.fetch(output.path)
         write_report(output.path, run.report, run.card, work=run.storage)
         for path in (run.report, run.card):
             run.storage.publish(path)
-    except Exception as error:  # whatever it is, the data is not to blame
+    except Exception as error:  # no error of the report may fail the run
         log.debug("the report failed", exc_info=True)
         log.warning("no report (%s); `scaledown report %s` tries again", error, shlex.quote(str(output.path)))
 
 
 def earlier_result(run: RunDirectory, request: str, output: File) -> Result | None:
-    """The result of an earlier run with these settings whose output is still as it was written."""
+    """Return the result of an earlier run with these settings, if its output is unchanged."""
     manifest = run.storage.read_json(run.manifest)
     if not isinstance(manifest, dict) or manifest.get("request") != request:
         return None
     if not (state := output.storage.state(output.path)):
         return None
     if any("given_up" in stage["counts"] for stage in manifest["stages"].values()):
-        return None  # and is tried again
+        return None  # the run retries these shards
     written = manifest["output"]
     if state != written.get("state") and _content(run, output) != written["sha256"]:
         if written["path"] != output.storage.address(output.path):
@@ -123,8 +123,8 @@ def earlier_result(run: RunDirectory, request: str, output: File) -> Result | No
         if validate(output.path).problems:
             log.warning("%s is damaged: writing it again", output)
             return None
-        log.warning("%s was changed since it was written and is left so; delete it to have it again", output)
-    elif not run.storage.exists(run.report):  # of a process that was killed right before
+        log.warning("%s has changed since it was written and is kept; delete it to write it again", output)
+    elif not run.storage.exists(run.report):  # the process was killed before it wrote the report
         report_of(run, output)
     stages = {
         name: StageResult([], stage["counts"], stage["seconds"], stage["measured"])
@@ -147,7 +147,7 @@ def _content(run: RunDirectory, output: File) -> str:
 
 
 def is_ours(run: RunDirectory, output: File) -> bool:
-    """Whether a run of this directory wrote the output that is there."""
+    """Whether a run in this directory wrote the present output."""
     manifest = run.storage.read_json(run.manifest)
     written = manifest.get("output") if isinstance(manifest, dict) else None
     if isinstance(written, dict):
@@ -158,6 +158,8 @@ def is_ours(run: RunDirectory, output: File) -> bool:
 
 
 def quarantined(stages: Mapping[str, StageResult]) -> int:
-    """Lines and queries that the stages set aside."""
-    own = [result.counts for name, result in stages.items() if name != "second"]  # no record is lost there
+    """Count the lines and queries that the stages set aside."""
+    own = [
+        result.counts for name, result in stages.items() if name != "second"
+    ]  # its rejections lose no record
     return sum(counts.get("bad", 0) + counts.get("rejected", 0) for counts in own)

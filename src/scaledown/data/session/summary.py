@@ -22,13 +22,13 @@ from scaledown.run.progress import duration
 from scaledown.run.stage import StageResult
 from scaledown.urls import is_url
 
-_NAMED: Final = 5  # files that are passed over; all are in the manifest
+_NAMED: Final = 5  # passed-over files to name; the manifest has all
 
 
 class Result(NamedTuple):
-    """A finished run: its output, how many records that has, what each stage counted, what was set aside.
+    """A finished run: its output, its number of records, the counts of each stage, what was set aside.
 
-    An output behind a URL is in the mirror at `output` if this machine wrote or read it.
+    For an output at a URL, `output` is the path in the mirror; it exists if this machine wrote or read it.
     """
 
     output: Path
@@ -37,18 +37,18 @@ class Result(NamedTuple):
     quarantined: int
     already_done: bool = False
     given_up: int = 0
-    """Shards that workers died of, again and again."""
+    """Shards given up after repeated deaths of workers."""
     documents: Sequence[int] = ()
-    """The least and the most of a record; nothing where a version of before made it."""
+    """The least and the most documents of a record; empty for runs of earlier versions."""
     missing: int = 0
-    """Shards of queries that other parts of the run have to make yet; there is no output until then."""
+    """Shards that other parts of the run have not made yet; until then there is no output."""
 
 
 def summary(result: Result, config: PrepareConfig) -> str:
-    """What a finished command prints: counts and seconds of each stage, three examples, the next command."""
+    """Return what the finished command prints: counts and seconds of each stage, examples, next command."""
     if result.missing:
         return (
-            f"part {config.shard} is done; {result.missing:,} shards of other parts are to come: the part "
+            f"part {config.shard} is done; {result.missing:,} shards of other parts are missing: the part "
             f"that ends last writes {output_of(config)}"
         )
     lines = []
@@ -61,12 +61,12 @@ def summary(result: Result, config: PrepareConfig) -> str:
     lines.append("")
     planned = planned_seconds(config)
     for name, stage in result.stages.items():
-        said = duration(planned[name]) if name in planned else "unknown"
-        lines.append(stage_line(name, stage, f"   planned {said:>10}" if planned else ""))
+        expected = duration(planned[name]) if name in planned else "unknown"
+        lines.append(stage_line(name, stage, f"   planned {expected:>10}" if planned else ""))
     if planned:
         lines += ["", compared(planned, result.stages)]
-    for told in _missing(result, config):
-        lines += ["", told]
+    for note in _missing(result, config):
+        lines += ["", note]
     if config.top_k_reranking and not config.enable_reranking:
         lines += ["", "the reranker's scores are kept: --enable_reranking adds them without scoring again"]
     lines.append("")
@@ -81,12 +81,12 @@ def summary(result: Result, config: PrepareConfig) -> str:
 
 
 def _missing(result: Result, config: PrepareConfig) -> Iterator[str]:
-    """What is not in the output, and where each is told with its reason."""
+    """Yield what is not in the output, and where the reasons are."""
     run = run_of(config)
     where = run.shown(run.root / "quarantine")
     if result.given_up:
         shards = "1 shard was" if result.given_up == 1 else f"{result.given_up:,} shards were"
-        yield f"given up: {shards} the death of each worker, see {where}"
+        yield f"given up: {shards} not made, because each worker that tried died, see {where}"
     if result.quarantined:
         yield f"set aside: {result.quarantined:,} lines or queries, each with its reason, in {where}"
     manifest = run.read_json(run.root / "manifest.json") or {}

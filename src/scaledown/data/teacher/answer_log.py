@@ -1,4 +1,4 @@
-"""Answers on disk as they come, before the shard they belong to is whole: none is lost, none paid twice."""
+"""Log answers to disk as they arrive, before their shard is complete: none is lost, none is paid twice."""
 
 import contextlib
 import json
@@ -25,11 +25,12 @@ _NAME: Final = re.compile(r"\d{6}(-\d{6})?\.part\.jsonl")
 
 
 class AnswerLog:
-    """JSON lines beside the shards of a stage: one an answer, with its place and the hash of its prompt.
+    """JSON lines beside the shards of a stage: an answer on each line, with its place and its prompt's hash.
 
-    A line is with the system at once, so that it survives the death of the process, and on the disk within
-    `flush_seconds`, so that it survives that of the machine; in an object store half a minute later. There
-    each process writes a file of its own, since none can be appended to; all are read.
+    A line is passed to the operating system at once, so that it survives the death of the process. It is on
+    the disk within `flush_seconds`, so that it survives a crash of the machine, and in an object store half a
+    minute later. In a store each process writes its own file, since objects cannot be appended to; all files
+    are read.
     """
 
     def __init__(self, path: Path, flush_seconds: float, storage: Storage) -> None:
@@ -39,19 +40,19 @@ class AnswerLog:
 
     @classmethod
     def of(cls, stage: Stage, shards: range, flush_seconds: float) -> "AnswerLog":
-        """That of a shard, or of several that are asked together: `000000-000016.part.jsonl`."""
+        """Return the log of one shard, or of several that are asked together: `000000-000016.part.jsonl`."""
         last = f"-{shards.stop:06d}" if len(shards) > 1 else ""
         return cls(stage.folder / f"{shards.start:06d}{last}{_ENDING}", flush_seconds, stage.storage)
 
     @classmethod
     def every(cls, stage: Stage) -> list["AnswerLog"]:
-        """All that a stage has, to be read."""
+        """Return all logs of a stage, for reading."""
         logs = stage.storage.logs(stage.folder, f"*{_ENDING}")
         return [cls(path, 0, stage.storage) for path in sorted(logs) if _NAME.fullmatch(path.name)]
 
     @classmethod
     def others(cls, stage: Stage, shards: range, prompts: Sequence[Prompt]) -> dict[int, Answer]:
-        """What is kept for these prompts where these shards, or some, were asked together with others."""
+        """Return the answers to these prompts in logs of other groups that share some of these shards."""
         places: dict[str, list[int]] = {}
         for place, prompt in enumerate(prompts):
             places.setdefault(prompt.digest, []).append(place)
@@ -64,12 +65,12 @@ class AnswerLog:
 
     @property
     def shards(self) -> range:
-        """The shards whose answers it holds."""
+        """The shards of its answers."""
         first, _, stop = self.path.name.removesuffix(_ENDING).partition("-")
         return range(int(first), int(stop or int(first) + 1))
 
     def read(self, prompts: Sequence[Prompt]) -> dict[int, Answer]:
-        """What is kept for these prompts, by their place."""
+        """Return the logged answers to these prompts, by place."""
 
         def places(place: int, digest: str) -> list[int]:
             return [place] if 0 <= place < len(prompts) and digest == prompts[place].digest else []
@@ -77,7 +78,7 @@ class AnswerLog:
         return self._found(places)
 
     def _found(self, places: Callable[[int, str], list[int]]) -> dict[int, Answer]:
-        """The answers kept, by the places that `places` gives for the place and the hash they have here."""
+        """Return the logged answers; `places` maps the logged place and hash to the wanted places."""
         found: dict[int, Answer] = {}
         for record in self._records():
             place, digest = record.pop("place", -1), record.pop("prompt_hash", "")
@@ -88,10 +89,10 @@ class AnswerLog:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator["Writer"]:
-        """Append answers. One process at a time: the shard's lease sees to that."""
+        """Append answers. The shard's lease ensures that only one process at a time does so."""
         stop = threading.Event()
         failed: list[Exception] = []
-        for path in self._storage.owned(self.path):  # of one that was killed before it could
+        for path in self._storage.owned(self.path):  # logs of processes that were killed before publishing
             self._storage.send_log(path)
         path = self.path.with_name(self._storage.own(self.path.name))
         with path.open("ab+") as file:
@@ -106,7 +107,7 @@ class AnswerLog:
                         if time.monotonic() - published > _PUBLISH_SECONDS:
                             published = time.monotonic()
                             self._storage.publish(path)
-                except (OSError, OutputError) as error:  # told with the next answer
+                except (OSError, OutputError) as error:  # raised at the next answer
                     failed.append(error)
 
             def write(line: bytes) -> None:
@@ -126,11 +127,11 @@ class AnswerLog:
                 self._storage.publish(path)
 
     def tokens(self, without: Collection[str] = ()) -> int:
-        """Tokens of prompts and answers that are kept, but for those with these hashes of prompts."""
+        """Count the tokens of logged prompts and answers, except for prompts with hashes in `without`."""
         return sum(_tokens(record) for record in self._records() if record.get("prompt_hash") not in without)
 
     def remove(self) -> None:
-        """Forget it: the shard is whole."""
+        """Delete the log, when the shard is complete."""
         for path in self._storage.owned(self.path):
             self._storage.remove(path)
 
@@ -161,9 +162,17 @@ def ask(
     came: Callable[[Answer | Rejection], None] = lambda _: None,
     have: Mapping[int, Answer] | None = None,
 ) -> list[Answer | Rejection]:
-    """Answers in the order of the prompts: those in `have`, those in the log, and new ones, which it keeps.
+    """Answer prompts: from `have`, from the log, and by the teacher. New answers are logged.
 
-    Rejections are not kept: whoever comes again asks again. `came` is told of each new one.
+    Args:
+        teacher: Answers the other prompts.
+        prompts: The prompts.
+        log: Has earlier answers, and receives new ones. Rejections are not logged: a later call asks again.
+        came: Called with each new answer or rejection.
+        have: Answers that are known already, by place.
+
+    Returns:
+        Answers and rejections in the order of the prompts.
     """
     answers: dict[int, Answer | Rejection] = {**log.read(prompts), **(have or {})}
     known = frozenset(answers)

@@ -1,4 +1,4 @@
-"""The teacher: prompts in, answers out, on one of the engines in `TEACHER_ENGINES`."""
+"""The teacher: answers prompts, by one of the engines in `TEACHER_ENGINES`."""
 
 import importlib.util
 import logging
@@ -30,9 +30,11 @@ _WRITERS: Final = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "ForConditio
 
 
 def check_teacher(source: ModelSource, *, load_in_8bit: bool, load_in_4bit: bool) -> None:
-    """Find out before any work, without loading it, whether a model can answer.
+    """Check before any work, without loading it, that a model can write answers.
 
-    Raises `ModelError` for one that does not write, `MissingExtraError` for bits that need one.
+    Raises:
+        ModelError: The model is not a causal LM.
+        MissingExtraError: Weights in 8 or 4 bits need an extra that is not installed.
     """
     if load_in_8bit or load_in_4bit:
         flag = "--teacher_8bit" if load_in_8bit else "--teacher_4bit"
@@ -42,7 +44,7 @@ def check_teacher(source: ModelSource, *, load_in_8bit: bool, load_in_4bit: bool
         return
     with hub_errors(source.name):
         config = read_config_file(source, "config.json") or {}
-    kinds = config.get("architectures") or ["LMHeadModel"]  # who does not say may be one
+    kinds = config.get("architectures") or ["LMHeadModel"]  # without this entry it may be a causal LM
     if config.get("is_encoder_decoder") or not any(kind.endswith(_WRITERS) for kind in kinds):
         raise ModelError(
             f"--teacher_model {source.name} is {kinds[0]}: a teacher is a causal LM (...ForCausalLM), "
@@ -51,7 +53,7 @@ def check_teacher(source: ModelSource, *, load_in_8bit: bool, load_in_4bit: bool
 
 
 def engine_of(backend: str) -> TeacherEngine:
-    """The engine behind `--teacher_backend`, by its name. Raises `UsageError` where there is none."""
+    """Return the engine of `--teacher_backend` by name. Raises `UsageError` if there is no such engine."""
     if backend not in TEACHER_ENGINES:
         raise UsageError(f"--teacher_backend {backend}: use auto, {', '.join(TEACHER_ENGINES)}")
     engine: TeacherEngine = TEACHER_ENGINES[backend]
@@ -64,12 +66,12 @@ def is_served(engine: Engine) -> bool:
 
 
 def find_teacher(name: str, engine: Engine) -> ModelSource:
-    """The teacher's weights; behind a server only its name. Raises `ModelError`, `UsageError`."""
+    """Find the teacher's weights; for a server only its name. Raises `ModelError` or `UsageError`."""
     return ModelSource(name, "") if is_served(engine) else resolve(name)
 
 
 def check_options(engine: Engine, generation: Generation) -> None:
-    """Raise `UsageError` where the engine does not have what is asked of it."""
+    """Raise `UsageError` if the engine does not support the settings."""
     if engine.backend == AUTO and not _able(engine, generation):
         raise UsageError(
             "no --teacher_backend has all that is asked of --teacher_endpoint, --teacher_lora, "
@@ -91,7 +93,7 @@ def check_options(engine: Engine, generation: Generation) -> None:
 
 
 def _able(engine: Engine, generation: Generation) -> dict[str, TeacherEngine]:
-    """The engines that have what is asked, by name."""
+    """Return the engines that support the settings, by name."""
     engines = {name: engine_of(name) for name in TEACHER_ENGINES}
     return {
         name: own
@@ -104,20 +106,20 @@ def _able(engine: Engine, generation: Generation) -> dict[str, TeacherEngine]:
 
 
 def choose_backend(engine: Engine, source: ModelSource, device: str, generation: Generation) -> str:
-    """The name of the engine; `auto` becomes the last that has what is asked, and suits device and teacher.
+    """Return the name of the engine. `auto` takes the last that supports the settings and suits the device.
 
-    Raises `UsageError` for an engine that does not have what is asked of it.
+    Raises `UsageError` if the named engine does not support the settings.
     """
     check_options(engine, generation)
     if engine.backend != AUTO:
         return engine.backend
     able, setup = _able(engine, generation), Setup(source, device, generation, engine)
     suited = (name for name, own in reversed(able.items()) if own.suits(setup))
-    return next(suited, [*able][-1])  # where none suits, the last says why when it is checked
+    return next(suited, [*able][-1])  # if none suits, the check of the last says why
 
 
 def preflight(engine: Engine, source: ModelSource, device: str, generation: Generation) -> None:
-    """Find out before any work whether the engine can load the teacher here. Raises `ScaleDownError`."""
+    """Check before any work that the engine can load the teacher here. Raises `ScaleDownError`."""
     engine_of(engine.backend).preflight(Setup(source, device, generation, engine))
 
 
@@ -129,9 +131,9 @@ def load_teacher(  # noqa: PLR0917
     engine: Engine = Engine(),  # noqa: B008 (never changed)
     spent_tokens: int = 0,
 ) -> Teacher:
-    """The teacher behind `--teacher_model`, on the engine that `choose_backend` gives.
+    """Load the teacher of `--teacher_model`, on the engine that `choose_backend` returns.
 
-    `spent_tokens` is what an earlier run of the same settings took from `--max_total_tokens`.
+    `spent_tokens` are the tokens of `--max_total_tokens` that earlier runs with the same settings used.
     """
     backend = choose_backend(engine, source, device, generation)
     own = engine_of(backend)
@@ -160,7 +162,7 @@ def generate_teacher_answers(
     endpoints: Sequence[str] = (),
     prompt: str = "paper",
 ) -> list[Example]:
-    """Training records for queries whose documents are known; `json.dump` writes them as they are.
+    """Answer queries whose documents are known. Returns training records, which `json.dump` can write.
 
     Documents are strings or `{"title", "text"}` and come back as strings; `reranking_scores` are kept.
     A record that cannot be asked (its question alone exceeds the teacher's context) or whose answer is

@@ -1,4 +1,4 @@
-"""What every teacher engine is: the teacher that it loads, and what the engine declares about itself."""
+"""The interface of teacher engines: the teacher that an engine loads, and what the engine declares."""
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -12,7 +12,7 @@ from scaledown.records import Answer
 
 
 class Generation(NamedTuple):
-    """How a teacher loads and decodes; `seed` matters where a prompt has a temperature."""
+    """How a teacher is loaded and decodes; `seed` is used for prompts with a temperature."""
 
     max_new_tokens: int = PrepareConfig.max_new_tokens
     seed: int = 0
@@ -20,15 +20,15 @@ class Generation(NamedTuple):
     load_in_8bit: bool = False
     load_in_4bit: bool = False
     document_tokens: int = 0
-    """Tokens that are shown of each document; 0 is all."""
+    """Tokens of each document in the prompt; 0 is all."""
     context: int = 0
-    """Tokens of prompt and answer together; 0 is what the model takes."""
+    """The most tokens of prompt and answer together; 0 is the model's limit."""
     logprobs: int = 0
-    """How many log probabilities come with each answer token; 0 is none."""
+    """Number of log probabilities for each answer token; 0 is none."""
     temperature: float | None = None
-    """That of answers, where `--temperature` decides it."""
+    """The temperature of answers, if `--temperature` decides it."""
     if_cut_short: str = "raise --max_new_tokens, or let the model reason less"
-    """What to do where a reply ends before its answer begins."""
+    """Advice for the message about a reply that ends before its answer begins."""
 
     @property
     def bits(self) -> int:
@@ -37,7 +37,7 @@ class Generation(NamedTuple):
 
     @classmethod
     def of(cls, config: PrepareConfig) -> "Generation":
-        """As the settings of a run say."""
+        """Create it from the settings of a run."""
         return cls(
             max_new_tokens=config.max_new_tokens,
             seed=config.seed,
@@ -52,12 +52,12 @@ class Generation(NamedTuple):
 
 
 def seed_of(seed: int, key: str) -> int:
-    """A seed for one prompt, below 2^31, so that its answer does not depend on what else is asked."""
+    """Return a seed for one prompt, below 2^31, so that its answer does not depend on other prompts."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:4], "little") >> 1
 
 
 class Engine(NamedTuple):
-    """What runs a teacher, and what only one engine needs."""
+    """The choice of an engine, and settings that only one engine needs."""
 
     backend: str = PrepareConfig.teacher_backend
     endpoints: tuple[str, ...] = ()
@@ -67,11 +67,11 @@ class Engine(NamedTuple):
     lora: str = ""
     tensor_parallel: int = 1
     memory: float = 0.0
-    """The share of its GPU that vLLM takes; 0 is what is free."""
+    """The share of GPU memory that vLLM uses; 0 is all free memory."""
 
     @classmethod
     def of(cls, config: EngineConfig) -> "Engine":
-        """As the settings of a run say."""
+        """Create it from the settings of a run."""
         return cls(
             config.teacher_backend,
             config.teacher_endpoint,
@@ -85,7 +85,7 @@ class Engine(NamedTuple):
 
 
 class Rejection(NamedTuple):
-    """A prompt that could not be asked, and why."""
+    """A prompt that could not be answered, and the reason."""
 
     reason: str
 
@@ -98,33 +98,33 @@ class Teacher(Protocol):
     def answers(
         self, prompts: Sequence[Prompt], have: Collection[int] = ()
     ) -> Iterator[tuple[int, Answer | Rejection]]:
-        """Places in `prompts` and their answers, as these finish, in any order.
+        """Yield places in `prompts` with their answers, as these finish, in any order.
 
-        Places in `have` are answered already: an engine asks them again only where equal bytes need it.
-        Whoever takes the answers keeps each before the next is asked for, and may stop at any time.
+        Places in `have` are answered already: an engine answers them again only if it must, to produce equal
+        bytes. The caller stores each answer before it requests the next, and may stop at any time.
         """
 
 
 class Setup(NamedTuple):
-    """What an engine loads a teacher from."""
+    """The arguments for loading a teacher."""
 
     source: ModelSource
-    """Its weights; without a location where the engine asks a server."""
+    """The weights; without a location if the engine uses a server."""
     device: str
     """cpu, cuda, cuda:N or mps."""
     generation: Generation
     engine: Engine
     dtype: str = "auto"
     spent_tokens: int = 0
-    """What an earlier run of the same settings took from `--max_total_tokens`."""
+    """Tokens of `--max_total_tokens` that earlier runs with the same settings used."""
 
 
 SHARDS_AT_ONCE: Final = 16
-"""Of engines that schedule by themselves: so many shards of prompts keep them busy."""
+"""Shards of prompts that keep an engine with its own scheduler busy."""
 
 
 def _no_check(setup: Setup) -> None:
-    """Nothing can be missing."""
+    """Check nothing: this engine always can load the teacher."""
 
 
 def _only_by_name(setup: Setup) -> bool:
@@ -135,20 +135,21 @@ class TeacherEngine(NamedTuple):
     """An entry of `TEACHER_ENGINES`: how teachers are loaded, and what the engine declares about itself."""
 
     load: Callable[[Setup], Teacher]
-    """Gives a teacher that is ready. Raises `ModelError` for a model that cannot be loaded."""
+    """Returns a loaded teacher. Raises `ModelError` if the model cannot be loaded."""
     preflight: Callable[[Setup], None] = _no_check
-    """Checks before any work, without loading the model: raises the `ScaleDownError` that `load` would."""
+    """Checks before any work, without loading the model; raises the `ScaleDownError` that `load` would
+    raise."""
     suits: Callable[[Setup], bool] = _only_by_name
-    """Whether `--teacher_backend auto` takes the engine here."""
+    """Whether `--teacher_backend auto` may choose the engine here."""
     deterministic: bool = False
-    """Whether two runs on the same kind of machine give the same bytes. Its batches then come from the plan
-    of the run, and `--teacher_batch_size` is among what answers depend on."""
+    """Whether two runs on the same kind of machine produce the same bytes. Batches are then fixed by the
+    run's settings, and answers depend on `--teacher_batch_size`."""
     shards_at_once: int = SHARDS_AT_ONCE
-    """How many shards of prompts it is asked together."""
+    """Number of shards whose prompts are sent together."""
     full_load: int = 0
-    """How many prompts keep it busy, if its speed is that of many prompts together: `plan` tries so many."""
+    """Number of prompts that keep it busy, if it answers many together; `plan` tries that many."""
     served: bool = False
-    """Whether the model is behind a server, which alone knows its weights and its hardware."""
+    """Whether the model is on a server; its weights and hardware are then not known."""
     has_bits: bool = False
     """Whether it loads a model in 8 or 4 bits."""
     has_lora: bool = False
@@ -156,13 +157,13 @@ class TeacherEngine(NamedTuple):
     has_logprobs: bool = False
     """Whether answers come with log probabilities."""
     library: str = ""
-    """The distribution that it needs, whose version a run's manifest records."""
+    """The Python distribution that it needs; a run's manifest records its version."""
 
 
 def answer_all(
     teacher: Teacher, prompts: Sequence[Prompt], advance: Callable[[int], None] = lambda _: None
 ) -> list[Answer | Rejection]:
-    """One answer or rejection a prompt, in the order given."""
+    """Return an answer or a rejection for each prompt, in order."""
     results: dict[int, Answer | Rejection] = {}
     for place, answer in teacher.answers(prompts):
         results[place] = answer

@@ -1,4 +1,4 @@
-"""The wire: a prompt as a chat completions request, and what the reply says."""
+"""Chat completions: make the request for a prompt, and read the reply."""
 
 import logging
 import re
@@ -34,7 +34,7 @@ _TEMPERATURE: Final = re.compile(
     r"temperature.{0,80}(only|default|support|fixed|must be 1\b)|(only|support).{0,80}temperature", re.DOTALL
 )
 _POSITIVE: Final = re.compile(r"temperature.{0,40}(positive|greater than 0|> ?0)", re.DOTALL)
-# How servers say that an answer ran into its limit; that it may not be, and that it broke off.
+# Finish reasons of servers: the answer reached its limit; it is forbidden; it was broken off.
 _CUT: Final = re.compile(r"length|(model|max)_length|token_limit|max_\w*tokens")
 _FILTERED: Final = re.compile(
     r"content_filter\w*|guardrail\w*|safety|recitation|blocklist|prohibited_content|refusal"
@@ -42,7 +42,8 @@ _FILTERED: Final = re.compile(
 _BROKEN: Final = re.compile(
     r"abort(ed)?|error\w*|\w+_error|fail(ed|ure)|cancell?ed|timeout|interrupted|insufficient_system_resource"
 )
-# What waiting does not mend. A server may say the same of a minute's quota, with the seconds to wait.
+# Errors that waiting does not fix. A server may report a quota per minute in the same way, with seconds to
+# wait.
 _SPENT: Final = re.compile(
     r"insufficient[_ ](quota|balance|credits?|funds)|billing_(hard_limit|not_active)|out of credits|"
     r"credit balance is too low|account.{0,20}(deactivated|suspended|overdue|in arrears)|"
@@ -54,11 +55,11 @@ _SPENT_STATUS: Final = frozenset({0, 400, 402, 403, 429})
 # What servers call an error, where they give no status of it.
 _STATUS: Final = {"rate_limit": 429, "overloaded": 503, "invalid_request": 400}
 _THOUGHTS: Final = ("reasoning_content", "reasoning", "thinking")
-_MOST_TOKENS: Final = 1 << 40  # a larger count is none
+_MOST_TOKENS: Final = 1 << 40  # a larger count is invalid
 
 
 class NoLogprobsError(ValueError):
-    """A reply without the log probabilities that were asked for."""
+    """A reply lacks the requested log probabilities."""
 
 
 class Draft:
@@ -76,12 +77,12 @@ class Draft:
 
     @property
     def dropped_tokens(self) -> int:
-        """Characters left out // 4."""
+        """Estimate of the tokens left out: characters // 4."""
         left_out = self._all - sum(map(len, self.documents))
         return left_out // _CHARACTERS_A_TOKEN
 
     def shorten(self) -> bool:
-        """Cut a third of the documents' text, from the last one; false where nothing is left to cut."""
+        """Cut a third of the documents' text, from the last one. Returns False if nothing is left to cut."""
         length = sum(map(len, self.documents))
         self._shortened += 1
         surplus = length if self._shortened > SHORTENINGS else -(-length // 3)
@@ -94,7 +95,7 @@ class Draft:
 
 
 class Reply(NamedTuple):
-    """What a completion amounts to, the model that it names, and what it cost in tokens."""
+    """The result of a completion, the model that it names, and its tokens."""
 
     result: Answer | Rejection | Fault
     model: str
@@ -102,12 +103,12 @@ class Reply(NamedTuple):
 
 
 class Chat:
-    """How one model is asked over the wire, adapted to what its servers refuse. `secret` is in no message."""
+    """Requests to one model, adapted to what its servers refuse. `secret` is removed from all messages."""
 
     def __init__(self, model: str, generation: Generation, secret: str) -> None:
         self.model = model
         self.logprobs = generation.logprobs
-        """How many are asked for with each token."""
+        """Number of log probabilities requested for each token."""
         self._generation = generation
         self._secret = secret
         self._folds_system = False
@@ -116,11 +117,11 @@ class Chat:
         self._limit = "max_tokens"
 
     def draft(self, prompt: Prompt) -> Draft:
-        """The prompt with as much of its documents as the settings allow."""
+        """Return the prompt, with its documents cut as the settings say."""
         return Draft(prompt, self._generation.document_tokens)
 
     def body(self, draft: Draft) -> dict[str, Any]:
-        """The request."""
+        """Return the body of the request."""
         prompt = draft.prompt
         system, user = prompt.system, prompt.user(draft.documents)
         if system and self._folds_system:
@@ -142,19 +143,25 @@ class Chat:
         return body
 
     def adapts(self, body: dict[str, Any], draft: Draft, response: httpx2.Response) -> bool:
-        """Whether a refused request is worth sending again, changed; whatever its server does not know
-        changes in all requests from then on. Raises `ModelError` where `--temperature` has to change.
+        """Adapt to a refused request. Returns whether to send it again.
+
+        Features that the server does not support are left out of all later requests.
+
+        Raises:
+            ModelError: `--temperature` must be changed.
         """
         text, status = response.text.lower(), self.status(response)
         if status == 400 and "max_completion_tokens" in text and "max_tokens" in body:
             self._limit = "max_completion_tokens"
             return True
         if status == 400 and _SYSTEM_ROLE.search(text) and len(body["messages"]) > 1:
-            log.info("the server knows no system role: its text goes into the user's turn")
+            log.info("the server does not support the system role: its text goes into the user's message")
             self._folds_system = True
             return True
         if status in {400, 422} and "seed" in body and re.search(r"\bseed\b", text):
-            log.warning("the server takes no seed (%s): its samples differ in each run", self.said(response))
+            log.warning(
+                "the server takes no seed (%s): its samples differ in each run", self.error_text(response)
+            )
             self._seeds = False
             return True
         above_0 = bool(_POSITIVE.search(text)) and not draft.prompt.temperature
@@ -162,9 +169,11 @@ class Chat:
             if self._generation.temperature not in {None, 1.0} and not above_0:
                 raise ModelError(
                     f"--temperature {self._generation.temperature:g}: the server of {self.model} refuses it "
-                    f"({self.said(response)}): give --temperature 1"
+                    f"({self.error_text(response)}): give --temperature 1"
                 )
-            log.warning("the server takes no temperature but its own (%s): none is sent", self.said(response))
+            log.warning(
+                "the server accepts only its own temperature (%s): none is sent", self.error_text(response)
+            )
             self._own_temperature = True
             return True
         return status in {400, 413, 422} and bool(_TOO_LONG.search(text)) and draft.shorten()
@@ -186,8 +195,8 @@ class Chat:
             # JSON may hold halves of characters, which no file does.
             text = _text(content).strip().encode(errors="replace").decode()
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            said = f"{type(error).__name__}: {self.said(response)}"
-            raise ValueError(f"the reply is not a chat completion ({said})") from None
+            reason = f"{type(error).__name__}: {self.error_text(response)}"
+            raise ValueError(f"the reply is not a chat completion ({reason})") from None
         usage = reply.get("usage")
         usage = usage if isinstance(usage, Mapping) else {}
         prompt = draft.prompt.system + draft.prompt.user(draft.documents)
@@ -214,7 +223,7 @@ class Chat:
         return Reply(heard(answer, self._generation, thought=thought), model, tokens)
 
     def _end(self, reason: object) -> str:
-        """Why the server says that the answer ends: `stop`, `length`, or its own word for another reason."""
+        """Return why the answer ended: `stop`, `length`, or the server's own word."""
         if isinstance(reason, Mapping):
             reason = reason.get("type")
         if not isinstance(reason, str) or not reason.strip():
@@ -222,7 +231,7 @@ class Chat:
         return "length" if _CUT.fullmatch(reason.strip().lower()) else self.plain(reason)
 
     def status(self, response: httpx2.Response) -> int:
-        """The status of a reply, also where the server says it in the text alone; 0 for an error without."""
+        """Return the status of a reply, also if only its text has it; 0 for an error without a status."""
         error = _error(response)
         status: int = response.status_code
         if not response.is_success or error is None:
@@ -233,12 +242,12 @@ class Chat:
         return next((own for word, own in _STATUS.items() if word in response.text), 0)
 
     def is_spent(self, response: httpx2.Response) -> bool:
-        """Whether the server wants what waiting does not bring: payment, or a larger quota."""
+        """Whether the server requires payment or a larger quota: waiting does not help."""
         status = self.status(response)
         return status == 402 or (status in _SPENT_STATUS and bool(_SPENT.search(response.text.lower())))
 
     def is_other(self, model: str) -> bool:
-        """Whether a reply came from a model that is clearly another one; servers decorate names."""
+        """Whether a reply is clearly from another model; servers may add prefixes and tags to a name."""
         return _base(model) not in self.model.lower() and _base(self.model) not in model.lower()
 
     def is_among(self, models: Sequence[str]) -> bool:
@@ -246,18 +255,18 @@ class Chat:
         return bool({_base(self.model), _base(self.model.partition(":")[0])} & set(map(_base, models)))
 
     def plain(self, text: str) -> str:
-        """Text from a server, fit for a message: one line, short, and without the secret."""
+        """Return a server's text for a message: one line, short, without the secret."""
         return one_line(text.replace(self._secret, "[key]") if self._secret else text, 200)
 
-    def said(self, response: httpx2.Response) -> str:
-        """The message of a reply that is an error, or its text."""
+    def error_text(self, response: httpx2.Response) -> str:
+        """Return the message of an error reply, or its text."""
         error = _error(response)
         message = error.get("message") if isinstance(error, Mapping) else error
         return self.plain(message if isinstance(message, str) else response.text)
 
 
 def _error(response: httpx2.Response) -> Any:
-    """What a reply that is no completion says of an error; None where it says nothing."""
+    """Return the error in a reply that is not a completion; None if it has none."""
     try:
         content = response.json()
     except ValueError:
@@ -269,7 +278,7 @@ def _error(response: httpx2.Response) -> Any:
 
 
 def _text(content: Any) -> str:
-    """The text of a message, which some servers give in parts; a part with thoughts has none."""
+    """Return the text of a message, which may be in parts; parts with thoughts are left out."""
     if isinstance(content, list):
         return "".join(part if isinstance(part, str) else part.get("text") or "" for part in content)
     if not isinstance(content, str | None):
@@ -283,7 +292,7 @@ def _holds_thoughts(content: Any) -> bool:
 
 
 def _logprobs(given: Any, count: int) -> Logprobs:
-    """Those of a choice. Raises `NoLogprobsError` where there are none, or none that can be read."""
+    """Read the log probabilities of a choice. Raises `NoLogprobsError` if they are missing or invalid."""
     try:
         found = from_server(given["content"], count) if given else None
     except (ValueError, TypeError, LookupError, AttributeError):
@@ -294,7 +303,7 @@ def _logprobs(given: Any, count: int) -> Logprobs:
 
 
 def listed(response: httpx2.Response) -> list[str]:
-    """The models in the reply to GET /models; none where a server has no such list."""
+    """Return the models in the reply to GET /models; empty if the server has no such list."""
     try:
         return [str(entry["id"]) for entry in response.json()["data"]] if response.is_success else []
     except (ValueError, TypeError, LookupError):
@@ -302,7 +311,7 @@ def listed(response: httpx2.Response) -> list[str]:
 
 
 def _head(text: str, size: int) -> str:
-    """At most `size` characters from the start, whole words if there is more than one."""
+    """Return at most `size` characters from the start, cut between words if possible."""
     if len(text) <= size:
         return text
     words = text[: size + 1].rsplit(None, 1) if size > 0 else [""]
@@ -316,6 +325,6 @@ def _tokens(count: object, text: str) -> int:
 
 
 def _base(model: str) -> str:
-    """The name of a model without its folder, revision or tag of the latest."""
+    """Return the name of a model without folder, revision or the tag `latest`."""
     name = model.rstrip("/").rpartition("/")[2].partition("@")[0].lower()
     return name.removesuffix(":latest")

@@ -1,4 +1,4 @@
-"""A prompt becomes token ids that fit the teacher's context, by the model's own chat template."""
+"""Turn a prompt into token ids that fit the teacher's context, with the model's own chat template."""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -7,7 +7,9 @@ from scaledown.data.prompts import Prompt
 from scaledown.data.teacher.base import Generation, Rejection
 from scaledown.errors import ModelError
 
-_SEPARATOR_TOKENS: Final = 4  # at most, between two documents; fewer leave the rest to the next time round
+_SEPARATOR_TOKENS: Final = (
+    4  # at most, between two documents; a wrong guess is corrected in the next iteration
+)
 
 
 class Context:
@@ -31,7 +33,7 @@ class Context:
         self._folds_system = self._template_refuses_system()
 
     def fit(self, prompt: Prompt) -> tuple[list[int], int] | Rejection:
-        """Token ids of the prompt, and how many document tokens were left out to fit the context.
+        """Return the token ids of the prompt, and the number of document tokens cut to fit the context.
 
         Each document is cut to `generation.document_tokens` first. Then the lowest-ranked documents lose
         their ends; question and instruction stay whole. A prompt that is too long even without documents,
@@ -59,14 +61,15 @@ class Context:
                 tokens = self._tokenizer(documents[-1], add_special_tokens=False, verbose=False)["input_ids"]
                 kept = tokens[: max(0, len(tokens) - overflow)]
                 dropped += len(tokens) - len(kept)
-                # Cut tokens may come back as more of them, so at least one more goes each time round.
+                # Decoding and encoding cut text may yield more tokens: cut at least one more in each
+                # iteration.
                 shortened = self._tokenizer.decode(kept, skip_special_tokens=True).rstrip()
                 if kept and len(shortened) < len(documents[-1]):
                     documents[-1] = shortened
                     break
                 documents.pop()
                 overflow -= len(tokens) + _SEPARATOR_TOKENS
-            ids = self._ids(prompt, documents)  # a sum of parts is not quite the whole
+            ids = self._ids(prompt, documents)  # not exactly the sum of its parts
         if len(ids) > self.limit:
             raise ValueError(
                 f"the prompt without documents has {len(ids):,} tokens; the teacher takes {self.limit:,}"
@@ -74,7 +77,7 @@ class Context:
         return ids, dropped
 
     def _cut(self, documents: Sequence[str]) -> tuple[list[str], int]:
-        """Each document to its first `--teacher_document_tokens`, and how many tokens went."""
+        """Cut each document to `--teacher_document_tokens`. Returns them and the number of tokens cut."""
         kept, dropped = [], 0
         for document in documents:
             tokens = self._tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
@@ -85,7 +88,7 @@ class Context:
         return kept, dropped
 
     def spelled_apart(self, text: str) -> str:
-        """Text from data with any special token in it spelled apart, so that it cannot end a turn."""
+        """Break up special tokens in a text from data, so that it cannot end a turn of the chat."""
         for token in self._special:
             if token in text:
                 text = text.replace(token, f"{token[0]} {token[1:]}")
@@ -96,7 +99,7 @@ class Context:
         if self._tokenizer.chat_template is None:
             text, special = f"{prompt.system}\n\n{user}\nAnswer:".lstrip(), True
         else:
-            # The template writes the special tokens itself.
+            # The template adds the special tokens itself.
             text, special = self._render(prompt.system, user, fold=self._folds_system), False
         ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         return ids
@@ -110,7 +113,7 @@ class Context:
         return text
 
     def _template_refuses_system(self) -> bool:
-        """Whether the chat template fails on a system turn, or drops it silently."""
+        """Whether the chat template fails on a system message, or drops it silently."""
         from jinja2 import TemplateError
 
         if self._tokenizer.chat_template is None:
@@ -122,7 +125,7 @@ class Context:
 
 
 def context_tokens(config: Any, tokenizer: Any) -> int:
-    """Tokens of prompt and answer together that the model takes."""
+    """Return the most tokens of prompt and answer together that the model accepts."""
     text_config = config.get_text_config()
     limits = [
         int(limit)

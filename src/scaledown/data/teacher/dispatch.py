@@ -1,4 +1,4 @@
-"""Requests to servers: many in flight, each on the server that is free, faults waited out."""
+"""Dispatch requests to servers: many at a time, each to a free server, with waits after faults."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ from scaledown.records import Answer
 from scaledown.run.progress import at_work
 
 BACKOFF: Final = 0.5
-"""Seconds, at most, before the first retry; doubled each time, up to `LONGEST_BACKOFF`."""
+"""The most seconds before the first retry; doubled each time, up to `LONGEST_BACKOFF`."""
 LONGEST_BACKOFF: Final = 30.0
 PATIENCE: Final = 1800.0
 """Seconds without a result after which the servers are given up."""
@@ -28,7 +28,7 @@ PATIENCE: Final = 1800.0
 
 @dataclass
 class _Job:
-    """A prompt on its way to an answer."""
+    """A prompt that is not answered yet."""
 
     draft: Draft
     tries: int = 0
@@ -37,7 +37,7 @@ class _Job:
 
 
 class Dispatcher:
-    """One call's requests; `todo` is taken from its end."""
+    """The requests of one call; `todo` is taken from its end."""
 
     def __init__(self, servers: Servers, todo: list[tuple[int, Prompt]]) -> None:
         self._servers = servers
@@ -53,9 +53,12 @@ class Dispatcher:
         self._waiting = ""
 
     async def next(self) -> tuple[int, Answer | Rejection] | None:
-        """The next result; None after the last. Raises what stopped it once nothing is in flight."""
+        """Return the next result.
+
+        None after the last. An error that stopped it is raised when no request runs.
+        """
         while True:
-            # Half as many again wait for their turn, or out a fault.
+            # 1.5 times the servers' limits: the other tasks wait for their turn or after a fault.
             most = sum(endpoint.limit for endpoint in self._servers.endpoints) * 3 // 2 + 1
             while self._todo and len(self._tasks) < most and not self._stop:
                 task = asyncio.create_task(self._answer(*self._todo.pop()))
@@ -77,8 +80,8 @@ class Dispatcher:
                 self._halt(error)
 
     async def close(self) -> None:
-        """End what is in flight, and the connections."""
-        # All of this loop: an interrupt leaves `next` waiting, too.
+        """Cancel the running requests, and close the connections."""
+        # All tasks of this loop: after an interrupt, `next` is waiting too.
         tasks = {*asyncio.all_tasks(), *self._tasks} - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
@@ -94,7 +97,7 @@ class Dispatcher:
         )
 
     def _halt(self, error: ModelError) -> None:
-        """Send nothing more; what is in flight may end."""
+        """Send no more requests; running ones may finish."""
         self._stop = self._stop or error
         self._stopped.set()
         self._changed.set()
@@ -112,14 +115,14 @@ class Dispatcher:
             if job.tries >= TRIES:
                 self._servers.refused("answers no prompt", result.reason)
                 return number, Rejection(f"given up after {job.tries} tries: {result.reason}")
-            if not result.wait:  # which all who ask this server keep
+            if not result.wait:  # with it, the server's own pause applies to all its requests
                 longest = min(LONGEST_BACKOFF, BACKOFF * 2 ** (job.faults - 1))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(random.uniform(0, longest)):  # noqa: S311
                         await self._stopped.wait()
 
     async def _request(self, job: _Job) -> Answer | Rejection | Fault | None:
-        """One request, and what it teaches about its server."""
+        """Send one request, and update what is known about its server."""
         endpoint = await self._turn(job)
         ticket, probes = endpoint.begin(), endpoint.paused
         job.last = endpoint
@@ -132,13 +135,13 @@ class Dispatcher:
             self._changed.set()
         fault = result if isinstance(result, Fault) else None
         endpoint.end(ticket, fault, time.monotonic())
-        # Without a connection, or from a gateway whose server is known to be down, it is not the prompt's.
+        # Without a connection, or behind a gateway without its server, the fault is not the prompt's.
         if fault and status not in {0, 429} and not (probes and status in GATEWAY):
             job.tries += 1
         return result
 
     async def _turn(self, job: _Job) -> Endpoint:
-        """Wait, each in its turn, until a request may start; gives the server for it."""
+        """Wait for this request's turn to start. Returns the server for it."""
         servers = self._servers
         async with self._gate:
             while True:
@@ -152,7 +155,7 @@ class Dispatcher:
                 if not wait:
                     servers.rate.take(now)
                     free = [endpoint for endpoint in servers.endpoints if not waits[endpoint]]
-                    # A retry goes elsewhere if it can; a probe that is due goes first.
+                    # A retry prefers another server; a probe that is due has priority.
                     return min(free, key=lambda e: (e is job.last, not e.paused, e.running / e.limit))
                 self._changed.clear()
                 with contextlib.suppress(TimeoutError):
@@ -160,7 +163,7 @@ class Dispatcher:
                         await self._changed.wait()
 
     def _tell(self, endpoint: Endpoint, wait: float) -> None:
-        """Show a long wait for a server as long as it lasts."""
+        """Show a long wait for a server while it lasts."""
         why = ""
         if LOUD_WAIT <= wait < math.inf:
             until = time.strftime("%H:%M:%S", time.localtime(time.time() + wait))
@@ -192,10 +195,10 @@ class Dispatcher:
     async def _post(
         self, endpoint: Endpoint, draft: Draft
     ) -> tuple[Answer | Rejection | Fault | None, int | None]:
-        """What came of a request, and its status: 0 without a connection, None without a whole reply."""
+        """Return the result of a request and its status: 0 without connection, None without a full reply."""
         body, timeout = self._servers.chat.body(draft), self._servers.request_timeout
         try:
-            async with asyncio.timeout(timeout):  # of the whole: the client times each read alone
+            async with asyncio.timeout(timeout):  # of the whole request: the client limits only each read
                 response = await self._client(endpoint.url).post(
                     path(endpoint.url, "chat/completions"), json=body
                 )
@@ -203,7 +206,7 @@ class Dispatcher:
             return Fault(unreachable(error), down=True), 0
         except TimeoutError:
             return Fault(f"no reply within {timeout:g} s", down=True, slow=True), None
-        except httpx2.HTTPError as error:  # whose text may hold a header
+        except httpx2.HTTPError as error:  # its text may contain a header
             return Fault(f"connection lost ({type(error).__name__})", down=True), None
         status = self._servers.chat.status(response) or response.status_code
         return self._judge(endpoint, body, draft, response), status
@@ -211,40 +214,42 @@ class Dispatcher:
     def _judge(
         self, endpoint: Endpoint, body: dict[str, Any], draft: Draft, response: httpx2.Response
     ) -> Answer | Rejection | Fault | None:
-        """What a reply amounts to; None is to be asked again, changed."""
+        """Return the result of a reply; None if the changed request must be sent again."""
         chat, status = self._servers.chat, self._servers.chat.status(response)
         if 0 < status < 300:
             return self._read(endpoint, draft, response)
-        if chat.is_spent(response):  # also one with seconds to wait, and before a key is blamed
+        if chat.is_spent(response):  # before the key is checked, and even with seconds to wait
             raise ModelError(
-                f"--teacher_endpoint {endpoint.url} wants payment or a larger quota ({chat.said(response)}): "
-                "the same command continues when there is credit, answers so far are kept"
+                f"--teacher_endpoint {endpoint.url} requires payment or a larger quota "
+                f"({chat.error_text(response)}): the same command continues when there is credit, answers so "
+                "far are kept"
             )
         if status == 0:
-            return Fault(f"the server reports an error: {chat.said(response)}")
-        if status == 401 or (status == 403 and not self._servers.answered):  # later: of this prompt
+            return Fault(f"the server reports an error: {chat.error_text(response)}")
+        # After a success, 403 is about this prompt and not about the key.
+        if status == 401 or (status == 403 and not self._servers.answered):
             self._servers.refuse_key(endpoint.url, status)
         pause = retry_after(response.headers.get("Retry-After", ""), math.inf)
         if status == 429 and pause > PATIENCE:
             raise ModelError(
                 f"--teacher_endpoint {endpoint.url} wants no request for {pause:,.0f} s "
-                f"({chat.said(response)}): the same command continues then, answers so far are kept"
+                f"({chat.error_text(response)}): the same command continues then, answers so far are kept"
             )
         if status in {408, 429} or status >= 500:
             wait = retry_after(response.headers.get("Retry-After", ""))
-            reason = f"status {status}: {chat.said(response)}"
+            reason = f"status {status}: {chat.error_text(response)}"
             return Fault(reason, down=status >= 500, slow=status in {408, 429, 503}, wait=wait)
-        if status in {404, 405}:  # of all prompts, not of this one
+        if status in {404, 405}:  # about all prompts, not this one
             raise ModelError(
-                f"--teacher_endpoint {endpoint.url} answers {status} ({chat.said(response)}): does the URL "
-                "end in /v1, and is --teacher_model the server's name for it?"
+                f"--teacher_endpoint {endpoint.url} answers {status} ({chat.error_text(response)}): does the "
+                "URL end in /v1, and is --teacher_model the server's name for it?"
             )
         if chat.adapts(body, draft, response):
             return None
         if chat.logprobs and "logprobs" in response.text and not self._servers.answered:
-            self._servers.refuse_logprobs(endpoint.url, f"refuses it ({chat.said(response)})")
-        self._servers.refused(f"refuses every prompt with status {status}", chat.said(response))
-        return Rejection(f"the server refused it with status {status}: {chat.said(response)}")
+            self._servers.refuse_logprobs(endpoint.url, f"refuses it ({chat.error_text(response)})")
+        self._servers.refused(f"refuses every prompt with status {status}", chat.error_text(response))
+        return Rejection(f"the server refused it with status {status}: {chat.error_text(response)}")
 
     def _read(
         self, endpoint: Endpoint, draft: Draft, response: httpx2.Response
@@ -256,7 +261,7 @@ class Dispatcher:
             if isinstance(error, NoLogprobsError) and not self._servers.has_logprobs:
                 self._servers.refuse_logprobs(endpoint.url, "gives none")
             return Fault(str(error))
-        # It cost what it cost, even where it cannot be used.
+        # Its tokens count, even if the answer cannot be used.
         self._servers.spent_tokens += tokens
         if (other := chat.is_other(model)) and not self._servers.takes(endpoint.url, model):
             return Fault(f"answered by another model: {chat.plain(model)}")

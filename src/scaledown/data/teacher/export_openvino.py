@@ -26,7 +26,8 @@ from scaledown.run.storage import cache_directory
 
 log = logging.getLogger("scaledown")
 
-# Together they work. optimum-intel asks for a torchvision, which would replace torch: it comes alone.
+# Versions that work together. optimum-intel requires a torchvision that would replace torch: install it
+# alone.
 WITH_DEPENDENCIES: Final = (
     "transformers==5.5.4",
     "huggingface-hub==1.21.0",
@@ -45,7 +46,7 @@ _EXPORTER: Final = (
 
 
 def export(source: ModelSource) -> Path:
-    """The exported model's folder, made first where it is not there yet. Raises `ModelError`."""
+    """Return the folder of the exported model; the first call makes it. Raises `ModelError`."""
     folder = exported(source)
     if is_exported(source):
         return folder
@@ -90,7 +91,7 @@ def _weights(source: ModelSource) -> Path:
 
 
 def _environment() -> str:
-    """The Python of the exporter's environment, which is made first where it is not there yet."""
+    """Return the Python of the exporter's environment; the first call makes the environment."""
     borrowed = [path for path in sys.path if Path(path).name in {"site-packages", "dist-packages"}]
     state = "\n".join([*WITH_DEPENDENCIES, *ALONE, sys.version, *borrowed])
     digest = hashlib.sha256(state.encode()).hexdigest()[:16]
@@ -112,7 +113,7 @@ def _environment() -> str:
 
 def _run(words: Sequence[str], record: Path) -> None:
     """Run a process, its output kept in `record`. Raises `ModelError` with its last lines."""
-    offline = os.environ | {"HF_HUB_OFFLINE": "1"}  # all that it needs lies in a folder
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}  # everything it needs is in a folder
     with record.open("w", encoding="utf-8") as output:
         status = subprocess.run(  # noqa: S603
             words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=offline, check=False
@@ -126,7 +127,7 @@ def _run(words: Sequence[str], record: Path) -> None:
 
 
 def main(argv: Sequence[str], program: str = "python -m scaledown.data.teacher.export_openvino") -> int:
-    """The command line; gives the exit status."""
+    """Run the command line. Returns the exit status."""
     parser = Parser(
         prog=program,
         description="Export a teacher to OpenVINO, with weights at 8 bits, once: it is kept in the cache.",

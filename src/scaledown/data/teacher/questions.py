@@ -43,7 +43,7 @@ LATER_TEMPERATURE: Final = 0.8
 
 
 def as_question(text: str, passage: str) -> str | None:
-    """The question in what a teacher wrote, or None where there is none that could stand alone.
+    """Find the question in a teacher's text; None if there is no question that is clear by itself.
 
     It asks something, in 3 to 40 words, does not speak of the text, and has at least half of its longer
     words from the passage.
@@ -119,7 +119,7 @@ def questions_about(
     passages: PassageTable | Sequence[Passage],
     answer: Callable[[Sequence[Prompt]], list[Answer | Rejection]],
 ) -> pa.Table:
-    """What the teacher writes about passages: each turn is the number of a pass and the passage's row."""
+    """Let the teacher write about passages; each turn is the number of a pass and the passage's row."""
     prompts = []
     for number, row in turns:
         passage = passages[row]

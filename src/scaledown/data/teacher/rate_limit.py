@@ -1,4 +1,4 @@
-"""How many requests a server gets, and when: adaptive limits, circuit breakers, one rate over all."""
+"""Limits of requests: an adaptive limit and a circuit breaker for each server, and one rate for all."""
 
 import logging
 from datetime import UTC, datetime
@@ -11,31 +11,31 @@ FIRST_LIMIT: Final = 8
 MOST_IN_FLIGHT: Final = 256
 
 FAILURES: Final = 5
-"""In a row, after which a server is left out."""
+"""Consecutive failures after which a server is not used for a while."""
 PAUSE: Final = 5.0
-"""Seconds that it is left out for at first; doubled each time, up to `LONGEST_PAUSE`."""
+"""Seconds of the first pause of a server; doubled each time, up to `LONGEST_PAUSE`."""
 LONGEST_PAUSE: Final = 60.0
 LONGEST_RETRY_AFTER: Final = 300.0
 LOUD_WAIT: Final = 2.0
-"""Seconds of a wait from which on it is told."""
+"""Seconds of a wait above which it is shown."""
 
 
 class Fault(NamedTuple):
-    """What went wrong with one request."""
+    """The failure of one request."""
 
     reason: str
     down: bool = False
-    """The server failed as a whole would: it counts towards leaving it out."""
+    """The server seems to be down: counts towards a pause."""
     slow: bool = False
-    """The server has too much to do: fewer requests at once."""
+    """The server is overloaded: send it fewer requests at a time."""
     wait: float = 0.0
-    """Seconds that the server asks for before the next request."""
+    """Seconds to wait before the next request, as the server demands."""
 
 
 class Endpoint:
-    """One server: its limit grows by one per window of successes and halves when it is overloaded (AIMD).
+    """One server. Its limit grows by one per window of successes, and halves when it is overloaded (AIMD).
 
-    After `FAILURES` in a row it is left out for a pause, then one request probes whether it is back.
+    After `FAILURES` consecutive failures it is not used for a pause; then one request probes it.
     """
 
     def __init__(self, url: str) -> None:
@@ -43,9 +43,9 @@ class Endpoint:
         self.limit = FIRST_LIMIT
         self.running = 0
         self.paused = False
-        """Left out, or probed."""
+        """Whether it is not used, or being probed."""
         self.reason = ""
-        """Of the last wait."""
+        """The reason for the last wait."""
         self._sent = 0
         self._sent_when_halved = 0
         self._sent_when_paused = 0
@@ -55,26 +55,26 @@ class Endpoint:
         self._until = 0.0
 
     def wait(self, now: float) -> float:
-        """Seconds until a request may start; infinite while others must end first."""
+        """Return the seconds until a request may start; infinite while others must end first."""
         if self.running >= (1 if self.paused else self.limit):
             return float("inf")
         return max(0.0, self._until - now)
 
     def begin(self) -> int:
-        """Count a request in; gives its ticket."""
+        """Count a request that starts. Returns its ticket."""
         self.running += 1
         self._sent += 1
         return self._sent
 
     def cancel(self) -> None:
-        """Count a request out of which nothing is known."""
+        """Count a request that ended without a known result."""
         self.running -= 1
 
     def end(self, ticket: int, fault: Fault | None, now: float) -> None:
-        """Count a request out, and learn from how it went."""
+        """Count a request that ended, and adapt limit and pause to its result."""
         self.running -= 1
         if fault and fault.slow and ticket > self._sent_when_halved:
-            # What was sent before the limit was halved says nothing about the new one.
+            # Requests sent before the limit was halved do not count for the new limit.
             self.limit, self._good = max(1, self.limit // 2), 0
             self._sent_when_halved = self._sent
         if fault and fault.wait:
@@ -83,7 +83,7 @@ class Endpoint:
             self._until, self.reason = max(self._until, now + fault.wait), fault.reason
         if fault and fault.down:
             self._failures += 1
-            # What was sent before the pause says nothing about the time after it.
+            # Requests sent before the pause do not count for the time after it.
             if self._failures >= FAILURES and ticket > self._sent_when_paused and not fault.wait:
                 self.leave_out(fault.reason, now)
             return
@@ -108,14 +108,14 @@ class Endpoint:
 
 
 class Rate:
-    """Requests evenly spaced, at most `per_minute` of them; 0 is no limit."""
+    """Spaces requests evenly, at most `per_minute` of them in a minute; 0 is no limit."""
 
     def __init__(self, per_minute: int) -> None:
         self._interval = 60 / per_minute if per_minute else 0.0
         self._next = 0.0
 
     def wait(self, now: float) -> float:
-        """Seconds until the next request may start."""
+        """Return the seconds until the next request may start."""
         return max(0.0, self._next - now)
 
     def take(self, now: float) -> None:
@@ -124,7 +124,7 @@ class Rate:
 
 
 def retry_after(value: str, most: float = LONGEST_RETRY_AFTER) -> float:
-    """Seconds that a `Retry-After` header asks for, as a number or a date, at most `most`; 0 without one."""
+    """Return the seconds of a `Retry-After` header (a number or a date), at most `most`; 0 without one."""
     try:
         seconds = float(value)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What of a model's reply is its answer: not its thoughts, nor a chat's markers, nor the name of its role."""
+"""Extract the answer from a model's reply, without thoughts, chat markers and role names."""
 
 import re
 from typing import Final
@@ -11,13 +11,13 @@ CONTROL: Final = re.compile(
     r"<[|\uff5c][^|\uff5c<>\n]{1,40}[|\uff5c]>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|<</?SYS>>|<[be]os>|<EOT>|"
     r"<pad>|<EOS_TOKEN>|\[(?:EOS|BOS|PAD)\]"
 )
-"""What begins or ends a turn in the chat templates of common models."""
+"""Markers that begin or end a turn in the chat templates of common models."""
 
 _QUOTE: Final = "[`'\"\u2018\u2019\u201c\u201d]"
 
 
 def _unquoted(pattern: str) -> str:
-    """What is not in quotes: an answer may speak of thoughts and markers."""
+    """Match only outside of quotes: an answer may be about thoughts and markers."""
     return f"(?:(?<!{_QUOTE})(?:{pattern})|(?:{pattern})(?!{_QUOTE}))"
 
 
@@ -36,7 +36,7 @@ _FLAGS: Final = re.IGNORECASE | re.DOTALL
 _THOUGHT: Final = re.compile(f"{_OPEN}.*?{_CLOSE}", _FLAGS)
 _OPENED_BEFORE: Final = re.compile(rf"\A.*{_CLOSE}", _FLAGS)  # by the chat template, in the prompt
 _UNENDED: Final = re.compile(rf"(?:\A|\n)\s*{_OPEN}.*", _FLAGS)
-# gpt-oss: thoughts and answer are messages of their own.
+# gpt-oss: thoughts and answer are separate messages.
 _CHANNELS: Final = re.compile(r".*<\|channel\|>|analysis(?=[A-Z\s]).*assistantfinal", re.DOTALL)
 _FINAL: Final = re.compile(r".*(?:<\|channel\|>final.*?<\|message\|>|assistantfinal)", re.DOTALL)
 _FRAME: Final = re.compile(r"\s*<(answer|final_answer|response|solution)>(.*?)(?:</\1>)?\s*", _FLAGS)
@@ -53,7 +53,7 @@ _END: Final = re.compile(
 
 
 def spoken(text: str) -> str:
-    """What of a reply is said to whom asked: without thoughts, chat markers, and what follows its turn."""
+    """Return the answer in a reply, without thoughts, chat markers, and text after its turn."""
     rest = _BEGINNING.sub("", text, count=1)
     if _CHANNELS.match(text):
         rest = text[found.end() :] if (found := _FINAL.match(text)) else ""
@@ -68,7 +68,7 @@ def spoken(text: str) -> str:
 
 
 def heard(answer: Answer, generation: Generation, *, thought: bool = False) -> Answer | Rejection:
-    """The answer in a reply, with the log probabilities of what is left of it.
+    """Return the answer in a reply, with the log probabilities of its remaining tokens.
 
     Args:
         answer: The reply as it came.

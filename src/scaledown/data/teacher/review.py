@@ -1,4 +1,4 @@
-"""What is kept of the teacher's answers: cut ends, problems, groundedness, the second teacher's word.
+"""Review of the teacher's answers: cut ends, problems, groundedness, agreement with a second teacher.
 
 Makes the stage `reviewed` from `answers` without a model, so that other limits cost nothing.
 """
@@ -24,7 +24,7 @@ from scaledown.text import normalized
 VERSION: Final = 2
 """Of what a problem and an agreement is: the stages that depend on it name it."""
 
-# How models decline, by the openings that instructions and refusals of current chat models share.
+# Refusals: openings that are common to current chat models.
 _REFUSAL: Final = re.compile(
     r"(unfortunately,? )?(i'?m sorry|i am sorry|sorry|i apologi[sz]e|as an ai|i('m| am) (unable|not able)|"
     r"i (can ?not|can'?t|could not|couldn'?t|do not|don'?t) "
@@ -35,15 +35,15 @@ _REFUSAL: Final = re.compile(
     r"there is no (information|mention)|(it is )?not (mentioned|specified|stated|provided))",
     re.IGNORECASE,
 )
-# Not after an initial or a title; Chinese and Japanese leave no space.
+# Not after an initial or a title; Chinese and Japanese have no space after a sentence.
 _SENTENCE_END: Final = re.compile(
     r"(?:(?<!\b[A-Z])(?<!\b[DMS]r)(?<!\bMrs)(?<!\b[SM]t)(?<!\bvs)(?<!\bNo)\.|[!?\u2026])[\"'\u201d\u2019)\]]*(?=\s|$)"
     r"|[\u3002\uff01\uff1f][\u300d\u300f\u201d]?"
 )
 WORD: Final = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]|\w+")  # Chinese and Japanese by character
-_ECHO_WORDS: Final = 4  # a question of fewer words may well begin its own answer
+_ECHO_WORDS: Final = 4  # an answer may begin with a question of fewer words
 
-# English function words: they are in every document.
+# English function words, which occur in every document.
 STOP_WORDS: Final = frozenset(
     """a about above after again against all also am an and any are as at be because been before being below
     between both but by can could did do does doing down during each few for from further had has have having
@@ -55,30 +55,33 @@ STOP_WORDS: Final = frozenset(
 
 
 class Review(NamedTuple):
-    """What is said of an answer; `problem` is empty, or `empty`, `refusal` or `echo`."""
+    """The review of an answer; `problem` is empty, or `empty`, `refusal` or `echo`."""
 
     text: str
     problem: str
     groundedness: float
-    """Share of its content words that its documents have (after K-Precision, Adlakha et al. 2023, arXiv
-    2307.16877, here without function words); 1 where it has none."""
+    """Share of the answer's content words that occur in its documents (after K-Precision, Adlakha et al.
+    2023, arXiv 2307.16877, here without function words); 1 if it has no content words."""
 
 
 def review(text: str, finish_reason: str, query: str, documents: Iterable[str], *, cut: bool) -> Review:
-    """Look at an answer to `query` from `documents`; with `cut`, a truncated one ends with a sentence."""
+    """Review an answer to `query` from `documents`.
+
+    With `cut`, a truncated answer is cut after a sentence.
+    """
     if cut and finish_reason == "length":
         text = whole_sentences(text)
     return Review(text, problem(text, query), groundedness(text, documents))
 
 
 def whole_sentences(text: str) -> str:
-    """The text up to its last sentence end; all of it where there is none."""
+    """Return the text up to its last end of a sentence; the whole text if there is none."""
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
     return text[: ends[-1]] if ends else text
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text, in order; the end of a line is one of a sentence, too."""
+    """Split a text into sentences; the end of a line ends a sentence too."""
     found = []
     for line in text.splitlines():
         ends = [0, *(match.end() for match in _SENTENCE_END.finditer(line)), len(line)]
@@ -87,7 +90,7 @@ def sentences(text: str) -> list[str]:
 
 
 def problem(text: str, query: str) -> str:
-    """Why an answer teaches nothing: `empty`, `refusal`, `echo` of the question, or `` where it may."""
+    """Return why an answer is useless: `empty`, `refusal`, `echo` of the question; or an empty text."""
     if not text.strip():
         return "empty"
     if _REFUSAL.match(text.strip().replace("\u2019", "'")):
@@ -103,14 +106,14 @@ def problem(text: str, query: str) -> str:
 
 
 def groundedness(text: str, documents: Iterable[str]) -> float:
-    """Share of the content words of `text` that `documents` have, 0..1."""
+    """Return the share of the content words of `text` that occur in `documents`, 0 to 1."""
     words = content_words(text)
     there = set().union(*map(content_words, documents))
     return sum(word in there for word in words) / len(words) if words else 1.0
 
 
 def content_words(text: str) -> list[str]:
-    """Words in lower case without English function words; Chinese and Japanese by character."""
+    """Return the words in lower case without English function words; Chinese and Japanese by character."""
     return [word for word in WORD.findall(text.lower()) if word not in STOP_WORDS]
 
 
@@ -122,11 +125,21 @@ def review_answers(  # noqa: PLR0917
     config: PrepareConfig,
     left_out: Callable[[str, Sequence[str]], dict[str, Any] | None],
 ) -> None:
-    """Keep of each shard of answers what `config` asks for; the rest goes to the quarantine, with reasons.
+    """Keep the answers that `config` allows; the others go to the quarantine, with reasons.
 
-    `left_out` says of an answer and its passages why it must not be trained on, or None. Adds the columns
-    problem, groundedness and, with a second teacher, second_answer and agreement. Raises `InputError` when
-    nothing is kept. Log probabilities are cut where the answer is.
+    Adds the columns problem, groundedness and, with a second teacher, second_answer and agreement. Log
+    probabilities are cut where the answer is cut.
+
+    Args:
+        stage: The stage of reviewed answers.
+        answers: The stage of answers.
+        second: The stage of the second teacher's answers, if there is one.
+        passages: The stage of passages.
+        config: What is kept.
+        left_out: Returns for an answer and its passages why it must not be trained on, or None.
+
+    Raises:
+        InputError: No answer is kept.
     """
     if stage.done():
         return
@@ -165,9 +178,9 @@ def review_answers(  # noqa: PLR0917
             for name, kind in (("problem", pa.string()), ("groundedness", pa.float64()))
         }
         if second:
-            said = [others.get(key) for key in table.column("query_id").to_pylist()]
-            both = zip(reviews, said, strict=True)
-            columns["second_answer"] = pa.array(said, pa.large_string())
+            theirs = [others.get(key) for key in table.column("query_id").to_pylist()]
+            both = zip(reviews, theirs, strict=True)
+            columns["second_answer"] = pa.array(theirs, pa.large_string())
             columns["agreement"] = pa.array(
                 [None if text is None else f1(own.text, [text]) for own, text in both], pa.float64()
             )

@@ -1,4 +1,4 @@
-"""OpenAI-compatible servers: which are there, whether they have the model, and what they refuse."""
+"""OpenAI-compatible servers: which are available, whether they have the model, what they refuse."""
 
 import ipaddress
 import logging
@@ -22,12 +22,12 @@ KEY: Final = "OPENAI_API_KEY"
 TRIES: Final = 8
 """Of one prompt, at faults that may be its own."""
 REFUSALS: Final = 20
-"""Prompts refused in a row with one status, and none answered, after which it is no prompt's fault."""
+"""Consecutive refusals with one status, without any answer, after which the server is the cause."""
 ALIAS: Final = 3
 """Answers under another name, and none under its own, after which a listed model is taken for an alias."""
 LOOK_TIMEOUT: Final = 10.0
 GATEWAY: Final = frozenset({502, 503, 504, 529})
-"""Statuses of a gateway whose server does not answer it."""
+"""Statuses of a gateway whose server does not respond."""
 
 
 class Servers:
@@ -49,7 +49,7 @@ class Servers:
     ) -> None:
         self.max_total_tokens = max_total_tokens
         self.spent_tokens = spent_tokens
-        """Prompts and answers, with those of earlier runs."""
+        """Tokens of prompts and answers, including earlier runs."""
         self.request_timeout = request_timeout
         self.rate = Rate(max_requests_per_minute)
         self.endpoints = [Endpoint(url) for url in dict.fromkeys(endpoints)]
@@ -59,7 +59,7 @@ class Servers:
         self.chat = Chat(model, generation, self._key)
         self.answered = False
         self.has_logprobs = False
-        """Whether an answer came with those that were asked for."""
+        """Whether an answer came with the requested log probabilities."""
         self._without = 0
         self._refused: list[str] = []
         # By URL: answers under other names, where the model is listed, named so, and known by another name.
@@ -73,13 +73,16 @@ class Servers:
         self._look()
 
     def connection(self, url: str) -> dict[str, Any]:
-        """How a client reaches a server."""
+        """Return the client's settings for a server."""
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        # Behind a proxy's settings, which others need, a server on this machine is out of reach.
+        # Other servers may need a proxy; a server on this machine cannot be reached by it.
         return {"headers": headers, "trust_env": not _is_loopback(url)}
 
     def _refusal(self, client: httpx2.Client, url: str) -> str:
-        """What the server says to a question of one token where it knows no such model; else nothing."""
+        """Ask for one token.
+
+        Returns the server's message if it does not know the model, else an empty text.
+        """
         body = {
             "model": self.chat.model,
             "messages": [{"role": "user", "content": "Hi"}],
@@ -88,20 +91,23 @@ class Servers:
         response = client.post(path(url, "chat/completions"), json=body, timeout=self.request_timeout)
         status = self.chat.status(response)
         known = not 400 <= status < 500 or status == 429 or self.chat.is_spent(response)
-        return "" if known else self.chat.said(response) or f"status {status}"
+        return "" if known else self.chat.error_text(response) or f"status {status}"
 
     def refuse_key(self, url: str, status: int) -> NoReturn:
-        """The key, or its absence, is wrong: no prompt can be asked."""
+        """Raise an error for a wrong or missing key: no prompt can be answered."""
         raise ModelError(f"--teacher_endpoint {url} answers {status}: set {KEY} to a key that it accepts")
 
-    def refused(self, how: str, said: str) -> None:
-        """Count a prompt that gets no answer. Raises `ModelError` where none does: not all are set aside."""
+    def refused(self, how: str, message: str) -> None:
+        """Count a prompt without an answer.
+
+        Raises `ModelError` if none is answered, instead of setting all aside.
+        """
         self._refused = [*self._refused, how] if how in self._refused[-1:] else [how]
         if len(self._refused) >= REFUSALS and not self.answered:
-            raise ModelError(f"the server {how} ({said}): mend that and run the same command again")
+            raise ModelError(f"the server {how} ({message}): fix that and run the same command again")
 
     def named(self, url: str) -> None:
-        """Remember that a server answered under the name it was asked by."""
+        """Record that a server answered under the requested name."""
         self._named.add(url)
 
     def takes(self, url: str, model: str) -> bool:
@@ -114,8 +120,8 @@ class Servers:
         if url in self._lists and url not in self._named:
             if self._others[url] < ALIAS:
                 return False
-            said = (url, self.chat.model, self.chat.plain(model))
-            log.warning("%s answers for %s under the name %s: both are kept", *said)
+            names = (url, self.chat.model, self.chat.plain(model))
+            log.warning("%s answers for %s under the name %s: both are kept", *names)
             self._aliased.add(url)
             return True
         if self._others.total() >= TRIES and not self.answered:
@@ -126,21 +132,21 @@ class Servers:
         return False
 
     def gave_logprobs(self, url: str, *, of_answer: bool) -> None:
-        """Count an answer's log probabilities. Raises `ModelError` where they are always of other tokens."""
+        """Count an answer's log probabilities. Raises `ModelError` if they always belong to other tokens."""
         self.has_logprobs |= of_answer
         self._without += not of_answer
         if self._without >= TRIES and not self.has_logprobs:
             self.refuse_logprobs(url, "gives those of other tokens than the answer's")
 
     def refuse_logprobs(self, url: str, why: str) -> NoReturn:
-        """The server has no log probabilities as they are wanted: no answer would have them."""
+        """Raise an error for a server without usable log probabilities: no answer would have them."""
         raise ModelError(
             f"--teacher_logprobs {self.chat.logprobs}: {url} {why}: lower it or leave it out, or use a "
             "server or an engine (--teacher_backend transformers, vllm) that gives them"
         )
 
     def _look(self) -> None:
-        """Find out at once which servers are there, and whether they have the model."""
+        """Check, for all servers at once, that they respond and have the model."""
         reasons = {endpoint.url: self._look_at(endpoint.url) for endpoint in self.endpoints}
         if all(reasons.values()):
             found = "; ".join(f"{url}: {reason}" for url, reason in reasons.items())
@@ -150,7 +156,7 @@ class Servers:
                 endpoint.leave_out(reason, time.monotonic())
 
     def _look_at(self, url: str) -> str:
-        """Why the server cannot be reached, or nothing."""
+        """Return why the server cannot be used; empty if it can."""
         try:
             with httpx2.Client(timeout=LOOK_TIMEOUT, **self.connection(url)) as client:
                 response = client.get(path(url, "models"))
@@ -158,7 +164,7 @@ class Servers:
                 unlisted = bool(models) and not self.chat.is_among(models)
                 if models and not unlisted:
                     self._lists.add(url)
-                # Some servers list a part of what they load when asked.
+                # Some servers list only a part of the models that they can load.
                 refusal = self._refusal(client, url) if unlisted else ""
         except httpx2.HTTPError as error:
             return unreachable(error)
@@ -166,7 +172,7 @@ class Servers:
             self.refuse_key(url, response.status_code)
         if response.is_redirect:
             raise ModelError(f"--teacher_endpoint {url} leads elsewhere: give the URL that it leads to")
-        if response.status_code in GATEWAY:  # others may fail at the list and answer all the same
+        if response.status_code in GATEWAY:  # other servers may lack the list and still answer
             return f"status {response.status_code}"
         if refusal:
             raise ModelError(
@@ -177,12 +183,12 @@ class Servers:
 
 
 def path(url: str, name: str) -> str:
-    """The URL of a request to a server."""
+    """Return the URL of a request to a server."""
     return f"{url.rstrip('/')}/{name}"
 
 
 def unreachable(error: httpx2.HTTPError) -> str:
-    """Why there is no connection."""
+    """Return why there is no connection."""
     return one_line(f"out of reach ({str(error) or type(error).__name__})", 200)
 
 

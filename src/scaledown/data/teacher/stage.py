@@ -1,4 +1,7 @@
-"""The stage that asks the teacher: ranked passages -> answers, on disk as they come."""
+"""The stage of answers: the teacher answers queries from ranked passages.
+
+Answers are logged as they arrive.
+"""
 
 import collections
 import json
@@ -22,13 +25,13 @@ from scaledown.run.stage import Stage
 
 _AGAIN_TEMPERATURE: Final = 0.7
 _KINDS: Final = {"text": pa.large_string(), "finish_reason": pa.large_string(), "answer_logprobs": ARROW}
-"""Of the columns of `Answer` that are no counts."""
+"""Types of the columns of `Answer` that are not counts."""
 _HEARD: Final = {"left_out", "model"}
 """What of `Answer` is counted and no column."""
 
 
 class Teaching(NamedTuple):
-    """How the queries of a run are asked."""
+    """Settings for asking the teacher."""
 
     documents_per_query: int
     temperature: float = 0.0
@@ -36,7 +39,7 @@ class Teaching(NamedTuple):
     shards_at_once: int = 1
     flush_seconds: float = PrepareConfig.flush_seconds
     prices: tuple[float, float] = (0.0, 0.0)
-    """Of a million prompt tokens and of a million answer tokens."""
+    """Prices of a million prompt tokens and of a million answer tokens."""
     logprobs: bool = False
     """Whether answers come with log probabilities."""
 
@@ -44,11 +47,13 @@ class Teaching(NamedTuple):
 def teach(
     stage: Stage, ranked: Stage, passages: Stage, load: Callable[[], Teacher], teaching: Teaching
 ) -> None:
-    """Let the teacher answer each shard of queries with its first documents.
+    """Let the teacher answer each shard of queries from their first documents.
 
-    Adds the columns of `Answer` and prompt_hash. Answers are on disk as they come, beside the shards they
-    will be in. Queries that could not be asked go to the quarantine. Raises `InputError` when no query at
-    all was answered.
+    Adds the columns of `Answer` and prompt_hash. Answers are logged to disk as they arrive. Queries that
+    could not be answered go to the quarantine.
+
+    Raises:
+        InputError: No query was answered.
     """
     if stage.done():
         return
@@ -78,7 +83,7 @@ def teach(
         whole = stage.complete_together(len(rows), teaching.shards_at_once, work)
     if not whole:
         return
-    for log in AnswerLog.every(stage):  # of groups whose shards were then made one by one
+    for log in AnswerLog.every(stage):  # logs of groups whose shards were made one by one later
         log.remove()
     rows = stage.made()
     names = ("answers", "rejected", "truncated", "shortened", "prompt_tokens", "answer_tokens")
@@ -102,9 +107,9 @@ def teach(
 def retry(
     stage: Stage, answers: Stage, passages: Stage, load: Callable[[], Teacher], teaching: Teaching
 ) -> None:
-    """Ask once more, sampling, where an answer has a problem (see `review.problem`); all others stay.
+    """Ask again, with sampling, for answers that have a problem (see `review.problem`).
 
-    A second answer takes the place of the first where it has none.
+    A second answer without a problem replaces the first.
     """
     if stage.done():
         return
@@ -153,13 +158,13 @@ def retry(
     for log in AnswerLog.every(stage):
         log.remove()
     rows = stage.made()
-    told = [stage.table(shard).schema.metadata for shard in range(len(rows))]
-    counts = {name: sum(int(of[name.encode()]) for of in told) for name in ("retried", "mended")}
+    metadata = [stage.table(shard).schema.metadata for shard in range(len(rows))]
+    counts = {name: sum(int(own[name.encode()]) for own in metadata) for name in ("retried", "mended")}
     stage.finish(rows, {"answers": sum(rows), **counts})
 
 
 def _mended(table: pa.Table, better: Mapping[int, Answer], retried: int) -> pa.Table:
-    """A shard of answers with better ones in their rows; how many is in its metadata."""
+    """Return a shard of answers in which better ones replace others; their number is in the metadata."""
     own = [name for name in Answer._fields if name in table.column_names]
     for name in own if better else ():
         values = table.column(name).to_pylist()
@@ -179,7 +184,7 @@ def _prompt(record: Mapping[str, Any], texts: PassageTable, teaching: Teaching) 
 
 
 def spent_tokens(stage: Stage) -> int:
-    """Tokens of the answers on disk, of prompts and answers together."""
+    """Count the tokens of prompts and answers on disk."""
     paths = stage.storage.glob(stage.folder, "*.arrow")
     shards = {int(path.stem): stage.table(int(path.stem)) for path in paths}
     columns = (shard.column(name) for shard in shards.values() for name in ("prompt_tokens", "answer_tokens"))
@@ -191,7 +196,7 @@ def spent_tokens(stage: Stage) -> int:
 
 
 class Meter:
-    """Shows answers as they come: how many tokens a second, and what they cost so far."""
+    """Shows the progress of answers: tokens per second, and the cost so far."""
 
     def __init__(self, tracker: Tracker, prices: tuple[float, float]) -> None:
         self._tracker, self._prices = tracker, prices
@@ -199,10 +204,10 @@ class Meter:
         self._tokens = 0
         self._cost = 0.0
         self.reason = ""
-        """Why the last prompt without an answer has none."""
+        """The reason why the last rejected prompt has no answer."""
 
     def add(self, answer: Answer | Rejection) -> None:
-        """An answer came."""
+        """Count a new answer or rejection."""
         if isinstance(answer, Answer):
             self._tokens += answer.prompt_tokens + answer.answer_tokens
             price = zip(self._prices, (answer.prompt_tokens, answer.answer_tokens), strict=True)
@@ -218,7 +223,7 @@ class Meter:
 def _written(
     stage: Stage, group: range, tables: Sequence[pa.Table], prompts: Sequence[Prompt]
 ) -> dict[int, Answer]:
-    """Answers of those shards of a group that are whole already, by the place of their prompt."""
+    """Return the answers in complete shards of a group, by the place of their prompt."""
     found: dict[int, Answer] = {}
     first = 0
     for shard, table in zip(group, tables, strict=True):
@@ -240,7 +245,7 @@ def _answered(
     *,
     logprobs: bool,
 ) -> pa.Table:
-    """The queries of a shard that have an answer, with it; the others go to the quarantine."""
+    """Return the queries of a shard that have an answer, with it; the others go to the quarantine."""
     stage.quarantine(
         f"{shard:06d}",
         [
@@ -261,7 +266,7 @@ def _answered(
 
 
 def with_heard(table: pa.Table, answers: Iterable[Answer]) -> pa.Table:
-    """A shard of answers that says how many were freed of thoughts, or came under which other name."""
+    """Add to a shard's metadata how many answers had thoughts removed, or came under another model name."""
     counts: collections.Counter[str] = collections.Counter()
     for answer in answers:
         counts["freed_of_thoughts"] += bool(answer.left_out)
@@ -271,16 +276,16 @@ def with_heard(table: pa.Table, answers: Iterable[Answer]) -> pa.Table:
 
 
 def heard_counts(stage: Stage, shards: int) -> dict[str, int]:
-    """What `with_heard` counted in all shards of a stage."""
+    """Return the counts of `with_heard` in all shards of a stage."""
     counts: collections.Counter[str] = collections.Counter()
     for shard in range(shards):
-        told = stage.table(shard).schema.metadata or {}  # none of a shard that was given up
-        counts.update(json.loads(told.get(b"heard", b"{}")))
+        metadata = stage.table(shard).schema.metadata or {}  # a given-up shard has none
+        counts.update(json.loads(metadata.get(b"heard", b"{}")))
     return dict(counts)
 
 
 def _first_documents(table: pa.Table, count: int) -> pa.Table:
-    """The table with its lists cut to their first `count` entries."""
+    """Return the table with its lists cut to their first `count` entries."""
     for name in ("rows", "scores", "reranking_scores"):
         if name in table.column_names:
             lists = [entries[:count] for entries in table.column(name).to_pylist()]

@@ -1,1 +1,1 @@
-"""The compressors, a module each."""
+"""The kinds of compressors, one module for each."""

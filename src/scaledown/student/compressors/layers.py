@@ -1,4 +1,4 @@
-"""What reads query, document and memory tokens: the generator's first layers, or a model of its own."""
+"""Layers that read query, document and memory tokens: the generator's first ones, or a separate model."""
 
 import copy
 from typing import Any, Final
@@ -10,12 +10,17 @@ from scaledown.errors import ModelError, UsageError
 from scaledown.models import ModelSource, loadable, loading, onto
 from scaledown.student.settings import ScaleDownConfig
 
-# What decoders call the norm after their last layer.
+# Names of the norm after the last layer, in different decoders.
 _FINAL_NORMS: Final = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
 
 def new_compressor(config: ScaleDownConfig) -> Any:
-    """A compressor with the shapes that `config` describes, its weights to be loaded."""
+    """Create a compressor with the shapes that `config` describes; its weights are loaded later.
+
+    Raises:
+        ModelError: The architecture is not known or cannot be cut after a layer.
+        UsageError: The generator has fewer than `config.num_layers` layers.
+    """
     from transformers import AutoModel
 
     if config.compressor_name is not None:
@@ -38,15 +43,15 @@ def new_compressor(config: ScaleDownConfig) -> Any:
     norm = next((name for name in _FINAL_NORMS if hasattr(compressor, name)), None)
     if norm is None:
         raise ModelError(
-            f"the first layers of {type(compressor).__name__} cannot be told from its end: use --compressor "
-            "modernbert or the name of another model"
+            f"{type(compressor).__name__} cannot be cut after its first layers, because its final norm is "
+            "not known: use --compressor modernbert or the name of another model"
         )
     setattr(compressor, norm, nn.Identity())  # the state after layer N itself, as inside the generator
     return _bare(compressor)
 
 
 def first_layers(config: ScaleDownConfig, generator: Any) -> Any:
-    """A copy of the generator's embeddings and first `config.num_layers` layers."""
+    """Copy the generator's embeddings and first `config.num_layers` layers."""
     with generator.device:
         compressor = new_compressor(config)
     weights = generator.get_decoder().state_dict()
@@ -57,7 +62,11 @@ def first_layers(config: ScaleDownConfig, generator: Any) -> Any:
 def load_compressor(
     config: ScaleDownConfig, source: ModelSource, dtype: torch.dtype, device: str = "cpu"
 ) -> Any:
-    """A pretrained encoder or decoder. Raises `ModelError` for what is neither, or reads too little."""
+    """Load a pretrained encoder or decoder.
+
+    Raises:
+        ModelError: The model is neither an encoder nor a decoder, or its context is too short.
+    """
     from transformers import AutoModel
 
     name, pinned = loadable(source)
@@ -82,9 +91,10 @@ def load_compressor(
 
 
 def mapping(config: ScaleDownConfig, width: int, generator_width: int) -> nn.Module:
-    """From a separate compressor's states [..., width] to the generator's embeddings [..., generator_width].
+    """Create the map from a separate compressor's states to the generator's embeddings.
 
-    Two linear layers and a ReLU (arXiv 2504.07109, section 3).
+    It has two linear layers and a ReLU (arXiv 2504.07109, section 3), and maps [..., width] to
+    [..., generator_width].
     """
     return nn.Sequential(
         nn.Linear(width, config.mapping_width),
@@ -101,10 +111,20 @@ def compress(
     *,
     causal: bool,
 ) -> torch.Tensor:
-    """States of the tokens `extra` [k, width] right after each document: [documents, k, width].
+    """Compute the states of extra tokens that follow each document.
 
-    `ids` [documents, length] are padded on the right, after the k tokens: there a causal compressor never
-    looks, and others are told by a mask. Positions count on without a gap.
+    The extra tokens are inserted right after a document's last token, before its padding. A causal compressor
+    needs no mask: the tokens never attend to the padding behind them. Other compressors get one.
+
+    Args:
+        compressor: The model that reads the documents.
+        extra: [k, width]: embeddings of the extra tokens.
+        ids: [documents, length]: tokens, padded on the right.
+        lengths: [documents]: number of tokens without padding.
+        causal: Whether the compressor's attention is causal.
+
+    Returns:
+        [documents, k, width].
     """
     count = len(extra)
     embedded = compressor.get_input_embeddings()(ids)  # [documents, length, width]
@@ -122,13 +142,13 @@ def compress(
 
 
 def token_like(compressor: Any, count: int) -> torch.Tensor:
-    """Embeddings [count, width] for new tokens, drawn as those of the vocabulary are spread."""
+    """Draw embeddings [count, width] for new tokens, with the mean and deviation of the vocabulary's."""
     weight: torch.Tensor = compressor.get_input_embeddings().weight.detach().float()  # [vocabulary, width]
     return weight.mean(0) + weight.std(0) * torch.randn(count, weight.shape[1], device=weight.device)
 
 
 def architecture_of(model: Any) -> dict[str, Any]:
-    """A model's configuration as `config.json` keeps it, without what belongs to one copy of the weights."""
+    """Return a model's configuration as in `config.json`, without entries about one copy of the weights."""
     settings: dict[str, Any] = copy.deepcopy(model.config.to_dict())
     for name in ("dtype", "torch_dtype", "_name_or_path", "transformers_version", "quantization_config"):
         settings.pop(name, None)
@@ -136,7 +156,7 @@ def architecture_of(model: Any) -> dict[str, Any]:
 
 
 def _bare(compressor: Any) -> Any:
-    """Without the parts that no memory token goes through, which would be parameters without gradients."""
+    """Remove parts that memory tokens do not pass through: their parameters would have no gradients."""
     if getattr(compressor, "pooler", None) is not None:
         compressor.pooler = None
     compressor.config.use_cache = False

@@ -1,4 +1,4 @@
-"""Memory tokens (arXiv 2504.07109): trained tokens behind each document, whose states stand for it."""
+"""Memory tokens (arXiv 2504.07109): trained tokens after each document, whose states replace its text."""
 
 from typing import Any, Final
 
@@ -14,9 +14,9 @@ class MemoryTokens(Compressor):
     """A compressor that reads query, document and memory tokens, in this order.
 
     Args:
-        learning_rate: Of the compressor and its parts.
-        of_generator: Whether it is made of the generator's first layers; else it is a model of its own.
-        model_name: That model; empty: the value of `--compressor` names it.
+        learning_rate: Learning rate of the compressor and its parts.
+        of_generator: Whether it is made of the generator's first layers; otherwise it is a separate model.
+        model_name: Name of the separate model; if empty, the value of `--compressor` is the name.
     """
 
     has_head = True
@@ -27,7 +27,7 @@ class MemoryTokens(Compressor):
         self.model_name = model_name
 
     def add_parts(self, model: Any) -> None:
-        """Memory tokens; a mapping to the generator's embeddings, if another model; the reranking head."""
+        """Add the memory tokens; for a separate model the map to the generator; if enabled, the head."""
         config = model.config
         width = model.compressor.get_input_embeddings().embedding_dim
         model.memory = nn.Parameter(torch.empty(config.memory_tokens, width))
@@ -38,13 +38,17 @@ class MemoryTokens(Compressor):
             model.score = nn.Linear(width, 1)
 
     def start(self, model: Any, tokenizer: Any) -> None:
-        """New tokens begin as if they were some of the vocabulary."""
+        """Initialize the new tokens with embeddings that are distributed like the vocabulary's."""
         model.memory.data = layers.token_like(model.compressor, model.config.memory_tokens)
         if model.config.enable_reranking:
             model.rerank_token.data = layers.token_like(model.compressor, 1)[0]
 
     def states(self, model: Any, group: Group) -> torch.Tensor:
-        """States of the memory tokens, and of the reranking token behind them: [documents, tokens, width]."""
+        """Compute the states of the memory tokens and of the reranking token after them.
+
+        Returns:
+            [documents, tokens, width].
+        """
         extra = model.memory
         if model.config.enable_reranking:
             extra = torch.cat([extra, model.rerank_token[None]])
@@ -52,7 +56,7 @@ class MemoryTokens(Compressor):
         return layers.compress(model.compressor, extra, ids, lengths, causal=self.of_generator)
 
     def embed(self, model: Any, states: torch.Tensor) -> Compressed:
-        """Embeddings of the memory tokens, and relevance where there is a head."""
+        """Compute embeddings from the memory tokens' states, and relevance if the model has a head."""
         memory = states[:, : model.config.memory_tokens]
         embeddings = memory if self.of_generator else model.mapping(memory)
         relevance = model.score(states[:, -1])[:, 0] if model.config.enable_reranking else None
@@ -60,7 +64,7 @@ class MemoryTokens(Compressor):
 
 
 N_LAYERS: Final = MemoryTokens(5e-5, of_generator=True)
-"""The paper's learning rate, which is not the generator's."""
+"""The generator's first layers, with the paper's learning rate for them; the generator has another rate."""
 SEPARATE: Final = MemoryTokens(1e-4)
-"""Any encoder or decoder by its own name."""
+"""Any encoder or decoder, by its name."""
 MODERNBERT: Final = MemoryTokens(1e-4, model_name="answerdotai/ModernBERT-base")

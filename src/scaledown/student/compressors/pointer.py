@@ -1,6 +1,6 @@
-"""The pointer: of each document it picks the tokens that matter for the query; their embeddings stand for it.
+"""The pointer picks the tokens of each document that matter for the query; the generator reads these.
 
-Hard selection needs no new tokens that have to learn to fetch something from a document.
+Memory tokens must first learn to extract content from a document; a selection of tokens needs no such step.
 """
 
 import re
@@ -14,27 +14,27 @@ from scaledown.student.batch import Group
 from scaledown.student.compressor import Compressed, Compressor, in_order, nothing
 
 NO_WORD: Final = -1
-_SCORED: Final = 128  # units that read a state
-_CONTEXT: Final = 96  # units of the recurrent layer, each way
+_SCORED: Final = 128  # hidden units that read a state
+_CONTEXT: Final = 96  # units of the recurrent layer, in each direction
 _FEATURES: Final = 2
 _WINDOW: Final = 11  # tokens over which matches with the query are averaged
 RATES: Final = (4, 8, 16, 32)
-"""It is trained at all of these, and compresses at any rate from the first to the last."""
-PADDED: Final = -1e4  # the score of padding: finite, so that a softmax over it has gradients
+"""Compression rates used in training. It compresses at any rate from the first to the last."""
+PADDED: Final = -1e4  # the score of padding; finite, so that a softmax over it has gradients
 
 
 class Pointer(nn.Module):
-    """Scores the tokens of documents for a query, and makes embeddings of the best.
+    """Scores the tokens of documents for a query, and makes embeddings of the best ones.
 
-    The compressor's layers are causal: the state of a token knows the query, which is read first, and what
-    stands before the token. A small recurrent layer over the states, both ways, adds what stands after it.
+    The compressor's layers are causal: a token's state depends on the query, which is read first, and on the
+    tokens before it. A small bidirectional recurrent layer over the states adds the tokens after it.
     """
 
     words: torch.Tensor
 
     def __init__(self, width: int, vocabulary: int) -> None:
         super().__init__()
-        # Without biases at the end: they would move all scores alike, which changes nothing.
+        # The last layers have no biases: a bias would add the same number to all scores, without effect.
         self.linear = nn.Linear(width, 1, bias=False)
         self.score_state = nn.Sequential(
             nn.Linear(width, _SCORED), nn.GELU(), nn.Linear(_SCORED, 1, bias=False)
@@ -46,34 +46,40 @@ class Pointer(nn.Module):
             nn.Linear(2 * _CONTEXT + read, _CONTEXT), nn.GELU(), nn.Linear(_CONTEXT, 1, bias=False)
         )
         self.carry = nn.Linear(width, width, bias=False)
-        # Which tokens are the same word to the features.
+        # The number of each token's word, see `same_words`: two tokens match if their numbers are equal.
         self.register_buffer("words", torch.arange(vocabulary))
 
     def start(self, tokenizer: Any) -> None:
-        """Begin where picking is even and an embedding is that of its token."""
+        """Set initial values: the linear score is 0, and an embedding is the generator's for the token."""
         for layer in (self.linear, self.carry):
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
         self.words.copy_(torch.tensor(same_words(tokenizer, len(self.words))))
 
     def forward(self, states: torch.Tensor, lengths: torch.Tensor, matches: torch.Tensor) -> torch.Tensor:
-        """Scores [documents, tokens] float32 of the states [documents, tokens, width] of document tokens.
+        """Score the tokens of documents.
 
-        `lengths` [documents] tells what is no padding, `matches` [documents, tokens] which tokens occur in
-        the query.
+        Args:
+            states: [documents, tokens, width]: states of the documents' own tokens.
+            lengths: [documents]: number of tokens without padding.
+            matches: [documents, tokens]: 1 for tokens whose word occurs in the query.
+
+        Returns:
+            [documents, tokens] float32; `PADDED` at padding.
         """
         inside = torch.arange(states.shape[1], device=states.device) < lengths[:, None]  # [documents, tokens]
         with torch.autocast(states.device.type, enabled=False):
-            own = self.linear.weight.dtype  # float32 where it is trained
-            states = normed(states).to(own)
-            matches = matches.to(own) * inside
+            dtype = self.linear.weight.dtype  # float32 in training
+            states = normed(states).to(dtype)
+            matches = matches.to(dtype) * inside
             near = nn.functional.avg_pool1d(matches[:, None], _WINDOW, 1, _WINDOW // 2)[:, 0]
             read = torch.cat(
                 [nn.functional.gelu(self.narrow(states)), matches[..., None], near[..., None]], -1
             )  # [documents, tokens, 130]
-            # Packed: reading backwards begins at a document's own end, not in its padding.
-            some = lengths.clamp(min=1).cpu()  # of a document without tokens one is read, and never picked
-            packed = nn.utils.rnn.pack_padded_sequence(read, some, True, enforce_sorted=False)
+            # Packed, so that the backward direction begins at a document's end and not in its padding. An
+            # empty document cannot be packed: one of its padding tokens is read, and never picked.
+            at_least_one = lengths.clamp(min=1).cpu()
+            packed = nn.utils.rnn.pack_padded_sequence(read, at_least_one, True, enforce_sorted=False)
             around, _ = nn.utils.rnn.pad_packed_sequence(
                 self.context(packed)[0], batch_first=True, total_length=states.shape[1]
             )  # [documents, tokens, 192]
@@ -86,10 +92,15 @@ class Pointer(nn.Module):
         return masked
 
     def embed(self, tokens: torch.Tensor, states: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
-        """Embeddings [picked tokens, width] of what is `picked` [documents, tokens] bool.
+        """Make embeddings of the picked tokens: the generator's embedding plus a linear map of the state.
 
-        Each is that of its token, from the generator's `tokens` [documents, tokens, width], and a linear map
-        of its state.
+        Args:
+            tokens: [documents, tokens, width]: the generator's embeddings of the tokens.
+            states: [documents, tokens, width]: states of the tokens.
+            picked: [documents, tokens] bool.
+
+        Returns:
+            [picked tokens, width].
         """
         carried = self.carry(normed(states[picked]).to(self.carry.weight.dtype))
         embeddings: torch.Tensor = tokens[picked] + carried.to(tokens.dtype)
@@ -97,7 +108,7 @@ class Pointer(nn.Module):
 
 
 class _Scored(NamedTuple):
-    """A group of documents, their own tokens only."""
+    """A group of documents with scores; only the documents' own tokens, without the query."""
 
     ids: torch.Tensor
     """[documents, tokens]."""
@@ -108,7 +119,7 @@ class _Scored(NamedTuple):
     lengths: torch.Tensor
     """[documents]."""
     counts: torch.Tensor
-    """[documents]: tokens to be picked of each."""
+    """[documents]: number of tokens to pick."""
 
 
 class PicksTokens(Compressor):
@@ -116,40 +127,40 @@ class PicksTokens(Compressor):
 
     label = "pointer"
     learning_rate = 3e-4
-    betas = (0.9, 0.98)  # of runs of hundreds of steps, which a longer memory would span
-    # What scores tokens is new; and one step at the full rate would move what is added to a token's embedding
-    # by the length of an embedding.
+    betas = (0.9, 0.98)  # runs have hundreds of steps: with 0.999 the average would span a whole run
+    # The scoring layers are new and learn faster. `carry` learns slower: a step at the full rate would change
+    # what it adds to an embedding by the norm of an embedding.
     part_rates: Mapping[str, float] = {"pointer": 10 / 3, "pointer.carry": 1 / 15}
-    float32_parts = ("pointer",)  # small, and ranks tokens
+    float32_parts = ("pointer",)  # small, and the order of tokens needs the precision
     rates = RATES
     ranks = True
     picks_tokens = True
 
     def add_parts(self, model: Any) -> None:
-        """The pointer."""
+        """Add the pointer."""
         embeddings = model.compressor.get_input_embeddings()
         model.pointer = Pointer(embeddings.embedding_dim, embeddings.num_embeddings)
 
     def start(self, model: Any, tokenizer: Any) -> None:
-        """Begin where picking is even."""
+        """Set the pointer's initial values."""
         model.pointer.start(tokenizer)
 
     def loaded(self, model: Any) -> None:
-        """Numbers of words were kept in float32 with the rest."""
+        """Convert the numbers of words to integers: loading makes them float32 with all other values."""
         model.pointer.words = model.pointer.words.long()
 
     def choose_pretrained(self, model: Any) -> None:
-        """Train what picks tokens, and nothing that reads them: pretraining needs no generator."""
+        """Train the layers that pick tokens, and nothing after them: pretraining needs no generator."""
         model.generator.requires_grad_(requires_grad=False)
         model.pointer.carry.requires_grad_(requires_grad=False)
 
     def loss(self, compressed: Compressed, copied: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor | None:
-        """Cross-entropy on the tokens that answers copy, see `pointer_loss`."""
+        """Return the cross-entropy on the tokens that answers copy, see `pointer_loss`."""
         scores = compressed.token_scores
         return None if scores is None else pointer_loss(scores, copied, sizes)
 
     def compress(self, model: Any, groups: Sequence[Group], shared: Sequence[int]) -> Compressed:
-        """Pick tokens; relevance is the score of a document's best token."""
+        """Compress documents by picking tokens. The relevance of a document is its best token's score."""
         if not groups:
             return nothing(model)
         scored = [_score(model, group) for group in groups]
@@ -164,14 +175,14 @@ class PicksTokens(Compressor):
         counts, lengths = (
             torch.cat([getattr(own, name) for own in scored]) for name in ("counts", "lengths")
         )
-        if shared:  # over the documents of a question, in their order
+        if shared:  # choose among all documents of a question, in their order
             chosen = torch.empty_like(scores, dtype=torch.bool)
             chosen[order] = share(scores[order], counts[order], lengths[order], shared)
         else:
             chosen = choose(scores, counts, lengths)
         picked: list[torch.Tensor] = []
         first = 0
-        for own in scored:  # states of all documents side by side would be padded to the longest
+        for own in scored:  # group by group: one tensor of all states would be padded to the longest document
             mine = chosen[first : first + len(own.ids), : own.ids.shape[1]]
             first += len(own.ids)
             words = model.get_input_embeddings()(own.ids)
@@ -199,9 +210,15 @@ def _score(model: Any, group: Group) -> _Scored:
 
 
 def matches(words: torch.Tensor, starts: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """1 for each token at `places` [documents, tokens] whose word occurs before the document's start.
+    """Find the document tokens whose word occurs in the query.
 
-    `words` [documents, length] are numbers of `same_words`; `starts` [documents].
+    Args:
+        words: [documents, length]: numbers from `same_words` of query and document.
+        starts: [documents]: index of the document's first token; the query is before it.
+        places: [documents, tokens]: indices of the document's tokens.
+
+    Returns:
+        [documents, tokens] float32: 1 for a match, else 0.
     """
     before = torch.arange(words.shape[1], device=words.device) < starts[:, None]  # [documents, length]
     own = words.gather(1, places)  # [documents, tokens]
@@ -210,15 +227,21 @@ def matches(words: torch.Tensor, starts: torch.Tensor, places: torch.Tensor) -> 
 
 
 def normed(states: torch.Tensor) -> torch.Tensor:
-    """States [..., width] with a root mean square of 1; after layer 8 they are far longer than embeddings."""
+    """Scale states [..., width] to a root mean square of 1; deep layers' are far larger than embeddings."""
     wide = states.float()
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
 
 
 def choose(scores: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """The best `counts` [documents] tokens of each document, as a mask [documents, tokens].
+    """Choose the best tokens of each document.
 
-    Ties go to the earlier token.
+    Args:
+        scores: [documents, tokens].
+        counts: [documents]: number of tokens to choose.
+        lengths: [documents]: number of tokens without padding.
+
+    Returns:
+        A mask, [documents, tokens]. Of tokens with equal scores the earlier is chosen.
     """
     inside = torch.arange(scores.shape[1], device=scores.device) < lengths[:, None]
     order = scores.masked_fill(~inside, -torch.inf).argsort(dim=1, descending=True, stable=True)
@@ -231,7 +254,10 @@ def choose(scores: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor) ->
 def share(
     scores: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor, sizes: Sequence[int]
 ) -> torch.Tensor:
-    """Like `choose`, but the documents of a question, `sizes` a question, share the sum of their counts."""
+    """Like `choose`, but the documents of a question share the sum of their counts.
+
+    `sizes` has the number of documents of each question.
+    """
     inside = torch.arange(scores.shape[1], device=scores.device) < lengths[:, None]
     masked = scores.masked_fill(~inside, -torch.inf)
     chosen = torch.zeros_like(inside)
@@ -248,14 +274,22 @@ def share(
 
 
 def pointer_loss(scores: torch.Tensor, targets: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    """Cross-entropy over all tokens of a question's documents, the sum over questions that have targets, [].
+    """Compute the cross-entropy over all tokens of a question's documents.
 
-    `targets` [documents, tokens] is 1 where an answer's token stands. A softmax over all documents of a
-    question lets scores compare across documents (Clark & Gardner 2018, section 3.4).
+    The softmax is over all documents of a question, so that scores can be compared across documents (Clark &
+    Gardner 2018, section 3.4).
+
+    Args:
+        scores: [documents, tokens].
+        targets: [documents, tokens]: 1 for tokens that the answer copies.
+        sizes: Number of documents of each question.
+
+    Returns:
+        The sum over questions that have targets, a scalar.
     """
-    loss = (
-        0 * scores.sum()
-    )  # has gradients even where no answer copies anything: other processes wait for them
+    # Not a constant 0: the loss must have gradients even if no answer copies anything, since other processes
+    # wait for them.
+    loss = 0 * scores.sum()
     first = 0
     for size in sizes:
         wanted = targets[first : first + size].flatten()
@@ -267,7 +301,7 @@ def pointer_loss(scores: torch.Tensor, targets: torch.Tensor, sizes: Sequence[in
 
 
 def same_words(tokenizer: Any, vocabulary: int) -> list[int]:
-    """For each token a number that tokens of the same word share, whatever their case, space or plural.
+    """Return a number for each token. Tokens of one word share it, whatever their case, space or plural s.
 
     Special tokens, punctuation and white space have `NO_WORD`.
     """

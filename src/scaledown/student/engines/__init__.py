@@ -1,1 +1,1 @@
-"""What writes a student's answers: a protocol, and an engine a file."""
+"""Engines that write a student's answers: their protocol, and one module for each engine."""

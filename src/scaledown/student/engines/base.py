@@ -1,4 +1,4 @@
-"""What writes a student's answers, many at a time: the protocol, and which engine it is."""
+"""The protocol of engines that write a student's answers, and the choice of an engine."""
 
 from collections.abc import Callable, Sequence
 from pkgutil import resolve_name
@@ -14,52 +14,52 @@ class Sampling(NamedTuple):
 
     max_new_tokens: int
     temperature: float = 0.0
-    """0: the likeliest token each time."""
+    """0 takes the most probable token each time."""
     top_p: float = 1.0
     seed: int | None = None
-    """None: another answer each time."""
+    """None draws another answer each time."""
 
 
 class Generation(Protocol):
-    """Answers that are being written, one row each. Rows join and leave; each step gives them more tokens.
+    """A batch of answers that are being written, one row for each. Rows join and leave between steps.
 
-    Used by one thread. An `Exception` from any method may leave rows that are only good to be dropped.
+    Only one thread uses it. After an `Exception` from any method the rows can only be dropped.
     """
 
     def __len__(self) -> int:
-        """Rows."""
+        """Number of rows."""
 
     @property
     def can_grow(self) -> bool:
-        """Whether rows may join those that are there."""
+        """Whether rows may join now."""
 
     def join(self, questions: Sequence[Question], samplings: Sequence[Sampling]) -> None:
         """Begin answers, which become the last rows."""
 
     def tokens(self) -> list[Sequence[int] | Exception]:
-        """For each row what its answer goes on with, maybe nothing yet, or why it cannot be written."""
+        """Return for each row its next tokens, possibly none, or the error that ended it."""
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only, and in this order."""
+        """Keep only these rows, in this order."""
 
     def close(self) -> None:
-        """Give back what is held outside of this process."""
+        """Free what is held outside of this process."""
 
 
 class StudentEngine(NamedTuple):
     """An engine that can write a student's answers."""
 
     suits: Callable[[str], bool]
-    """Whether `auto` takes it on a device."""
+    """Whether `auto` may choose it for a device."""
     check: Callable[[str], None]
-    """Raises `MissingExtraError` or `ModelError` where it cannot run on a device."""
+    """Raises `MissingExtraError` or `ModelError` if it cannot run on a device."""
     batch: int
-    """Answers that `scaledown answer` asks it to write at once."""
+    """Default number of answers that `scaledown answer` writes at a time."""
     generation: str = ""
-    """`module:Class` of the `Generation` that takes the place of the model's own generator."""
+    """`module:Class` of the `Generation` that replaces the model's own generator; empty if none does."""
 
     def start(self, model: Any, source: ModelSource, device: str, batch_size: int) -> Generation | None:
-        """What writes the answers; None is the model's own generator."""
+        """Start the `Generation` that writes the answers; None if the model's own generator does."""
         if not self.generation:
             return None
         made: Generation = resolve_name(self.generation)(model, source, device, batch_size)
@@ -75,13 +75,15 @@ ENGINES: Final = {
     ),
     "transformers": StudentEngine(lambda _: True, lambda _: None, batch=8),
 }
-"""By name; `auto` takes the first that suits."""
+"""Engines by name; `auto` takes the first that suits the device."""
 
 
 def choose_engine(name: str, device: str) -> StudentEngine:
-    """The engine of that name, or for `auto` the first that suits the device.
+    """Return the engine of that name; for `auto` the first that suits the device.
 
-    Raises `MissingExtraError` or `ModelError` where one is asked for and cannot run.
+    Raises:
+        MissingExtraError: The named engine is not installed.
+        ModelError: The named engine cannot run on the device.
     """
     if name not in ENGINES:
         return next(engine for engine in ENGINES.values() if engine.suits(device))

@@ -1,4 +1,4 @@
-"""Answers by the model's own generator on transformers."""
+"""The engine that uses the model's own generator, by transformers."""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -10,35 +10,35 @@ from scaledown.student.batch import Question
 from scaledown.student.decoding import Decoding
 from scaledown.student.engines.base import Sampling
 
-_COLDEST: Final = 1e-4  # of temperatures: below, nothing but the likeliest has a chance
+_COLDEST: Final = 1e-4  # lowest temperature: here only the most probable token has a chance
 
 
 class TransformersGeneration:
-    """A `Generation` by the model's own generator: batches in step, a token each."""
+    """A `Generation` by the model's own generator; each step writes one token for each row."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self._decoding = Decoding(model.generator)
         self._chances: list[_Chance | None] = []
         self._next: list[int] = []
-        """The token of each row that the model has not read yet; empty before there are any."""
+        """The newest token of each row, which the model has not read yet; empty at the beginning."""
 
     def __len__(self) -> int:
         return len(self._decoding)
 
     @property
     def can_grow(self) -> bool:
-        """Whether rows may join: a cache that forgets old tokens holds none apart."""
+        """Whether rows may join, see `Decoding.can_grow`."""
         return self._decoding.can_grow
 
     def join(self, questions: Sequence[Question], samplings: Sequence[Sampling]) -> None:
-        """Read prompts, which become the last rows. What fails on the way may leave no row at all."""
+        """Read prompts, which become the last rows. After an error there may be no rows left."""
         with self._model.using():
             self._decoding.join(*self._model.prompts(questions))
         self._chances += [_Chance(own) if own.temperature else None for own in samplings]
 
     def tokens(self) -> list[Sequence[int] | Exception]:
-        """One token for each row."""
+        """Return one token for each row, or the error of a row whose token cannot be drawn."""
         self._next = self._decoding.logits.argmax(-1).tolist()
         found: list[Sequence[int] | Exception] = [[token] for token in self._next]
         for place, chance in enumerate(self._chances):
@@ -47,28 +47,30 @@ class TransformersGeneration:
             try:
                 self._next[place] = chance.draw(self._decoding.logits[place])
                 found[place] = [self._next[place]]
-            except Exception as error:  # a row of which none can be drawn ends, and no other
+            except Exception as error:  # ends this row alone
                 if is_out_of_memory(error):
                     raise
                 found[place] = error
         return found
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows, and let the model read their tokens."""
+        """Keep only these rows, and let the model read their tokens."""
         if len(rows) < len(self):
             self._decoding.keep(rows)
-        self._chances = [self._chances[place] for place in rows]  # of more rows, where joining has failed
+        self._chances = [
+            self._chances[place] for place in rows
+        ]  # these are more than `rows` if joining failed
         if rows:
             chosen = torch.tensor([self._next[place] for place in rows], device=self._model.device)
             with self._model.using():
                 self._decoding.step(chosen)
 
     def close(self) -> None:
-        """Nothing is held outside."""
+        """Do nothing: no resources are held outside of this process."""
 
 
 class _Chance:
-    """Draws tokens by their probability."""
+    """Draws tokens with their probability."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
@@ -79,12 +81,13 @@ class _Chance:
             self._random.manual_seed(sampling.seed % (1 << 63))
 
     def draw(self, logits: torch.Tensor) -> int:
-        """The next token, of those that together have `top_p`. `logits` is [vocabulary]."""
+        """Draw the next token from the most probable ones that together have `top_p`.
+
+        `logits` is [vocabulary].
+        """
         scores = logits.float().cpu()
         scores = (scores - scores.max()) / max(self._sampling.temperature, _COLDEST)
         ordered, places = scores.softmax(-1).sort(descending=True)
         before = ordered.cumsum(-1) - ordered
-        ordered[1:][before[1:] >= self._sampling.top_p] = (
-            0  # the likeliest stays, however little is asked for
-        )
+        ordered[1:][before[1:] >= self._sampling.top_p] = 0  # the most probable token always remains
         return int(places[torch.multinomial(ordered, 1, generator=self._random)])

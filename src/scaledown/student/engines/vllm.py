@@ -1,4 +1,4 @@
-"""The generator of a student under vLLM: embeddings of prompts in, tokens out."""
+"""The engine that runs a student's generator in vLLM, which takes embeddings of prompts."""
 
 import itertools
 import logging
@@ -17,28 +17,28 @@ from scaledown.student.engines.base import Sampling
 
 log = logging.getLogger("scaledown")
 
-_CPU_CONTEXT: Final = 1 << 14  # tokens: a CPU reads prompts whole, and sets memory aside for the longest
+_CPU_CONTEXT: Final = 1 << 14  # tokens: on a CPU vLLM reserves memory for a whole prompt of this length
 
 
 class VllmGeneration:
-    """A `Generation` by vLLM. The model keeps its compressor here and gives its generator away."""
+    """A `Generation` by vLLM. The compressor stays in this process; vLLM loads the generator."""
 
     def __init__(self, model: Any, source: ModelSource, device: str, batch_size: int) -> None:
-        """Start vLLM on the generator, which lies in the cache from the first time on.
+        """Start vLLM with the generator, which the first call writes to the cache folder.
 
         Args:
-            model: A `ScaleDownModel`, of whose generator only the embeddings of tokens are left afterwards.
+            model: A `ScaleDownModel`. Afterwards it keeps only the token embeddings of its generator.
             source: Where the model comes from.
             device: `cpu`, `cuda` or `cuda:N`.
-            batch_size: Answers written at the same time, at most.
+            batch_size: The most answers written at the same time.
 
         Raises:
-            NoRoomError: The device is too full.
+            NoRoomError: The device has too little free memory.
             ModelError: vLLM does not know the generator's architecture, or cannot load it.
         """
         folder = generator_folder(model, source)
         model.forget_generator()
-        give_back()  # before vLLM sees what is free
+        give_back()  # before vLLM measures the free memory
         self._model = model
         with loading(source):
             self._engine = VllmEngine(
@@ -47,12 +47,12 @@ class VllmGeneration:
                 {
                     "model": str(folder),
                     "dtype": str(model.dtype).removeprefix("torch."),
-                    # As much as the model reads and memory holds.
+                    # On a GPU -1: as long as the model reads and memory allows.
                     "max_model_len": min(model.reader.context, _CPU_CONTEXT) if device == "cpu" else -1,
                     "max_num_seqs": batch_size,
                     "enable_prompt_embeds": True,
-                    # Whether a position is a token or an embedding is not part of the cache's key; here a
-                    # prompt is all tokens or all embeddings, which its key does tell apart.
+                    # The key of vLLM's cache does not say which positions of a mixed prompt are embeddings.
+                    # Our prompts are never mixed: all tokens or all embeddings, which have different keys.
                     "enable_prefix_caching": True,
                     "trust_remote_code": False,
                 },
@@ -68,13 +68,14 @@ class VllmGeneration:
 
     @property
     def can_grow(self) -> bool:
-        """Always: vLLM schedules by itself."""
+        """True: vLLM schedules requests itself."""
         return True
 
     def join(self, questions: Sequence[Question], samplings: Sequence[Sampling]) -> None:
-        """Ask for answers, which become the last rows; one that vLLM refuses gives its error as its tokens.
+        """Request answers, which become the last rows. `tokens` returns the error of a refused prompt.
 
-        Raises `ModelError` where vLLM has ended.
+        Raises:
+            ModelError: vLLM has ended.
         """
         for question, sampling in zip(questions, samplings, strict=True):
             key = str(next(self._numbers))
@@ -87,7 +88,7 @@ class VllmGeneration:
                 raise ModelError(f"vLLM has ended ({type(error).__name__})") from error
 
     def tokens(self) -> list[Sequence[int] | Exception]:
-        """What each row's answer goes on with; waits until there is something for one of them, or may be."""
+        """Return the next tokens of each row, after one step of vLLM, which may bring none for any row."""
         found: dict[str, Sequence[int] | Exception] = {}
         if not self._refused:
             try:
@@ -106,7 +107,7 @@ class VllmGeneration:
         return [found.get(key, ()) for key in self._rows]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows; others that are not finished are given up."""
+        """Keep only these rows; other requests that are not finished are cancelled."""
         kept = [self._rows[place] for place in rows]
         if gone := set(self._rows) - set(kept) - self._finished:
             self._engine.abort(sorted(gone))
@@ -137,14 +138,14 @@ class VllmGeneration:
             top_p=sampling.top_p,
             seed=sampling.seed,
             stop_token_ids=list(self._model.stops),
-            ignore_eos=True,  # the model's own stops are all there are
+            ignore_eos=True,  # the model's own list of end tokens is used instead
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
 
 
 def generator_folder(model: Any, source: ModelSource) -> Path:
-    """The model's generator as an ordinary folder in the cache, LoRA merged; written the first time."""
+    """Return the folder of the model's generator in the cache; the first call writes it, with LoRA merged."""
     folder = kept_folder("generators", source, str(model.dtype))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):

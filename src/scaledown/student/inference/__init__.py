@@ -1,1 +1,1 @@
-"""Using a trained model: documents compressed, questions answered."""
+"""Inference with a trained model: compress documents, answer questions."""

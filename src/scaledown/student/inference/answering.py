@@ -1,4 +1,4 @@
-"""Answering with a trained model: whole answers, and tokens as they come."""
+"""Answer questions with a trained model, as whole answers or token by token."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -19,14 +19,14 @@ from scaledown.student.inference.compressing import (
 )
 
 Documents = Sequence[object]
-"""Documents of one query: strings or `{"title", "text"}`, or what `compress` made of them."""
+"""Documents of one query: strings, `{"title", "text"}`, or embeddings from `compress`."""
 
 
 class Answering(Compressing):
-    """What `ScaleDownModel` offers those who use it. Decoding is greedy."""
+    """The methods of `ScaleDownModel` that answer questions. Decoding is greedy."""
 
     engine: Generation | None = None
-    """What writes the answers, if not the model's own generator."""
+    """Writes the answers; None if the model's own generator does."""
 
     generator: Any
     embed: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -68,15 +68,26 @@ class Answering(Compressing):
         compression_rate: int = 0,
         budget: str = "each",
     ) -> str | list[str]:
-        """The answer to a query about its documents, or the answers to many.
+        """Answer a query about its documents, or many queries.
 
-        Documents are strings or `{"title", "text"}`, or embeddings from `compress`. Without any, the
-        generator answers from memory; with `compressed=False` it reads their text. `batch_size` queries are
-        answered at once, halved where memory does not suffice. A pointer compresses at any
-        `compression_rate` from 4 to 32 document tokens a memory token (0: the one it was trained with as its
-        own), and with `budget="shared"` the documents of a question share their memory tokens. Raises
-        `InputError` for a prompt that does not fit the generator, `UsageError` for a rate or budget that the
-        model does not have.
+        Args:
+            query: The question, or a list of questions.
+            documents: Strings, `{"title", "text"}`, or embeddings from `compress`; for a list of questions, a
+                list of these for each. Without documents the generator answers from its own knowledge.
+            max_new_tokens: The most tokens of an answer.
+            batch_size: Queries answered at a time; halved if memory does not suffice.
+            compressed: Whether documents are compressed; otherwise the generator reads their text.
+            compression_rate: For a pointer, document tokens for each memory token, 4 to 32; 0 is its own
+                rate.
+            budget: For a pointer, `each` or `shared`: whether the documents of a question share their memory
+                tokens.
+
+        Returns:
+            The answer, or a list of answers.
+
+        Raises:
+            InputError: A prompt does not fit into the generator's context.
+            UsageError: The model does not support the rate or the budget.
         """
         queries, many = as_lists(query, documents)
         check_positive(max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -109,7 +120,7 @@ class Answering(Compressing):
         compression_rate: int = 0,
         budget: str = "each",
     ) -> Iterator[str]:
-        """The answer piece by piece, as it is written; joined and stripped they are what `answer` gives."""
+        """Yield the answer piece by piece. The pieces, joined and stripped, are the result of `answer`."""
         check_positive(max_new_tokens=max_new_tokens)
         chosen_way = self._compression(compression_rate, budget)
         with self._reading():
@@ -121,7 +132,7 @@ class Answering(Compressing):
                 break
             ids.append(token)
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
+            if not text.endswith("\ufffd"):  # the bytes of a character are incomplete
                 yield text[len(shown) :]
                 shown = text
         if len(text := self.tokenizer.decode(ids, skip_special_tokens=True)) > len(shown):
@@ -140,20 +151,20 @@ class Answering(Compressing):
     def prompt_embeddings(
         self, query: str, documents: Documents, *, compression_rate: int = 0, budget: str = "each"
     ) -> torch.Tensor:
-        """The whole prompt as the generator reads it, for a server that takes embeddings.
+        """Return the embeddings of the whole prompt, for a server that accepts prompt embeddings.
 
         Args:
             query: The question.
-            documents: Strings or `{"title", "text"}`, or embeddings from `compress`.
-            compression_rate: Of a pointer, document tokens to one memory token; 0 is the model's own.
-            budget: Of a pointer, `each` or `shared`.
+            documents: Strings, `{"title", "text"}`, or embeddings from `compress`.
+            compression_rate: For a pointer, document tokens for each memory token; 0 is its own rate.
+            budget: For a pointer, `each` or `shared`.
 
         Returns:
             [positions, generator width], on the CPU.
 
         Raises:
-            InputError: The prompt does not fit the generator.
-            UsageError: The model does not have the rate or budget.
+            InputError: The prompt does not fit into the generator's context.
+            UsageError: The model does not support the rate or the budget.
         """
         way = self._compression(compression_rate, budget)
         with self._reading():
@@ -175,9 +186,9 @@ class Answering(Compressing):
         given = [isinstance(document, torch.Tensor) for document in documents]
         if any(given):
             if not compressed:
-                raise InputError("embeddings are no text to be read uncompressed: give the documents")
+                raise InputError("embeddings cannot be read as text: give the documents")
             if not all(given):
-                raise InputError("embeddings and documents together: compress all documents, or none")
+                raise InputError("embeddings and texts are mixed: compress all documents, or none")
             embeddings, counts = self._joined(documents)
             read = [Document([], 0, 0, count) for count in counts]
             parts = self.reader.prompt_parts(query, len(documents))
@@ -195,7 +206,10 @@ class Answering(Compressing):
         return question
 
     def _joined(self, documents: Sequence[Any]) -> tuple[torch.Tensor, list[int]]:
-        """Embeddings of several documents as one, and how many each has. Raises `InputError`."""
+        """Concatenate the embeddings of documents. Returns them and the number of rows of each document.
+
+        Raises `InputError` for embeddings whose shape is not of this model.
+        """
         width = self.generator.get_input_embeddings().embedding_dim
         varies = bool(self.config.kind.rates)
         most = self.config.doc_max_length if varies else self.config.memory_tokens
@@ -229,14 +243,17 @@ class Answering(Compressing):
         ]
 
     def _write(self, embedded: torch.Tensor, mask: torch.Tensor, max_new_tokens: int) -> Iterator[list[int]]:
-        """The likeliest token of each row of [batch, length, width], step by step, until all rows have ended.
+        """Yield the most probable token of each row, step by step, until all rows have ended.
 
-        The mask [batch, length] is 0 where a prompt is padded, on its left.
+        Args:
+            embedded: [batch, length, width]: prompts, padded on the left.
+            mask: [batch, length]: 0 at padding.
+            max_new_tokens: The most steps.
         """
         decoding, ended = Decoding(self.generator), [False] * len(mask)
         chosen: torch.Tensor | None = None
         for _ in range(max_new_tokens):
-            # No gradients within a step only: between two, the caller's own code runs.
+            # Gradients are off within a step only: between two steps the caller's code runs.
             with self.using():
                 if chosen is None:
                     decoding.join(embedded, mask)
@@ -252,7 +269,7 @@ class Answering(Compressing):
     def _by_engine(
         self, engine: Generation, questions: Sequence[Question], max_new_tokens: int, budget: str
     ) -> Iterator[tuple[int, int]]:
-        """The tokens that the engine writes, each with the place of its question, as they come."""
+        """Yield the tokens that the engine writes as they arrive, each with the index of its question."""
         engine.join(self.compressed(questions, budget), [Sampling(max_new_tokens)] * len(questions))
         rows, left = list(range(len(questions))), [max_new_tokens] * len(questions)
         try:
@@ -272,7 +289,7 @@ class Answering(Compressing):
                 rows = [rows[number] for number in going]
                 engine.keep(going)
         finally:
-            if rows:  # whoever asked has gone
+            if rows:  # the caller has stopped early
                 engine.keep([])
 
     @property
@@ -282,7 +299,7 @@ class Answering(Compressing):
         return stops
 
     def compressed(self, questions: Sequence[Question], budget: str = "each") -> list[Question]:
-        """The same questions with what stands for their documents, all compressed together."""
+        """Compress the documents of all questions together. Returns the questions with their embeddings."""
         new = [question.encoded.documents for question in questions if _is_new(question)]
         found = iter(self.compress_read(new, budget) if new else [])
         made: list[Question] = []
@@ -299,7 +316,9 @@ class Answering(Compressing):
     def prompts(
         self, questions: Sequence[Question], budget: str = "each"
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings of prompts [batch, length, width], padded on the left, and the mask [batch, length]."""
+        """Return embeddings of prompts, [batch, length, width], padded on the left; and the mask of tokens,
+        [batch, length].
+        """
         questions = self.compressed(questions, budget)
         device = self.device
         encoded = [question.encoded for question in questions]
@@ -318,10 +337,10 @@ class Answering(Compressing):
 
 
 def _is_new(question: Question) -> bool:
-    """Whether its documents are still to be compressed."""
+    """Whether a question has documents that are not compressed yet."""
     return question.embeddings is None and bool(question.encoded.documents)
 
 
 def _laid(read: Document) -> Document:
-    """A document that only takes its place in a prompt: it was compressed before."""
+    """Return a document without tokens, which only reserves the place of its embeddings in a prompt."""
     return Document([], 0, 0, read.memory)

@@ -1,4 +1,4 @@
-"""Compressing with a trained model: embeddings to keep, relevance of documents, tokens that are picked."""
+"""Compress documents with a trained model: embeddings, relevance, picked tokens."""
 
 import contextlib
 import logging
@@ -16,10 +16,10 @@ log = logging.getLogger("scaledown")
 
 
 class Compression(NamedTuple):
-    """How documents are compressed, where a model leaves a choice."""
+    """How documents are compressed, for models that support several ways."""
 
     rate: int = 0
-    """Document tokens to one memory token; 0 is the model's own."""
+    """Document tokens for each memory token; 0 is the model's own rate."""
     budget: str = "each"
     """`each` or `shared`."""
 
@@ -28,18 +28,18 @@ OWN_WAY: Final = Compression()
 
 
 class Pointed(NamedTuple):
-    """A document's own tokens, as a pointer reads them for a query."""
+    """A document's tokens with the scores that a pointer gives them for a query."""
 
     ids: list[int]
-    """[tokens], of the generator's vocabulary; what is cut is not among them."""
+    """[tokens] of the generator's vocabulary, without those that are cut."""
     scores: list[float]
-    """[tokens]: logits, which compare across the documents of a query; higher is more relevant."""
+    """[tokens]: logits, comparable across the documents of a query; higher is more relevant."""
     picked: list[int]
-    """Places in `ids` of the tokens that stand for the document, in order."""
+    """Indices in `ids` of the picked tokens, ascending."""
 
 
 class StandIns(NamedTuple):
-    """What stands for the documents of one query."""
+    """The compressed documents of one query."""
 
     embeddings: torch.Tensor
     """[memory tokens of all documents, width]."""
@@ -48,7 +48,7 @@ class StandIns(NamedTuple):
 
 
 class Compressing:
-    """What `ScaleDownModel` offers for its documents alone."""
+    """The methods of `ScaleDownModel` that compress, rank and read documents."""
 
     halving: ClassVar = Halving("batch_size")
     config: ScaleDownConfig
@@ -90,13 +90,25 @@ class Compressing:
         compression_rate: int = 0,
         budget: str = "each",
     ) -> list[torch.Tensor] | list[list[torch.Tensor]]:
-        """Embeddings of each document, [memory tokens, generator width], that `answer` takes in its place.
+        """Compress documents for a query. `answer` accepts the embeddings instead of the documents.
 
-        They hold for this query. For a list of queries, a list of such lists; `batch_size` queries at once.
+        Embeddings are valid for this query only.
+
+        Args:
+            query: The question, or a list of questions.
+            documents: Strings or `{"title", "text"}`; for a list of questions, a list of these for each.
+            batch_size: Queries whose documents are compressed at a time; halved if memory does not suffice.
+            compression_rate: For a pointer, document tokens for each memory token; 0 is its own rate.
+            budget: For a pointer, `each` or `shared`.
+
+        Returns:
+            For each document [memory tokens, generator width]; for a list of questions, a list of such lists.
         """
         chosen_way = self._compression(compression_rate, budget)
         found = [
-            [part.clone() for part in torch.split(own.embeddings, own.counts)]  # to be kept apart
+            [
+                part.clone() for part in torch.split(own.embeddings, own.counts)
+            ]  # a view would keep the whole batch in memory
             for own in self._compress(query, documents, batch_size, chosen_way)
         ]
         return found[0] if isinstance(query, str) else found
@@ -112,10 +124,13 @@ class Compressing:
     def rerank(
         self, query: str | list[str], documents: Any, *, batch_size: int = 8
     ) -> list[float] | list[list[float]]:
-        """Relevance of each document to the query, higher is better.
+        """Compute the relevance of each document to the query; higher is better.
 
-        A reranking head gives it on the scale of the training data; of a pointer it is the score of the best
-        token. Raises `UsageError` where the model has neither.
+        With a reranking head it is on the scale of the training data's scores. With a pointer it is the score
+        of a document's best token.
+
+        Raises:
+            UsageError: The model has no reranking head and is not a pointer.
         """
         if not self.config.ranks:
             raise UsageError("this model has no reranking head: train one with --enable_reranking")
@@ -134,7 +149,7 @@ class Compressing:
         compression_rate: int = 0,
         budget: str = "each",
     ) -> list[tuple[list[torch.Tensor], list[float]]]:
-        """What `compress` and `rerank` give for each query, by reading its documents once."""
+        """Return the results of `compress` and `rerank` for each query; documents are read only once."""
         chosen_way = self._compression(compression_rate, budget)
         return [
             (
@@ -147,9 +162,10 @@ class Compressing:
     def pick(
         self, query: str, documents: Sequence[object], *, compression_rate: int = 0, budget: str = "each"
     ) -> list[list[str]]:
-        """The tokens of each document that a pointer picks for the query, as text, in order.
+        """Return the tokens of each document that a pointer picks for the query, as text, in order.
 
-        Raises `UsageError` for a model of another kind.
+        Raises:
+            UsageError: The model is not a pointer.
         """
         found = self.point(query, documents, compression_rate=compression_rate, budget=budget)
         return [[self.tokenizer.decode([own.ids[place]]) for place in own.picked] for own in found]
@@ -157,20 +173,20 @@ class Compressing:
     def point(
         self, query: str, documents: Sequence[object], *, compression_rate: int = 0, budget: str = "each"
     ) -> list[Pointed]:
-        """The tokens of each document with the scores that a pointer gives them for the query.
+        """Return the tokens of each document with the scores that a pointer gives them for the query.
 
         Args:
             query: The question.
             documents: Strings or `{"title", "text"}`.
-            compression_rate: Document tokens to one that is picked, 4 to 32; 0 is the model's own.
+            compression_rate: Document tokens for each picked token, 4 to 32; 0 is the model's own rate.
             budget: `each`: every document has its own number of picked tokens; `shared`: the documents share
                 the sum of these numbers.
 
         Returns:
-            One record a document, in the order of `documents`.
+            A record for each document, in the order of `documents`.
 
         Raises:
-            UsageError: The model is no pointer, or does not have the rate or budget.
+            UsageError: The model is not a pointer, or does not support the rate or the budget.
         """
         if not self.config.kind.picks_tokens:
             raise UsageError("only a pointer picks tokens: train one with --compressor pointer")
@@ -191,7 +207,7 @@ class Compressing:
         ]
 
     def _compression(self, rate: int, budget: str) -> Compression:
-        """What was asked for, if the model has it. Raises `UsageError`."""
+        """Return rate and budget together. Raises `UsageError` if the model does not support them."""
         self.config.check_budget(budget)
         self.config.check_rate(rate or self.config.compression_rate)
         return Compression(rate, budget)
@@ -217,7 +233,7 @@ class Compressing:
         ]
 
     def compress_read(self, read: Sequence[list[Document]], budget: str) -> list[StandIns]:
-        """What stands for each query's documents, compressed together."""
+        """Compress the documents of several queries, which are already tokenized, together."""
         sizes = [len(documents) for documents in read]
         with self.using():
             most = CPU_PASS_TOKENS if self.device.type == "cpu" else PASS_TOKENS
@@ -233,7 +249,7 @@ class Compressing:
 
     @contextlib.contextmanager
     def using(self) -> Iterator[None]:
-        """Without gradients and dropout; afterwards the model trains on if it did."""
+        """Turn off gradients and dropout inside the block; afterwards restore the training mode."""
         was_training = self.training
         if was_training:
             self.train(False)
@@ -246,7 +262,7 @@ class Compressing:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """Warn of what the compressor does not see."""
+        """Warn about documents and queries that were cut inside the block."""
         documents, queries = self.reader.cut, self.reader.cut_queries
         yield
         for count, kind, limit in (
@@ -264,7 +280,7 @@ class Compressing:
 
 
 def as_lists(query: str | list[str], documents: Any) -> tuple[list[str], list[Any]]:
-    """Queries and, for each, its documents. Raises `InputError` where they are not so many."""
+    """Return lists of queries and of their documents. Raises `InputError` if their lengths differ."""
     queries, many = ([query], [documents]) if isinstance(query, str) else (query, documents)
     if len(queries) != len(many):
         raise InputError(f"{len(queries)} queries and documents for {len(many)}: give a list for each query")

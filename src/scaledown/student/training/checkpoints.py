@@ -1,11 +1,11 @@
-"""Checkpoints: a model as `from_pretrained` reads it, and beside it what else a run goes on from.
+"""Checkpoints: a model as `from_pretrained` reads it, and the other state that a run continues from.
 
 checkpoint-N/
 ├── model.safetensors, …         the model after step N
 ├── optimizer.safetensors        the optimiser's state, `PARAMETER/NAME`
 ├── random-RANK.safetensors      states of the random number generators of each process
-├── shards/                      in place of the optimiser's where processes share a model: Accelerate's own
-└── training.json                the step and the log; written last
+├── shards/                      if processes share a model: Accelerate's state instead of the optimiser's
+└── training.json                the step and the log; written last: a checkpoint without it is incomplete
 """
 
 import shutil
@@ -22,29 +22,29 @@ from scaledown.run.atomic import read_json, write_json
 from scaledown.student.training.passes import Passes, random_state, set_random_state
 from scaledown.student.training.schedule import Log
 
-CHECKPOINTS: Final = 2  # kept, the best among them
+CHECKPOINTS: Final = 2  # kept; one of them is the best
 
 _STATE: Final = "training.json"
 _OPTIMIZER: Final = "optimizer.safetensors"
 _SHARDS: Final = "shards"
-_CODES: Final = ("qmap1", "qmap2")  # what 8 bits stand for, the same for all weights
+_CODES: Final = ("qmap1", "qmap2")  # the tables of 8-bit values, the same for all weights
 _EARLIER: Final = "trainer_state.json"  # up to version 0.6
 
 
 def checkpoint_folder(output: Path, step: int) -> Path:
-    """The folder of a checkpoint."""
+    """Return the folder of a checkpoint."""
     return output / f"checkpoint-{step}"
 
 
 def newest_checkpoint(output: Path) -> Path | None:
-    """The newest whole checkpoint. Raises `RunDirectoryError` where all are of an earlier version."""
+    """Find the newest complete checkpoint. Raises `RunDirectoryError` if all are of an earlier version."""
     steps = sorted(_steps(output), reverse=True)
     whole = [place for step in steps if read_json((place := checkpoint_folder(output, step)) / _STATE)]
     earlier = [place for step in steps if ((place := checkpoint_folder(output, step)) / _EARLIER).exists()]
     if earlier and not whole:
         raise RunDirectoryError(
-            f"{earlier[0]} is of version 0.6, and this one cannot go on from there: finish the run with "
-            f"scaledown 0.6, or delete {output} to start again"
+            f"{earlier[0]} was written by version 0.6, and this version cannot continue from it: finish the "
+            f"run with scaledown 0.6, or delete {output} to start again"
         )
     return whole[0] if whole else None
 
@@ -55,20 +55,20 @@ def _steps(output: Path) -> list[int]:
 
 
 def delete_old(output: Path, newest: int, best: int) -> None:
-    """Delete all but `CHECKPOINTS` checkpoints: that of step `newest` stays, and that of step `best`."""
+    """Keep `CHECKPOINTS` checkpoints, among them those of steps `newest` and `best`; delete the others."""
     for step in sorted(_steps(output), key=lambda step: (step == newest, step == best, step))[:-CHECKPOINTS]:
         shutil.rmtree(checkpoint_folder(output, step), ignore_errors=True)
 
 
 def write_state(folder: Path, passes: Passes, step: int, log: Log) -> None:
-    """Write what makes a checkpoint whole."""
-    scaler = passes.accelerator.scaler  # of float16's losses
+    """Write `training.json`, which makes a checkpoint complete."""
+    scaler = passes.accelerator.scaler  # scales losses in float16
     state = {"step": step, "micro_batch": passes.micro_batch, "scaler": scaler and scaler.state_dict()}
     write_json(folder / _STATE, state | {"log": log})
 
 
 def read_state(folder: Path, passes: Passes) -> tuple[int, Log]:
-    """The step and the log; passes go on with the micro batches that fitted."""
+    """Return the step and the log, and set the micro batch to the size that fitted before."""
     state = read_json(folder / _STATE)
     passes.micro_batch = min(passes.micro_batch, state["micro_batch"])
     if passes.accelerator.scaler is not None:
@@ -77,7 +77,7 @@ def read_state(folder: Path, passes: Passes) -> tuple[int, Log]:
 
 
 def save(folder: Path, passes: Passes, model: Any) -> None:
-    """Write all of a checkpoint but what makes it whole; each process has a part in it."""
+    """Write everything of a checkpoint except `training.json`. All processes must call it."""
     accelerator = passes.accelerator
     folder.mkdir(parents=True, exist_ok=True)
     save_model(folder, passes, model)
@@ -90,7 +90,7 @@ def save(folder: Path, passes: Passes, model: Any) -> None:
 
 
 def load(folder: Path, passes: Passes, model: Any) -> None:
-    """Read what `save` wrote. Raises `ModelError` where that was another model, or shared in another way."""
+    """Read what `save` wrote. Raises `ModelError` if it is of another model or another way of sharing."""
     if passes.is_shared != (folder / _SHARDS).exists():
         how = "each had" if passes.is_shared else "shared"
         raise ModelError(
@@ -102,21 +102,21 @@ def load(folder: Path, passes: Passes, model: Any) -> None:
         _load_weights(folder, model)
         _load_optimizer(folder / _OPTIMIZER, passes.optimizer, model)
     random = folder / _random_file(passes.accelerator.process_index)
-    if random.exists():  # else there are more processes now
+    if random.exists():  # otherwise there are more processes now than before
         set_random_state(load_file(random), passes.device)
 
 
 def save_model(folder: Path, passes: Passes, model: Any) -> None:
-    """Write a model as `from_pretrained` reads it."""
+    """Write the model alone, as `from_pretrained` reads it."""
     weights = passes.accelerator.get_state_dict(passes.model) if passes.is_shared else None
     if passes.accelerator.is_main_process:
         model.save_pretrained(folder, state_dict=weights)
 
 
 def copy_model(folder: Path, output: Path) -> None:
-    """Copy the model in a checkpoint, and nothing else of it."""
-    own = shutil.ignore_patterns(_STATE, _OPTIMIZER, _random_file("*"), _SHARDS)
-    shutil.copytree(folder, output, ignore=own, dirs_exist_ok=True)
+    """Copy the model of a checkpoint, without the other state."""
+    others = shutil.ignore_patterns(_STATE, _OPTIMIZER, _random_file("*"), _SHARDS)
+    shutil.copytree(folder, output, ignore=others, dirs_exist_ok=True)
 
 
 def _random_file(rank: int | str) -> str:
@@ -140,7 +140,9 @@ def _load_optimizer(path: Path, optimizer: Any, model: nn.Module) -> None:
     for key, value in load_file(path).items():
         name, _, kind = key.rpartition("/")
         kept[parameters[name]][kind] = value
-    start = getattr(optimizer.optimizer, "init_state", None)  # of bitsandbytes: a state with its codes
+    start = getattr(
+        optimizer.optimizer, "init_state", None
+    )  # of bitsandbytes: creates a state with its tables
     for number, group in enumerate(optimizer.param_groups):
         for place, parameter in enumerate(group["params"]):
             if parameter not in kept:
@@ -152,7 +154,7 @@ def _load_optimizer(path: Path, optimizer: Any, model: nn.Module) -> None:
                 if kind not in state:
                     state[kind] = value.to(parameter.device)
                 elif isinstance(state[kind], torch.Tensor):
-                    state[kind].copy_(value)  # where the optimiser wants it, be it the host's memory
+                    state[kind].copy_(value)  # stays on the device that the optimiser chose
                 else:
                     state[kind] = value.item()
 

@@ -1,4 +1,4 @@
-"""Cloze questions: a name, a number or a date is hidden in a sentence, and is the answer."""
+"""Cloze questions: a name, number or date of a sentence is hidden and becomes the answer."""
 
 import re
 from collections.abc import Iterator
@@ -10,13 +10,14 @@ from scaledown.data.teacher.review import sentences
 ASK: Final = "Fill the gap:"
 GAP: Final = "____"
 
-# Capitalised words that no sentence begins with, also joined ("University of Oxford"); numbers; dates.
+# Capitalised words, also several ("University of Oxford"); numbers; dates. The first word of a sentence is
+# never hidden.
 _NAME: Final = r"[A-Z][\w'’-]+(?: (?:of |the |de |von )?[A-Z][\w'’-]+){0,3}"
 _NUMBER: Final = r"\d+(?:[.,]\d+)*(?:st|nd|rd|th|%)?"
 _MONTH: Final = r"(?:January|February|March|April|May|June|July|August|September|October|November|December)"
 _DATE: Final = rf"(?:\d{{1,2}} {_MONTH} \d{{4}}|{_MONTH} \d{{1,2}}, \d{{4}}|{_MONTH} \d{{4}})"
 _HIDDEN: Final = re.compile(rf"(?<!\w)(?:{_DATE}|{_NAME}|{_NUMBER})(?!\w)")
-_WORDS: Final = range(6, 41)  # of a sentence that is asked about
+_WORDS: Final = range(6, 41)  # in a sentence that becomes a question
 _BEFORE: Final = (4, 9)  # words kept before the gap, at least and at most
 _AFTER: Final = (3, 8)
 
@@ -29,9 +30,9 @@ class Cloze(NamedTuple):
 
 
 def cloze_questions(text: str, random: Random, title: str = "") -> Iterator[Cloze]:
-    """At most one question of each sentence of `text`, whose answer occurs nowhere else in text and title.
+    """Yield at most one question for each sentence of `text`; its answer occurs only once in text and title.
 
-    What is asked is a window of words around the gap: real questions are no whole sentences.
+    The question is a window of words around the gap: real questions are shorter than whole sentences.
     """
     whole = f"{title}\n{text}".lower()
     for sentence in sentences(text):

@@ -1,4 +1,4 @@
-"""Examples as training and evaluation see them: token ids, compressed at some rate, or plain text."""
+"""Encode examples for training and evaluation: with compressed documents, or as plain text."""
 
 from typing import Any, NamedTuple
 
@@ -11,11 +11,11 @@ from scaledown.student.training.training_data import Examples
 
 
 class EncodedExamples:
-    """Examples as token ids, tokenised when they are asked for.
+    """Examples as token ids; each is tokenized when it is read.
 
-    In training (`trains`) a compressor with several rates takes one for each, and some examples have their
-    documents as text or none at all. Which, depends on the seed and the place alone: `place` counts on from
-    pass to pass, so that a record is drawn anew in each.
+    In training (`trains`), a compressor with several rates gets one of them at random for each example, and
+    some examples have their documents as text, or no documents. The choice depends only on the seed and the
+    index. The index keeps growing from pass to pass, so that the choice for a record differs in each pass.
     """
 
     def __init__(self, examples: Examples, model: Any, config: StudentConfig, *, trains: bool) -> None:
@@ -28,9 +28,9 @@ class EncodedExamples:
     def __getitem__(self, place: int) -> Encoded:
         query, documents, answer, scores = self._examples[place % len(self._examples)]
         config, random = self._config, np.random.default_rng((self._config.seed, place))
-        if isinstance(config, PretrainConfig) and self._kind.picks_tokens:  # nothing is generated
+        if isinstance(config, PretrainConfig) and self._kind.picks_tokens:  # pretraining has no generator
             return Encoded(self._reader.read(query, documents, answer), [], [], None)
-        rates = self._kind.rates or (0, 0, 0, 0)  # drawn for all kinds: the next number depends on it
+        rates = self._kind.rates or (0, 0, 0, 0)  # drawn for all kinds, so that `chance` is the same for all
         rate, chance = (int(random.choice(rates)), random.random()) if self._trains else (0, 1.0)
         if isinstance(config, TrainConfig) and chance < config.text_fraction + config.closed_book_fraction:
             shown = documents if chance < config.text_fraction else []
@@ -44,7 +44,7 @@ class EncodedExamples:
 
 
 class Batches(NamedTuple):
-    """Examples, and the places of those of each batch."""
+    """Examples, and the indices of each batch."""
 
     examples: EncodedExamples
     places: list[list[int]]

@@ -1,4 +1,4 @@
-"""The output folder of a training run: what it remembers of the run that writes into it."""
+"""The output folder of a training run, and its record of the run that writes into it."""
 
 import json
 from collections.abc import Container, Iterator, Mapping
@@ -24,15 +24,15 @@ Config = TrainConfig | PretrainConfig
 
 SETTINGS_FILE: Final = "settings.json"
 OWN_FOLDER: Final = ".train"
-"""In the output: hashes of what was read, and a lock."""
+"""A folder in the output: hashes of the inputs, and a lock."""
 
 _CHECKPOINTS: Final = "checkpoint-*"
-# What training writes into its folder, as patterns.
+# Patterns of the files that training writes.
 _WRITTEN: Final = (
     *(_CHECKPOINTS, SETTINGS_FILE, "README.md", "config.json", "generation_config.json", "*.safetensors*"),
     *("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "trainer_state.json"),
 )
-# Settings that a run may change when it goes on; of inputs and models the contents are compared.
+# Settings that may change when a run continues. For inputs and models the contents are compared instead.
 _FREE: Final = frozenset(
     name
     for kind in (TrainConfig, PretrainConfig)
@@ -42,7 +42,7 @@ _FREE: Final = frozenset(
 
 @contextmanager
 def alone(home: RunDirectory) -> Iterator[None]:
-    """Keep a second run out of the folder; processes of one run count as one."""
+    """Lock the folder against a second run. The processes of one run share the lock."""
     lock = FileLock(home.path / ".lock")
     if is_first():
         try:
@@ -58,7 +58,17 @@ def alone(home: RunDirectory) -> Iterator[None]:
 
 
 def identity_of(given: Config, config: Config, home: RunDirectory, origin: Origin) -> dict[str, Any]:
-    """All that a run depends on, files and models by their contents; `given` is kept of its settings."""
+    """Return everything that a run depends on.
+
+    Args:
+        given: The settings as the user gave them, which are recorded.
+        config: The settings with URLs replaced by files.
+        home: Caches hashes of files.
+        origin: The models.
+
+    Returns:
+        Version, settings, and hashes of files and models.
+    """
     return {
         "scaledown": scaledown.__version__,
         "parameters": without_secrets(asdict(given)) | origin.settled,
@@ -93,10 +103,21 @@ def recall(
     *,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """What the folder remembers of this same run, at least `identity`; its models settle some flags.
+    """Read the folder's record of this run; it must have the same identity.
 
-    Raises `RunDirectoryError` where it holds another run, or files of another origin which `overwrite` does
-    not allow to replace; foreign checkpoints stay, for they would be gone on from.
+    Args:
+        output: The folder.
+        identity: The result of `identity_of`.
+        settled: Flags that a pretrained model decides; they are not compared.
+        kind: The class of the settings.
+        overwrite: Allow to replace files that no training has written. Checkpoints of unknown origin are
+            never replaced, since the run would continue from them.
+
+    Returns:
+        The record; `identity` if there is none yet.
+
+    Raises:
+        RunDirectoryError: The folder holds another run, or files that may not be replaced.
     """
     memory = read_json(output / SETTINGS_FILE)
     if not isinstance(memory, dict) or not memory.keys() >= identity.keys():
@@ -104,7 +125,7 @@ def recall(
             for path in output.glob(pattern):
                 way = "" if pattern == _CHECKPOINTS else ", or give --overwrite to replace it"
                 raise RunDirectoryError(
-                    f"--output_dir {output} holds {path.name}, and no run: choose another{way}"
+                    f"--output_dir {output} holds {path.name} but not a run: choose another{way}"
                 )
         return identity
     defaults = {
@@ -138,6 +159,6 @@ def recall(
 
 
 def _as_json(content: Mapping[str, Any]) -> dict[str, Any]:
-    """As it comes back from JSON."""
+    """Return the content as it would be read back from JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(content))
     return plain

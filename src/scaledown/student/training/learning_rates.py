@@ -1,4 +1,4 @@
-"""What is trained, at which learning rate and with how much weight decay."""
+"""Parameter groups: learning rate and weight decay of each trained weight."""
 
 from typing import Any, Final
 
@@ -6,11 +6,11 @@ WEIGHT_DECAY: Final = 0.1  # the paper's (arXiv 2504.07109, table 7)
 
 
 def parameter_groups(model: Any, generator_rate: float, compressor_rate: float) -> list[dict[str, Any]]:
-    """What is trained, by learning rate and weight decay.
+    """Group the trained weights by learning rate and weight decay.
 
-    Decay is for matrices. Norms, biases and the embeddings of memory and RR are left out: they place and
-    scale what the model sees, and pulling them to zero regularises nothing. So are parts that have a rate of
-    their own (`Compressor.part_rates`); such a group is named by the last word of the part.
+    Only matrices have weight decay. Norms, biases and the embeddings of memory and reranking tokens have
+    none: pulling them to zero does not regularise the model. Parts with their own learning rate
+    (`Compressor.part_rates`) have none either; the name of such a group is the last word of the part.
     """
     groups: dict[tuple[str, bool], list[Any]] = {}
     parts = model.config.kind.part_rates

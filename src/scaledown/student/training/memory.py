@@ -1,23 +1,23 @@
-"""What a training run holds in memory before it sees any example."""
+"""The memory that a training run needs before it reads any example."""
 
 import math
 from typing import Any, Final, NamedTuple
 
-# As bitsandbytes has them.
+# Constants of bitsandbytes: smaller weights are not in 8 bits; a block of weights shares a scale.
 _LEAST_IN_8_BITS: Final = 4096
 _BLOCK: Final = 256
 
 
 class Memory(NamedTuple):
-    """Bytes, over all processes together where they share the model."""
+    """Bytes; summed over all processes if these share the model."""
 
     frozen: int
     """Weights that are not trained."""
     trained: int
-    """Weights that are, in float32."""
+    """Trained weights, in float32."""
     gradients: int
     moments: int
-    """Of AdamW, two for each trained weight, in float32 or 8 bits."""
+    """AdamW's two moments of each trained weight, in float32 or 8 bits."""
 
     def __str__(self) -> str:
         names = ("frozen weights", "trained weights", "gradients", "moments of AdamW")
@@ -26,13 +26,11 @@ class Memory(NamedTuple):
 
 
 def memory_of(model: Any, optimizer: str = "adamw") -> Memory:
-    """What training with an `--optimizer` holds in memory. Tied weights count once."""
+    """Compute the memory of training with an `--optimizer`. Tied weights count once."""
     sizes, moments = {True: 0, False: 0}, 0
     for parameter in model.parameters():
         sizes[parameter.requires_grad] += parameter.numel() * parameter.element_size()
-        if state := getattr(
-            parameter, "quant_state", None
-        ):  # of weights in 4 bits: the scales of their blocks
+        if state := getattr(parameter, "quant_state", None):  # scales of the blocks of 4-bit weights
             sizes[False] += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
         if parameter.requires_grad:
             moments += 2 * _moment_bytes(parameter.numel(), optimizer)
@@ -40,7 +38,10 @@ def memory_of(model: Any, optimizer: str = "adamw") -> Memory:
 
 
 def _moment_bytes(weights: int, optimizer: str) -> int:
-    """Of one moment of so many weights. In 8 bits each block has a scale in float32; small ones are whole."""
+    """Return the bytes of one moment.
+
+    In 8 bits each block has a float32 scale; small weights stay float32.
+    """
     if optimizer == "adamw" or weights < _LEAST_IN_8_BITS:
         return 4 * weights
     return weights + 4 * math.ceil(weights / _BLOCK)

@@ -1,4 +1,4 @@
-"""What a run starts from: parts to be joined, or a model that `scaledown pretrain` joined before."""
+"""The model that a training run starts from: separate parts, or a model from `scaledown pretrain`."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -15,39 +15,39 @@ if TYPE_CHECKING:
     from scaledown.student.model import ScaleDownModel
     from scaledown.student.settings import ScaleDownConfig
 
-# Flags that say what a model is made of: a pretrained one has settled them.
+# Flags that define a model; with a pretrained model they are already decided.
 MODEL_FLAGS: Final = tuple(name for name, about in StudentConfig.options().items() if about.settled_by)
 
 
 class Origin(NamedTuple):
-    """What a model that is to be trained is made of, found but not loaded."""
+    """The parts of a model to train, found but not loaded."""
 
     settings: "ScaleDownConfig"
-    """`doc_max_length` is 0 where the data is to tell."""
+    """`doc_max_length` is 0 if the longest document of the data decides it."""
     source: ModelSource
-    """The generator, or the whole model where it `is_pretrained`."""
+    """The generator, or the whole model if it `is_pretrained`."""
     compressor: ModelSource | None = None
-    """A compressor that is a model of its own."""
+    """The compressor, if it is a separate model."""
     is_pretrained: bool = False
     in_4bit: bool = False
-    """Whether the generator's frozen weights are held in 4 bits."""
+    """Whether the generator's frozen weights are kept in 4 bits."""
 
     @property
     def settled(self) -> dict[str, Any]:
-        """The flags of a model that is pretrained, as it was made, whatever their defaults are."""
+        """The values of `MODEL_FLAGS` that a pretrained model was made with; else empty."""
         there = {**self.settings.to_dict(), "generator_model": self.settings.generator_name}
         return {flag: there[flag] for flag in MODEL_FLAGS} if self.is_pretrained else {}
 
     def identity(self, content_hash: Callable[[Path], str]) -> dict[str, str]:
-        """What names the exact weights of each part."""
+        """Return what identifies the exact weights of each part."""
         weights = self.source.identity(content_hash)
         if self.is_pretrained:
             return {"pretrained_model": weights}
-        own = self.compressor.identity(content_hash) if self.compressor else self.settings.compressor
-        return {"generator_model": weights, "compressor": own}
+        compressor = self.compressor.identity(content_hash) if self.compressor else self.settings.compressor
+        return {"generator_model": weights, "compressor": compressor}
 
     def compressor_tokenizer(self) -> Any:
-        """What documents are measured by. Raises `ModelError`."""
+        """Load the compressor's tokenizer. Raises `ModelError`."""
         from scaledown.student.model import COMPRESSOR_FOLDER, load_tokenizer
 
         if self.is_pretrained and self.settings.compressor_name is not None:
@@ -55,7 +55,7 @@ class Origin(NamedTuple):
         return load_tokenizer(self.compressor or self.source)
 
     def load(self, dtype: "torch.dtype", device: str) -> "ScaleDownModel":
-        """The model as training begins with it. Raises `ModelError`."""
+        """Load or build the model, in its state before training. Raises `ModelError`."""
         from scaledown.student.model import ScaleDownModel
 
         if self.is_pretrained:
@@ -77,7 +77,7 @@ class Origin(NamedTuple):
 
 
 def find_origin(config: StudentConfig) -> Origin:
-    """Where the model of a run comes from. Raises `ModelError`, `UsageError`."""
+    """Find the models of a run. Raises `ModelError` or `UsageError`."""
     from scaledown.student.settings import ScaleDownConfig
 
     reranks = getattr(config, "enable_reranking", False)
@@ -113,6 +113,6 @@ def _pretrained(config: StudentConfig, name: str, *, reranks: bool) -> Origin:
         value = getattr(config, flag)
         if value not in {defaults[flag], there}:
             raise UsageError(
-                f"--{flag} {value}: --pretrained_model {name} is made with {there}; leave the flag out"
+                f"--{flag} {value}: --pretrained_model {name} was made with {there}; leave the flag out"
             )
     return origin

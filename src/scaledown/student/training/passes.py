@@ -1,4 +1,4 @@
-"""Passes over a batch: in micro batches that fit into memory, the sums over all processes."""
+"""Forward and backward passes over a batch, in micro batches that fit into memory, by all processes."""
 
 import logging
 import math
@@ -18,31 +18,34 @@ from scaledown.student.model import WEIGHTS
 log = logging.getLogger("scaledown")
 
 SHARED: Final = frozenset({DistributedType.FSDP, DistributedType.DEEPSPEED})
-"""Where processes share a model."""
+"""Ways of distribution in which processes share one model."""
 
 
 class Size(NamedTuple):
-    """What losses are means over."""
+    """The numbers that losses are divided by."""
 
     tokens: float
-    """Of the answers."""
+    """Tokens of the answers."""
     examples: float
 
 
 class Passes:
-    """Passes through a model, by one process or by several that each have a share of every batch.
+    """Passes through a model by one process, or by several of which each has a share of every batch.
 
-    Processes that share the model, too (FSDP, DeepSpeed), leave all between them to Accelerate. Others have
-    the whole of it, and it is not wrapped: a wrapped one waits in its backward pass for a process that has
-    run out of memory. They add up gradients once a step, when all have theirs.
+    If processes share the model (FSDP, DeepSpeed), Accelerate synchronises them. Otherwise each process has
+    the whole model, which is not wrapped in DistributedDataParallel: a wrapped model would wait in its
+    backward pass for a process that has run out of memory. Instead, gradients are summed once in each step,
+    when all processes have theirs.
 
     Args:
-        model: What is trained, its trained weights in float32.
-        accelerator: Where, how precisely, and who shares what.
-        optimizer: Of the model's trained weights.
-        micro_batch: How many examples at once; halved where they do not fit.
-        stand_in: An example for a process that has none left while others that share its model have.
-        before: Told how many examples come next, before each micro batch; what it raises ends the pass.
+        model: The model, with its trained weights in float32.
+        accelerator: Devices, precision and processes.
+        optimizer: For the model's trained weights.
+        micro_batch: Examples at a time; halved if they do not fit into memory.
+        stand_in: An example for a process that has no examples left while others, with which it shares the
+            model, still have some.
+        before: Called before each micro batch with its number of examples; an exception from it ends the
+            pass.
     """
 
     def __init__(
@@ -64,31 +67,31 @@ class Passes:
         self.optimizer: Any
         self._stand_in = stand_in
         self._before = before
-        self._trained: list[torch.Tensor] = []  # that processes add up gradients of
+        self._trained: list[torch.Tensor] = []  # whose gradients are summed over processes
         if self.is_shared:
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
         else:
-            self.model = accelerator.prepare_model(model, evaluation_mode=True)  # which wraps nothing
+            self.model = accelerator.prepare_model(model, evaluation_mode=True)  # does not wrap the model
             self.optimizer = accelerator.prepare_optimizer(optimizer)
             self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             broadcast([parameter.data for parameter in self._trained])
 
     def gradients(self, examples: Sequence[Encoded], *, rehearses: bool = False) -> dict[str, float]:
-        """Gradients of one step's examples, added up over all processes.
+        """Compute the gradients of one step's examples, summed over all processes.
 
         Args:
-            examples: Those of this process.
-            rehearses: Try the largest micro batch first, so that what does not fit shows at once. It leaves
-                nothing: random numbers begin again, and the step keeps its order.
+            examples: The examples of this process.
+            rehearses: Try the largest micro batch first, to find out at once whether it fits into memory. The
+                trial has no effect on the step: random numbers are reset, and the order is the same.
 
         Returns:
             The losses over all processes.
 
         Raises:
-            ModelError: Where not even one example fits.
+            ModelError: Not even one example fits into memory.
         """
         self.model.train()
-        examples = sorted(examples, key=_length)  # alike together: less padding
+        examples = sorted(examples, key=_length)  # micro batches of similar length need less padding
         whole = Size(*self.sum(*_size(examples)))
         most = math.ceil(whole.examples / self.ranks)
         if rehearses and most > self.micro_batch and not self.is_shared:
@@ -102,11 +105,14 @@ class Passes:
         return dict(zip(WEIGHTS, self.sum(*losses.tolist()), strict=True))
 
     def losses(self, batches: Iterable[Sequence[Encoded]], most: Iterable[int]) -> dict[str, float]:
-        """The losses over all batches and processes. It leaves nothing, not even in random numbers.
+        """Compute the losses over all batches and processes. The state of random numbers is restored.
 
         Args:
-            batches: What this process has of each, which may be nothing.
-            most: How many examples the process with the largest part has of each.
+            batches: This process' examples of each batch; there may be none.
+            most: The largest number of examples that a process has of each batch.
+
+        Returns:
+            The losses by name.
         """
         before = random_state(self.device)
         self.model.eval()
@@ -132,7 +138,10 @@ class Passes:
         return totals
 
     def _fitting(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """`work()`. Where a process runs out of memory, all halve their micro batches and do it again."""
+        """Return `work()`.
+
+        If a process runs out of memory, all processes halve their micro batches and retry.
+        """
         before = random_state(self.device)
         while True:
             is_full = False
@@ -141,9 +150,9 @@ class Passes:
             except RuntimeError as error:
                 if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
                     raise
-                if self.is_shared:  # others are in the midst of the pass, and wait for this one
+                if self.is_shared:  # no retry: the others wait for this process within the pass
                     raise self._too_large() from error
-                is_full = True  # what the error holds on to is free once it is gone
+                is_full = True  # handled below, after the error and the tensors that it refers to are freed
             except BaseException:
                 set_random_state(before, self.device)
                 raise
@@ -165,10 +174,10 @@ class Passes:
         )
 
     def _pass(self, examples: Sequence[Encoded], most: int, whole: Size) -> torch.Tensor:
-        """This process's share of each loss, [losses]; in training with its gradients.
+        """Return this process' share of each loss, [losses]; in training, compute its gradients too.
 
-        Processes that share a model go through it together: each has as many micro batches as that with the
-        largest part, which is of `most` examples.
+        Processes that share a model must make the same number of passes: as many as the process with the most
+        examples needs, which has `most`.
         """
         sums = torch.zeros(len(WEIGHTS), device=self.device)
         weights = sums.new_tensor(list(WEIGHTS.values()))
@@ -176,9 +185,9 @@ class Passes:
             part = examples[start : start + self.micro_batch]
             self._before(len(part))
             losses = self._losses(part, whole)  # [losses]
-            if torch.is_grad_enabled():  # DeepSpeed's wrapper always says that it is training
+            if torch.is_grad_enabled():  # not `model.training`: DeepSpeed's wrapper is always in training
                 loss = (losses * weights).sum()
-                if self.is_shared:  # gradients are averaged, and DeepSpeed takes its step in the last pass
+                if self.is_shared:  # gradients are averaged; DeepSpeed makes its step in the last pass
                     self.accelerator.sync_gradients = start + self.micro_batch >= most
                     loss = loss * self.ranks
                 self.accelerator.backward(loss)
@@ -186,7 +195,10 @@ class Passes:
         return sums
 
     def _losses(self, part: Sequence[Encoded], whole: Size) -> torch.Tensor:
-        """What a micro batch adds to each loss of the whole, [losses] float32; an empty one adds nothing."""
+        """Return a micro batch's share of each loss of the whole batch, [losses] float32.
+
+        0 if it is empty.
+        """
         output = self.model(**_moved(collate(part or [self._stand_in]), self.device))
         mine = _size(part)
         shares = {"answer_loss": mine.tokens / max(1, whole.tokens)}
@@ -195,7 +207,10 @@ class Passes:
         )
 
     def _add_up_gradients(self) -> None:
-        """Over all processes. A weight that none of them used has no gradient, as in one process."""
+        """Sum gradients over all processes.
+
+        A weight that no process used has no gradient, as in one process.
+        """
         used = self.sum(*(parameter.grad is not None for parameter in self._trained))
         waiting = []
         for parameter, count in zip(self._trained, used, strict=True):
@@ -208,7 +223,7 @@ class Passes:
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """States of the random number generators that a pass draws from."""
+    """Return the states of the random number generators that a pass uses."""
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         states[device.type] = torch.get_device_module(device).get_rng_state()
@@ -216,7 +231,7 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_random_state(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Go back to an earlier `random_state`; that of another kind of device is passed over."""
+    """Restore an earlier `random_state`; the state of another kind of device is ignored."""
     torch.set_rng_state(states["cpu"])
     if device.type != "cpu" and device.type in states:
         torch.get_device_module(device).set_rng_state(states[device.type])
@@ -231,7 +246,7 @@ def _size(examples: Sequence[Encoded]) -> Size:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """A batch with its tensors on the device."""
+    """Move all tensors of a batch to the device."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A corpus -> examples of pretraining: cloze questions for a pointer; for others, passages to write again."""
+"""Make pretraining examples of a corpus: cloze questions for a pointer, passages to repeat for others."""
 
 import itertools
 import logging
@@ -34,13 +34,23 @@ from scaledown.student.training.training_data import (
 
 log = logging.getLogger("scaledown")
 
-_MESSAGES: Final = 20  # about bad rows; the rest is counted
+_MESSAGES: Final = 20  # about unusable rows; the others are counted
 
 
 def pretraining_parts(config: PretrainConfig, tokenizer: Any, folder: Path) -> Parts:
-    """The corpus as examples, which lie in `folder` while the process lives.
+    """Read the corpus as examples. They are in a file in `folder` until the process ends.
 
-    Its passages are cut by the compressor's `tokenizer`. Raises `InputError` for a corpus without text.
+    Args:
+        config: The corpus and the size of the run.
+        tokenizer: The compressor's; it cuts the passages.
+        folder: Where examples are stored.
+
+    Returns:
+        The examples to train on, and those held out.
+
+    Raises:
+        InputError: The corpus has no text.
+        ModelError: The tokenizer is not a fast one.
     """
     if not tokenizer.is_fast:
         raise ModelError(f"{tokenizer.name_or_path}: has no fast tokenizer, which cutting passages needs")
@@ -73,9 +83,12 @@ def pretraining_parts(config: PretrainConfig, tokenizer: Any, folder: Path) -> P
 def _alternating(
     questions: Iterator[tuple[str, TrainingExample]], records: Examples
 ) -> Iterator[tuple[str, TrainingExample]]:
-    """A record after each cloze question, from the first on again where they are fewer; then the rest."""
+    """Yield a record after each cloze question.
+
+    Records repeat if there are fewer; the rest comes at the end.
+    """
     places = iter(range(len(records)))
-    teaching = array("q")  # the places of those that teach something
+    teaching = array("q")  # indices of records whose answer copies something
     again = 0
     for question in questions:
         yield question
@@ -91,7 +104,7 @@ def _alternating(
 
 
 def _next_copied(records: Examples, places: Iterator[int], teaching: "array[int]") -> TrainingExample | None:
-    """The next record that teaches something; its place is added to `teaching`."""
+    """Return the next record whose answer copies something; its index is added to `teaching`."""
     for place in places:
         if (record := _copied(records[place])) is not None:
             teaching.append(place)
@@ -100,9 +113,10 @@ def _next_copied(records: Examples, places: Iterator[int], teaching: "array[int]
 
 
 def _copied(example: TrainingExample) -> TrainingExample | None:
-    """A record with those of its documents that the answer copies, if any; the others teach nothing here.
+    """Reduce a record to the documents that the answer copies from; None if there are none.
 
-    A pass over such records costs a third as much. How documents compare is learned in training.
+    The other documents do not help in pretraining, and a pass over reduced records costs a third as much. The
+    model learns to compare documents in training.
     """
     spans = copied_spans(example.query, example.documents, example.answer)
     copied = [text for text, own in zip(example.documents, spans, strict=True) if own]
@@ -112,10 +126,16 @@ def _copied(example: TrainingExample) -> TrainingExample | None:
 def pretraining_examples(
     config: PretrainConfig, tokenizer: Any, bad: list[str]
 ) -> Iterator[tuple[str, TrainingExample]]:
-    """An example of each passage, behind its name; rows that are no article are told in `bad`.
+    """Yield an example for each passage, with the passage's id.
 
-    A compressor that picks tokens gets a cloze question of one sentence, if any has one. Others get one of
-    the two tasks; the last passage of an article is repeated. All depends on `config.seed` and the name.
+    A compressor that picks tokens gets a cloze question about one sentence, if there is a suitable one. Other
+    kinds get one of two tasks: to repeat the passage, or to write the next one; the last passage of an
+    article is always repeated. The choice depends only on `config.seed` and the passage's id.
+
+    Args:
+        config: The corpus.
+        tokenizer: Cuts the passages.
+        bad: Receives a message for each row that is not an article.
     """
     kind: Compressor = COMPRESSORS.find(config.compressor)
     examples = _questions if kind.picks_tokens else _of_article

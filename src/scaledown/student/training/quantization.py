@@ -1,4 +1,4 @@
-"""The generator's frozen weights in 4 bits (NF4; QLoRA, arXiv 2305.14314), for training on small GPUs."""
+"""Quantize the generator's frozen weights to 4 bits (NF4; QLoRA, arXiv 2305.14314), for small GPUs."""
 
 from typing import Any, Final
 
@@ -10,9 +10,9 @@ _KIND: Final = "nf4"
 
 
 class FourBitLinear(Linear4bit):  # type: ignore[misc]  # bitsandbytes has no types
-    """A frozen linear layer in 4 bits. In a state dict its weight is a plain one, of the same values.
+    """A frozen linear layer in 4 bits. A state dict holds its weight dequantized, with the same values.
 
-    So whatever is saved needs no bitsandbytes, and is the function that was trained.
+    So a saved model computes the function that was trained, and does not need bitsandbytes.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -23,21 +23,22 @@ class FourBitLinear(Linear4bit):  # type: ignore[misc]  # bitsandbytes has no ty
             packed, requires_grad=False, quant_type=_KIND, quant_state=state, module=self, bnb_quantized=True
         )
         self.bias = layer.bias
-        # In evaluation bitsandbytes would rearrange the weights for such processors, and training fails then.
+        # On processors with AVX512-BF16, bitsandbytes reorders the weights in evaluation; training would then
+        # fail.
         self.support_avx512bf16_for_cpu = False
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        # Layer by layer to the host: all of them would not fit on the GPU that 4 bits are for.
+        # Each layer moves to the CPU: dequantized, all layers together would not fit on a small GPU.
         destination[f"{prefix}weight"] = dequantize_4bit(self.weight.data, self.weight.quant_state).cpu()
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
     def _load_from_state_dict(self, state_dict: Any, *_: Any) -> None:
-        """Keep what is here: a run that goes on has made it of the same weights as before."""
+        """Keep the present weights: a run that continues has quantized the same weights again."""
 
 
 def quantize(generator: Any) -> None:
-    """Put all frozen linear layers of a generator but its head into 4 bits, one after the other."""
+    """Quantize all frozen linear layers of a generator, except its output layer, one after the other."""
     head = generator.get_output_embeddings()
     for name, layer in list(generator.named_modules()):
         if type(layer) is nn.Linear and layer is not head and not layer.weight.requires_grad:

@@ -1,4 +1,4 @@
-"""Training from its settings to a model in a folder: `train`."""
+"""A training run, from its settings to a model in a folder: `train`."""
 
 import importlib.util
 import logging
@@ -30,7 +30,7 @@ from scaledown.student.training.training_data import Lengths, Subset, load_parts
 
 log = logging.getLogger("scaledown")
 
-_LOOKED_AT: Final = 1000  # examples, at least, where there are so many
+_LOOKED_AT: Final = 1000  # examples to check, at least, if there are as many
 
 
 class Trained(NamedTuple):
@@ -42,16 +42,16 @@ class Trained(NamedTuple):
     """Records that could not be used."""
     held_out: int
     shared: int
-    """Held-out examples one of whose articles is trained on."""
+    """Held-out examples that share an article with the training examples."""
     doc_max_length: int
     documents: Lengths
     steps: int
     planned_steps: int
     batch_size: int
     loss_before: float
-    """Mean over the first twentieth of the steps."""
+    """Mean over the first 5% of the steps."""
     loss: float
-    """Mean over the last twentieth."""
+    """Mean over the last 5%."""
     held_out_before: float | None
     held_out_loss: float | None
     seconds_per_step: float
@@ -59,12 +59,20 @@ class Trained(NamedTuple):
 
 
 def train(config: Config, *, overwrite: bool = False) -> Trained:
-    """Train the model that `config` describes into its `output_dir`, or go on with `config.resume`.
+    """Train a model into `config.output_dir`. Ctrl-C writes a checkpoint before it ends the run.
 
-    A `PretrainConfig` does so on passages. A finished run is left as it is. With `overwrite` the model takes
-    the place of files that no training made. Raises `ScaleDownError`; Ctrl-C leaves a checkpoint first.
+    Args:
+        config: The settings. A `PretrainConfig` trains on passages. With `resume` the run continues from its
+            newest checkpoint. A finished run is not repeated.
+        overwrite: Replace files in the output folder that no training has written.
+
+    Returns:
+        Sizes, losses and speed of the finished run.
+
+    Raises:
+        ScaleDownError: An input, a model, the device or the output folder cannot be used.
     """
-    if not is_first():  # of several processes only one logs more than errors
+    if not is_first():  # with several processes, only the first logs more than errors
         log.setLevel(logging.ERROR)
     output = Path(config.output_dir)
     check_apart("--output_dir", config.output_dir, [getattr(config, "corpus_path", ""), *config.gold])
@@ -86,7 +94,7 @@ def train(config: Config, *, overwrite: bool = False) -> Trained:
 
 
 def _here(config: Config) -> Config:
-    """The same, but for training data behind URLs, which is fetched."""
+    """Download training data behind URLs. Returns settings that name the local files."""
     files = {
         name: tuple(str(fetched(file, f"--{name}")) for file in getattr(config, name))
         for name in config.named("input")
@@ -130,7 +138,7 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin) -> Trained:
         log.warning(
             "%s of %s documents have more than --doc_max_length %s tokens and are cut; the longest has %s%s",
             *(f"{documents.cut:,}", f"{documents.number:,}", settings.doc_max_length, documents.longest),
-            "; pretraining has settled that" if origin.is_pretrained else "",
+            "; the pretrained model has this limit" if origin.is_pretrained else "",
         )
     if not settings.doc_max_length and documents.longest > 2 * documents.most:
         log.warning(
@@ -140,11 +148,11 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin) -> Trained:
         )
     settings.doc_max_length = settings.doc_max_length or max(1, documents.longest)
     if settings.kind.picks_tokens:
-        _tell_labels(taught)
+        _log_labels(taught)
     if is_first():
         write_json(output / SETTINGS_FILE, memory)
     set_seed(config.seed)
-    # Accelerate knows which device is that of each of several processes.
+    # With several processes, Accelerate moves the model to each process' own device.
     model = origin.load(dtype, "cpu" if _is_one_of_several() else device)
     if isinstance(config, PretrainConfig):
         settings.kind.choose_pretrained(model)
@@ -183,22 +191,22 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin) -> Trained:
     return result
 
 
-def _tell_labels(part: Subset) -> None:
-    """Say how many examples have answers that teach a pointer nothing."""
+def _log_labels(part: Subset) -> None:
+    """Log how many examples have answers that copy nothing, from which a pointer cannot learn."""
     rows = part.rows[:: max(1, len(part.rows) // _LOOKED_AT)]
     without = sum(not any(copied_spans(*part.examples[row][:3])) for row in rows)
-    told = log.warning if 2 * without > len(rows) else log.info
-    told(
-        "of %s of %s examples looked at, the answer copies nothing from the documents: they teach a pointer "
-        "nothing",
+    write = log.warning if 2 * without > len(rows) else log.info
+    write(
+        "in %s of %s examples checked, the answer copies nothing from the documents: a pointer cannot learn "
+        "from them",
         *(f"{without:,}", f"{len(rows):,}"),
     )
 
 
 def _device(config: Config) -> str:
-    """Where this process trains. Raises `UsageError` for what cannot be."""
+    """Return the device of this process. Raises `UsageError` if it cannot train there."""
     device = choose_device(config.device)
-    if ":" in config.device:  # of what is chosen the number is this process's own
+    if ":" in config.device:  # a chosen device may have the number of this process
         number = config.device.partition(":")[2]
         raise UsageError(
             f"--device {config.device}: set CUDA_VISIBLE_DEVICES={number} and give --device cuda"
@@ -216,7 +224,7 @@ def _device(config: Config) -> str:
             "needs half of the memory for frozen weights, but some states of a large model may overflow"
         )
     if device == "cuda" and not _is_one_of_several():
-        _tell_idle_gpus(config)
+        _warn_of_idle_gpus(config)
     return device
 
 
@@ -225,13 +233,13 @@ def _is_one_of_several() -> bool:
     return "RANK" in os.environ
 
 
-def _tell_idle_gpus(config: Config) -> None:
+def _warn_of_idle_gpus(config: Config) -> None:
     import torch
 
     if (count := torch.cuda.device_count()) > 1:
         command = "pretrain" if isinstance(config, PretrainConfig) else "train"
         log.warning(
-            "this trains on one GPU, and %s are idle: torchrun --nproc_per_node %s -m scaledown %s, with the "
-            "same flags, trains on all",
+            "this run trains on one GPU, and %s are idle: torchrun --nproc_per_node %s -m scaledown %s, with "
+            "the same flags, trains on all",
             *(count - 1, count, command),
         )

@@ -1,4 +1,4 @@
-"""A trainer by the paper's schedule, on the devices that Accelerate finds."""
+"""Set up a trainer with the paper's schedule, on the devices that Accelerate finds."""
 
 import importlib.util
 from pathlib import Path
@@ -20,9 +20,9 @@ from scaledown.student.training.schedule import Schedule
 from scaledown.student.training.trainer import StudentTrainer
 from scaledown.student.training.training_data import Subset, shares, training_order
 
-CPU_MICRO_BATCH: Final = 4  # more is no faster there, and Linux kills what takes too much memory
+CPU_MICRO_BATCH: Final = 4  # more is not faster on a CPU, and Linux kills processes that run out of memory
 
-LARGE: Final = 1_000_000_000  # trained weights, which are 16 GB with gradients and moments
+LARGE: Final = 1_000_000_000  # trained weights: with gradients and moments they need 16 GB
 
 _PRECISIONS: Final = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -30,7 +30,7 @@ _PRECISIONS: Final = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 def make_trainer(
     model: Any, config: StudentConfig, train: Subset, held: Subset | None, device: str
 ) -> StudentTrainer:
-    """A trainer of `model` by the paper's schedule, as one of the processes that torchrun started, if any."""
+    """Make a trainer with the paper's schedule, in this process or as one of those that torchrun started."""
     recomputes = _make_ready(model, config)
     accelerator = _accelerator(config, device, recomputes=recomputes)
     ranks = accelerator.num_processes
@@ -40,10 +40,12 @@ def make_trainer(
     micro_batch = min(share, config.micro_batch_size or (CPU_MICRO_BATCH if device == "cpu" else share))
     if plugin := accelerator.state.deepspeed_plugin:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = micro_batch
-        if plugin.zero_stage == 3:  # else no model can be saved
+        if plugin.zero_stage == 3:  # otherwise the model cannot be saved
             plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     set_seed(config.seed)
-    torch.empty((), dtype=torch.int64).random_()  # as earlier versions did: the same seed, the same weights
+    torch.empty(
+        (), dtype=torch.int64
+    ).random_()  # as earlier versions did, so that a seed gives the same weights
     batches = _batches(model, config, train, accelerator.process_index, ranks)
     return StudentTrainer(
         model,
@@ -58,35 +60,40 @@ def make_trainer(
 
 
 def _make_ready(model: Any, config: StudentConfig) -> bool:
-    """Make a model ready to be trained. Gives whether it computes activations again."""
+    """Prepare a model for training. Returns whether it uses gradient checkpointing."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:  # small updates would be rounded away in half precision
+    for parameter in trained:  # half precision would round small updates to zero
         parameter.data = parameter.data.float()
     recomputes = config.gradient_checkpointing
     if recomputes is None:
         recomputes = sum(parameter.numel() for parameter in trained) >= LARGE
     if recomputes:
-        names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # within transformers 5
+        names = (
+            "activation_checkpointing_enable",
+            "gradient_checkpointing_enable",
+        )  # of different releases of transformers 5
         enable = next(getattr(model, name) for name in names if hasattr(model, name))
         enable({"use_reentrant": False})
     return recomputes
 
 
 def _accelerator(config: StudentConfig, device: str, *, recomputes: bool) -> Accelerator:
-    """Accelerate, configured by `accelerate launch` or torchrun, with the run's precision and reporters.
+    """Configure Accelerate, which `accelerate launch` or torchrun may have started, for this run.
 
-    Raises `UsageError` where processes share a model that cannot be shared.
+    Raises `UsageError` if processes would share a model that cannot be shared.
     """
-    # What it remembers of an earlier run in this process, which may have had another precision.
+    # Accelerate remembers an earlier run in this process, which may have had another precision.
     AcceleratorState._reset_state(reset_partial_state=True)
-    # Half-precision copies of all trained weights would be kept until the end of a pass through the model;
-    # what computes activations again has no room for them.
+    # autocast's cache keeps half-precision copies of all trained weights until the end of a pass. With
+    # gradient checkpointing there is no memory for them.
     autocast = AutocastKwargs(cache_enabled=not recomputes)
     accelerator = Accelerator(
         kwargs_handlers=[autocast],
         cpu=device == "cpu",
         mixed_precision=_PRECISIONS.get(dtype_to_train(config.dtype, device), "no"),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # to Accelerate a step is one
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=1
+        ),  # `Passes` accumulates, not Accelerate
         log_with=reporters(config.report_to) or None,
         project_config=ProjectConfiguration(logging_dir=str(Path(config.output_dir) / "runs")),
     )
@@ -96,10 +103,12 @@ def _accelerator(config: StudentConfig, device: str, *, recomputes: bool) -> Acc
 
 
 def _batches(model: Any, config: StudentConfig, train: Subset, rank: int, ranks: int) -> Batches:
-    """What process `rank` of `ranks` takes of each step."""
+    """Return the examples of each step for process `rank` of `ranks`."""
     total = config.max_steps * config.batch_size or max(1, round(config.num_epochs * len(train.rows)))
     order = training_order(np.asarray(train.rows), total, config.seed)
-    places = order + np.arange(total) // len(train.rows) * len(train.examples)  # count on from pass to pass
+    places = order + np.arange(total) // len(train.rows) * len(
+        train.examples
+    )  # indices keep growing from pass to pass
     examples = EncodedExamples(train.examples, model, config, trains=True)
     return Batches(examples, shares(places, config.batch_size, rank, ranks))
 
@@ -111,7 +120,7 @@ def _held_out(model: Any, config: StudentConfig, held: Subset) -> Batches:
 
 
 def _optimizer(model: Any, config: StudentConfig, device: str) -> torch.optim.Optimizer:
-    """AdamW over a model's weights that are trained."""
+    """Make AdamW for the trained weights of a model."""
     kind = model.config.kind
     rate = config.compressor_rate(kind.learning_rate)
     groups = parameter_groups(model, config.learning_rate_generator, rate)
@@ -119,13 +128,13 @@ def _optimizer(model: Any, config: StudentConfig, device: str) -> torch.optim.Op
         return torch.optim.AdamW(groups, betas=kind.betas, fused=True)
     from bitsandbytes.optim import AdamW8bit
 
-    # Paged: the driver moves moments to the host's memory where the GPU's does not suffice.
+    # Paged: the driver moves moments to the host's memory if the GPU's memory does not suffice.
     optimizer: torch.optim.Optimizer = AdamW8bit(groups, betas=kind.betas, is_paged=device.startswith("cuda"))
     return optimizer
 
 
 def reporters(name: str) -> list[str]:
-    """What `--report_to` means here. Raises `MissingExtraError` for one that is not installed."""
+    """Return the reporters that `--report_to` names. Raises `MissingExtraError` if one is not installed."""
     if name == "none":
         return []
     installed = importlib.util.find_spec("tensorboard" if name == "auto" else name) is not None

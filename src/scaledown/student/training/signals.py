@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, noticed instead of obeyed, so that training stops where nothing is half done."""
+"""Collect Ctrl-C and SIGTERM, so that training can stop after a complete step."""
 
 import contextlib
 import signal
@@ -9,7 +9,7 @@ from types import FrameType
 
 @contextlib.contextmanager
 def noticing_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in the list given instead of dying of them; a second one stops at once."""
+    """Collect SIGINT and SIGTERM in the yielded list; the second signal ends the process at once."""
     noticed: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield noticed

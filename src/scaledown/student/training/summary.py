@@ -1,4 +1,4 @@
-"""What a finished training prints."""
+"""The summary that a finished training prints."""
 
 import shlex
 
@@ -8,7 +8,7 @@ from scaledown.student.training.run import Trained
 
 
 def summary(result: Trained, *, pretrained: bool = False) -> str:
-    """What a finished command prints: what was trained on what, losses, speed, the next command."""
+    """Return what the finished command prints: data, losses, speed, the next command."""
     lines = ["nothing to do: this run is finished"] if result.already_done else []
     early = f" of {result.planned_steps:,}, stopped early" if result.steps < result.planned_steps else ""
     lines += [

@@ -1,4 +1,4 @@
-"""The training loop: a step, and what is due after it."""
+"""The training loop: steps, evaluations and checkpoints."""
 
 import itertools
 import logging
@@ -27,20 +27,20 @@ GRADIENT_NORM: Final = 1.0  # the paper's (arXiv 2504.07109, table 7)
 
 
 class _Stopped(Exception):  # noqa: N818 (no error)
-    """Ctrl-C or SIGTERM, noticed where nothing is half done."""
+    """Ctrl-C or SIGTERM has arrived; raised at a point where training can stop."""
 
 
 class StudentTrainer:
-    """Trains a `ScaleDownModel`, one whole batch a step.
+    """Trains a `ScaleDownModel`, one batch in each step.
 
     Args:
-        model: What is trained, its trained weights in float32.
-        accelerator: Where, how precisely, and by how many processes.
-        optimizer: Over groups of weights, each with a name and its full learning rate.
-        schedule: When something is due.
-        batches: What this process takes of each step.
-        held_out: What all processes evaluate together.
-        micro_batch: How many examples at once, to begin with.
+        model: The model, with its trained weights in float32.
+        accelerator: Devices, precision and processes.
+        optimizer: Has named groups of weights, each with its full learning rate.
+        schedule: Learning rates, evaluations and checkpoints.
+        batches: This process' examples of each step.
+        held_out: Batches that all processes evaluate together; None if nothing is held out.
+        micro_batch: Examples at a time, at the beginning.
         output: The folder of the checkpoints.
     """
 
@@ -68,24 +68,25 @@ class StudentTrainer:
             before=self._before_part,
         )
         self.step = 0
-        """How many are done."""
+        """Number of finished steps."""
         self.log: Log = []
         self.seconds: list[float] = []
-        """That each step of this process took."""
+        """Seconds of each step of this process."""
         self._accelerator = accelerator
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._held_out = held_out
         self._output = output
         self._saved = 0  # the step of the newest checkpoint
         counts = (len(places) * self.passes.ranks for places in batches.places)
-        self._counts = list(itertools.accumulate(counts, initial=0))  # of examples after so many steps
+        self._counts = list(itertools.accumulate(counts, initial=0))  # examples after each step
         self._noticed: list[int] = []
         self._tracker: Tracker | None = None
 
     def run(self, checkpoint: Path | None) -> None:
-        """Train, from `checkpoint` where there is one.
+        """Train, from `checkpoint` if there is one.
 
-        Ctrl-C and SIGTERM leave a checkpoint of the last whole step, and are raised again.
+        After Ctrl-C or SIGTERM, a checkpoint of the last complete step is written and the signal is raised
+        again.
         """
         if checkpoint is not None:
             self.step, self.log = checkpoints.read_state(checkpoint, self.passes)
@@ -98,20 +99,20 @@ class StudentTrainer:
                 self._loop()
             except _Stopped:
                 self._count()
-                told = self._keep()
+                message = self._keep()
             else:
-                told = ""
+                message = ""
             finally:
                 for tracker in self._accelerator.trackers:
                     tracker.finish()
-        if told:
-            log.warning("%s", told)
+        if message:
+            log.warning("%s", message)
             if self._noticed:
                 signal.raise_signal(self._noticed[0])
             raise KeyboardInterrupt
 
     def _loop(self) -> None:
-        while True:  # a resumed run begins with what was due when it was stopped
+        while True:  # a resumed run first does what was due when it stopped
             if self._held_out and self._owes_evaluation():
                 self._evaluate(self._held_out)
             is_best = self.schedule.patience > 0 and self.step == best(self.log)["step"] > 0
@@ -142,11 +143,11 @@ class StudentTrainer:
         self.step += 1
         self._count()
         self.seconds.append(time.perf_counter() - started)
-        told = {"loss": loss, **self._told(losses)}
+        values = {"loss": loss, **self._parts(losses)}
         if norm is not None:  # DeepSpeed may have none
-            told["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        told |= {f"learning_rate_{group['name']}": group["lr"] for group in optimizer.param_groups}
-        self._tell("", told | {"micro_batch_size": self.passes.micro_batch})
+            values["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        values |= {f"learning_rate_{group['name']}": group["lr"] for group in optimizer.param_groups}
+        self._log("", values | {"micro_batch_size": self.passes.micro_batch})
         if self._tracker is not None:
             self._tracker.note = f"loss {loss:.4f}"
 
@@ -155,33 +156,33 @@ class StudentTrainer:
         return self.schedule.evaluates(self.step) and not done
 
     def _evaluate(self, held_out: Batches) -> None:
-        """Tell the losses over what is held out. Training goes on as if this had not been."""
+        """Log the losses over the held-out examples. This does not influence training."""
         examples, batches = held_out
         rank, ranks = self._accelerator.process_index, self.passes.ranks
         mine = ([examples[place] for place in places[rank::ranks]] for places in batches)
         losses = self.passes.losses(mine, [math.ceil(len(places) / ranks) for places in batches])
         log.info("step %s: held-out loss %.4f", self.step, _weighted(losses))
-        self._tell("eval_", {"loss": _weighted(losses), **self._told(losses)})
+        self._log("eval_", {"loss": _weighted(losses), **self._parts(losses)})
 
     def held_out_losses(self) -> tuple[float | None, float | None]:
-        """Before training, and of the model that is kept; None where nothing is held out."""
+        """Return the held-out loss before training and that of the resulting model; None if not evaluated."""
         losses = {entry["step"]: entry["eval_loss"] for entry in evaluations(self.log)}
         return losses.get(0), losses.get(self._kept())
 
     def save(self, folder: Path) -> None:
-        """Write the model as `from_pretrained` reads it: with early stopping the best one, else the last."""
+        """Write the resulting model: with early stopping the best one, otherwise the last."""
         if self._kept() == self.step:
             checkpoints.save_model(folder, self.passes, self.model)
         elif self._accelerator.is_main_process:
             checkpoints.copy_model(checkpoint_folder(self._output, self._kept()), folder)
 
     def _kept(self) -> int:
-        """After which step the model is the result."""
+        """Return the step whose model is the result."""
         found: int = best(self.log)["step"]
         return found if self.schedule.patience and found else self.step
 
     def _save(self) -> None:
-        """Make a checkpoint. Where this step has one, only the log is new."""
+        """Write a checkpoint; if this step has one already, write only the log."""
         folder = checkpoint_folder(self._output, self.step)
         if self._saved != self.step:
             checkpoints.save(folder, self.passes, self.model)
@@ -191,9 +192,9 @@ class StudentTrainer:
             checkpoints.delete_old(self._output, self.step, best(self.log)["step"])
 
     def _keep(self) -> str:
-        """Make a checkpoint of the last whole step, if it has none; gives what to tell about it."""
+        """Write a checkpoint of the last complete step, if it has none. Returns a message about it."""
         if not self.step:
-            return "stopped before the first step was done: there is nothing to keep"
+            return "stopped before the first step was done: nothing was saved"
         if self._saved != self.step:
             self._save()
         return (
@@ -201,27 +202,30 @@ class StudentTrainer:
             f"{checkpoint_folder(self._output, self.step)}: the same command with --resume goes on from there"
         )
 
-    def _tell(self, prefix: str, values: dict[str, float]) -> None:
-        """Keep values in the log, and draw them where somebody wants curves."""
+    def _log(self, prefix: str, values: dict[str, float]) -> None:
+        """Add values to the log, and send them to `--report_to`."""
         self.log.append({f"{prefix}{name}": value for name, value in values.items()} | {"step": self.step})
         part = "eval" if prefix else "train"
         self._accelerator.log({f"{part}/{name}": value for name, value in values.items()}, self.step)
 
-    def _told(self, losses: dict[str, float]) -> dict[str, float]:
-        """The losses that the model has, where it has more than that of the answers."""
+    def _parts(self, losses: dict[str, float]) -> dict[str, float]:
+        """Return the single losses of the model, if it has others than the loss of answers."""
         settings = self.model.config
         has = {"rerank_loss": settings.enable_reranking, "pointer_loss": settings.kind.picks_tokens}
         return {name: value for name, value in losses.items() if has.get(name, any(has.values()))}
 
     def _before_part(self, count: int) -> None:
-        """Before each micro batch: stop if asked to; of several processes all do, between two steps."""
+        """Called before each micro batch: stop after a signal.
+
+        Several processes stop together, between steps.
+        """
         if self._noticed and self.passes.ranks == 1:
             raise _Stopped
         if self._tracker is not None and torch.is_grad_enabled():
             self._tracker.advance(count * self.passes.ranks)
 
     def _count(self) -> None:
-        """Say how many examples whole steps had, whatever was tried in between."""
+        """Set the progress to the examples of complete steps, without trials."""
         if self._tracker is not None:
             self._tracker.advance(self._counts[self.step] - self._tracker.done)
 

@@ -1,4 +1,4 @@
-"""Training files -> examples on disk; a split that does not leak; the order they are seen in."""
+"""Training data: examples on disk, a split without leaks, the order of training."""
 
 import functools
 import itertools
@@ -25,8 +25,8 @@ from scaledown.student.labels import occurrences
 
 log = logging.getLogger("scaledown")
 
-_ROWS: Final = 1024  # of a batch on disk
-_MESSAGES: Final = 20  # about bad records; the rest is counted
+_ROWS: Final = 1024  # in a batch on disk
+_MESSAGES: Final = 20  # about unusable records; the others are counted
 _SCHEMA: Final = pa.schema(
     {
         "query": pa.string(),
@@ -38,7 +38,7 @@ _SCHEMA: Final = pa.schema(
 
 
 class TrainingExample(NamedTuple):
-    """A training record, its documents as the models see them."""
+    """A training record; its documents are texts as the models read them."""
 
     query: str
     documents: list[str]
@@ -47,9 +47,9 @@ class TrainingExample(NamedTuple):
 
 
 class Examples:
-    """Training examples in their order; on disk, and read from there one by one.
+    """Training examples in order. They are on disk and are read one by one.
 
-    `skipped` counts the records that were unusable.
+    `skipped` is the number of unusable records.
     """
 
     def __init__(self, content: pa.RecordBatchFileReader, keys: "_Keys") -> None:
@@ -65,43 +65,43 @@ class Examples:
         return TrainingExample(**batch.slice(row % _ROWS, 1).to_pylist()[0])
 
     def documents(self) -> Iterator[list[str]]:
-        """All documents, a thousand examples at a time."""
+        """Yield all documents, those of about a thousand examples at a time."""
         for number in range(self._content.num_record_batches):
             yield self._content.get_batch(number).column("documents").flatten().to_pylist()
 
     @property
     def document_count(self) -> int:
-        """Documents of all examples together."""
+        """Number of documents of all examples."""
         return len(self._keys.documents)
 
     @property
     def untitled(self) -> int:
-        """Documents without a title line, whose article is not known."""
+        """Number of documents without a title line; their article is not known."""
         return self._keys.untitled
 
     def shared_by(self, others: "Examples") -> int:
-        """How many of the `others` have a document of an article that is here, too, or ask the same."""
+        """Count the examples of `others` that share an article or the question with an example here."""
         documents = _among(others._keys.documents, self._keys.documents)
         queries = _among(others._keys.queries, self._keys.queries)
         return len(np.union1d(_owners(others._keys)[documents], np.flatnonzero(queries)))
 
     def split(self, fraction: float, seed: int) -> "Split":
-        """Hold out about `fraction` of the examples, at least one if there is a way; see `Split`."""
+        """Hold out about `fraction` of the examples, at least one if possible; see `Split`."""
         return _split(self._keys, fraction, seed)
 
 
 class _Keys:
-    """What tells whether two examples are about the same: 64-bit hashes."""
+    """64-bit hashes of queries and articles, to find examples about the same thing."""
 
     def __init__(self) -> None:
         self.queries = array("Q")
-        """One an example."""
+        """The query's hash, for each example."""
         self.documents = array("Q")
-        """Of each document's title, or of its text where it has none."""
+        """For each document, the hash of its title, or of its text if it has no title."""
         self.ends = array("q")
-        """Where each example's documents end in `documents`."""
+        """For each example, the end of its documents in `documents`."""
         self.best = array("Q")
-        """Of each example, the document with the highest score; the first one without scores."""
+        """For each example, the hash of the document with the highest score; without scores, of the first."""
         self.untitled = 0
         """Documents without a title."""
 
@@ -109,12 +109,20 @@ class _Keys:
 def read_examples(
     files: Sequence[str], folder: Path, *, needs_scores: bool = False, gold: Gold | None = None
 ) -> Examples:
-    """The usable records of `files`; the others are named with file and line, and skipped.
+    """Read the usable records of `files`. Others are skipped, and logged with file and line.
 
-    A right answer of `gold` takes the place of the teacher's.
+    Args:
+        files: Paths of the training data.
+        folder: Where examples are stored until the process ends.
+        needs_scores: Skip records without reranking scores.
+        gold: Right answers, which replace the teacher's.
 
-    Raises `InputError` where a file cannot be read or no record is usable, `UsageError` where no record has
-    the scores it needs.
+    Returns:
+        The examples.
+
+    Raises:
+        InputError: A file cannot be read, or no record is usable.
+        UsageError: No record has scores, and they are needed.
     """
     bad = unscored = known = 0
 
@@ -136,8 +144,8 @@ def read_examples(
 
     examples = store_examples(found(), folder)
     if gold is not None:
-        told = log.info if known else log.warning
-        told("%s of %s questions have a right answer in --gold", f"{known:,}", f"{len(examples):,}")
+        write = log.info if known else log.warning
+        write("%s of %s questions have a right answer in --gold", f"{known:,}", f"{len(examples):,}")
     if bad > _MESSAGES:
         log.warning("%s more records are unusable; `scaledown validate` lists all", f"{bad - _MESSAGES:,}")
     if unscored and not len(examples):
@@ -157,23 +165,26 @@ def _example(record: dict[str, Any], gold: Gold | None) -> tuple[str, TrainingEx
     documents = [document_text(document) for document in record["documents"]]
     answer = record["answer"]
     if gold is not None and (right := gold.answers(record["query"])):
-        # Of several, the first that a document has: a pointer learns where it stands.
-        answer = next((one for one in right if any(occurrences(text, one) for text in documents)), right[0])
+        # The first right answer that occurs in a document: a pointer learns its place there.
+        occurring = (text for text in right if any(occurrences(document, text) for document in documents))
+        answer = next(occurring, right[0])
     return named(TrainingExample(record["query"], documents, answer, record.get("reranking_scores")))
 
 
 def named(example: TrainingExample) -> tuple[str, TrainingExample]:
-    """An example behind what tells that two ask the same."""
+    """Return an example with a key; examples with the same question have equal keys."""
     return "query: " + example.query.strip().lower(), example
 
 
 def store_examples(found: Iterable[tuple[str, TrainingExample]], folder: Path) -> Examples:
-    """Examples, each behind a text: those with an equal one are never on both sides of a split.
+    """Store examples on disk. Examples with equal keys are never on both sides of a split.
 
-    They lie in a file in `folder` that has no name, so that it goes with the process.
+    The file is in `folder` but has no name, so that it is deleted when the process ends.
     """
     keys = _Keys()
-    path = folder / f".examples.{uuid.uuid4().hex}.tmp"  # processes of several machines may write here
+    path = (
+        folder / f".examples.{uuid.uuid4().hex}.tmp"
+    )  # processes on several machines may write into the folder
     try:
         with (
             track("read", "records", None) as tracker,
@@ -193,7 +204,7 @@ def store_examples(found: Iterable[tuple[str, TrainingExample]], folder: Path) -
 
 
 def _note(text: str, example: TrainingExample, keys: _Keys) -> None:
-    """Remember what an example is about."""
+    """Add the hashes of an example to `keys`."""
     titles = [title_of(document) for document in example.documents]
     documents = [_key(title or text) for title, text in zip(titles, example.documents, strict=True)]
     keys.untitled += titles.count("")
@@ -210,11 +221,12 @@ def _key(text: str) -> int:
 
 
 class Split(NamedTuple):
-    """Rows to train on and rows held out, both rising.
+    """Rows to train on and rows held out, both ascending.
 
-    Examples that share an article, or their question, are on the same side. Where all of them hang together
-    that way, those that share their best document's article are, and where even that fails only questions
-    are kept apart; `shared` counts the held-out examples of which some document's article is trained on.
+    Examples that share an article or the question are on the same side. If this connects nearly all examples,
+    only those that share the article of their best document, or the question, are kept together; if this
+    fails too, only those that share the question. `shared` is the number of held-out examples that share an
+    article with the training rows.
     """
 
     train: np.ndarray
@@ -249,18 +261,21 @@ def _split(keys: _Keys, fraction: float, seed: int) -> Split:
 
 
 def _among(hashes: "array[int]", others: "array[int]") -> np.ndarray:
-    """Which of the hashes are among the others."""
+    """Return a mask of the hashes that are among the others."""
     return np.isin(np.frombuffer(hashes, np.uint64), np.frombuffer(others, np.uint64))
 
 
 def _owners(keys: _Keys) -> np.ndarray:
-    """The row that each document belongs to."""
+    """Return the row of each document."""
     ends = np.frombuffer(keys.ends, np.int64)
     return np.searchsorted(ends, np.arange(len(keys.documents)), side="right")
 
 
 def _groups(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
-    """Number of the group of each of `count` rows: those that share a value, directly or by others."""
+    """Return the group of each of `count` rows.
+
+    Rows that share a value, directly or indirectly, are a group.
+    """
     _, columns = np.unique(values, return_inverse=True)
     size = count + int(columns.max()) + 1
     graph = coo_array((np.ones(len(rows), np.int8), (rows, columns + count)), shape=(size, size))
@@ -268,7 +283,7 @@ def _groups(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
 
 
 def _choose(groups: np.ndarray, wanted: int, seed: int) -> np.ndarray:
-    """Whole groups, by chance, that together have at most `wanted` rows: a mask of rows."""
+    """Choose random whole groups of at most `wanted` rows together. Returns a mask of rows."""
     names, sizes = np.unique(groups, return_counts=True)
     room, chosen = wanted, []
     for place in np.random.default_rng(seed).permutation(len(names)):
@@ -288,16 +303,16 @@ class Subset(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What a run trains on and what it holds out, if anything."""
+    """The examples that a run trains on, and those it holds out."""
 
     train: Subset
     held_out: Subset | None
     shared: int
-    """Held-out examples of which some article is trained on."""
+    """Held-out examples that share an article with the training examples."""
 
 
 def load_parts(config: TrainConfig, folder: Path) -> Parts:
-    """The training data as examples, which lie in `folder` while the process lives."""
+    """Read the training data as examples. They are in a file in `folder` until the process ends."""
     gold = read_gold(config.gold, "--gold") if config.gold else None
     read = functools.partial(read_examples, folder=folder, needs_scores=config.enable_reranking, gold=gold)
     examples = read(config.train_data)
@@ -315,14 +330,14 @@ def split_parts(examples: Examples, config: StudentConfig) -> Parts:
         log.warning("nothing is held out: all records ask the same question")
     if examples.untitled:
         log.warning(
-            "%s of %s documents have no title line: which are of one article is not known, and held-out "
-            "examples may share theirs with training",
+            "%s of %s documents have no title line: their articles are not known, and held-out examples may "
+            "share articles with training",
             *(f"{examples.untitled:,}", f"{examples.document_count:,}"),
         )
     if split.shared:
         log.warning(
             "held out by %s: %s of %s held-out records share an article with training (nearly all records "
-            "hang together by their articles)",
+            "are connected by their articles)",
             *(split.by, f"{split.shared:,}", f"{len(split.held_out):,}"),
         )
     held_part = Subset(examples, split.held_out.tolist()) if len(split.held_out) else None
@@ -330,7 +345,7 @@ def split_parts(examples: Examples, config: StudentConfig) -> Parts:
 
 
 def training_order(rows: np.ndarray, examples: int, seed: int) -> np.ndarray:
-    """The rows as training sees them, `examples` in all: pass after pass, each in an order of its own."""
+    """Return the rows in the order of training, `examples` in all; each pass has its own random order."""
     passes = [
         np.random.default_rng([seed, number]).permutation(rows) for number in range(-(-examples // len(rows)))
     ]
@@ -338,25 +353,31 @@ def training_order(rows: np.ndarray, examples: int, seed: int) -> np.ndarray:
 
 
 def shares(order: np.ndarray, batch_size: int, rank: int, ranks: int) -> list[list[int]]:
-    """For each step the rows that process `rank` of `ranks` takes; of a last, smaller step it may be none."""
+    """Return for each step the rows of process `rank` of `ranks`.
+
+    In a smaller last step there may be none.
+    """
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     return [batch[rank::ranks].tolist() for batch in batches]
 
 
 class Lengths(NamedTuple):
-    """Of documents, in tokens."""
+    """Lengths of documents, in tokens."""
 
     number: int
-    """How many documents there are."""
+    """Number of documents."""
     longest: int
     most: int
-    """What 99 of 100 do not exceed."""
+    """99% of the documents have at most this length."""
     cut: int
-    """How many exceed the limit."""
+    """Documents that are longer than the limit."""
 
 
 def measure_documents(examples: Sequence[Examples], tokenizer: Any, limit: int) -> Lengths:
-    """Lengths by the compressor's `tokenizer`; documents above `limit` are cut, 0 is no limit."""
+    """Measure documents with the compressor's `tokenizer`.
+
+    Those above `limit` count as cut; 0 is no limit.
+    """
     total = sum(part.document_count for part in examples)
     lengths = array("l")
     with track("measure", "documents", total) as tracker:

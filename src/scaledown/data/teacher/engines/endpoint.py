@@ -1,4 +1,4 @@
-"""The teacher behind OpenAI-compatible servers."""
+"""The engine that sends prompts to OpenAI-compatible servers."""
 
 import asyncio
 import contextlib
@@ -21,12 +21,12 @@ class EndpointTeacher(Servers):
     There is no tokenizer here: four characters count as a token where documents are shortened.
     """
 
-    halving = Halving("--teacher_batch_size")  # never used: a server cares for its memory itself
+    halving = Halving("--teacher_batch_size")  # not used: a server manages its memory itself
 
     def answers(
         self, prompts: Sequence[Prompt], have: Collection[int] = ()
     ) -> Iterator[tuple[int, Answer | Rejection]]:
-        """Answers as they arrive. Places in `have` are never asked: their answers are paid for.
+        """Yield answers as they arrive. Places in `have` are not asked again: their answers are paid for.
 
         Documents of a prompt that is too long lose their ends from the last one on; `dropped_tokens` are the
         characters dropped // 4. Raises `ModelError` once the tokens are used up or no server is left; what
