@@ -160,7 +160,8 @@ class Chat:
             return True
         if status in {400, 422} and "seed" in body and re.search(r"\bseed\b", text):
             log.warning(
-                "the server takes no seed (%s): its samples differ in each run", self.error_text(response)
+                "the server does not accept a seed (%s): its samples differ in each run",
+                self.error_text(response),
             )
             self._seeds = False
             return True
