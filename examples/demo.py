@@ -48,19 +48,19 @@ def main(folder: Path, size: Size) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     queries, corpus = EXAMPLES / "queries.txt", EXAMPLES / "corpus.jsonl"
 
-    print("Training data: passages found, reranked, and answers of a teacher", flush=True)
+    print("Training data: passages are found and reranked, a teacher answers", flush=True)
     print(run(folder, "prepare", *size.data, "--queries_file", queries, "--output_file", data))
 
     taught, held_out, cloze = hold_out(data, corpus, folder)
     small = ("--eval_fraction", 0, "--save_steps", 1000, "--report_to", "none", "--resume")
 
-    print("\nA student that has read nothing yet: names and numbers are hidden, it finds them in the passage")
+    print("\nPretraining: a student learns to find the names and numbers that questions leave out")
     flags = ("--compressor", "pointer", "--num_layers", size.layers, "--compression_rate", 4)
     flags += ("--generator_model", size.generator, "--corpus_path", cloze, "--train_data", taught)
     flags += ("--max_steps", size.cloze_steps, "--batch_size", size.cloze_batch)
     print(run(folder, "pretrain", *flags, *small, "--output_dir", folder / "pretrained"))
 
-    print("\nThe same student learns to answer from what it picks of the documents")
+    print("\nTraining: it learns to answer from the tokens that it picks of the documents")
     flags = ("--pretrained_model", folder / "pretrained", "--train_data", taught)
     flags += ("--max_steps", size.steps, "--batch_size", size.batch)
     print(run(folder, "train", *flags, *small, "--output_dir", model))
@@ -70,7 +70,7 @@ def main(folder: Path, size: Size) -> None:
     found = read_json(folder / "taste.json")
     if not found or found["of"] != (model / "settings.json").stat().st_mtime_ns:
         print("\nWhat it has learned (this loads the student)", flush=True)
-        found = taste(model, json.loads(held_out.read_text()), size.new_tokens)
+        found = taste(model, read_json(held_out), size.new_tokens)
         write_json(folder / "taste.json", found)
     print(told(found, size, folder))
 
@@ -122,7 +122,7 @@ def hold_out(data: Path, corpus: Path, folder: Path) -> tuple[Path, Path, Path]:
     def articles(record: dict[str, Any]) -> set[str]:
         return {document.partition("\n")[0] for document in record["documents"]}
 
-    records = json.loads(data.read_text())
+    records = read_json(data)
     held = records[::4]
     unseen = set().union(*map(articles, held))
     taught = [record for record in records if not articles(record) & unseen]
