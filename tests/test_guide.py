@@ -4,9 +4,11 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -322,7 +324,9 @@ SCALING = fences(ROOT / "docs" / "scaling.md")
     [f for f in README + STUDENT + CLEANING + EVALUATION + SCALING if f.language == "bash"],
     ids=titled,
 )
-def test_commands_of_the_pages(fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_of_the_pages(
+    fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch, forked: None
+) -> None:
     evaluation_files(place / "evaluation")
     (place / "mock_data.json").write_text(json.dumps([{"query": "q", "documents": ["d"], "answer": "a"}]))
     makefile = (ROOT / "Makefile").read_text()
@@ -332,11 +336,44 @@ def test_commands_of_the_pages(fence: Fence, place: Path, monkeypatch: pytest.Mo
     (place / "gone.txt").write_text("1\n2\n")
     if "scaledown status" in fence.text:
         (place / "train_data.json.work" / "queries").mkdir(parents=True)
-    for words in commands(fence.text):
-        if words[0] == "make":
-            assert f"\n{words[1]}:" in makefile
-        else:
-            run(words, place, monkeypatch)
+    with contextlib.ExitStack() as background:
+        for words in commands(fence.text):
+            if words[0] == "make":
+                assert f"\n{words[1]}:" in makefile
+            elif words[:2] == ["scaledown", "serve"]:
+                port = background.enter_context(served(words))
+            elif words[0] == "curl":
+                ask(words, port)
+            else:
+                run(words, place, monkeypatch)
+
+
+@contextlib.contextmanager
+def served(words: list[str]) -> Iterator[int]:
+    """A server that a page starts in the background, at a free port in place of 8000; gives that port."""
+    *flags, port, behind = words[1:]
+    assert (flags[-1], port, behind) == ("--port", "8000", "&")
+    command = [sys.executable, "-m", "scaledown", *flags, "0", "--device", "cpu"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            ready = next((line for line in iter(process.stderr.readline, "") if "ready" in line), "")
+            (found,) = re.findall(r":(\d+)/v1", ready)
+            yield int(found)
+        finally:
+            process.terminate()
+        assert process.wait(60) == 0
+
+
+def ask(words: list[str], port: int) -> None:
+    """Send a page's request, which is answered from compressed documents."""
+    if not shutil.which("curl"):
+        pytest.skip("needs curl, which asks the server")
+    words = [word.replace("127.0.0.1:8000", f"127.0.0.1:{port}") for word in words]
+    done = subprocess.run(words, capture_output=True, check=True)
+    told = json.loads(done.stdout)
+    assert isinstance(told["choices"][0]["message"]["content"], str)
+    assert told["usage"]["compression"]["embeddings"] > 0
 
 
 def test_snippet_of_the_student(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,8 +407,6 @@ def test_snippets_of_the_readme(fence: Fence, place: Path, monkeypatch: pytest.M
     "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
 )
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    import re
-
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
@@ -379,7 +414,6 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
 
 def test_flags_of_the_pages_exist() -> None:
     """Each `--flag` that README and docs name is one of the commands'."""
-    import re
     from dataclasses import fields
 
     from scaledown.config.compare import CompareConfig
