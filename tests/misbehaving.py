@@ -73,7 +73,7 @@ class Misbehaving(ThreadingHTTPServer):
         self.usage: Any = {"prompt_tokens": 90, "completion_tokens": 10}
         self.text: Any = None
         self.logprobs = "given"  # where asked for; or ignored, refused, thoughts: of these, too
-        self.said = ""  # with a fault that is a status
+        self.error_text = ""  # with a fault that is a status
         self.error: Any = "no more"  # with the fault "error", under status 200
         self.message: dict[str, Any] = {}  # of each answer, besides
         self.completion_model: Callable[[], str] = str  # the name under which it answers, if another
@@ -163,24 +163,24 @@ class Handler(BaseHTTPRequestHandler):
         elif server.logprobs == "refused" and "logprobs" in body:
             self.reply(400, {"error": {"message": "This model does not support logprobs"}})
         elif server.only_temperature not in {None, body.get("temperature", server.only_temperature)}:
-            said = (
+            error_text = (
                 "Unsupported value: 'temperature' does not support 0.0 with this model. Only the default (1)"
             )
-            self.reply(400, {"error": {"message": said, "param": "temperature"}})
+            self.reply(400, {"error": {"message": error_text, "param": "temperature"}})
         elif sum(len(message["content"]) for message in body["messages"]) > server.context:
             self.reply(400, {"error": {"message": f"maximum context length is {server.context}"}})
         elif fault == "hang":
             server.released.wait(server.hang)
             self.close_connection = True
         elif fault == "429":
-            said = {"error": {"message": server.said or "slow down"}}
-            self.reply(429, said, {"Retry-After": server.retry_after})
+            error_text = {"error": {"message": server.error_text or "slow down"}}
+            self.reply(429, error_text, {"Retry-After": server.retry_after})
         elif fault == "error":
             self.reply(200, {"error": server.error})
         elif fault == "json":
             self.reply(200, {"choices": "none", "model": 3})
         elif fault.isdecimal():
-            self.reply(int(fault), {"error": {"message": server.said or f"fault {fault}"}})
+            self.reply(int(fault), {"error": {"message": server.error_text or f"fault {fault}"}})
         else:
             time.sleep(server.delay)
             if not fault:

@@ -88,11 +88,11 @@ def test_page_adds_one_of_each_kind(
         ],
         "evaluate": ["--max_new_tokens", "4", "--device", "cpu"],
     }
-    told = {}
+    printed = {}
     for fence in fences(PAGE):
         for words in commands(fence.text) if fence.language == "bash" else []:
-            told[words[1]] = run([*words, *flags[words[1]]], tmp_path, site)
-    assert list(told) == ["prepare", "train", "evaluate"]
+            printed[words[1]] = run([*words, *flags[words[1]]], tmp_path, site)
+    assert list(printed) == ["prepare", "train", "evaluate"]
 
     with gzip.open(tmp_path / "train_data.gz") as file:
         records = [orjson.loads(line) for line in file]
@@ -147,7 +147,7 @@ def test_entry_of_another_package_is_found_without_import(
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
         ("nowhere:ENGINE", "teacher_engines broken .nowhere:ENGINE. cannot be imported .No module named"),
         ("json:nothing", "cannot be imported .*: correct its package, or uninstall that"),
@@ -158,11 +158,11 @@ def test_entry_of_another_package_is_found_without_import(
     ],
 )
 def test_entry_that_is_broken_is_named(
-    value: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    value: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(tmp_path, {"scaledown.teacher_engines": {"broken": value}}, "broken")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         engine_of("broken")
 
 
@@ -174,7 +174,7 @@ def test_name_of_ours_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("engine", "generation", "said"),
+    ("engine", "generation", "message"),
     [
         (Engine("endpoint"), Generation(load_in_8bit=True), "a server loads its model itself"),
         (Engine("vllm"), Generation(load_in_4bit=True), "name a quantised checkpoint"),
@@ -184,8 +184,10 @@ def test_name_of_ours_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (Engine(lora="adapter"), Generation(load_in_8bit=True), "leave some out"),
     ],
 )
-def test_engine_refuses_what_it_does_not_declare(engine: Engine, generation: Generation, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_engine_refuses_what_it_does_not_declare(
+    engine: Engine, generation: Generation, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
         choose_backend(engine, ModelSource("a/b", "a/b"), "cpu", generation)
 
 

@@ -52,7 +52,7 @@ def test_the_demo_has_the_same_bytes_again_and_after_a_kill(
 
 
 @pytest.mark.parametrize(
-    ("said", "met"),
+    ("text", "met"),
     [
         ("10 s, it took 19 s (90% more)", True),
         ("10 s, it took 21 s (110% more)", False),
@@ -60,8 +60,8 @@ def test_the_demo_has_the_same_bytes_again_and_after_a_kill(
         ("10 s, it took 4 s (60% less)", False),
     ],
 )
-def test_a_plan_is_right_within_2x(said: str, met: bool, gpu: ModuleType) -> None:
-    assert gpu.plan(f"finished\n\nthe plan said {said}\n").met is met
+def test_a_plan_is_right_within_2x(text: str, met: bool, gpu: ModuleType) -> None:
+    assert gpu.plan(f"finished\n\nthe plan said {text}\n").met is met
     assert not gpu.plan("error: no such file").met
 
 

@@ -31,13 +31,15 @@ class Model:
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What a GPU says of its free memory, one call after the other; and what was asked of torch."""
-    said = [80 * GIB]
+    free_bytes = [80 * GIB]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(
-        torch.cuda, "mem_get_info", lambda number: (said.pop(0) if len(said) > 1 else said[0], 80 * GIB)
+        torch.cuda,
+        "mem_get_info",
+        lambda number: (free_bytes.pop(0) if len(free_bytes) > 1 else free_bytes[0], 80 * GIB),
     )
-    return said
+    return free_bytes
 
 
 def test_model_is_loaded_once_and_has_no_other_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,13 +78,13 @@ def test_what_has_processes_of_its_own_ends_them(free: list[int]) -> None:
     assert Engine.closed == 1
 
 
-@pytest.mark.parametrize(("after", "told"), [(79.5, False), (60.0, True)])
-def test_memory_that_is_not_freed_is_reported(after: float, told: bool, free: list[int], caplog) -> None:
+@pytest.mark.parametrize(("after", "warns"), [(79.5, False), (60.0, True)])
+def test_memory_that_is_not_freed_is_reported(after: float, warns: bool, free: list[int], caplog) -> None:
     free.append(int(after * GIB))
     model = OnDevice("the reranker", "cuda", Model)
     model()
     model.release()
-    assert ("the reranker is released, but 20.0 GiB" in caplog.text) == told
+    assert ("the reranker is released, but 20.0 GiB" in caplog.text) == warns
 
 
 @pytest.fixture(scope="module")

@@ -158,8 +158,8 @@ def test_extra_is_detected_by_its_packages(monkeypatch) -> None:
 
 def test_no_text_recommends_the_package_of_another_project() -> None:
     assert f'name = "{DISTRIBUTION}"' in (ROOT / "pyproject.toml").read_text()
-    told = [ROOT / "README.md", ROOT / "tests" / "conftest.py", *(ROOT / "docs").glob("*.md")]
-    for path in [*told, *(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+    pages = [ROOT / "README.md", ROOT / "tests" / "conftest.py", *(ROOT / "docs").glob("*.md")]
+    for path in [*pages, *(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         text = path.read_text()
         assert "scaledown[" not in text, path
         assert "pip install scaledown" not in text, path

@@ -36,7 +36,7 @@ class ScaleDownError(Exception):
 
 
 class UsageError(ScaleDownError, ValueError):
-    """Options that contradict each other or lie outside their range."""
+    """Options that contradict each other or are out of range."""
 
     exit_status = 2
 
@@ -46,7 +46,7 @@ class InputError(ScaleDownError):
 
 
 class ModelError(ScaleDownError):
-    """A model that is unknown, gated, out of reach, or of the wrong kind."""
+    """A model that is unknown, gated, not reachable, or of the wrong kind."""
 
 
 class NoRoomError(ModelError):
@@ -68,7 +68,7 @@ class RunDirectoryError(ScaleDownError):
 def each_or_error(
     work: Callable[[Sequence[Item]], list[Done]], items: Sequence[Item]
 ) -> list[Done | InputError]:
-    """`work(items)`, where an item that cannot be worked on has its error in its place, and no other has."""
+    """Return `work(items)`; an item that fails has its error in its place, and the others their results."""
     if not items:
         return []
     try:
@@ -81,7 +81,7 @@ def each_or_error(
 
 
 def install_command(extra: str) -> str:
-    """The command that installs the packages of an extra, as the installed metadata names them."""
+    """Return the command that installs the packages of an extra, by the installed metadata."""
     try:
         needed = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
@@ -108,7 +108,7 @@ def run_command(command: Callable[[], int], *, debug: bool, resumes: bool = Fals
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that knows only ASCII is no reason to fail
+            stream.reconfigure(errors="replace")  # a terminal with ASCII only must not be an error
     goes_on = "; finished work is kept, the same command continues from it" if resumes else ""
     try:
         with _terminate_like_interrupt():
@@ -140,7 +140,10 @@ def run_command(command: Callable[[], int], *, debug: bool, resumes: bool = Fals
 
 
 def _open_closed_streams() -> None:
-    """Let what was closed by `>&-` lead nowhere; else the next file that is opened would take its place."""
+    """Open streams that were closed by `>&-` to /dev/null.
+
+    Otherwise the next opened file would get their number.
+    """
     for number in range(3):
         try:
             os.fstat(number)
@@ -153,7 +156,7 @@ def _open_closed_streams() -> None:
 
 
 def tell(last_word: str) -> None:
-    """On standard error; where the log there is for machines, as its last line."""
+    """Write a last message to standard error; in a log for machines as its last line."""
     log = logging.getLogger("scaledown")
     if any(getattr(handler.formatter, "structured", False) for handler in log.handlers):
         log.error("%s", last_word.removeprefix("error: "))

@@ -15,7 +15,7 @@ def accuracy(answer: str, right: Sequence[str]) -> float:
 
 
 def holds(document: str, right: Sequence[str]) -> bool:
-    """Whether a right answer stands in the document as whole words, both normalized."""
+    """Whether a right answer occurs in the document as whole words, both normalized."""
     text = f" {' '.join(tokens(document))} "
     return any(f" {' '.join(gold)} " in text for gold in filter(None, map(tokens, right)))
 

@@ -61,20 +61,20 @@ def check_store(name: str) -> None:
 
 
 def redacted(url: str) -> str:
-    """A URL without its login and its query, which may be secrets."""
+    """Remove login and query from a URL: they may be secrets."""
     address, query, _ = LOGIN.sub(f"://{HIDDEN}@", url, count=1).partition("?")
     return address + (HIDDEN_QUERY if query else "")
 
 
 def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as they may be kept: the URLs in them redacted."""
+    """Return settings that may be stored: secrets in URLs are removed."""
 
-    def told(value: Any) -> Any:
+    def hidden(value: Any) -> Any:
         if isinstance(value, tuple | list):
-            return [told(item) for item in value]
+            return [hidden(item) for item in value]
         return redacted(value) if isinstance(value, str) and is_url(value) else value
 
-    return {name: told(value) for name, value in settings.items()}
+    return {name: hidden(value) for name, value in settings.items()}
 
 
 def without_query(source: str) -> str:
@@ -104,28 +104,28 @@ def file_system(url: str, shown: str) -> Any:
 
 
 def state_of(info: Mapping[str, Any]) -> str:
-    """What changes with a file, by what its server says of it; empty if that says nothing."""
+    """Return a text from a server's data about a file that changes with the file; empty if there is none."""
     found = next((info[name] for name in _STATES if info.get(name)), "")
     return str(found.timestamp() if isinstance(found, datetime) else found)  # listings may have either
 
 
 def status_of(error: Exception) -> Any:
-    """The HTTP status that an error tells, if it does."""
+    """Return the HTTP status of an error, if it has one."""
     answer = getattr(error, "response", None)
     return getattr(answer, "status_code", None)
 
 
 def refused(error: Exception) -> bool:
-    """Whether an error means that the server knows us and lets us not, or that no login was found."""
+    """Whether an error means that access is denied, or that no login was found."""
     denied = isinstance(error, PermissionError) or status_of(error) in {401, 403}
     return denied or type(error).__name__ == "NoCredentialsError"
 
 
 def detail(url: str, error: Exception) -> str:
-    """An error in one line, without the secrets of `url`: where it has any, only its kind.
+    """Describe an error in one line, without secrets. If `url` has secrets, only the error's type is shown.
 
-    Nor with those of another URL to which a server sent us on.
+    Queries of other URLs, to which a server may have redirected, are removed too.
     """
     kind = type(error).__name__
-    told = re.sub(r"\?[^\s'\")>]+", HIDDEN_QUERY, str(error))
-    return f"{kind}: {one_line(told, 200)}" if redacted(url) == url else kind
+    message = re.sub(r"\?[^\s'\")>]+", HIDDEN_QUERY, str(error))
+    return f"{kind}: {one_line(message, 200)}" if redacted(url) == url else kind

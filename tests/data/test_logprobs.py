@@ -156,7 +156,7 @@ def test_a_servers_tokens_are_texts_and_their_bytes_count() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({}, ""),
         ({"token_ids": None, "top_ids": None, "top_tokens": [["a", "b"], ["c", "d"]]}, ""),
@@ -173,13 +173,13 @@ def test_a_servers_tokens_are_texts_and_their_bytes_count() -> None:
         ({"mine": 1}, "is not an object of tokens, token_ids"),
     ],
 )
-def test_invalid_logprobs_column_is_reported(change: dict[str, Any], said: str) -> None:
+def test_invalid_logprobs_column_is_reported(change: dict[str, Any], message: str) -> None:
     value = logprobs_of("Two words") | change
     found = own.problem(value, "Two words")
-    assert said in found
-    assert bool(said) == bool(found)
+    assert message in found
+    assert bool(message) == bool(found)
     record = {"query": "q", "documents": ["d"], "answer": "Two words", "answer_logprobs": value}
-    assert (f"answer_logprobs {found}" in problems(record)) == bool(said)
+    assert (f"answer_logprobs {found}" in problems(record)) == bool(message)
     assert not problems({**record, "answer_logprobs": None})
     assert "is not an object" in problems({**record, "answer_logprobs": "x"})[0]
 
@@ -384,14 +384,14 @@ def test_a_plan_counts_their_bytes(prepare) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ({"teacher_logprobs": 21}, "--teacher_logprobs 21: must lie between 0 and 20"),
         ({"teacher_logprobs": -1}, "--teacher_logprobs -1: must lie between 0 and 20"),
     ],
 )
-def test_what_cannot_be_is_refused_at_once(flags: dict[str, Any], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_what_cannot_be_is_refused_at_once(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         PrepareConfig(output_file="a.json", queries_file=("q.txt",), **flags)
 
 

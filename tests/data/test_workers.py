@@ -164,8 +164,8 @@ def test_a_shard_that_ends_each_worker_is_given_up_and_tried_again_later(
     assert "run the same command again" in err
     assert len(json.loads(run.output.read_text())) == 12 - lost
     stage, shard = fault.split(":")[1:]
-    (told,) = run.work.glob(f"quarantine/{stage}-*-given-up.jsonl")
-    reason = json.loads(told.read_text())
+    (given_up,) = run.work.glob(f"quarantine/{stage}-*-given-up.jsonl")
+    reason = json.loads(given_up.read_text())
     assert reason["shard"] == int(shard)
     assert len(reason["deaths"]) == 3
     manifest = json.loads((run.work / "manifest.json").read_text())

@@ -214,7 +214,7 @@ def test_stages_of_other_models_keep_their_fingerprints(
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "expected"),
     [
         (["--compression_rate", "3"], "a pointer takes 4 to 32"),
         (["--compression_rate", "-1"], "--compression_rate -1: must not be negative"),
@@ -237,12 +237,12 @@ def test_what_the_model_does_not_have_is_refused(
     student: Path,
     models: dict[str, Path],
     flags: list[str],
-    said: str,
+    expected: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = [flag.format(student=student, dense=models["dense"]) for flag in flags]
     assert evaluate("--systems", "compressed", *words) in {1, 2}
-    assert said in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
 CONFIG = EvaluateConfig(
@@ -364,8 +364,8 @@ def test_echoes_are_what_the_pointer_finds(evaluate: Evaluate, pointer: Path, tm
     model = ScaleDownModel.from_pretrained(str(pointer))
     for record, found in zip(RECORDS, answers(tmp_path / "out"), strict=True):
         picked = model.pick(record["query"], record["documents"], compression_rate=4, budget="shared")
-        said = found["echo"]["answer"]
-        assert said.replace(" ", "") == "".join("".join(own) for own in picked).replace(" ", "").replace(
+        expected = found["echo"]["answer"]
+        assert expected.replace(" ", "") == "".join("".join(own) for own in picked).replace(" ", "").replace(
             "\n", ""
         )
         best = max(
@@ -379,7 +379,7 @@ def test_echoes_are_what_the_pointer_finds(evaluate: Evaluate, pointer: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("scores", "said"),
+    ("scores", "expected"),
     [
         ([[0, 1, 9, 8, 7, 0], [5, 8.9]], "c d"),  # exp(-1) is more than a quarter, exp(-2) less
         ([[0, 0], [0, 3, 3, 0]], "b c"),
@@ -390,11 +390,11 @@ def test_echoes_are_what_the_pointer_finds(evaluate: Evaluate, pointer: Path, tm
         ([], ""),
     ],
 )
-def test_a_span_grows_while_its_neighbours_are_likely(scores: list[list[float]], said: str) -> None:
+def test_a_span_grows_while_its_neighbours_are_likely(scores: list[list[float]], expected: str) -> None:
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join("abcdefghij"[one] for one in ids))
     found = [Pointed(list(range(len(own))), own, []) for own in scores]
     model: Any = SimpleNamespace(tokenizer=tokenizer, point=lambda *_: found)
-    assert baselines.echo_span(model, "", []) == said
+    assert baselines.echo_span(model, "", []) == expected
 
 
 def test_text_of_tokens_keeps_neighbours_together(pointer: Path) -> None:

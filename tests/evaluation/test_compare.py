@@ -178,8 +178,8 @@ def test_differences_are_to_the_first_runs_text(
     own = [one["compressed"]["ROUGE-L"] for one in scores["rate8"]]
     with (out / "comparison.csv").open() as file:
         found = {(row["run"], row["measure"]): row for row in csv.DictReader(file)}
-    told = float(found["rate8", "ROUGE-L against uncompressed"]["value"])
-    assert told == pytest.approx(sum(a - b for a, b in zip(own, text, strict=True)) / 6)
+    shown = float(found["rate8", "ROUGE-L against uncompressed"]["value"])
+    assert shown == pytest.approx(sum(a - b for a, b in zip(own, text, strict=True)) / 6)
     assert 0 < float(found["rate8", "ROUGE-L against uncompressed, p"]["value"]) <= 1
     report = (out / "evaluations" / "rate8" / "report.html").read_text()
     assert "hit()" in report
@@ -251,6 +251,6 @@ def test_user_errors_are_reported(
     compare: Compare, students: dict[str, Path], words, message, capsys
 ) -> None:
     assert compare(*(word.format(**students) for word in words)) in {1, 2}
-    told = capsys.readouterr().err
-    assert message in told
-    assert "Traceback" not in told
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown

@@ -1,4 +1,4 @@
-"""Costs are counted as the formula of a transformer has them, and told for the sizes that were asked for."""
+"""Costs equal the formula of a transformer, and are reported for the requested sizes."""
 
 from collections.abc import Sequence
 from pathlib import Path

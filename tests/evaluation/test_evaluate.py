@@ -180,9 +180,9 @@ def test_measures_are_reported_separately_by_whether_documents_hold_an_answer(
     evaluate: Evaluate, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate("--systems", "uncompressed", "closed_book") == 0
-    told = capsys.readouterr().out
-    assert "held (7)" in told
-    assert "not held (1)" in told
+    printed = capsys.readouterr().out
+    assert "held (7)" in printed
+    assert "not held (1)" in printed
     assert "Questions whose documents hold a right answer" in (output / "report.html").read_text()
     results, found = read_results(output), lines(output)
     assert results.counts["held"] == 7
@@ -431,7 +431,7 @@ def test_a_question_that_does_not_fit_is_counted_and_wrong(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([], "give --model DIR and --data FILE, or --run FILE and --qrels FILE"),
         (["--model", "m"], "give --model DIR and --data FILE"),
@@ -455,7 +455,7 @@ def test_a_question_that_does_not_fit_is_counted_and_wrong(
 )
 def test_wrong_usage_is_one_line(
     words: list[str],
-    said: str,
+    message: str,
     student: Path,
     data: Path,
     models: dict[str, Path],
@@ -472,7 +472,7 @@ def test_wrong_usage_is_one_line(
     small = [] if systems_given or len(words) < 4 else ["--systems", "closed_book", "compressed"]
     assert main(["evaluate", *(word.format(**names) for word in words), *small]) != 0
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert error.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in error
 

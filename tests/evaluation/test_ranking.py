@@ -40,7 +40,7 @@ def test_measures_computed_by_hand(run: Path, qrels: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("q1 Q0 a 1 3.0 x\nq1 Q0 b 2 2.0\n", ":2: 5 fields, expected 6: qid Q0 docid rank score tag"),
         ("q1 Q0 a 1 high x\n", ":1: score 'high' is not a number"),
@@ -49,12 +49,12 @@ def test_measures_computed_by_hand(run: Path, qrels: Path) -> None:
         ("\n", "is empty"),
     ],
 )
-def test_malformed_runs_are_named_with_their_line(text: str, said: str, tmp_path: Path) -> None:
+def test_malformed_runs_are_named_with_their_line(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.run"
     path.write_text(text)
     with pytest.raises(InputError, match=r"--run .*bad\.run") as error:
         read_run(path)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_malformed_qrels_are_named_with_their_line(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_malformed_qrels_are_named_with_their_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("q1 0 a 1\nq1 0 a 0\n", "occurs twice"),
         ("q1 0 a 1e300\n", "use small grades"),
@@ -74,12 +74,12 @@ def test_malformed_qrels_are_named_with_their_line(tmp_path: Path) -> None:
         ("query-id\tcorpus-id\tscore\n", "is empty"),
     ],
 )
-def test_qrels_that_cannot_be_used_are_refused(text: str, said: str, tmp_path: Path) -> None:
+def test_qrels_that_cannot_be_used_are_refused(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "qrels.txt"
     path.write_text(text)
     with pytest.raises(InputError) as error:
         read_qrels(path)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_qrels_of_other_forms(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -44,13 +44,13 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for n in range(12)
     ]
     examples.append(Example(HOSTILE, (HOSTILE,), [Field(HOSTILE, [Piece(HOSTILE, marked=True)])]))
-    told = Page(
+    content = Page(
         "Report",
         "Lead.",
         [Section("Plots", [Note(HOSTILE), table, drawn]), Section("Examples", [Examples("Look.", examples)])],
     )
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(html(told), encoding="utf-8")
+    path.write_text(html(content), encoding="utf-8")
     return path
 
 
@@ -59,9 +59,9 @@ def opened(browser: Any, page_file: Path) -> Iterator[Any]:
     """The page on a phone; what it says on the console and what it asks the network for."""
     context = browser.new_context(viewport={"width": 360, "height": 740})
     page = context.new_page()
-    page.said, page.asked = [], []
-    page.on("console", lambda message: page.said.append(message.text))
-    page.on("pageerror", lambda error: page.said.append(str(error)))
+    page.console_messages, page.asked = [], []
+    page.on("console", lambda message: page.console_messages.append(message.text))
+    page.on("pageerror", lambda error: page.console_messages.append(str(error)))
     page.on("request", lambda request: page.asked.append(request.url))
     page.goto(page_file.as_uri())
     yield page
@@ -75,9 +75,9 @@ def test_a_real_report_of_hostile_records(browser: Any, tmp_path: Path) -> None:
     data.write_text(json.dumps([*records, record | {"query": "Why?", "answer": "I'm sorry."}]))
     write_report(data, tmp_path / "report.html", tmp_path / "card.md")
     page = browser.new_page()
-    said: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
+    console_messages: list[str] = []
+    page.on("console", lambda message: console_messages.append(message.text))
+    page.on("pageerror", lambda error: console_messages.append(str(error)))
     page.goto((tmp_path / "report.html").as_uri())
     assert page.locator(".drawing svg").count() >= 4
     page.get_by_label("Show").select_option("refusal")
@@ -86,7 +86,7 @@ def test_a_real_report_of_hostile_records(browser: Any, tmp_path: Path) -> None:
     page.get_by_label("Show").select_option("")
     assert shown(page) == 3
     assert page.evaluate("window.hit") is None
-    assert said == []
+    assert console_messages == []
 
 
 def shown(page: Any) -> int:
@@ -111,7 +111,7 @@ def test_nothing_hostile_happens(opened: Any) -> None:
     opened.get_by_label("Show").select_option(HOSTILE)
     assert shown(opened) == 1
     assert opened.evaluate("window.hit") is None
-    assert opened.said == []
+    assert opened.console_messages == []
     assert len(opened.asked) == 1, "nothing but the page itself is loaded"
 
 

@@ -102,10 +102,10 @@ def test_markdown_keeps_text_as_text() -> None:
 
 def test_markdown_leaves_out_plots_and_examples() -> None:
     long = Table("", ("x", "n"), [(str(n), n) for n in range(40)])
-    told = Page(
+    content = Page(
         "t", "lead", [Section("s", [Plot("curve", "<svg/>", long)]), Section("e", [Examples("x", [])])]
     )
-    assert markdown(told) == "# t\n\nlead\n"
+    assert markdown(content) == "# t\n\nlead\n"
 
 
 @pytest.mark.parametrize(

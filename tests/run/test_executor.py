@@ -114,16 +114,16 @@ def test_no_worker_takes_what_others_could_make(shards: int, most: int, count: i
 
 
 def test_workers_know_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: dict[str, Any] = {}
+    content: dict[str, Any] = {}
 
     def supervise(_pool: Any, _target: str, settings: dict[str, Any], *_: Any) -> None:
-        told.update(settings["config"])
+        content.update(settings["config"])
 
     monkeypatch.setattr(workers, "supervise", supervise)
     monkeypatch.setattr(workers, "gpus_here", lambda _: 8)
     config = PrepareConfig(queries_file=("q.txt",), output_file="o.json")
     workers.share(config, "m:f", [RunDirectory(tmp_path / "run")])
-    assert told["workers"] == 8
+    assert content["workers"] == 8
 
 
 def test_workers_that_die_of_nothing_end_the_run(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_each_place_has_gpus_of_its_own(visible: str, place: int, each: int, own
 def test_a_process_says_why_it_died(tmp_path: Path) -> None:
     pool = LocalPool(1, tmp_path / "live")
     endings = {}
-    orders = {"lost": "no_such_module:f", "well": "time:strftime_", "told": "json:loads"}
+    orders = {"lost": "no_such_module:f", "well": "time:strftime_", "content": "json:loads"}
     for name, target in orders.items():
         worker = pool.start(Order(target, {}, name), 0)
         while (ending := worker.ended()) is None:
@@ -323,8 +323,8 @@ def test_empty_shard_replaces_a_given_up_shard(tmp_path: Path) -> None:
     stage.complete_behind(source, source.table, lambda: None, empty)
     assert [stage.table(n).column("n").to_pylist() for n in range(3)] == [[0, 0], [-1, -1], [2, 2]]
     assert [stage.absent(n) for n in range(3)] == [False, True, False]
-    told = stage.finish([2, 2, 2], {})
-    assert told.counts["given_up"] == 1
+    content = stage.finish([2, 2, 2], {})
+    assert content.counts["given_up"] == 1
     with run.claim("again"):  # alone: what was given up is tried again
         assert [stage.has(n) for n in range(3)] == [True, False, True]
         assert stage.done() is None
@@ -346,11 +346,11 @@ def test_shard_made_from_a_given_up_shard_is_made_again(tmp_path: Path) -> None:
     assert made == [1], "nothing is made from nothing"
     assert stage.made() == [0, 1]
     mark = stage.folder / "000000.absent.json"
-    told = json.loads(mark.read_text())
-    mark.write_text(json.dumps(told | {"part": [1, 2]}))
+    content = json.loads(mark.read_text())
+    mark.write_text(json.dumps(content | {"part": [1, 2]}))
     with RunDirectory(run.path, Part(0, 2)).claim("a part"):
         assert stage.has(0), "a part leaves what another part gave up"
-    mark.write_text(json.dumps(told))
+    mark.write_text(json.dumps(content))
     with run.claim("again"):
         assert [stage.has(n) for n in range(2)] == [False, True]
 
@@ -399,8 +399,8 @@ def test_every_shard_was_given_up(tmp_path: Path) -> None:
         stage.complete(2, lambda n: pa.table({"n": [n]}))
     assert run.given_up() == 2
     assert RunDirectory(run.path).given_up() == 0, "of stages that were not opened"
-    told = next(run.quarantine.iterdir()).read_text()
-    assert json.loads(told)["deaths"] == ["SIGKILL"] * 3
+    content = next(run.quarantine.iterdir()).read_text()
+    assert json.loads(content)["deaths"] == ["SIGKILL"] * 3
 
 
 @pytest.mark.parametrize(

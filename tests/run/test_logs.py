@@ -66,8 +66,8 @@ def test_an_exception_is_a_field(capsys) -> None:
 def test_a_run(prepare, capsys) -> None:
     assert prepare("--log_format", "json") == 0
     captured = capsys.readouterr()
-    told = [json.loads(line) for line in captured.err.splitlines()]
-    by_stage = {line["stage"]: line for line in told if "stage" in line}
+    log_lines = [json.loads(line) for line in captured.err.splitlines()]
+    by_stage = {line["stage"]: line for line in log_lines if "stage" in line}
     assert by_stage["answers"]["done"] == by_stage["answers"]["total"] == 4
     assert "4 examples" in captured.out, "the summary stays as it is"
 

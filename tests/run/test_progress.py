@@ -110,8 +110,8 @@ def two_at_work(tmp_path: Path) -> Iterator[Stage]:
             work = Work("ranked", "pairs", 40, 120, 0, 10.0 * number, (number, number + 1), 10)
             stages = {name: str(folder) for name, folder in run.opened.items()}
             word = {"worker": f"worker-{number}", "stages": stages}
-            told = {**word, "time": time.time(), "work": [work._asdict()]}
-            place.with_suffix(".progress").write_text(json.dumps(told))
+            content = {**word, "time": time.time(), "work": [work._asdict()]}
+            place.with_suffix(".progress").write_text(json.dumps(content))
         death = tmp_path / "locks" / "deaths" / f"ranked-{stage.fingerprint}-000001.0.death"
         death.parent.mkdir(parents=True)
         death.write_text('{"time": 1.0, "of": "SIGKILL"}')

@@ -180,10 +180,10 @@ def test_a_finished_run(prepare, capsys) -> None:
     for path in (prepare.work, prepare.output):
         capsys.readouterr()
         assert main(["status", str(path), "--json"]) == 0
-        told = json.loads(capsys.readouterr().out)
-        assert told["finished"]
-        assert (told["output"], told["examples"], told["workers"]) == (str(prepare.output), 4, [])
-        stages = {stage["name"]: stage for stage in told["stages"]}
+        status = json.loads(capsys.readouterr().out)
+        assert status["finished"]
+        assert (status["output"], status["examples"], status["workers"]) == (str(prepare.output), 4, [])
+        stages = {stage["name"]: stage for stage in status["stages"]}
         assert list(stages) == [
             "queries",
             "passages",
@@ -193,7 +193,7 @@ def test_a_finished_run(prepare, capsys) -> None:
             "answers",
             "reviewed",
         ]
-        assert all(stage["finished"] for stage in told["stages"])
+        assert all(stage["finished"] for stage in status["stages"])
         assert stages["answers"]["rows"] == 4
         assert (stages["ranked"]["shards"], stages["ranked"]["shards_planned"]) == (2, 2)
     capsys.readouterr()

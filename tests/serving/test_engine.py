@@ -207,13 +207,13 @@ def test_an_engine_that_fails_again_and_again_says_so(
     model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(model, monkeypatch, lambda _: ValueError("broken"))
-    told = threading.Event()
+    failed = threading.Event()
     engine = Engine(model, ServeConfig(model="x"))
-    engine.start(told.set)
+    engine.start(failed.set)
     for _ in range(3):
         (error,) = Asked(engine, "Why?", ["No."]).all()
         assert isinstance(error, RequestError)
-    assert told.wait(30)
+    assert failed.wait(30)
     assert "start the server again" in engine.failed
     with pytest.raises(RequestError) as refused:
         engine.submit(Job("Why?", [], lambda _: None))
@@ -303,16 +303,16 @@ def test_engine_that_dies_ends_all_requests(model: ScaleDownModel, monkeypatch: 
     def dies() -> bool:
         raise SystemExit
 
-    told = threading.Event()
+    failed = threading.Event()
     engine = Engine(model, ServeConfig(model="x"))
     monkeypatch.setattr(engine, "_admit", dies)
     asked = [Asked(engine, "Why?", ["No."]) for _ in range(3)]
-    engine.start(told.set)
+    engine.start(failed.set)
     for one in asked:
         (error,) = one.all()
         assert isinstance(error, RequestError)
         assert error.status == 503
-    assert told.wait(30)
+    assert failed.wait(30)
     assert engine.failed
 
 

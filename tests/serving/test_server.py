@@ -129,9 +129,9 @@ def test_openais_client_gets_the_models_answers(server: Running, model: ScaleDow
         assert found.model == "tiny"
         assert found.usage is not None
         assert found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens
-        told = found.usage.model_extra["compression"]  # type: ignore[index]
-        assert (told["embeddings"] > 0) == (bool(documents) and extra.get("compressed", True))
-        assert told["document_tokens"] >= 4 * told["embeddings"] - 8
+        content = found.usage.model_extra["compression"]  # type: ignore[index]
+        assert (content["embeddings"] > 0) == (bool(documents) and extra.get("compressed", True))
+        assert content["document_tokens"] >= 4 * content["embeddings"] - 8
 
 
 def test_streams_are_the_answer_in_pieces(server: Running, model: ScaleDownModel) -> None:
@@ -245,13 +245,13 @@ REFUSED: list[tuple[str, Any, int, str]] = [
 def test_what_cannot_be_answered_gets_one_clear_sentence(
     server: Running, path: str, body: Any, status: int, message: str
 ) -> None:
-    found, told, _ = server.ask(path, body)
-    assert found == status, told
-    assert set(told) == {"error"}
-    assert set(told["error"]) == {"message", "type", "param", "code"}
-    assert told["error"]["code"] == status
-    assert re.search(message, told["error"]["message"]), told
-    assert len(told["error"]["message"]) < 400
+    found, content, _ = server.ask(path, body)
+    assert found == status, content
+    assert set(content) == {"error"}
+    assert set(content["error"]) == {"message", "type", "param", "code"}
+    assert content["error"]["code"] == status
+    assert re.search(message, content["error"]["message"]), content
+    assert len(content["error"]["message"]) < 400
 
 
 def test_fields_that_ask_for_nothing_are_ignored(server: Running) -> None:
@@ -277,10 +277,10 @@ def test_a_model_without_scores_ranks_nothing(models: dict[str, Path]) -> None:
         ScaleDownConfig(num_layers=1, doc_max_length=32), resolve(str(models["causal_lm"]))
     ).eval()
     with running(plain) as server:
-        status, told, _ = server.ask(RERANK, {"query": "x", "documents": ["y"]})
+        status, content, _ = server.ask(RERANK, {"query": "x", "documents": ["y"]})
         assert status == 400
-        assert "--enable_reranking" in told["error"]["message"]
-        status, told, _ = server.ask(CHAT, chat(documents=["y"], compression_rate=4))
+        assert "--enable_reranking" in content["error"]["message"]
+        status, content, _ = server.ask(CHAT, chat(documents=["y"], compression_rate=4))
         assert status == 400
         assert server.ask(CHAT, chat(documents=["y"]))[0] == 200
 
@@ -311,10 +311,10 @@ def test_a_key_is_asked_for_and_never_logged(model: ScaleDownModel, caplog: pyte
             {"Authorization": "Bearer é"},
         ):
             headers = {name: value.encode().decode("latin-1") for name, value in given.items()}
-            status, told, sent = server.ask(CHAT, chat(), headers=headers)
+            status, content, sent = server.ask(CHAT, chat(), headers=headers)
             assert status == 401
             assert sent["WWW-Authenticate"] == "Bearer"
-            assert told["error"]["type"] == "authentication_error"
+            assert content["error"]["type"] == "authentication_error"
         assert server.ask("/metrics", method="GET")[0] == 401
         assert server.ask("/health", method="GET")[:2] == (200, {"status": "ok"})
         with server.client(KEY) as client:
@@ -368,10 +368,10 @@ def test_requests_above_max_waiting_get_429(model: ScaleDownModel) -> None:
             body = chat(max_tokens=3_900, stream=True, temperature=2, seed=1)
             stream.request("POST", CHAT, json.dumps(body))
             wait_for(lambda count=number: server.engine.running + server.engine.waiting == count + 1)
-        status, told, headers = server.ask(CHAT, chat())
+        status, content, headers = server.ask(CHAT, chat())
         assert status == 429
         assert headers["Retry-After"] == "1"
-        assert told["error"]["type"] == "rate_limit_error"
+        assert content["error"]["type"] == "rate_limit_error"
         for stream in streams:
             stream.close()
 
@@ -505,14 +505,14 @@ def test_the_pages_requests_are_answered(server: Running, capsys: pytest.Capture
     (asked,) = [text for text in fences("bash") if text.startswith("curl")]
     words = shlex.split(asked)
     url, body = words[1], words[words.index("-d") + 1]
-    status, told, _ = server.ask(url.partition("8000")[2], body.encode())
+    status, content, _ = server.ask(url.partition("8000")[2], body.encode())
     assert status == 200
-    assert told["usage"]["compression"]["embeddings"] > 0
+    assert content["usage"]["compression"]["embeddings"] > 0
 
 
 def test_the_page_tells_every_field() -> None:
-    told = set(re.findall(r"`([a-z_]+)`", PAGE))
-    assert set(ChatRequest.model_fields) | set(RerankRequest.model_fields) <= told | {
+    content = set(re.findall(r"`([a-z_]+)`", PAGE))
+    assert set(ChatRequest.model_fields) | set(RerankRequest.model_fields) <= content | {
         "model",
         "return_documents",
     }
@@ -566,11 +566,11 @@ def test_two_thousand_requests_of_two_hundred_clients_get_their_own_answers(mode
         body = chat(
             queries[number], documents=documents[number], compressed=False, max_tokens=4, stream=streams
         )
-        status, told, _ = server.ask(CHAT, body)
+        status, content, _ = server.ask(CHAT, body)
         assert status == 200
         if not streams:
-            return str(told["choices"][0]["message"]["content"])
-        events = [line.removeprefix("data: ") for line in told.splitlines() if line.startswith("data: {")]
+            return str(content["choices"][0]["message"]["content"])
+        events = [line.removeprefix("data: ") for line in content.splitlines() if line.startswith("data: {")]
         deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
         return "".join(delta.get("content") or "" for delta in deltas)
 

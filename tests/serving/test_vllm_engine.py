@@ -152,8 +152,8 @@ def test_a_request_that_cannot_be_read_fails_alone(engine: Engine) -> None:
 
 def test_killed_engine_ends_all_requests(folder: Path, engine: Engine) -> None:
     others = set(multiprocessing.active_children())
-    own, told = started(folder, max_new_tokens=3_000), threading.Event()
-    own._on_failure = told.set
+    own, failed = started(folder, max_new_tokens=3_000), threading.Event()
+    own._on_failure = failed.set
     own._model.generator.generation_config.eos_token_id = []
     asked = [Asked(own, f"Why {n}?", ["No."], max_new_tokens=3_000) for n in range(12)]  # four of them wait
     assert isinstance(asked[0].events.get(timeout=300), Piece)
@@ -164,7 +164,7 @@ def test_killed_engine_ends_all_requests(folder: Path, engine: Engine) -> None:
         error = one.all()[-1]
         assert isinstance(error, RequestError)
         assert error.status == 503
-    assert told.wait(60)
+    assert failed.wait(60)
     with pytest.raises(RequestError, match="start the server again"):
         own.submit(Job("Why?", [], lambda _: None))
     own.stop(10)

@@ -162,7 +162,7 @@ def test_a_pointer_answers_at_the_rate_that_is_asked_for(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([], "give --query TEXT, or --data FILE"),
         (["--query", "a", "--data", "b"], "give --query TEXT, or --data FILE"),
@@ -171,11 +171,11 @@ def test_a_pointer_answers_at_the_rate_that_is_asked_for(
     ],
 )
 def test_wrong_usage_is_one_line(
-    words: list[str], said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["answer", "--model", str(folder), *words]) != 0
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert error.count("\n") == 1
 
 

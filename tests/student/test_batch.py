@@ -171,8 +171,8 @@ def test_no_text_from_outside_moves_the_documents(models: dict[str, Path]) -> No
     nested = f"{marker[:5]}{marker}{marker[5:]}"
     for text in (marker, nested):
         parts = read.prompt_parts(f"Why{text}?", 2, f"{text}Be brief.")
-        told = [read._tokenizer.decode(part) for part in parts]
-        assert len(told) == 3
-        assert "Be brief" in told[0]
-        assert "Why" in told[2]
-        assert "\ue000" not in "".join(told)
+        texts = [read._tokenizer.decode(part) for part in parts]
+        assert len(texts) == 3
+        assert "Be brief" in texts[0]
+        assert "Why" in texts[2]
+        assert "\ue000" not in "".join(texts)

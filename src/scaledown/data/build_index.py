@@ -1,4 +1,4 @@
-"""Corpus -> passages and their vectors, once for many runs: `scaledown index`, and a part of `prepare`.
+"""Make passages and vectors of a corpus, once for many runs: `scaledown index`, and a part of `prepare`.
 
 An index changes by parts that are added and articles that are removed: see `retrieval/parts.py`.
 """
@@ -45,18 +45,18 @@ from scaledown.urls import redacted
 log = logging.getLogger("scaledown")
 
 WORK: Final = "scaledown.data.build_index:work"
-"""What workers carry out."""
+"""The function that workers call."""
 
 
 class Index(NamedTuple):
-    """The two stages of an index, finished or not, and all that filling them needs."""
+    """The two stages of an index, finished or not, and everything that is needed to fill them."""
 
     home: RunDirectory
     passages: Stage
     vectors: Stage
     config: IndexConfig
     corpus: Sequence[Source]
-    """Empty where the index is there already, and the corpus is not at hand."""
+    """Empty if the index exists already and the corpus is not given."""
     retriever: ModelSource
 
     def cut(self, check: Callable[[], None] = lambda: None) -> None:
@@ -69,20 +69,20 @@ class Index(NamedTuple):
         encode_passages(self.vectors, self.passages, encoder, self.config.weights, self.cut)
 
     def present(self) -> IndexState:
-        """What the index whose first part this is consists of now."""
+        """The current state of the index whose first part this is."""
         stages = (self.passages.settings, self.vectors.settings)
         first = IndexState(self.vectors.fingerprint, _lasting_name(self.retriever), *stages)
         return IndexState.read(self.home.storage, self._file) or first
 
     def at(self, state: IndexState) -> "Index":
-        """The index whose first part this is, in a state of its own."""
+        """Return the index whose first part this is, in a given state."""
         return self._replace(
             passages=open_stage(self.home, "passages", state.passages),
             vectors=open_stage(self.home, "vectors", state.vectors),
         )
 
     def record(self) -> None:
-        """Write down that the index consists of its first part, once that is finished.
+        """Record that the index consists of its first part, when that is finished.
 
         One that has changed since is recorded already.
         """
@@ -102,12 +102,12 @@ class Index(NamedTuple):
         return "dense" in self.vectors.table(0).column_names
 
     def approximate(self, memory: float) -> SeismicIndex:
-        """The index for approximate search over the finished vectors, in groups of `memory` GB."""
+        """Return the index for approximate search over the finished vectors, in groups of `memory` GB."""
         return SeismicIndex(self.home, self.vectors, memory)
 
 
 def _lasting_name(model: ModelSource) -> str:
-    """What names a model from any folder, with its revision."""
+    """Return a name of a model that is valid from any folder, with its revision."""
     if model.revision and "@" not in model.name:
         return f"{model.name}@{model.revision}"
     path = Path(model.name).expanduser()
@@ -115,7 +115,7 @@ def _lasting_name(model: ModelSource) -> str:
 
 
 def find_corpus(config: IndexConfig) -> list[Source]:
-    """The files and folders of the corpus, which must be there.
+    """Return the files and folders of the corpus, which must exist.
 
     Without `--corpus_path` none where `--index_dir` holds an index, else the sample.
     """
@@ -127,7 +127,7 @@ def find_corpus(config: IndexConfig) -> list[Source]:
 
 
 def corpus_identity(home: RunDirectory, corpus: Sequence[Source]) -> str:
-    """What changes with the corpus: a hash of its content, or of what a server says of it.
+    """Return a text that changes with the corpus: a hash of its content, or of a server's data about it.
 
     Without a corpus, that of the first part of the only index in `home`.
     """
@@ -142,7 +142,10 @@ def corpus_identity(home: RunDirectory, corpus: Sequence[Source]) -> str:
 
 
 def file_identity(home: RunDirectory, path: Path, files: Sequence[Path] = ()) -> str:
-    """A hash of content, and of a file's ending, which says how it is read; a text's name is its title."""
+    """Hash content and suffix of files, since the suffix decides how a file is read.
+
+    A text's name is its title.
+    """
     kind = inner_suffix(path)
     name = path.name if kind in {".txt", ".md"} else kind
     return f"{name if path.is_file() else ''}:{home.content_hash(path, files)}"
@@ -197,7 +200,7 @@ def open_index(
 def _check_same(
     state: IndexState, home: RunDirectory, asked: Mapping[str, Any], retriever: ModelSource
 ) -> None:
-    """Raise `UsageError` where the settings that the user gave are not those of the index."""
+    """Raise `UsageError` if the settings that the user gave differ from the index'."""
     made = {**state.first[1], **state.first[0]}  # both have "passages", which is a mode in the latter
     for name, value in asked.items():
         if made.get(name) == value:
@@ -212,13 +215,13 @@ def _check_same(
 
 
 def machine(config: IndexConfig) -> dict[str, str]:
-    """What the last bits of a model's output depend on besides its weights: device kind and dtype."""
+    """Return device kind and dtype, which influence the last bits of a model's output."""
     device = choose_device(config.device)
     return {"device": device.partition(":")[0], "dtype": str(dtype_to_run(config.dtype, device))}
 
 
 def stage_line(name: str, stage: StageResult, planned: str = "") -> str:
-    """A stage in a summary: its name, how long it took, what was planned, what it counted."""
+    """Format a stage for a summary: its name, its time, the planned time, its counts."""
     counts = ", ".join(
         [f"{count:,} {what}" for what, count in stage.counts.items() if count]
         + [f"{what} {value:.4f}" for what, value in stage.measured.items()]
@@ -227,12 +230,12 @@ def stage_line(name: str, stage: StageResult, planned: str = "") -> str:
 
 
 class IndexResult(NamedTuple):
-    """A finished index: what its stages counted, and its size on disk in bytes."""
+    """A finished index: the counts of its stages, and its size on disk in bytes."""
 
     stages: dict[str, StageResult]
     size: int
     given_up: int
-    """Shards that workers died of, again and again."""
+    """Shards given up after repeated deaths of workers."""
 
 
 def _filled(
@@ -253,7 +256,7 @@ def _filled(
 
 
 def work(settings: Mapping[str, Any], worker: str) -> None:
-    """What a worker does: fill the index, together with others."""
+    """Work as a worker: fill the index, together with others."""
     config = settings_of(IndexConfig, settings, worker)
     home = RunDirectory(index_of(config), worker=worker)
     with home.claim("index") as place, publishing(place, worker, home):
@@ -313,7 +316,7 @@ def build_index(config: IndexConfig, *, overwrite: bool = False) -> IndexResult:
 
 
 def summary(result: IndexResult, config: IndexConfig) -> str:
-    """What a finished command prints: the size, counts and seconds of each stage, the next command."""
+    """Return what the finished command prints: size, counts and seconds of each stage, the next command."""
     lines = [f"{index_of(config)}: {result.size / 1e6:,.1f} MB", ""]
     lines += [stage_line(name, stage) for name, stage in result.stages.items()]
     if not result.given_up:
@@ -327,7 +330,7 @@ def summary(result: IndexResult, config: IndexConfig) -> str:
 
 
 def failure(result: IndexResult, config: IndexConfig) -> str | None:
-    """Why an index that has a summary failed, if it did."""
+    """Return why an index failed that has a summary; None if it did not."""
     if not result.given_up:
         return None
     return (
@@ -337,7 +340,7 @@ def failure(result: IndexResult, config: IndexConfig) -> str | None:
 
 
 def _ids(given: Sequence[str]) -> set[str]:
-    """The ids that `--remove` names, by themselves or one a line in files."""
+    """Return the ids of `--remove`, given directly or one on each line of a file."""
     ids: set[str] = set()
     for name in given:
         path = Path(name)
@@ -356,7 +359,7 @@ def _ids(given: Sequence[str]) -> set[str]:
 
 
 def main(argv: Sequence[str], program: str = "scaledown index") -> int:
-    """The command line; gives the exit status."""
+    """Run the command line. Returns the exit status."""
     usage = Usage(
         program,
         "--corpus_path PATH --index_dir DIR",

@@ -1,4 +1,4 @@
-"""The teacher's log probabilities of an answer: from what an engine gives, cut with the answer, checked."""
+"""The teacher's log probabilities of an answer: read from an engine's reply, cut with the answer, checked."""
 
 import codecs
 import itertools
@@ -21,13 +21,13 @@ ARROW: Final = pa.struct(
 )
 """`Logprobs` in shards and Parquet."""
 
-_LEAST: Final = -9999.0  # what vLLM gives for a probability of 0, which has no finite logarithm
-_DIGITS: Final = 4  # more would double the size of JSON and tell nothing: bfloat16 has three
+_LEAST: Final = -9999.0  # vLLM's value for a probability of 0, whose logarithm is not finite
+_DIGITS: Final = 4  # more digits would double the size of JSON without use: bfloat16 has three
 _HALF_CHARACTER: Final = "\ufffd"  # a tokenizer decodes the first bytes of a character to this
 
 
 def rounded(logprob: float) -> float:
-    """A log probability as it is kept: from -9999 to 0, with four decimals."""
+    """Round a log probability for storage: from -9999 to 0, with four decimals."""
     return round(min(logprob, 0.0) if logprob > _LEAST else _LEAST, _DIGITS)
 
 
@@ -37,16 +37,16 @@ def from_ids(
     top_ids: Sequence[Sequence[int]],
     top_logprobs: Sequence[Sequence[float]],
 ) -> Logprobs:
-    """The log probabilities of an answer from an engine that gives token ids.
+    """Make the log probabilities of an answer from an engine that returns token ids.
 
     Args:
         tokenizer: The teacher's Hugging Face tokenizer.
         token_ids: The tokens of the answer, [T].
-        top_ids: The likeliest tokens at each of them, best first, [T, K]; what is behind T is ignored.
+        top_ids: The most probable tokens at each of them, best first, [T, K]; rows after T are ignored.
         top_logprobs: Their natural log probabilities, [T, K].
 
     Returns:
-        What is kept of them.
+        The record to store.
     """
     count = len(token_ids)
     return {
@@ -59,7 +59,7 @@ def from_ids(
 
 
 def _texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """The text that each token adds to those before it; joined, they are the text of all of them."""
+    """Return the text that each token adds to the tokens before it; joined, these are the whole text."""
     if not token_ids:
         return []
     starts = [
@@ -67,21 +67,21 @@ def _texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
         for count in range(len(token_ids))
     ]
     text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
-    # A tokenizer may tidy the text before a token: the ends then stay in order all the same.
+    # A tokenizer may change the text before a token; the ends are kept in ascending order.
     ends = itertools.accumulate((min(len(start), len(text)) for start in starts), max)
     return [text[start:end] for start, end in itertools.pairwise([*ends, len(text)])]
 
 
 def from_server(content: Any, count: int) -> Logprobs | None:
-    """The log probabilities of an answer from a reply in the chat completions format.
+    """Read the log probabilities of an answer from a reply in the chat completions format.
 
     Args:
         content: The `logprobs.content` of a choice: one object a token, with `token`, `bytes` (which servers
             may leave out) and `top_logprobs`.
-        count: How many are kept at each token, if the server gives so many.
+        count: The most log probabilities to keep at each token.
 
     Returns:
-        What is kept of them; None where the server gives none.
+        The record to store; None if the server sent none.
 
     Raises:
         TypeError, LookupError, AttributeError: The content has another form.
@@ -107,11 +107,11 @@ def _bytes(token: Any) -> bytes:
 
 
 def for_answer(logprobs: Logprobs, answer: str) -> Logprobs | None:
-    """The log probabilities of the first tokens, as many as `answer` has.
+    """Cut log probabilities to the first tokens that `answer` consists of.
 
     Args:
         logprobs: Of the text that the teacher wrote.
-        answer: What is kept of that text, without white space around it.
+        answer: The part of that text that is kept, without white space around it.
 
     Returns:
         Those of the fewest tokens whose text, joined and stripped, is `answer`; None where no such tokens
@@ -127,14 +127,14 @@ def for_answer(logprobs: Logprobs, answer: str) -> Logprobs | None:
 
 
 def for_part(logprobs: Logprobs, answer: str) -> Logprobs | None:
-    """The log probabilities of the last tokens that `answer` is in, where it stands behind other text.
+    """Cut log probabilities to the last tokens, which contain `answer`, if it follows other text.
 
     Args:
-        logprobs: Of all that the teacher wrote.
+        logprobs: Of the whole text that the teacher wrote.
         answer: A part of it.
 
     Returns:
-        Those of the fewest tokens, as `for_answer` gives them; None where `answer` begins inside a token.
+        Those of the fewest tokens, as `for_answer` returns them; None if `answer` begins inside a token.
     """
     tokens = logprobs["tokens"]
     for first in reversed(range(len(tokens))):

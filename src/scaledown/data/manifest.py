@@ -1,4 +1,4 @@
-"""The manifest of a run: all that it depends on, so that `--config manifest.json` repeats it."""
+"""The manifest of a run: everything that it depends on, so that `--config manifest.json` repeats it."""
 
 import importlib.metadata
 import logging
@@ -27,23 +27,23 @@ log = logging.getLogger("scaledown")
 
 
 class Sources(NamedTuple):
-    """Everything a run reads, found but not loaded."""
+    """The inputs and models of a run, found but not loaded."""
 
     retriever: ModelSource
     reranker: ModelSource | None
     teacher: ModelSource
     second_teacher: ModelSource | None
     corpus: list[Source]
-    """Empty where the index has what the corpus would give."""
+    """Empty if the index replaces the corpus."""
     queries: list[Source]
     evaluation: list[Source]
     passed_over: dict[str, dict[str, str]]
     """By flag: files of folders that are not read, and why."""
     guessed: dict[str, dict[str, str]]
-    """By flag: files whose format or columns follow from their content alone, and how they are read."""
+    """By flag: files whose format or columns were found by their content, and how they are read."""
 
     def models(self) -> dict[str, ModelSource]:
-        """The models by their part in the run."""
+        """The models by their role in the run."""
         found = {"retriever": self.retriever, "teacher": self.teacher}
         optional = {"reranker": self.reranker, "second_teacher": self.second_teacher}
         return found | {part: model for part, model in optional.items() if model}
@@ -59,7 +59,7 @@ def write_manifest(  # noqa: PLR0917
     stages: Mapping[str, tuple[Stage, StageResult]],
     output: Mapping[str, Any],
 ) -> None:
-    """Write the manifest of a finished run: the last file it writes."""
+    """Write the manifest of a finished run; it is the last file that a run writes."""
     content = {
         "schema": SCHEMA,
         "version": scaledown.__version__,
@@ -88,7 +88,7 @@ def write_manifest(  # noqa: PLR0917
 
 
 def manifest_of(path: Path) -> tuple[dict[str, Any], Storage] | None:
-    """The manifest of the run that made `path`, and the run directory.
+    """Find the manifest of the run that made `path`, and the run directory.
 
     That is `<path>.work`, or a folder beside `path` whose manifest names it.
     """
@@ -106,9 +106,9 @@ def manifest_of(path: Path) -> tuple[dict[str, Any], Storage] | None:
 
 
 def repeatable(config: PrepareConfig, sources: Sources) -> dict[str, Any]:
-    """The settings such that `--config` repeats the run from any folder: full paths, pinned revisions.
+    """Return settings with which `--config` repeats the run from any folder: full paths, pinned revisions.
 
-    A URL loses its secrets: with `--config` it has to be given again.
+    Secrets in a URL are removed: with `--config` such a URL must be given again.
     """
     settings = {name: _full(getattr(config, name), about) for name, about in config.options().items()}
     if config.prompt in TEMPLATES:
@@ -120,7 +120,7 @@ def repeatable(config: PrepareConfig, sources: Sources) -> dict[str, Any]:
 
 
 def _full(value: Any, about: Option) -> Any:
-    """A setting as it is, or with its full path if it is one; names of models are no paths here."""
+    """Return a setting, with its full path if it is a path; names of models are not paths here."""
     if isinstance(value, tuple) and about.role == "input":
         return [_full(one, about) for one in value]
     is_path = about.role in {"input", "place"} or (about.path and Path(value).expanduser().exists())
@@ -130,7 +130,7 @@ def _full(value: Any, about: Option) -> Any:
 
 
 def name_differences(repeats: Path, identities: Mapping[str, str], inputs: Mapping[str, Any]) -> None:
-    """Say in the log which models and inputs are not those of the manifest `repeats`."""
+    """Log which models and inputs differ from the manifest `repeats`."""
     manifest = read_json(repeats)
     before = manifest if isinstance(manifest, dict) else {}
     then = {**(before.get("models") or {}), **(before.get("inputs") or {})}
@@ -141,7 +141,7 @@ def name_differences(repeats: Path, identities: Mapping[str, str], inputs: Mappi
 
 
 def compared_settings(config: PrepareConfig) -> dict[str, Any]:
-    """The settings that two runs in one directory must share."""
+    """Return the settings that must be equal for two runs in one directory."""
     return config.compared() | {
         "format": Path(config.output_file).suffix,
         "device": config.device.partition(":")[0],
@@ -152,7 +152,7 @@ def compared_settings(config: PrepareConfig) -> dict[str, Any]:
 
 
 def environment() -> dict[str, str | int | None]:
-    """Versions of what the results depend on; None is not installed."""
+    """Return the versions of packages that the results depend on; None for those that are not installed."""
     libraries = ("torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
     engines = (engine.library for engine in TEACHER_ENGINES.values())
     return {

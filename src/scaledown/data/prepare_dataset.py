@@ -14,7 +14,7 @@ from importlib import import_module
 
 from scaledown.errors import run_command
 
-if __name__ == "__main__":  # before the imports that take long: Ctrl-C is one line during them, too
+if __name__ == "__main__":  # before the slow imports: Ctrl-C prints one line during them too
     start = partial(run_command, debug="--debug" in sys.argv, resumes=True)
     raise SystemExit(start(lambda: import_module("scaledown.data.prepare_dataset").main()))
 
@@ -57,15 +57,15 @@ from scaledown.run.outputs import check_free
 from scaledown.run.stage import Stage, together
 
 WORK: Final = "scaledown.data.prepare_dataset:work"
-"""What workers carry out."""
+"""The function that workers call."""
 
-_WITH_LOGPROBS_AT_ONCE: Final = 4  # whose answers, held until their shards are whole, are large
+_WITH_LOGPROBS_AT_ONCE: Final = 4  # shards: answers with log probabilities need much memory
 
 
 def prepare_dataset(
     config: PrepareConfig, repeats: Path | None = None, *, overwrite: bool = False, worker: str = ""
 ) -> Result:
-    """Make training data as `config` says, or continue a run that was interrupted.
+    """Make training data, or continue an interrupted run.
 
     Args:
         config: The settings.
@@ -95,19 +95,19 @@ def prepare_dataset(
 
 
 def work(settings: Mapping[str, Any], worker: str) -> None:
-    """What a worker does: make shards of a run, together with others."""
+    """Work as a worker: make shards of a run, together with others."""
     prepare_dataset(settings_of(PrepareConfig, settings, worker), worker=worker)
 
 
 def find_index(session: Session) -> Index:
-    """The stages of passages and vectors, finished or not."""
+    """Return the stages of passages and vectors, finished or not."""
     sources, identity = session.sources, session.identities["retriever"]
     index = open_index(session.home, session.config, sources.corpus, sources.retriever, identity)
     return index.at(began_with(session.run, index.present())) if session.config.index_dir else index
 
 
 def collect(session: Session, index: Index, teachers: Teachers) -> Stage:
-    """Queries from files and datasets, or written by the teacher -> shards of queries."""
+    """Read queries from files and datasets, or let the teacher write them, into shards of queries."""
     config, cleaner = session.config, Cleaner(session.config)
     settings: dict[str, Any] = {
         "files": session.inputs["queries"],
@@ -129,7 +129,7 @@ def collect(session: Session, index: Index, teachers: Teachers) -> Stage:
 
 
 def write(session: Session, index: Index, teachers: Teachers) -> Stage:
-    """Passages -> questions about them, which the teacher writes."""
+    """Let the teacher write questions about passages."""
     config = session.config
     index.cut()
     settings = {
@@ -148,7 +148,7 @@ def write(session: Session, index: Index, teachers: Teachers) -> Stage:
 
 
 def retrieve(session: Session, queries: Stage, index: Index) -> Stage:
-    """Corpus -> passages and vectors; queries -> their best passages."""
+    """Make passages and vectors of the corpus, and find the best passages of each query."""
     config, device = session.config, session.device
     load = partial(load_encoder, session.sources.retriever, device, config.dtype, config.batch_size)
     with OnDevice("the retriever", device, load) as encoder:
@@ -165,7 +165,9 @@ def retrieve(session: Session, queries: Stage, index: Index) -> Stage:
             settings |= {"search": config.search, "min_recall": config.min_recall}
         if lost := index.vectors.lost():
             settings["without"] = lost
-        if index.is_dense or config.search == "approximate":  # memory decides what is searched together
+        if (
+            index.is_dense or config.search == "approximate"
+        ):  # memory decides how many shards are searched together
             settings["search_memory"] = config.search_memory
         candidates = session.stage("candidates", settings, [queries])
         retrieval.retrieve(
@@ -177,7 +179,7 @@ def retrieve(session: Session, queries: Stage, index: Index) -> Stage:
 
 
 def rerank(session: Session, candidates: Stage, index: Index) -> Stage:
-    """Candidates -> the same with a reranker's scores, sorted by them; without a reranker as they are."""
+    """Score the candidates by the reranker and sort them; without a reranker they stay as they are."""
     source, config, device = session.sources.reranker, session.config, session.device
     if source is None:
         return candidates
@@ -202,14 +204,14 @@ def rerank(session: Session, candidates: Stage, index: Index) -> Stage:
 
 
 class Answers(NamedTuple):
-    """The answers of each teacher."""
+    """The stages of answers of each teacher."""
 
     first: Stage
     second: Stage | None
 
 
 def teach(session: Session, ranked: Stage, index: Index, teachers: Teachers) -> Answers:
-    """Queries with their first documents -> answers of a teacher, or of two."""
+    """Let one teacher, or two, answer the queries from their first documents."""
     config, models = session.config, session.sources.models()
     most = engine_of(teachers.engine.backend).shards_at_once
     if config.teacher_logprobs:
@@ -253,7 +255,7 @@ def teach(session: Session, ranked: Stage, index: Index, teachers: Teachers) -> 
 
 
 def review(session: Session, answers: Answers, index: Index) -> Stage:
-    """Answers -> those that are kept, cut where they were truncated, with what a second teacher says."""
+    """Keep the good answers, cut truncated ones after a sentence, and add the second teacher's answers."""
     config, (first, second) = session.config, answers
     settings = {
         "review": reviewing.VERSION,
@@ -270,7 +272,7 @@ def review(session: Session, answers: Answers, index: Index) -> Stage:
 
 
 def export(session: Session, reviewed: Stage, index: Index) -> Result:
-    """Reviewed answers -> training data, a manifest and a report; not before all parts are made."""
+    """Write training data, manifest and report from the reviewed answers, when all parts are finished."""
     if unfinished := part_result(session):
         return unfinished
     config = session.given
@@ -297,7 +299,7 @@ def plan_dataset(config: PrepareConfig, *, overwrite: bool = False) -> Plan:
 
 
 def main(argv: Sequence[str] | None = None, program: str = "python -m scaledown.data.prepare_dataset") -> int:
-    """The command line; gives the exit status."""
+    """Run the command line. Returns the exit status."""
     words = underscored(sys.argv[1:] if argv is None else argv)
     usage = Usage(
         program,

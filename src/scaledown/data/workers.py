@@ -1,4 +1,4 @@
-"""A run shared by workers: where they are, how many, and their settings."""
+"""Workers that share a run: their place, number and settings."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ def supervised(config: IndexConfig) -> bool:
 
 
 def share(config: IndexConfig, target: str, runs: Sequence[RunDirectory]) -> None:
-    """Let workers carry out `target` until all is done.
+    """Let workers call `target` until all work is done.
 
     On Ray, with a run in an object store, the workers share no disk, so each makes a part of the queries.
 
@@ -40,7 +40,7 @@ def share(config: IndexConfig, target: str, runs: Sequence[RunDirectory]) -> Non
     apart = config.executor == "ray" and runs[0].storage.in_bucket
     if apart and config.task_timeout:
         raise UsageError(
-            "--task_timeout: in a bucket nobody sees how long a shard takes on another machine: leave it out"
+            "--task_timeout: in a bucket the time of a shard on another machine is not known: leave it out"
         )
     pool, count = pool_of(config, runs[0])
     limits = [flag for flag, about in config.options().items() if about.per_process and getattr(config, flag)]
@@ -55,7 +55,7 @@ def share(config: IndexConfig, target: str, runs: Sequence[RunDirectory]) -> Non
 
 
 def settings_of(kind: type[Config], settings: Mapping[str, Any], worker: str) -> Config:
-    """The settings that a worker gets, as a config again; it logs like the process that started it."""
+    """Restore a worker's settings as a config, and log in the style of the process that started it."""
     start_logging(**{**settings["log"], "worker": worker})
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in settings["config"].items()
@@ -64,7 +64,7 @@ def settings_of(kind: type[Config], settings: Mapping[str, Any], worker: str) ->
 
 
 def pool_of(config: IndexConfig, run: RunDirectory) -> tuple[Pool, int]:
-    """The pool that `config` asks for, and its number of workers."""
+    """Return the pool that `config` selects, and its number of workers."""
     each = _gpus_each(config)
     if config.executor == "ray":
         from scaledown.run.ray_pool import RayPool
@@ -89,13 +89,13 @@ def pool_of(config: IndexConfig, run: RunDirectory) -> tuple[Pool, int]:
 
 
 def gpu_workers(config: IndexConfig) -> int:
-    """Workers that have a GPU each, as far as this machine knows; at least this process."""
+    """Return the number of workers with a GPU each, by the GPUs of this machine; at least 1."""
     seen = gpus_here(config.device) // _gpus_each(config)
     return max(1, min(config.workers, seen) if config.workers and config.executor == "local" else seen)
 
 
 def gpus_here(device: str) -> int:
-    """How many GPUs workers can share: none if `device` names one, or a CPU."""
+    """Return the number of GPUs that workers can share: 0 if `device` names a single GPU or a CPU."""
     if device not in {"auto", "cuda"} or not choose_device(device).startswith("cuda"):
         return 0
     import torch

@@ -409,7 +409,7 @@ class Stage:
         name = f"{self._key}-{what}"
         if len(deaths := self._run.leases.deaths(name)) >= TRIES:
             raise RunDirectoryError(
-                f"{self.name}: {len(deaths)} workers died at it, the last by {deaths[-1]}: see their logs in "
+                f"{self.name}: {len(deaths)} workers died of it, the last of {deaths[-1]}: see their logs in "
                 f"{self._run.path / 'live'}"
             )
         with self._run.leases.hold(name, wait=wait, check=check) as mine:

@@ -69,7 +69,7 @@ def test_exported_scores_that_come_late_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(
-    ("early", "late", "said"),
+    ("early", "late", "reason"),
     [
         (3, "three", "level is string, and int64 before"),
         ("three", 3, "level is int64, and string before"),
@@ -80,7 +80,7 @@ def test_exported_scores_that_come_late_are_kept(tmp_path: Path) -> None:
     ],
 )
 def test_a_conflict_is_named_with_its_line(
-    command: str, early: object, late: object, said: str, tmp_path: Path, capsys
+    command: str, early: object, late: object, reason: str, tmp_path: Path, capsys
 ) -> None:
     records = numbered(1300, level=late)
     records[7]["level"] = early
@@ -88,7 +88,7 @@ def test_a_conflict_is_named_with_its_line(
     status, written = parquet(command, path, tmp_path)
     assert status == 1
     error = capsys.readouterr().err
-    assert f"{path}:1300: {said}, which Parquet cannot hold in one column" in error
+    assert f"{path}:1300: {reason}, which Parquet cannot hold in one column" in error
     assert "unexpected" not in error
     assert not written.exists()
 

@@ -141,10 +141,10 @@ def test_rankings_of_ids_that_come_again_can_be_evaluated(
     lines = queries.read_text().splitlines()
     queries.with_suffix(".tsv").write_text("".join(f"7\t{line}\n" for line in lines))
     assert prepare(*RERANK, "--queries_file", str(queries.with_suffix(".tsv"))) == 0
-    told = capsys.readouterr()
-    assert "queries have the id of another: told apart by #2" in told.err
-    assert "articles have the id of another: told apart by #2" in told.err
-    assert "ids_made_unique" in told.out
+    printed = capsys.readouterr()
+    assert "queries have the id of another: told apart by #2" in printed.err
+    assert "articles have the id of another: told apart by #2" in printed.err
+    assert "ids_made_unique" in printed.out
     folder = tmp_path / "runs"
     assert main(["export", str(prepare.output), "--format", "trec", "--output_dir", str(folder)]) == 0
     found = read_run(folder / "reranked.run")
@@ -171,7 +171,7 @@ def test_user_errors_are_reported(words, message, data: Path, tmp_path: Path, ca
     first = [] if any(name in words for name in ("{empty}", "{bad}")) else [str(data)]
     folder = tmp_path / "out"
     assert main(["export", *first, *given, "--output_dir", str(folder)]) in {1, 2}
-    told = capsys.readouterr().err
-    assert message in told
-    assert "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
     assert not folder.exists()

@@ -55,15 +55,15 @@ def generated(path: Path, articles: int) -> Path:
     return path
 
 
-def off(said: float, real: float) -> float:
-    return abs(said / real - 1)
+def off(estimate: float, real: float) -> float:
+    return abs(estimate / real - 1)
 
 
 def test_the_plan_of_a_small_run_says_what_the_run_does(flags, work, capsys) -> None:
     assert cli.main(["plan", *flags]) == 0
     shown = capsys.readouterr().out
-    said = planned(work)
-    assert list(said) == [
+    estimate = planned(work)
+    assert list(estimate) == [
         "queries",
         "passages",
         "vectors",
@@ -77,16 +77,20 @@ def test_the_plan_of_a_small_run_says_what_the_run_does(flags, work, capsys) -> 
     assert not work.with_suffix("").exists(), "a plan writes no output"
     assert cli.main(["prepare", *flags]) == 0
     stages = json.loads((work / "manifest.json").read_text())["stages"]
-    assert said["queries"]["rows"] == stages["queries"]["counts"]["queries"] == 4
-    assert said["passages"]["rows"] == said["vectors"]["rows"] == stages["passages"]["counts"]["passages"]
+    assert estimate["queries"]["rows"] == stages["queries"]["counts"]["queries"] == 4
+    assert (
+        estimate["passages"]["rows"]
+        == estimate["vectors"]["rows"]
+        == stages["passages"]["counts"]["passages"]
+    )
     for name in stages:
-        assert said[name]["shards"] == len(shards(work, name))
+        assert estimate[name]["shards"] == len(shards(work, name))
         real = sum(path.stat().st_size for path in shards(work, name))
-        assert off(said[name]["disk"], real) < 0.25, name
-        assert said[name]["seconds"] >= 0
-        assert said[name]["memory"] > 1e6
+        assert off(estimate[name]["disk"], real) < 0.25, name
+        assert estimate[name]["seconds"] >= 0
+        assert estimate[name]["memory"] > 1e6
         assert any(line.split()[:1] == [name] for line in shown.splitlines())
-    assert off(said["output"]["disk"], work.with_suffix("").stat().st_size) < 0.25
+    assert off(estimate["output"]["disk"], work.with_suffix("").stat().st_size) < 0.25
     last = shown.splitlines()[-1]
     assert last.startswith("next: ")
     assert last.endswith(f"prepare {' '.join(flags)}")
@@ -114,14 +118,14 @@ def test_a_large_corpus_is_sampled_all_over(limit: int, flags, work, tmp_path, m
     assert corpus.stat().st_size > 5 * sampling._PLACES * sampling._BYTES_A_PLACE
     flags += ["--corpus_path", str(corpus), "--passages_per_shard", "1500", "--top_k_retrieval", "3"]
     assert cli.main(["plan", *flags, "--max_corpus_size", str(limit)]) == 0
-    said = planned(work)
+    estimate = planned(work)
     assert cli.main(["prepare", *flags, "--max_corpus_size", str(limit)]) == 0
     passages = json.loads((work / "manifest.json").read_text())["stages"]["passages"]["counts"]["passages"]
     for name in ("passages", "vectors"):
         files = shards(work, name)
-        assert off(said[name]["rows"], passages) < 0.1
-        assert abs(said[name]["shards"] - len(files)) <= max(1, 0.1 * len(files))
-        assert off(said[name]["disk"], sum(path.stat().st_size for path in files)) < 0.25
+        assert off(estimate[name]["rows"], passages) < 0.1
+        assert abs(estimate[name]["shards"] - len(files)) <= max(1, 0.1 * len(files))
+        assert off(estimate[name]["disk"], sum(path.stat().st_size for path in files)) < 0.25
 
 
 @pytest.mark.parametrize("kind", ["gzip", "parquet", "csv", "folder", "texts"])
@@ -177,12 +181,12 @@ def test_missing_models_are_listed_and_the_rest_is_planned(flags, work, capsys) 
     assert out.count("missing:") == 2
     assert out.splitlines()[-1].startswith("next: ")
     assert "at least" in out
-    said = planned(work)
-    assert said["passages"]["rows"] > 10
-    assert said["ranked"]["seconds"] is not None
-    assert said["answers"]["disk"] > 0
+    estimate = planned(work)
+    assert estimate["passages"]["rows"] > 10
+    assert estimate["ranked"]["seconds"] is not None
+    assert estimate["answers"]["disk"] > 0
     for name in ("vectors", "candidates", "answers"):
-        assert said[name]["seconds"] is None
+        assert estimate[name]["seconds"] is None
 
 
 def test_a_missing_device_is_listed(flags, work, capsys) -> None:

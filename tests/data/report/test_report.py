@@ -118,9 +118,9 @@ def test_user_errors_are_reported_in_one_line(words, message, tmp_path: Path, mo
     (tmp_path / "notes.md").write_text("mine")
     named = [word.format(data="data.json", empty="empty.json") for word in words]
     assert main(["report", *named]) in {1, 2}
-    told = capsys.readouterr().err
-    assert message in told
-    assert "Traceback" not in told
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
 
 
 def manifest(**changes: object) -> dict:
@@ -160,9 +160,9 @@ def test_report_names_no_folder_of_this_machine(tmp_path: Path) -> None:
     }
     names |= {"reranker_model": f"ql:{secret}", "corpus_path": str(secret / "c.jsonl")}
     names |= {"decontaminate": [str(secret / "nq.jsonl")], "retriever_model": "./alice/model"}
-    told = [*fidelity(manifest(**names)), *licences(manifest(**names))]
-    assert "alice" not in str(told)
-    assert "ql:secret" in str(told)
+    shown = [*fidelity(manifest(**names)), *licences(manifest(**names))]
+    assert "alice" not in str(shown)
+    assert "ql:secret" in str(shown)
 
 
 def test_settings_that_the_paper_does_not_have_are_listed() -> None:

@@ -352,15 +352,17 @@ def test_it_works_where_an_event_loop_runs_already(serve: Any) -> None:
     assert right(asyncio.run(notebook()), 20)
 
 
-@pytest.mark.parametrize(("fault", "said"), [("402", "requires payment"), ("400", "refuses every prompt")])
+@pytest.mark.parametrize(
+    ("fault", "error_text"), [("402", "requires payment"), ("400", "refuses every prompt")]
+)
 def test_fault_of_the_server_ends_the_run_and_quarantines_nothing(
-    serve: Any, prepare: Any, queries: Path, fault: str, said: str, capsys: pytest.CaptureFixture[str]
+    serve: Any, prepare: Any, queries: Path, fault: str, error_text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = serve(lambda _: fault)
     queries.write_text("".join(f"what is question {number}\n" for number in range(60)))
     flags = (*FLAGS, "--teacher_endpoint", server.url)
     assert prepare(*flags) == 1
-    assert said in capsys.readouterr().err
+    assert error_text in capsys.readouterr().err
     assert server.asked.total() < 60
     server.script = ()
     assert prepare(*flags) == 0
@@ -412,7 +414,7 @@ def test_a_server_that_falls_back_to_another_model_is_asked_again(serve: Any) ->
 
 
 @pytest.mark.parametrize(
-    ("said", "expected", "reason"),
+    ("error_text", "expected", "reason"),
     [
         ("<think>It is\nold.</think>\n\nParis.", "Paris.", ""),
         ("It is old.</think>Paris.<|im_end|>", "Paris.", ""),
@@ -422,12 +424,18 @@ def test_a_server_that_falls_back_to_another_model_is_asked_again(serve: Any) ->
         ("<|im_end|>", None, "all 10 tokens of the reply went into reasoning: raise --max_new_tokens"),
     ],
 )
-def test_reasoning_is_never_part_of_an_answer(serve: Any, said: Any, expected: str, reason: str) -> None:
+def test_reasoning_is_never_part_of_an_answer(
+    serve: Any, error_text: Any, expected: str, reason: str
+) -> None:
     server = serve()
-    server.text, server.finish_reason = said, "length"
+    server.text, server.finish_reason = error_text, "length"
     ((_, result),) = teacher(server).answers(prompts(1))
     if expected:
-        whole = "".join(part.get("text", "") for part in said) if isinstance(said, list) else said
+        whole = (
+            "".join(part.get("text", "") for part in error_text)
+            if isinstance(error_text, list)
+            else error_text
+        )
         assert result == Answer(expected, "length", 90, 10, 0, None, len(whole) - len(expected))
     else:
         assert isinstance(result, Rejection)
@@ -467,7 +475,7 @@ def test_why_an_answer_ends_is_kept(serve: Any, end: Any, kept: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "tries", "said"),
+    ("end", "tries", "error_text"),
     [
         ("content_filter", 1, "the server withheld the answer: content_filter"),
         ("SAFETY", 1, "the server withheld the answer: SAFETY"),
@@ -476,12 +484,12 @@ def test_why_an_answer_ends_is_kept(serve: Any, end: Any, kept: str) -> None:
         ("error", 8, "given up after 8 tries: the server broke off the answer: error"),
     ],
 )
-def test_some_ends_are_no_answer(serve: Any, end: str, tries: int, said: str) -> None:
+def test_some_ends_are_no_answer(serve: Any, end: str, tries: int, error_text: str) -> None:
     server = serve()
     server.finish_reason = end
     asked = teacher(server)
     ((_, result),) = asked.answers(prompts(1))
-    assert result == Rejection(said)
+    assert result == Rejection(error_text)
     assert server.asked.total() == tries
     assert asked.spent_tokens == 100 * tries
 
@@ -582,7 +590,7 @@ def test_an_answer_is_kept_whatever_its_bookkeeping(serve: Any, usage: Any) -> N
 
 
 @pytest.mark.parametrize(
-    ("error", "tries", "said"),
+    ("error", "tries", "error_text"),
     [
         ("the model sleeps", 8, "given up after 8 tries: the server reports an error: the model sleeps"),
         ({"message": "asleep", "code": 500}, 8, "given up after 8 tries: status 500: asleep"),
@@ -594,12 +602,14 @@ def test_an_answer_is_kept_whatever_its_bookkeeping(serve: Any, usage: Any) -> N
         ),
     ],
 )
-def test_an_error_under_status_200_reaches_the_user(serve: Any, error: Any, tries: int, said: str) -> None:
+def test_an_error_under_status_200_reaches_the_user(
+    serve: Any, error: Any, tries: int, error_text: str
+) -> None:
     server = serve()
     server.error = error
     server.poison["Question 1"] = "error"
     results = dict(teacher(server).answers(prompts(3)))
-    assert results[1] == Rejection(said)
+    assert results[1] == Rejection(error_text)
     assert server.asked["Question 1"] == tries
 
 
@@ -630,7 +640,7 @@ def test_a_server_with_one_temperature_names_the_flag_or_gets_none(
 
 def test_what_waiting_does_not_mend_ends_the_run_at_once(serve: Any) -> None:
     server = serve(lambda _: "429")
-    server.said, server.retry_after = "insufficient_quota: check your plan", "7200"
+    server.error_text, server.retry_after = "insufficient_quota: check your plan", "7200"
     started = time.monotonic()
     with pytest.raises(
         ModelError, match=r"payment or a larger quota \(insufficient_quota: check your plan\)"
@@ -639,7 +649,7 @@ def test_what_waiting_does_not_mend_ends_the_run_at_once(serve: Any) -> None:
     server.script, server.error = (lambda _: "error"), {"message": "no credit", "type": "insufficient_quota"}
     with pytest.raises(ModelError, match=r"payment or a larger quota \(no credit\)"):
         list(teacher(server).answers(prompts(20)))
-    server.script, server.said = (lambda _: "429"), "come back tomorrow"
+    server.script, server.error_text = (lambda _: "429"), "come back tomorrow"
     with pytest.raises(ModelError, match=r"wants no request for 7,200 s \(come back tomorrow\)"):
         list(teacher(server).answers(prompts(20)))
     assert time.monotonic() - started < 10
@@ -697,7 +707,7 @@ def test_text_from_data_cannot_end_a_turn(serve: Any) -> None:
 def test_a_400_that_is_not_about_length_shortens_nothing(serve: Any) -> None:
     server = serve()
     server.poison["Question 1"] = "400"
-    server.said = "Invalid token in field user"
+    server.error_text = "Invalid token in field user"
     results = dict(teacher(server).answers([prompt(1, DOCUMENTS), prompt(2, DOCUMENTS)]))
     assert isinstance(results[1 - 1], Rejection)
     assert server.asked["Question 1"] == 1
@@ -908,17 +918,17 @@ def test_log_probabilities_are_asked_for_and_kept(serve: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "error_text"),
     [
         ("ignored", "gives none: lower it or leave it out, or use a server or an engine"),
         ("refused", r"refuses it \(This model does not support logprobs\)"),
         ("thoughts", "gives those of other tokens than the answer's"),
     ],
 )
-def test_a_server_without_log_probabilities_is_refused_soon(serve: Any, kind: str, said: str) -> None:
+def test_a_server_without_log_probabilities_is_refused_soon(serve: Any, kind: str, error_text: str) -> None:
     server = serve()
     server.logprobs = kind
-    with pytest.raises(ModelError, match=f"--teacher_logprobs 3: http.*{said}"):
+    with pytest.raises(ModelError, match=f"--teacher_logprobs 3: http.*{error_text}"):
         list(teacher(server, generation=ASKED).answers(prompts(200)))
     assert server.asked.total() < 40
     assert right(dict(teacher(server).answers(prompts(3))), 3), "without the flag it is as good as any"
@@ -935,7 +945,7 @@ def test_an_answer_without_them_among_others_is_asked_again(serve: Any) -> None:
 
 def test_a_prompt_refused_in_words_about_them_is_its_own_affair_later(serve: Any) -> None:
     server = serve()
-    server.said = "the prompt speaks of logprobs"
+    server.error_text = "the prompt speaks of logprobs"
     asked = teacher(server, generation=ASKED)
     list(asked.answers(prompts(1)))
     server.poison["Question 1"] = "422"
@@ -950,8 +960,10 @@ def test_a_run_without_an_answer_says_why(serve: Any, prepare: Any, capsys: Any)
     server = serve()
     server.message, server.finish_reason = {"content": None, "reasoning_content": "Well."}, "length"
     assert prepare(*FLAGS, "--teacher_endpoint", server.url) == 1
-    said = "no query was answered (all 10 tokens of the reply went into reasoning: raise --max_new_tokens"
-    assert said in capsys.readouterr().err
+    error_text = (
+        "no query was answered (all 10 tokens of the reply went into reasoning: raise --max_new_tokens"
+    )
+    assert error_text in capsys.readouterr().err
 
 
 def test_a_run_counts_thoughts_and_the_name_behind_an_alias(serve: Any, prepare: Any, capsys: Any) -> None:

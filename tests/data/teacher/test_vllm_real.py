@@ -151,9 +151,9 @@ def test_ctrl_c_ends_a_run_in_one_line_and_its_processes(tmp_path: Path) -> None
             assert children
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
             assert process.stderr is not None
-            told = process.stderr.read()
-            assert process.wait(60) == 130, told[-2000:]
-            assert "Traceback" not in told
+            printed = process.stderr.read()
+            assert process.wait(60) == 130, printed[-2000:]
+            assert "Traceback" not in printed
             _, alive = psutil.wait_procs(children, timeout=30)
             assert not alive
         finally:

@@ -51,12 +51,12 @@ def shapes(generator: Any, **settings: Any) -> ScaleDownModel:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: " ".join(row[:4]))
 def test_the_table_of_memory_is_what_the_weights_are(row: tuple[str, ...]) -> None:
-    generator, small, compressor, layers, *told = row
+    generator, small, compressor, layers, *shown = row
     model = shapes(GENERATORS[generator], compressor=compressor, num_layers=int(layers))
     if small:
         in_4_bits(model)
     found = memory_of(model, "adamw8bit" if small else "adamw")
-    assert [f"{size / 1e9:.1f}" for size in (*found, sum(found))] == told
+    assert [f"{size / 1e9:.1f}" for size in (*found, sum(found))] == shown
 
 
 def in_4_bits(model: ScaleDownModel) -> None:
@@ -81,8 +81,8 @@ def test_the_papers_student_is_in_the_table_and_fits_24_gb_in_4_bits() -> None:
 
 
 def test_memory_is_shown_in_gigabytes() -> None:
-    told = str(Memory(14_500_000_000, 7_670_000_000, 7_670_000_000, 15_340_000_000))
-    assert told == (
+    shown = str(Memory(14_500_000_000, 7_670_000_000, 7_670_000_000, 15_340_000_000))
+    assert shown == (
         "45.2 GB before any example: frozen weights 14.5, trained weights 7.7, gradients 7.7, "
         "moments of AdamW 15.3"
     )

@@ -234,8 +234,8 @@ def test_dropout_of_lora_is_kept_from_pretraining(
     parts = ScaleDownModel.from_pretrained(trained).generator.named_modules()
     left_out = {getattr(part, "p", 0.0) for name, part in parts if name.endswith("lora_dropout.default")}
     assert left_out == {share}
-    told = json.loads((Path(trained) / "settings.json").read_text())["parameters"]
-    settled = {name: told[name] for name in ("lora_dropout", "compression_rate", "doc_max_length")}
+    parameters = json.loads((Path(trained) / "settings.json").read_text())["parameters"]
+    settled = {name: parameters[name] for name in ("lora_dropout", "compression_rate", "doc_max_length")}
     assert settled == {"lora_dropout": share, "compression_rate": 16, "doc_max_length": 40}
 
 

@@ -674,9 +674,9 @@ def flags(config: TrainConfig, *more: str) -> list[str]:
 def test_errors_of_the_command_are_one_line(setting: Setting, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--train_data", "/none.json", "--output_dir", setting().output_dir]) in {1, 2}
     assert main([*flags(setting()), "--bad", "1"]) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2
-    assert told[1].endswith("(see scaledown train --help)")
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 2
+    assert printed[1].endswith("(see scaledown train --help)")
 
 
 def test_settings_file_repeats_a_run(
@@ -755,14 +755,14 @@ def test_control_c_leaves_a_checkpoint(setting: Setting, environment: dict[str, 
                 break
         time.sleep(2)
         process.send_signal(signal.SIGINT)
-        told = process.stderr.read()
-        assert process.wait(timeout=30) == 130, told
+        printed = process.stderr.read()
+        assert process.wait(timeout=30) == 130, printed
     found = re.search(
-        r"stopped after step (\d+) of 20000, kept in (\S+): the same command with --resume", told
+        r"stopped after step (\d+) of 20000, kept in (\S+): the same command with --resume", printed
     )
-    assert found, told
+    assert found, printed
     assert (Path(found[2]) / "training.json").exists()
-    assert told.splitlines()[-1] == "interrupted"
+    assert printed.splitlines()[-1] == "interrupted"
     shutil.rmtree(setting().output_dir)
 
 
@@ -781,10 +781,10 @@ def test_two_processes_stop_together_and_resume_bit_for_bit(
             assert process.poll() is None
             time.sleep(0.01)
         process.terminate()
-        told = process.stderr.read()
+        printed = process.stderr.read()
         process.wait(timeout=60)
     stopped = Path(setting("stopped").output_dir)
-    assert not (stopped / "model.safetensors").exists(), told
+    assert not (stopped / "model.safetensors").exists(), printed
     assert by_two(ROOT / "train.py", [*words("stopped"), "--resume"], environment).returncode == 0
     undisturbed = Path(setting("undisturbed").output_dir)
     names = ("model.safetensors", "checkpoint-60/optimizer.safetensors", "checkpoint-60/training.json")

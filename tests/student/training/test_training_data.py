@@ -64,9 +64,9 @@ def test_unusable_records_are_named_and_skipped(tmp_path: Path, caplog: pytest.L
         found = read_examples([str(path)], tmp_path)
     assert [found[row].query for row in range(len(found))] == ["one", "two"]
     assert found.skipped == 2
-    told = [entry.getMessage() for entry in caplog.records]
-    assert told[0].startswith(f"{path}:2: record 2: invalid JSON")
-    assert told[1].startswith(f"{path}:3: record 3: has no answer")
+    messages = [entry.getMessage() for entry in caplog.records]
+    assert messages[0].startswith(f"{path}:2: record 2: invalid JSON")
+    assert messages[1].startswith(f"{path}:3: record 3: has no answer")
 
 
 def test_many_unusable_records_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -357,9 +357,9 @@ def test_examples_that_teach_nothing_are_counted(
     path.write_text(json.dumps([*records(6), *others]))
     caplog.set_level("INFO")
     train(setting(train_data=(str(path),), eval_fraction=0.0, max_steps=1))
-    (told,) = [one for one in caplog.records if "copies nothing" in one.getMessage()]
-    assert f"of {silent} of {6 + silent} examples" in told.getMessage()
-    assert told.levelname == level
+    (record,) = [one for one in caplog.records if "copies nothing" in one.getMessage()]
+    assert f"of {silent} of {6 + silent} examples" in record.getMessage()
+    assert record.levelname == level
 
 
 def test_a_long_answer_does_not_end_training(setting: Setting, tmp_path: Path) -> None:

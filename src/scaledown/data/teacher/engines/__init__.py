@@ -1,1 +1,1 @@
-"""The engines that run a teacher, a module each."""
+"""The engines that run a teacher, one module for each."""

@@ -46,14 +46,14 @@ class EndpointTeacher(Servers):
 
 @contextlib.contextmanager
 def _loop() -> Iterator[Callable[[Coroutine[Any, Any, Any]], Any]]:
-    """Something that runs coroutines, one after the other, on an event loop of its own."""
+    """Yield a function that runs coroutines, one after the other, on a separate event loop."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         with asyncio.Runner() as runner:
             yield runner.run
         return
-    runner = asyncio.Runner()  # a notebook's loop runs in this thread, which takes no second one
+    runner = asyncio.Runner()  # a notebook runs a loop in this thread, and a thread has only one
     with ThreadPoolExecutor(1) as thread:
         try:
             yield lambda work: thread.submit(runner.run, work).result()
@@ -77,7 +77,7 @@ def _load(setup: Setup) -> EndpointTeacher:
 
 
 def _preflight(setup: Setup) -> None:
-    """Look for the server, the key and the model."""
+    """Check the server, the key and the model."""
     _load(setup)
 
 

@@ -1,4 +1,4 @@
-"""The teacher on OpenVINO GenAI: continuous batching on a CPU, weights at 8 bits, exported once before."""
+"""The engine OpenVINO GenAI: continuous batching on a CPU, with 8-bit weights that are exported once."""
 
 import contextlib
 import ctypes
@@ -24,14 +24,14 @@ log = logging.getLogger("scaledown")
 
 EXPORT: Final = "scaledown export-openvino"
 WEIGHTS: Final = "int8"
-_IN_FLIGHT: Final = 64  # requests that the engine holds: it never runs dry, and memory stays bounded
-_CACHE_GB: Final = 4  # of keys and values; what does not fit waits
+_IN_FLIGHT: Final = 64  # requests in the engine: enough to keep it busy, with bounded memory
+_CACHE_GB: Final = 4  # of keys and values; requests that do not fit wait
 _TOKENS_A_STEP: Final = 256
 
 
 def openvino_genai() -> Any:
-    """The library; raises `MissingExtraError` where it is not installed."""
-    # Importing OpenVINO sends usage data unless this package is out of its reach.
+    """Import the library. Raises `MissingExtraError` if it is not installed."""
+    # On import OpenVINO sends usage data, unless this package cannot be imported.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         import openvino_genai as library
@@ -43,28 +43,28 @@ def openvino_genai() -> Any:
 
 
 def exported(source: ModelSource) -> Path:
-    """Where the export of exactly these weights lies in the cache, whether or not it exists."""
+    """Return the path in the cache for the export of exactly these weights, even if it does not exist."""
     return kept_folder("openvino", source, WEIGHTS)
 
 
 def is_exported(source: ModelSource) -> bool:
-    """Whether the export is there; it appears only when complete."""
+    """Whether the export exists; it appears only when it is complete."""
     return (exported(source) / "openvino_model.xml").exists()
 
 
 def _check_exported(source: ModelSource) -> None:
-    """Raise `ModelError` where the export is not there."""
+    """Raise `ModelError` if the export does not exist."""
     if not is_exported(source):
         raise ModelError(f"model {source.name} is not exported for OpenVINO: run {EXPORT} {source.name} once")
 
 
 class _SignalStack(ctypes.Structure):
-    """Linux's `stack_t`: where this thread handles signals."""
+    """Linux's `stack_t`: the stack on which this thread handles signals."""
 
     _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
 
     def exchange(self, new: "_SignalStack | None" = None) -> None:
-        """Become the current one; `new` takes its place."""
+        """Store the current signal stack here, and set `new`."""
         if sys.platform == "linux":
             ctypes.CDLL(None).sigaltstack(ctypes.byref(new) if new else None, ctypes.byref(self))
 
@@ -79,7 +79,7 @@ class _Asked(NamedTuple):
 
 
 class OpenVINOTeacher:
-    """A causal LM under OpenVINO's engine, which schedules by itself."""
+    """A causal LM in OpenVINO's engine, which schedules prompts itself."""
 
     def __init__(self, source: ModelSource, generation: Generation) -> None:
         library = openvino_genai()
@@ -109,10 +109,13 @@ class OpenVINOTeacher:
     def answers(
         self, prompts: Sequence[Prompt], have: Collection[int] = ()
     ) -> Iterator[tuple[int, Answer | Rejection]]:
-        """Answers as they finish; a prompt that the engine fails on is a `Rejection`, the rest goes on."""
+        """Yield answers as they finish.
+
+        A prompt that the engine fails on is a `Rejection`; others continue.
+        """
         waiting = iter([place for place in range(len(prompts)) if place not in have])
         asked: list[_Asked] = []
-        again: list[int] = []  # were in flight together when the engine failed: one of them is to blame
+        again: list[int] = []  # prompts that ran when the engine failed: one of them may be the cause
         try:
             while True:
                 while len(asked) < _IN_FLIGHT and not again and (place := next(waiting, None)) is not None:
@@ -142,11 +145,11 @@ class OpenVINOTeacher:
                     else:  # the cache was full
                         again.append(one.place)
         finally:
-            for one in asked:  # whoever asked has gone
+            for one in asked:  # the caller has stopped early
                 one.handle.cancel()
 
     def _alone(self, place: int, prompt: Prompt) -> Answer | Rejection:
-        """The answer to a prompt that is asked while no other is in flight."""
+        """Answer a prompt while no other one is running."""
         asked = self._ask(place, prompt)
         if isinstance(asked, Rejection):
             return asked
@@ -179,13 +182,13 @@ class OpenVINOTeacher:
         return self._library.ContinuousBatchingPipeline(str(self._folder), scheduler, "CPU")
 
     def _restart(self) -> None:
-        """A fresh engine: in what state one is that failed, nobody knows."""
+        """Create a new engine, since the state of a failed engine is not known."""
         self._unload()  # first, for its memory
         self._pipeline = self._load()
 
     def _unload(self) -> None:
         del self._pipeline
-        # The engine's last act is to free the stack that it gave this thread for signals: Ctrl-C would crash.
+        # When the engine ends, it frees the stack on which this thread handles signals: Ctrl-C would crash.
         _SignalStack().exchange(self._signals)
 
     def _ask(self, place: int, prompt: Prompt) -> _Asked | Rejection:
@@ -223,7 +226,7 @@ class OpenVINOTeacher:
 
 
 def _stops(folder: Path, config: Any, tokenizer: Any) -> set[int]:
-    """The tokens that end an answer: those of the model, and that of a chat model's turn."""
+    """Return the tokens that end an answer: those of the model, and the end of a chat model's turn."""
     from transformers import GenerationConfig
 
     decoding = GenerationConfig.from_model_config(config)

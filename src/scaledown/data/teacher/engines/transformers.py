@@ -1,4 +1,4 @@
-"""The teacher on transformers: any causal LM, batched, padded on the left."""
+"""The engine transformers: any causal LM, in batches, padded on the left."""
 
 import itertools
 from collections.abc import Collection, Iterator, Sequence
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class _Written(NamedTuple):
-    """What the model wrote after a prompt, whatever comes behind its end included."""
+    """The tokens that the model wrote after a prompt, including those after its end."""
 
     tokens: list[int]
     top_ids: list[list[int]]
-    """[T, K], at each token; empty where nobody asked."""
+    """[T, K], at each token; empty unless requested."""
     top_logprobs: list[list[float]]
 
 
@@ -69,7 +69,10 @@ class TransformersTeacher:
     def answers(
         self, prompts: Sequence[Prompt], have: Collection[int] = ()
     ) -> Iterator[tuple[int, Answer | Rejection]]:
-        """Answers batch by batch; batches are planned over all prompts, whatever is in `have`."""
+        """Yield answers batch by batch.
+
+        Batches do not depend on `have`, so that equal runs have equal bytes.
+        """
         inputs: dict[int, tuple[list[int], int]] = {}
         for number, prompt in enumerate(prompts):
             fitted = self._context.fit(prompt)
@@ -117,7 +120,7 @@ class TransformersTeacher:
         processors = LogitsProcessorList()
         likeliest = TopLogprobs(self._generation.logprobs) if self._generation.logprobs else None
         if likeliest:
-            processors.append(likeliest)  # first: of what the model gives, not of what is sampled from
+            processors.append(likeliest)  # first: on the model's own logits, before those for sampling
         if any(prompt.temperature for prompt in prompts):
             processors.append(GumbelSampling(prompts, self._generation.seed))
         with torch.inference_mode():
@@ -133,7 +136,10 @@ class TransformersTeacher:
 
 
 class TopLogprobs:
-    """Keeps the `count` likeliest tokens of each step, with their log probabilities; changes no logits."""
+    """Records the `count` most probable tokens of each step with log probabilities.
+
+    Does not change logits.
+    """
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -201,7 +207,7 @@ ENGINE: Final = TeacherEngine(
     _load,
     suits=lambda _: True,
     deterministic=True,
-    shards_at_once=1,  # its batches are those of a shard
+    shards_at_once=1,  # a batch never spans shards
     has_bits=True,
     has_logprobs=True,
     library="transformers",

