@@ -108,7 +108,7 @@ def test_the_demo_in_short(
 ) -> None:
     """All of `make demo` on tiny models; the second time nothing is trained, measured or answered again."""
     size = demo.Size(
-        data=(*tiny_flags, "--top_k_retrieval", "2"),
+        data=(*tiny_flags, "--retriever_model", "bundled:splade-tiny", "--top_k_retrieval", "2"),
         generator=str(models["causal_lm"]),
         layers=1,
         cloze_steps=1,
