@@ -126,7 +126,7 @@ def test_the_demo_in_short(
     (own, others) = re.findall(r"question's (?:own documents)? +(\d+\.\d\d)\n", first)
     assert own != others
     assert json.loads((folder / "held_out.json").read_text())[3]["query"] in first
-    (look,) = re.findall(r"look: (.+)", first)
+    (look,) = set(re.findall(r"look: (.+)", first))  # of the data's summary, and at the end
     assert Path(look).is_file()
     assert "train: " in (folder / "train.log").read_text()
     assert "INFO" not in first
