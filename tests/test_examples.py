@@ -108,7 +108,7 @@ def test_the_demo_in_short(
 ) -> None:
     """All of `make demo` on tiny models; the second time nothing is trained, measured or answered again."""
     size = demo.Size(
-        data=(*tiny_flags, "--top_k_retrieval", "2"),
+        data=(*tiny_flags, "--retriever_model", "bundled:splade-tiny", "--top_k_retrieval", "2"),
         generator=str(models["causal_lm"]),
         layers=1,
         cloze_steps=1,
@@ -126,7 +126,7 @@ def test_the_demo_in_short(
     (own, others) = re.findall(r"question's (?:own documents)? +(\d+\.\d\d)\n", first)
     assert own != others
     assert json.loads((folder / "held_out.json").read_text())[3]["query"] in first
-    (look,) = re.findall(r"look: (.+)", first)
+    (look,) = set(re.findall(r"look: (.+)", first))  # of the data's summary, and at the end
     assert Path(look).is_file()
     assert "train: " in (folder / "train.log").read_text()
     assert "INFO" not in first

@@ -428,6 +428,7 @@ def test_flags_of_the_pages_exist() -> None:
     known |= {"add", "remove"}  # of scaledown index
     known |= {"push_to_hub", "output"}  # of scaledown export and report
     known |= {"enable", "no"}  # --enable-…, --no-… of vLLM's own server
+    known |= {"retry"}  # --retry and --retry-… of curl
     known |= {
         "nproc_per_node",
         "shutdown_timeout",
