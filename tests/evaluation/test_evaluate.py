@@ -74,7 +74,8 @@ def gold(tmp_path: Path) -> Path:
     """Right answers to eight of the ten questions."""
     path = tmp_path / "gold.jsonl"
     lines = [{"question": f"who painted tower number {n}", "answer": ["Ada", "Countess"]} for n in range(5)]
-    lines += [{"question": records(10)[n]["query"], "answer": "Ada"} for n in (5, 6, 9)]
+    lines += [{"question": records(10)[n]["query"], "answer": "Ada"} for n in (5, 6, 9, 9)]
+    lines.append({"title": "no question"})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -135,6 +136,8 @@ def test_all_systems_are_measured(
     out = capsys.readouterr().out
     assert "8 questions about 5 articles, gold answers" in out
     assert "2 of 10 records have no right answer: left out" in out
+    assert "1 questions of --gold come again: all their answers count" in out
+    assert "1 rows of --gold hold no question: passed over, the log names them" in out
     assert "against uncompressed" in out
     assert "from 5 articles are rough" in out
     results = read_results(output)

@@ -5,7 +5,7 @@ An index changes by parts that are added and articles that are removed: see `ret
 
 import logging
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -14,7 +14,16 @@ from scaledown.command import Usage, program_name, run_cli
 from scaledown.config.index import IndexCommandConfig, IndexConfig
 from scaledown.data.input import tables
 from scaledown.data.input.corpus import build_passages, sample_corpus
-from scaledown.data.input.files import Source, every, inner_suffix, input_files, locate
+from scaledown.data.input.files import (
+    Source,
+    every,
+    inner_suffix,
+    input_files,
+    locate,
+    passed_over,
+    sources,
+)
+from scaledown.data.input.folders import guessed_line, passed_over_line
 from scaledown.data.input.remote import Remote
 from scaledown.data.retrieval.encoders import Encoder, is_sparse, load_encoder
 from scaledown.data.retrieval.parts import (
@@ -236,6 +245,8 @@ class IndexResult(NamedTuple):
     size: int
     given_up: int
     """Shards given up after repeated deaths of workers."""
+    notes: Sequence[str] = ()
+    """What was passed over or read by its content alone."""
 
 
 def _filled(
@@ -312,13 +323,30 @@ def build_index(config: IndexConfig, *, overwrite: bool = False) -> IndexResult:
         {name: stage.finished() for name, stage in stages.items()},
         sum(home.storage.size(file) for stage in stages.values() for file in stage.files()),
         given_up,
+        tuple(
+            _told(config.text_column, zip(("--corpus_path", *("--add" for _ in add)), corpora, strict=True))
+        ),
     )
+
+
+def _told(column: str, given: Iterable[tuple[str, Sequence[Source]]]) -> Iterator[str]:
+    """What a summary says of corpora: what of them is passed over, and what is read by its content alone."""
+    for flag, corpus in given:
+        for source in corpus:
+            if over := passed_over(source, "--corpus_path"):
+                yield passed_over_line(flag, {f"{source}/{name}": why for name, why in over.items()})
+            here = [one for one in sources(source, "--corpus_path") if not isinstance(one, Remote)]
+            readings = ((str(one), tables.reading(one, tables.CORPUS, column)) for one in here)
+            if guessed := {name: str(how) for name, how in readings if how.guessed}:
+                yield guessed_line(flag, guessed)
 
 
 def summary(result: IndexResult, config: IndexConfig) -> str:
     """Return what the finished command prints: size, counts and seconds of each stage, the next command."""
     lines = [f"{index_of(config)}: {result.size / 1e6:,.1f} MB", ""]
     lines += [stage_line(name, stage) for name, stage in result.stages.items()]
+    for note in result.notes:
+        lines += ["", note]
     if not result.given_up:
         corpus = "".join(f" --corpus_path {shlex.quote(redacted(path))}" for path in config.corpus_path)
         lines += [

@@ -246,6 +246,8 @@ def held_rows(results: Results) -> list[tuple[str, str, str, str]]:
 _COUNTED: Final = {
     "below_0": "judgements below 0 count as 0, as in trec_eval",
     "gold_came_again": "questions of --gold come again: all their answers count",
+    "gold_passed_over": "files of --gold are passed over: the log names them",
+    "gold_guessed": "files of --gold are read by their content: the log says how",
     "gold_unread": "rows of --gold hold no question: passed over, the log names them",
 }
 

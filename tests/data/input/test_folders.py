@@ -176,6 +176,16 @@ def test_a_run_tells_what_it_passed_over(prepare, folder: Path, corpus: Path, ca
         assert "names no format that is read" in text
 
 
+def test_an_index_tells_what_it_passed_over(tiny_flags, folder: Path, tmp_path: Path, capsys) -> None:
+    (folder / "part5.jsonl.xz").write_bytes(b"\xfd7zXZ")
+    (folder / "part6.tsv").write_text("7\tA text of some words, and more.\n8\tAnother text.\n")
+    words = ["index", "--corpus_path", str(folder), "--index_dir", str(tmp_path / "index"), *tiny_flags[:2]]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert f"passed over: 1 of --corpus_path: {folder}/part5.jsonl.xz (its ending .xz names no format" in out
+    assert f"{folder}/part6.tsv: tab-separated, no header, id = column 1, text = column 2" in out
+
+
 # the same text
 
 

@@ -139,6 +139,10 @@ def test_what_is_to_be_known_of_the_files_is_counted(tmp_path: Path) -> None:
     path.write_text("\n".join((*lines, "no json", '{"question": "why?", "answer": "..."}')))
     counts = {"gold_came_again": 1, "gold_unread": 2, "gold_without_answer": 1}
     assert read_gold([str(path)], "--gold").counts == counts
+    (tmp_path / "more.tsv").write_text("Who was it?\t['a']\n")
+    (tmp_path / "more.tsv.1").touch()
+    counts |= {"gold_passed_over": 1, "gold_guessed": 1}
+    assert read_gold([str(tmp_path)], "--gold").counts == counts
 
 
 SQUAD = {

@@ -1,11 +1,12 @@
 """Which files of a folder are input; all others are passed over, each with a reason."""
 
 import functools
+import itertools
 import logging
 import re
 import stat
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Final, NamedTuple
 
@@ -32,6 +33,7 @@ _TABLE_STATE: Final = {"_temporary", "_delta_log", "_spark_metadata", "__MACOSX"
 _CORPUS: Final = ("--corpus_path", "corpus", "holds no corpus, as its name says", {"queries", "qrels"})
 _QUERIES: Final = ("--queries_file", "queries", "holds no queries, as its name says", {"corpus", "qrels"})
 _NAMED: Final = 20  # files in the log; all are in the manifest
+_SUMMED: Final = 5  # files in a summary
 
 
 class Folder(NamedTuple):
@@ -147,6 +149,18 @@ def listed(folder: Path, what: str) -> Folder:
             passed_over[str(name)] = "is no regular file"
     found = chosen(names, what)
     return Folder(found.files, dict(sorted((passed_over | found.passed_over).items())))
+
+
+def passed_over_line(flag: str, files: Mapping[str, str]) -> str:
+    """What a summary says of files that are passed over."""
+    named = [one_line(f"{name} ({reason})") for name, reason in itertools.islice(files.items(), _SUMMED)]
+    return f"passed over: {len(files):,} of {flag}: {', '.join(named + ['…'] * (len(files) > _SUMMED))}"
+
+
+def guessed_line(flag: str, files: Mapping[str, str]) -> str:
+    """What a summary says of files that are read by their content."""
+    named = [one_line(f"{name}: {how}") for name, how in itertools.islice(files.items(), _SUMMED)]
+    return f"read by its content, {flag}: {'; '.join(named + ['…'] * (len(files) > _SUMMED))}"
 
 
 def tell(what: str, folder: object, passed_over: dict[str, str]) -> None:

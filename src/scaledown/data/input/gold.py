@@ -60,7 +60,8 @@ class Gold(NamedTuple):
 
     by_query: dict[str, tuple[str, ...]]
     counts: Mapping[str, int] = MappingProxyType({})
-    """What is to be known of the files: `gold_came_again`, `gold_without_answer`, `gold_unread`; no zeros."""
+    """What is to be known of the files: `gold_came_again`, `gold_without_answer`, `gold_unread`,
+    `gold_passed_over`, `gold_guessed`; no zeros."""
 
     def answers(self, query: str) -> tuple[str, ...]:
         """The right answers to a query, found by its words; empty where there are none."""
@@ -73,13 +74,16 @@ def gold_questions(
     """The questions of a file or folder, local or a URL, of any shape that data sets come in.
 
     JSON lines, a JSON list, Parquet, CSV; plain text and `qid<TAB>query` have questions only. `flag` named
-    it. Rows without a question go to the log if `tell`, and their number into `counts` as `unread`. Raises
-    `InputError` where there is no question.
+    it. Rows without a question go to the log if `tell`. `counts` has their number as `unread`, those of files
+    that are `passed_over`, and that are read by their content alone as `guessed`. Raises `InputError` where
+    there is no question.
     """
     found = bad = 0
     located = files.locate(name, flag)
+    counts = Counter() if counts is None else counts
+    counts["passed_over"] += len(files.passed_over(located, flag))
     for source in files.sources(located, flag):
-        for line, read in _records(source):
+        for line, read in _records(source, counts):
             for record in _each(read):
                 number = found
                 for question in _questions(record):
@@ -87,8 +91,7 @@ def gold_questions(
                     yield question
                 if found == number:
                     bad += 1
-                    if counts is not None:
-                        counts["unread"] += 1
+                    counts["unread"] += 1
                     if tell and bad <= _MESSAGES:
                         reason = record if isinstance(record, str) else "no question in it"
                         log.warning("%s:%s: %s; skipped", source, line, reason)
@@ -125,7 +128,7 @@ def read_gold(names: Iterable[str], flag: str, *, needed: bool = True) -> Gold:
     return gold._replace(counts={f"gold_{what}": count for what, count in sorted(counts.items()) if count})
 
 
-def _records(source: files.Source) -> Iterator[tuple[int, Any]]:
+def _records(source: files.Source, counts: Counter[str]) -> Iterator[tuple[int, Any]]:
     """Lines and what they hold: a record, or a text that says why there is none."""
     if isinstance(source, Path) and source.suffix == ".json" and _is_list(source):
         for entry in entries(source):
@@ -134,6 +137,7 @@ def _records(source: files.Source) -> Iterator[tuple[int, Any]]:
         for record in whole if isinstance(whole, list) else [whole]:
             yield 1, _asked(record)
     else:
+        counts["guessed"] += tables.reading(source, tables.GOLD).guessed
         for row in tables.rows(source, tables.GOLD):
             try:
                 yield row.line, parse(row, tables.QUERY_IDS)

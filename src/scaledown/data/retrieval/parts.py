@@ -217,7 +217,8 @@ def change(home: RunDirectory, base: Stage, remove: Collection[str], add: Sequen
             parts.append(part)
             counts = part.passages.finished().counts
             articles += counts["articles"]
-            log.info(
+            log.log(
+                logging.WARNING if found else logging.INFO,
                 "%s: %s articles added%s",
                 part.source,
                 f"{counts['articles']:,}",

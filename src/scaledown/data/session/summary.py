@@ -5,11 +5,12 @@ import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from scaledown.command import program_name
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.build_index import stage_line
+from scaledown.data.input.folders import guessed_line, passed_over_line
 from scaledown.data.input.queries import UNREAD
 from scaledown.data.input.training_files import entries
 from scaledown.data.planning.plan import compared, planned_seconds
@@ -21,8 +22,6 @@ from scaledown.run.locations import output_of, run_of
 from scaledown.run.progress import duration
 from scaledown.run.stage import StageResult
 from scaledown.urls import is_url
-
-_NAMED: Final = 5  # passed-over files to name; the manifest has all
 
 
 class Result(NamedTuple):
@@ -91,12 +90,9 @@ def _missing(result: Result, config: PrepareConfig) -> Iterator[str]:
         yield f"set aside: {result.quarantined:,} lines or queries, each with its reason, in {where}"
     manifest = run.read_json(run.root / "manifest.json") or {}
     for flag, files in (manifest.get("passed_over") or {}).items():
-        named = [one_line(f"{name} ({reason})") for name, reason in itertools.islice(files.items(), _NAMED)]
-        yield f"passed over: {len(files):,} of {flag}: {', '.join(named + ['…'] * (len(files) > _NAMED))}"
-
+        yield passed_over_line(flag, files)
     for flag, files in (manifest.get("guessed") or {}).items():
-        named = [one_line(f"{name}: {how}") for name, how in itertools.islice(files.items(), _NAMED)]
-        yield f"read by its content, {flag}: {'; '.join(named + ['…'] * (len(files) > _NAMED))}"
+        yield guessed_line(flag, files)
 
     def counted(*kinds: str) -> int:
         return sum(stage.counts.get(kind, 0) for stage in result.stages.values() for kind in kinds)
