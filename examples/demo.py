@@ -31,7 +31,7 @@ class Size(NamedTuple):
     data: tuple[str, ...] = ("--preset", "demo")
     generator: str = "bundled:smollm2-135m"
     layers: int = 4
-    cloze_steps: int = 8
+    cloze_steps: int = 16
     cloze_batch: int = 8
     steps: int = 4
     batch: int = 4
