@@ -18,7 +18,7 @@ _SENTENCE_END: Final = re.compile(r"[.!?…]+[\"'”’»)\]]*\s+|[。！？]+[�
 _WORD: Final = re.compile(r"[^\t\n\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
 _ODD: Final = re.compile(r"[\x0b\x0c\x1c-\x1f\x85]")
 _CACHED_WORDS: Final = 1 << 18
-_LONGEST_CACHED: Final = 32  # characters; longer ones do not come again
+_LONGEST_CACHED: Final = 32  # characters; longer words rarely repeat
 _MOST_CHARACTERS_A_TOKEN: Final = 64  # an unbroken string of a million characters can be a single [UNK]
 
 Ids: TypeAlias = Sequence[int]
@@ -33,7 +33,7 @@ def sentences(text: str) -> list[tuple[int, int]]:
 
 
 class Words(dict[str, Ids]):
-    """Token ids of words, remembered: a few words make up most of a text.
+    """Caches the token ids of words, because a few words make up most of a text.
 
     Only for tokenizers whose tokens never cross white space (`splits_at_spaces`).
     """
@@ -55,7 +55,7 @@ class Words(dict[str, Ids]):
 
 
 def splits_at_spaces(tokenizer: Tokenizer) -> bool:
-    """Whether a text's tokens are those of its words one after the other: word pieces as BERT makes them."""
+    """Whether the tokens of a text are the tokens of its words in order, as with BERT's word pieces."""
     state = json.loads(tokenizer.to_str())
     return (
         state["model"]["type"] == "WordPiece"
@@ -146,13 +146,13 @@ class Chunker:
 
         def flush() -> None:
             nonlocal current, size
-            if text := _text(article, current):  # exotic spaces alone are no passage
+            if text := _text(article, current):  # a text of unusual spaces only is not a passage
                 pieces.append(Piece(text, [*title, *itertools.chain.from_iterable(s.ids for s in current)]))
             current, size = [], 0
 
         for paragraph in _paragraphs(article, blocks):
             tokens = sum(len(span.ids) for span in paragraph)
-            if size + tokens > budget and size >= budget // 4:  # a scrap of a passage is not worth it
+            if size + tokens > budget and size >= budget // 4:  # the rest would be too short to be a passage
                 flush()
             length = sum(span.end for span in paragraph)
             whole = size + tokens <= budget and length <= budget * _MOST_CHARACTERS_A_TOKEN
@@ -196,7 +196,7 @@ class Chunker:
         starts = [match.start() for match in _WORD.finditer(text, span.start, span.end)]
         ends = [*starts[1:], span.end]
         if len(starts) < 2:
-            self._exact = False  # the halves of a word have other tokens
+            self._exact = False  # half of a word has other tokens than the word
             places = [(span.start, middle), (middle, span.end)]
             halves = self._spans(span.block, text, places)
             return [small for half in halves for small in self._cut(text, half, budget)]

@@ -45,7 +45,7 @@ def sample_corpus() -> Path:
 
 
 def parse_article(record: dict[str, Any], fallback_id: str, column: str = "") -> Article:
-    """An article from a record of any supported shape, its text in `column` if that is named.
+    """Read an article from a record of any supported shape; its text is in `column` if that is given.
 
     KILT's `text` is a list of paragraphs whose first is the title; `facebook/kilt_wikipedia` has
     `text.paragraph`; other corpora have `text` as a string, its paragraphs on lines of their own.
@@ -187,7 +187,7 @@ def _shards(  # noqa: PLR0917
     every = itertools.chain.from_iterable(
         tables.rows(path, tables.CORPUS, config.text_column, meter) for path in meter.paths
     )
-    rows = itertools.islice(every, counts["lines"], None)  # skipped rows are not even parsed
+    rows = itertools.islice(every, counts["lines"], None)  # skipped rows are not parsed
     # Batches are cut by rows read, so that a run that continues makes the same ones.
     batches = iter(lambda: list(itertools.islice(rows, ROWS_AT_ONCE)), [])
     processes = cutting_processes(meter.size)
@@ -195,7 +195,7 @@ def _shards(  # noqa: PLR0917
         tokenizer = Path(folder) / "tokenizer.json"
         load_tokenizer(retriever, config).save(str(tokenizer))
         cutter = _Cutter(tokenizer, config, files.folders_of(corpus))
-        enough = bool(limit) and articles >= limit  # a run that ended just before it said so
+        enough = bool(limit) and articles >= limit  # the earlier run ended just before it recorded this
         for cut in in_order(cutter, () if enough else batches, processes):
             check()
             table, pieces = cut.passages, cut.pieces
@@ -236,7 +236,7 @@ def _with_own_ids(table: pa.Table, pieces: list[int], ids: Ids) -> pa.Table:
 
 
 def cutting_processes(size: int) -> int:
-    """How many processes cut a corpus of `size` bytes."""
+    """Return the number of processes that cut a corpus of `size` bytes."""
     return min(cores(), 1 + size // _BYTES_WORTH_A_PROCESS)
 
 
@@ -344,7 +344,7 @@ class PassageTable:
         return int(self._ends[-1])
 
     def same(self, rows: "np.ndarray[Any, Any]") -> dict[int, int]:
-        """For each of `rows`, the first of them that has the same text, its title included."""
+        """For each of `rows`, return the first row among them with the same text and title."""
         first: dict[str, int] = {}
         found = {}
         shards = np.searchsorted(self._ends, rows, side="right")

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 DELIMITERS: Final = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
 _MOST_CHARACTERS: Final = 1 << 24  # in a record; the reader takes several times as much
 _NONE: Final = "\x1f"  # a delimiter that no text has: one column
-_REGULAR: Final = 0.9  # a share of records from which on the others are mistakes
+_REGULAR: Final = 0.9  # if this share of records agrees, the other records are mistakes
 _QUOTED: Final = re.compile(r'"(?:[^"]|"")*"')
 _NUMBER: Final = re.compile(r"\s*[-+]?[\d.,]*\d\s*")
 _CLOSED: Final = r'(?:^|{delimiter} *)"(?:[^"]|"")*"(?= *(?:{delimiter}|[\r\n]|\Z))'
@@ -21,7 +21,7 @@ DECLARED: Final = re.compile(r"\"?sep=([\t,;|])\"?[ \t,;|]*(?:\r\n?|\n)", re.IGN
 
 
 class Dialect(NamedTuple):
-    """How the columns of a line are parted. Without a quote character, quotes are text, as in TREC's TSV."""
+    """How a line is split into columns. Without a quote character, quotes are text, as in TREC's TSV."""
 
     delimiter: str
     quote: str = ""
@@ -56,7 +56,7 @@ class Dialect(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """The first records of a file, as a dialect reads them."""
+    """The first records of a file, read in a dialect."""
 
     dialect: Dialect
     records: list[list[str]]
@@ -67,7 +67,7 @@ class Sample(NamedTuple):
 
     @property
     def width(self) -> int:
-        """The number of fields that most records have."""
+        """The most frequent number of fields in a record."""
         return _width(self.records)
 
 
@@ -115,13 +115,13 @@ def _best(lines: Sequence[str], delimiter: str, *, whole: bool) -> Sample:
         return plain
     likely = [plain, found[0]] if delimiter == "\t" else [*found, plain]
     closed = len(re.findall(_CLOSED.format(delimiter=re.escape(delimiter)), text, re.MULTILINE))
-    if delimiter != "\t" and 0 < closed >= found[0].unclosed:  # those that are not closed are mistakes
+    if delimiter != "\t" and 0 < closed >= found[0].unclosed:  # quotes that are not closed are mistakes
         likely = found
     return max(likely, key=lambda one: min(one.regular, _REGULAR))
 
 
 def _would_write(sample: Sample, text: str) -> bool:
-    """Whether a writer of the dialect makes the text of the records, and has to quote or escape for it."""
+    """Whether a writer in this dialect reproduces the text, and needs quotes or escapes to do so."""
     delimiter, quote, escape, _ = sample.dialect
     if not re.search(rf"\\[{quote}{re.escape(delimiter)}\r\n]" if escape else quote, text):
         return False

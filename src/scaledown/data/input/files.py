@@ -47,7 +47,7 @@ class Intake:
         self._max_bad_fraction = max_bad_fraction
 
     def reject(self, row: Row, reason: str) -> None:
-        """Set `row` aside, with the reason."""
+        """Put `row` into quarantine, with the reason."""
         self.bad += 1
         content = row.content
         text = content.decode("utf-8", "backslashreplace") if isinstance(content, bytes) else repr(content)
@@ -57,7 +57,7 @@ class Intake:
         self._first = self._first or f"{row.source}, line {row.line}: {reason}"
 
     def take_rejected(self) -> list[dict[str, Any]]:
-        """The rejected rows since the last call."""
+        """Return the rows rejected since the last call."""
         rejected, self.rejected = self.rejected, []
         return rejected
 
@@ -73,7 +73,7 @@ class Intake:
 
 
 def pure(source: Source | PurePath) -> PurePath:
-    """The path of a file, within its address where it has one."""
+    """Return the path of a file, or the path part of its URL."""
     return source.path if isinstance(source, Remote) else source
 
 
@@ -83,7 +83,7 @@ def inner_suffix(source: Source | PurePath) -> str:
 
 
 def locate(name: str, what: str) -> Source:
-    """The file or folder that a path or URL names. Raises `InputError` when there is no input in it."""
+    """Return the file or folder at a path or URL. Raises `InputError` if it has no input."""
     check_stream(name, what)
     if not is_url(local(name)):
         path = Path(local(name))
@@ -103,7 +103,7 @@ def locate(name: str, what: str) -> Source:
 
 
 def check_stream(name: str, what: str) -> None:
-    """Raise `InputError` for a name of what can be read only once."""
+    """Raise `InputError` for a name whose content can be read only once, such as a pipe."""
     if name == "-" or name.startswith(("/dev/", "/proc/self/fd/")):
         raise _read_once(f"{what} {name}".strip())
 
@@ -116,17 +116,17 @@ def _read_once(shown: str) -> InputError:
 
 
 def sources(source: Source, what: str) -> Sequence[Source]:
-    """The files behind what was located, sorted."""
+    """Return the files of a located input, sorted."""
     return source.files or [source] if isinstance(source, Remote) else input_files(source, what)
 
 
 def every(given: Sequence[Source], what: str) -> list[Source]:
-    """The files behind all that was located, in the order given, each once."""
+    """Return the files of all located inputs, in the given order, each once."""
     return list(dict.fromkeys(file for source in given for file in sources(source, what)))
 
 
 def folders_of(given: Sequence[Source]) -> tuple[str, ...]:
-    """Those of some sources that are folders."""
+    """Return the sources that are folders."""
     return tuple(str(source) for source in given if source.is_dir())
 
 
@@ -148,7 +148,7 @@ def input_files(path: Path, what: str) -> list[Path]:
 
 
 def passed_over(source: Source, what: str) -> dict[str, str]:
-    """What of a folder is not read, with the reasons; nothing of a file."""
+    """Return the files of a folder that are not read, with the reasons; empty for a file."""
     if isinstance(source, Remote):
         return dict(source.passed_over)
     return folders.listed(source, what).passed_over if source.is_dir() else {}
@@ -159,7 +159,7 @@ def _no_data(folder: Source, what: str) -> NoReturn:
 
 
 class Meter:
-    """How far reading `paths`, one after the other, has come."""
+    """Measures the progress of reading `paths` one after the other."""
 
     def __init__(self, paths: Sequence[Source]) -> None:
         self.paths = paths
@@ -178,12 +178,12 @@ class Meter:
         self._path, self._size, self._share = path, self._sizes[path], share
 
     def fraction(self) -> float:
-        """The share of all bytes that was read, 0..1."""
+        """Return the share of all bytes that has been read, 0..1."""
         return (self._before + self._share() * self._size) / self._total
 
 
 def size_of(source: Source) -> int:
-    """Bytes of a file as it lies there; 0 where a server does not tell."""
+    """Return the stored size of a file in bytes; 0 if the server does not report it."""
     return source.size or 0 if isinstance(source, Remote) else source.stat().st_size
 
 
@@ -255,7 +255,7 @@ class _Filled(io.RawIOBase):
         except (EOFError, zlib.error, ValueError) as error:
             raise OSError(str(error)) from error
         except Exception as error:
-            if self.compression != "zstd":  # whose own error is of no other kind
+            if self.compression != "zstd":  # this library has no error class of its own
                 raise
             raise OSError(str(error)) from error
         return count
@@ -269,7 +269,7 @@ class _Filled(io.RawIOBase):
 
 
 def is_compressed(stream: io.BufferedReader) -> bool:
-    """Whether what `open_stream` gave is decompressed as it is read."""
+    """Whether the result of `open_stream` is decompressed while it is read."""
     return isinstance(stream.raw, _Filled) and bool(stream.raw.compression)
 
 

@@ -87,12 +87,12 @@ _HTML_TYPES: Final = ("text/html", "application/xhtml")
 
 
 def compression(head: bytes) -> str:
-    """How a file is compressed: gzip, zstd, bz2; empty where it is not."""
+    """Return the compression of a file: gzip, zstd or bz2; empty if it is not compressed."""
     return _first(_COMPRESSED, head)
 
 
 def format_of(head: bytes) -> str:
-    """`PARQUET`, `ARROW` or `TOPICS`; empty where the first bytes name no format."""
+    """Return `PARQUET`, `ARROW` or `TOPICS`; empty if the first bytes do not show the format."""
     return _first(_FORMATS, head)
 
 
@@ -101,7 +101,7 @@ def _first(table: tuple[tuple[bytes, str], ...], head: bytes) -> str:
 
 
 def _unmarked(head: bytes) -> bytes:
-    """Without the byte order mark of UTF-8."""
+    """Remove the byte order mark of UTF-8."""
     return head.removeprefix(b"\xef\xbb\xbf")
 
 
@@ -111,7 +111,7 @@ def local_name(source: Path | Remote) -> tuple[Path, str]:
 
 
 def check(source: Path | Remote, head: bytes) -> None:
-    """Raise `InputError` for what is no data, by its first bytes and content type, with what to do."""
+    """Raise `InputError`, with the next step, if first bytes or content type show that it is not data."""
     path, fetch = local_name(source)
     quoted = shlex.quote(str(path))
     if head and not head.strip(b"\0"):

@@ -37,7 +37,7 @@ _SUMMED: Final = 5  # files in a summary
 
 
 class Folder(NamedTuple):
-    """What is in a folder, by names within it."""
+    """The content of a folder, by the names in it."""
 
     files: list[PurePath]
     passed_over: dict[str, str]
@@ -50,7 +50,7 @@ def inner_suffix(path: PurePath) -> str:
 
 
 def chosen(names: Iterable[PurePath], what: str) -> Folder:
-    """The data among the files of a folder, in order, for the flag `what`."""
+    """Return the data files of a folder, in order, for the flag `what`."""
     files: list[PurePath] = []
     passed_over: dict[str, str] = {}
     for name in sorted(names):
@@ -79,7 +79,7 @@ def _called(path: PurePath) -> str:
 
 
 def _unentered(path: PurePath) -> tuple[PurePath, str] | None:
-    """The outermost part of a path that is not entered, and why; None where all is."""
+    """Return the outermost folder of a path that is skipped, and why; None if none is."""
     for place, part in enumerate(path.parts, 1):
         if part.startswith("."):
             return PurePath(*path.parts[:place]), "is hidden"
@@ -91,7 +91,7 @@ def _unentered(path: PurePath) -> tuple[PurePath, str] | None:
 
 
 def _unread(path: PurePath) -> str:
-    """Why a file is not read, by its ending; empty where it is."""
+    """Return why a file is not read, by its ending; empty if it is read."""
     if inner_suffix(path) in KNOWN:
         return ""
     if not path.suffix:
@@ -152,19 +152,19 @@ def listed(folder: Path, what: str) -> Folder:
 
 
 def passed_over_line(flag: str, files: Mapping[str, str]) -> str:
-    """What a summary says of files that are passed over."""
+    """Return the summary's line about files that are not read."""
     named = [one_line(f"{name} ({reason})") for name, reason in itertools.islice(files.items(), _SUMMED)]
     return f"passed over: {len(files):,} of {flag}: {', '.join(named + ['…'] * (len(files) > _SUMMED))}"
 
 
 def guessed_line(flag: str, files: Mapping[str, str]) -> str:
-    """What a summary says of files that are read by their content."""
+    """Return the summary's line about files whose columns were found from their content."""
     named = [one_line(f"{name}: {how}") for name, how in itertools.islice(files.items(), _SUMMED)]
     return f"read by its content, {flag}: {'; '.join(named + ['…'] * (len(files) > _SUMMED))}"
 
 
 def tell(what: str, folder: object, passed_over: dict[str, str]) -> None:
-    """Name in the log what of a folder is passed over, once."""
+    """Log the files of a folder that are not read, once."""
     _tell(f"{what} {folder}", tuple(passed_over.items()))
 
 

@@ -25,7 +25,7 @@ _SURE: Final = tuple(
     key for key in tables.QUERY_KEYS if key not in {*tables.MANY_KEYS, "text", "body", "input"}
 )
 _TEXT_KEYS: Final = ("text", "value", "aliases", "answer", "short_answers", "answers", "sentences")
-_MESSAGES: Final = 5  # about bad rows; the rest is counted
+_MESSAGES: Final = 5  # messages about bad rows; the others are only counted
 # How MS MARCO, SQuAD, QuAC, Qasper and tables say that there is no right answer, with or without brackets;
 # besides dots and dashes.
 _NO_ANSWER: Final = frozenset(
@@ -64,7 +64,7 @@ class Gold(NamedTuple):
     `gold_passed_over`, `gold_guessed`; no zeros."""
 
     def answers(self, query: str) -> tuple[str, ...]:
-        """The right answers to a query, found by its words; empty where there are none."""
+        """Return the right answers to a query, found by its words; empty if there are none."""
         return self.by_query.get(question_key(query), ())
 
 
@@ -129,7 +129,7 @@ def read_gold(names: Iterable[str], flag: str, *, needed: bool = True) -> Gold:
 
 
 def _records(source: files.Source, counts: Counter[str]) -> Iterator[tuple[int, Any]]:
-    """Lines and what they hold: a record, or a text that says why there is none."""
+    """Yield each line with its record, or with the reason why it has none."""
     if isinstance(source, Path) and source.suffix == ".json" and _is_list(source):
         for entry in entries(source):
             yield entry.line, entry.problem or _asked(entry.record)
@@ -146,7 +146,7 @@ def _records(source: files.Source, counts: Counter[str]) -> Iterator[tuple[int, 
 
 
 def _asked(record: Any) -> Any:
-    """A record; in a list of texts each is a question."""
+    """Return a record; in a list of texts, each text is a question."""
     return {"question": record} if isinstance(record, str) else record
 
 
@@ -229,7 +229,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_none(text: str) -> bool:
-    """Whether a text says that there is no right answer."""
+    """Whether a text states that there is no right answer."""
     plain = folded(text)
     return plain in _NO_ANSWER or plain.strip(_BRACKETS) in _NO_ANSWER or not text.strip(_DOTS)
 

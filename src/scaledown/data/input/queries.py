@@ -75,7 +75,7 @@ def ms_marco(url: str) -> Path:
 
 
 def _ms_marco_problem(path: Path) -> str:
-    """What is wrong with a file of MS MARCO dev queries; empty where nothing is."""
+    """Return what is wrong with a file of MS MARCO dev queries; empty if it is correct."""
     try:
         columns = [len(line.split(b"\t")) for _, line in files.lines(path)]
     except InputError as error:
@@ -151,7 +151,7 @@ _LEFT_AT_ONCE: Final = 1 << 14
 
 
 def _kept(queries: Iterator[Query], left_out: LeftOut, stage: Stage, counts: Counter[str]) -> Iterator[Query]:
-    """The queries that stay; the others are counted and go to the quarantine as they come."""
+    """Yield the queries that are kept; the others are counted and put into quarantine."""
     part = 0
     while block := list(itertools.islice(queries, _LEFT_AT_ONCE)):
         found = zip(block, left_out([query.text for query in block]), strict=True)
@@ -184,7 +184,7 @@ def _from_records(rows: Iterator[files.Row], column: str, intake: files.Intake) 
 
 
 def _query(record: dict[str, Any], column: str) -> Query:
-    """The query in a record, in `column` if that is named. Raises `ValueError`."""
+    """Return the query of a record, from `column` if it is given. Raises `ValueError`."""
     value = values.column_of(record, column) if column else values.value_of(record, tables.QUERY_KEYS)
     if isinstance(value, dict):
         value = value.get("text")
@@ -203,7 +203,7 @@ def _query(record: dict[str, Any], column: str) -> Query:
 
 
 def from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query]:
-    """Queries of the dataset that `--query_dataset` names."""
+    """Yield the queries of the dataset given by `--query_dataset`."""
     if not config.query_dataset or Path(config.query_dataset).is_file():
         return
     name, source, revision = named(config.query_dataset)
@@ -219,7 +219,7 @@ def from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query]
 
 
 def dataset_size(config: PrepareConfig) -> int | None:
-    """How many rows `--query_dataset` has, or None where its source does not say."""
+    """Return the number of rows of `--query_dataset`, or None if its source does not report it."""
     _, source, revision = named(config.query_dataset)
     return source.size(config.query_split, revision)
 

@@ -1,4 +1,4 @@
-"""Which queries or ids came before, in about 20 bytes each: a set of Python's takes 80."""
+"""Remembers queries and ids in about 20 bytes each; a Python set takes 80."""
 
 import hashlib
 import itertools
@@ -13,13 +13,13 @@ _PARTS: Final = 256  # which grow one at a time
 
 
 class Seen:
-    """The queries that came, whatever the spaces around them."""
+    """The queries seen so far, without the spaces around them."""
 
     def __init__(self) -> None:
         self._parts = [_Table() for _ in range(_PARTS)]
 
     def add(self, query: str) -> bool:
-        """Remember a query; gives whether it is new."""
+        """Remember a query. Returns whether it is new."""
         key = hashlib.blake2b(query.strip().encode(errors="surrogatepass"), digest_size=_BYTES).digest()
         return self._parts[key[0] % _PARTS].add(key)
 
@@ -47,7 +47,7 @@ class Ids:
 
 
 def one_word(name: str) -> str:
-    """Without white space, which parts the columns of TREC's formats."""
+    """Replace white space, because it separates the columns of TREC's formats."""
     return "_".join(name.split()) or "_"
 
 
@@ -69,7 +69,7 @@ class _Table:
         return True
 
     def _find(self, key: bytes) -> int:
-        """Where a hash is, or is to be."""
+        """Return the place of a hash, or the place where it belongs."""
         places = self.places
         at = int.from_bytes(key[1:9]) % (len(places) // _BYTES) * _BYTES
         while places[at : at + _BYTES] not in (key, _EMPTY):

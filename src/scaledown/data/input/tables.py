@@ -80,11 +80,11 @@ class Meaning(NamedTuple):
     """Parts that only help to understand a table."""
 
     def known(self) -> set[str]:
-        """All names that a column may have."""
+        """Return all names that a column may have."""
         return {name for names in self.parts.values() for name in names}
 
     def read(self) -> set[str]:
-        """The names of the columns that are read."""
+        """Return the names of the columns that are read."""
         return {name for part, names in self.parts.items() if part not in self.unread for name in names}
 
 
@@ -147,7 +147,7 @@ def version_of(sources: Iterable[Source]) -> dict[str, int]:
 
 
 def reading(source: Source, meaning: Meaning, column: str = "") -> Reading:
-    """How a file is read. Raises `InputError` as `rows` does."""
+    """Find how a file is read. Raises `InputError` like `rows`."""
     with files.open_stream(source) as stream:
         return _table(source, stream, meaning, column, None).reading
 
@@ -160,7 +160,7 @@ def _tell(source: str, said: str) -> None:
 def _table(  # noqa: PLR0911
     source: Source, stream: Any, meaning: Meaning, column: str, meter: Meter | None
 ) -> _Table:
-    """The kind of a file, from its first bytes, its ending and its first lines."""
+    """Find the kind of a file from its first bytes, its ending and its first lines."""
     try:
         head = stream.peek()
     except OSError as error:
@@ -202,7 +202,7 @@ def _table(  # noqa: PLR0911
 
 
 def _first_line(text: str) -> str:
-    """The first line that is not blank."""
+    """Return the first line that is not blank."""
     return text.strip().replace("\r", "\n").partition("\n")[0].strip()
 
 
@@ -298,7 +298,7 @@ def _columns(
     column: str,
     names: Sequence[str] = (),
 ) -> dict[str, str]:
-    """The column of each part in some records. Raises `InputError` where none has the main part."""
+    """Find the column of each part in some records. Raises `InputError` if none has the main part."""
     found: dict[str, str] = {}
     for part, keys in meaning.parts.items():
         if part == meaning.main and column:
@@ -319,7 +319,7 @@ def _columns(
 
 
 def _check_rivals(shown: str, records: Sequence[Mapping[str, Any]], meaning: Meaning, key: str) -> None:
-    """Refuse `text` as the question where something else may be one: so a corpus looks."""
+    """Refuse `text` as the question if another column may be the question: it may be a corpus."""
     every = meaning.rivals.get(key, ())
     rivals = [name for name in every if any(is_full(record.get(name)) for record in records)]
     if rivals:
@@ -330,7 +330,7 @@ def _check_rivals(shown: str, records: Sequence[Mapping[str, Any]], meaning: Mea
 
 
 def _check_doubled(shown: str, names: Sequence[str], meaning: Meaning, column: str) -> None:
-    """Refuse a name that several columns have, where it is the one that a part is read from."""
+    """Refuse a column name that occurs several times, if a part is read from it."""
     for part, keys in meaning.parts.items():
         if part in meaning.unread:
             continue
@@ -378,7 +378,7 @@ def _delimited(  # noqa: PLR0917
     whole: bool,
     above: int,
 ) -> _Table | None:
-    """CSV or TSV, by the ending, or by a header or by tabs; None where it is neither."""
+    """Find whether a text is CSV or TSV, by its ending, a header or tabs; None if it is neither."""
     is_table = suffix in folders.TABLES
     found = delimited.samples(text, whole=whole)
     if not is_table and not _looks_like_a_table(found, meaning, column):
@@ -417,7 +417,7 @@ def _delimited(  # noqa: PLR0917
 
 
 def _may_be_a_table(text: str, meaning: Meaning, column: str) -> bool:
-    """Whether it is worth looking closer: the first line has a tab, or a name of the main part."""
+    """Whether the text may be a table: its first line has a tab, or a name of the main part."""
     first = _first_line(text)
     main = {*meaning.parts[meaning.main], *([column.lower()] if column else [])}
     cells = (cell for delimiter in delimited.DELIMITERS for cell in first.split(delimiter))
@@ -425,7 +425,7 @@ def _may_be_a_table(text: str, meaning: Meaning, column: str) -> bool:
 
 
 def _check_above(source: Source, found: Mapping[str, Sample], meaning: Meaning) -> None:
-    """Refuse a table whose names stand below other lines, which would be rows."""
+    """Refuse a table with other lines above its header, because they would become rows."""
     sure = set(meaning.parts[meaning.main]) - set(meaning.rivals)
     for sample in found.values():
         for number, record in enumerate(sample.records[1:_ABOVE], 2):
@@ -478,7 +478,7 @@ def _plain_names(cells: Sequence[str]) -> list[str]:
 
 
 def _chosen(found: Mapping[str, Sample], usual: str, meaning: Meaning, column: str) -> Sample:
-    """The delimiter whose columns make most sense: named ones, then regular ones, then the usual one."""
+    """Choose the delimiter: with known column names, else with regular columns, else the usual one."""
 
     def sense(item: tuple[str, Sample]) -> tuple[bool, bool, bool, bool, float, bool, int]:
         delimiter, sample = item
@@ -607,6 +607,6 @@ def _told(shown: str, sample: Sample, meaning: Meaning, column: str) -> dict[str
 
 
 def _cells(records: Sequence[Sequence[str]], width: int) -> list[list[str]]:
-    """Of each column, the cells that are not empty."""
+    """Return the cells of each column that are not empty."""
     rows = [[cell.strip() for cell in record] for record in records if len(record) == width]
     return [[row[place] for row in rows if row[place]] for place in range(width)]

@@ -61,7 +61,7 @@ def format_of(path: Path) -> OutputFormat:
 
 
 def entries(path: Path) -> Iterator[Entry]:
-    """The records of a training file, one at a time, however large the file.
+    """Yield the records of a training file one at a time, so that the file may be of any size.
 
     Raises `InputError` where the file is missing or of another kind.
     """
@@ -187,7 +187,7 @@ def _json_entries(file: TextIO) -> Iterator[Entry]:
 
 
 def problems(record: Any) -> list[str]:
-    """Everything that keeps `record` from being a training record of the guide's format."""
+    """Return every reason why `record` is not a training record in the guide's format."""
     if not isinstance(record, dict):
         return [f"is {type(record).__name__}, expected an object with query, documents and answer"]
     found = [
@@ -217,7 +217,7 @@ def problems(record: Any) -> list[str]:
 
 
 def _text_problem(value: Any) -> str:
-    """What is wrong with a text; empty where nothing is."""
+    """Return what is wrong with a text; empty if it is valid."""
     if not isinstance(value, str):
         return f"is {type(value).__name__}, expected a string"
     if not value.strip():
@@ -226,7 +226,7 @@ def _text_problem(value: Any) -> str:
 
 
 def _unwritable(value: Any, depth: int = 0) -> str:
-    """What keeps a value from being written as JSON; empty where nothing does."""
+    """Return why a value cannot be written as JSON; empty if it can."""
     if depth > _MAX_DEPTH:
         return "is nested too deep"
     if isinstance(value, dict):
@@ -320,7 +320,7 @@ def validate(path: Path, max_messages: int = 100) -> Validation:
 
 
 def unanswerable(entry: Entry) -> str:
-    """Why a record cannot be answered; empty if it can. It may be without documents."""
+    """Return why a record cannot be answered; empty if it can. Documents are not required."""
     if entry.problem:
         return entry.problem
     record = entry.record

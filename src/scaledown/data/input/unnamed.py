@@ -1,4 +1,4 @@
-"""Which column of a table without names holds what, by its cells: ids, questions, answers, titles, texts."""
+"""Finds the columns of a table without names by their cells: ids, questions, answers, titles, texts."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -75,7 +75,7 @@ def _differ(cells: Sequence[str]) -> bool:
 
 
 def _title(cells: Sequence[Sequence[str]], main: int, ids: Sequence[int]) -> int | None:
-    """The only other text that is short."""
+    """Return the only other column of short texts."""
     others = [
         place
         for place, own in enumerate(cells)
@@ -87,7 +87,7 @@ def _title(cells: Sequence[Sequence[str]], main: int, ids: Sequence[int]) -> int
 
 
 def _answers(cells: Sequence[Sequence[str]], main: int) -> int | None:
-    """The column of lists, or the only one behind the question."""
+    """Return the column of lists, or the only column after the question."""
     lists = [place for place, own in enumerate(cells) if place != main and own and _are(own, _LIST)]
     behind = [place for place in range(main + 1, len(cells)) if cells[place]]
     if lists:

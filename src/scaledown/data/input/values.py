@@ -7,7 +7,7 @@ from typing import Any
 
 
 def is_full(value: Any) -> bool:
-    """Whether a value is there: not null, no empty text or list, and not NaN, as a table has a gap."""
+    """Whether a value is present: not null, not an empty text or list, and not NaN (a gap in a table)."""
     if isinstance(value, float):
         return not math.isnan(value)
     if isinstance(value, Decimal):
@@ -18,7 +18,7 @@ def is_full(value: Any) -> bool:
 
 
 def value_of(record: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    """The first value under some names that is full; else one that is there; else None."""
+    """Return the first non-empty value under some names; else an empty one; else None."""
     there = None
     for key in keys:
         value = record.get(key)
@@ -61,7 +61,7 @@ def as_text(value: Any) -> str | None:
 
 
 def id_of(record: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """The id in a record; empty where it has none. Raises `ValueError` for one that is no text or number."""
+    """Return the id of a record; empty if it has none. Raises `ValueError` if it is not a text or number."""
     value = value_of(record, keys)
     if not is_full(value):
         return ""
