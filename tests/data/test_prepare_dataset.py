@@ -669,14 +669,14 @@ def test_scores_that_are_no_numbers_are_an_error(prepare, models, tmp_path, caps
 def too_little_memory(monkeypatch: pytest.MonkeyPatch, stage: str, fits: int) -> str:
     """Let the model of a stage run out of memory with more than `fits` texts; gives the stage's flag."""
     import torch
-    from sentence_transformers import CrossEncoder, SparseEncoder
-    from transformers import LlamaForCausalLM
+    from sentence_transformers import SparseEncoder
+    from transformers import BertForSequenceClassification, LlamaForCausalLM
 
     from scaledown.data.retrieval import splade
 
     flag, owner, name = {
         "vectors": ("--batch_size", SparseEncoder, "encode_document"),
-        "ranked": ("--reranker_batch_size", CrossEncoder, "predict"),
+        "ranked": ("--reranker_batch_size", BertForSequenceClassification, "forward"),
         "answers": ("--teacher_batch_size", LlamaForCausalLM, "generate"),
     }[stage]
     if stage == "vectors":

@@ -127,10 +127,11 @@ class CrossEncoderReranker:
             features = {name: values.to(self._device) for name, values in features.items()}
             return self._model(**features).logits.float()[:, 0].cpu().numpy()  # [batch]
 
-        with ThreadPoolExecutor(1) as thread:
-            scores = _in_batches(self, score, thread.map(read, batches), advance)
-        tokens.forget()
-        return scores
+        try:
+            with ThreadPoolExecutor(1) as thread:
+                return _in_batches(self, score, thread.map(read, batches), advance)
+        finally:
+            tokens.forget()
 
 
 def _pair_tokens(source: ModelSource) -> tuple[PairTokens | None, str]:

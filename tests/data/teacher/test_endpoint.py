@@ -123,9 +123,12 @@ def test_tokens_are_estimated_without_usage_and_odd_texts_survive(serve: Any) ->
     server.usage, server.text, server.finish_reason = None, " Half a pair: \ud83d. ", "length"
     [(_, answer)] = teacher(server).answers(prompts(1))
     assert answer == Answer("Half a pair: ?.", "length", 11, 3, 0)
-    server.text = ""
+    server.text, server.finish_reason = "", "stop"
     [(_, answer)] = teacher(server).answers(prompts(1))
     assert (answer.text, answer.answer_tokens) == ("", 0)
+    server.finish_reason = "length"
+    [(_, rejected)] = teacher(server).answers(prompts(1))
+    assert "--max_new_tokens" in rejected.reason
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, "503", "408"])

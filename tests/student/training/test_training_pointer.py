@@ -358,7 +358,7 @@ def test_examples_that_teach_nothing_are_counted(
     caplog.set_level("INFO")
     train(setting(train_data=(str(path),), eval_fraction=0.0, max_steps=1))
     (record,) = [one for one in caplog.records if "copies nothing" in one.getMessage()]
-    assert f"of {silent} of {6 + silent} examples" in record.getMessage()
+    assert f"in {silent} of {6 + silent} examples" in record.getMessage()
     assert record.levelname == level
 
 
