@@ -202,7 +202,7 @@ def plot(path: Path, found: dict[tuple[int, int], dict[bool, list[Round]]]) -> N
     import matplotlib as mpl
 
     mpl.use("svg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
     lines = {"text": [(clients, found[LAYERS[0], clients][False]) for clients in CLIENTS]}
@@ -217,6 +217,9 @@ def plot(path: Path, found: dict[tuple[int, int], dict[bool, list[Round]]]) -> N
         for (clients, _), x, y in zip(points, xs, ys, strict=True):
             axes.annotate(str(clients), (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel("seconds a request, median (numbers: clients)")
     axes.set_ylabel("requests a second")
     axes.set_ylim(bottom=0)
