@@ -183,7 +183,7 @@ def told(found: dict[str, Any], size: Size, folder: Path) -> str:
     document = shlex.quote(f"{' '.join(found['document'].split())[:60]}...")
     return f"""
 This was a taste. {learned}: a student that has learned so little
-answers badly. What hours of training do is told in docs/results.md.
+answers badly. docs/results.md shows what longer training does.
 
   {found["questions"]} questions were kept out of training, with their articles. The student's loss over the
   teacher's answers to them, in nats a token (less is better):
