@@ -3,6 +3,7 @@
 import functools
 import gc
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """With `--fast`, skip a test where it starts a process or a server, or imports what makes models."""
     if not config.getoption("--fast") or config.getoption("numprocesses", None):
         return  # with xdist its workers run the tests
+    platform.platform()  # pytest-xdist's workers ask for it, and it starts a process the first time
 
     def skip(why: str) -> None:
         pytest.skip(f"--fast: it {why}", allow_module_level=True)
