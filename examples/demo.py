@@ -72,7 +72,7 @@ def main(folder: Path, size: Size) -> None:
         print("\nWhat it has learned (this loads the student)", flush=True)
         found = taste(model, read_json(held_out), size.new_tokens)
         write_json(folder / "taste.json", found)
-    print(told(found, size, folder))
+    print(summary(found, size, folder))
 
 
 def run(folder: Path, command: str, *flags: object) -> str:
@@ -169,7 +169,7 @@ def taste(model_folder: Path, held: list[dict[str, Any]], new_tokens: int) -> di
     }
 
 
-def told(found: dict[str, Any], size: Size, folder: Path) -> str:
+def summary(found: dict[str, Any], size: Size, folder: Path) -> str:
     """The summary, in plain words."""
     own, others = found["losses"]
     answers = {
