@@ -35,7 +35,8 @@ from transformers import (
 from scaledown.config.prepare import PrepareConfig
 from scaledown.config.train import TrainConfig
 from scaledown.data.prompts import answer_prompt
-from scaledown.data.reranker import Pair, load_reranker
+from scaledown.data.reranker.api import load_reranker
+from scaledown.data.reranker.base import Pair
 from scaledown.data.retrieval.encoders import load_encoder
 from scaledown.data.retrieval.splade import max_logits, max_logits_tiled
 from scaledown.data.teacher.base import Generation, Rejection, answer_all

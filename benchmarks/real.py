@@ -17,7 +17,8 @@ from common import SHARED, arguments, machine
 from scaledown.config.index import IndexConfig
 from scaledown.data.build_index import build_index
 from scaledown.data.input.corpus import PassageTable
-from scaledown.data.reranker import Pair, load_reranker, resolve_reranker
+from scaledown.data.reranker.api import load_reranker, resolve_reranker
+from scaledown.data.reranker.base import Pair
 from scaledown.data.retrieval.encoders import load_encoder
 from scaledown.data.retrieval.index import search
 from scaledown.models import resolve

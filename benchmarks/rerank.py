@@ -9,7 +9,10 @@ import torch
 from common import arguments, close, machine, paired, questions, real_texts, verdict
 from models import minilm
 
-from scaledown.data.reranker import CrossEncoderReranker, Pair, QueryLikelihoodReranker, score_once
+from scaledown.data.reranker.api import score_once
+from scaledown.data.reranker.base import Pair
+from scaledown.data.reranker.cross_encoder import CrossEncoderReranker
+from scaledown.data.reranker.query_likelihood import QueryLikelihoodReranker
 from scaledown.data.retrieval import SPLADERetriever
 from scaledown.models import resolve
 from scaledown.records import document_text

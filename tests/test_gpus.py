@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from scaledown.data.reranker import CrossEncoderReranker, QueryLikelihoodReranker
+from scaledown.data.reranker.cross_encoder import CrossEncoderReranker
+from scaledown.data.reranker.query_likelihood import QueryLikelihoodReranker
 from scaledown.data.retrieval.encoders import DenseEncoder
 from scaledown.data.retrieval.splade import SpladeEncoder, _from_sentence_transformers
 from scaledown.data.teacher.base import Generation

@@ -16,17 +16,19 @@ import numpy as np
 import pytest
 
 from scaledown.config.prepare import PrepareConfig
-from scaledown.data import build_index, reranker
+from scaledown.data import build_index
 from scaledown.data import prepare_dataset as command
 from scaledown.data.input.training_files import validate
 from scaledown.data.manifest import compared_settings
+from scaledown.data.reranker.api import load_reranker, resolve_reranker
+from scaledown.data.reranker.base import Pair
 from scaledown.data.session import enter
 from scaledown.errors import install_command
 from scaledown.models import Halving
 
 LOADING = (
     "scaledown.data.prepare_dataset.load_encoder",
-    "scaledown.data.reranker.load_reranker",
+    "scaledown.data.reranker.api.load_reranker",
     "scaledown.data.session.teachers.load_teacher",
 )
 """What loads the models of a run."""
@@ -87,9 +89,9 @@ def test_reranked_run_and_its_manifest(prepare, tmp_path) -> None:
 def test_the_scores_belong_to_their_documents(prepare, models) -> None:
     prepare(*RERANK)
     for record in records(prepare.output):
-        pairs = [reranker.Pair(record["query"], document) for document in record["documents"]]
-        source = reranker.resolve_reranker(str(models["cross_encoder"]))
-        scores = reranker.load_reranker(source, "cpu", "float32", 1).score(pairs, lambda _: None)
+        pairs = [Pair(record["query"], document) for document in record["documents"]]
+        source = resolve_reranker(str(models["cross_encoder"]))
+        scores = load_reranker(source, "cpu", "float32", 1).score(pairs, lambda _: None)
         assert scores == pytest.approx(record["reranking_scores"], abs=1e-4)
 
 
@@ -474,7 +476,7 @@ def test_a_manifest_pins_the_revisions_of_hub_models(prepare, hub_cache, tiny_fl
 def test_another_number_of_documents_needs_no_scoring(prepare, monkeypatch) -> None:
     assert prepare("--top_k_retrieval", "6", "--top_k_reranking", "2") == 0
     monkeypatch.setattr(
-        "scaledown.data.reranker.load_reranker", lambda *_: pytest.fail("a model was loaded again")
+        "scaledown.data.reranker.api.load_reranker", lambda *_: pytest.fail("a model was loaded again")
     )
     assert prepare("--top_k_retrieval", "6", "--top_k_reranking", "4") == 0
     assert {len(record["documents"]) for record in records(prepare.output)} == {4}

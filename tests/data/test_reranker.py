@@ -9,17 +9,12 @@ import pytest
 import torch
 
 from conftest import SHARED
-from scaledown.data import reranker as rerankers
-from scaledown.data.pair_tokens import PairTokens
-from scaledown.data.reranker import (
-    Pair,
-    QueryLikelihoodReranker,
-    add_reranking_scores,
-    best_first,
-    load_reranker,
-    resolve_reranker,
-    scaled,
-)
+from scaledown.data.reranker import add_reranking_scores
+from scaledown.data.reranker import cross_encoder as rerankers
+from scaledown.data.reranker.api import best_first, load_reranker, resolve_reranker, scaled
+from scaledown.data.reranker.base import Pair
+from scaledown.data.reranker.pair_tokens import PairTokens
+from scaledown.data.reranker.query_likelihood import QueryLikelihoodReranker
 from scaledown.errors import InputError, ModelError, UsageError
 from scaledown.models import resolve
 

@@ -14,7 +14,7 @@ from scaledown.config.options import Option
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.input.files import Source
 from scaledown.data.prompts import TEMPLATES, load_template
-from scaledown.data.reranker import LIKELIHOOD_PREFIX
+from scaledown.data.reranker.api import LIKELIHOOD_PREFIX
 from scaledown.extensions import TEACHER_ENGINES
 from scaledown.models import ModelSource
 from scaledown.run.atomic import read_json, write_json

@@ -26,7 +26,6 @@ from typing import Any, Final, NamedTuple
 from scaledown.command import Usage, program_name, run_cli
 from scaledown.config.flags import Parser, underscored
 from scaledown.config.prepare import PrepareConfig
-from scaledown.data import reranker
 from scaledown.data.build_index import Index, open_index
 from scaledown.data.cleaning.decontaminate import Cleaner
 from scaledown.data.input import tables
@@ -35,6 +34,8 @@ from scaledown.data.output.writers import examples, write_examples
 from scaledown.data.planning.plan import Plan, keep, make_plan, report
 from scaledown.data.prompts import VERSION as PROMPT_VERSION
 from scaledown.data.prompts import load_template
+from scaledown.data.reranker import api as reranker
+from scaledown.data.reranker.query_likelihood import SCORING
 from scaledown.data.retrieval import stages as retrieval
 from scaledown.data.retrieval.encoders import load_encoder
 from scaledown.data.retrieval.parts import began_with
@@ -192,7 +193,7 @@ def rerank(session: Session, candidates: Stage, index: Index) -> Stage:
         **session.machine,
     }
     if likelihood:
-        settings["likelihood"] = reranker.SCORING
+        settings["likelihood"] = SCORING
     elif settings["dtype"] != "torch.float32":
         settings["head"] = "float32"
     ranked = session.stage("ranked", settings, [candidates])

@@ -18,7 +18,7 @@ from scaledown.config.flags import Parser, from_flags, path_or_url, read_setting
 from scaledown.config.train import TrainConfig
 from scaledown.data.input.download import fetched
 from scaledown.data.input.gold import read_gold
-from scaledown.data.reranker import resolve_reranker
+from scaledown.data.reranker.api import resolve_reranker
 from scaledown.devices.gpus import OnDevice
 from scaledown.errors import InputError, UsageError
 from scaledown.evaluation.baselines import ECHOES, OF_A_RATE

@@ -17,7 +17,8 @@ from scaledown.data.input.files import locate
 from scaledown.data.input.gold import read_gold
 from scaledown.data.input.remote import Remote
 from scaledown.data.prompts import VERSION as PROMPT_VERSION
-from scaledown.data.reranker import LIKELIHOOD_PREFIX, SCORING, load_reranker, resolve_reranker
+from scaledown.data.reranker.api import LIKELIHOOD_PREFIX, load_reranker, resolve_reranker
+from scaledown.data.reranker.query_likelihood import SCORING
 from scaledown.data.retrieval.encoders import is_sparse
 from scaledown.data.teacher.api import find_teacher
 from scaledown.data.teacher.base import Engine

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from scaledown.data.reranker import Pair, Reranker, best_first, score_once
+from scaledown.data.reranker.api import best_first, score_once
+from scaledown.data.reranker.base import Pair, Reranker
 from scaledown.data.teacher.review import sentences
 from scaledown.evaluation import questions
 from scaledown.records import full_text, title_of

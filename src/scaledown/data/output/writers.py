@@ -18,7 +18,7 @@ from scaledown.data.input.training_files import (
     read_parquet,
 )
 from scaledown.data.output.columns import Columns
-from scaledown.data.reranker import scaled
+from scaledown.data.reranker.api import scaled
 from scaledown.errors import OutputError
 from scaledown.records import Example, full_text
 from scaledown.run.atomic import atomic

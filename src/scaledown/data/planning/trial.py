@@ -18,7 +18,8 @@ from scaledown.config.prepare import PrepareConfig
 from scaledown.data.input.queries import SCHEMA
 from scaledown.data.logprobs import ARROW
 from scaledown.data.prompts import answer_prompt, load_template
-from scaledown.data.reranker import Pair, Reranker, load_reranker, resolve_reranker
+from scaledown.data.reranker.api import load_reranker, resolve_reranker
+from scaledown.data.reranker.base import Pair, Reranker
 from scaledown.data.retrieval.encoders import Encoder, load_encoder
 from scaledown.data.retrieval.index import Ranking, Vectors, pack, search, stacked
 from scaledown.data.retrieval.stages import Candidates, TokenLists, candidates_table

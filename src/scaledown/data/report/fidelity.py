@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from scaledown.data.prompts import TEMPLATES
-from scaledown.data.reranker import LIKELIHOOD_PREFIX
+from scaledown.data.reranker.api import LIKELIHOOD_PREFIX
 from scaledown.models import BUNDLES
 
 

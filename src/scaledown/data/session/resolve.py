@@ -14,7 +14,7 @@ from scaledown.data.input.queries import query_files
 from scaledown.data.input.remote import Remote
 from scaledown.data.manifest import Sources
 from scaledown.data.prompts import load_template
-from scaledown.data.reranker import resolve_reranker
+from scaledown.data.reranker.api import resolve_reranker
 from scaledown.data.retrieval.encoders import is_sparse
 from scaledown.data.retrieval.seismic import seismic
 from scaledown.data.teacher.api import check_options, check_teacher, find_teacher

@@ -1,0 +1,159 @@
+"""Relevance of each document to its query, from Python and as a stage of a run."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from scaledown.config.prepare import PrepareConfig
+from scaledown.data.input.corpus import PassageTable
+from scaledown.data.reranker.base import Pair, Reranker
+from scaledown.data.reranker.cross_encoder import CrossEncoderReranker
+from scaledown.data.reranker.query_likelihood import QueryLikelihoodReranker
+from scaledown.devices.gpus import OnDevice
+from scaledown.errors import UsageError
+from scaledown.models import (
+    ModelSource,
+    choose_device,
+    resolve,
+)
+from scaledown.records import QueryWithDocuments, check_records, document_text, full_text
+from scaledown.run.progress import track, tracked
+from scaledown.run.stage import Stage
+
+log = logging.getLogger("scaledown")
+
+LIKELIHOOD_PREFIX = "ql:"
+
+
+def score_once(reranker: Reranker, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
+    """`reranker.score`, with pairs that come again scored once."""
+    unique = list(dict.fromkeys(pairs))
+    scores = dict(zip(unique, reranker.score(unique, advance), strict=True))
+    advance(len(pairs) - len(unique))
+    return [scores[pair] for pair in pairs]
+
+
+def load_reranker(source: ModelSource, device: str, dtype: str, batch_size: int) -> Reranker:
+    """The reranker behind `--reranker_model`. `source.name` begins with `ql:` for query likelihood."""
+    likelihood = source.name.startswith(LIKELIHOOD_PREFIX)
+    log.info("reranker: %s, %s", source.name, "query likelihood" if likelihood else "cross-encoder")
+    kind = QueryLikelihoodReranker if likelihood else CrossEncoderReranker
+    return kind(source, device, dtype, batch_size)
+
+
+def resolve_reranker(name: str) -> ModelSource:
+    """`resolve`, for names that may begin with `ql:`."""
+    return resolve(name.removeprefix(LIKELIHOOD_PREFIX))._replace(name=name)
+
+
+def scaled(score: float, scale: str) -> float:
+    """A raw score on the scale asked for: as it is, or through the logistic function to 0..1."""
+    if scale == "raw":
+        return score
+    return 1 / (1 + math.exp(-score)) if score >= 0 else math.exp(score) / (1 + math.exp(score))
+
+
+def best_first(scores: Sequence[float], top_k: int) -> list[int]:
+    """Positions of the `top_k` highest scores, best first; ties keep their order."""
+    return sorted(range(len(scores)), key=lambda i: -scores[i])[:top_k]
+
+
+def add_reranking_scores(
+    queries_with_docs: Sequence[QueryWithDocuments],
+    reranker_model: str = PrepareConfig.reranker_model,
+    *,
+    top_k: int | None = None,
+    score_scale: str = "raw",
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = PrepareConfig.reranker_batch_size,
+) -> list[QueryWithDocuments]:
+    """Add `reranking_scores` to each record, one a document, in the order of its documents.
+
+    Documents stay in their order, or with `top_k` the best so many are kept, best first. Documents are
+    strings or `{"title", "text"}`. The records given are not changed.
+    """
+    if top_k is not None and top_k < 1:
+        raise UsageError(f"top_k {top_k}: must be at least 1")
+    if batch_size < 0:
+        raise UsageError(f"batch_size {batch_size}: must not be negative; 0 suits the device")
+    queries_with_docs = list(queries_with_docs)
+    if score_scale not in {"raw", "sigmoid"}:
+        raise UsageError(f"score_scale {score_scale!r}: use raw or sigmoid")
+    check_records(queries_with_docs)
+    device, source = choose_device(device), resolve_reranker(reranker_model)
+    batch_size = PrepareConfig.batch_for("reranker_batch_size", batch_size, device)
+    reranker = OnDevice("the reranker", device, lambda: load_reranker(source, device, dtype, batch_size))
+    pairs = [
+        Pair(record["query"], document_text(document))
+        for record in queries_with_docs
+        for document in record["documents"]
+    ]
+    with track("rerank", "pairs", len(pairs)) as tracker:
+        scores = iter(score_once(reranker(), pairs, tracker.advance))
+    reranker.release()
+    result = []
+    for record in queries_with_docs:
+        documents: list[Any] = list(record["documents"])
+        own = [next(scores) for _ in documents]
+        kept = range(len(own)) if top_k is None else best_first(own, top_k)
+        changed = {
+            **record,
+            "documents": [documents[i] for i in kept],
+            "reranking_scores": [scaled(own[i], score_scale) for i in kept],
+        }
+        result.append(changed)
+    return result  # type: ignore[return-value]  # the record's own further keys stay
+
+
+def rerank(
+    stage: Stage, candidates: Stage, passages: Stage, load: Callable[[], Reranker], per_query: int
+) -> None:
+    """Score the candidates of each shard and sort them, best first.
+
+    All are kept, so that another `--top_k_reranking` needs no scoring. Adds the column reranking_scores
+    list<float32>, raw.
+    """
+    if stage.done():
+        return
+    rows = candidates.planned()
+    with tracked(stage, "rerank", "pairs", rows, per_query) as tracker:
+
+        def work(shard: int) -> pa.Table:
+            texts = PassageTable(passages)
+            table = candidates.table(shard)
+            records = table.to_pylist()
+            pairs = []
+            for record in records:
+                for row in record["rows"]:
+                    passage = texts[row]
+                    pairs.append(Pair(record["query"], full_text(passage.title, passage.text)))
+            reranker = load()
+            with stage.noting(shard, lambda: reranker.halving.count):
+                scores = iter(score_once(reranker, pairs, tracker.advance))
+            tracker.advance(len(records) * per_query - len(pairs))  # of queries with fewer
+            columns: dict[str, list[Any]] = {"rows": [], "scores": [], "reranking_scores": []}
+            for record in records:
+                own = [next(scores) for _ in record["rows"]]
+                kept = best_first(own, len(own))
+                columns["rows"].append([record["rows"][i] for i in kept])
+                columns["scores"].append([record["scores"][i] for i in kept])
+                columns["reranking_scores"].append([own[i] for i in kept])
+            return pa.table(
+                {
+                    "query_id": table.column("query_id"),
+                    "query": table.column("query"),
+                    "rows": pa.array(columns["rows"], pa.list_(pa.int64())),
+                    "scores": pa.array(columns["scores"], pa.list_(pa.float32())),
+                    "reranking_scores": pa.array(columns["reranking_scores"], pa.list_(pa.float32())),
+                }
+            )
+
+        whole = stage.complete(len(rows), work)
+    if whole:
+        rows = stage.made()
+        found = (stage.table(shard).column("rows").combine_chunks() for shard in range(len(rows)))
+        stage.finish(rows, {"queries": sum(rows), "pairs": sum(len(lists.flatten()) for lists in found)})

@@ -1,0 +1,45 @@
+"""What every reranker shares: pairs in, scores out, in batches that may be halved."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from scaledown.errors import ModelError
+from scaledown.models import (
+    Halving,
+)
+
+
+class Pair(NamedTuple):
+    """A query and the text of a document, title included."""
+
+    query: str
+    document: str
+
+
+class Reranker(Protocol):
+    """Scores pairs; higher is more relevant. Scores are raw: logits, or mean log-probabilities."""
+
+    name: str
+    halving: Halving
+
+    def score(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
+        """One score a pair, in the order given."""
+
+
+def in_batches(
+    reranker: Reranker,
+    score: Callable[[Sequence[int]], Any],
+    batches: Iterable[Sequence[int]],
+    advance: Callable[[int], None],
+) -> list[float]:
+    """Scores of pairs, in their order; each pair is in one of the batches."""
+    found: dict[int, float] = {}
+    for batch in batches:
+        found |= zip(batch, np.concatenate(reranker.halving(score, batch)), strict=True)
+        advance(len(batch))
+    scores = np.array([found[i] for i in range(len(found))], np.float32)
+    if not np.isfinite(scores).all():
+        raise ModelError(f"model {reranker.name} gave scores that are not numbers: try --dtype float32")
+    return [float(value) for value in scores]

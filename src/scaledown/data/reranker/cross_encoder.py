@@ -1,0 +1,134 @@
+"""Cross-encoders: a model that reads the query and the document together."""
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+from scaledown.data.reranker.base import Pair, in_batches
+from scaledown.data.reranker.pair_tokens import PairTokens
+from scaledown.data.retrieval.splade import by_length
+from scaledown.errors import ModelError
+from scaledown.models import (
+    Halving,
+    ModelSource,
+    dtype_to_run,
+    loadable,
+    loading,
+    onto,
+    read_config_file,
+)
+
+log = logging.getLogger("scaledown")
+
+_ODD: Final = "Été: 東京's 🗼, x<y [SEP] 2.5%"
+
+
+class CrossEncoderReranker:
+    """A cross-encoder with one output, as sentence-transformers reads it; scores are its logits.
+
+    An ordinary sequence classifier is read without sentence-transformers, which takes longer to import than
+    all else here. Each text is then tokenised once, while the model computes.
+    """
+
+    def __init__(self, source: ModelSource, device: str, dtype: str, batch_size: int) -> None:
+        self.name = source.name
+        self._device = device
+        self._batch_size = batch_size
+        self.halving = Halving("--reranker_batch_size")
+        name, pinned = loadable(source)
+        arguments: dict[str, Any] = {"dtype": dtype_to_run(dtype, device), **onto(device)}
+        self._tokens, reason = _pair_tokens(source)
+        if self._tokens:
+            from transformers import AutoModelForSequenceClassification
+
+            with loading(source):
+                self._model = AutoModelForSequenceClassification.from_pretrained(name, **pinned, **arguments)
+            model, labels = self._model.eval(), self._model.config.num_labels
+        else:
+            from sentence_transformers import CrossEncoder
+
+            log.info("reranker: sentence-transformers reads its pairs (%s)", reason)
+            with loading(source):
+                self._model = CrossEncoder(name, device=device, **pinned, model_kwargs=arguments)
+            model, labels = self._model.model, self._model.num_labels
+        if labels != 1:
+            raise ModelError(f"model {source.name} gives {labels} scores a pair; a reranker gives one")
+        _score_in_float32(model)
+
+    def score(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
+        """Logits, in the order of `pairs`."""
+        import torch
+
+        order = by_length([pair.document + pair.query for pair in pairs]).tolist()
+        size, tokens = self._batch_size, self._tokens
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        if tokens is None:
+
+            def predict(batch: Sequence[int]) -> Any:
+                return self._model.predict(
+                    [tuple(pairs[i]) for i in batch],
+                    batch_size=len(batch),
+                    show_progress_bar=False,
+                    activation_fn=torch.nn.Identity(),
+                )
+
+            return in_batches(self, predict, batches, advance)
+
+        def read(batch: Sequence[int]) -> Sequence[int]:
+            tokens.read(itertools.chain.from_iterable(pairs[i] for i in batch))
+            return batch
+
+        @torch.inference_mode()
+        def score(batch: Sequence[int]) -> Any:
+            features = tokens.features([pairs[i] for i in batch])
+            features = {name: values.to(self._device) for name, values in features.items()}
+            return self._model(**features).logits.float()[:, 0].cpu().numpy()  # [batch]
+
+        try:
+            with ThreadPoolExecutor(1) as thread:
+                return in_batches(self, score, thread.map(read, batches), advance)
+        finally:
+            tokens.forget()
+
+
+def _pair_tokens(source: ModelSource) -> tuple[PairTokens | None, str]:
+    """What puts the pairs of an ordinary sequence classifier together; None, and why, for other models."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    if any(read_config_file(source, name) for name in ("modules.json", "config_sentence_transformers.json")):
+        return None, "it has settings of sentence-transformers"
+    name, pinned = loadable(source)
+    with loading(source):
+        config = AutoConfig.from_pretrained(name, **pinned)
+        tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
+    if not (config.architectures or [""])[0].endswith("ForSequenceClassification"):
+        return None, "it is no sequence classifier"
+    if tokenizer.chat_template is not None:
+        return None, "it has a chat template"
+    positions = getattr(config, "max_position_embeddings", -1)
+    if positions != -1:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    try:
+        tokens = PairTokens(tokenizer)
+        texts = ("a", "", _ODD, f"{_ODD}\n{_ODD}", f"{_ODD} " * (tokenizer.model_max_length // 8 + 1))
+        pairs = list(itertools.product(texts, texts))
+        tokens.read(texts)
+        ones, others = map(list, zip(*pairs, strict=True))
+        expected = tokenizer(ones, others, padding=True, truncation="longest_first", return_tensors="pt")
+        made = tokens.features(pairs)
+    except Exception as error:  # whatever a foreign tokenizer does
+        return None, f"{type(error).__name__}: {error}"
+    tokens.forget()
+    if made.keys() != expected.keys() or any((made[key] != expected[key]).any() for key in made):
+        return None, "its tokens of a pair are not those of its texts"
+    return tokens, ""
+
+
+def _score_in_float32(model: Any) -> None:
+    """Let the last layers of a classifier compute in float32: in bfloat16 many scores are the same number."""
+    for name in ("classifier", "score"):
+        if (head := getattr(model, name, None)) is not None:
+            head.float()
+            head.register_forward_pre_hook(lambda _, given: tuple(part.float() for part in given))

@@ -1,0 +1,178 @@
+"""Query likelihood under a causal LM: how well a passage explains a question."""
+
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from scaledown.data.prompts import LIKELIHOOD_AFTER, LIKELIHOOD_BEFORE
+from scaledown.data.reranker.base import Pair, in_batches
+from scaledown.models import (
+    Halving,
+    ModelSource,
+    dtype_to_run,
+    loadable,
+    loading,
+    onto,
+)
+
+log = logging.getLogger("scaledown")
+
+SCORING: Final = 2
+"""Version of how query likelihood is computed: scores depend on it in their last bits."""
+_TOGETHER: Final = 256  # tokens of questions behind one passage: attention grows with their square
+_CHECKED_ON: Final = ("The tower is 330 metres tall.", " How tall is the tower?", " Who built it?")
+_TOLERANCE: Final = {"torch.float32": 1e-3, "torch.bfloat16": 0.1, "torch.float16": 0.05}
+
+
+class _Asked(NamedTuple):
+    """A pair as token ids. Pairs whose prompt is the same object share it."""
+
+    prompt: list[int]
+    question: list[int]
+
+
+class QueryLikelihoodReranker:
+    """Mean log-probability of the question's tokens given the passage (UPR, Sachan et al. 2022).
+
+    Works with any causal LM; needs no training for relevance. Questions about the same passage are packed
+    behind it: it is read once, each of them sees it and itself. A model that heeds no such mask reads it once
+    for each of them.
+    """
+
+    def __init__(self, source: ModelSource, device: str, dtype: str, batch_size: int) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        name, pinned = loadable(source)
+        with loading(source):
+            self._tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype_to_run(dtype, device), **pinned, **onto(device)
+            )
+        self._model = model.eval()
+        self.name = source.name
+        self._device = device
+        self._batch_size = batch_size
+        self.halving = Halving("--reranker_batch_size")
+        self._limit = int(getattr(model.config, "max_position_embeddings", 0) or 2048)
+        self._after = self._ids([LIKELIHOOD_AFTER])[LIKELIHOOD_AFTER]
+        self._together = _TOGETHER
+        if reason := self._differs():
+            self._together = 0
+            log.info("reranker: each question is read with its own copy of the passage (%s)", reason)
+
+    def _ids(self, texts: Iterable[str], *, special: bool = False) -> dict[str, list[int]]:
+        """Token ids by text; a text that comes again is read once."""
+        unique = list(dict.fromkeys(texts))
+        found = self._tokenizer(unique, add_special_tokens=special, verbose=False) if unique else {}
+        return dict(zip(unique, found.get("input_ids", ()), strict=True))
+
+    def score(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
+        """Mean log-probabilities, at most 0, in the order of `pairs`."""
+        questions = self._ids(f" {pair.query.strip()}" for pair in pairs)
+        passages = self._ids((LIKELIHOOD_BEFORE + pair.document for pair in pairs), special=True)
+        prompts: dict[tuple[str, int], list[int]] = {}  # by passage, and how much of it there is room for
+        asked = []
+        for pair in pairs:
+            question = questions[f" {pair.query.strip()}"][: self._limit // 2]
+            passage = passages[LIKELIHOOD_BEFORE + pair.document]
+            kept = min(len(passage), self._limit - len(question) - len(self._after))
+            prompt = prompts.setdefault((pair.document, kept), passage[:kept] + self._after)
+            asked.append(_Asked(prompt, question))
+
+        def score(batch: Sequence[int]) -> list[float]:
+            return self._batch([asked[i] for i in batch])
+
+        return in_batches(self, score, self._batches(asked), advance)
+
+    def _batches(self, asked: Sequence["_Asked"]) -> list[list[int]]:
+        """Places in `asked`, as many at once as the batch size, of rows with as many questions, by length."""
+        by_prompt: dict[int, list[int]] = {}
+        for i, one in enumerate(asked):
+            by_prompt.setdefault(id(one.prompt), []).append(i)
+        rows = self._rows(asked, itertools.chain.from_iterable(by_prompt.values()))
+        tokens = [len(asked[row[0]].prompt) + sum(len(asked[i].question) for i in row) for row in rows]
+        batches: list[list[int]] = []
+        for n in sorted(range(len(rows)), key=lambda n: (-len(rows[n]), -tokens[n])):
+            if batches and len(batches[-1]) + len(rows[n]) <= self._batch_size:
+                batches[-1] += rows[n]
+            else:
+                batches.append(list(rows[n]))
+        return batches
+
+    def _rows(self, asked: Sequence["_Asked"], order: Iterable[int]) -> list[list[int]]:
+        """Places in `asked`, in `order`, those together that share a passage and are read in one row."""
+        rows: list[list[int]] = []
+        tokens = 0
+        for i in order:
+            prompt, question = asked[i]
+            fits = rows and len(rows[-1]) < self._batch_size and tokens + len(question) <= self._together
+            if fits and asked[rows[-1][-1]].prompt is prompt:
+                rows[-1].append(i)
+            else:
+                rows.append([i])
+                tokens = 0
+            tokens += len(question)
+        return rows
+
+    def _batch(self, asked: Sequence["_Asked"]) -> list[float]:
+        """Scores of neighbours that share a prompt come from one row: prompt, question, question, ..."""
+        import torch
+
+        rows = [[asked[i] for i in row] for row in self._rows(asked, range(len(asked)))]
+        lengths = [len(row[0].prompt) + sum(len(one.question) for one in row) for row in rows]
+        longest = max(lengths)
+        ids = np.zeros((len(rows), longest), np.int64)  # padded on the left
+        position = np.zeros_like(ids)
+        part = np.full_like(ids, -1)  # 0: the prompt, n: its nth question, -1: padding
+        before: list[tuple[int, int]] = []  # row and place of what predicts each token of a question
+        targets: list[int] = []
+        for n, row in enumerate(rows):
+            start = longest - lengths[n]
+            behind = start + len(row[0].prompt)
+            for number, tokens in enumerate([row[0].prompt, *(one.question for one in row)]):
+                span = slice(start, start + len(tokens))
+                ids[n, span] = tokens
+                part[n, span] = number
+                position[n, span] = np.arange(len(tokens)) + (len(row[0].prompt) if number else 0)
+                if number:
+                    targets += tokens
+                    places = [behind - 1, *range(start, span.stop - 1)]
+                    before += [(n, place) for place in places[: len(tokens)]]
+                start = span.stop
+        first = min((place for _, place in before), default=longest - 1)
+        with torch.inference_mode():
+            parts = torch.from_numpy(part).to(self._device)
+            mask = (parts >= 0).long()  # [rows, longest]
+            if len(rows) < len(asked):  # each sees the prompt and its own part: [rows, 1, longest, longest]
+                mask = ((parts[:, None] == 0) | (parts[:, None] == parts[..., None])).tril()[:, None]
+            logits = self._model(
+                input_ids=torch.from_numpy(ids).to(self._device),
+                attention_mask=mask,
+                position_ids=torch.from_numpy(position).to(self._device),
+                logits_to_keep=longest - first,
+                use_cache=False,
+            ).logits  # [rows, longest - first, vocabulary]
+            at = torch.tensor(before, dtype=torch.long, device=self._device).reshape(-1, 2)
+            logits = logits[at[:, 0], at[:, 1] - first].float()  # [tokens of questions, vocabulary]
+            wanted = torch.tensor(targets, dtype=torch.long, device=self._device)[:, None]
+            chosen = torch.log_softmax(logits, -1).gather(-1, wanted)[:, 0].cpu()
+        each = torch.split(chosen, [len(one.question) for one in asked])
+        return [float(found.mean()) if len(found) else -math.inf for found in each]
+
+    def _differs(self) -> str:
+        """Why questions must not share a row of this model; empty where their scores are the same."""
+        prompt, *questions = self._ids([LIKELIHOOD_BEFORE + _CHECKED_ON[0], *_CHECKED_ON[1:]]).values()
+        prompt = prompt + self._after
+        asked = [_Asked(prompt, question) for question in (questions[0], *questions)]  # one of them twice
+        try:
+            together = self._batch(asked)
+            alone = [self._batch([one])[0] for one in asked]
+        except Exception as error:  # whatever a foreign model does
+            return f"{type(error).__name__}: {error}"
+        difference = max(abs(one - other) for one, other in zip(together, alone, strict=True))
+        same = difference <= _TOLERANCE[str(self._model.dtype)]
+        return "" if same else f"its scores differ by {difference:.2g}"
