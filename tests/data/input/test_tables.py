@@ -27,6 +27,7 @@ from scaledown.data.input.corpus import parse_article
 from scaledown.data.input.gold import gold_questions
 from scaledown.data.input.queries import from_files
 from scaledown.data.input.rows import parse
+from scaledown.data.input.tables import reader
 from scaledown.errors import InputError
 from web import Server
 
@@ -66,7 +67,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _log_of_each_test(caplog: pytest.LogCaptureFixture) -> None:
-    tables._tell.cache_clear()
+    reader._log_once.cache_clear()
     caplog.set_level(logging.INFO, logger="scaledown")
 
 

@@ -1,0 +1,100 @@
+"""Finds the column of each part by name; a choice that cannot be made is refused, with the next step."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from scaledown.data.input.tables.meaning import MANY_KEYS, Meaning
+from scaledown.data.input.values import has, is_full
+from scaledown.errors import InputError, one_line
+
+_NAMED: Final = 20  # columns in a message
+
+
+def columns_of(
+    shown: str,
+    records: Sequence[Mapping[str, Any]],
+    meaning: Meaning,
+    column: str,
+    names: Sequence[str] = (),
+) -> dict[str, str]:
+    """Find the column of each part in some records. Raises `InputError` if none has the main part."""
+    found: dict[str, str] = {}
+    for part, keys in meaning.parts.items():
+        if part == meaning.main and column:
+            if not records or any(has(record, column) for record in records):
+                found[part] = column
+            continue
+        full = {key for record in records for key in keys if is_full(record.get(key))}
+        if key := next((key for key in keys if key in full), ""):
+            found[part] = key
+            if part == meaning.main:
+                check_rivals(shown, records, meaning, key)
+    seen = names or list(dict.fromkeys(str(name) for record in records for name in record))
+    many = meaning.main == "question" and any(not set(MANY_KEYS).isdisjoint(record) for record in records)
+    empty = any(key in record for record in records for key in meaning.parts[meaning.main])
+    if records and meaning.main not in found and not many and (column or not empty):
+        raise no_main(shown, seen, meaning, column)
+    return found
+
+
+def check_rivals(shown: str, records: Sequence[Mapping[str, Any]], meaning: Meaning, key: str) -> None:
+    """Refuse `text` as the question if another column may be the question: it may be a corpus."""
+    every = meaning.rivals.get(key, ())
+    rivals = [name for name in every if any(is_full(record.get(name)) for record in records)]
+    if rivals:
+        raise InputError(
+            f"{shown}: either of the columns {key} and {rivals[0]} may hold the question; "
+            f"{_way(meaning, key, 'question')}"
+        )
+
+
+def check_doubled(shown: str, names: Sequence[str], meaning: Meaning, column: str) -> None:
+    """Refuse a column name that occurs several times, if a part is read from it."""
+    for part, keys in meaning.parts.items():
+        if part in meaning.unread:
+            continue
+        own = [name for key in keys for name in names if name.lower() == key]
+        if part == meaning.main and column:
+            own = [names[place] for place in places_of(column, names)]
+        exact = [name for name in own if name.islower()] or own
+        if exact and (many := names.count(exact[0])) > 1:
+            raise InputError(
+                f"{shown}: {many} columns are called {exact[0]}; the columns are {_listed(names)}; rename "
+                "all but one"
+            )
+
+
+def no_main(shown: str, names: Sequence[str], meaning: Meaning, column: str) -> InputError:
+    """Return the error for a table without the main part, with the columns that it has."""
+    wanted = repr(column) if column else " or ".join(meaning.parts[meaning.main])
+    return InputError(
+        f"{shown}: no {meaning.main} under {wanted}; the columns are {_listed(names)}: "
+        + (f"name one with {meaning.flag}" if meaning.flag else f"call one {meaning.main}")
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = [one_line(name, 40) or "(no name)" for name in names[:_NAMED]]
+    return ", ".join([*shown, *["…"] * (len(names) > _NAMED)]) or "none"
+
+
+def _way(meaning: Meaning, column: str, part: str) -> str:
+    if meaning.flag:
+        return f"name one with {meaning.flag}, as {meaning.flag} {column}"
+    return f"call the right one {part}"
+
+
+def places_of(column: str, names: Sequence[str]) -> list[int]:
+    """Where the column of a flag is: by its name, its name in any case, or its number from 1."""
+    exact = [place for place, name in enumerate(names) if name == column]
+    found = exact or [place for place, name in enumerate(names) if name.lower() == column.lower()]
+    if not found and (number := number_of(column)) and number <= len(names):
+        return [number - 1]
+    return found
+
+
+def number_of(column: str) -> int:
+    """The number that a flag gives in the place of a name: `2` or `column 2`; 0 for a name."""
+    number = re.fullmatch(r"(?:column )?([1-9]\d{0,3})", column)
+    return int(number[1]) if number else 0

@@ -1,0 +1,104 @@
+"""What the columns of a table may mean to a command, and how a file turned out to be read."""
+
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Final, NamedTuple
+
+from scaledown.data.input.files import Row
+
+# A passage's own id before that of its document.
+DOCUMENT_IDS: Final = ("id", "_id", "pid", "doc_id", "docid", "docno", "wikipedia_id", "kilt_id")
+QUERY_IDS: Final = ("query_id", "qid", "question_id", "questionid", "id", "_id")
+TITLE_KEYS: Final = ("title", "wikipedia_title")
+TEXT_KEYS: Final = ("text", "contents", "content", "body", "passage", "segment")
+QUERY_KEYS: Final = (
+    *(
+        "query",
+        "question",
+        "queries",
+        "questions",
+        "ambiguous_question",
+        "user_input",
+        "input",
+        "body",
+        "text",
+    ),
+)
+ANSWER_KEYS: Final[tuple[tuple[str, ...], ...]] = (
+    ("ground_truth", "ground_truths"),  # first: beside them `answer` is what a model said
+    (
+        *("answers", "answer", "answer_aliases", "possible_answers", "golden_answers", "exact_answer"),
+        *("output", "qa_pairs"),
+    ),
+    ("label", "labels"),
+)
+PASSAGE_KEYS: Final = (
+    *("passages", "passage", "context", "documents", "positive_passages", "snippets"),
+    *("contexts", "reference_contexts"),
+)
+MANY_KEYS: Final = ("data", "paragraphs", "qas", "questions")
+"""Of lists of questions in one record, as SQuAD, MRQA, TriviaQA and BioASQ publish them."""
+
+
+class Meaning(NamedTuple):
+    """What a command looks for in a table: its parts, each with the names that its column may have."""
+
+    main: str
+    """The part that each row must have."""
+    parts: Mapping[str, tuple[str, ...]]
+    flag: str
+    """What names the column of the main part; empty where no flag does."""
+    rivals: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    """Names that may not be meant, each with the columns beside which they are not."""
+    unread: tuple[str, ...] = ()
+    """Parts that only help to understand a table."""
+
+    def known(self) -> set[str]:
+        """Return all names that a column may have."""
+        return {name for names in self.parts.values() for name in names}
+
+    def read(self) -> set[str]:
+        """Return the names of the columns that are read."""
+        return {name for part, names in self.parts.items() if part not in self.unread for name in names}
+
+
+_RIVALS: Final = {
+    "text": ("title", "contents", "content", "passage", "documents", "context"),
+    "body": ("title",),  # BioASQ's question, elsewhere the text under a title
+}
+_ASKED: Final[Mapping[str, tuple[str, ...]]] = {
+    "id": QUERY_IDS,
+    "question": QUERY_KEYS,
+    "answers": (*(name for names in ANSWER_KEYS for name in names), "reference"),
+    "passages": PASSAGE_KEYS,
+}
+CORPUS: Final = Meaning(
+    "text", {"id": DOCUMENT_IDS, "title": TITLE_KEYS, "text": TEXT_KEYS}, flag="--text_column"
+)
+QUERIES: Final = Meaning("question", _ASKED, "--query_column", _RIVALS, unread=("answers", "passages"))
+GOLD: Final = Meaning("question", _ASKED, "", _RIVALS)
+
+
+class Reading(NamedTuple):
+    """How a file is read."""
+
+    format: str
+    columns: Mapping[str, str]
+    """The column of each part, by the part."""
+    header: bool | None
+    """Whether there is a line of names; None where the format needs none."""
+    guessed: bool
+    """Whether that follows from the content alone, and not from the file's ending and its names."""
+
+    def __str__(self) -> str:
+        words = [self.format]
+        if self.header is not None:
+            words.append("header" if self.header else "no header")
+        return ", ".join([*words, *(f"{part} = {column}" for part, column in self.columns.items())])
+
+
+class Table(NamedTuple):
+    """How a file is read, and its rows."""
+
+    reading: Reading
+    rows: Callable[[], Iterator[Row]]
