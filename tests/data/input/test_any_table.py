@@ -57,7 +57,7 @@ def read(path: Path, column: str = "") -> tuple[list[str], list[str]]:
     found, bad = [], []
     for row in tables.rows(path, tables.QUERIES, column):
         try:
-            record = parse(row, tables.QUERY_IDS)
+            record = parse(row)
             value = values.column_of(record, column) if column else values.value_of(record, tables.QUERY_KEYS)
             text = same(values.as_text(value) or "")
             if not text:
@@ -196,6 +196,6 @@ def test_anything_at_all_is_read_or_refused_by_its_name(content: bytes, name: st
         try:
             for row in tables.rows(path, meaning):
                 with contextlib.suppress(ValueError):  # a row that is rejected, with its reason
-                    parse(row, tables.QUERY_IDS)
+                    parse(row)
         except InputError as error:
             assert name in str(error)

@@ -56,7 +56,7 @@ def articles(*paths: Path, column: str = "", bad: float = 0.0) -> list[tuple[str
     found = []
     for path in files.every(paths, "--corpus_path"):
         for row in tables.rows(path, tables.CORPUS, column):
-            article = parse_article(parse(row, tables.DOCUMENT_IDS), f"line {row.line}", column)
+            article = parse_article(parse(row), f"line {row.line}", column)
             found.append((article.doc_id, article.title, "\n".join(block.text for block in article.blocks)))
     return found
 
@@ -338,6 +338,8 @@ def test_ids_of_any_type(given: Any, written: str, tmp_path: Path) -> None:
 def test_ids_longer_than_64_bits_keep_their_digits(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", '{"id": 123456789012345678901234567890, "text": "Text."}\n')
     assert articles(path) == [("123456789012345678901234567890", "", "Text.")]
+    path = write(tmp_path / "q.jsonl", '{"id": "a", "query": -9223372036854775809}\n')
+    assert queries(path) == [("a", "-9223372036854775809")], "more than 64 bits"
 
 
 # Corpora

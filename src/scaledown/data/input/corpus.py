@@ -273,7 +273,7 @@ def cut_rows(
     rejected: list[tuple[files.Row, str]] = []
     for row in rows:
         try:
-            record = parse(row, tables.DOCUMENT_IDS)
+            record = parse(row)
             articles.append(parse_article(record, _name(folders, row), text_column))
         except ValueError as error:
             rejected.append((row, str(error)))

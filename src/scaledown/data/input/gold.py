@@ -140,7 +140,7 @@ def _records(source: files.Source, counts: Counter[str]) -> Iterator[tuple[int, 
         counts["guessed"] += tables.reading(source, tables.GOLD).guessed
         for row in tables.rows(source, tables.GOLD):
             try:
-                yield row.line, parse(row, tables.QUERY_IDS)
+                yield row.line, parse(row)
             except ValueError as error:
                 yield row.line, str(error)
 

@@ -178,7 +178,7 @@ def _from_records(rows: Iterator[files.Row], column: str, intake: files.Intake) 
     for row in rows:
         intake.rows += 1
         try:
-            yield _query(parse(row, tables.QUERY_IDS), column)
+            yield _query(parse(row), column)
         except ValueError as error:
             intake.reject(row, str(error))
 

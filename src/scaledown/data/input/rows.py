@@ -27,6 +27,7 @@ log = logging.getLogger("scaledown")
 
 _NOT_FINITE: Final = re.compile(rb"\b(NaN|Infinity)\b")
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+_LARGE: Final = 1 << 53  # from here on a float does not hold every whole number
 _BATCH_ROWS: Final = 1024
 _LONGEST_TOPIC: Final = 10_000  # lines
 _TOPIC_START: Final = re.compile(
@@ -251,21 +252,16 @@ def _topic(path: Source, number: int, lines: Sequence[str]) -> Row:
     return Row(str(path), number, found)
 
 
-def parse(row: Row, exact: Sequence[str] = ()) -> dict[str, Any]:
-    """The record in a row, its names in lower case unless two would become one.
+def parse(row: Row) -> dict[str, Any]:
+    """Return the record of a row, its names in lower case unless two would become one.
 
-    The numbers in the columns `exact` keep all their digits. Raises `ValueError` with the reason where the
-    row is malformed.
+    Whole numbers keep all their digits. Raises `ValueError` with the reason if the row is malformed.
     """
     if row.problem:
         raise ValueError(row.problem)
     record = _record(row)
     lower = {name.lower(): value for name, value in record.items()}
-    record = lower if len(lower) == len(record) else record
-    if isinstance(row.content, bytes) and any(type(record.get(name)) is float for name in exact):
-        whole = {str(name).lower(): value for name, value in json.loads(row.content).items()}
-        record.update({name: whole[name] for name in exact if isinstance(whole.get(name), int)})
-    return record
+    return lower if len(lower) == len(record) else record
 
 
 def _record(row: Row) -> dict[str, Any]:
@@ -273,6 +269,9 @@ def _record(row: Row) -> dict[str, Any]:
         record = _loaded(row.content)
         if not isinstance(record, dict):
             raise ValueError(f"expected a JSON object, found {type(record).__name__}")
+        # orjson reads whole numbers of more than 64 bits as floats, which would change their digits.
+        if any(type(value) is float and abs(value) >= _LARGE for value in record.values()):
+            record |= {name: value for name, value in json.loads(row.content).items() if type(value) is int}
         return record
     record = {}
     for key, value in row.content.items():
