@@ -16,10 +16,10 @@ from scaledown.data.teacher import answer_log
 from scaledown.data.teacher.answer_log import AnswerLog
 from scaledown.errors import OutputError, RunDirectoryError, UsageError
 from scaledown.records import Answer
-from scaledown.run import object_store, stage
+from scaledown.run import object_store
 from scaledown.run.directory import RunDirectory
 from scaledown.run.locations import File, storage_at
-from scaledown.run.stage import Stage
+from scaledown.run.stage import Stage, stage
 
 EVERY = pytest.mark.parametrize("bucket", ["s3", "gs"], indirect=True)
 MEMORY = pytest.mark.parametrize("bucket", ["memory"], indirect=True)

@@ -1,16 +1,10 @@
-"""A stage of a run: shards that are written once, with the same content whichever process makes them.
-
-The shards of a stage are in `<work_dir>/<stage>/<fingerprint>/`. If a setting changes, this stage and the
-stages after it use new folders; if it is changed back, the old shards are found again. A shard gets its final
-name only when it is complete. `done.json` marks a stage that has all its shards.
-"""
+"""A stage: which shards it has, and how one process or several together make those that are missing."""
 
 import contextlib
 import errno
 import json
 import logging
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -21,10 +15,10 @@ from scaledown.errors import RunDirectoryError
 from scaledown.run.atomic import atomic, write_json
 from scaledown.run.directory import ABSENT, GIVEN_UP, RunDirectory, stage_fingerprint
 from scaledown.run.leases import TRIES
+from scaledown.run.stage.shard_file import read_rows, write_rows
 
 log = logging.getLogger("scaledown")
 
-_CHECKSUM_BYTES: Final = 4
 _OUT_OF_RESOURCES: Final = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # errors that are not due to the file
 _WAIT_SECONDS: Final = 0.1
 
@@ -40,8 +34,6 @@ class StageResult(NamedTuple):
 
 class Stage:
     """The shards of one stage under one set of settings.
-
-    A shard is an Arrow IPC stream, read memory-mapped, followed by the CRC-32 of its bytes.
 
     Args:
         run: The run directory.
@@ -139,11 +131,7 @@ class Stage:
             left: Number of shards of this size that follow; for the message about a full disk.
         """
         with atomic(self.path(shard), room=int((left + 1) * content.nbytes)) as temporary:
-            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, content.schema) as writer:
-                writer.write_table(content.combine_chunks())
-            checksum = _checksum(pa.memory_map(str(temporary)).read_buffer())
-            with temporary.open("ab") as file:
-                file.write(checksum)
+            write_rows(temporary, content)
         self.storage.publish(self.path(shard), once=True)
         self.note({"shard": shard, "seconds": round(seconds, 3), "rows": content.num_rows})
         for name in tuple(self._leased):
@@ -194,7 +182,7 @@ class Stage:
         pauses = iter(self.storage.pauses)
         while True:
             try:
-                return _mapped(path, check=check)
+                return read_rows(path, check=check)
             except (pa.ArrowException, OSError, ValueError) as error:
                 if getattr(error, "errno", None) in _OUT_OF_RESOURCES:
                     raise
@@ -439,16 +427,3 @@ def together(shards: int, most: int) -> int:
     groups; otherwise two workers would make the same shards.
     """
     return max(1, min(most, shards // 16))
-
-
-def _mapped(path: Path, *, check: bool) -> pa.Table:
-    """Map the rows of a shard's file. Raises `ArrowException`, `OSError` or `ValueError` if it is damaged."""
-    mapped = pa.memory_map(str(path)).read_buffer()
-    body = mapped[: mapped.size - _CHECKSUM_BYTES]
-    if check and _checksum(body) != mapped[body.size :].to_pybytes():
-        raise ValueError("the checksum differs")
-    return pa.ipc.open_stream(body).read_all()
-
-
-def _checksum(buffer: pa.Buffer) -> bytes:
-    return zlib.crc32(buffer).to_bytes(_CHECKSUM_BYTES, "little")
