@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import importlib.util
 import os
 import platform
 import socket
@@ -11,6 +12,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # as commands do, before anything is multiplied here
@@ -46,6 +48,17 @@ _MODELS = {"transformers.modeling_utils", "sentence_transformers", "openvino_gen
 """What is imported before a model is made or loaded."""
 _STARTS = {"subprocess.Popen", "os.fork"}
 """Events that say a process starts, as the interpreter names them."""
+
+
+def load_script(path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Import a file that is in no package, without running it as a program."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, module)
+    spec.loader.exec_module(module)
+    return module
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,6 +1,5 @@
 """The sample data is what it says, and the guide's snippets run as files on the bundled models."""
 
-import importlib.util
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, load_script
 from scaledown.cli import main
 
 EXAMPLES = ROOT / "examples"
@@ -87,13 +86,7 @@ def test_mock_data(tmp_path: Path, forked: None) -> None:
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """`examples/demo.py`, not run yet."""
-    spec = importlib.util.spec_from_file_location("demo", EXAMPLES / "demo.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "demo", module)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(EXAMPLES / "demo.py", monkeypatch)
 
 
 @pytest.mark.slow

@@ -9,20 +9,14 @@ from types import ModuleType
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, load_script
 
 FILE = ROOT / "benchmarks" / "gpu.py"
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu", module)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(FILE, monkeypatch)
 
 
 def test_rows_that_a_cpu_can_do(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

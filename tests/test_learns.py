@@ -1,8 +1,6 @@
 """The split of the learning benchmark: by article, and clean of what was looked at before."""
 
-import importlib.util
 import json
-import sys
 from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
@@ -10,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, load_script
 
 FOLDER = ROOT / "benchmarks"
 
@@ -18,13 +16,7 @@ FOLDER = ROOT / "benchmarks"
 @pytest.fixture
 def learns(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location("learns", FOLDER / "learns.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "learns", module)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(FOLDER / "learns.py", monkeypatch)
 
 
 def test_articles_that_were_held_out_before_are_never_tested(learns: ModuleType) -> None:
