@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import resource_tracker
 from typing import Any, Final
 
 from scaledown.devices.gpus import free_share, index, only
@@ -210,6 +211,7 @@ def _unless_interrupted(make: Callable[[], Any]) -> Any:
         except BaseException as error:
             errors.append(error)
 
+    resource_tracker.ensure_running()  # started later, it would unblock the signal in that thread
     before = set(multiprocessing.active_children())
     thread = threading.Thread(target=work, name="vllm-start", daemon=True)
     thread.start()

@@ -137,9 +137,6 @@ def is_computing(pid: int) -> bool:
     return any(one.cpu_times().user > 20 for one in workers)  # seconds
 
 
-@pytest.mark.xfail(
-    reason="vLLM's EngineCore prints a traceback if it is stopped while it computes", strict=True
-)
 def test_ctrl_c_ends_a_run_in_one_line_and_its_processes(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "scaledown", "prepare", "--preset", "demo", "--teacher_backend", "vllm"]
     words += ["--corpus_path", str(ROOT / "examples" / "corpus.jsonl")]
