@@ -232,7 +232,7 @@ def test_a_classifier_is_no_reranker(models, tmp_path) -> None:
     AutoTokenizer.from_pretrained(models["cross_encoder"]).save_pretrained(tmp_path)
     config = BertConfig.from_pretrained(models["cross_encoder"], num_labels=3)
     BertForSequenceClassification(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="3 scores a pair"):
+    with pytest.raises(ModelError, match="3 scores for a pair"):
         load_reranker(resolve_reranker(str(tmp_path)), "cpu", "float32", 2)
 
 
@@ -297,7 +297,7 @@ def test_a_tokenizer_with_rules_of_its_own_reads_pairs(models, monkeypatch, capl
     monkeypatch.setattr(PairTokens, "features", lambda self, pairs: features(self, pairs[::-1]))
     caplog.set_level(logging.INFO, "scaledown")
     assert load_reranker(source, "cpu", "float32", 4).score(ODD, lambda _: None) == expected
-    assert "its tokens of a pair are not those of its texts" in caplog.text
+    assert "its tokenizer changes the tokens of texts in a pair" in caplog.text
 
 
 @pytest.mark.slow

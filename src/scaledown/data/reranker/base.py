@@ -1,4 +1,4 @@
-"""What every reranker shares: pairs in, scores out, in batches that may be halved."""
+"""What all rerankers share: the interface, and scoring in batches that are halved if memory is full."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -19,13 +19,13 @@ class Pair(NamedTuple):
 
 
 class Reranker(Protocol):
-    """Scores pairs; higher is more relevant. Scores are raw: logits, or mean log-probabilities."""
+    """Scores pairs: a higher score is more relevant. Scores are logits or mean log-probabilities."""
 
     name: str
     halving: Halving
 
     def score(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
-        """One score a pair, in the order given."""
+        """Return one score for each pair, in their order."""
 
 
 def in_batches(
@@ -34,7 +34,7 @@ def in_batches(
     batches: Iterable[Sequence[int]],
     advance: Callable[[int], None],
 ) -> list[float]:
-    """Scores of pairs, in their order; each pair is in one of the batches."""
+    """Return the scores of all pairs, in their order; each index is in one of the batches."""
     found: dict[int, float] = {}
     for batch in batches:
         found |= zip(batch, np.concatenate(reranker.halving(score, batch)), strict=True)

@@ -26,10 +26,10 @@ _ODD: Final = "Été: 東京's 🗼, x<y [SEP] 2.5%"
 
 
 class CrossEncoderReranker:
-    """A cross-encoder with one output, as sentence-transformers reads it; scores are its logits.
+    """A cross-encoder with one output; scores are its logits, the same as with sentence-transformers.
 
-    An ordinary sequence classifier is read without sentence-transformers, which takes longer to import than
-    all else here. Each text is then tokenised once, while the model computes.
+    An ordinary sequence classifier is loaded without sentence-transformers, whose import is slow. Then each
+    text is tokenised once, in a thread beside the model.
     """
 
     def __init__(self, source: ModelSource, device: str, dtype: str, batch_size: int) -> None:
@@ -54,11 +54,11 @@ class CrossEncoderReranker:
                 self._model = CrossEncoder(name, device=device, **pinned, model_kwargs=arguments)
             model, labels = self._model.model, self._model.num_labels
         if labels != 1:
-            raise ModelError(f"model {source.name} gives {labels} scores a pair; a reranker gives one")
+            raise ModelError(f"model {source.name} gives {labels} scores for a pair: use a model with one")
         _score_in_float32(model)
 
     def score(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
-        """Logits, in the order of `pairs`."""
+        """Return the logit of each pair."""
         import torch
 
         order = by_length([pair.document + pair.query for pair in pairs]).tolist()
@@ -94,7 +94,7 @@ class CrossEncoderReranker:
 
 
 def _pair_tokens(source: ModelSource) -> tuple[PairTokens | None, str]:
-    """What puts the pairs of an ordinary sequence classifier together; None, and why, for other models."""
+    """Return what tokenises pairs for an ordinary sequence classifier; else None and the reason."""
     from transformers import AutoConfig, AutoTokenizer
 
     if any(read_config_file(source, name) for name in ("modules.json", "config_sentence_transformers.json")):
@@ -104,7 +104,7 @@ def _pair_tokens(source: ModelSource) -> tuple[PairTokens | None, str]:
         config = AutoConfig.from_pretrained(name, **pinned)
         tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
     if not (config.architectures or [""])[0].endswith("ForSequenceClassification"):
-        return None, "it is no sequence classifier"
+        return None, "it is not a sequence classifier"
     if tokenizer.chat_template is not None:
         return None, "it has a chat template"
     positions = getattr(config, "max_position_embeddings", -1)
@@ -118,16 +118,16 @@ def _pair_tokens(source: ModelSource) -> tuple[PairTokens | None, str]:
         ones, others = map(list, zip(*pairs, strict=True))
         expected = tokenizer(ones, others, padding=True, truncation="longest_first", return_tensors="pt")
         made = tokens.features(pairs)
-    except Exception as error:  # whatever a foreign tokenizer does
+    except Exception as error:  # any error of a tokenizer that we do not know
         return None, f"{type(error).__name__}: {error}"
     tokens.forget()
     if made.keys() != expected.keys() or any((made[key] != expected[key]).any() for key in made):
-        return None, "its tokens of a pair are not those of its texts"
+        return None, "its tokenizer changes the tokens of texts in a pair"
     return tokens, ""
 
 
 def _score_in_float32(model: Any) -> None:
-    """Let the last layers of a classifier compute in float32: in bfloat16 many scores are the same number."""
+    """Compute the last layers of a classifier in float32: in bfloat16 many scores would be equal."""
     for name in ("classifier", "score"):
         if (head := getattr(model, name, None)) is not None:
             head.float()
