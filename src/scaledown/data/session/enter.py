@@ -14,7 +14,7 @@ from scaledown.data.input.files import Source
 from scaledown.data.input.remote import Remote
 from scaledown.data.manifest import Sources, compared_settings, name_differences
 from scaledown.data.prompts import load_template
-from scaledown.data.retrieval.parts import tell_of_changes
+from scaledown.data.retrieval.parts import warn_about_changes
 from scaledown.data.session.parts import check_parts, is_indexed
 from scaledown.data.session.resolve import find
 from scaledown.data.workers import share, supervised
@@ -141,7 +141,7 @@ def _entered(config: PrepareConfig, repeats: Path | None, worker: str) -> Iterat
     with contextlib.ExitStack() as stack:
         stack.enter_context(publishing(stack.enter_context(run.claim(request)), worker, run, home))
         if home is not run:
-            tell_of_changes(run, home)
+            warn_about_changes(run, home)
             place = stack.enter_context(home.claim("index", finished=indexed))
             stack.enter_context(publishing(place, worker, home))
         yield Session(run, config, request, home, sources, identities, inputs, worker)
