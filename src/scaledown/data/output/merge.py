@@ -14,7 +14,7 @@ import orjson
 from scaledown.config.options import check_ending
 from scaledown.config.prepare import PrepareConfig
 from scaledown.config.shared import CleanConfig
-from scaledown.data.cleaning.decontaminate import Cleaner, Left
+from scaledown.data.cleaning.decontaminate import Cleaner, Exclusion
 from scaledown.data.input.seen import Seen
 from scaledown.data.input.training_files import check_file, entries, format_of, problems
 from scaledown.data.manifest import manifest_of
@@ -123,7 +123,7 @@ def _records(paths: Sequence[Path]) -> Iterator[Example]:
             tracker.advance(0, sum(sizes[: place + 1]) / (sum(sizes) or 1))
 
 
-def _cleaned(records: Iterator[Example], cleaner: Cleaner) -> Iterator[tuple[Example, Left | None]]:
+def _cleaned(records: Iterator[Example], cleaner: Cleaner) -> Iterator[tuple[Example, Exclusion | None]]:
     """Records, each with why it is left out, or None where it stays."""
     seen = Seen()
     while block := list(itertools.islice(records, _BLOCK)):
