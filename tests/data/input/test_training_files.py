@@ -368,7 +368,7 @@ def test_merge_finds_the_manifest_of_a_run_directory_of_another_name(tmp_path: P
         merge([first, second], tmp_path / "full.json")
     place.write_text(json.dumps(manifest | {"output": {"path": "/another.json"}}))
     assert merge([first, second], tmp_path / "full.json").records == 2
-    assert f"{second}: no run directory beside it, so its settings are not compared" in caplog.text
+    assert f"{second}: it has no run directory, so its settings are not compared" in caplog.text
 
 
 def test_merge_does_not_trip_over_a_manifest_of_another_kind(tmp_path: Path) -> None:
@@ -405,7 +405,7 @@ def test_extra_columns_of_other_origin_fit_or_are_named(tmp_path: Path) -> None:
     (entry,) = entries(tmp_path / "a.parquet")
     assert entry.record["query_id"] == "7"
     late = [*numbered(range(1000)), *numbered([1000], GOOD | {"groundedness": 0.5})]
-    with pytest.raises(OutputError, match="column groundedness is in some records only"):
+    with pytest.raises(OutputError, match="column groundedness is in some records, but not in the first"):
         write_examples(tmp_path / "b.parquet", late)
     assert not (tmp_path / "b.parquet").exists()
 
