@@ -168,8 +168,8 @@ def test_a_servers_tokens_are_texts_and_their_bytes_count() -> None:
         ({"top_logprobs": [[-1.0, -2.0]]}, "different lengths"),
         ({"token_ids": [1]}, "different lengths"),
         ({"token_ids": [1, 1 << 40]}, "token_ids is not a list of ids"),
-        ({"top_ids": [[1], [2, 3]]}, "top_ids has not the shape"),
-        ({"top_tokens": [["a", "b"], "c"]}, "top_tokens has not the shape"),
+        ({"top_ids": [[1], [2, 3]]}, "top_ids does not have the shape"),
+        ({"top_tokens": [["a", "b"], "c"]}, "top_tokens does not have the shape"),
         ({"mine": 1}, "is not an object of tokens, token_ids"),
     ],
 )

@@ -454,11 +454,11 @@ def test_a_manifest_repeats_its_run_from_any_folder(prepare, tmp_path, monkeypat
     manifest = prepare.work / "manifest.json"
     assert command.main(["--config", str(manifest), "--output_file", str(other)]) == 0
     assert other.read_bytes() == prepare.output.read_bytes()
-    assert "not a repetition" not in capsys.readouterr().err
+    assert "this run does not repeat" not in capsys.readouterr().err
     with corpus.open("a") as file:
         file.write('{"id": "new", "title": "New", "text": "New text."}\n')
     assert command.main(["--config", str(manifest), "--output_file", str(other)]) == 0
-    assert "not a repetition" in capsys.readouterr().err
+    assert "this run does not repeat" in capsys.readouterr().err
 
 
 def test_a_manifest_pins_the_revisions_of_hub_models(prepare, hub_cache, tiny_flags, corpus, queries) -> None:

@@ -30,7 +30,7 @@ def test_a_prompt_of_your_own_is_a_file(text: str, shown: str, tmp_path: Path) -
 @pytest.mark.parametrize("text", ["{documents}", "{question}", "{documents} {question} {question}", ""])
 def test_a_prompt_without_its_places_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text(text)
-    with pytest.raises(UsageError, match="stands there once"):
+    with pytest.raises(UsageError, match="must be there once"):
         load_template(str(tmp_path / "prompt.txt"))
 
 
