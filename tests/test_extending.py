@@ -150,7 +150,7 @@ def test_entry_of_another_package_is_found_without_import(
     ("value", "message"),
     [
         ("nowhere:ENGINE", "teacher_engines broken .nowhere:ENGINE. cannot be imported .No module named"),
-        ("json:nothing", "cannot be imported .*: correct its package, or uninstall that"),
+        ("json:nothing", "cannot be imported .*: correct its package, or uninstall the package"),
         (
             "json:dumps",
             "is function, expected scaledown.data.teacher.base:TeacherEngine: see docs/extending.md",

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from scaledown.metrics import accuracy, exact_match, f1, holds, rouge_l
+from scaledown.metrics import accuracy, exact_match, f1, has_answer, rouge_l
 from scaledown.text import normalized
 
 
@@ -152,4 +152,4 @@ def test_f1(answer: str, right: list[str], expected: float) -> None:
     ],
 )
 def test_what_a_document_holds(document: str, right: list[str], expected: bool) -> None:
-    assert holds(document, right) is expected
+    assert has_answer(document, right) is expected
