@@ -425,7 +425,7 @@ def test_merge_records_removed_records_with_their_match(tmp_path: Path, capsys) 
         ("When?", "contaminated", "answer"),
     ]
     out = capsys.readouterr().out
-    assert "3 records from 1 file, 2 queries that came again left out, 2 records of evaluation sets" in out
+    assert "3 records from 1 file, 2 repeated queries left out, 2 records of evaluation sets" in out
     assert str(removed) in out
     before = output.read_bytes(), removed.read_bytes()
     assert cli.main([*merge, *flags]) == 0

@@ -158,7 +158,7 @@ def test_queries_that_come_again_are_counted_and_no_problem(tmp_path: Path, caps
     path = tmp_path / "a.json"
     path.write_text(json.dumps([GOOD, {**GOOD, "answer": "That."}, {**GOOD, "query": "Who?"}]))
     assert main(["validate", str(path)]) == 0
-    assert "3 records, all sound, 1 query again" in capsys.readouterr().out
+    assert "3 records, all sound, 1 repeated query" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "match"), [("", "is a folder; name"), ("none.json", "no such file")])
@@ -283,7 +283,7 @@ def test_merge_joins_in_order_and_drops_duplicates(
     assert [json.loads(line)["query"] for line in output.read_text().splitlines()] == [
         f"Question {n}?" for n in range(9)
     ]
-    assert "9 records from 2 files, 2 queries that came again left out" in capsys.readouterr().out
+    assert "9 records from 2 files, 2 repeated queries left out" in capsys.readouterr().out
 
 
 def test_merge_looks_for_all_files_before_it_reads_one(tmp_path: Path, capsys) -> None:

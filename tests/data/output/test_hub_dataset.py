@@ -154,8 +154,8 @@ def test_rankings_with_repeated_ids_can_be_evaluated(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--format", "pisco", "--push_to_hub", "me/x"], "--push_to_hub shares json, jsonl, parquet"),
-        (["--format", "json", "--private"], "--private is for --push_to_hub"),
+        (["--format", "pisco", "--push_to_hub", "me/x"], "--push_to_hub needs --format json, jsonl, parquet"),
+        (["--format", "json", "--private"], "--private needs --push_to_hub"),
         (["--format", "trec"], "which has the rankings, is missing"),
         (["{data}", "--format", "trec"], "takes one file"),
         (["--format", "json", "{empty}"], "no record"),
