@@ -104,7 +104,7 @@ def test_a_model_with_code_of_its_own_is_refused(models: dict[str, Path], tmp_pa
     config["auto_map"] = {"AutoConfig": "conf.Conf", "AutoModelForCausalLM": "conf.Model"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "conf.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(ModelError, match="code of its own, which is never run"):
+    with pytest.raises(ModelError, match="its own code, which is never run"):
         generate_teacher_answers([{"query": "q", "documents": ["d"]}], str(folder), device="cpu")
     assert not (tmp_path / "ran").exists()
 
@@ -112,10 +112,10 @@ def test_a_model_with_code_of_its_own_is_refused(models: dict[str, Path], tmp_pa
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("org/never-heard-of", "hub cannot be reached.*name a local folder"),
+        ("org/never-heard-of", "hub cannot be reached.*give a local folder"),
         ("./no/such/folder", "no such folder"),
         ("/no/such/folder", "no such folder"),
-        ("a b", "no hub name"),
+        ("a b", "cannot be a name on the hub"),
         ("bundled:gpt-9", "use one of bundled:splade-tiny"),
     ],
 )

@@ -12,7 +12,7 @@ MINUS: Final = "\u2212"
 
 _SIGN: Final = re.compile(r"(?<![\w)\]-])[-\u2010-\u2013](?=\.?\d)")
 _RAISED: Final = re.compile(r"(?<=\d)(?=[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2079\u2150-\u215e])")
-# Operators, comparisons, currencies, per cent and degrees, which distinguish questions. A dash or slash counts
+# Operators, comparisons, currencies, per cent and degrees, which tell questions apart. A dash or slash counts
 # only between spaces, because others are in dates and ranges.
 _OPERATOR: Final = re.compile(
     r"(?<=\d) *(?:!=|[×÷^<>=≤≥±%°$€£¥]|[+*](?= *\d)|!(?= *[?\w)]))|(?:!=|[×÷^<>=≤≥±√$€£¥]) *(?=\d)|"
