@@ -73,7 +73,7 @@ def test_code_of_each_extension_is_short() -> None:
 
 
 @pytest.mark.slow
-def test_page_adds_one_of_each_kind(
+def test_code_of_the_page_adds_one_extension_of_each_kind(
     site: Path, tmp_path: Path, models: dict[str, Path], corpus: Path
 ) -> None:
     tiny.word_pieces(tmp_path / "bag_of_words")
@@ -118,11 +118,11 @@ def test_page_adds_one_of_each_kind(
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.group)
-def test_entries_are_what_their_table_declares(table: Table) -> None:
+def test_entries_are_instances_of_the_class_of_their_table(table: Table) -> None:
     assert len(table) == len(dict(table)) > 0
 
 
-def test_only_tables_know_names() -> None:
+def test_no_other_code_compares_names_of_entries() -> None:
     """No code compares with the name of an engine or a compressor: what differs, the entry declares."""
     names = {*TEACHER_ENGINES, *COMPRESSORS}
     for path in (ROOT / "src").rglob("*.py"):
@@ -157,7 +157,7 @@ def test_entry_of_another_package_is_found_without_import(
         ),
     ],
 )
-def test_entry_that_is_broken_is_named(
+def test_broken_entry_is_reported(
     value: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(tmp_path, {"scaledown.teacher_engines": {"broken": value}}, "broken")
@@ -166,7 +166,9 @@ def test_entry_that_is_broken_is_named(
         engine_of("broken")
 
 
-def test_name_of_ours_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_entry_is_used_before_one_with_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     install(tmp_path, {"scaledown.compressors": {"pointer": "json:dumps"}}, "thief")
     monkeypatch.syspath_prepend(tmp_path)
     assert COMPRESSORS["pointer"].picks_tokens
@@ -184,7 +186,7 @@ def test_name_of_ours_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (Engine(lora="adapter"), Generation(load_in_8bit=True), "leave some out"),
     ],
 )
-def test_engine_refuses_what_it_does_not_declare(
+def test_settings_that_an_engine_does_not_support_are_refused(
     engine: Engine, generation: Generation, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
@@ -200,7 +202,7 @@ def test_engine_refuses_what_it_does_not_declare(
         (Engine("openvino"), "cpu", "openvino"),
     ],
 )
-def test_auto_takes_the_engine_that_suits(
+def test_auto_selects_an_engine_that_suits(
     engine: Engine, device: str, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import importlib.util

@@ -208,7 +208,7 @@ COMMANDS = [fence for fence in SHELL if not is_options(fence)]
 
 
 @pytest.mark.parametrize("fence", COMMANDS, ids=titled)
-def test_commands_of_the_guide(fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_of_the_guide_work(fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "mock_data.json").write_text(json.dumps([{"query": "q", "documents": ["d"], "answer": "a"}]))
     for words in commands(fence.text):
         run(words, place, monkeypatch)
@@ -218,7 +218,7 @@ OPTIONS = [words for fence in SHELL if is_options(fence) for words in commands(f
 
 
 @pytest.mark.parametrize("words", OPTIONS, ids=" ".join)
-def test_options_of_the_guide(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_the_guide_work(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each option of the configuration chapters, on top of the basic command."""
     basic = [*PREPARE, "--queries_file", "queries.txt", "--corpus_path", "kilt_knowledgesource.json"]
     basic += ["--output_file", "train_data.json"]
@@ -239,7 +239,7 @@ def test_options_of_the_guide(words: list[str], place: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
-def test_parallel_processing_of_the_guide(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parallel_processing_of_the_guide_works(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop in a real shell: chunks at once, then both ways to merge."""
     loop, by_hand = SCRIPTS
     (place / "queries.txt").write_text("".join(f"What is number {n}?\n" for n in range(4)))
@@ -262,7 +262,7 @@ def test_parallel_processing_of_the_guide(place: Path, monkeypatch: pytest.Monke
     assert sorted(record["query"] for record in again) == sorted(record["query"] for record in merged)
 
 
-def test_the_loop_of_the_guide_names_no_gpu_that_is_not_there(tmp_path: Path) -> None:
+def test_loop_of_the_guide_uses_only_existing_gpus(tmp_path: Path) -> None:
     (tmp_path / "queries.txt").write_text("".join(f"What is number {n}?\n" for n in range(20)))
     (tmp_path / "bin").mkdir()
     for name, does in (("python", "echo $CUDA_VISIBLE_DEVICES >> gpus"), ("scaledown", ":")):
@@ -277,7 +277,7 @@ def test_the_loop_of_the_guide_names_no_gpu_that_is_not_there(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("fence", [f for f in GUIDE_FENCES if f.language == "python"], ids=titled)
-def test_snippets_of_the_guide(fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snippets_of_the_guide_work(fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         run_python(fence.text, monkeypatch)
     for name in ("train_data.json", "mock_data.json"):
@@ -288,13 +288,13 @@ def test_snippets_of_the_guide(fence: Fence, place: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("fence", [f for f in GUIDE_FENCES if f.language == "json"], ids=titled)
-def test_the_format_that_the_guide_shows_is_sound(fence: Fence, place: Path) -> None:
+def test_format_in_the_guide_is_sound(fence: Fence, place: Path) -> None:
     (place / "shown.json").write_text(fence.text)
     assert cli.main(["validate", "shown.json"]) == 0
 
 
 @pytest.mark.skipif(not FIRST_EDITION.exists(), reason="needs the guide's first edition in ../shared")
-def test_every_command_of_the_first_edition_is_still_in_the_guide() -> None:
+def test_guide_has_all_commands_of_its_first_edition() -> None:
     """As written, comments after a backslash aside."""
     kept = [words for fence in SHELL for words in commands(fence.text)]
     kept_flags = {tuple(words) for words in kept if words[0].startswith("--")}
@@ -324,7 +324,7 @@ SCALING = fences(ROOT / "docs" / "scaling.md")
     [f for f in README + STUDENT + CLEANING + EVALUATION + SCALING if f.language == "bash"],
     ids=titled,
 )
-def test_commands_of_the_pages(
+def test_commands_of_the_pages_work(
     fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> None:
     evaluation_files(place / "evaluation")
@@ -376,7 +376,7 @@ def ask(words: list[str], port: int) -> None:
     assert told["usage"]["compression"]["embeddings"] > 0
 
 
-def test_snippet_of_the_student(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snippet_of_the_student_works(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "train_data.json").write_text(json.dumps([{"query": "q", "documents": ["d"], "answer": "a"}]))
     assert (
         cli.main(["train", "--train_data", "train_data.json", "--num_layers", "1", "--output_dir", "model"])
@@ -388,7 +388,7 @@ def test_snippet_of_the_student(place: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert out.getvalue()
 
 
-def test_snippet_of_the_index(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snippet_of_the_index_works(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--corpus_path", str(place / "kilt_knowledgesource.json"), "--index_dir", "index"]
     assert cli.main(["index", *flags, "--device", "cpu"]) == 0
     (snippet,) = [fence for fence in SCALING if fence.language == "python"]
@@ -398,7 +398,7 @@ def test_snippet_of_the_index(place: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("fence", [f for f in README if f.language == "python"], ids=titled)
-def test_snippets_of_the_readme(fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snippets_of_the_readme_work(fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         run_python(fence.text, monkeypatch)
 
@@ -406,7 +406,7 @@ def test_snippets_of_the_readme(fence: Fence, place: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
 )
-def test_links_between_pages_lead_somewhere(page: Path) -> None:
+def test_links_between_pages_have_targets(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
@@ -456,7 +456,7 @@ def test_flags_of_the_pages_exist() -> None:
             assert flag.removeprefix("no_") in known, f"{page.name}: --{flag}"
 
 
-def test_the_recipes_of_cleaning_find_the_questions_they_name(place: Path) -> None:
+def test_recipes_of_cleaning_leave_out_questions_of_every_file(place: Path) -> None:
     """The last of its commands, on questions of all its files: each is left out, by the file that has it."""
     evaluation_files(place / "evaluation")
     prepare = next(

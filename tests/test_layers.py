@@ -65,7 +65,7 @@ def rooms(package: str) -> dict[str, set[str]]:
     return found
 
 
-def test_imports_go_down() -> None:
+def test_modules_import_only_from_their_own_layer_or_below() -> None:
     for module, names in imports().items():
         for name in names:
             above, below = layer(module), layer(name)
@@ -73,12 +73,12 @@ def test_imports_go_down() -> None:
                 assert above <= below, f"{module} imports {name}, which lies above it"
 
 
-def test_modules_have_no_cycles() -> None:
+def test_imports_have_no_cycles() -> None:
     assert list(TopologicalSorter(imports()).static_order())
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_rooms_of_a_package_are_few_and_have_no_cycles(package: str) -> None:
+def test_packages_have_few_modules_and_no_cycles(package: str) -> None:
     own = rooms(package)
     depth: dict[str, int] = {}
     for room in TopologicalSorter(own).static_order():

@@ -225,7 +225,7 @@ def test_machines_share_a_run_by_parts(words, prepare, queries, index, system, b
     assert not [key for key in keys if "/locks/" in key or "/live/" in key]
 
 
-def test_parts_want_an_index_first(remote, bucket, capsys) -> None:
+def test_parts_need_a_finished_index(remote, bucket, capsys) -> None:
     for flags in (["--shard", "0/2"], ["--executor", "ray", "--ray_address", "local"]):
         assert remote(*flags) == 2
         err = capsys.readouterr().err
@@ -233,9 +233,7 @@ def test_parts_want_an_index_first(remote, bucket, capsys) -> None:
         assert "run `scaledown index --index_dir URL` with the same settings" in err.splitlines()[-1]
 
 
-def test_parts_in_bucket_want_synthetic_questions_first(
-    prepare, corpus, index, bucket, tmp_path, capsys
-) -> None:
+def test_parts_need_finished_synthetic_questions(prepare, corpus, index, bucket, tmp_path, capsys) -> None:
     flags = [*FLAGS, *index, "--corpus_path", str(corpus), "--output_file", f"{bucket}/out/train.json"]
     flags += ["--num_synthetic_queries", "4", "--cache_dir", str(tmp_path / "cache")]
     assert prepare(*flags, "--shard", "1/2", inputs=False) == 2
@@ -257,7 +255,7 @@ def test_index_command_fills_a_bucket_from_one_machine(capsys, index, models, co
     assert "--executor ray: in a bucket one machine makes the index" in capsys.readouterr().err
 
 
-def test_server_that_stays_away_ends_the_run_in_one_line(
+def test_unreachable_server_ends_the_run_with_one_line(
     remote, s3_server, bucket, monkeypatch, capsys, made
 ) -> None:
     monkeypatch.setattr(object_store, "_PATIENCE_SECONDS", 1)
@@ -314,7 +312,7 @@ def test_missing_bucket_is_an_error(remote, prepare, bucket, capsys) -> None:
     assert "hf:// cannot be written to" in capsys.readouterr().err
 
 
-def test_an_index_in_a_bucket_changes(models, corpus, bucket, tmp_path, monkeypatch) -> None:
+def test_index_in_bucket_can_be_changed(models, corpus, bucket, tmp_path, monkeypatch) -> None:
     from scaledown.cli import main
     from scaledown.data.retrieval import IndexRetriever
 
