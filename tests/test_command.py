@@ -1,4 +1,4 @@
-"""How every command runs: `run_cli`."""
+"""`run_cli`, which runs every command."""
 
 import json
 from collections.abc import Callable

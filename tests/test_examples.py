@@ -1,4 +1,4 @@
-"""The sample data is what it says, and the guide's snippets run as files on the bundled models."""
+"""The sample data is correct, and the guide's snippets run as files with the bundled models."""
 
 import json
 import os
@@ -85,7 +85,7 @@ def test_mock_data(tmp_path: Path, forked: None) -> None:
 
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """`examples/demo.py`, not run yet."""
+    """`examples/demo.py` as a module; it has not run."""
     return load_script(EXAMPLES / "demo.py", monkeypatch)
 
 
@@ -99,7 +99,7 @@ def test_demo_runs_with_small_models(
     monkeypatch: pytest.MonkeyPatch,
     forked: None,
 ) -> None:
-    """All of `make demo` on tiny models; the second time nothing is trained, measured or answered again."""
+    """All of `make demo` with tiny models. Repeated, it trains, measures and answers nothing."""
     size = demo.Size(
         data=(*tiny_flags, "--retriever_model", "bundled:splade-tiny", "--top_k_retrieval", "2"),
         generator=str(models["causal_lm"]),
@@ -167,7 +167,7 @@ def test_demo_does_not_train_on_held_out_questions(demo: ModuleType, tmp_path: P
 
 @pytest.mark.slow
 def test_demo_stops_at_ctrl_c(tmp_path: Path, forked: None) -> None:
-    """As a terminal does it: all processes of the group get the signal."""
+    """As on a terminal, all processes of the group get the signal."""
     words = [sys.executable, str(EXAMPLES / "demo.py"), str(tmp_path / "demo")]
     log = tmp_path / "demo" / "prepare.log"
     with subprocess.Popen(
@@ -183,7 +183,7 @@ def test_demo_stops_at_ctrl_c(tmp_path: Path, forked: None) -> None:
 
 
 def demo_of_this_code() -> Path | None:
-    """What `make demo` made last, if no source has changed since."""
+    """The output of the last `make demo`, if no source has changed since; else None."""
     output = ROOT / "demo" / "train_data.json"
     sources = [*(ROOT / "src").rglob("*.py"), *EXAMPLES.glob("*.*"), ROOT / "Makefile"]
     newest = max(path.stat().st_mtime for path in sources)

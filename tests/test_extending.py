@@ -1,4 +1,4 @@
-"""An extension of each kind, from another package: the code of docs/extending.md as it stands there."""
+"""An extension of each kind from another package: the code of docs/extending.md."""
 
 import ast
 import gzip
@@ -31,7 +31,7 @@ MOST_LINES = 30
 
 
 def install(package: Path, entry_points: dict[str, dict[str, str]], name: str) -> None:
-    """Leave what pip leaves of a package's metadata beside it."""
+    """Write the metadata that pip writes beside a package."""
     info = package / f"{name}-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
@@ -43,7 +43,7 @@ def install(package: Path, entry_points: dict[str, dict[str, str]], name: str) -
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the page's package, installed."""
+    """A folder in which the package of the page is installed."""
     folder = tmp_path_factory.mktemp("site")
     (folder / "extras").mkdir()
     for fence in fences(PAGE):
@@ -123,7 +123,7 @@ def test_entries_are_instances_of_the_class_of_their_table(table: Table) -> None
 
 
 def test_no_other_code_compares_names_of_entries() -> None:
-    """No code compares with the name of an engine or a compressor: what differs, the entry declares."""
+    """Differences between engines and compressors are fields of their entries."""
     names = {*TEACHER_ENGINES, *COMPRESSORS}
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""GGUF files read by us and by transformers are the same model."""
+"""GGUF files become the same model when read by us and by transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ TYPES = [gguf.GGMLQuantizationType[name] for name in ("Q4_1", "Q8_0", "F16", "F3
 
 
 def written(path: Path, architecture: str = "llama", *, tied: bool = True, more: str = "") -> Path:
-    """A small model with random weights, its tensors in one of several types each."""
+    """A small model with random weights; its tensors have several types."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
     writer.add_block_count(LAYERS)

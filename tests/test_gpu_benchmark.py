@@ -1,4 +1,4 @@
-"""`make gpu`: the rows that a CPU can do, at tiny shapes, and what it makes of them. Rates are not judged."""
+"""`make gpu`: the rows that work on a CPU, with tiny shapes, and its result. Rates are not checked."""
 
 import importlib.util
 import json
@@ -74,7 +74,7 @@ def test_student_is_trained_and_answers(gpu: ModuleType) -> None:
 def test_engine_starts_beside_others_on_the_device(
     gpu: ModuleType, models: dict[str, Path], tiny_flags: list[str]
 ) -> None:
-    """By transformers, for want of vLLM; the processes are the same."""
+    """With transformers instead of vLLM; the processes are the same."""
     scale = gpu.TINY._replace(student=str(models["causal_lm"]), demo=tuple(tiny_flags))
     rows = list(gpu.of_vllm(scale, {"encoder": models["splade"]}))
     assert len(rows) == 5

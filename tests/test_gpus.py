@@ -1,4 +1,4 @@
-"""Models on a GPU: read straight onto it, and given back by one place."""
+"""Models on a GPU are read directly to it, and released by `OnDevice`."""
 
 import weakref
 from pathlib import Path
@@ -23,7 +23,7 @@ from scaledown.student.training.origin import Origin
 
 
 class Model:
-    """Refers to itself, as libraries' models do."""
+    """A model that refers to itself, as models of libraries do."""
 
     def __init__(self) -> None:
         self.itself = self
@@ -31,7 +31,7 @@ class Model:
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What a GPU says of its free memory, one call after the other; and what was asked of torch."""
+    """The free memory of a fake GPU, in bytes: one value for each call; the last stays."""
     free_bytes = [80 * GIB]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

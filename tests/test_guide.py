@@ -1,4 +1,4 @@
-"""Every command and snippet of the guide and the README runs, on tiny models under the guide's names."""
+"""Every command and snippet of the guide and the README runs, with tiny models under the guide's names."""
 
 import contextlib
 import io
@@ -32,7 +32,7 @@ SMALL = ["--max_new_tokens", "4", "--device", "cpu"]
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub_cache: Path) -> Path:
-    """A folder with the files that the guide's commands name, and loopback in place of MS MARCO's host."""
+    """A folder with the files in the guide's commands, and a server on loopback for MS MARCO's host."""
     monkeypatch.chdir(tmp_path)
     articles = (ROOT / "examples" / "corpus.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "kilt_knowledgesource.json").write_text("".join(articles[:8]), encoding="utf-8")
@@ -121,7 +121,7 @@ def run(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def evaluation_files(folder: Path) -> None:
-    """Files of the names and shapes that `docs/cleaning.md` fetches; BioASQ's beside the folder, as it comes.
+    """Files with the names and formats of `docs/cleaning.md`; BioASQ's is beside the folder, unconverted.
 
     Each has one question; BioASQ's is one of `queries.txt`.
     """
@@ -159,7 +159,7 @@ def evaluation_files(folder: Path) -> None:
 
 
 def evaluated(place: Path, name: str = "model") -> None:
-    """What the commands of evaluation name: a model, held-out data, right answers, rankings."""
+    """The files in the commands of evaluation: a model, held-out data, right answers, rankings."""
     record = {"query": "Who painted it?", "documents": ["It\nAda painted it. It is red."], "answer": "Ada"}
     (place / "held_out.json").write_text(json.dumps([record]))
     (place / "gold.jsonl").write_text('{"question": "who painted it", "answer": ["Ada"]}\n')
@@ -173,7 +173,7 @@ def evaluated(place: Path, name: str = "model") -> None:
 
 
 def use_local_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets.load_dataset` gives local rows with the columns that the hub's datasets have."""
+    """Let `datasets.load_dataset` return local rows with the columns of the hub's datasets."""
     import datasets
 
     rows = {
@@ -219,7 +219,7 @@ OPTIONS = [words for fence in SHELL if is_options(fence) for words in commands(f
 
 @pytest.mark.parametrize("words", OPTIONS, ids=" ".join)
 def test_options_of_the_guide_work(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each option of the configuration chapters, on top of the basic command."""
+    """Each option of the configuration chapters, added to the basic command."""
     basic = [*PREPARE, "--queries_file", "queries.txt", "--corpus_path", "kilt_knowledgesource.json"]
     basic += ["--output_file", "train_data.json"]
     if "--top_k_retrieval" not in words:
@@ -240,7 +240,7 @@ def test_options_of_the_guide_work(words: list[str], place: Path, monkeypatch: p
 
 @pytest.mark.slow
 def test_parallel_processing_of_the_guide_works(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loop in a real shell: chunks at once, then both ways to merge."""
+    """The loop in a real shell: chunks at the same time, then both ways to merge."""
     loop, by_hand = SCRIPTS
     (place / "queries.txt").write_text("".join(f"What is number {n}?\n" for n in range(4)))
     (place / "bin").mkdir()
@@ -295,7 +295,7 @@ def test_format_in_the_guide_is_sound(fence: Fence, place: Path) -> None:
 
 @pytest.mark.skipif(not FIRST_EDITION.exists(), reason="needs the guide's first edition in ../shared")
 def test_guide_has_all_commands_of_its_first_edition() -> None:
-    """As written, comments after a backslash aside."""
+    """The commands are unchanged, except for comments after a backslash."""
     kept = [words for fence in SHELL for words in commands(fence.text)]
     kept_flags = {tuple(words) for words in kept if words[0].startswith("--")}
     for fence in fences(FIRST_EDITION):
@@ -350,7 +350,7 @@ def test_commands_of_the_pages_work(
 
 @contextlib.contextmanager
 def served(words: list[str]) -> Iterator[int]:
-    """A server that a page starts in the background, at a free port in place of 8000; gives that port."""
+    """Start a page's server in the background, at a free port instead of 8000. Returns the port."""
     *flags, port, behind = words[1:]
     assert (flags[-1], port, behind) == ("--port", "8000", "&")
     command = [sys.executable, "-m", "scaledown", *flags, "0", "--device", "cpu"]
@@ -366,7 +366,7 @@ def served(words: list[str]) -> Iterator[int]:
 
 
 def ask(words: list[str], port: int) -> None:
-    """Send a page's request, which is answered from compressed documents."""
+    """Send a page's request, and check that the answer is from compressed documents."""
     if not shutil.which("curl"):
         pytest.skip("needs curl, which asks the server")
     words = [word.replace("127.0.0.1:8000", f"127.0.0.1:{port}") for word in words]
@@ -413,7 +413,7 @@ def test_links_between_pages_have_targets(page: Path) -> None:
 
 
 def test_flags_of_the_pages_exist() -> None:
-    """Each `--flag` that README and docs name is one of the commands'."""
+    """Each `--flag` in README and docs is a flag of a command."""
     from dataclasses import fields
 
     from scaledown.config.compare import CompareConfig
@@ -457,7 +457,7 @@ def test_flags_of_the_pages_exist() -> None:
 
 
 def test_recipes_of_cleaning_leave_out_questions_of_every_file(place: Path) -> None:
-    """The last of its commands, on questions of all its files: each is left out, by the file that has it."""
+    """The page's last command leaves out a question of each of its files, by this file."""
     evaluation_files(place / "evaluation")
     prepare = next(
         words for fence in CLEANING for words in commands(fence.text) if "--decontaminate_answers" in words

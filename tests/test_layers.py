@@ -1,4 +1,4 @@
-"""Imports only go down the layers that CONTRIBUTING draws, no package has many rooms, no path is long."""
+"""Imports follow the layers in CONTRIBUTING; packages have few modules and short chains of imports."""
 
 import ast
 import functools
@@ -28,7 +28,7 @@ PACKAGES = sorted(
 
 @functools.cache
 def imports() -> dict[str, set[str]]:
-    """Module -> modules of the package that it imports, wherever in the file."""
+    """The modules of the package that each module imports, anywhere in its file."""
     found = {}
     for path in SOURCE.rglob("*.py"):
         if path.name == "__main__.py":
@@ -53,7 +53,7 @@ def layer(module: str) -> int | None:
 
 
 def rooms(package: str) -> dict[str, set[str]]:
-    """The modules and packages that lie in a package -> those that each imports."""
+    """The modules and packages in a package, each with those that it imports."""
 
     def room(module: str) -> str:
         return module.removeprefix(f"{package}.").split(".")[0] if module.startswith(f"{package}.") else ""

@@ -1,4 +1,4 @@
-"""The split of the learning benchmark: by article, and clean of what was looked at before."""
+"""The splits of the learning benchmark: by article, without articles that were used before."""
 
 import json
 from collections import Counter

@@ -71,7 +71,7 @@ def test_rouge_l(answer: str, right: list[str], expected: float) -> None:
 
 
 def pairs() -> Iterator[tuple[str, list[str]]]:
-    """A thousand answers of few words, articles, punctuation and cases, with one to four right ones."""
+    """A thousand short answers with articles, punctuation and cases, each with one to four right answers."""
     draw = random.Random(0)
     words = ["a", "an", "The", "the", "cat", "Cat,", "sat-on", "don't", "U.S.", "3.5", "it's", "mat.", "_x_"]
 

@@ -39,7 +39,7 @@ HUB_FILES = {"config.json": b'{"model_type": "bert"}', "modules.json": b"[]"}
 
 
 class FakeHub(BaseHTTPRequestHandler):
-    """Answers as the hub does for the files of one public and one gated model."""
+    """Answers like the hub, for the files of a public and a gated model."""
 
     def do_HEAD(self) -> None:
         self.answer(body=False)

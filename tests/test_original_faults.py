@@ -1,4 +1,4 @@
-"""What the public original got wrong, each as a test: scaledown-team/soft_compression, `scaledown/data/`."""
+"""Faults of the public original, a test for each: scaledown-team/soft_compression, `scaledown/data/`."""
 
 import inspect
 import json
@@ -107,7 +107,7 @@ def test_teacher_answers_in_batches(models, monkeypatch) -> None:
 
 
 def test_top_k_reranking_alone_does_not_lose_the_scores(prepare) -> None:
-    """They lie in the run directory, and --enable_reranking writes them without scoring again."""
+    """Scores are in the run directory, and --enable_reranking writes them without scoring again."""
     import pyarrow as pa
 
     prepare("--top_k_retrieval", "6", "--top_k_reranking", "3")
@@ -165,7 +165,7 @@ def test_run_resumes(prepare, monkeypatch) -> None:
 
 
 def test_corpus_and_vectors_are_not_kept_in_memory(tmp_path, models, monkeypatch) -> None:
-    """Passages stream: four times the corpus takes no more memory."""
+    """A corpus of four times the size takes no more memory."""
     monkeypatch.setattr(files, "_CHUNK_BYTES", 1 << 16)
     from scaledown.data.input.corpus import build_passages
     from scaledown.run.directory import RunDirectory
@@ -186,7 +186,7 @@ def test_corpus_and_vectors_are_not_kept_in_memory(tmp_path, models, monkeypatch
 
 
 def test_reranker_reads_titles(models) -> None:
-    """The reranker sees the same text as the retriever: with its title."""
+    """The reranker reads the same text as the retriever, with its title."""
     with_title = [{"query": "What is it?", "documents": [{"title": "A certain title", "text": "Some text."}]}]
     written_out = [{"query": "What is it?", "documents": ["A certain title\nSome text."]}]
     without = [{"query": "What is it?", "documents": ["Some text."]}]

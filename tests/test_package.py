@@ -1,4 +1,4 @@
-"""What people install: the wheel, the command, the API reference."""
+"""The installed package: the wheel, the command, the API reference."""
 
 import ast
 import importlib
@@ -166,7 +166,7 @@ def test_no_page_recommends_the_package_of_another_project() -> None:
 
 
 def test_dependencies_have_reasons() -> None:
-    """Each dependency, its reason in CONTRIBUTING; each pinned in constraints.txt."""
+    """Each dependency has a reason in CONTRIBUTING and a version in constraints.txt."""
     import re
     import tomllib
 
@@ -191,7 +191,7 @@ def test_reader_that_stops_early_is_not_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_no_error(closed: str, tmp_path: Path) -> None:
-    """A file that is opened later does not take the place of one."""
+    """A file that is opened later does not get the number of a closed stream."""
     (tmp_path / "a.json").write_text('[{"query": "q", "documents": ["d"], "answer": "a"}]')
     for words, status in (
         (f"merge {tmp_path}/a.json --output_file {tmp_path}/full.json", 0),
@@ -230,7 +230,7 @@ def test_site_builds_without_a_dead_link(tmp_path: Path) -> None:
     ],
 )
 def test_help_imports_no_heavy_library(words: str, light: str) -> None:
-    """Without a clock: by what is imported."""
+    """Checks the imported modules, not the time."""
     code = (
         "import sys; from scaledown.cli import main\n"
         "try: main(sys.argv[2:])\n"

@@ -1,4 +1,4 @@
-"""Log probabilities of the teacher's answers: right values, kept with each answer, cut where it is cut."""
+"""Log probabilities of the teacher's answers: their values, storing them, cutting them with the answer."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def prompts(count: int, temperature: float = 0.0) -> list[Any]:
 
 
 def logprobs_of(text: str) -> Logprobs:
-    """Each word a token, as an engine that gives ids has it."""
+    """Log probabilities with a token for each word, as from an engine that returns ids."""
     words = re.findall(r"\s*\S+", text)
     ids = [len(word) for word in words]
     return {
@@ -185,7 +185,7 @@ def test_invalid_logprobs_column_is_reported(change: dict[str, Any], message: st
 
 
 class Sure:
-    """Says two sentences, the second cut, with log probabilities; dies after `lives` answers."""
+    """Two sentences, the second truncated, with log probabilities; fails after `lives` answers."""
 
     halving = Halving("--teacher_batch_size")
 

@@ -23,7 +23,7 @@ FLAGS = (
 
 
 class Fresh:
-    """A file system that remembers nothing."""
+    """A file system without a cache."""
 
     def __init__(self, system: Any) -> None:
         self._system = system
@@ -41,13 +41,13 @@ def system(bucket: str) -> Any:
 
 
 def inside(bucket: str, keys: Iterable[str]) -> list[str]:
-    """The names of objects from the bucket on."""
+    """The names of objects, beginning with the bucket."""
     return [key.removeprefix(f"{bucket.partition('://')[2]}/") for key in keys]
 
 
 @pytest.fixture
 def remote(prepare, bucket: str, tmp_path: Path) -> Any:
-    """Run the command with all that it writes in the bucket; gives the status."""
+    """Run the command with all its output in the bucket. Returns the exit status."""
 
     def run(*flags: str, cache: str = "cache", output: str = f"{bucket}/out/train.json") -> int:
         return prepare(*FLAGS, "--output_file", output, "--cache_dir", str(tmp_path / cache), *flags)
@@ -57,7 +57,7 @@ def remote(prepare, bucket: str, tmp_path: Path) -> Any:
 
 @pytest.fixture
 def words(tiny_flags: list[str], corpus: Path, queries: Path, bucket: str) -> list[str]:
-    """The same as a command of its own, without its cache."""
+    """Run the same in another process, without this process's cache."""
     given = ["--corpus_path", str(corpus), "--queries_file", str(queries)]
     return [
         *(sys.executable, "-m", "scaledown.data.prepare_dataset", *tiny_flags, *FLAGS, *given),
@@ -67,7 +67,7 @@ def words(tiny_flags: list[str], corpus: Path, queries: Path, bucket: str) -> li
 
 @pytest.fixture
 def index(models, corpus: Path, bucket: str, tmp_path: Path) -> list[str]:
-    """A finished index in the bucket; gives the flag that names it."""
+    """Make an index in the bucket. Returns its flag."""
     flags = ["--retriever_model", str(models["splade"]), "--device", "cpu", "--corpus_path", str(corpus)]
     flags += ["--passages_per_shard", "20", "--cache_dir", str(tmp_path / "index machine")]
     assert build_index.main([*flags, "--index_dir", f"{bucket}/index"]) == 0
@@ -135,7 +135,7 @@ def test_run_in_bucket_gives_the_bytes_of_a_local_one(
 def test_output_in_bucket_is_written_again_if_lost_or_damaged(
     remote, system, bucket, tmp_path, made, capsys
 ) -> None:
-    """Also where anybody has put objects with hostile names, or an earlier version has left its notes."""
+    """Also if the bucket has objects with hostile names, or notes of an earlier version."""
     output, name = f"{bucket}/out/train.json", bucket.removeprefix("s3://")
     assert remote() == 0
     content = system.cat_file(output)
@@ -169,7 +169,7 @@ def test_output_in_bucket_is_written_again_if_lost_or_damaged(
 def test_killed_run_is_continued_by_another_machine(
     words, remote, prepare, system, bucket, tmp_path, made, capsys
 ) -> None:
-    """The other has a cache of its own, and finds only what is in the bucket."""
+    """The other machine has its own cache, and finds only the content of the bucket."""
     assert prepare(*FLAGS) == 0
     every = sorted(made)
     made.clear()
@@ -284,7 +284,7 @@ def test_unreachable_server_ends_the_run_with_one_line(
 
 @pytest.fixture
 def strict(s3_server) -> Iterator[None]:
-    """A server that knows no keys."""
+    """A server that accepts no keys."""
     import requests
 
     host, port = s3_server.get_host_and_port()

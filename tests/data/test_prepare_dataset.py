@@ -1,4 +1,4 @@
-"""The main command from end to end on tiny models: results, resuming, and everything a user can get wrong."""
+"""The main command with tiny models: results, resuming, and errors of users."""
 
 import dataclasses
 import gzip
@@ -31,7 +31,7 @@ LOADING = (
     "scaledown.data.reranker.api.load_reranker",
     "scaledown.data.session.teachers.load_teacher",
 )
-"""What loads the models of a run."""
+"""The functions that load the models of a run."""
 
 RERANK = ("--enable_reranking", "--top_k_retrieval", "6", "--top_k_reranking", "3")
 
@@ -285,7 +285,7 @@ def shards(work: Path) -> list[Path]:
 
 
 class Undisturbed(NamedTuple):
-    """What a run gives that nothing disturbs."""
+    """The results of a run without a crash."""
 
     output: bytes
     shards: int
@@ -299,7 +299,7 @@ def known() -> dict[tuple[str, ...], Undisturbed]:
 
 @pytest.fixture
 def undisturbed(prepare, tmp_path, known, monkeypatch) -> Callable[..., Undisturbed]:
-    """A run by its flags, made once for all tests: it depends on no path. No run here draws its report."""
+    """A run for some flags, made once, since it does not depend on paths. Reports are not drawn."""
     monkeypatch.setattr("scaledown.data.session.result.report_of", lambda *_: None)
 
     def made(*flags: str) -> Undisturbed:
@@ -322,7 +322,7 @@ def stage_counts(work: Path) -> dict[str, Any]:
 def test_run_continues_to_the_same_bytes_after_any_crash(
     crash_at: int, prepare, monkeypatch, undisturbed
 ) -> None:
-    """The process dies after its n-th shard; the same command then gives the bytes of an undisturbed run."""
+    """The process dies after its n-th shard; then the same command makes the expected bytes."""
     from scaledown.run.stage import Stage
 
     whole = undisturbed(*RERANK, *SHARDS)
@@ -671,7 +671,7 @@ def test_scores_that_are_not_finite_are_an_error(prepare, models, tmp_path, caps
 
 
 def too_little_memory(monkeypatch: pytest.MonkeyPatch, stage: str, fits: int) -> str:
-    """Let the model of a stage run out of memory with more than `fits` texts; gives the stage's flag."""
+    """Let the model of a stage run out of memory with more than `fits` texts. Returns the stage's flag."""
     import torch
     from sentence_transformers import SparseEncoder
     from transformers import BertForSequenceClassification, LlamaForCausalLM
@@ -831,7 +831,7 @@ def test_hostile_text_is_in_the_output_but_not_on_the_terminal(prepare, corpus, 
 
 
 class Scripted:
-    """Writes a usable question for two passages of three, and example topics for the rest."""
+    """Writes a usable question for two of three passages, and example topics for the third."""
 
     halving = Halving("--teacher_batch_size")
 

@@ -1,4 +1,4 @@
-"""A run on a Ray cluster of two nodes on this machine: the same bytes, also when a node goes away."""
+"""A run on a Ray cluster of two nodes on this machine has the same bytes, also if a node is lost."""
 
 import json
 import os

@@ -58,7 +58,7 @@ def test_cross_encoder_scores_are_raw_logits(models) -> None:
 
 
 def test_query_likelihood_is_the_mean_log_probability_of_the_question(models) -> None:
-    """Against one plain forward pass a pair, Sachan et al. 2022."""
+    """Compared with a plain forward pass for each pair (Sachan et al. 2022)."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -90,7 +90,7 @@ REPEATED = [
 
 
 def alone(reranker: QueryLikelihoodReranker, pairs: list[Pair]) -> list[float]:
-    """Each pair in a batch of its own: nothing is shared or padded."""
+    """Score each pair in its own batch, without sharing or padding."""
     return [reranker.score([pair], lambda _: None)[0] for pair in pairs]
 
 
@@ -214,7 +214,7 @@ def test_wrong_arguments_are_an_error(models) -> None:
 
 @pytest.mark.parametrize(("prefix", "kind"), [("ql:", "causal_lm"), ("", "cross_encoder")])
 def test_rerankers_need_no_sentence_transformers(prefix, kind, models) -> None:
-    """It takes longer to import than all else that a worker needs."""
+    """Importing it takes longer than everything else that a worker needs."""
     code = """if True:
         import sys
         from scaledown.data.reranker import add_reranking_scores
@@ -245,7 +245,7 @@ ODD = [
 
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_texts_tokenised_once_have_the_same_scores_as_pairs(size, models, monkeypatch) -> None:
-    """To the bit, against `CrossEncoder.predict`, which tokenises each pair."""
+    """The scores equal those of `CrossEncoder.predict`, which tokenises each pair, bit for bit."""
     source = resolve(str(models["cross_encoder"]))
     monkeypatch.setattr(rerankers, "_pair_tokens", lambda _: (None, "to compare"))
     expected = load_reranker(source, "cpu", "float32", size).score([*ODD, *PAIRS], lambda _: None)
@@ -303,7 +303,7 @@ def test_tokenizer_with_special_rules_reads_pairs(models, monkeypatch, caplog) -
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "data" / "xquad-dev").is_dir(), reason="needs ../shared/data/xquad-dev")
 def test_query_likelihood_finds_real_paragraphs(caplog) -> None:
-    """The gold paragraph among five of its article, 12 real questions."""
+    """12 real questions, each with the five paragraphs of its article."""
     caplog.set_level(logging.INFO, "scaledown")
     folder = SHARED / "data" / "xquad-dev"
     articles = {

@@ -1,4 +1,4 @@
-"""Runs made by several workers, in parts, and with accidents: always the same bytes, or an honest end."""
+"""Runs with several workers, in parts, and with faults have the same bytes, or end with an error."""
 
 import collections
 import json
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 class Alone(NamedTuple):
-    """What a run without workers makes."""
+    """The results of a run without workers."""
 
     output: bytes
     counts: dict[str, Any]
@@ -37,13 +37,13 @@ def stage_counts(work: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def known() -> list[Alone]:
-    """One run for all tests: what it makes depends on no path."""
+    """A run without workers, made once for all tests, since it does not depend on paths."""
     return []
 
 
 @pytest.fixture
 def run(prepare, queries, corpus, tmp_path, monkeypatch, known, forked) -> Any:
-    """Twelve queries over forty articles, and what a run without workers makes of them."""
+    """Twelve queries over forty articles, and the results of a run without workers."""
     corpus.write_text("".join((ROOT / "examples" / "corpus.jsonl").read_text().splitlines(True)[:40]))
     queries.write_text("".join(f"What is number {number}?\n" for number in range(12)))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -67,7 +67,7 @@ def run(prepare, queries, corpus, tmp_path, monkeypatch, known, forked) -> Any:
 
 @pytest.fixture
 def accident(monkeypatch, tmp_path) -> Any:
-    """Let workers have an accident; gives the file with a line for each."""
+    """Let workers fail. Returns the file with a line for each failure."""
 
     def prepare(fault: str) -> Path:
         monkeypatch.setattr(command, "WORK", faulty.TARGET)
@@ -171,7 +171,7 @@ def test_shard_that_kills_its_workers_is_given_up_and_tried_again_later(
     manifest = json.loads((run.work / "manifest.json").read_text())
     assert manifest["stages"][stage]["counts"]["given_up"] == 1
     before = collections.Counter(shards_made(run.work))
-    monkeypatch.undo()  # its cause is mended
+    monkeypatch.undo()  # the cause is removed
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert run("--workers", "1") == 0
     assert run.output.read_bytes() == run.bytes
