@@ -1,4 +1,4 @@
-"""Models on a GPU: read straight onto it, and given back by one place."""
+"""Models on a GPU are read directly to it, and released by `OnDevice`."""
 
 import weakref
 from pathlib import Path
@@ -23,7 +23,7 @@ from scaledown.student.training.origin import Origin
 
 
 class Model:
-    """Refers to itself, as libraries' models do."""
+    """A model that refers to itself, as models of libraries do."""
 
     def __init__(self) -> None:
         self.itself = self
@@ -31,7 +31,7 @@ class Model:
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What a GPU says of its free memory, one call after the other; and what was asked of torch."""
+    """The free memory of a fake GPU, in bytes: one value for each call; the last stays."""
     free_bytes = [80 * GIB]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -43,7 +43,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return free_bytes
 
 
-def test_model_is_loaded_once_and_has_no_other_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_released_model_has_no_reference_left(monkeypatch: pytest.MonkeyPatch) -> None:
     emptied: list[bool] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
@@ -65,7 +65,7 @@ def test_model_is_loaded_once_and_has_no_other_reference(monkeypatch: pytest.Mon
     assert len(made) == 2
 
 
-def test_what_has_processes_of_its_own_ends_them(free: list[int]) -> None:
+def test_release_closes_an_engine_with_its_own_processes(free: list[int]) -> None:
     class Engine(Model):
         closed = 0
 
@@ -132,7 +132,7 @@ LOADERS = {
 
 
 @pytest.mark.parametrize("which", LOADERS)
-def test_weights_are_read_onto_the_device_and_too_little_of_its_memory_has_a_hint(
+def test_weights_are_read_directly_to_the_device_with_a_hint_if_they_do_not_fit(
     which: str, student: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind, load = LOADERS[which]
@@ -147,7 +147,7 @@ def test_weights_are_read_onto_the_device_and_too_little_of_its_memory_has_a_hin
         load(source, "cuda:1")
 
 
-def test_a_model_that_does_not_fit_when_it_is_whole_has_the_hint_too(
+def test_model_that_does_not_fit_after_loading_has_the_hint_too(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
@@ -158,7 +158,7 @@ def test_a_model_that_does_not_fit_when_it_is_whole_has_the_hint_too(
         ScaleDownModel.build(settings(), resolve(str(models["causal_lm"])))
 
 
-def test_read_onto_a_device_it_is_the_same_model(student: Path) -> None:
+def test_model_read_directly_to_a_device_is_the_same(student: Path) -> None:
     one = ScaleDownModel.from_pretrained(str(student))
     other = ScaleDownModel.from_pretrained(str(student), device_map={"": "cpu"})
     for (name, left), (_, right) in zip(one.state_dict().items(), other.state_dict().items(), strict=True):

@@ -515,7 +515,7 @@ def test_workers_on_ray_take_their_gpus(
 
 @pytest.mark.parametrize(
     ("gpus_there", "device", "each", "says"),
-    [(2, "auto", 2, "no node of the cluster has that many"), (2, "cuda:0", 1, "leave out its number")],
+    [(2, "auto", 2, "no node of the cluster has that many"), (2, "cuda:0", 1, "leave out the number")],
 )
 def test_what_a_cluster_cannot_do(
     gpus_there: int, device: str, each: int, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -539,7 +539,7 @@ def test_a_driver_without_the_gpus_of_its_cluster(monkeypatch: pytest.MonkeyPatc
 def test_limits_of_one_process_are_not_shared(tmp_path: Path) -> None:
     limits = {"teacher_endpoint": ("http://localhost/v1",), "max_total_tokens": 5, "workers": 2}
     config = PrepareConfig(queries_file=("q.txt",), output_file="o.json", **limits)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="--max_total_tokens holds for one process"):
+    with pytest.raises(UsageError, match="--max_total_tokens applies to one process"):
         workers.share(config, "m:f", [RunDirectory(tmp_path / "run")])
 
 

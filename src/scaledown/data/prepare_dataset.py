@@ -1,11 +1,11 @@
-"""The main command: queries + corpus -> train_data.json.
+"""The main command: makes train_data.json from queries and a corpus.
 
 queries ─┐
          ├─> retrieve ─> rerank ─> teach ─> review ─> export ─> train_data.json
 corpus ──┘ (passages, vectors)
 
-Each arrow is a stage. Its shards lie in the run directory, under a fingerprint of all that they depend on.
-A shard that is there is not made again. What surrounds the stages is in `scaledown.data.session`.
+Each arrow is a stage. Its shards are in the run directory, under a fingerprint of everything they depend on.
+A finished shard is not made again. `scaledown.data.session` has the code around the stages.
 """
 
 import sys
@@ -60,7 +60,7 @@ from scaledown.run.stage import Stage, together
 WORK: Final = "scaledown.data.prepare_dataset:work"
 """The function that workers call."""
 
-_WITH_LOGPROBS_AT_ONCE: Final = 4  # shards: answers with log probabilities need much memory
+_WITH_LOGPROBS_AT_ONCE: Final = 4  # shards; answers with log probabilities need much memory
 
 
 def prepare_dataset(
@@ -70,15 +70,15 @@ def prepare_dataset(
 
     Args:
         config: The settings.
-        repeats: The manifest of a run to be repeated: inputs that differ from its are named in the log.
-        overwrite: Replace an output that no run of this directory made.
-        worker: The name of this process if another one started it to help. It makes shards and no output.
+        repeats: The manifest of a run to be repeated; the log has the inputs that differ from it.
+        overwrite: Whether to replace an output that no run of this directory made.
+        worker: The name of this process if another one started it to help. It makes shards, but no output.
 
     Returns:
-        Where the output is, and what each stage counted.
+        The place of the output, and the counts of each stage.
 
     Raises:
-        ScaleDownError: With a message that says what to do.
+        ScaleDownError: The message says what to do.
     """
     with open_session(config, repeats, overwrite=overwrite, worker=worker) as session:
         if finished := earlier_or_free(session, overwrite=overwrite):
@@ -166,9 +166,8 @@ def retrieve(session: Session, queries: Stage, index: Index) -> Stage:
             settings |= {"search": config.search, "min_recall": config.min_recall}
         if lost := index.vectors.lost():
             settings["without"] = lost
-        if (
-            index.is_dense or config.search == "approximate"
-        ):  # memory decides how many shards are searched together
+        if index.is_dense or config.search == "approximate":
+            # The result depends on how many shards are searched together, and memory decides their number.
             settings["search_memory"] = config.search_memory
         candidates = session.stage("candidates", settings, [queries])
         retrieval.retrieve(
@@ -180,7 +179,7 @@ def retrieve(session: Session, queries: Stage, index: Index) -> Stage:
 
 
 def rerank(session: Session, candidates: Stage, index: Index) -> Stage:
-    """Score the candidates by the reranker and sort them; without a reranker they stay as they are."""
+    """Score the candidates by the reranker and sort them. Without a reranker, return them unchanged."""
     source, config, device = session.sources.reranker, session.config, session.device
     if source is None:
         return candidates
@@ -212,7 +211,7 @@ class Answers(NamedTuple):
 
 
 def teach(session: Session, ranked: Stage, index: Index, teachers: Teachers) -> Answers:
-    """Let one teacher, or two, answer the queries from their first documents."""
+    """Let one or two teachers answer each query from its first documents."""
     config, models = session.config, session.sources.models()
     most = engine_of(teachers.engine.backend).shards_at_once
     if config.teacher_logprobs:
@@ -283,10 +282,17 @@ def export(session: Session, reviewed: Stage, index: Index) -> Result:
 
 
 def plan_dataset(config: PrepareConfig, *, overwrite: bool = False) -> Plan:
-    """Plan the run that `config` describes, and keep the plan in the run directory for its summary.
+    """Plan a run, and keep the plan in the run directory for the run's summary. Nothing else is made.
 
-    Makes nothing else. Models that are missing are in the plan; raises `ScaleDownError` for all else that
-    `prepare_dataset` refuses before its work.
+    Args:
+        config: The settings of the run.
+        overwrite: Whether the run may replace an output that no run of its directory made.
+
+    Returns:
+        The plan. It lists missing models.
+
+    Raises:
+        ScaleDownError: `prepare_dataset` would refuse the settings or inputs before its work.
     """
     output = output_of(config)
     output.storage.check_writable(output.path)
@@ -335,7 +341,7 @@ def _add_dry_run(parser: Parser) -> None:
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="only say what the run will take and what is missing, like scaledown plan [default: off]",
+        help="only print the plan of the run and what is missing, like scaledown plan [default: off]",
     )
 
 

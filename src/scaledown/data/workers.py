@@ -1,4 +1,4 @@
-"""Workers that share a run: their place, number and settings."""
+"""Workers that share a run: where they run, how many there are, their settings."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ Config = TypeVar("Config", bound=IndexConfig)
 
 
 def supervised(config: IndexConfig) -> bool:
-    """Whether workers do the work, and this process starts and watches them."""
+    """Whether workers do the work, while this process starts and supervises them."""
     asked = config.workers or config.task_timeout or config.executor != "local"
     return bool(asked) or gpus_here(config.device) // _gpus_each(config) > 1
 
@@ -26,27 +26,29 @@ def supervised(config: IndexConfig) -> bool:
 def share(config: IndexConfig, target: str, runs: Sequence[RunDirectory]) -> None:
     """Let workers call `target` until all work is done.
 
-    On Ray, with a run in an object store, the workers share no disk, so each makes a part of the queries.
+    If the run is in an object store and the workers are on Ray, they share no disk. Each then makes a part of
+    the queries.
 
     Args:
-        config: Their settings.
+        config: The settings of the workers.
         target: The function that they call, `module:function`.
-        runs: The run directory, and the directory of the index if that is another.
+        runs: The run directory, and the directory of the index if it is another one.
 
     Raises:
         UsageError: The settings contradict each other.
-        ScaleDownError: A worker ended with this error.
+        ScaleDownError: A worker failed; this is its error.
     """
     apart = config.executor == "ray" and runs[0].storage.in_bucket
     if apart and config.task_timeout:
         raise UsageError(
-            "--task_timeout: in a bucket the time of a shard on another machine is not known: leave it out"
+            "--task_timeout: in a bucket the time of a shard on another machine is not known: leave out this "
+            "flag"
         )
     pool, count = pool_of(config, runs[0])
     limits = [flag for flag, about in config.options().items() if about.per_process and getattr(config, flag)]
     if limits and count > 1:
         raise UsageError(
-            f"--{limits[0]} holds for one process: leave out --workers, a server does not need them"
+            f"--{limits[0]} applies to one process: leave out --workers, a server does not need them"
         )
     settings = {"config": asdict(config) | config.of_worker(count), "log": style()._asdict()}
     leases = [] if apart else [run.leases for run in runs]
@@ -55,7 +57,7 @@ def share(config: IndexConfig, target: str, runs: Sequence[RunDirectory]) -> Non
 
 
 def settings_of(kind: type[Config], settings: Mapping[str, Any], worker: str) -> Config:
-    """Restore a worker's settings as a config, and log in the style of the process that started it."""
+    """Restore a worker's config from its settings, and log as the process that started it does."""
     start_logging(**{**settings["log"], "worker": worker})
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in settings["config"].items()
@@ -64,18 +66,18 @@ def settings_of(kind: type[Config], settings: Mapping[str, Any], worker: str) ->
 
 
 def pool_of(config: IndexConfig, run: RunDirectory) -> tuple[Pool, int]:
-    """Return the pool that `config` selects, and its number of workers."""
+    """The pool that `config` selects, and its number of workers."""
     each = _gpus_each(config)
     if config.executor == "ray":
         from scaledown.run.ray_pool import RayPool
 
         if config.device.startswith("cuda:"):
-            raise UsageError(f"--device {config.device}: Ray gives each worker its GPU: leave out its number")
+            raise UsageError(f"--device {config.device}: Ray gives each worker a GPU: leave out the number")
         ray = RayPool(config.ray_address, config.workers, 0 if config.device == "cpu" else each)
         if ray.has_gpus and not choose_device(config.device).startswith("cuda"):
             raise UsageError(
-                "--executor ray: the cluster has GPUs and this machine has none: start the command on a node "
-                "that has one, or give --device cpu"
+                "--executor ray: the cluster has GPUs, but this machine has none: start the command on a "
+                "node with a GPU, or give --device cpu"
             )
         return ray, ray.workers
     seen = gpus_here(config.device)
@@ -83,19 +85,20 @@ def pool_of(config: IndexConfig, run: RunDirectory) -> tuple[Pool, int]:
     if seen and count * each > seen:
         raise UsageError(
             f"--workers {count}: there are {seen} GPUs"
-            + (f", and --tensor_parallel takes {each} for each worker" if each > 1 else "")
+            + (f", and --tensor_parallel needs {each} for each worker" if each > 1 else "")
+            + f": give at most {seen // each}"
         )
     return LocalPool(count, run.path / "live", each if seen else 0), count
 
 
 def gpu_workers(config: IndexConfig) -> int:
-    """Return the number of workers with a GPU each, by the GPUs of this machine; at least 1."""
+    """The number of workers with one or more GPUs of this machine each; at least 1."""
     seen = gpus_here(config.device) // _gpus_each(config)
     return max(1, min(config.workers, seen) if config.workers and config.executor == "local" else seen)
 
 
 def gpus_here(device: str) -> int:
-    """Return the number of GPUs that workers can share: 0 if `device` names a single GPU or a CPU."""
+    """The number of GPUs that workers can share; 0 if `device` is a single GPU or a CPU."""
     if device not in {"auto", "cuda"} or not choose_device(device).startswith("cuda"):
         return 0
     import torch

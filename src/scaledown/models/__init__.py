@@ -1,4 +1,4 @@
-"""A model name becomes something loadable: a hub id pinned to a revision, a folder, or bundled weights.
+"""Finds models by their names: on the hub with a pinned revision, in a folder, or bundled; devices, dtypes.
 
 Names: `org/name`, `org/name@revision`, a local folder, a `.gguf` file (local, or `org/name/file.gguf`),
 `bundled:splade-tiny`, `bundled:smollm2-135m`.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("scaledown")
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns as soon as other libraries import it
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns when another library imports it
 
 Item = TypeVar("Item")
 Done = TypeVar("Done")
@@ -49,9 +49,9 @@ BUNDLES: Final = {
 
 
 class ModelSource(NamedTuple):
-    """Where a model comes from. `revision` is a commit of the hub, None for local files.
+    """A model that was found. `revision` is a commit of the hub, None for local files.
 
-    A model without a location is behind a server, which alone knows its weights.
+    A model without a location is behind a server.
     """
 
     name: str
@@ -60,7 +60,7 @@ class ModelSource(NamedTuple):
     gguf_file: str | None = None
 
     def identity(self, content_hash: Callable[[Path], str]) -> str:
-        """What names the exact weights: a commit, or a hash over the local files."""
+        """A name for the exact weights: a commit, or a hash of the local files."""
         if not self.location:
             return f"served:{self.name}"
         if self.revision:
@@ -78,7 +78,7 @@ def resolve(name: str) -> ModelSource:
         return ModelSource(name, str(path.parent), gguf_file=path.name)
     if path.is_dir():
         if not (path / "config.json").exists() and not (path / "modules.json").exists():
-            raise ModelError(f"{name} is a folder without config.json: name the folder that holds the model")
+            raise ModelError(f"{name} is a folder without config.json: give the folder that has the model")
         return ModelSource(name, str(path))
     repository, _, revision = name.partition("@")
     gguf_file = None
@@ -87,7 +87,9 @@ def resolve(name: str) -> ModelSource:
     if gguf_file is None and repository.endswith(".gguf"):
         raise ModelError(f"model {name!r}: there is no such file; on the hub it is org/name/file.gguf")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or repository.startswith("."):
-        raise ModelError(f"model {name!r}: there is no such folder or file, and it is no hub name")
+        raise ModelError(
+            f"model {name!r}: there is no such folder or file, and it cannot be a name on the hub: correct it"
+        )
     commit = _commit(repository, revision or None, gguf_file or "config.json")
     return ModelSource(name, repository, commit, gguf_file)
 
@@ -106,10 +108,10 @@ def _bundled(name: str) -> ModelSource:
 
 
 def _commit(repository: str, revision: str | None, file_name: str) -> str:
-    """The commit of a hub repository: the cached one where there is one, else the hub's newest.
+    """The commit of a hub repository: the cached one, if there is one, else the newest on the hub.
 
-    A run is thereby pinned to what it started with, and works without a network afterwards. Fetching the
-    small file shows at once whether a model is gated, not after hours of retrieval.
+    Thus a run stays with the weights it began with, and later works without a network. A small file is
+    downloaded here, so that a gated model is noticed at once, and not after hours of retrieval.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
@@ -123,7 +125,7 @@ def _commit(repository: str, revision: str | None, file_name: str) -> str:
 
 
 def reach_hub() -> None:
-    """Fail at once where the hub is out of reach: its libraries try for half a minute, with much noise."""
+    """Raise an error if the hub cannot be reached; its libraries try for 30 s, with many messages."""
     from huggingface_hub import constants, get_session
 
     if not constants.HF_HUB_OFFLINE:
@@ -132,14 +134,14 @@ def reach_hub() -> None:
 
 @contextlib.contextmanager
 def hub_errors(name: str, kind: str = "model") -> Iterator[None]:
-    """Turn what goes wrong while finding or loading `name` into one `ModelError` that says what to do."""
+    """Turn any error while `name` is found or loaded into a `ModelError` that says what to do."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         yield
     except ScaleDownError:
         raise
-    except Exception as error:  # libraries raise all kinds here; --debug shows the original
+    except Exception as error:  # libraries raise many kinds of errors; --debug shows the original
         causes = list(_causes(error))
         if any(map(is_out_of_memory, causes)):
             raise NoRoomError(
@@ -159,7 +161,7 @@ def hub_errors(name: str, kind: str = "model") -> Iterator[None]:
             ) from error
         if "trust_remote_code" in text:
             raise ModelError(
-                f"{kind} {name} needs code of its own, which is never run: use one that the libraries know"
+                f"{kind} {name} needs its own code, which is never run: use one that the libraries support"
             ) from error
         unreachable = any(
             isinstance(cause, (OfflineModeIsEnabled, ConnectionError)) or _is_network_error(cause)
@@ -168,9 +170,9 @@ def hub_errors(name: str, kind: str = "model") -> Iterator[None]:
         if unreachable or "couldn't connect" in text or "offline mode" in text:
             instead = (
                 "give a local copy, a folder as --query_dataset or a file as --queries_file "
-                "(HF_HUB_OFFLINE=1 finds what `datasets` has cached)"
+                "(with HF_HUB_OFFLINE=1, the cache of `datasets` is used)"
                 if kind == "dataset"
-                else "name a local folder (`--preset demo` has models that need no hub)"
+                else "give a local folder (`--preset demo` has models that need no hub)"
             )
             raise ModelError(
                 f"{kind} {name} is not on this machine and the hub cannot be reached: check the network, or "
@@ -182,7 +184,7 @@ def hub_errors(name: str, kind: str = "model") -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading(source: ModelSource) -> Iterator[None]:
-    """Around the loading of a model: errors as in `hub_errors`, a word where its weights are pickles."""
+    """Wrap the loading of a model: errors as in `hub_errors`, and a warning if its weights are pickles."""
     with hub_errors(source.name):
         yield
     if source.revision is None:
@@ -220,25 +222,31 @@ def _is_network_error(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory does not suffice, on any device."""
-    # CUDA raises OutOfMemoryError; MPS and the CPU's allocator a RuntimeError that says so.
-    named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
-    said = "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower()
-    return named or (isinstance(error, RuntimeError) and said)
+    """Whether an error means that a device has too little memory."""
+    # CUDA raises OutOfMemoryError; MPS and the CPU's allocator raise RuntimeError with such a message.
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return True
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in message or "can't allocate memory" in message
+    )
 
 
 def onto(device: str) -> dict[str, Any]:
-    """What lets `from_pretrained` read weights straight onto a device: hosts may have less memory."""
+    """Arguments of `from_pretrained` to read weights directly to a device: the host may have less memory."""
     return {} if device == "cpu" else {"device_map": {"": device}}
 
 
 def kept_folder(kind: str, source: ModelSource, *settings: str) -> Path:
-    """Where what is made of exactly these weights lies in the cache, whether or not it exists.
+    """The folder in the cache for something made from exactly these weights, for example an export.
 
     Args:
-        kind: The folder of the cache.
-        source: The model that it is made of.
-        settings: What else it depends on.
+        kind: The folder's parent in the cache.
+        source: The model.
+        settings: Everything else that the content depends on.
+
+    Returns:
+        The folder, whether or not it exists.
     """
     if source.revision:
         parts = [source.location, source.revision, source.gguf_file or ""]
@@ -253,7 +261,7 @@ def kept_folder(kind: str, source: ModelSource, *settings: str) -> Path:
 
 
 def loadable(source: ModelSource) -> tuple[str, dict[str, Any]]:
-    """What `from_pretrained` takes: a name or folder, and the keywords that pin it and refuse its code."""
+    """Arguments of `from_pretrained`: a name or folder, the revision, and no code from the model."""
     quiet_libraries()
     if source.gguf_file:
         return str(_converted(source)), {"trust_remote_code": False}
@@ -261,14 +269,14 @@ def loadable(source: ModelSource) -> tuple[str, dict[str, Any]]:
 
 
 def _converted(source: ModelSource) -> Path:
-    """GGUF weights as float16 safetensors, made once."""
+    """The folder with GGUF weights as float16 safetensors; they are converted once."""
     file = Path(source.location) / (source.gguf_file or "")
     state = source.revision or "{0.st_size}-{0.st_mtime_ns}".format(file.stat())
     digest = hashlib.sha256(f"{file}:{state}".encode()).hexdigest()[:16]
     folder = cache_directory() / "gguf" / f"{file.stem}-{digest}"
     if (folder / "config.json").exists():
         return folder
-    log.info("reading %s once; ordinary weights are kept in %s", source.gguf_file, folder)
+    log.info("converting %s once, to ordinary weights in %s", source.gguf_file, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
         FileLock(folder.with_suffix(".lock")),
@@ -293,7 +301,7 @@ def _convert(source: ModelSource, file: Path, folder: Path) -> None:
     if source.revision:
         arguments["revision"] = source.revision
         file = Path(hf_hub_download(source.location, str(source.gguf_file), revision=source.revision))
-    tokenizer: Any = PreTrainedTokenizerFast  # AutoTokenizer reads the whole file to find this
+    tokenizer: Any = PreTrainedTokenizerFast  # AutoTokenizer would read the whole file to choose this class
     if not convert_llama(file, folder):
         import torch
         from transformers import AutoModelForCausalLM, GgufConfig
@@ -309,7 +317,7 @@ def _convert(source: ModelSource, file: Path, folder: Path) -> None:
 
 
 def read_config_file(source: ModelSource, file_name: str) -> Any:
-    """A JSON file of the model (`config.json`, `modules.json`), or None where it has none."""
+    """A JSON file of the model (`config.json`, `modules.json`), or None if there is none."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -327,17 +335,22 @@ def read_config_file(source: ModelSource, file_name: str) -> Any:
 
 
 def same_bits() -> None:
-    """Let float32 products on a CPU not depend on how many threads share them: MKL's strict mode.
+    """Make float32 products on a CPU independent of the number of threads, by MKL's strict mode.
 
-    It is heeded until MKL's first product; whoever set the variable is right.
+    MKL reads the variable before its first product. A value that the user has set stays.
     """
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 def choose_device(name: str) -> str:
-    """`auto` becomes the best device there is; `auto` and `cuda` that of this process under torchrun.
+    """Choose the device to run on.
 
-    Raises `ModelError` for one that is not.
+    Args:
+        name: cpu, cuda, cuda:N, mps, or auto for the best one. Under torchrun, `auto` and `cuda` are the GPU
+            of this process.
+
+    Raises:
+        ModelError: This machine has no such device.
     """
     import torch
 
@@ -360,16 +373,16 @@ def choose_device(name: str) -> str:
 
 
 class Halving:
-    """Runs batches; one that runs out of memory is halved until its parts fit. `count` says how often."""
+    """Runs batches. A batch that runs out of memory is halved until its parts fit; `count` counts this."""
 
     def __init__(self, flag: str) -> None:
         self.flag = flag
         self.count = 0
 
     def __call__(self, work: Callable[[Sequence[Item]], Done], batch: Sequence[Item]) -> list[Done]:
-        """`work(batch)`, or its results for the parts of the batch, in order.
+        """Return the results of `work` for the batch or its parts, in order.
 
-        Raises `ModelError` when even one item does not fit.
+        Raises `NoRoomError` if one item alone does not fit.
         """
         try:
             return [work(batch)]
@@ -384,14 +397,14 @@ class Halving:
         self.count += 1
         middle = (len(batch) + 1) // 2
         log.warning(
-            "out of memory: %s texts at once were halved; a lower %s avoids this", len(batch), self.flag
+            "out of memory: a batch of %s texts was halved; a lower %s avoids this", len(batch), self.flag
         )
         give_back()
         return self(work, batch[:middle]) + self(work, batch[middle:])
 
 
 def dtype_to_train(name: str, device: str) -> "torch.dtype":
-    """The dtype of training: `auto` becomes bfloat16 on CUDA where that is not emulated, else float32."""
+    """The dtype for training. `auto` is bfloat16 on CUDA, unless the GPU emulates it, else float32."""
     import torch
 
     if name != "auto":
@@ -402,14 +415,14 @@ def dtype_to_train(name: str, device: str) -> "torch.dtype":
 
 
 def dtype_to_run(name: str, device: str) -> "torch.dtype":
-    """The dtype to compute in without training: as `dtype_to_train`, but float16 for emulated bfloat16."""
+    """The dtype for inference: as `dtype_to_train`, but `auto` is float16 if the GPU emulates bfloat16."""
     import torch
 
     return torch.float16 if name == "auto" and emulates_bfloat16(device) else dtype_to_train(name, device)
 
 
 def emulates_bfloat16(device: str) -> bool:
-    """Whether a device is a GPU before compute capability 8 (V100, T4), where bfloat16 is slow."""
+    """Whether a device is a GPU of a compute capability below 8 (V100, T4), on which bfloat16 is slow."""
     import torch
 
     return (
@@ -421,7 +434,7 @@ def emulates_bfloat16(device: str) -> bool:
 
 
 def quiet_libraries() -> None:
-    """Leave the terminal to our own progress: no weight-loading bars, no advice from libraries."""
+    """Switch off the progress bars and the advice of libraries, since we show our own progress."""
     import transformers.utils.logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -18,7 +18,7 @@ def search_all(queries, vectors, k: int, threads: int = 0) -> Ranking:
 
 
 def brute_force(queries: np.ndarray, passages: np.ndarray, k: int) -> np.ndarray:
-    """Every score, sorted by score and then by passage order."""
+    """The rows of the `k` best scores, ties in passage order."""
     scores = queries @ passages.T
     return np.argsort(-scores, axis=1, kind="stable")[:, :k]
 
@@ -38,7 +38,7 @@ def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, list[int]]:
 
 @settings(max_examples=150, deadline=None)
 @given(problems(), st.booleans(), st.integers(1, 7))
-def test_equals_brute_force_with_ties_however_the_shards_are_cut(problem, sparse, threads) -> None:
+def test_search_equals_brute_force_for_any_sharding(problem, sparse, threads) -> None:
     queries, passages, k, cuts = problem
     make = sp.csr_matrix if sparse else np.asarray
     shards = [make(part) for part in np.split(passages, cuts[:-1])]
@@ -66,7 +66,7 @@ def test_removed_passages_are_left_out_before_the_top_k(problem, sparse, threads
     )
 
 
-def test_equals_brute_force_on_many_random_vectors() -> None:
+def test_search_equals_brute_force_on_random_vectors() -> None:
     random = np.random.default_rng(0)
     passages = random.random((3000, 200), np.float32) * (random.random((3000, 200)) < 0.05)
     passages[1000:2000] = passages[:1000]  # every passage of the first third has a twin
@@ -81,7 +81,7 @@ def test_equals_brute_force_on_many_random_vectors() -> None:
 
 @pytest.mark.parametrize(("weights", "error"), [("float16", 1e-3), ("uint8", 4e-3), ("float32", 0)])
 @pytest.mark.parametrize("dimensions", [30_522, 70_000])
-def test_stored_vectors_come_back(dimensions: int, weights: str, error: float) -> None:
+def test_unpack_returns_packed_sparse_vectors(dimensions: int, weights: str, error: float) -> None:
     vectors = sp.random(50, dimensions, density=0.002, format="csr", dtype=np.float32, rng=0)
     table = pack(vectors, weights)
     assert table.column("terms").type.value_type == (pa.uint16() if dimensions < 1 << 16 else pa.uint32())
@@ -91,18 +91,18 @@ def test_stored_vectors_come_back(dimensions: int, weights: str, error: float) -
     np.testing.assert_allclose(back.toarray(), vectors.toarray(), atol=error, rtol=error)
 
 
-def test_a_slice_of_a_shard_is_its_own_shard() -> None:
+def test_unpack_accepts_a_slice_of_a_shard() -> None:
     vectors = sp.random(50, 300, density=0.05, format="csr", dtype=np.float32, rng=0)
     part = pack(vectors, "float32").slice(10, 20)
     assert (unpack(part) != vectors[10:30]).nnz == 0
 
 
-def test_dense_vectors_come_back() -> None:
+def test_unpack_returns_packed_dense_vectors() -> None:
     vectors = np.arange(12, dtype=np.float32).reshape(3, 4)
     np.testing.assert_array_equal(unpack(pack(vectors)), vectors)
 
 
-def test_a_posting_takes_at_most_four_and_a_half_bytes(tmp_path) -> None:
+def test_posting_takes_at_most_four_and_a_half_bytes(tmp_path) -> None:
     vectors = sp.random(2000, 30_522, density=120 / 30_522, format="csr", dtype=np.float32, rng=0)
     stage = Stage(RunDirectory(tmp_path / "run"), "vectors", {})
     stage.write(0, pack(vectors))
@@ -110,7 +110,7 @@ def test_a_posting_takes_at_most_four_and_a_half_bytes(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sparse", "dense"])
-def test_a_shard_that_was_given_up_is_not_found(kind: str) -> None:
+def test_passages_of_a_given_up_shard_are_not_found(kind: str) -> None:
     chance = np.random.default_rng(0)
     dense = chance.standard_normal((12, 30)).astype(np.float32)
     vectors = sp.csr_matrix(np.maximum(dense, 0)) if kind == "sparse" else dense

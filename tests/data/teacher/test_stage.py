@@ -338,7 +338,7 @@ def test_edited_prompt_is_asked_again(prepare, tmp_path, capsys) -> None:
         assert prepare(*flags, "--output_file", str(tmp_path / name), inputs=False) == 0
         return capsys.readouterr().err
 
-    assert "not a repetition" not in repeat("again.json")
+    assert "this run does not repeat" not in repeat("again.json")
     assert (tmp_path / "again.json").read_bytes() == prepare.output.read_bytes()
     own.write_text("{documents}\n{question}")
     assert "json: other prompt" in repeat("other.json")

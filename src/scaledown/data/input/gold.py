@@ -17,7 +17,7 @@ from scaledown.data.input.rows import parse
 from scaledown.data.input.training_files import entries
 from scaledown.data.input.values import is_full
 from scaledown.errors import InputError
-from scaledown.text import folded, question_key, says_something
+from scaledown.text import folded, has_content, question_key
 
 log = logging.getLogger("scaledown")
 
@@ -199,7 +199,7 @@ def _questions(record: Any) -> Iterator[GoldQuestion]:
         return
     told = (record.get(key) for key in tables.QUERY_KEYS)
     every = (list(_texts(value)) for value in told if not isinstance(value, int | float))
-    asked = [text for text in next(filter(None, every), []) if says_something(text)]
+    asked = [text for text in next(filter(None, every), []) if has_content(text)]
     if not asked:
         return
     query_id = _id(record)

@@ -23,7 +23,7 @@ from scaledown.records import Query
 from scaledown.run.atomic import atomic
 from scaledown.run.stage import Stage
 from scaledown.run.storage import cache_directory
-from scaledown.text import question_key, says_something
+from scaledown.text import has_content, question_key
 
 log = logging.getLogger("scaledown")
 
@@ -197,7 +197,7 @@ def _query(record: dict[str, Any], column: str) -> Query:
         raise ValueError(
             f"no question under {wanted}; the columns are {names}: name one with {tables.QUERIES.flag}"
         )
-    if not says_something(text):
+    if not has_content(text):
         raise ValueError("holds no letter, digit or symbol")
     return Query(values.id_of(record, tables.QUERY_IDS), " ".join(text.replace("\ufeff", "").split()))
 

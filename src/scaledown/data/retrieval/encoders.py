@@ -1,4 +1,4 @@
-"""Models that turn texts into vectors: their kinds, which model is of which, and dense bi-encoders."""
+"""Models that turn texts into vectors: their kinds, how the kind of a model is found, dense bi-encoders."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ class Encoder(Protocol):
     def documents(
         self, texts: Sequence[str], advance: Advance, tokens: Sequence[Array] | None = None
     ) -> Vectors:
-        """Vectors of documents [texts, dimensions]; `tokens` are their token ids where they are known."""
+        """Vectors of documents [texts, dimensions]; `tokens` are their token ids, if they are known."""
 
     def queries(self, texts: Sequence[str], advance: Advance) -> Vectors:
         """Vectors of queries [texts, dimensions]."""
@@ -53,7 +53,7 @@ class DenseEncoder:
     def documents(
         self, texts: Sequence[str], advance: Advance, tokens: Sequence[Array] | None = None
     ) -> Array:
-        """Vectors of documents, float32 [texts, dimensions]; its model tokenises by itself."""
+        """Vectors of documents, float32 [texts, dimensions]. The model tokenises them itself."""
         return self._encode(self._model.encode_document, texts, advance)
 
     def queries(self, texts: Sequence[str], advance: Advance) -> Array:
@@ -83,20 +83,20 @@ class RetrieverKind(NamedTuple):
     """An entry of `RETRIEVER_KINDS`: a kind of model that turns texts into vectors."""
 
     takes: Callable[[ModelSource], bool]
-    """Whether a model is of this kind, by its files; it is not loaded for that."""
+    """Whether a model is of this kind. Reads its files and does not load it."""
     load: Callable[[ModelSource, str, str, int], Encoder]
-    """From a model, device, dtype and batch size to an encoder. Raises `ModelError`."""
+    """Load an encoder, given a model, a device, a dtype and a batch size. Raises `ModelError`."""
     is_sparse: bool
-    """Whether vectors are sparse (CSR): `--weights` and `--search approximate` are for these."""
+    """Whether vectors are sparse (CSR). `--weights` and `--search approximate` need sparse vectors."""
 
 
 def kind_of(source: ModelSource) -> str:
-    """The name of the kind that a model is of: the last that takes it. Raises `ModelError` for none."""
+    """The name of a model's kind: the last in the table that takes it. Raises `ModelError` if none does."""
     for name in reversed(list(RETRIEVER_KINDS)):
         kind: RetrieverKind = RETRIEVER_KINDS[name]
         if kind.takes(source):
             return name
-    raise ModelError(f"model {source.name}: no kind of retriever takes it; use one of another kind")
+    raise ModelError(f"model {source.name}: no kind of retriever can load it; use another model")
 
 
 def is_sparse(source: ModelSource) -> bool:
@@ -106,7 +106,7 @@ def is_sparse(source: ModelSource) -> bool:
 
 
 def load_encoder(source: ModelSource, device: str, dtype: str, batch_size: int) -> Encoder:
-    """The encoder behind `--retriever_model`, by the kind that the model is of."""
+    """Load the encoder of `--retriever_model`, as the model's kind does it."""
     name = kind_of(source)
     kind: RetrieverKind = RETRIEVER_KINDS[name]
     log.info("retriever: %s, %s", source.name, name)
@@ -114,7 +114,7 @@ def load_encoder(source: ModelSource, device: str, dtype: str, batch_size: int) 
 
 
 def _is_splade(source: ModelSource) -> bool:
-    """Whether it is a sparse sentence-transformers model or a bare masked LM."""
+    """Whether a model is a sparse sentence-transformers model or a plain masked language model."""
     modules = read_config_file(source, "modules.json")
     if modules:
         return any("sparse_encoder" in module["type"] for module in modules)

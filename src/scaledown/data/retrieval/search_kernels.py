@@ -1,7 +1,7 @@
-"""The inner loops of exact search, compiled: postings of a block of passages, and its part in the top-k.
+"""The compiled loops of exact search: inverting a block of passages, and updating the top-k with it.
 
-Scores are summed in float32, query term by query term, as a plain sparse product does: no fused
-multiply-add, no reordering, so that equal vectors have equal scores wherever they stand.
+Scores are summed in float32, one query term after the other, as in a plain sparse product. There is no fused
+multiply-add and no reordering, so equal vectors have equal scores at every position.
 """
 
 from typing import Any, TypeAlias
@@ -16,10 +16,19 @@ Array: TypeAlias = np.ndarray[Any, Any]
 def invert(
     starts: Array, terms: Array, weights: Array, low: int, high: int, dimensions: int
 ) -> tuple[Array, Array, Array]:
-    """Postings by term of passages `low` to `high`, at most 65,536 of them.
+    """Sort the postings of the passages in [low, high), at most 65,536 passages, by term.
 
-    `starts` int64 [passages + 1], `terms` and `weights` [postings] are rows. Gives where each term's
-    postings start, int64 [dimensions + 1], then passages counted from `low` and weights [postings].
+    Args:
+        starts: Where the postings of each passage start, int64 [passages + 1].
+        terms: Term ids of the postings, passage by passage [postings].
+        weights: Their weights [postings].
+        low: The first passage.
+        high: The end of the passages.
+        dimensions: The size of the vocabulary.
+
+    Returns:
+        Where the postings of each term start, int64 [dimensions + 1]; then, term by term, passages counted
+        from `low` and weights [postings of the block].
     """
     begin = np.zeros(dimensions + 1, np.int64)
     for place in range(starts[low], starts[high]):
@@ -53,11 +62,22 @@ def search_block(
     rows: Array,
     scores: Array,
 ) -> None:
-    """Put a block's passages into the top-k of each query: `rows` int64, `scores` float32 [queries, k].
+    """Update the top-k of each query with a block of passages.
 
-    Queries are rows (CSR); the block holds `count` passages, the first of which is passage `first`. Those of
-    `removed`, int64, counted from `first`, are not found. Blocks must come in passage order, so that of equal
-    scores the earlier passage stays.
+    Blocks must come in passage order: then the earlier of two passages with equal scores stays.
+
+    Args:
+        query_starts: Where the terms of each query start (CSR), int64 [queries + 1].
+        query_terms: Their term ids.
+        query_weights: Their weights.
+        begin: Where the postings of each term start, as `invert` returns it.
+        passages: Passages of the postings, counted from `first`.
+        weights: Weights of the postings.
+        count: The number of passages in the block.
+        first: The row of the first passage.
+        removed: Passages that cannot be found, int64, counted from `first`.
+        rows: The rows of the top-k, int64 [queries, k], changed in place.
+        scores: The scores of the top-k, float32 [queries, k], changed in place.
     """
     k = rows.shape[1]
     sums = np.empty(count, np.float32)
@@ -74,7 +94,7 @@ def search_block(
         for start in range(0, count, 64):
             stop = min(start + 64, count)
             any_better = False
-            for passage in range(start, stop):  # without a branch: it becomes one comparison of 16 at once
+            for passage in range(start, stop):  # no branch, so that the compiler compares 16 at once
                 any_better |= sums[passage] > lowest
             if not any_better:
                 continue

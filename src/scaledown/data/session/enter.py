@@ -12,9 +12,9 @@ from scaledown.data.build_index import corpus_identity, file_identity, machine
 from scaledown.data.cleaning.decontaminate import VERSION as CLEAN_VERSION
 from scaledown.data.input.files import Source
 from scaledown.data.input.remote import Remote
-from scaledown.data.manifest import Sources, compared_settings, name_differences
+from scaledown.data.manifest import Sources, compared_settings, warn_about_differences
 from scaledown.data.prompts import load_template
-from scaledown.data.retrieval.parts import tell_of_changes
+from scaledown.data.retrieval.parts import warn_about_changes
 from scaledown.data.session.parts import check_parts, is_indexed
 from scaledown.data.session.resolve import find
 from scaledown.data.workers import share, supervised
@@ -132,7 +132,7 @@ def _entered(config: PrepareConfig, repeats: Path | None, worker: str) -> Iterat
     if config.teacher_lora:
         identities["lora"] = run.content_hash(Path(config.teacher_lora).expanduser())
     if repeats:
-        name_differences(repeats, identities, inputs)
+        warn_about_differences(repeats, identities, inputs)
     indexed = home.storage.in_bucket and is_indexed(config, sources, home, identities["retriever"])
     check_parts(config, run, home, indexed=indexed)
     request = fingerprint(
@@ -141,7 +141,7 @@ def _entered(config: PrepareConfig, repeats: Path | None, worker: str) -> Iterat
     with contextlib.ExitStack() as stack:
         stack.enter_context(publishing(stack.enter_context(run.claim(request)), worker, run, home))
         if home is not run:
-            tell_of_changes(run, home)
+            warn_about_changes(run, home)
             place = stack.enter_context(home.claim("index", finished=indexed))
             stack.enter_context(publishing(place, worker, home))
         yield Session(run, config, request, home, sources, identities, inputs, worker)
