@@ -58,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     parser = Parser(
-        prog="scaledown", description="Training data for OSCAR: retrieve, rerank, let a teacher answer."
+        prog="scaledown",
+        description="Make training data for a compressor of retrieved documents (OSCAR); train, measure and "
+        "serve it.",
     )
     parser.add_argument("--version", action="version", version=f"scaledown {scaledown.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
@@ -208,7 +210,7 @@ def _export(arguments: argparse.Namespace) -> int:
     output: Path = arguments.output_dir
     if arguments.push_to_hub and arguments.format not in OUTPUT_FORMATS:
         raise UsageError(
-            f"--push_to_hub needs --format {', '.join(OUTPUT_FORMATS)}; it cannot upload {arguments.format}"
+            f"--push_to_hub cannot upload --format {arguments.format}: use one of {', '.join(OUTPUT_FORMATS)}"
         )
     if arguments.private and not arguments.push_to_hub:
         raise UsageError("--private needs --push_to_hub: give both")

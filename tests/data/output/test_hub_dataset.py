@@ -154,7 +154,7 @@ def test_rankings_with_repeated_ids_can_be_evaluated(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--format", "pisco", "--push_to_hub", "me/x"], "--push_to_hub needs --format json, jsonl, parquet"),
+        (["--format", "pisco", "--push_to_hub", "me/x"], "--format pisco: use one of json, jsonl, parquet"),
         (["--format", "json", "--private"], "--private needs --push_to_hub"),
         (["--format", "trec"], "which has the rankings, is missing"),
         (["{data}", "--format", "trec"], "takes one file"),

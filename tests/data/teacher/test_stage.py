@@ -341,4 +341,4 @@ def test_edited_prompt_is_asked_again(prepare, tmp_path, capsys) -> None:
     assert "this run does not repeat" not in repeat("again.json")
     assert (tmp_path / "again.json").read_bytes() == prepare.output.read_bytes()
     own.write_text("{documents}\n{question}")
-    assert "json: other prompt" in repeat("other.json")
+    assert "json: these inputs differ: prompt" in repeat("other.json")

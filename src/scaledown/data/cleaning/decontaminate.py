@@ -23,7 +23,7 @@ VERSION: Final = 3  # of the rules for a match
 # replaced, 0.8 is one word of nine.
 _LIKE_EVALUATION: Final = 0.6
 _LIKE_EARLIER: Final = 0.8
-_NGRAM: Final = 8  # two texts seldom share so many consecutive words by chance
+_NGRAM: Final = 8  # words; unrelated texts seldom share eight consecutive ones
 _BLOCK: Final = 1024
 
 Exclusion = dict[str, Any]

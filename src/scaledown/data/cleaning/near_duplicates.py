@@ -119,7 +119,7 @@ class Questions:
         return (keys * _MIX >> np.uint64(64 - _SLOT_BITS)).astype(np.int64)
 
     def _make_room(self, questions: int, items: int) -> None:
-        """Let the arrays grow so that there is room for more questions with so many items."""
+        """Enlarge the arrays for `questions` more questions with `items` items in all."""
         used = int(self._starts[len(self.texts)])
         for name, size in (
             ("_links", len(self.texts) + questions),
