@@ -5,12 +5,10 @@ import os
 import subprocess
 import sys
 import textwrap
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.sparse as sp
 import torch
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
@@ -98,22 +96,6 @@ def test_sentence_transformers_is_not_imported_for_models_that_ours_serves(model
     words = [sys.executable, "-c", textwrap.dedent(program), str(models["splade"]), str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["0", "True", "False"], done.stderr
-
-
-def test_the_next_batch_is_launched_before_one_is_read_back(models) -> None:
-    """On a GPU; each of two batches waits here until the other is under way."""
-    encoder = SpladeEncoder(resolve(str(models["splade"])), "cpu", "auto", 1)
-    under_way = threading.Barrier(2, timeout=60)
-
-    def encode(batch: np.ndarray) -> sp.csr_matrix:
-        under_way.wait()
-        return sp.csr_matrix(np.asarray(batch, float)[:, None])
-
-    done: list[int] = []
-    order = np.array([3, 1, 2, 0])
-    vectors = encoder._batches(encode, order, done.append, ahead=True)
-    assert vectors.toarray()[:, 0].tolist() == [0, 1, 2, 3]
-    assert done == [1, 1, 1, 1]
 
 
 def test_token_ids_give_what_texts_give(models) -> None:
