@@ -73,6 +73,13 @@ def test_model_is_loaded_once_and_has_no_other_reference(monkeypatch: pytest.Mon
     assert len(made) == 2
 
 
+def test_what_the_user_has_deleted_makes_room_before_a_model_is_loaded(free: list[int]) -> None:
+    deleted = weakref.ref(Model())
+    assert deleted() is not None, "it refers to itself"
+    OnDevice("the teacher", "cuda", lambda: deleted)()
+    assert deleted() is None
+
+
 def test_what_has_processes_of_its_own_ends_them(free: list[int]) -> None:
     class Engine(Model):
         closed = 0
