@@ -514,6 +514,16 @@ class FakeRay:
         self.cancelled.append((reference, force))
 
 
+def test_gpus_of_a_cluster_can_be_workers_of_their_own_too(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", FakeRay(16))
+    monkeypatch.setattr(workers, "choose_device", lambda _: "cuda")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    config = PrepareConfig(queries_file=("q.txt",), output_file="o.json", executor="ray", tensor_parallel=4)
+    assert workers.share_teachers(config), "the machine that starts them need not have several"
+    counts = [workers.pool_of(config, RunDirectory(tmp_path / "run"), each)[1] for each in (0, 1)]
+    assert counts == [4, 16]
+
+
 @pytest.mark.parametrize(
     ("gpus_there", "asked", "each", "count", "own", "threads"),
     [(16, 0, 1, 16, 1, 4), (16, 0, 4, 4, 4, 16), (16, 3, 1, 3, 1, 4), (0, 0, 1, 2, 0, 32)],
