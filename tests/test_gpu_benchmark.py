@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -28,7 +29,9 @@ def test_rows_that_need_no_gpu_are_measured(gpu: ModuleType, capsys: pytest.Capt
         "device",
         "width 16, torch.bfloat16",
         "encoding",
+        "encoding, released",
         "reranking",
+        "reranking, the device in batches of 16",
         "host memory",
         "batches of 4",
     ):
@@ -57,6 +60,16 @@ def test_demo_has_the_same_bytes_when_repeated_and_after_a_kill(
 def test_plan_is_met_within_a_factor_of_two(text: str, met: bool, gpu: ModuleType) -> None:
     assert gpu.plan(f"finished\n\nthe plan said {text}\n").met is met
     assert not gpu.plan("error: no such file").met
+
+
+def test_how_busy_a_device_is_by_what_it_computes(gpu: ModuleType) -> None:
+    def work() -> None:
+        time.sleep(0.3)
+        started = time.perf_counter()
+        while time.perf_counter() < started + 0.3:
+            torch.ones(512, 512) @ torch.ones(512, 512)
+
+    assert 0.05 < gpu.share_busy(work, "cpu") < 0.8
 
 
 def test_student_is_trained_and_answers(gpu: ModuleType) -> None:

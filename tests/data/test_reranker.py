@@ -147,14 +147,14 @@ def test_model_that_ignores_the_mask_scores_pairs(models, monkeypatch, caplog) -
 def test_packed_batch_that_runs_out_of_memory_is_halved_to_pairs(models, monkeypatch) -> None:
     reranker = load_reranker(resolve_reranker(f"ql:{models['causal_lm']}"), "cpu", "float32", 16)
     expected = reranker.score(REPEATED, lambda _: None)
-    batch = reranker._batch
+    launch = reranker._launch
 
     def small(asked):
         if len(asked) > 1:
             raise RuntimeError("out of memory")
-        return batch(asked)
+        return launch(asked)
 
-    monkeypatch.setattr(reranker, "_batch", small)
+    monkeypatch.setattr(reranker, "_launch", small)
     np.testing.assert_allclose(reranker.score(REPEATED, lambda _: None), expected, atol=1e-5)
     assert reranker.halving.count
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +16,11 @@ import pytest
 
 import faulty
 from conftest import ROOT
-from scaledown.data import build_index
+from scaledown.config.prepare import PrepareConfig
+from scaledown.data import build_index, workers
 from scaledown.data import prepare_dataset as command
+from scaledown.run.executor import LocalPool, Order
+from scaledown.run.logs import LogStyle
 
 RERANK = ("--enable_reranking", "--top_k_retrieval", "6", "--top_k_reranking", "3")
 SHARDS = ("--queries_per_shard", "2", "--passages_per_shard", "4")
@@ -98,6 +102,74 @@ def test_two_workers_make_each_shard_once(run, capsys) -> None:
     assert logs == ["worker-0", "worker-1"]
     assert run("--workers", "2") == 0
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_gpus_that_share_a_teacher_encode_and_rerank_each_by_itself(run, monkeypatch) -> None:
+    """Four GPUs that are none; workers say what there is when they start."""
+    started: list[tuple[str, str, int]] = []
+    start = LocalPool.start
+
+    def noted(self: LocalPool, order: Order, place: int) -> Any:
+        gpus = range(place * self._gpus_each, (place + 1) * self._gpus_each)
+        ranked = len(list(run.work.glob("ranked/*/*.arrow")))
+        assert not list(run.work.glob("answers/*/*.arrow"))
+        started.append((order.target.partition(":")[2], ",".join(map(str, gpus)), ranked))
+        return start(self, order, place)
+
+    monkeypatch.setattr(LocalPool, "start", noted)
+    monkeypatch.setattr(workers, "gpus_here", lambda _: 4)
+    assert run("--tensor_parallel", "2", "--teacher_backend", "transformers") == 0
+    assert run.output.read_bytes() == run.bytes
+    alone = [("find", str(gpu), 0) for gpu in range(4)]
+    assert started[:4] == alone
+    assert [(target, gpus) for target, gpus, _ in started[4:]] == [("work", "0,1"), ("work", "2,3")]
+    assert started[4][2] == 6, "all is ranked"
+    made = shards_made(run.work)
+    assert len(made) == len(set(made))
+
+
+@pytest.mark.parametrize(
+    ("flags", "gpus", "expected"),
+    [
+        ((), 1, []),
+        ((), 4, [("work", 0)]),
+        (("--tensor_parallel", "2"), 4, [("find", 1), ("work", 0)]),
+        (("--tensor_parallel", "4"), 4, [("find", 1)]),
+        (("--tensor_parallel", "2", "--num_synthetic_queries", "3"), 2, [("ask", 0), ("find", 1)]),
+    ],
+)
+def test_queries_that_the_teacher_writes_come_before_the_other_gpus_work(
+    flags, gpus, expected, prepare, corpus, monkeypatch
+) -> None:
+    shared: list[tuple[str, int]] = []
+
+    def share(config: Any, target: str, runs: Any, gpus_each: int = 0) -> None:
+        shared.append((target.partition(":")[2], gpus_each))
+
+    monkeypatch.setattr("scaledown.data.session.enter.share", share)
+    monkeypatch.setattr(workers, "gpus_here", lambda _: gpus)
+    inputs = ("--corpus_path", str(corpus)) if "--num_synthetic_queries" in flags else ()
+    prepare(*flags, *inputs, "--teacher_backend", "transformers", inputs=not inputs)
+    assert shared == expected
+
+
+@pytest.mark.parametrize("target", ["ask", "find"])
+def test_a_worker_stops_before_the_teacher_answers(target: str, prepare, queries, corpus, tiny_flags) -> None:
+    config = PrepareConfig(
+        queries_file=(str(queries),),
+        corpus_path=(str(corpus),),
+        output_file=str(prepare.output),
+        **{
+            flag.removeprefix("--"): value
+            for flag, value in zip(tiny_flags[::2], tiny_flags[1::2], strict=True)
+            if flag != "--max_new_tokens"
+        },
+        enable_reranking=True,
+    )
+    getattr(command, target)({"config": asdict(config), "log": LogStyle()._asdict()}, "worker-0")
+    stages = {path.parent.parent.name for path in prepare.work.glob("*/*/*.arrow")}
+    made = {"queries", "passages", "vectors", "candidates", "ranked"}
+    assert stages == (made if target == "find" else {"queries"})
 
 
 def test_parts_run_one_after_the_other_make_the_same_bytes(run, capsys) -> None:

@@ -126,6 +126,37 @@ def test_workers_know_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert content["workers"] == 8
 
 
+@pytest.mark.parametrize(
+    ("given", "gpus_each", "count"),
+    [({}, 0, 3), ({}, 1, 7), ({"workers": 2}, 0, 2), ({"workers": 2}, 1, 4)],
+)
+def test_gpus_that_share_a_teacher_can_be_workers_of_their_own(
+    given: dict[str, Any], gpus_each: int, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "gpus_here", lambda _: 7)
+    shown = []
+    monkeypatch.setattr(
+        executor,
+        "_Process",
+        lambda _order, _log, environment: shown.append(environment["CUDA_VISIBLE_DEVICES"]),
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    config = PrepareConfig(queries_file=("q.txt",), output_file="o.json", tensor_parallel=2, **given)
+    pool, found = workers.pool_of(config, RunDirectory(tmp_path / "run"), gpus_each)
+    assert found == count
+    for place in range(found):
+        pool.start(Order("m:f", {}, "worker"), place)
+    alone = [str(gpu) for gpu in range(7)]
+    assert shown == (alone if gpus_each else ["0,1", "2,3", "4,5"])[:count]
+
+
+def test_too_few_gpus_for_a_teacher_are_told_before_any_of_them_works(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(workers, "gpus_here", lambda _: 2)
+    config = PrepareConfig(queries_file=("q.txt",), output_file="o.json", tensor_parallel=4)
+    with pytest.raises(UsageError, match="there are 2 GPUs, and --tensor_parallel takes 4"):
+        workers.share(config, "m:f", [RunDirectory(tmp_path / "run")], gpus_each=1)
+
+
 def test_workers_that_die_of_nothing_end_the_run(tmp_path: Path) -> None:
     pool = Scripted(*[Ending(well=False, reason="exit status 1")] * 9)
     with pytest.raises(RunDirectoryError, match="3 workers died before they began anything.*exit status 1"):
@@ -481,6 +512,16 @@ class FakeRay:
 
     def cancel(self, reference: Any, force: bool) -> None:
         self.cancelled.append((reference, force))
+
+
+def test_gpus_of_a_cluster_can_be_workers_of_their_own_too(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", FakeRay(16))
+    monkeypatch.setattr(workers, "choose_device", lambda _: "cuda")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    config = PrepareConfig(queries_file=("q.txt",), output_file="o.json", executor="ray", tensor_parallel=4)
+    assert workers.share_teachers(config), "the machine that starts them need not have several"
+    counts = [workers.pool_of(config, RunDirectory(tmp_path / "run"), each)[1] for each in (0, 1)]
+    assert counts == [4, 16]
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,9 @@ from scaledown.run.outputs import check_free
 from scaledown.run.stage import Stage, together
 
 WORK: Final = "scaledown.data.prepare_dataset:work"
-"""The function that workers call."""
+ASK: Final = "scaledown.data.prepare_dataset:ask"
+FIND: Final = "scaledown.data.prepare_dataset:find"
+"""The functions that workers call."""
 
 _WITH_LOGPROBS_AT_ONCE: Final = 4  # shards; answers with log probabilities need much memory
 
@@ -83,7 +85,7 @@ def prepare_dataset(
     with open_session(config, repeats, overwrite=overwrite, worker=worker) as session:
         if finished := earlier_or_free(session, overwrite=overwrite):
             return finished
-        session.let_workers_help(WORK)
+        session.let_workers_help(WORK, ASK, FIND)
         for part in session.parts():
             teachers = find_teachers(part)
             index = find_index(part)
@@ -98,6 +100,20 @@ def prepare_dataset(
 def work(settings: Mapping[str, Any], worker: str) -> None:
     """Work as a worker: make shards of a run, together with others."""
     prepare_dataset(settings_of(PrepareConfig, settings, worker), worker=worker)
+
+
+def ask(settings: Mapping[str, Any], worker: str) -> None:
+    """Work as a worker until the queries are there."""
+    with open_session(settings_of(PrepareConfig, settings, worker), worker=worker) as session:
+        collect(session, find_index(session), find_teachers(session))
+
+
+def find(settings: Mapping[str, Any], worker: str) -> None:
+    """Work as a worker until the documents of the queries are ranked."""
+    with open_session(settings_of(PrepareConfig, settings, worker), worker=worker) as session:
+        index = find_index(session)
+        queries = collect(session, index, find_teachers(session))
+        rerank(session, retrieve(session, queries, index), index)
 
 
 def find_index(session: Session) -> Index:

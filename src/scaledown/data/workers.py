@@ -23,7 +23,13 @@ def supervised(config: IndexConfig) -> bool:
     return bool(asked) or gpus_here(config.device) // _gpus_each(config) > 1
 
 
-def share(config: IndexConfig, target: str, runs: Sequence[RunDirectory]) -> None:
+def share_teachers(config: IndexConfig) -> bool:
+    """Whether several GPUs share each teacher. Before it is asked, each of them can be a worker's own."""
+    least = 2 if config.executor == "local" else 1  # the others are on other nodes
+    return _gpus_each(config) > 1 and gpus_here(config.device) >= least
+
+
+def share(config: IndexConfig, target: str, runs: Sequence[RunDirectory], gpus_each: int = 0) -> None:
     """Let workers call `target` until all work is done.
 
     If the run is in an object store and the workers are on Ray, they share no disk. Each then makes a part of
@@ -33,6 +39,7 @@ def share(config: IndexConfig, target: str, runs: Sequence[RunDirectory]) -> Non
         config: The settings of the workers.
         target: The function that they call, `module:function`.
         runs: The run directory, and the directory of the index if it is another one.
+        gpus_each: GPUs of a worker; 0: as many as share a teacher.
 
     Raises:
         UsageError: The settings contradict each other.
@@ -44,9 +51,9 @@ def share(config: IndexConfig, target: str, runs: Sequence[RunDirectory]) -> Non
             "--task_timeout: in a bucket the time of a shard on another machine is not known: leave out this "
             "flag"
         )
-    pool, count = pool_of(config, runs[0])
+    pool, count = pool_of(config, runs[0], gpus_each)
     limits = [flag for flag, about in config.options().items() if about.per_process and getattr(config, flag)]
-    if limits and count > 1:
+    if limits and count > 1 and not gpus_each:
         raise UsageError(
             f"--{limits[0]} applies to one process: leave out --workers, a server does not need them"
         )
@@ -65,15 +72,17 @@ def settings_of(kind: type[Config], settings: Mapping[str, Any], worker: str) ->
     return kind(**given | ({"shard": settings["shard"]} if "shard" in settings else {}))
 
 
-def pool_of(config: IndexConfig, run: RunDirectory) -> tuple[Pool, int]:
-    """The pool that `config` selects, and its number of workers."""
-    each = _gpus_each(config)
+def pool_of(config: IndexConfig, run: RunDirectory, gpus_each: int = 0) -> tuple[Pool, int]:
+    """Return the pool that `config` selects, and its number of workers; see `share` for `gpus_each`."""
+    together = _gpus_each(config)
+    each = gpus_each or together
+    asked = config.workers * together // each
     if config.executor == "ray":
         from scaledown.run.ray_pool import RayPool
 
         if config.device.startswith("cuda:"):
             raise UsageError(f"--device {config.device}: Ray gives each worker a GPU: leave out the number")
-        ray = RayPool(config.ray_address, config.workers, 0 if config.device == "cpu" else each)
+        ray = RayPool(config.ray_address, asked, 0 if config.device == "cpu" else each)
         if ray.has_gpus and not choose_device(config.device).startswith("cuda"):
             raise UsageError(
                 "--executor ray: the cluster has GPUs, but this machine has none: start the command on a "
@@ -81,20 +90,23 @@ def pool_of(config: IndexConfig, run: RunDirectory) -> tuple[Pool, int]:
             )
         return ray, ray.workers
     seen = gpus_here(config.device)
-    count = config.workers or max(1, seen // each)
-    if seen and count * each > seen:
+    least = config.workers or 1
+    if seen and least * together > seen:
         raise UsageError(
-            f"--workers {count}: there are {seen} GPUs"
-            + (f", and --tensor_parallel needs {each} for each worker" if each > 1 else "")
-            + f": give at most {seen // each}"
+            f"--workers {least}: there are {seen} GPUs"
+            + (f", and --tensor_parallel needs {together} for each worker" if together > 1 else "")
+            + f": give at most {seen // together}"
         )
+    count = asked or max(1, seen // each)
     return LocalPool(count, run.path / "live", each if seen else 0), count
 
 
-def gpu_workers(config: IndexConfig) -> int:
-    """The number of workers with one or more GPUs of this machine each; at least 1."""
-    seen = gpus_here(config.device) // _gpus_each(config)
-    return max(1, min(config.workers, seen) if config.workers and config.executor == "local" else seen)
+def gpu_workers(config: IndexConfig, gpus_each: int = 0) -> int:
+    """Return the number of workers by the GPUs of this machine, at least 1; see `share` for `gpus_each`."""
+    together = _gpus_each(config)
+    each = gpus_each or together
+    seen, asked = gpus_here(config.device) // each, config.workers * together // each
+    return max(1, min(asked, seen) if asked and config.executor == "local" else seen)
 
 
 def gpus_here(device: str) -> int:

@@ -71,6 +71,8 @@ class OnDevice(Generic[Model]):
     def __call__(self) -> Model:
         """Return the model; the first call loads it."""
         if self._model is None:
+            if self._device.startswith("cuda"):
+                give_back()  # a deleted model of the user's own holds its memory until it is collected
             self._free = self._free_memory()
             self._model = self._load()
         return self._model

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import shlex
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -78,7 +79,10 @@ def compare(names: Sequence[str], config: CompareConfig, *, overwrite: bool = Fa
     short = _names(names)
     settings = [_settings(Path(name), output) if name.endswith(".json") else None for name in names]
     _check(names, settings, config)
-    folders = [str(train(own).output) if own else name for name, own in zip(names, settings, strict=True)]
+    folders = [
+        str(train(own, command=_training(name, own)).output) if own else name
+        for name, own in zip(names, settings, strict=True)
+    ]
     runs: list[Run] = []
     for name, folder, rate, budget in _ways(short, folders, config):
         log.info("compare: %s", name)
@@ -162,6 +166,11 @@ def _settings(path: Path, output: Path) -> TrainConfig:
     digest = blake2b(json.dumps(found, sort_keys=True).encode(), digest_size=4).hexdigest()
     folder = output / "models" / f"{path.stem}-{digest}"
     return from_flags({"config": str(path), "output_dir": str(folder), "resume": True}, TrainConfig)
+
+
+def _training(name: str, config: TrainConfig) -> str:
+    """Return the command that makes the training run of a file of settings."""
+    return shlex.join(["train", "--config", name, "--output_dir", config.output_dir, "--resume"])
 
 
 def _check(names: Sequence[str], settings: Sequence[TrainConfig | None], config: CompareConfig) -> None:

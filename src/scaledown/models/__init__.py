@@ -4,6 +4,8 @@ Names: `org/name`, `org/name@revision`, a local folder, a `.gguf` file (local, o
 `bundled:splade-tiny`, `bundled:smollm2-135m`.
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import hashlib
 import importlib.metadata
@@ -13,7 +15,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
@@ -30,6 +33,7 @@ log = logging.getLogger("scaledown")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns when another library imports it
 
 Item = TypeVar("Item")
+Launched = TypeVar("Launched")
 Done = TypeVar("Done")
 
 
@@ -401,6 +405,64 @@ class Halving:
         )
         give_back()
         return self(work, batch[:middle]) + self(work, batch[middle:])
+
+    def each(
+        self,
+        batches: Iterable[Sequence[Item]],
+        launch: Callable[[Sequence[Item]], Launched],
+        read: Callable[[Launched], Done],
+        device: str,
+    ) -> Iterator[tuple[Sequence[Item], list[Done]]]:
+        """Yield the batches, each with what a call gives for it, in order.
+
+        On CUDA the next batch is launched before one is read back. A batch for which there is no room
+        beside another is done again alone, and halved only if that fails, too.
+
+        Args:
+            batches: May be made while earlier ones are computed.
+            launch: Starts to compute a batch. It runs in one thread at a time, since tokenizers must.
+            read: Waits for what was launched, and fetches it.
+            device: The device that computes.
+
+        Raises:
+            NoRoomError: Even one item does not fit.
+        """
+
+        def work(batch: Sequence[Item]) -> Done:
+            return read(launch(batch))
+
+        if not device.startswith("cuda"):
+            yield from ((batch, self(work, batch)) for batch in batches)
+            return
+        launching = threading.Lock()
+
+        def ahead(batch: Sequence[Item]) -> list[Done] | None:
+            try:
+                with launching:
+                    launched = launch(batch)
+                return [read(launched)]
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                return None
+
+        under_way: collections.deque[tuple[Sequence[Item], Any]] = collections.deque()
+
+        def first() -> tuple[Sequence[Item], list[Done]]:
+            batch, future = under_way.popleft()
+            if (found := future.result()) is None:
+                concurrent.futures.wait([other for _, other in under_way])
+                give_back()
+                found = self(work, batch)
+            return batch, found
+
+        with concurrent.futures.ThreadPoolExecutor(2) as threads:
+            for batch in batches:
+                under_way.append((batch, threads.submit(ahead, batch)))
+                if len(under_way) == 2:
+                    yield first()
+            while under_way:
+                yield first()
 
 
 def dtype_to_train(name: str, device: str) -> "torch.dtype":

@@ -5,12 +5,10 @@ import os
 import subprocess
 import sys
 import textwrap
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.sparse as sp
 import torch
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
@@ -96,22 +94,6 @@ def test_fast_head_does_not_import_sentence_transformers(models, tmp_path) -> No
     words = [sys.executable, "-c", textwrap.dedent(program), str(models["splade"]), str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["0", "True", "False"], done.stderr
-
-
-def test_next_batch_is_launched_before_one_is_read_back(models) -> None:
-    """As on a GPU. Each of two batches waits until the other has started."""
-    encoder = SpladeEncoder(resolve(str(models["splade"])), "cpu", "auto", 1)
-    started = threading.Barrier(2, timeout=60)
-
-    def encode(batch: np.ndarray) -> sp.csr_matrix:
-        started.wait()
-        return sp.csr_matrix(np.asarray(batch, float)[:, None])
-
-    done: list[int] = []
-    order = np.array([3, 1, 2, 0])
-    vectors = encoder._batches(encode, order, done.append, ahead=True)
-    assert vectors.toarray()[:, 0].tolist() == [0, 1, 2, 3]
-    assert done == [1, 1, 1, 1]
 
 
 def test_vectors_of_token_ids_equal_vectors_of_texts(models) -> None:

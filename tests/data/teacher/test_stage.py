@@ -175,6 +175,20 @@ def test_refusals_and_echoes_are_counted_dropped_or_asked_again(difficult, monke
     }
 
 
+def test_the_teacher_that_answered_is_asked_again(difficult, monkeypatch) -> None:
+    """A second one beside it would not fit on its GPU."""
+    loaded: list[Difficult] = []
+
+    def load(*_: object) -> Difficult:
+        loaded.append(Difficult())
+        return loaded[-1]
+
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", load)
+    assert difficult("--bad_answers", "retry") == 0
+    (teacher,) = loaded
+    assert len({key.endswith(":again") for key in teacher.asked}) == 2
+
+
 def test_other_limits_ask_nothing_again(difficult, monkeypatch) -> None:
     assert difficult() == 0
     monkeypatch.setattr(

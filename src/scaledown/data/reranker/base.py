@@ -28,16 +28,18 @@ class Reranker(Protocol):
         """Return one score for each pair, in their order."""
 
 
-def in_batches(
+def scores_of(  # noqa: PLR0917
     reranker: Reranker,
-    score: Callable[[Sequence[int]], Any],
     batches: Iterable[Sequence[int]],
+    launch: Callable[[Sequence[int]], Any],
+    read: Callable[[Any], Any],
+    device: str,
     advance: Callable[[int], None],
 ) -> list[float]:
-    """Return the scores of all pairs, in their order; each index is in one of the batches."""
+    """Return the scores of all pairs, in their order; each index is in one batch. See `Halving.each`."""
     found: dict[int, float] = {}
-    for batch in batches:
-        found |= zip(batch, np.concatenate(reranker.halving(score, batch)), strict=True)
+    for batch, made in reranker.halving.each(batches, launch, read, device):
+        found |= zip(batch, np.concatenate(made), strict=True)
         advance(len(batch))
     scores = np.array([found[i] for i in range(len(found))], np.float32)
     if not np.isfinite(scores).all():

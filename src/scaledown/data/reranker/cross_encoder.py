@@ -4,11 +4,11 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from scaledown.data.reranker.base import Pair, in_batches
+from scaledown.data.reranker.base import Pair, scores_of
 from scaledown.data.reranker.pair_tokens import PairTokens
-from scaledown.data.retrieval.splade import by_length
+from scaledown.data.retrieval.splade import by_length, in_batches
 from scaledown.errors import ModelError
 from scaledown.models import (
     Halving,
@@ -19,6 +19,9 @@ from scaledown.models import (
     onto,
     read_config_file,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("scaledown")
 
@@ -61,34 +64,40 @@ class CrossEncoderReranker:
         """Return the logit of each pair."""
         import torch
 
-        order = by_length([pair.document + pair.query for pair in pairs]).tolist()
-        size, tokens = self._batch_size, self._tokens
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        tokens = self._tokens
+        order = by_length([pair.document + pair.query for pair in pairs])
+        batches = in_batches(order, self._batch_size)
+
+        def read(scores: "torch.Tensor") -> Any:
+            return scores.float().cpu().numpy()
+
         if tokens is None:
 
-            def predict(batch: Sequence[int]) -> Any:
-                return self._model.predict(
+            def predict(batch: Sequence[int]) -> "torch.Tensor":
+                return self._model.predict(  # type: ignore[no-any-return]
                     [tuple(pairs[i]) for i in batch],
                     batch_size=len(batch),
                     show_progress_bar=False,
                     activation_fn=torch.nn.Identity(),
+                    convert_to_tensor=True,
                 )
 
-            return in_batches(self, predict, batches, advance)
+            return scores_of(self, batches, predict, read, self._device, advance)
 
-        def read(batch: Sequence[int]) -> Sequence[int]:
+        def tokenise(batch: Sequence[int]) -> Sequence[int]:
             tokens.read(itertools.chain.from_iterable(pairs[i] for i in batch))
             return batch
 
         @torch.inference_mode()
-        def score(batch: Sequence[int]) -> Any:
+        def score(batch: Sequence[int]) -> "torch.Tensor":
             features = tokens.features([pairs[i] for i in batch])
             features = {name: values.to(self._device) for name, values in features.items()}
-            return self._model(**features).logits.float()[:, 0].cpu().numpy()  # [batch]
+            return self._model(**features).logits[:, 0]  # type: ignore[no-any-return]  # [batch]
 
         try:
             with ThreadPoolExecutor(1) as thread:
-                return in_batches(self, score, thread.map(read, batches), advance)
+                tokenised = thread.map(tokenise, batches)
+                return scores_of(self, tokenised, score, read, self._device, advance)
         finally:
             tokens.forget()
 

@@ -4,12 +4,12 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
 from scaledown.data.prompts import LIKELIHOOD_AFTER, LIKELIHOOD_BEFORE
-from scaledown.data.reranker.base import Pair, in_batches
+from scaledown.data.reranker.base import Pair, scores_of
 from scaledown.models import (
     Halving,
     ModelSource,
@@ -18,6 +18,9 @@ from scaledown.models import (
     loading,
     onto,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("scaledown")
 
@@ -33,6 +36,20 @@ class _Asked(NamedTuple):
 
     prompt: list[int]
     question: list[int]
+
+
+class _Launched(NamedTuple):
+    """Log-probabilities of the tokens of some questions, on the device, and how many each question has."""
+
+    chosen: "torch.Tensor"  # [tokens of questions]
+    lengths: list[int]
+
+
+def _means(launched: _Launched) -> list[float]:
+    import torch
+
+    each = torch.split(launched.chosen.cpu(), launched.lengths)
+    return [float(found.mean()) if len(found) else -math.inf for found in each]
 
 
 class QueryLikelihoodReranker:
@@ -83,10 +100,10 @@ class QueryLikelihoodReranker:
             prompt = prompts.setdefault((pair.document, kept), passage[:kept] + self._after)
             asked.append(_Asked(prompt, question))
 
-        def score(batch: Sequence[int]) -> list[float]:
-            return self._batch([asked[i] for i in batch])
+        def launch(batch: Sequence[int]) -> _Launched:
+            return self._launch([asked[i] for i in batch])
 
-        return in_batches(self, score, self._batches(asked), advance)
+        return scores_of(self, self._batches(asked), launch, _means, self._device, advance)
 
     def _batches(self, asked: Sequence["_Asked"]) -> list[list[int]]:
         """Return batches of indices of `asked`; the rows of a batch have similar lengths."""
@@ -118,8 +135,8 @@ class QueryLikelihoodReranker:
             tokens += len(question)
         return rows
 
-    def _batch(self, asked: Sequence["_Asked"]) -> list[float]:
-        """Score pairs; neighbours with the same prompt share a row: prompt, question, question, ..."""
+    def _launch(self, asked: Sequence["_Asked"]) -> "_Launched":
+        """Launch a batch; neighbours with the same prompt share a row: prompt, question, question, ..."""
         import torch
 
         rows = [[asked[i] for i in row] for row in self._rows(asked, range(len(asked)))]
@@ -161,9 +178,8 @@ class QueryLikelihoodReranker:
             at = torch.tensor(before, dtype=torch.long, device=self._device).reshape(-1, 2)
             logits = logits[at[:, 0], at[:, 1] - first].float()  # [tokens of questions, vocabulary]
             wanted = torch.tensor(targets, dtype=torch.long, device=self._device)[:, None]
-            chosen = torch.log_softmax(logits, -1).gather(-1, wanted)[:, 0].cpu()
-        each = torch.split(chosen, [len(one.question) for one in asked])
-        return [float(found.mean()) if len(found) else -math.inf for found in each]
+            chosen = torch.log_softmax(logits, -1).gather(-1, wanted)[:, 0]
+        return _Launched(chosen, [len(one.question) for one in asked])
 
     def _differs(self) -> str:
         """Return why this model cannot read several questions in a row; empty if it can."""
@@ -171,8 +187,8 @@ class QueryLikelihoodReranker:
         prompt = prompt + self._after
         asked = [_Asked(prompt, question) for question in (questions[0], *questions)]  # the first one twice
         try:
-            together = self._batch(asked)
-            alone = [self._batch([one])[0] for one in asked]
+            together = _means(self._launch(asked))
+            alone = [_means(self._launch([one]))[0] for one in asked]
         except Exception as error:  # any error of a model that we do not know
             return f"{type(error).__name__}: {error}"
         difference = max(abs(one - other) for one, other in zip(together, alone, strict=True))

@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple, Protocol, TypeAlias, cast
 import numpy as np
 
 from scaledown.data.retrieval.index import Array, Vectors
-from scaledown.data.retrieval.splade import SpladeEncoder, by_length
+from scaledown.data.retrieval.splade import SpladeEncoder, by_length, in_batches
 from scaledown.errors import ModelError
 from scaledown.extensions import RETRIEVER_KINDS
 from scaledown.models import Halving, ModelSource, dtype_to_run, loadable, loading, onto, read_config_file
@@ -46,6 +46,7 @@ class DenseEncoder:
             raise ModelError(
                 f"model {source.name}: similarity {similarity!r} is not supported; use cosine or dot"
             )
+        self._device = device
         self._normalize = similarity == "cosine"
         self.halving = Halving("--batch_size")
         self._batch_size = batch_size
@@ -61,20 +62,22 @@ class DenseEncoder:
         return self._encode(self._model.encode_query, texts, advance)
 
     def _encode(self, encode: Callable[..., Any], texts: Sequence[str], advance: Advance) -> Array:
-        def encode_batch(batch: Sequence[int]) -> Array:
-            vectors = encode(
+        def launch(batch: Sequence[int]) -> Any:
+            return encode(
                 [texts[i] for i in batch],
                 batch_size=len(batch),
                 show_progress_bar=False,
                 convert_to_tensor=True,
                 normalize_embeddings=self._normalize,
             )
+
+        def read(vectors: Any) -> Array:
             return cast("Array", vectors.float().cpu().numpy())
 
         order, parts = by_length(texts), []
-        for start in range(0, len(texts), self._batch_size):
-            batch = order[start : start + self._batch_size].tolist()
-            parts += self.halving(encode_batch, batch)
+        batches = in_batches(order, self._batch_size)
+        for batch, made in self.halving.each(batches, launch, read, self._device):
+            parts += made
             advance(len(batch))
         return cast("Array", np.concatenate(parts)[np.argsort(order)])
 

@@ -9,7 +9,6 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -38,7 +37,7 @@ class SpladeEncoder:
     """
 
     def __init__(self, source: ModelSource, device: str, dtype: str, batch_size: int) -> None:
-        self._batch_size = batch_size
+        self._device, self._batch_size = device, batch_size
         self.halving = Halving("--batch_size")
         self._model: Any = None
         reason, parts = _from_files(source, device, dtype)
@@ -79,49 +78,43 @@ class SpladeEncoder:
         fast = self._fast
         assert fast is not None  # noqa: S101  # for the type checker
         ids = fast.tokenised(texts) if tokens is None else tokens
-        order = by_length(ids)
 
-        def encode(batch: Sequence[int]) -> sp.csr_matrix:
-            return fast.encode([ids[i] for i in batch])
+        def launch(batch: Sequence[int]) -> "torch.Tensor":
+            return fast.launch([ids[i] for i in batch])
 
-        return self._batches(encode, order, advance, ahead=fast.weight.is_cuda)
+        return self._batches(by_length(ids), launch, fast.read, advance)
 
     def _encode(
         self, encode: Callable[..., Any], texts: Sequence[str], advance: Callable[[int], None]
     ) -> sp.csr_matrix:
-        def encode_batch(batch: Sequence[int]) -> sp.csr_matrix:
-            coo = encode(
+        def launch(batch: Sequence[int]) -> Any:
+            return encode(
                 [texts[i] for i in batch],
                 batch_size=len(batch),
                 show_progress_bar=False,
                 convert_to_tensor=True,
                 convert_to_sparse_tensor=True,
-                save_to_cpu=True,
-            ).coalesce()
+            )
+
+        def read(vectors: Any) -> sp.csr_matrix:
+            coo = vectors.cpu().coalesce()
             row, column = coo.indices().numpy()
             return sp.csr_matrix((coo.values().float().numpy(), (row, column)), shape=coo.shape)
 
-        return self._batches(encode_batch, by_length(texts), advance)
+        return self._batches(by_length(texts), launch, read, advance)
 
     def _batches(
         self,
-        encode: Callable[[Sequence[int]], sp.csr_matrix],
         order: np.ndarray[Any, Any],
+        launch: Callable[[Sequence[int]], Any],
+        read: Callable[[Any], sp.csr_matrix],
         advance: Callable[[int], None],
-        *,
-        ahead: bool = False,
     ) -> sp.csr_matrix:
-        """Encode batch by batch. `ahead`: launch the next batch before the result of one is read back."""
-
-        def work(batch: np.ndarray[Any, Any]) -> list[sp.csr_matrix]:
-            return self.halving(encode, batch)  # type: ignore[arg-type]
-
-        size, parts = self._batch_size, []
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
-        with ThreadPoolExecutor(2) as threads:
-            for batch, made in zip(batches, (threads.map if ahead else map)(work, batches), strict=True):
-                parts += made
-                advance(len(batch))
+        parts = []
+        batches = in_batches(order, self._batch_size)
+        for batch, made in self.halving.each(batches, launch, read, self._device):
+            parts += made
+            advance(len(batch))
         return sp.vstack(parts, format="csr")[np.argsort(order)]
 
 
@@ -144,8 +137,8 @@ class _Fast(NamedTuple):
         )
         return [np.asarray(ids, np.int64) for ids in encoded["input_ids"]]
 
-    def encode(self, tokens: Sequence[np.ndarray[Any, Any]]) -> sp.csr_matrix:
-        """Vectors, float32 [texts, vocabulary], of texts given by their token ids."""
+    def launch(self, tokens: Sequence[np.ndarray[Any, Any]]) -> "torch.Tensor":
+        """Vectors on the device, float32 [texts, vocabulary], of texts given by their token ids."""
         import torch
 
         room = self.longest - len(self.before) - len(self.after)
@@ -163,11 +156,17 @@ class _Fast(NamedTuple):
                 raise ModelError("the retriever's states are too large for float16: give --dtype float32")
             logits = max_logits(hidden, real, self.weight, self.bias)  # [batch, vocabulary]
             weights = logits.relu_().log1p_()
-            if self.twice:
-                weights = weights.log1p_()
+            return weights.log1p_() if self.twice else weights
+
+    @staticmethod
+    def read(weights: "torch.Tensor") -> sp.csr_matrix:
+        """The same vectors, from the device."""
+        import torch
+
+        with torch.inference_mode():
             places = weights.nonzero(as_tuple=True)
             column, values = places[1].cpu().numpy(), weights[places].cpu().numpy()
-            counts = torch.bincount(places[0], minlength=len(tokens)).cpu().numpy()
+            counts = torch.bincount(places[0], minlength=len(weights)).cpu().numpy()
         starts = np.concatenate([[0], np.cumsum(counts)])
         return sp.csr_matrix((values, column.astype(np.int32), starts), shape=weights.shape)
 
@@ -363,7 +362,7 @@ def _fast(parts: _Parts) -> tuple[str, _Fast | None]:
     expected = [_by_definition(parts, text) for text in _CHECKED_ON]
     decoder.forward = lambda hidden: hidden
     try:
-        found = fast.encode(fast.tokenised(_CHECKED_ON)).toarray()
+        found = fast.read(fast.launch(fast.tokenised(_CHECKED_ON))).toarray()
         difference = abs(np.stack(expected) - found).max()
         if difference <= _TOLERANCE[str(decoder.weight.dtype)]:
             return "", fast
@@ -394,3 +393,8 @@ def by_length(texts: Sequence[Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
     Batches then have texts of similar length, and too little memory shows in the first batch.
     """
     return np.argsort([-len(text) for text in texts], kind="stable")
+
+
+def in_batches(order: np.ndarray[Any, np.dtype[np.int64]], size: int) -> list[list[int]]:
+    """The places in `order`, so many at a time."""
+    return [order[start : start + size].tolist() for start in range(0, len(order), size)]

@@ -17,7 +17,7 @@ from scaledown.data.prompts import load_template
 from scaledown.data.retrieval.parts import warn_about_changes
 from scaledown.data.session.parts import check_parts, is_indexed
 from scaledown.data.session.resolve import find
-from scaledown.data.workers import share, supervised
+from scaledown.data.workers import share, share_teachers, supervised
 from scaledown.models import choose_device, same_bits
 from scaledown.run.directory import SCHEMA, RunDirectory, fingerprint
 from scaledown.run.heartbeat import publishing
@@ -70,10 +70,24 @@ class Session:
         stage = self.stages[name] = Stage(self.run, name, settings, sources)
         return stage
 
-    def let_workers_help(self, target: str) -> None:
-        """Start the workers that the settings ask for, and wait until they have made all shards."""
-        if not self.worker and supervised(self.given):
-            share(self.given, target, [self.run] if self.home is self.run else [self.run, self.home])
+    def let_workers_help(self, work: str, ask: str, find: str) -> None:
+        """Start the workers that the settings ask for, and wait until they have made all shards.
+
+        Args:
+            work: The function that they call, `module:function`.
+            ask: The same for workers that make queries only, those that the teacher writes among them.
+            find: The same for workers that stop before the teacher answers. Where several GPUs share the
+                teacher, each of them works alone until then.
+        """
+        if self.worker:
+            return
+        runs = [self.run] if self.home is self.run else [self.run, self.home]
+        if share_teachers(self.given):
+            if self.given.num_synthetic_queries:
+                share(self.given, ask, runs)
+            share(self.given, find, runs, gpus_each=1)
+        if supervised(self.given):
+            share(self.given, work, runs)
 
     def parts(self) -> Iterator["Session"]:
         """Yield the part of the queries that this process makes; then all parts, if the others are finished.
