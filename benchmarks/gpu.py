@@ -42,10 +42,12 @@ from scaledown.data.retrieval.encoders import load_encoder
 from scaledown.data.retrieval.splade import max_logits, max_logits_tiled
 from scaledown.data.teacher.base import Generation, Rejection, answer_all
 from scaledown.data.teacher.engines.transformers import TransformersTeacher
+from scaledown.devices.choice import choose_device, dtype_to_run, dtype_to_train
 from scaledown.devices.gpus import GIB, OnDevice, give_back, index
 from scaledown.errors import ModelError
 from scaledown.evaluation.efficiency import COMPRESSED, UNCOMPRESSED, Shape, costs, machine
-from scaledown.models import choose_device, dtype_to_run, dtype_to_train, loadable, resolve
+from scaledown.models.sources import resolve
+from scaledown.models.weights import loadable
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
 from scaledown.student.training.memory import memory_of

@@ -21,7 +21,7 @@ from scaledown.data.teacher.api import choose_backend, engine_of
 from scaledown.data.teacher.base import Engine, Generation
 from scaledown.errors import ModelError, UsageError
 from scaledown.extensions import COMPRESSORS, MEASURES, TEACHER_ENGINES, Table
-from scaledown.models import ModelSource
+from scaledown.models.sources import ModelSource
 from scaledown.student.model import ScaleDownModel
 from shell import commands, fences
 

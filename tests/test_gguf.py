@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from scaledown.models import loadable, resolve
 from scaledown.models.gguf import convert_llama
+from scaledown.models.sources import resolve
+from scaledown.models.weights import loadable
 
 WIDTH, HEADS, KEYS, LAYERS = 64, 4, 2, 2
 TOKENS = ["<pad>", "<s>", "</s>", *(chr(33 + i) for i in range(90)), "ab"]

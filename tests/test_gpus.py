@@ -22,8 +22,9 @@ from scaledown.data.retrieval.splade import SpladeEncoder, _from_sentence_transf
 from scaledown.data.teacher.base import Generation
 from scaledown.data.teacher.engines.transformers import TransformersTeacher
 from scaledown.devices.gpus import GIB, OnDevice
+from scaledown.devices.halving import Halving
 from scaledown.errors import ModelError, NoRoomError
-from scaledown.models import Halving, resolve
+from scaledown.models.sources import resolve
 from scaledown.student.compressors.layers import load_compressor
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig

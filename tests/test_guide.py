@@ -227,7 +227,7 @@ def test_options_of_the_guide_work(words: list[str], place: Path, monkeypatch: p
     if "--reranker_model" in words:
         basic += ["--enable_reranking"]
     if words[-1].endswith(".gguf"):
-        from scaledown.models import resolve
+        from scaledown.models.sources import resolve
 
         bundled = resolve("bundled:smollm2-135m")
         words = [words[0], f"{bundled.location}/{bundled.gguf_file}"]

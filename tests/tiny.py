@@ -256,7 +256,7 @@ def fill_hub_cache(cache: Path) -> None:
 
 def pointer_student(generator: Path) -> Any:
     """A pointer student with random weights that are large enough to pick tokens."""
-    from scaledown.models import resolve
+    from scaledown.models.sources import resolve
     from scaledown.student.model import ScaleDownModel
     from scaledown.student.settings import ScaleDownConfig
 

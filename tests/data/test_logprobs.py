@@ -17,8 +17,9 @@ from scaledown.data.manifest import compared_settings
 from scaledown.data.prompts import answer_prompt
 from scaledown.data.teacher.api import check_options, choose_backend, load_teacher
 from scaledown.data.teacher.base import Engine, Generation, answer_all
+from scaledown.devices.halving import Halving
 from scaledown.errors import UsageError
-from scaledown.models import Halving, resolve
+from scaledown.models.sources import resolve
 from scaledown.records import Answer, Logprobs
 
 

@@ -23,8 +23,8 @@ from scaledown.data.manifest import compared_settings
 from scaledown.data.reranker.api import load_reranker, resolve_reranker
 from scaledown.data.reranker.base import Pair
 from scaledown.data.session import enter
+from scaledown.devices.halving import Halving
 from scaledown.errors import install_command
-from scaledown.models import Halving
 
 LOADING = (
     "scaledown.data.prepare_dataset.load_encoder",

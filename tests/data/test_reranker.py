@@ -16,7 +16,7 @@ from scaledown.data.reranker.base import Pair
 from scaledown.data.reranker.pair_tokens import PairTokens
 from scaledown.data.reranker.query_likelihood import QueryLikelihoodReranker
 from scaledown.errors import InputError, ModelError, UsageError
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 
 RECORDS = [
     {

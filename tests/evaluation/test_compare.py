@@ -14,7 +14,7 @@ from scaledown.cli import main
 from scaledown.config.train import TrainConfig
 from scaledown.errors import UsageError
 from scaledown.evaluation import compare as command
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
 from scaledown.student.training import run as run_of_training

@@ -15,8 +15,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from scaledown.devices.halving import Halving
 from scaledown.errors import ModelError, OutputError, RunDirectoryError
-from scaledown.models import Halving
 from scaledown.run.atomic import atomic, check_writable, read_json, write_json
 from scaledown.run.directory import RunDirectory, fingerprint
 from scaledown.run.stage import Stage

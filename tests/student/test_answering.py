@@ -11,7 +11,7 @@ from scaledown.data.prompts import answer_prompt
 from scaledown.data.teacher.base import Generation, answer_all
 from scaledown.data.teacher.engines.transformers import TransformersTeacher
 from scaledown.errors import InputError, ModelError, UsageError
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
 

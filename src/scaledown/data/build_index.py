@@ -39,9 +39,10 @@ from scaledown.data.retrieval.parts import (
 from scaledown.data.retrieval.seismic import SeismicIndex
 from scaledown.data.retrieval.stages import encode_passages
 from scaledown.data.workers import settings_of, share, supervised
+from scaledown.devices.choice import choose_device, dtype_to_run, same_bits
 from scaledown.devices.gpus import OnDevice
 from scaledown.errors import InputError, UsageError
-from scaledown.models import ModelSource, choose_device, dtype_to_run, resolve, same_bits
+from scaledown.models.sources import ModelSource, resolve
 from scaledown.run.directory import RunDirectory
 from scaledown.run.heartbeat import publishing
 from scaledown.run.locations import index_of

@@ -16,7 +16,7 @@ from scaledown.data.input.files import Source
 from scaledown.data.prompts import TEMPLATES, load_template
 from scaledown.data.reranker.api import LIKELIHOOD_PREFIX
 from scaledown.extensions import TEACHER_ENGINES
-from scaledown.models import ModelSource
+from scaledown.models.sources import ModelSource
 from scaledown.run.atomic import read_json, write_json
 from scaledown.run.directory import SCHEMA, RunDirectory
 from scaledown.run.stage import Stage, StageResult

@@ -51,7 +51,7 @@ from scaledown.data.teacher.base import Teacher
 from scaledown.data.teacher.questions import write_questions
 from scaledown.data.workers import settings_of
 from scaledown.devices.gpus import OnDevice
-from scaledown.models import ModelSource
+from scaledown.models.sources import ModelSource
 from scaledown.run.directory import RunDirectory
 from scaledown.run.locations import output_of, run_of
 from scaledown.run.outputs import check_free

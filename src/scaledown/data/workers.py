@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from scaledown.config.index import IndexConfig
+from scaledown.devices.choice import choose_device
 from scaledown.errors import UsageError
-from scaledown.models import choose_device
 from scaledown.run.directory import RunDirectory
 from scaledown.run.executor import LocalPool, Pool, supervise
 from scaledown.run.heartbeat import supervising

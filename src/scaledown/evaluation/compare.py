@@ -20,6 +20,7 @@ from scaledown.config.train import TrainConfig
 from scaledown.data.input.download import fetched
 from scaledown.data.input.gold import read_gold
 from scaledown.data.reranker.api import resolve_reranker
+from scaledown.devices.choice import choose_device, dtype_to_run
 from scaledown.devices.gpus import OnDevice
 from scaledown.errors import InputError, UsageError
 from scaledown.evaluation.baselines import ECHOES, OF_A_RATE
@@ -28,7 +29,8 @@ from scaledown.evaluation.evaluate import ANSWERS, evaluate
 from scaledown.evaluation.results import Comparison, Results, Run
 from scaledown.evaluation.statistics import Difference, difference
 from scaledown.extensions import MEASURES
-from scaledown.models import choose_device, dtype_to_run, onto, quiet_libraries, resolve
+from scaledown.models.sources import resolve
+from scaledown.models.weights import onto, quiet_libraries
 from scaledown.run.atomic import atomic, read_json, write_json
 from scaledown.run.directory import fingerprint
 from scaledown.run.outputs import check_output

@@ -26,7 +26,7 @@ from scaledown.data.input import files, remote, tables
 from scaledown.data.input.corpus import build_passages
 from scaledown.data.session import resolve as inputs
 from scaledown.errors import InputError, MissingExtraError, UsageError, install_command
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.run.directory import RunDirectory
 from scaledown.run.stage import Stage
 from scaledown.urls import detail

@@ -138,7 +138,7 @@ def test_corpora_that_cannot_be_entered_midway(kind: str, tmp_path, monkeypatch,
 
     from scaledown.data.input import files
     from scaledown.data.input.corpus import load_tokenizer
-    from scaledown.models import resolve
+    from scaledown.models.sources import resolve
 
     monkeypatch.setattr(sampling, "_BYTES_A_PLACE", 1 << 11)
     monkeypatch.setattr(files, "_CHUNK_BYTES", 1 << 15)

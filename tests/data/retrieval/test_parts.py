@@ -19,8 +19,8 @@ from scaledown.data.build_index import IndexResult, build_index
 from scaledown.data.retrieval import IndexRetriever
 from scaledown.data.retrieval.parts import IndexState, kept_rows, only_state, open_stage, states
 from scaledown.data.teacher.questions import write_questions
+from scaledown.devices.halving import Halving
 from scaledown.errors import InputError, UsageError
-from scaledown.models import Halving
 from scaledown.records import Answer, full_text
 from scaledown.run.directory import RunDirectory
 from scaledown.run.stage import Stage

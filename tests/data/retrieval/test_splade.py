@@ -28,7 +28,7 @@ import tiny
 from scaledown.data.retrieval.encoders import load_encoder
 from scaledown.data.retrieval.splade import SpladeEncoder, max_logits_tiled
 from scaledown.errors import ModelError
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 
 TEXTS = [
     "The Moon pulls the water of the oceans.",
@@ -83,7 +83,7 @@ def test_fast_head_does_not_import_sentence_transformers(models, tmp_path) -> No
     program = """
         import sys
         from scaledown.data.retrieval.encoders import load_encoder
-        from scaledown.models import resolve
+        from scaledown.models.sources import resolve
 
         bare, saved = (
             load_encoder(resolve(folder), "cpu", "float32", 2).documents(["Tides"], lambda _: None)

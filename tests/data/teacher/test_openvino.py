@@ -23,7 +23,7 @@ from scaledown.data.teacher.engines import openvino as engine
 from scaledown.data.teacher.engines.openvino import OpenVINOTeacher, exported, is_exported, openvino_genai
 from scaledown.data.teacher.engines.transformers import TransformersTeacher
 from scaledown.errors import MissingExtraError, ModelError, UsageError, install_command
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.records import Answer
 
 REAL = Path(os.environ.get("SCALEDOWN_CACHE") or Path.home() / ".cache" / "scaledown")

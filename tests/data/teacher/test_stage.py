@@ -9,7 +9,7 @@ from scaledown.data import prepare_dataset as command
 from scaledown.data.prompts import answer_prompt
 from scaledown.data.teacher.answer_log import AnswerLog
 from scaledown.data.teacher.base import Rejection
-from scaledown.models import Halving
+from scaledown.devices.halving import Halving
 from scaledown.records import Answer
 from scaledown.run.storage import Storage
 
@@ -322,7 +322,7 @@ def test_a_second_teacher_that_rejects_loses_no_record(prepare, models, monkeypa
 def test_batches_partly_on_disk_give_the_same_answers(models) -> None:
     from scaledown.data.teacher.api import load_teacher
     from scaledown.data.teacher.base import Generation
-    from scaledown.models import resolve
+    from scaledown.models.sources import resolve
 
     teacher = load_teacher(
         resolve(str(models["causal_lm"])), "cpu", "float32", Generation(max_new_tokens=8, batch_size=2)

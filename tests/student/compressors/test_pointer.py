@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from scaledown.errors import UsageError
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.student.batch import collate, group
 from scaledown.student.compressors import pointer
 from scaledown.student.labels import copied_spans, occurrences

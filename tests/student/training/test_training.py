@@ -20,7 +20,7 @@ from conftest import ROOT
 from scaledown.config.flags import from_flags
 from scaledown.config.train import TrainConfig
 from scaledown.errors import MissingExtraError, ModelError, RunDirectoryError, UsageError
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.student.batch import collate
 from scaledown.student.model import WEIGHTS, ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig

@@ -18,7 +18,7 @@ from scaledown.data.input.query_sources import named
 from scaledown.data.input.rows import parse
 from scaledown.data.input.seen import Ids
 from scaledown.errors import InputError
-from scaledown.models import hub_errors
+from scaledown.models.hub import hub_errors
 from scaledown.records import Query
 from scaledown.run.atomic import atomic
 from scaledown.run.stage import Stage

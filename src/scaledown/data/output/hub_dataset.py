@@ -11,7 +11,7 @@ from scaledown.data.output.columns import columns_of
 from scaledown.data.output.writers import write_examples
 from scaledown.data.report.page import MADE, write_report
 from scaledown.errors import InputError, OutputError, UsageError
-from scaledown.models import hub_errors, reach_hub
+from scaledown.models.hub import hub_errors, reach_hub
 from scaledown.run.atomic import put_in_place
 from scaledown.run.outputs import check_folder
 

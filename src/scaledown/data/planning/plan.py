@@ -24,8 +24,9 @@ from scaledown.data.retrieval.stages import TokenLists
 from scaledown.data.teacher.api import find_teacher
 from scaledown.data.teacher.base import Engine
 from scaledown.data.workers import gpu_workers
+from scaledown.devices.choice import choose_device
 from scaledown.errors import InputError
-from scaledown.models import choose_device, resolve
+from scaledown.models.sources import resolve
 from scaledown.records import Passage
 from scaledown.run.atomic import write_json
 from scaledown.run.directory import RunDirectory, fingerprint

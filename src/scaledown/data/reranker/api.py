@@ -12,13 +12,10 @@ from scaledown.data.input.corpus import PassageTable
 from scaledown.data.reranker.base import Pair, Reranker
 from scaledown.data.reranker.cross_encoder import CrossEncoderReranker
 from scaledown.data.reranker.query_likelihood import QueryLikelihoodReranker
+from scaledown.devices.choice import choose_device
 from scaledown.devices.gpus import OnDevice
 from scaledown.errors import UsageError
-from scaledown.models import (
-    ModelSource,
-    choose_device,
-    resolve,
-)
+from scaledown.models.sources import ModelSource, resolve
 from scaledown.records import QueryWithDocuments, check_records, document_text, full_text
 from scaledown.run.progress import track, tracked
 from scaledown.run.stage import Stage

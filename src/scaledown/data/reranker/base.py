@@ -5,10 +5,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from scaledown.devices.halving import Halving
 from scaledown.errors import ModelError
-from scaledown.models import (
-    Halving,
-)
 
 
 class Pair(NamedTuple):

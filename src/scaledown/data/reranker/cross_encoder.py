@@ -9,16 +9,11 @@ from typing import TYPE_CHECKING, Any, Final
 from scaledown.data.reranker.base import Pair, scores_of
 from scaledown.data.reranker.pair_tokens import PairTokens
 from scaledown.data.retrieval.splade import by_length, in_batches
+from scaledown.devices.choice import dtype_to_run
+from scaledown.devices.halving import Halving
 from scaledown.errors import ModelError
-from scaledown.models import (
-    Halving,
-    ModelSource,
-    dtype_to_run,
-    loadable,
-    loading,
-    onto,
-    read_config_file,
-)
+from scaledown.models.sources import ModelSource
+from scaledown.models.weights import loadable, loading, onto, read_config_file
 
 if TYPE_CHECKING:
     import torch

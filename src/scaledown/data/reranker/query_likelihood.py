@@ -10,14 +10,10 @@ import numpy as np
 
 from scaledown.data.prompts import LIKELIHOOD_AFTER, LIKELIHOOD_BEFORE
 from scaledown.data.reranker.base import Pair, scores_of
-from scaledown.models import (
-    Halving,
-    ModelSource,
-    dtype_to_run,
-    loadable,
-    loading,
-    onto,
-)
+from scaledown.devices.choice import dtype_to_run
+from scaledown.devices.halving import Halving
+from scaledown.models.sources import ModelSource
+from scaledown.models.weights import loadable, loading, onto
 
 if TYPE_CHECKING:
     import torch

@@ -8,9 +8,12 @@ import numpy as np
 
 from scaledown.data.retrieval.index import Array, Vectors
 from scaledown.data.retrieval.splade import SpladeEncoder, by_length, in_batches
+from scaledown.devices.choice import dtype_to_run
+from scaledown.devices.halving import Halving
 from scaledown.errors import ModelError
 from scaledown.extensions import RETRIEVER_KINDS
-from scaledown.models import Halving, ModelSource, dtype_to_run, loadable, loading, onto, read_config_file
+from scaledown.models.sources import ModelSource
+from scaledown.models.weights import loadable, loading, onto, read_config_file
 
 log = logging.getLogger("scaledown")
 

@@ -11,8 +11,9 @@ from scaledown.data.retrieval.encoders import is_sparse, load_encoder
 from scaledown.data.retrieval.index import Ranking, check_finite, pack, search, warn_about_top_k
 from scaledown.data.retrieval.parts import only_state, open_stage
 from scaledown.data.retrieval.stages import distinct, find_exactly, searched
+from scaledown.devices.choice import choose_device
 from scaledown.errors import ModelError, UsageError
-from scaledown.models import choose_device, resolve
+from scaledown.models.sources import resolve
 from scaledown.records import DocumentDict, RetrievedDict, document_text
 from scaledown.run.directory import RunDirectory
 from scaledown.run.locations import storage_at

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
+from scaledown.devices.choice import dtype_to_run
+from scaledown.devices.halving import Halving
 from scaledown.errors import ModelError
-from scaledown.models import Halving, ModelSource, dtype_to_run, loadable, loading, onto, read_config_file
+from scaledown.models.sources import ModelSource
+from scaledown.models.weights import loadable, loading, onto, read_config_file
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ from scaledown.data.retrieval.parts import warn_about_changes
 from scaledown.data.session.parts import check_parts, is_indexed
 from scaledown.data.session.resolve import find
 from scaledown.data.workers import share, share_teachers, supervised
-from scaledown.models import choose_device, same_bits
+from scaledown.devices.choice import choose_device, same_bits
 from scaledown.run.directory import SCHEMA, RunDirectory, fingerprint
 from scaledown.run.heartbeat import publishing
 from scaledown.run.locations import index_of, output_of, run_of

@@ -16,10 +16,13 @@ from scaledown.data.teacher.base import (
     TeacherEngine,
     answer_all,
 )
+from scaledown.devices.choice import choose_device
 from scaledown.devices.gpus import OnDevice
 from scaledown.errors import MissingExtraError, ModelError, UsageError, install_command
 from scaledown.extensions import TEACHER_ENGINES
-from scaledown.models import ModelSource, choose_device, hub_errors, read_config_file, resolve
+from scaledown.models.hub import hub_errors
+from scaledown.models.sources import ModelSource, resolve
+from scaledown.models.weights import read_config_file
 from scaledown.records import Example, QueryWithDocuments, check_records, document_text
 from scaledown.run.progress import track
 

@@ -7,7 +7,8 @@ from typing import Final, NamedTuple, Protocol
 from scaledown.config.prepare import PrepareConfig
 from scaledown.config.shared import EngineConfig
 from scaledown.data.prompts import Prompt
-from scaledown.models import Halving, ModelSource
+from scaledown.devices.halving import Halving
+from scaledown.models.sources import ModelSource
 from scaledown.records import Answer
 
 

@@ -20,7 +20,9 @@ from filelock import FileLock
 from scaledown.config.flags import Parser, add_log_flags, path_or_url
 from scaledown.data.teacher.engines.openvino import WEIGHTS, exported, is_exported
 from scaledown.errors import ModelError, run_command
-from scaledown.models import ModelSource, hub_errors, loadable, resolve
+from scaledown.models.hub import hub_errors
+from scaledown.models.sources import ModelSource, resolve
+from scaledown.models.weights import loadable
 from scaledown.run.logs import start_logging
 from scaledown.run.storage import cache_directory
 

@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 from scaledown.command import is_first
 from scaledown.config.train import PretrainConfig
 from scaledown.data.input.download import fetched
+from scaledown.devices.choice import choose_device, dtype_to_train, emulates_bfloat16
 from scaledown.errors import (
     MissingExtraError,
     OutputError,
@@ -18,7 +19,7 @@ from scaledown.errors import (
     UsageError,
     install_command,
 )
-from scaledown.models import choose_device, dtype_to_train, emulates_bfloat16, quiet_libraries
+from scaledown.models.weights import quiet_libraries
 from scaledown.run.atomic import write_json
 from scaledown.run.directory import RunDirectory
 from scaledown.run.outputs import check_apart
