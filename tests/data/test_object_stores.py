@@ -162,7 +162,7 @@ def test_output_in_bucket_is_written_again_if_lost_or_damaged(
     system.pipe_file(f"{bucket}/other.json", b"mine")
     capsys.readouterr()
     assert remote("--work_dir", f"{output}.work", output=f"{bucket}/other.json") == 1
-    assert f"--output_file {bucket}/other.json is there already" in capsys.readouterr().err
+    assert f"--output_file {bucket}/other.json already exists" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -236,7 +236,7 @@ def test_output_that_is_a_link_stays_a_link(prepare, tmp_path) -> None:
 def test_output_of_another_program_is_not_changed(prepare, tmp_path, capsys) -> None:
     prepare.output.write_text("mine")
     assert prepare("--top_k_retrieval", "2") == 1
-    assert f"error: --output_file {prepare.output} is there already" in capsys.readouterr().err
+    assert f"error: --output_file {prepare.output} already exists" in capsys.readouterr().err
     assert prepare.output.read_text() == "mine"
     prepare.output.unlink()
     assert prepare("--top_k_retrieval", "2") == 0
@@ -749,7 +749,7 @@ def test_malformed_lines_are_counted_and_the_run_continues(prepare, corpus, caps
     assert prepare(*flags, "--strict") == 1
     quarantine = prepare.work / "quarantine"
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"error: --strict: 1 line or query is in {quarantine}, each with its reason: mend them"
+    assert last == f"error: --strict: 1 line or query is in {quarantine}, each with its reason: correct them"
 
 
 @pytest.mark.parametrize("place", ["folder", "under a file", "no permission"])

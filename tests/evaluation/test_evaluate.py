@@ -487,7 +487,7 @@ def test_another_results_file_is_left_alone(
     output.mkdir()
     (output / "results.json").write_text('{"mine": 1}')
     assert evaluate() == 1
-    assert "results.json is there already" in capsys.readouterr().err
+    assert "results.json already exists" in capsys.readouterr().err
     assert (output / "results.json").read_text() == '{"mine": 1}'
 
 

@@ -234,7 +234,7 @@ def test_other_weights_are_another_export(models, tmp_path, monkeypatch) -> None
 def test_an_export_that_is_there_is_only_named(library, models, capsys) -> None:
     assert export_openvino.main([str(models["causal_lm"])]) == 0
     output = capsys.readouterr().out
-    assert "is there already" in output
+    assert "already exists" in output
     assert "next: scaledown prepare --teacher_backend openvino" in output
     with pytest.raises(UsageError, match="--help"):
         export_openvino.main([])

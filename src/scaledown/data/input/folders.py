@@ -135,7 +135,7 @@ def listed(folder: Path, what: str) -> Folder:
         except OSError as error:
             problem = "is a link that leads nowhere" if entry.is_symlink() else "cannot be read"
             raise InputError(
-                f"{what} {folder}: {name} {problem} ({error.strerror}): mend or delete it"
+                f"{what} {folder}: {name} {problem} ({error.strerror}): repair or delete it"
             ) from error
         same = known.setdefault((state.st_dev, state.st_ino), str(name))
         if same != str(name):

@@ -101,7 +101,7 @@ def check_first_line(source: Source, text: str, meaning: Meaning) -> None:
         if len(names) > 1 and short and not sure.isdisjoint(names):
             raise InputError(
                 f"{source}: its first line has the columns {', '.join(names)}, {called}-separated, and other "
-                "lines do not; mend its quotes"
+                "lines do not; correct its quotes"
             )
 
 
