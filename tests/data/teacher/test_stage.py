@@ -7,9 +7,10 @@ import pytest
 
 from scaledown.data import prepare_dataset as command
 from scaledown.data.prompts import answer_prompt
-from scaledown.data.teacher.answer_log import AnswerLog
+from scaledown.data.teacher.answer_log import AnswerLog, ask
 from scaledown.data.teacher.base import Rejection
 from scaledown.devices.halving import Halving
+from scaledown.errors import ModelError
 from scaledown.records import Answer
 from scaledown.run.storage import Storage
 
@@ -356,3 +357,34 @@ def test_edited_prompt_is_asked_again(prepare, tmp_path, capsys) -> None:
     assert (tmp_path / "again.json").read_bytes() == prepare.output.read_bytes()
     own.write_text("{documents}\n{question}")
     assert "json: these inputs differ: prompt" in repeat("other.json")
+
+
+class Faulty:
+    """An engine that breaks what engines promise."""
+
+    halving = Halving("--teacher_batch_size")
+
+    def __init__(self, *yields) -> None:
+        self.yields = yields
+
+    def answers(self, prompts, have=()):
+        yield from self.yields
+
+
+@pytest.mark.parametrize(
+    ("yields", "message"),
+    [
+        ([(0, answer()), (2, answer())], "Faulty.answers ended without an answer to 2 of 5 .* place 1: "),
+        ([(0, "yes")], "Faulty.answers yielded str for place 0 of 5 prompts: "),
+        ([(0, None)], "yielded NoneType for place 0"),
+        ([(5, answer())], "yielded Answer for place 5 of 5 prompts: an engine yields .*docs/extending.md"),
+        ([("q0", answer())], "yielded Answer for place 'q0'"),
+    ],
+)
+def test_engine_that_breaks_its_promise_is_named(yields, message, tmp_path: Path) -> None:
+    log = AnswerLog(tmp_path / "log.jsonl", 60, Storage(tmp_path))
+    have = {4: answer("known")}
+    with pytest.raises(ModelError, match=message):
+        ask(Faulty(*yields), PROMPTS, log, have=have)
+    complete = ((place, answer()) for place in range(5))  # it may answer again what is known
+    assert len(ask(Faulty(*complete), PROMPTS, log, have=have)) == 5

@@ -141,7 +141,7 @@ def load_teacher(  # noqa: PLR0917
     backend = choose_backend(engine, source, device, generation)
     own = engine_of(backend)
     if own.served:
-        log.info("teacher: %s, %s %s", source.name, backend, ", ".join(engine.endpoints))
+        log.info("teacher: %s", ", ".join([source.name, backend, *engine.endpoints]))
     else:
         check_teacher(source, load_in_8bit=generation.load_in_8bit, load_in_4bit=generation.load_in_4bit)
         bits = f" in {generation.bits} bits" if generation.bits else ""
