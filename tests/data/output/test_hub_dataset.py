@@ -114,7 +114,7 @@ def test_export_with_other_data_needs_overwrite(data: Path, tmp_path: Path, caps
     assert main(words) == 0
     data.write_text(json.dumps(RECORDS[:3]))
     assert main(words) == 1
-    assert "has other data: give a new folder, or --overwrite" in capsys.readouterr().err
+    assert "has other data: name a new folder, or give --overwrite" in capsys.readouterr().err
 
 
 def test_rankings_are_exported_as_trec_runs(prepare, tmp_path: Path, capsys) -> None:

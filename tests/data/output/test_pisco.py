@@ -56,5 +56,5 @@ def test_existing_folder_is_not_changed(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
     assert export_pisco([data], output) == 40
-    with pytest.raises(OutputError, match="exists already: give a new folder"):
+    with pytest.raises(OutputError, match="already exists: name a new folder"):
         export_pisco([data], output)

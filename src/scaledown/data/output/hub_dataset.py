@@ -50,7 +50,7 @@ def export_dataset(files: Sequence[Path], form: str, output: Path, *, overwrite:
         if made and earlier.is_file() and filecmp.cmp(earlier, data, shallow=False):
             return count
         if made and not overwrite:
-            raise OutputError(f"--output_dir {output} has other data: give a new folder, or --overwrite")
+            raise OutputError(f"--output_dir {output} has other data: name a new folder, or give --overwrite")
         write_report(
             data, whole / "report.html", whole / "README.md", origin=files[0] if len(files) == 1 else None
         )

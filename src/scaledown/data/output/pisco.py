@@ -36,7 +36,7 @@ def export_pisco(files: Sequence[Path], output: Path, *, overwrite: bool = False
     made = _is_made(output)
     check_folder(output, files, made=made)
     if made and not overwrite:
-        raise OutputError(f"--output_dir {output} exists already: give a new folder, or --overwrite")
+        raise OutputError(f"--output_dir {output} already exists: name a new folder, or give --overwrite")
     text = Value("string")
     features = Features({"query": text, "docs": List(text), "mistral_label": text})
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.", suffix=".tmp") as folder:
