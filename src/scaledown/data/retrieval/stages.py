@@ -21,6 +21,7 @@ from scaledown.data.retrieval.index import (
     check_finite,
     nothing,
     pack,
+    postings,
     search,
     stacked,
     warn_about_top_k,
@@ -76,13 +77,8 @@ def encode_passages(
     rows = passages.finished().rows
     counts = {"passages": sum(rows)}
     if "terms" in stage.table(0).column_names:
-        counts["postings"] = sum(_postings(stage.table(shard)) for shard in range(len(rows)))
+        counts["postings"] = sum(postings(stage.table(shard)) for shard in range(len(rows)))
     stage.finish(rows, counts)
-
-
-def _postings(shard: pa.Table) -> int:
-    ends = shard.column("terms").chunk(0).offsets
-    return int(ends[-1].as_py() - ends[0].as_py())
 
 
 class TokenLists(Sequence[Array]):
