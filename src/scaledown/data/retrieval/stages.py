@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,14 +40,18 @@ log = logging.getLogger("scaledown")
 Check: TypeAlias = Callable[[], None]
 Find: TypeAlias = Callable[[Vectors, int, Callable[[float], None]], Ranking]
 
-_QUERIES_AT_ONCE: Final = 4096
+_QUERIES_AT_ONCE: Final = 8192
+_DENSE_QUERIES_AT_ONCE: Final = 4096  # part of the identity of dense scores, see `SearchPlan.of`
+_QUERIES_AT_LEAST: Final = 1024  # of a large index; reading it takes as long as searching it for some 600
+_LARGE: Final = 100_000  # passages
 _COMPARED: Final = 256  # queries whose candidates' texts are compared at once
 _PLACES: Final = 1 << 22  # of rankings that are held where search goes deeper
 _COLLAPSED: Final = b"collapsed"
 _SAMPLED: Final = 256  # queries on which the recall of approximate search is measured
 _BYTES_A_QUERY: Final = 2048  # some hundred terms, twice
 _BYTES_A_RESULT: Final = 12  # a row and a score
-_UNPACKED: Final = 5  # a shard in memory, against its size on disk: terms, float32 weights, and both by term
+_UNPACKED: Final = 5  # a shard in memory, against its size on disk, if it must be inverted; else 3
+_BYTES_OF_ROWS: Final = 8_000_000  # what a thread holds besides: the rows of weights of a block, sums
 
 
 def encode_passages(
@@ -132,9 +137,9 @@ def retrieve(
 
     The same text is one candidate of a query, however many passages have it (see `distinct`).
 
-    So many shards of queries are searched together as `--search_memory` allows, at most 4,096 queries (of
-    approximate search, 65,536): that is what a crash can cost, and reading the vectors is then a small part
-    of searching them.
+    So many shards of queries are searched together as `--search_memory` allows, at most 8,192 queries (of
+    dense vectors 4,096, of approximate search 65,536): that is what a crash can cost, and reading the vectors
+    is then a small part of searching them.
     """
     if stage.done():
         return
@@ -326,14 +331,18 @@ class SearchPlan(NamedTuple):
         rows = vectors.finished().rows
         shard = max(vectors.size(number) for number in range(len(rows)))
         dense = "dense" in vectors.table(0).column_names  # whose products use all cores by themselves
-        threads = 1 if dense else int(max(1, min(threads_here(), half // (_UNPACKED * shard))))
+        per_thread = _UNPACKED * shard + _BYTES_OF_ROWS
+        threads = 1 if dense else int(max(1, min(threads_here(), half // per_thread)))
         per_query = config.top_k_retrieval * _BYTES_A_RESULT * (threads + 2) + _BYTES_A_QUERY
         per_query += max(rows) * 4 if dense else 0
-        most = _QUERIES_AT_ONCE * (16 if config.search == "approximate" else 1)  # loading costs more
+        most = _DENSE_QUERIES_AT_ONCE if dense else _QUERIES_AT_ONCE
+        most *= 8 if config.search == "approximate" else 1  # loading costs more
         queries = min(most, half / per_query)
         at_once = int(max(1, queries // config.queries_per_shard))
-        # The last bits of dense scores depend on how many are searched together.
-        return cls(threads, at_once if dense else together(shards, at_once))
+        if dense:  # the last bits of whose scores depend on how many are searched together
+            return cls(threads, at_once)
+        least = math.ceil(_QUERIES_AT_LEAST / config.queries_per_shard) if sum(rows) >= _LARGE else 1
+        return cls(threads, max(together(shards, at_once), min(at_once, least, shards)))
 
 
 def candidates_table(queries: pa.Table, found: Sequence[Candidates]) -> pa.Table:
