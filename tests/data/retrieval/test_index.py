@@ -187,12 +187,14 @@ def test_zero_weights_and_repeated_postings_are_as_in_a_product() -> None:
 
 def test_no_score_is_above_its_bound_and_few_bounds_are_far_above() -> None:
     passages, queries = text_like(4000, 0), index._canonical(text_like(50, 1))
-    ((_, block),) = index._blocks(pack(passages), range(1))
+    ((_, block),) = index._blocks(pack(passages), range(1), index._Room())
     starts, uses = block.starts(300), np.ones(300, np.int64)
     row_of = np.full(300, -1, np.int32)
     row_of[:20] = np.arange(20)
     postings = (starts, block.passages, block.weights)
-    largest, small, _, rows = search_kernels.rounded_up(uses, *postings, row_of, 20, 4000)
+    _, rows = both = index._rows_for(20, 4000, index._Room())
+    small = np.empty(len(block.weights), np.uint8)
+    largest = search_kernels.round_up(uses, *postings, row_of, small, *both)
     exact = summed_in_order(queries, passages, 4000)
     for query in range(50):
         own = slice(queries.indptr[query], queries.indptr[query + 1])
@@ -284,17 +286,15 @@ def test_search_holds_no_more_than_its_memory(tmp_path, monkeypatch) -> None:
     stage = Stage(RunDirectory(tmp_path / "run"), "vectors", {})
     stage.write(0, pack(sp.random(4096, 3000, density=0.05, format="csr", dtype=np.float32, rng=0)))
     stage.finish([4096], {})
+    monkeypatch.setattr(index, "_ROW_SHARE", 3000)
+    monkeypatch.setattr(index, "_ROW_USES", 1)
+    asked = index._canonical(sp.csr_matrix(np.ones((1, 3000), np.float32)))  # so that there are most rows
     for memory in (0.05, 0.1, 1.0):
         chosen = plan(stage, memory, 10_000)
-        table = stage.table(0)
-        ((_, block),) = index._blocks(table, range(1))
-        rows = search_kernels.rounded_up(
-            np.ones(3000, np.int64),
-            *(block.starts(3000), block.passages, block.weights),
-            np.r_[np.arange(index._ROWS), np.full(3000 - index._ROWS, -1)].astype(np.int32),
-            *(index._ROWS, 4096),
-        )
-        held = table.nbytes + sum(own.nbytes for own in (*block, *rows))
+        room, table = index._Room(), stage.table(0)
+        nothing = index._nothing(1, 20)
+        index._sparse(asked, table, range(1), nothing, room, first=0, removed=np.empty(0, np.int64))
+        held = table.nbytes + sum(array.nbytes for array in room._arrays.values())
         queries = chosen.shards_at_once * PrepareConfig.queries_per_shard
         results = queries * 20 * 12 * (chosen.threads + 2)
         assert chosen.threads * held <= memory * 1e9 / 2

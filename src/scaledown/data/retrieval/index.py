@@ -143,7 +143,7 @@ def unpack(shard: pa.Table) -> Vectors:
         return _rows(shard)
     count, dimensions, size = _shape(shard)
     rows = [sp.csr_matrix((0, dimensions), dtype=np.float32)]
-    for first, block in _blocks(shard, range(math.ceil(count / size))):
+    for first, block in _blocks(shard, range(math.ceil(count / size)), _Room()):
         parts = (block.weights, block.passages.astype(np.int32), block.starts(dimensions))
         rows.append(sp.csc_matrix(parts, shape=(min(size, count - first), dimensions)).tocsr())
     return sp.vstack(rows, format="csr")
@@ -152,7 +152,7 @@ def unpack(shard: pa.Table) -> Vectors:
 def _rows(shard: pa.Table) -> sp.csr_matrix:
     """The vectors of a sparse shard of version 0.6 and before, which has them row by row."""
     terms, weights = (shard.column(name).combine_chunks() for name in ("terms", "weights"))
-    values = _float32(weights.values.to_numpy(), shard)
+    values = _float32(weights.values.to_numpy(), shard, _Room())
     parts = (values, terms.values.to_numpy().astype(np.int32), terms.offsets.to_numpy())
     return sp.csr_matrix(parts, shape=_shape(shard)[:2])
 
@@ -169,14 +169,29 @@ def _shape(shard: pa.Table) -> tuple[int, int, int]:
     return shard.num_rows, int(metadata[b"dimensions"]), int(metadata.get(b"block", _BLOCK))
 
 
-def _float32(weights: Array, shard: pa.Table) -> Array:
+class _Room:
+    """Arrays that a thread uses for one block after the other: memory is slow when it is first written to."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, Array] = {}
+
+    def take(self, name: str, count: int, kind: type) -> Array:
+        """An array with any content; it is valid until the same name is taken again."""
+        own = self._arrays.get(name)
+        if own is None or len(own) < count:
+            own = self._arrays[name] = np.empty(count, kind)
+        return own[:count]
+
+
+def _float32(weights: Array, shard: pa.Table, room: _Room) -> Array:
     """Stored weights as numbers."""
-    from scaledown.data.retrieval.search_kernels import looked_up
+    from scaledown.data.retrieval.search_kernels import look_up
 
     if weights.dtype == np.float32:
         return weights
-    codes = np.uint8 if weights.itemsize == 1 else np.uint16
-    found: Array = looked_up(_table(weights.dtype, shard.schema.metadata[b"step"]), weights.view(codes))
+    found = room.take("weights", len(weights), np.float32)
+    codes = weights.view(np.uint8 if weights.itemsize == 1 else np.uint16)
+    look_up(_table(weights.dtype, shard.schema.metadata[b"step"]), codes, found)
     return found
 
 
@@ -189,8 +204,11 @@ def _table(kind: "np.dtype[Any]", step: bytes) -> Array:
     return table
 
 
-def _blocks(shard: pa.Table, numbers: range) -> Iterator[tuple[int, _Block]]:
-    """Some blocks of a sparse shard, with float32 weights, each with its first passage."""
+def _blocks(shard: pa.Table, numbers: range, room: _Room) -> Iterator[tuple[int, _Block]]:
+    """Some blocks of a sparse shard, with float32 weights, each with its first passage.
+
+    One is valid until the next is asked for.
+    """
     size = _shape(shard)[2]
     if "weights" in shard.column_names:
         rows = _rows(shard)
@@ -199,20 +217,17 @@ def _blocks(shard: pa.Table, numbers: range) -> Iterator[tuple[int, _Block]]:
             block.passages.flags.writeable = False  # as in a mapped file: else the kernels are compiled twice
             yield number * size, block
         return
-    terms, postings = (shard.column(name).combine_chunks() for name in ("terms", "postings"))
-    fields = [terms.values.field("term"), terms.values.field("postings")]
-    fields += [postings.values.field("passage"), postings.values.field("weight")]
+    terms, postings = (shard.column(name).chunk(0) for name in ("terms", "postings"))
+    fields = [(terms, name) for name in ("term", "postings")] + [
+        (postings, name) for name in ("passage", "weight")
+    ]
+    arrays = [(lists.offsets, lists.values.field(name).to_numpy()) for lists, name in fields]
     for number in numbers:
         first = number * size
-        own = [
-            slice(lists.offsets[first].as_py(), lists.offsets[first + 1].as_py())
-            for lists in (terms, postings)
-        ]
         term, count, passage, weight = (
-            field.to_numpy()[place]
-            for field, place in zip(fields, (own[0], own[0], own[1], own[1]), strict=True)
+            values[offsets[first].as_py() : offsets[first + 1].as_py()] for offsets, values in arrays
         )
-        yield first, _Block(term, count, passage, _float32(weight, shard))
+        yield first, _Block(term, count, passage, _float32(weight, shard, room))
 
 
 class Ranking(NamedTuple):
@@ -253,7 +268,7 @@ def search(
 
     def work(_: int) -> Ranking:
         nonlocal searched
-        best = _nothing(queries.shape[0], k)
+        best, room = _nothing(queries.shape[0], k), _Room()
         while True:
             with lock:
                 number, part = next(tasks, (None, 0))
@@ -269,7 +284,7 @@ def search(
             else:
                 blocks = math.ceil(shard.num_rows / _shape(shard)[2])
                 mine = range(blocks * part // parts, blocks * (part + 1) // parts)
-                _sparse(queries, shard, mine, best, first=first, removed=own)
+                _sparse(queries, shard, mine, best, room, first=first, removed=own)
             with lock:
                 searched += sizes[number] / parts
                 advance(searched / firsts[-1])
@@ -322,14 +337,21 @@ def _dense(queries: Array, shard: Array, first: int, removed: Array, best: Ranki
 
 
 def _sparse(
-    queries: sp.csr_matrix, shard: pa.Table, blocks: range, best: Ranking, *, first: int, removed: Array
+    queries: sp.csr_matrix,
+    shard: pa.Table,
+    blocks: range,
+    best: Ranking,
+    room: _Room,
+    *,
+    first: int,
+    removed: Array,
 ) -> None:
     """Search some blocks of a shard of sparse vectors that follow those in `best`, which changes."""
-    from scaledown.data.retrieval.search_kernels import rounded_up, search_block
+    from scaledown.data.retrieval.search_kernels import round_up, search_block
 
     count, dimensions, size = _shape(shard)
     uses = np.bincount(queries.indices, minlength=dimensions)
-    for low, block in _blocks(shard, blocks):
+    for low, block in _blocks(shard, blocks, room):
         high = min(low + size, count)
         postings = (block.starts(dimensions), block.passages, block.weights)
         saved = np.where(block.counts * _ROW_SHARE >= high - low, uses[block.terms], 0)
@@ -337,9 +359,21 @@ def _sparse(
         some = some[np.argsort(-saved[some] * block.counts[some], kind="stable")[:_ROWS]]
         row_of = np.full(dimensions, -1, np.int32)
         row_of[block.terms[some]] = np.arange(len(some))
-        rows = (row_of, *rounded_up(uses, *postings, row_of, len(some), high - low))
+        rows = _rows_for(len(some), high - low, room)
+        small = room.take("small", len(block.weights), np.uint8)
+        largest = round_up(uses, *postings, row_of, small, *rows)
+        bounds = (row_of, largest, small, *rows)
         where = (high - low, first + low, _within(removed, low, high))
-        search_block(queries.indptr, queries.indices, queries.data, *postings, *rows, *where, *best)
+        search_block(queries.indptr, queries.indices, queries.data, *postings, *bounds, *where, *best)
+
+
+def _rows_for(count: int, passages: int, room: _Room) -> tuple[Array, Array]:
+    """Rows of weights, float32 and uint8, of passages filled up to a multiple of 64."""
+    width = math.ceil(passages / 64) * 64
+    return (
+        room.take("full rows", count * width, np.float32).reshape(count, width),
+        room.take("small rows", count * width, np.uint8).reshape(count, width),
+    )
 
 
 def warn_about_top_k(top_k: int, passages: int) -> None:

@@ -23,19 +23,24 @@ _MOST_TERMS: Final = 128  # of a query that has bounds; for more of them the ste
 
 
 @njit(nogil=True, cache=True)
-def looked_up(table: Array, codes: Array) -> Array:
-    """`table[codes]`, float32, in a fifth of the time."""
-    found = np.empty(len(codes), np.float32)
+def look_up(table: Array, codes: Array, found: Array) -> None:
+    """Write `table[codes]` to `found`, in a fifth of NumPy's time."""
     for place in range(len(codes)):
         found[place] = table[codes[place]]
-    return found
 
 
 @njit(nogil=True, cache=True)
-def rounded_up(
-    uses: Array, starts: Array, passages: Array, weights: Array, row_of: Array, rows: int, count: int
-) -> tuple[Array, Array, Array, Array]:
-    """Weights in 255ths of the largest weight of their term, rounded up; and some terms as rows of weights.
+def round_up(
+    uses: Array,
+    starts: Array,
+    passages: Array,
+    weights: Array,
+    row_of: Array,
+    small: Array,
+    full_rows: Array,
+    small_rows: Array,
+) -> Array:
+    """Round weights up to 255ths of the largest weight of their term; write some terms as rows of weights.
 
     Args:
         uses: How many queries have each term [dimensions]; terms without queries are passed over.
@@ -43,19 +48,17 @@ def rounded_up(
         passages: The passages of the postings, counted from the first of the block, uint16 [postings].
         weights: Their weights, float32 [postings].
         row_of: The row of each term, or -1, int32 [dimensions].
-        rows: The number of rows.
-        count: The number of passages in the block.
+        small: For the weights of the postings, rounded up, uint8 [postings].
+        full_rows: For rows of weights, float32 [rows, passages], filled up to a multiple of 64 passages.
+        small_rows: For rows of weights rounded up, uint8, likewise.
 
     Returns:
         The largest weight of each term, float32 [dimensions], or infinity if it has a weight below 0: then
-        no query has bounds; the weights of the postings rounded up, uint8 [postings]; the rows of weights,
-        float32, and of weights rounded up, uint8, both [rows, passages], where the passages are filled up to
-        a multiple of 64.
+        no query has bounds.
     """
     largest = np.zeros(len(uses), np.float32)
-    small = np.empty(len(weights), np.uint8)
-    width = (count + _STRIDE - 1) // _STRIDE * _STRIDE
-    full_rows, small_rows = np.zeros((rows, width), np.float32), np.zeros((rows, width), np.uint8)
+    full_rows[:] = 0
+    small_rows[:] = 0
     for term in range(len(uses)):
         own = slice(starts[term], starts[term + 1])
         if uses[term] == 0 or own.start == own.stop:
@@ -71,7 +74,7 @@ def rounded_up(
             for place in range(len(own_weights)):
                 full_row[own_passages[place]] = own_weights[place]
                 small_row[own_passages[place]] = own_small[place]
-    return largest, small, full_rows, small_rows
+    return largest
 
 
 @njit(nogil=True, cache=True)
@@ -105,10 +108,10 @@ def search_block(
         passages: The passages of the postings, counted from `first`, uint16 [postings].
         weights: Their weights, float32 [postings].
         row_of: The row of each term, or -1, int32 [dimensions].
-        largest: What `rounded_up` returned.
-        small: Likewise.
-        full_rows: Likewise.
-        small_rows: Likewise.
+        largest: The largest weight of each term, as `round_up` returned it.
+        small: The weights of the postings as `round_up` wrote them; so are the next two.
+        full_rows: Rows of weights.
+        small_rows: Rows of weights rounded up.
         count: The number of passages in the block.
         first: The row of the first passage.
         removed: Passages that cannot be found, int64, counted from `first`.
