@@ -16,7 +16,7 @@ from scaledown.data.output.writers import examples, write_examples
 from scaledown.data.prompts import Prompt
 from scaledown.data.teacher.review import review_answers
 from scaledown.data.teacher.stage import Teaching, teach
-from scaledown.models import Halving
+from scaledown.devices.halving import Halving
 from scaledown.records import Answer
 from scaledown.run.directory import RunDirectory
 from scaledown.run.stage import Stage

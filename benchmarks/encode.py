@@ -10,7 +10,8 @@ from common import arguments, close, machine, paired, peak_gflops, questions, re
 
 from scaledown.data.retrieval.index import pack, search
 from scaledown.data.retrieval.splade import SpladeEncoder
-from scaledown.models import loadable, resolve
+from scaledown.models.sources import resolve
+from scaledown.models.weights import loadable
 
 MODEL = "bundled:splade-tiny"
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import DeviceType
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -41,10 +42,12 @@ from scaledown.data.retrieval.encoders import load_encoder
 from scaledown.data.retrieval.splade import max_logits, max_logits_tiled
 from scaledown.data.teacher.base import Generation, Rejection, answer_all
 from scaledown.data.teacher.engines.transformers import TransformersTeacher
+from scaledown.devices.choice import choose_device, dtype_to_run, dtype_to_train
 from scaledown.devices.gpus import GIB, OnDevice, give_back, index
 from scaledown.errors import ModelError
 from scaledown.evaluation.efficiency import COMPRESSED, UNCOMPRESSED, Shape, costs, machine
-from scaledown.models import choose_device, dtype_to_run, dtype_to_train, loadable, resolve
+from scaledown.models.sources import resolve
+from scaledown.models.weights import loadable
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
 from scaledown.student.training.memory import memory_of
@@ -230,36 +233,65 @@ def ratio(hidden: torch.Tensor, length: torch.Tensor, weight: torch.Tensor) -> f
 
 def of_encoding(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
     texts = [text(number, 100) for number in range(scale.texts)]
-    own = PrepareConfig.batch_for("batch_size", 0, scale.device)
-
-    def rate(size: int) -> float:
-        encoder = OnDevice(
-            "the encoder",
-            scale.device,
-            lambda: load_encoder(resolve(str(models["encoder"])), scale.device, "auto", size),
-        )
-        taken = seconds(lambda: encoder().documents(texts, nothing))
-        encoder.release()
-        return len(texts) / taken
-
-    yield share("encoding", "texts", {size: rate(size) for size in {*scale.batches, own}}, own)
+    source = resolve(str(models["encoder"]))
+    yield from used(
+        *(scale, "encoding", "texts", len(texts), PrepareConfig.batch_for("batch_size", 0, scale.device)),
+        lambda size: load_encoder(source, scale.device, "auto", size),
+        lambda encoder: encoder.documents(texts, nothing),
+    )
 
 
 def of_reranking(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
     pairs = [Pair(text(number, 8), text(number + 1, 120)) for number in range(scale.pairs)]
+    source = resolve(str(models["reranker"]))
     own = PrepareConfig.batch_for("reranker_batch_size", 0, scale.device)
+    yield from used(
+        *(scale, "reranking", "pairs", len(pairs), own),
+        lambda size: load_reranker(source, scale.device, "auto", size),
+        lambda reranker: reranker.score(pairs, nothing),
+    )
 
-    def rate(size: int) -> float:
-        reranker = OnDevice(
-            "the reranker",
-            scale.device,
-            lambda: load_reranker(resolve(str(models["reranker"])), scale.device, "auto", size),
-        )
-        taken = seconds(lambda: reranker().score(pairs, nothing))
-        reranker.release()
-        return len(pairs) / taken
 
-    yield share("reranking", "pairs", {size: rate(size) for size in {*scale.batches, own}}, own)
+def used(
+    scale: Scale,
+    name: str,
+    items: str,
+    count: int,
+    own: int,
+    load: Callable[[int], Any],
+    work: Callable[[Any], object],
+) -> Iterator[Check]:
+    """A model with several batches: its rates, how busy the device is, what comes back of its memory."""
+    rates: dict[int, float] = {}
+    busy = lost = 0.0
+    for size in sorted({*scale.batches, own}):
+        free = free_memory(scale.device)
+        model = OnDevice(name, scale.device, lambda size=size: load(size))
+        rates[size] = count / seconds(lambda model=model: work(model()))
+        if size == own:
+            busy = share_busy(lambda model=model: work(model()), scale.device)
+        model.release()
+        lost = max(lost, free - free_memory(scale.device))
+    yield share(name, items, rates, own)
+    yield Check(f"{name}, the device in batches of {own}", "a busy rate of 60%", f"{busy:.0%}", busy >= 0.6)
+    yield Check(
+        f"{name}, released", "free memory back within 1 GiB", f"{lost / GIB:.2f} GiB are not", lost <= GIB
+    )
+
+
+def share_busy(work: Callable[[], object], device: str) -> float:
+    """Which share of the time the device computes: its kernels; on a CPU, torch's functions."""
+    kind, time_of = "CPU", "self_cpu_time_total"
+    if device.startswith("cuda"):
+        kind, time_of = "CUDA", "self_device_time_total"
+    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profile:
+        wait()
+        started = time.perf_counter()
+        work()
+        wait()
+        taken = time.perf_counter() - started
+    own = [event for event in profile.key_averages() if event.device_type == getattr(DeviceType, kind)]
+    return float(sum(getattr(event, time_of) for event in own)) / 1e6 / taken  # from microseconds
 
 
 def share(name: str, items: str, rates: dict[int, float], own: int) -> Check:

@@ -9,7 +9,7 @@ from common import SHARED, arguments, close, machine
 
 from scaledown.config.index import IndexConfig
 from scaledown.data.input.corpus import build_passages
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.run.directory import RunDirectory
 from scaledown.run.executor import cores
 from scaledown.run.stage import Stage

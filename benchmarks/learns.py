@@ -440,7 +440,7 @@ def report(
 def report_ranking(asked: Asked, model: Path) -> None:
     """Print how often the first document holds a right answer, in the orders that scores give."""
     from scaledown.data.retrieval.encoders import load_encoder
-    from scaledown.models import resolve
+    from scaledown.models.sources import resolve
     from scaledown.student.model import ScaleDownModel
 
     content = records(asked.data)

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from scaledown.models import loadable, resolve
+from scaledown.models.sources import resolve
+from scaledown.models.weights import loadable
 
 
 def minilm(folder: Path) -> Path:

@@ -36,7 +36,8 @@ def baseline(folder: Path, dtype: str) -> None:
     import torch
     from baseline import run
 
-    from scaledown.models import loadable, resolve
+    from scaledown.models.sources import resolve
+    from scaledown.models.weights import loadable
 
     passages = [json.loads(line) for line in (folder / "corpus.jsonl").read_text().splitlines()]
     started = time.perf_counter()

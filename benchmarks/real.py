@@ -21,7 +21,7 @@ from scaledown.data.reranker.api import load_reranker, resolve_reranker
 from scaledown.data.reranker.base import Pair
 from scaledown.data.retrieval.encoders import load_encoder
 from scaledown.data.retrieval.index import search
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.records import full_text
 from scaledown.run.directory import RunDirectory
 from scaledown.run.stage import Stage

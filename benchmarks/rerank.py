@@ -14,7 +14,7 @@ from scaledown.data.reranker.base import Pair
 from scaledown.data.reranker.cross_encoder import CrossEncoderReranker
 from scaledown.data.reranker.query_likelihood import QueryLikelihoodReranker
 from scaledown.data.retrieval import SPLADERetriever
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.records import document_text
 
 BATCH = 16

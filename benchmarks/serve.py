@@ -53,8 +53,10 @@ def serve(layers: int, writes_with: str) -> None:
     import uvicorn
 
     from scaledown.config.serve import ServeConfig
+    from scaledown.devices.choice import dtype_to_run
     from scaledown.evaluation.efficiency import one_token_words
-    from scaledown.models import dtype_to_run, quiet_libraries, resolve
+    from scaledown.models.sources import resolve
+    from scaledown.models.weights import quiet_libraries
     from scaledown.serving.app import Server
     from scaledown.serving.engine import Engine
     from scaledown.serving.serve import listen

@@ -26,7 +26,7 @@ from common import SHARD, SHARED, arguments, close, machine, synthetic, syntheti
 from scaledown.config.index import IndexConfig
 from scaledown.data.input.corpus import build_passages
 from scaledown.data.retrieval.index import pack, search
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.run.directory import RunDirectory
 from scaledown.run.executor import cores
 from scaledown.run.stage import Stage

@@ -16,7 +16,8 @@ import torch
 from common import close, fast_dtype, machine, paired, parser, verdict
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
 
-from scaledown.models import quiet_libraries, resolve
+from scaledown.models.sources import resolve
+from scaledown.models.weights import quiet_libraries
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
 

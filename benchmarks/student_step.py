@@ -21,7 +21,8 @@ from scaledown.data.input import tables
 from scaledown.data.input.chunking import Chunker
 from scaledown.data.input.corpus import cut_rows, plain
 from scaledown.data.retrieval import SPLADERetriever
-from scaledown.models import quiet_libraries, resolve
+from scaledown.models.sources import resolve
+from scaledown.models.weights import quiet_libraries
 from scaledown.student.batch import IGNORED, Batch, Document, Encoded, Group, collate, group
 from scaledown.student.model import ScaleDownModel, load_tokenizer
 from scaledown.student.settings import ScaleDownConfig

@@ -24,7 +24,7 @@ from scaledown.data.teacher.engines.transformers import TransformersTeacher
 from scaledown.data.teacher.export_openvino import export
 from scaledown.errors import install_command
 from scaledown.metrics import accuracy
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.records import Answer, DocumentDict, full_text
 
 MODEL, DTYPE, BATCH, NEW_TOKENS, TOP = "bundled:smollm2-135m", "bfloat16", 16, 48, 3

@@ -1,4 +1,4 @@
-"""A request to the serving engine, and what came back."""
+"""A request to the serving engine, and its answer."""
 
 import queue
 from typing import Any
@@ -8,7 +8,7 @@ from scaledown.serving.jobs import End, Event, Job, Piece
 
 
 class Asked:
-    """A request, and what came back."""
+    """A request, and its answer."""
 
     def __init__(self, engine: Engine, query: str, documents: list[str], **changes: Any) -> None:
         self.events: queue.Queue[Event] = queue.Queue()
@@ -16,7 +16,7 @@ class Asked:
         engine.submit(self.job)
 
     def all(self) -> list[Event]:
-        """Pieces, and what ends them."""
+        """The pieces of the answer, and its end."""
         found = [self.events.get(timeout=120)]
         while isinstance(found[-1], Piece):
             found.append(self.events.get(timeout=120))

@@ -1,4 +1,4 @@
-"""No network but loopback, a hub cache of tiny models, and the paths tests share."""
+"""Fixtures of all tests: no network except loopback, a hub cache of tiny models, paths, servers, buckets."""
 
 import functools
 import gc
@@ -45,13 +45,13 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 
 _MODELS = {"transformers.modeling_utils", "sentence_transformers", "openvino_genai"}
-"""What is imported before a model is made or loaded."""
+"""Modules that are imported before a model is made or loaded."""
 _STARTS = {"subprocess.Popen", "os.fork"}
-"""Events that say a process starts, as the interpreter names them."""
+"""The interpreter's audit events for the start of a process."""
 
 
 def load_script(path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Import a file that is in no package, without running it as a program."""
+    """Import a file that is not in a package, without running it as a program."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -66,7 +66,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """With `--fast`, skip a test where it starts a process or a server, or imports what makes models."""
+    """With `--fast`, skip a test when it starts a process or a server, or imports a library for models."""
     if not config.getoption("--fast") or config.getoption("numprocesses", None):
         return  # with xdist its workers run the tests
     platform.platform()  # pytest-xdist's workers ask for it, and it starts a process the first time
@@ -86,13 +86,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first, so that none is still at work when all others are done."""
+    """Run slow tests first, so that they do not run alone at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_network() -> None:
-    """Any connection beyond this machine fails the test that makes it."""
+    """A connection to another machine fails the test that makes it."""
     connect = socket.socket.connect
 
     def guarded(self: socket.socket, address: Any) -> None:
@@ -106,7 +106,7 @@ def _no_network() -> None:
 
 @pytest.fixture(autouse=True)
 def _log_reaches_pytest() -> Any:
-    """Commands send the log to standard error; afterwards it belongs to pytest again."""
+    """Commands send the log to standard error; after each test the log is pytest's again."""
     import logging
 
     logger = logging.getLogger("scaledown")
@@ -118,7 +118,7 @@ def _log_reaches_pytest() -> Any:
 
 @pytest.fixture(autouse=True)
 def _plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots are drawn for tests marked `plots`; they take longer than all else in a run of these sizes."""
+    """Draw plots only in tests marked `plots`, because they take most of the time of such small runs."""
     if request.node.get_closest_marker("plots") is None:
         for name in ("bars", "histogram", "curves", "intervals", "plane"):
             monkeypatch.setattr(plots, name, lambda *_, **__: "<svg></svg>")
@@ -165,7 +165,7 @@ def _fork_server() -> Iterator[None]:
 
 @pytest.fixture
 def forked(_fork_server: None) -> Iterator[None]:
-    """Commands of Python are forked from a process that has everything imported."""
+    """Commands of Python are forks of a process that has imported everything."""
     with pytest.MonkeyPatch.context() as patch:
         if forks.Popen.server:
             patch.setattr(subprocess, "Popen", forks.Popen)
@@ -202,7 +202,7 @@ def queries(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def prepare(tiny_flags: list[str], corpus: Path, queries: Path, tmp_path: Path) -> Any:
-    """Run the command on tiny models; gives status, standard output and error. Flags given come last."""
+    """Run the command with tiny models; the given flags come last. Returns the exit status."""
 
     class Outcome:
         def __init__(self) -> None:
@@ -231,7 +231,7 @@ def server() -> Iterator[web.Server]:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[Any]:
-    """An S3 server on loopback; what is in it survives stopping and starting."""
+    """An S3 server on loopback; its content stays when it is stopped and started."""
     moto = pytest.importorskip("moto.server", reason="no S3 server: pip install 'moto[server]'")
     pytest.importorskip("s3fs", reason="no s3fs: pip install s3fs")
     server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -243,7 +243,7 @@ def s3_server() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def gs_server() -> Iterator[str]:
-    """The address of a server of Google's protocol on loopback."""
+    """The address of a server with Google's protocol on loopback."""
     pytest.importorskip("gcsfs", reason="no gcsfs: pip install gcsfs")
     with google.gs_server() as address:
         yield address
@@ -251,7 +251,7 @@ def gs_server() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of an empty bucket, with keys for it in the environment: s3, or what a test asks for."""
+    """The URL of an empty bucket, of the kind in the parameter (default: s3); keys are in the environment."""
     make = {"s3": _s3_bucket, "gs": _gs_bucket, "memory": _memory_bucket}[getattr(request, "param", "s3")]
     return make(f"runs-{uuid.uuid4().hex[:8]}", request, monkeypatch)
 
@@ -284,7 +284,7 @@ def _memory_bucket(name: str, _request: pytest.FixtureRequest, _patch: pytest.Mo
 
 @pytest.fixture
 def machine(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], RunDirectory]:
-    """The run directory as a machine of some name has it. Nothing that is listed is remembered."""
+    """The run directory on a machine with a given name. Listings of the bucket are not cached."""
     monkeypatch.setattr(object_store, "_LISTED_SECONDS", 0)
     monkeypatch.setattr(object_store, "file_system", functools.cache(object_store.file_system))
     return lambda name: RunDirectory(locations.storage_at(f"{bucket}/run", str(tmp_path / name)))

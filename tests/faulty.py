@@ -1,4 +1,4 @@
-"""A worker that has accidents: what FAULT in its environment says, `kind:stage:shard[:once]`."""
+"""A worker that fails as the variable FAULT says: `kind:stage:shard[:once]`."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ TARGET = "faulty:work"
 
 
 def work(settings: Mapping[str, Any], worker: str) -> None:
-    """The work of a run, until the accident: right before a shard would be written."""
+    """Work on a run until the failure, which comes right before a shard is written."""
     kind, stage, shard, *once = os.environ["FAULT"].split(":")
     happened = Path(os.environ["FAULT_FILE"])
     write = Stage.write

@@ -1,9 +1,9 @@
-"""Processes that start with everything imported: forks of a server that has done nothing else.
+"""Processes that start with everything imported: forks of a server that only imports.
 
-A short process of the package spends most of its time importing torch and transformers. Here it is forked
-from a process that has imported them once. It is still a process of its own, with its own environment,
-folder, streams and session; it dies by signals and is waited for as any other. `Popen` takes the place of
-`subprocess.Popen` (the fixture `forked` does so); what it cannot fork, it starts as usual. Linux only.
+A short process of the package spends most of its time importing torch and transformers. So it is forked here
+from a process that has imported them once. It is still a separate process, with its own environment,
+folder, streams and session; signals and waiting work as usual. `Popen` replaces
+`subprocess.Popen` (by the fixture `forked`); commands that it cannot fork are started as usual. Linux only.
 """
 
 import atexit
@@ -35,7 +35,7 @@ _LIBRARIES = (
 
 
 class Server:
-    """Forks processes that become children of this one, as `subprocess` expects of them."""
+    """Forks processes that become children of this process, as `subprocess` expects."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -46,7 +46,7 @@ class Server:
         theirs.close()
 
     def fork(self, job: dict[str, Any], streams: list[int]) -> int:
-        """Start a process; gives its id."""
+        """Start a process. Returns its id."""
         with self._lock, _adopting():
             socket.send_fds(self._socket, [json.dumps(job).encode()], streams)
             return int(self._socket.recv(32))
@@ -58,7 +58,7 @@ class Server:
 
 @contextmanager
 def _adopting() -> Iterator[None]:
-    """Orphans among our descendants become our children: the server forks twice to make one."""
+    """Make orphans among our descendants our children. The server makes an orphan by forking twice."""
     prctl = ctypes.CDLL(None).prctl
     prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     yield
@@ -66,7 +66,7 @@ def _adopting() -> Iterator[None]:
 
 
 class Popen(subprocess.Popen):  # type: ignore[type-arg]
-    """`subprocess.Popen`, but commands of this Python are forks: of `server`, or else of this process."""
+    """`subprocess.Popen` that runs commands of this Python as forks of `server`, or else of this process."""
 
     server: Server | None = None
 
@@ -97,7 +97,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
 
 
 def _words(args: Any) -> list[str]:
-    """What this Python is asked to run, by `-m`, `-c` or a file; nothing for any other command."""
+    """The words after `python`, if it is this Python with `-m`, `-c` or a file; else an empty list."""
     if isinstance(args, (str, bytes)):
         return []
     python, *words = map(os.fspath, args)
@@ -107,7 +107,7 @@ def _words(args: Any) -> list[str]:
 
 
 def _end(job: dict[str, Any], streams: list[int]) -> NoReturn:
-    """Be the process that `job` describes, to its end."""
+    """Run as the process that `job` describes, and exit."""
     for number, fd in enumerate([os.dup(fd) for fd in streams]):
         os.dup2(fd, number)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
@@ -143,7 +143,7 @@ def _output(fd: int, errors: str, *, write_through: bool) -> io.TextIOWrapper:
 
 
 def _run(words: list[str]) -> int:
-    """Run a command of Python; gives its exit status."""
+    """Run a command of Python. Returns its exit status."""
     kind, target = (words[0], words[1]) if words[0].startswith("-") else ("", words[0])
     sys.argv = [target, *words[2 if kind else 1 :]]
     sys.path[0] = "" if kind else str(Path(target).parent)

@@ -1,4 +1,4 @@
-"""Google's storage protocol on loopback: an emulator, with uploads kept to the byte and conditions met."""
+"""Google's storage protocol on loopback: an emulator, with correct uploads and conditions of writes."""
 
 import json
 import re
@@ -12,7 +12,7 @@ import pytest
 
 
 def multipart(raw: bytes, boundary: bytes) -> tuple[bytes, bytes]:
-    """The metadata and the content of a `multipart/related` body as gcsfs sends it, each to its last byte."""
+    """The metadata and the whole content of a `multipart/related` body, as gcsfs sends it."""
     _, metadata, rest = raw.split(b"--" + boundary, 2)
     content = rest[: rest.rindex(b"\n--" + boundary + b"--")]
     first, second = (re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1] for part in (metadata, content))
@@ -21,11 +21,11 @@ def multipart(raw: bytes, boundary: bytes) -> tuple[bytes, bytes]:
 
 @contextmanager
 def gs_server() -> Iterator[str]:
-    """The address of a server that keeps what it is sent in memory.
+    """The address of a server that keeps objects in memory.
 
-    gcp-storage-emulator reads an upload as an e-mail: of content that ends in a carriage return it takes that
-    and the line break of the boundary for one line end, and drops both. One shard in 256 ends so, by its
-    checksum. It also creates an object that is there already, whatever the condition.
+    gcp-storage-emulator reads an upload as an e-mail: if the content ends with a carriage return, it takes
+    this and the line break of the boundary for one line end, and drops both. One shard in 256 ends so,
+    because of its checksum. It also ignores the condition that an object must not exist.
     """
     emulator = pytest.importorskip("gcp_storage_emulator.server", reason="pip install gcp-storage-emulator")
     from gcp_storage_emulator.handlers import objects

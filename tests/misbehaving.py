@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server that does on purpose what real ones do by accident."""
+"""An OpenAI-compatible server with the faults of real servers."""
 
 import functools
 import hashlib
@@ -17,7 +17,7 @@ Script = Callable[[int], str] | Sequence[str]
 
 
 def mixture(seed: int = 0, share: float = 0.3, faults: Sequence[str] = FAULTS) -> Callable[[int], str]:
-    """A fault for `share` of the requests, by their number."""
+    """A fault for the given `share` of requests, chosen by their numbers."""
 
     def fault(number: int) -> str:
         draw = random.Random(seed * 1_000_003 + number)
@@ -27,7 +27,7 @@ def mixture(seed: int = 0, share: float = 0.3, faults: Sequence[str] = FAULTS) -
 
 
 def answer_to(question: str) -> str:
-    """What this server answers; it holds `mark(question)`."""
+    """The answer of this server, with `mark(question)` in it."""
     return f"The answer is {mark(question)}, as the documents say."
 
 
@@ -36,7 +36,7 @@ def mark(question: str) -> str:
 
 
 def logprobs_of(text: str, count: int) -> list[dict[str, Any]]:
-    """Each letter a token, and some servers give the one that ends the answer, too."""
+    """Log probabilities with a token for each letter; some servers also send the token that ends it."""
     return [
         {
             "token": token,
@@ -48,9 +48,9 @@ def logprobs_of(text: str, count: int) -> list[dict[str, Any]]:
 
 
 class Misbehaving(ThreadingHTTPServer):
-    """Serves `/v1`. The n-th request meets `script(n)` or `script[n]`; "" is none.
+    """Serves `/v1`. The n-th request has the fault `script(n)` or `script[n]`; "" is no fault.
 
-    A question is the last line of a user turn. `asked` counts requests for each, `paid` right answers to it.
+    A question is the last line of a user turn. `asked` counts its requests, `paid` its right answers.
     """
 
     daemon_threads = True
@@ -111,7 +111,7 @@ class Misbehaving(ThreadingHTTPServer):
         return self.script[number] if number < len(self.script) else ""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that hang up are part of the game."""
+        """Ignore clients that close the connection."""
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -27,7 +27,7 @@ def fences(page: Path) -> list[Fence]:
 def commands(text: str) -> list[list[str]]:
     """The commands of a shell block as words; continuation lines joined, comments dropped.
 
-    A comment after a backslash, as the guide's first edition had it, is dropped with the rest.
+    A comment after a backslash, as in the guide's first edition, is dropped, too.
     """
     joined = re.sub(r"\\[ \t]*(?:#[^\n]*)?\n", " ", text)
     return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]

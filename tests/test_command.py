@@ -1,4 +1,4 @@
-"""How every command runs: `run_cli`."""
+"""`run_cli`, which runs every command."""
 
 import json
 from collections.abc import Callable
@@ -32,12 +32,12 @@ def run(work: Callable[..., int], *words: str, **others: Any) -> int:
     )
 
 
-def test_settings_are_worked_on_and_the_summary_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_cli_runs_the_work_and_prints_its_summary(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(twice, "--number", "3", "--overwrite") == 0
     assert capsys.readouterr() == ("3: 7\n", "")
 
 
-def test_flags_lie_over_a_config_file_whose_path_the_work_may_take(
+def test_flags_override_the_config_file_and_repeats_is_its_path(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "c.json"
@@ -59,14 +59,14 @@ def test_flags_lie_over_a_config_file_whose_path_the_work_may_take(
 @pytest.mark.parametrize(
     ("reason", "status", "error"), [(None, 0, ""), ("", 1, ""), ("it is odd", 1, "error: it is odd\n")]
 )
-def test_failure_after_a_summary_is_the_status(
+def test_failure_sets_the_status_and_is_printed_after_the_summary(
     reason: str | None, status: int, error: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(twice, failure=lambda _result, _config: reason) == status
     assert capsys.readouterr() == ("1: 2\n", error)
 
 
-def test_first_process_alone_prints(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_first_process_prints(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
     assert run(twice) == 0
     assert capsys.readouterr().out == ""
@@ -91,7 +91,7 @@ def test_errors_are_one_line_with_their_status(capsys: pytest.CaptureFixture[str
         run(broken, "--debug")
 
 
-def test_command_that_writes_nothing_has_no_overwrite(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_without_output_has_no_overwrite_flag(capsys: pytest.CaptureFixture[str]) -> None:
     @dataclass(frozen=True)
     class Shown(Options):
         number: int = option(1, OUTPUT, "a number", role="result", metavar="N")

@@ -1,4 +1,4 @@
-"""The sample data is what it says, and the guide's snippets run as files on the bundled models."""
+"""The sample data is correct, and the guide's snippets run as files with the bundled models."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def lines(name: str) -> list[dict]:
     return [json.loads(line) for line in (EXAMPLES / name).read_text(encoding="utf-8").splitlines()]
 
 
-def test_sample_corpus_is_kilt_lines() -> None:
+def test_sample_corpus_has_kilt_lines() -> None:
     articles = lines("corpus.jsonl")
     assert len(articles) == 60
     assert len({article["wikipedia_id"] for article in articles}) == 60
@@ -85,12 +85,12 @@ def test_mock_data(tmp_path: Path, forked: None) -> None:
 
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """`examples/demo.py`, not run yet."""
+    """`examples/demo.py` as a module; it has not run."""
     return load_script(EXAMPLES / "demo.py", monkeypatch)
 
 
 @pytest.mark.slow
-def test_the_demo_in_short(
+def test_demo_runs_with_small_models(
     demo: ModuleType,
     tiny_flags: list[str],
     models: dict[str, Path],
@@ -99,7 +99,7 @@ def test_the_demo_in_short(
     monkeypatch: pytest.MonkeyPatch,
     forked: None,
 ) -> None:
-    """All of `make demo` on tiny models; the second time nothing is trained, measured or answered again."""
+    """All of `make demo` with tiny models. Repeated, it trains, measures and answers nothing."""
     size = demo.Size(
         data=(*tiny_flags, "--retriever_model", "bundled:splade-tiny", "--top_k_retrieval", "2"),
         generator=str(models["causal_lm"]),
@@ -137,7 +137,7 @@ def test_the_demo_in_short(
     assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == weights.st_mtime_ns
 
 
-def test_what_the_demo_holds_out_is_not_trained_on(demo: ModuleType, tmp_path: Path) -> None:
+def test_demo_does_not_train_on_held_out_questions(demo: ModuleType, tmp_path: Path) -> None:
     titles = [article["wikipedia_title"] for article in lines("corpus.jsonl")]
     made = [
         {
@@ -166,8 +166,8 @@ def test_what_the_demo_holds_out_is_not_trained_on(demo: ModuleType, tmp_path: P
 
 
 @pytest.mark.slow
-def test_the_demo_stops_at_ctrl_c(tmp_path: Path, forked: None) -> None:
-    """As a terminal does it: all processes of the group get the signal."""
+def test_demo_stops_at_ctrl_c(tmp_path: Path, forked: None) -> None:
+    """As on a terminal, all processes of the group get the signal."""
     words = [sys.executable, str(EXAMPLES / "demo.py"), str(tmp_path / "demo")]
     log = tmp_path / "demo" / "prepare.log"
     with subprocess.Popen(
@@ -183,7 +183,7 @@ def test_the_demo_stops_at_ctrl_c(tmp_path: Path, forked: None) -> None:
 
 
 def demo_of_this_code() -> Path | None:
-    """What `make demo` made last, if no source has changed since."""
+    """The output of the last `make demo`, if no source has changed since; else None."""
     output = ROOT / "demo" / "train_data.json"
     sources = [*(ROOT / "src").rglob("*.py"), *EXAMPLES.glob("*.*"), ROOT / "Makefile"]
     newest = max(path.stat().st_mtime for path in sources)
@@ -191,7 +191,7 @@ def demo_of_this_code() -> Path | None:
 
 
 @pytest.mark.slow
-def test_the_demo_answers_most_queries(tmp_path: Path) -> None:
+def test_demo_answers_most_queries(tmp_path: Path) -> None:
     """The command of `make demo`: nearly all queries get the passage with their answer, and the teacher, a
     model of 135M parameters, answers most. Where `make demo` has not run, with every third query."""
     asked = lines("queries.jsonl")

@@ -1,4 +1,4 @@
-"""An extension of each kind, from another package: the code of docs/extending.md as it stands there."""
+"""An extension of each kind from another package: the code of docs/extending.md."""
 
 import ast
 import gzip
@@ -21,7 +21,7 @@ from scaledown.data.teacher.api import choose_backend, engine_of
 from scaledown.data.teacher.base import Engine, Generation
 from scaledown.errors import ModelError, UsageError
 from scaledown.extensions import COMPRESSORS, MEASURES, TEACHER_ENGINES, Table
-from scaledown.models import ModelSource
+from scaledown.models.sources import ModelSource
 from scaledown.student.model import ScaleDownModel
 from shell import commands, fences
 
@@ -31,7 +31,7 @@ MOST_LINES = 30
 
 
 def install(package: Path, entry_points: dict[str, dict[str, str]], name: str) -> None:
-    """Leave what pip leaves of a package's metadata beside it."""
+    """Write the metadata that pip writes beside a package."""
     info = package / f"{name}-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
@@ -43,7 +43,7 @@ def install(package: Path, entry_points: dict[str, dict[str, str]], name: str) -
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the page's package, installed."""
+    """A folder in which the package of the page is installed."""
     folder = tmp_path_factory.mktemp("site")
     (folder / "extras").mkdir()
     for fence in fences(PAGE):
@@ -73,7 +73,7 @@ def test_code_of_each_extension_is_short() -> None:
 
 
 @pytest.mark.slow
-def test_page_adds_one_of_each_kind(
+def test_code_of_the_page_adds_one_extension_of_each_kind(
     site: Path, tmp_path: Path, models: dict[str, Path], corpus: Path
 ) -> None:
     tiny.word_pieces(tmp_path / "bag_of_words")
@@ -118,12 +118,12 @@ def test_page_adds_one_of_each_kind(
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.group)
-def test_entries_are_what_their_table_declares(table: Table) -> None:
+def test_entries_are_instances_of_the_class_of_their_table(table: Table) -> None:
     assert len(table) == len(dict(table)) > 0
 
 
-def test_only_tables_know_names() -> None:
-    """No code compares with the name of an engine or a compressor: what differs, the entry declares."""
+def test_no_other_code_compares_names_of_entries() -> None:
+    """Differences between engines and compressors are fields of their entries."""
     names = {*TEACHER_ENGINES, *COMPRESSORS}
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -150,14 +150,14 @@ def test_entry_of_another_package_is_found_without_import(
     ("value", "message"),
     [
         ("nowhere:ENGINE", "teacher_engines broken .nowhere:ENGINE. cannot be imported .No module named"),
-        ("json:nothing", "cannot be imported .*: correct its package, or uninstall that"),
+        ("json:nothing", "cannot be imported .*: correct its package, or uninstall the package"),
         (
             "json:dumps",
             "is function, expected scaledown.data.teacher.base:TeacherEngine: see docs/extending.md",
         ),
     ],
 )
-def test_entry_that_is_broken_is_named(
+def test_broken_entry_is_reported(
     value: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(tmp_path, {"scaledown.teacher_engines": {"broken": value}}, "broken")
@@ -166,7 +166,9 @@ def test_entry_that_is_broken_is_named(
         engine_of("broken")
 
 
-def test_name_of_ours_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_entry_is_used_before_one_with_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     install(tmp_path, {"scaledown.compressors": {"pointer": "json:dumps"}}, "thief")
     monkeypatch.syspath_prepend(tmp_path)
     assert COMPRESSORS["pointer"].picks_tokens
@@ -184,7 +186,7 @@ def test_name_of_ours_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (Engine(lora="adapter"), Generation(load_in_8bit=True), "leave some out"),
     ],
 )
-def test_engine_refuses_what_it_does_not_declare(
+def test_settings_that_an_engine_does_not_support_are_refused(
     engine: Engine, generation: Generation, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
@@ -200,7 +202,7 @@ def test_engine_refuses_what_it_does_not_declare(
         (Engine("openvino"), "cpu", "openvino"),
     ],
 )
-def test_auto_takes_the_engine_that_suits(
+def test_auto_selects_an_engine_that_suits(
     engine: Engine, device: str, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import importlib.util

@@ -1,4 +1,4 @@
-"""GGUF files read by us and by transformers are the same model."""
+"""GGUF files become the same model when read by us and by transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from scaledown.models import loadable, resolve
 from scaledown.models.gguf import convert_llama
+from scaledown.models.sources import resolve
+from scaledown.models.weights import loadable
 
 WIDTH, HEADS, KEYS, LAYERS = 64, 4, 2, 2
 TOKENS = ["<pad>", "<s>", "</s>", *(chr(33 + i) for i in range(90)), "ab"]
@@ -18,7 +19,7 @@ TYPES = [gguf.GGMLQuantizationType[name] for name in ("Q4_1", "Q8_0", "F16", "F3
 
 
 def written(path: Path, architecture: str = "llama", *, tied: bool = True, more: str = "") -> Path:
-    """A small model with random weights, its tensors in one of several types each."""
+    """A small model with random weights; its tensors have several types."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
     writer.add_block_count(LAYERS)
@@ -81,7 +82,7 @@ def by_transformers(path: Path) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_tensors_settings_and_tokenizer_are_those_of_transformers(tied, tmp_path, monkeypatch) -> None:
+def test_tensors_settings_and_tokenizer_equal_those_of_transformers(tied, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path / "cache"))
     path = written(tmp_path / "tiny.gguf", tied=tied)
     expected, tokenizer = by_transformers(path)
@@ -107,13 +108,13 @@ def test_tensors_settings_and_tokenizer_are_those_of_transformers(tied, tmp_path
 
 
 @pytest.mark.parametrize("more", ["llama.expert_count", "llama.rope.scaling.factor"])
-def test_what_is_not_known_here_is_left_to_transformers(more, tmp_path) -> None:
+def test_file_with_unknown_settings_is_not_converted(more, tmp_path) -> None:
     path = written(tmp_path / "tiny.gguf", more=more)
     assert not convert_llama(path, tmp_path / "made")
     assert not (tmp_path / "made").exists()
 
 
-def test_another_architecture_is_read_by_transformers(tmp_path, monkeypatch) -> None:
+def test_other_architecture_is_read_by_transformers(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path / "cache"))
     path = written(tmp_path / "tiny.gguf", "qwen2")
     expected, _ = by_transformers(path)

@@ -1,4 +1,4 @@
-"""Every command and snippet of the guide and the README runs, on tiny models under the guide's names."""
+"""Every command and snippet of the guide and the README runs, with tiny models under the guide's names."""
 
 import contextlib
 import io
@@ -32,7 +32,7 @@ SMALL = ["--max_new_tokens", "4", "--device", "cpu"]
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub_cache: Path) -> Path:
-    """A folder with the files that the guide's commands name, and loopback in place of MS MARCO's host."""
+    """A folder with the files in the guide's commands, and a server on loopback for MS MARCO's host."""
     monkeypatch.chdir(tmp_path)
     articles = (ROOT / "examples" / "corpus.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "kilt_knowledgesource.json").write_text("".join(articles[:8]), encoding="utf-8")
@@ -121,7 +121,7 @@ def run(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def evaluation_files(folder: Path) -> None:
-    """Files of the names and shapes that `docs/cleaning.md` fetches; BioASQ's beside the folder, as it comes.
+    """Files with the names and formats of `docs/cleaning.md`; BioASQ's is beside the folder, unconverted.
 
     Each has one question; BioASQ's is one of `queries.txt`.
     """
@@ -159,7 +159,7 @@ def evaluation_files(folder: Path) -> None:
 
 
 def evaluated(place: Path, name: str = "model") -> None:
-    """What the commands of evaluation name: a model, held-out data, right answers, rankings."""
+    """The files in the commands of evaluation: a model, held-out data, right answers, rankings."""
     record = {"query": "Who painted it?", "documents": ["It\nAda painted it. It is red."], "answer": "Ada"}
     (place / "held_out.json").write_text(json.dumps([record]))
     (place / "gold.jsonl").write_text('{"question": "who painted it", "answer": ["Ada"]}\n')
@@ -173,7 +173,7 @@ def evaluated(place: Path, name: str = "model") -> None:
 
 
 def use_local_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets.load_dataset` gives local rows with the columns that the hub's datasets have."""
+    """Let `datasets.load_dataset` return local rows with the columns of the hub's datasets."""
     import datasets
 
     rows = {
@@ -208,7 +208,7 @@ COMMANDS = [fence for fence in SHELL if not is_options(fence)]
 
 
 @pytest.mark.parametrize("fence", COMMANDS, ids=titled)
-def test_commands_of_the_guide(fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_of_the_guide_work(fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "mock_data.json").write_text(json.dumps([{"query": "q", "documents": ["d"], "answer": "a"}]))
     for words in commands(fence.text):
         run(words, place, monkeypatch)
@@ -218,8 +218,8 @@ OPTIONS = [words for fence in SHELL if is_options(fence) for words in commands(f
 
 
 @pytest.mark.parametrize("words", OPTIONS, ids=" ".join)
-def test_options_of_the_guide(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each option of the configuration chapters, on top of the basic command."""
+def test_options_of_the_guide_work(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each option of the configuration chapters, added to the basic command."""
     basic = [*PREPARE, "--queries_file", "queries.txt", "--corpus_path", "kilt_knowledgesource.json"]
     basic += ["--output_file", "train_data.json"]
     if "--top_k_retrieval" not in words:
@@ -227,7 +227,7 @@ def test_options_of_the_guide(words: list[str], place: Path, monkeypatch: pytest
     if "--reranker_model" in words:
         basic += ["--enable_reranking"]
     if words[-1].endswith(".gguf"):
-        from scaledown.models import resolve
+        from scaledown.models.sources import resolve
 
         bundled = resolve("bundled:smollm2-135m")
         words = [words[0], f"{bundled.location}/{bundled.gguf_file}"]
@@ -239,8 +239,8 @@ def test_options_of_the_guide(words: list[str], place: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
-def test_parallel_processing_of_the_guide(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loop in a real shell: chunks at once, then both ways to merge."""
+def test_parallel_processing_of_the_guide_works(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop in a real shell: chunks at the same time, then both ways to merge."""
     loop, by_hand = SCRIPTS
     (place / "queries.txt").write_text("".join(f"What is number {n}?\n" for n in range(4)))
     (place / "bin").mkdir()
@@ -262,7 +262,7 @@ def test_parallel_processing_of_the_guide(place: Path, monkeypatch: pytest.Monke
     assert sorted(record["query"] for record in again) == sorted(record["query"] for record in merged)
 
 
-def test_the_loop_of_the_guide_names_no_gpu_that_is_not_there(tmp_path: Path) -> None:
+def test_loop_of_the_guide_uses_only_existing_gpus(tmp_path: Path) -> None:
     (tmp_path / "queries.txt").write_text("".join(f"What is number {n}?\n" for n in range(20)))
     (tmp_path / "bin").mkdir()
     for name, does in (("python", "echo $CUDA_VISIBLE_DEVICES >> gpus"), ("scaledown", ":")):
@@ -277,7 +277,7 @@ def test_the_loop_of_the_guide_names_no_gpu_that_is_not_there(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("fence", [f for f in GUIDE_FENCES if f.language == "python"], ids=titled)
-def test_snippets_of_the_guide(fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snippets_of_the_guide_work(fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         run_python(fence.text, monkeypatch)
     for name in ("train_data.json", "mock_data.json"):
@@ -288,14 +288,14 @@ def test_snippets_of_the_guide(fence: Fence, place: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("fence", [f for f in GUIDE_FENCES if f.language == "json"], ids=titled)
-def test_the_format_that_the_guide_shows_is_sound(fence: Fence, place: Path) -> None:
+def test_format_in_the_guide_is_sound(fence: Fence, place: Path) -> None:
     (place / "shown.json").write_text(fence.text)
     assert cli.main(["validate", "shown.json"]) == 0
 
 
 @pytest.mark.skipif(not FIRST_EDITION.exists(), reason="needs the guide's first edition in ../shared")
-def test_every_command_of_the_first_edition_is_still_in_the_guide() -> None:
-    """As written, comments after a backslash aside."""
+def test_guide_has_all_commands_of_its_first_edition() -> None:
+    """The commands are unchanged, except for comments after a backslash."""
     kept = [words for fence in SHELL for words in commands(fence.text)]
     kept_flags = {tuple(words) for words in kept if words[0].startswith("--")}
     for fence in fences(FIRST_EDITION):
@@ -324,7 +324,7 @@ SCALING = fences(ROOT / "docs" / "scaling.md")
     [f for f in README + STUDENT + CLEANING + EVALUATION + SCALING if f.language == "bash"],
     ids=titled,
 )
-def test_commands_of_the_pages(
+def test_commands_of_the_pages_work(
     fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> None:
     evaluation_files(place / "evaluation")
@@ -350,7 +350,7 @@ def test_commands_of_the_pages(
 
 @contextlib.contextmanager
 def served(words: list[str]) -> Iterator[int]:
-    """A server that a page starts in the background, at a free port in place of 8000; gives that port."""
+    """Start a page's server in the background, at a free port instead of 8000. Returns the port."""
     *flags, port, behind = words[1:]
     assert (flags[-1], port, behind) == ("--port", "8000", "&")
     command = [sys.executable, "-m", "scaledown", *flags, "0", "--device", "cpu"]
@@ -366,7 +366,7 @@ def served(words: list[str]) -> Iterator[int]:
 
 
 def ask(words: list[str], port: int) -> None:
-    """Send a page's request, which is answered from compressed documents."""
+    """Send a page's request, and check that the answer is from compressed documents."""
     if not shutil.which("curl"):
         pytest.skip("needs curl, which asks the server")
     words = [word.replace("127.0.0.1:8000", f"127.0.0.1:{port}") for word in words]
@@ -376,7 +376,7 @@ def ask(words: list[str], port: int) -> None:
     assert told["usage"]["compression"]["embeddings"] > 0
 
 
-def test_snippet_of_the_student(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snippet_of_the_student_works(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "train_data.json").write_text(json.dumps([{"query": "q", "documents": ["d"], "answer": "a"}]))
     assert (
         cli.main(["train", "--train_data", "train_data.json", "--num_layers", "1", "--output_dir", "model"])
@@ -388,7 +388,7 @@ def test_snippet_of_the_student(place: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert out.getvalue()
 
 
-def test_snippet_of_the_index(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snippet_of_the_index_works(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--corpus_path", str(place / "kilt_knowledgesource.json"), "--index_dir", "index"]
     assert cli.main(["index", *flags, "--device", "cpu"]) == 0
     (snippet,) = [fence for fence in SCALING if fence.language == "python"]
@@ -398,7 +398,7 @@ def test_snippet_of_the_index(place: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("fence", [f for f in README if f.language == "python"], ids=titled)
-def test_snippets_of_the_readme(fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snippets_of_the_readme_work(fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         run_python(fence.text, monkeypatch)
 
@@ -406,14 +406,14 @@ def test_snippets_of_the_readme(fence: Fence, place: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
 )
-def test_links_between_pages_lead_somewhere(page: Path) -> None:
+def test_links_between_pages_have_targets(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_flags_of_the_pages_exist() -> None:
-    """Each `--flag` that README and docs name is one of the commands'."""
+    """Each `--flag` in README and docs is a flag of a command."""
     from dataclasses import fields
 
     from scaledown.config.compare import CompareConfig
@@ -456,8 +456,8 @@ def test_flags_of_the_pages_exist() -> None:
             assert flag.removeprefix("no_") in known, f"{page.name}: --{flag}"
 
 
-def test_the_recipes_of_cleaning_find_the_questions_they_name(place: Path) -> None:
-    """The last of its commands, on questions of all its files: each is left out, by the file that has it."""
+def test_recipes_of_cleaning_leave_out_questions_of_every_file(place: Path) -> None:
+    """The page's last command leaves out a question of each of its files, by this file."""
     evaluation_files(place / "evaluation")
     prepare = next(
         words for fence in CLEANING for words in commands(fence.text) if "--decontaminate_answers" in words

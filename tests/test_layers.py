@@ -1,4 +1,4 @@
-"""Imports only go down the layers that CONTRIBUTING draws, no package has many rooms, no path is long."""
+"""Imports follow the layers in CONTRIBUTING; packages have few modules and short chains of imports."""
 
 import ast
 import functools
@@ -28,7 +28,7 @@ PACKAGES = sorted(
 
 @functools.cache
 def imports() -> dict[str, set[str]]:
-    """Module -> modules of the package that it imports, wherever in the file."""
+    """The modules of the package that each module imports, anywhere in its file."""
     found = {}
     for path in SOURCE.rglob("*.py"):
         if path.name == "__main__.py":
@@ -53,7 +53,7 @@ def layer(module: str) -> int | None:
 
 
 def rooms(package: str) -> dict[str, set[str]]:
-    """The modules and packages that lie in a package -> those that each imports."""
+    """The modules and packages in a package, each with those that it imports."""
 
     def room(module: str) -> str:
         return module.removeprefix(f"{package}.").split(".")[0] if module.startswith(f"{package}.") else ""
@@ -65,7 +65,7 @@ def rooms(package: str) -> dict[str, set[str]]:
     return found
 
 
-def test_imports_go_down() -> None:
+def test_modules_import_only_from_their_own_layer_or_below() -> None:
     for module, names in imports().items():
         for name in names:
             above, below = layer(module), layer(name)
@@ -73,12 +73,12 @@ def test_imports_go_down() -> None:
                 assert above <= below, f"{module} imports {name}, which lies above it"
 
 
-def test_modules_have_no_cycles() -> None:
+def test_imports_have_no_cycles() -> None:
     assert list(TopologicalSorter(imports()).static_order())
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_rooms_of_a_package_are_few_and_have_no_cycles(package: str) -> None:
+def test_packages_have_few_modules_and_no_cycles(package: str) -> None:
     own = rooms(package)
     depth: dict[str, int] = {}
     for room in TopologicalSorter(own).static_order():

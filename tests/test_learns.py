@@ -1,4 +1,4 @@
-"""The split of the learning benchmark: by article, and clean of what was looked at before."""
+"""The splits of the learning benchmark: by article, without articles that were used before."""
 
 import json
 from collections import Counter
@@ -19,7 +19,7 @@ def learns(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load_script(FOLDER / "learns.py", monkeypatch)
 
 
-def test_articles_that_were_held_out_before_are_never_tested(learns: ModuleType) -> None:
+def test_articles_held_out_before_are_not_in_the_test_split(learns: ModuleType) -> None:
     titles = [f"Article {number}" for number in range(3000)]
     sides = learns.split([*titles, *map(str.upper, titles)])
     assert [sides[title] for title in titles] == [sides[title.upper()] for title in titles]
@@ -32,7 +32,7 @@ def test_articles_that_were_held_out_before_are_never_tested(learns: ModuleType)
     assert 0.05 < shares["development"] < 0.11
 
 
-def test_training_sees_no_article_of_the_other_sides(learns: ModuleType, tmp_path: Path) -> None:
+def test_training_split_has_no_article_of_the_other_splits(learns: ModuleType, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     articles = [

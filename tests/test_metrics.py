@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from scaledown.metrics import accuracy, exact_match, f1, holds, rouge_l
+from scaledown.metrics import accuracy, exact_match, f1, has_answer, rouge_l
 from scaledown.text import normalized
 
 
-def test_normalized() -> None:
+def test_normalized_removes_case_punctuation_and_articles() -> None:
     assert normalized("  The Answer, an 'Apple'!\n") == "answer apple"
 
 
@@ -71,7 +71,7 @@ def test_rouge_l(answer: str, right: list[str], expected: float) -> None:
 
 
 def pairs() -> Iterator[tuple[str, list[str]]]:
-    """A thousand answers of few words, articles, punctuation and cases, with one to four right ones."""
+    """A thousand short answers with articles, punctuation and cases, each with one to four right answers."""
     draw = random.Random(0)
     words = ["a", "an", "The", "the", "cat", "Cat,", "sat-on", "don't", "U.S.", "3.5", "it's", "mat.", "_x_"]
 
@@ -83,7 +83,7 @@ def pairs() -> Iterator[tuple[str, list[str]]]:
         yield text(), [text() for _ in range(draw.randint(1, 4))]
 
 
-def test_a_thousand_pairs_as_torchmetrics_has_them() -> None:
+def test_em_and_f1_equal_torchmetrics_on_a_thousand_pairs() -> None:
     from torchmetrics.functional.text import squad
 
     for answer, right in pairs():
@@ -93,7 +93,7 @@ def test_a_thousand_pairs_as_torchmetrics_has_them() -> None:
         assert f1(answer, right) == pytest.approx(float(theirs["f1"]) / 100, abs=1e-6)
 
 
-def test_a_thousand_pairs_as_rouge_score_has_them() -> None:
+def test_rouge_l_equals_rouge_score_on_a_thousand_pairs() -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
@@ -151,5 +151,5 @@ def test_f1(answer: str, right: list[str], expected: float) -> None:
         ("It is -5.", ["5"], False),
     ],
 )
-def test_what_a_document_holds(document: str, right: list[str], expected: bool) -> None:
-    assert holds(document, right) is expected
+def test_has_answer_finds_whole_words_only(document: str, right: list[str], expected: bool) -> None:
+    assert has_answer(document, right) is expected

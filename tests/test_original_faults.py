@@ -1,4 +1,4 @@
-"""What the public original got wrong, each as a test: scaledown-team/soft_compression, `scaledown/data/`."""
+"""Faults of the public original, a test for each: scaledown-team/soft_compression, `scaledown/data/`."""
 
 import inspect
 import json
@@ -19,14 +19,14 @@ from scaledown.data.retrieval import SPLADERetriever
 from scaledown.data.teacher import generate_teacher_answers
 from scaledown.data.teacher.api import load_teacher
 from scaledown.data.teacher.base import Generation
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 
 
 def records(path: Path) -> list[dict]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_retriever_model_is_a_flag_that_matters(prepare, models) -> None:
+def test_retriever_model_changes_the_result(prepare, models) -> None:
     assert prepare("--top_k_retrieval", "3") == 0
     sparse = records(prepare.output)
     assert prepare("--top_k_retrieval", "3", "--retriever_model", str(models["dense"])) == 0
@@ -40,7 +40,7 @@ def test_teacher_8bit_does_not_crash(prepare) -> None:
     assert manifest["stages"]["answers"]["settings"]["bits"] == 8
 
 
-def test_the_whole_article_is_kept_and_not_its_title_alone(prepare, corpus) -> None:
+def test_whole_article_is_kept(prepare, corpus) -> None:
     prepare("--top_k_retrieval", "1000")
     documents = " ".join(" ".join(records(prepare.output)[0]["documents"]).split())
     for line in corpus.read_text(encoding="utf-8").splitlines():
@@ -50,14 +50,14 @@ def test_the_whole_article_is_kept_and_not_its_title_alone(prepare, corpus) -> N
                 assert " ".join(words[:8]) in documents
 
 
-def test_teachers_without_inst_answer(models) -> None:
+def test_teacher_without_inst_template_answers(models) -> None:
     asked = [{"query": "What?", "documents": ["This."]}]
     for kind in ("causal_lm", "instruct", "phi"):
         (made,) = generate_teacher_answers(asked, str(models[kind]), max_new_tokens=8, device="cpu")
         assert made["answer"], kind
 
 
-def test_greedy_unless_asked_otherwise_and_then_seeded(prepare) -> None:
+def test_decoding_is_greedy_by_default_and_seeded_otherwise(prepare) -> None:
     assert PrepareConfig.temperature == 0
     prepare("--top_k_retrieval", "2")
     greedy = prepare.output.read_bytes()
@@ -74,7 +74,7 @@ def test_greedy_unless_asked_otherwise_and_then_seeded(prepare) -> None:
     assert prepare.output.read_bytes() == sampled[0]
 
 
-def test_a_long_prompt_keeps_its_instruction_and_question(tmp_path) -> None:
+def test_long_prompt_keeps_instruction_and_question(tmp_path) -> None:
     teacher = load_teacher(
         resolve(str(tiny.causal_lm(tmp_path / "m", positions=2048))),
         "cpu",
@@ -90,7 +90,7 @@ def test_a_long_prompt_keeps_its_instruction_and_question(tmp_path) -> None:
     assert text.rstrip().endswith("<|im_start|>assistant")
 
 
-def test_the_teacher_answers_in_batches(models, monkeypatch) -> None:
+def test_teacher_answers_in_batches(models, monkeypatch) -> None:
     from scaledown.data.teacher.engines.transformers import TransformersTeacher
 
     sizes = []
@@ -107,7 +107,7 @@ def test_the_teacher_answers_in_batches(models, monkeypatch) -> None:
 
 
 def test_top_k_reranking_alone_does_not_lose_the_scores(prepare) -> None:
-    """They lie in the run directory, and --enable_reranking writes them without scoring again."""
+    """Scores are in the run directory, and --enable_reranking writes them without scoring again."""
     import pyarrow as pa
 
     prepare("--top_k_retrieval", "6", "--top_k_reranking", "3")
@@ -129,13 +129,13 @@ def test_top_k_of_zero_is_refused(prepare) -> None:
 
 
 @pytest.mark.parametrize("content", ["\n{}\n\n", "", "\n"])
-def test_blank_lines_and_empty_corpora_are_no_traceback(content, prepare, corpus, capsys) -> None:
+def test_corpus_without_articles_is_an_error_without_traceback(content, prepare, corpus, capsys) -> None:
     corpus.write_text(content.format(""))
     assert prepare() == 1
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_blank_line_is_nothing(prepare, corpus) -> None:
+def test_blank_lines_are_ignored(prepare, corpus) -> None:
     corpus.write_text("\n" + corpus.read_text() + "\n \n")
     assert prepare("--top_k_retrieval", "2") == 0
     assert not (prepare.work / "quarantine").exists()
@@ -148,7 +148,7 @@ def test_missing_network_is_an_error_without_traceback(prepare, capsys) -> None:
     assert "Traceback" not in error
 
 
-def test_an_unwritable_output_is_noticed_before_the_teacher_runs(prepare, tmp_path, monkeypatch) -> None:
+def test_unwritable_output_is_refused_before_the_teacher_runs(prepare, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(
         "scaledown.data.session.teachers.load_teacher", lambda *_: pytest.fail("the teacher ran")
     )
@@ -156,7 +156,7 @@ def test_an_unwritable_output_is_noticed_before_the_teacher_runs(prepare, tmp_pa
     assert prepare("--output_file", str(tmp_path / "file" / "train.json")) == 1
 
 
-def test_a_run_resumes(prepare, monkeypatch) -> None:
+def test_run_resumes(prepare, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(command, "teach", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         assert prepare("--top_k_retrieval", "2") == 130
@@ -164,8 +164,8 @@ def test_a_run_resumes(prepare, monkeypatch) -> None:
     assert prepare("--top_k_retrieval", "2") == 0
 
 
-def test_neither_corpus_nor_vectors_are_held_in_memory(tmp_path, models, monkeypatch) -> None:
-    """Passages stream: four times the corpus takes no more memory."""
+def test_corpus_and_vectors_are_not_kept_in_memory(tmp_path, models, monkeypatch) -> None:
+    """A corpus of four times the size takes no more memory."""
     monkeypatch.setattr(files, "_CHUNK_BYTES", 1 << 16)
     from scaledown.data.input.corpus import build_passages
     from scaledown.run.directory import RunDirectory
@@ -185,8 +185,8 @@ def test_neither_corpus_nor_vectors_are_held_in_memory(tmp_path, models, monkeyp
     assert peaks[2] < 1.3 * peaks[1]
 
 
-def test_titles_help_reranking_as_well(models) -> None:
-    """The reranker sees the same text as the retriever: with its title."""
+def test_reranker_reads_titles(models) -> None:
+    """The reranker reads the same text as the retriever, with its title."""
     with_title = [{"query": "What is it?", "documents": [{"title": "A certain title", "text": "Some text."}]}]
     written_out = [{"query": "What is it?", "documents": ["A certain title\nSome text."]}]
     without = [{"query": "What is it?", "documents": ["Some text."]}]

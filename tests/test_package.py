@@ -1,4 +1,4 @@
-"""What people install: the wheel, the command, the API reference."""
+"""The installed package: the wheel, the command, the API reference."""
 
 import ast
 import importlib
@@ -18,7 +18,7 @@ from scaledown.errors import DISTRIBUTION, install_command
 
 
 @pytest.mark.slow
-def test_the_wheel_installs_and_is_typed(tmp_path: Path) -> None:
+def test_wheel_installs_and_is_typed(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
         cwd=ROOT,
@@ -72,7 +72,7 @@ def test_benchmarks_and_examples_import_names_that_exist() -> None:
     assert missing == []
 
 
-def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_and_help_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(["--version"])
     assert left.value.code == 0
@@ -97,7 +97,7 @@ def test_wrong_usage_is_one_line(words: list[str], capsys: pytest.CaptureFixture
     assert err.count("\n") == 1
 
 
-def test_a_file_may_be_named_like_a_flag(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_file_may_be_named_like_a_flag(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     Path("--my-data.json").write_text("[]")
     assert main(["validate", "--", "--my-data.json"]) == 1
@@ -156,7 +156,7 @@ def test_extra_is_detected_by_its_packages(monkeypatch) -> None:
     assert install_command("ray") == "pip install -e '.[ray]' in a checkout"
 
 
-def test_no_text_recommends_the_package_of_another_project() -> None:
+def test_no_page_recommends_the_package_of_another_project() -> None:
     assert f'name = "{DISTRIBUTION}"' in (ROOT / "pyproject.toml").read_text()
     pages = [ROOT / "README.md", ROOT / "tests" / "conftest.py", *(ROOT / "docs").glob("*.md")]
     for path in [*pages, *(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
@@ -166,7 +166,7 @@ def test_no_text_recommends_the_package_of_another_project() -> None:
 
 
 def test_dependencies_have_reasons() -> None:
-    """Each dependency, its reason in CONTRIBUTING; each pinned in constraints.txt."""
+    """Each dependency has a reason in CONTRIBUTING and a version in constraints.txt."""
     import re
     import tomllib
 
@@ -190,8 +190,8 @@ def test_reader_that_stops_early_is_not_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_closed_streams_lead_nowhere(closed: str, tmp_path: Path) -> None:
-    """A file that is opened later does not take the place of one."""
+def test_closed_streams_are_no_error(closed: str, tmp_path: Path) -> None:
+    """A file that is opened later does not get the number of a closed stream."""
     (tmp_path / "a.json").write_text('[{"query": "q", "documents": ["d"], "answer": "a"}]')
     for words, status in (
         (f"merge {tmp_path}/a.json --output_file {tmp_path}/full.json", 0),
@@ -229,8 +229,8 @@ def test_site_builds_without_a_dead_link(tmp_path: Path) -> None:
         *((f"{command} --help", "numpy, pyarrow") for command in ("pretrain", "train", "serve")),
     ],
 )
-def test_help_waits_for_no_heavy_library(words: str, light: str) -> None:
-    """Without a clock: by what is imported."""
+def test_help_imports_no_heavy_library(words: str, light: str) -> None:
+    """Checks the imported modules, not the time."""
     code = (
         "import sys; from scaledown.cli import main\n"
         "try: main(sys.argv[2:])\n"

@@ -1,4 +1,4 @@
-"""Tiny random models in the layouts that real ones have, and a hub cache to put them in."""
+"""Tiny random models in the layouts of real ones, and a hub cache with them."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def _corpus() -> Iterator[str]:
 def word_pieces(folder: Path) -> PreTrainedTokenizerFast:
     """A BERT-like tokenizer: characters, their continuations, and the most frequent words.
 
-    WordPieceTrainer learns another vocabulary every time, and a random model on it finds other passages.
+    WordPieceTrainer learns another vocabulary each time, and then a random model finds other passages.
     """
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     counts = Counter(
@@ -255,8 +255,8 @@ def fill_hub_cache(cache: Path) -> None:
 
 
 def pointer_student(generator: Path) -> Any:
-    """A student that picks tokens, its weights random: as if it had learned something."""
-    from scaledown.models import resolve
+    """A pointer student with random weights that are large enough to pick tokens."""
+    from scaledown.models.sources import resolve
     from scaledown.student.model import ScaleDownModel
     from scaledown.student.settings import ScaleDownConfig
 

@@ -1,4 +1,4 @@
-"""A server of files on loopback that does what tests want it to do wrong."""
+"""A server of files on loopback, with faults that tests choose."""
 
 import functools
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files`; what it does wrong is set by the attributes."""
+    """Serves `files`; its attributes set its faults."""
 
     daemon_threads = True
 

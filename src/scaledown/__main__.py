@@ -1,4 +1,4 @@
-"""`python -m scaledown` is `scaledown`."""
+"""`python -m scaledown`, the same as `scaledown`."""
 
 from scaledown.cli import main
 

@@ -1,4 +1,4 @@
-"""`scaledown COMMAND`: prepare, plan, index, train, answer and others. Heavy libraries load late."""
+"""`scaledown COMMAND`: all commands. Each imports its libraries when it runs."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ from scaledown.config.shared import CleanConfig
 from scaledown.errors import UsageError, one_line, run_command
 from scaledown.extensions import OUTPUT_FORMATS
 
-# Commands with a parser of their own: the module, and flags that the command stands for.
+# Commands with their own parser: the module, and flags that are added to the command line.
 _COMMANDS: Final = {
     "prepare": ("scaledown.data.prepare_dataset", ()),
     "plan": ("scaledown.data.prepare_dataset", ("--dry_run",)),
@@ -41,11 +41,11 @@ _COMMANDS: Final = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; gives the exit status."""
+    """Run the command line. Returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     resumes = words[:1] in (["prepare"], ["index"], ["evaluate"], ["compare"])
 
-    def command() -> int:  # imports here, so that Ctrl-C is one line during them, too
+    def command() -> int:  # it imports, so that Ctrl-C during imports prints one line, too
         name = words[0].replace("_", "-") if words else ""
         if name in _COMMANDS:
             module, flags = _COMMANDS[name]
@@ -58,37 +58,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     parser = Parser(
-        prog="scaledown", description="Training data for OSCAR: retrieve, rerank, let a teacher answer."
+        prog="scaledown",
+        description="Make training data for a compressor of retrieved documents (OSCAR); train, measure and "
+        "serve it.",
     )
     parser.add_argument("--version", action="version", version=f"scaledown {scaledown.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     commands.add_parser("prepare", help="make training data (scaledown prepare --help)", add_help=False)
-    commands.add_parser("plan", help="what prepare would take, and what is missing", add_help=False)
+    commands.add_parser("plan", help="estimate what prepare needs, and list what is missing", add_help=False)
     commands.add_parser("index", help="make passages and vectors once, for many runs", add_help=False)
-    commands.add_parser("report", help="look at training data: a page and a dataset card", add_help=False)
-    commands.add_parser("pretrain", help="teach a compressor on any text, before training", add_help=False)
+    commands.add_parser("report", help="make a page and a dataset card for training data", add_help=False)
+    commands.add_parser("pretrain", help="train a compressor on any text, before training", add_help=False)
     commands.add_parser("train", help="train a compressor on training data", add_help=False)
-    commands.add_parser("answer", help="answer with a trained model", add_help=False)
-    commands.add_parser("serve", help="serve a trained model to OpenAI's clients", add_help=False)
-    commands.add_parser("evaluate", help="how good answers or rankings are, with intervals", add_help=False)
-    commands.add_parser("compare", help="models side by side: quality against cost", add_help=False)
+    commands.add_parser("answer", help="answer a question with a trained model", add_help=False)
+    commands.add_parser("serve", help="serve a trained model to OpenAI clients", add_help=False)
+    commands.add_parser("evaluate", help="measure answers or rankings, with intervals", add_help=False)
+    commands.add_parser("compare", help="compare quality and cost of several models", add_help=False)
     commands.add_parser(
-        "export-openvino", help="make a teacher ready for --teacher_backend openvino, once", add_help=False
+        "export-openvino", help="convert a teacher for --teacher_backend openvino", add_help=False
     )
 
-    validate = commands.add_parser("validate", help="check a training file, line by line")
+    validate = commands.add_parser("validate", help="check all records of training files")
     validate.add_argument(
         "files", nargs="+", type=local_path, metavar="FILE", help=".json, .jsonl or .parquet"
     )
     validate.set_defaults(run=_validate)
 
-    merge = commands.add_parser("merge", help="join training files, dropping queries that come again")
+    merge = commands.add_parser("merge", help="merge training files, without repeated queries")
     merge.add_argument("files", nargs="+", type=local_path, metavar="FILE", help=".json, .jsonl or .parquet")
     merge.add_argument(
-        "--output_file", required=True, type=local_path, metavar="FILE", help="where the result goes"
+        "--output_file", required=True, type=local_path, metavar="FILE", help="the merged file to write"
     )
     merge.add_argument(
-        "--allow_different_settings", action="store_true", help="join files that were made differently"
+        "--allow_different_settings",
+        action="store_true",
+        help="merge files of runs with different settings, too",
     )
     add_overwrite(merge)
     add_flags(lambda _: merge, CleanConfig)
@@ -108,24 +112,28 @@ def _run(words: list[str]) -> int:
         "--format",
         required=True,
         choices=(*OUTPUT_FORMATS, "pisco", "trec", "generator"),
-        help="json, jsonl or parquet: a dataset with its card, as datasets.load_dataset reads it; pisco: a "
-        "dataset on disk, as the trainer of OSCAR's authors reads it (github.com/naver/pisco); trec: the "
-        "rankings of a run; generator: a trained model's generator as an ordinary causal LM, LoRA merged, "
-        "for a vLLM of your own (docs/serving.md)",
+        help="json, jsonl or parquet: a dataset with a card, for datasets.load_dataset; pisco: a dataset on "
+        "disk, for the trainer of OSCAR's authors (github.com/naver/pisco); trec: the rankings of a run; "
+        "generator: a trained model's generator as an ordinary causal LM, with LoRA merged, for your own "
+        "vLLM (docs/serving.md)",
     )
     export.add_argument("--output_dir", required=True, type=local_path, metavar="DIR", help="a new folder")
     export.add_argument(
-        "--push_to_hub", metavar="NAME", help="share the dataset there, as org/name; log in by hf auth login"
+        "--push_to_hub",
+        metavar="NAME",
+        help="upload the dataset to the hub as org/name; log in by hf auth login",
     )
-    export.add_argument("--private", action="store_true", help="for yourself and your organisation only")
+    export.add_argument(
+        "--private", action="store_true", help="make the dataset on the hub private to its organisation"
+    )
     add_overwrite(export)
     export.set_defaults(run=_export)
 
-    status = commands.add_parser("status", help="how far a run is, while it works or not")
+    status = commands.add_parser("status", help="show the progress of a run, finished or not")
     status.add_argument(
-        "path", type=path_or_url, metavar="WORK_DIR", help="run or index directory, or output"
+        "path", type=path_or_url, metavar="WORK_DIR", help="directory of a run or an index, or an output"
     )
-    status.add_argument("--json", action="store_true", help="as JSON, times in seconds")
+    status.add_argument("--json", action="store_true", help="print JSON, with times in seconds")
     status.set_defaults(run=_status)
     for command in (validate, merge, export, status):
         add_log_flags(command)
@@ -151,7 +159,8 @@ def _validate(arguments: argparse.Namespace) -> int:
         failed |= bool(result.problems)
         verdict = f"{result.bad_records:,} with problems" if result.problems else "all sound"
         if result.duplicates:
-            verdict += f", {_counted(result.duplicates, 'query', 'queries')} again (merge leaves those out)"
+            repeated = _counted(result.duplicates, "repeated query", "repeated queries")
+            verdict += f", {repeated} (merge leaves them out)"
         print(f"{path}: {_counted(result.records + result.bad_records, 'record', 'records')}, {verdict}")
     return 1 if failed else 0
 
@@ -173,20 +182,18 @@ def _merge(arguments: argparse.Namespace) -> int:
         cleaning=cleaning,
         overwrite=arguments.overwrite,
     )
-    told = (
+    text = (
         f"{output}: {_counted(merged.records, 'record', 'records')} from "
         f"{_counted(len(arguments.files), 'file', 'files')}, "
-        f"{_counted(merged.duplicates, 'query', 'queries')} that came again left out"
+        f"{_counted(merged.duplicates, 'repeated query', 'repeated queries')} left out"
     )
     if cleaning.decontaminate:
-        told += f", {_counted(merged.contaminated, 'record', 'records')} of evaluation sets left out"
+        text += f", {_counted(merged.contaminated, 'record', 'records')} of evaluation sets left out"
     if merged.unread:
-        told += (
-            f", {_counted(merged.unread, 'row', 'rows')} of evaluation sets without a question passed over"
-        )
+        text += f", {_counted(merged.unread, 'row', 'rows')} of evaluation sets without a question skipped"
     if cleaning != CleanConfig():
-        told += f"\nwhat was left out, one by one, with its match: {removed_file(output)}"
-    print(told)
+        text += f"\nrecords left out, each with its match: {removed_file(output)}"
+    print(text)
     return 0
 
 
@@ -202,9 +209,11 @@ def _status(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     output: Path = arguments.output_dir
     if arguments.push_to_hub and arguments.format not in OUTPUT_FORMATS:
-        raise UsageError(f"--push_to_hub shares {', '.join(OUTPUT_FORMATS)}, not --format {arguments.format}")
+        raise UsageError(
+            f"--push_to_hub cannot upload --format {arguments.format}: use one of {', '.join(OUTPUT_FORMATS)}"
+        )
     if arguments.private and not arguments.push_to_hub:
-        raise UsageError("--private is for --push_to_hub: give both")
+        raise UsageError("--private needs --push_to_hub: give both")
     if arguments.format == "generator":
         return _export_generator(arguments.files, output, overwrite=arguments.overwrite)
     if arguments.format == "trec":
@@ -224,18 +233,18 @@ def _export(arguments: argparse.Namespace) -> int:
 
         count = export_dataset(arguments.files, arguments.format, output, overwrite=arguments.overwrite)
         following = (
-            f'datasets.load_dataset("{output}"), or --push_to_hub org/name; look: {output}/report.html'
+            f'datasets.load_dataset("{output}"), or --push_to_hub org/name; report: {output}/report.html'
         )
         if arguments.push_to_hub:
             address = push(output, arguments.push_to_hub, private=arguments.private)
-            following = f'datasets.load_dataset("{arguments.push_to_hub}"); look: {address}'
+            following = f'datasets.load_dataset("{arguments.push_to_hub}"); dataset: {address}'
     print(f"{output}: {_counted(count, 'record', 'records')}\n\nnext: {following}")
     return 0
 
 
 def _export_generator(paths: Sequence[Path], output: Path, *, overwrite: bool) -> int:
     if len(paths) > 1:
-        raise UsageError("--format generator takes one model: give its folder")
+        raise UsageError("--format generator takes one model: give one folder")
     import_module("scaledown.student.export").export_generator(str(paths[0]), output, overwrite=overwrite)
     print(f"{output}: the generator of {paths[0]}\n\nnext: vllm serve {output} --enable-prompt-embeds")
     return 0
@@ -245,7 +254,7 @@ def _export_trec(paths: Sequence[Path], output: Path, *, overwrite: bool) -> int
     from scaledown.data.output.trec import export_trec
 
     if len(paths) > 1:
-        raise UsageError("--format trec takes one file: each run has rankings of its own")
+        raise UsageError("--format trec takes one file: give the output of one run")
     written = export_trec(paths[0], output, overwrite=overwrite)
     for name, lines in written.items():
         print(f"{name}: {_counted(lines, 'line', 'lines')}")

@@ -1,4 +1,4 @@
-"""How every command runs: flags -> settings -> work -> summary -> exit status."""
+"""Runs a command: reads flags into settings, does the work, prints a summary, returns the exit status."""
 
 import os
 import shutil
@@ -18,11 +18,11 @@ Result = TypeVar("Result")
 
 
 class Usage(NamedTuple):
-    """What the help of a command says besides its flags."""
+    """The help of a command, except its flags."""
 
     program: str
     needed: str
-    """The flags that the usage line shows."""
+    """The flags in the usage line."""
     description: str
     groups: Sequence[str] = GROUPS
     """The groups of the help, in their order."""
@@ -40,20 +40,24 @@ def run_cli(
     repeats: bool = False,
     add: Callable[[Parser], None] = lambda _parser: None,
 ) -> int:
-    """Run a command and give its exit status; all messages for the user are printed here.
+    """Run a command. All messages for the user are printed here.
 
     Args:
-        config: Its settings; each field is a flag.
-        run: Does the work: `run(settings, **others)`, where `others` are the flags that are no settings and
-            were given, as `overwrite=True`.
-        summary: What is printed at the end. Of several processes that torchrun started, the first prints it.
-        usage: For the help.
-        argv: The command line; without it, that of this process.
-        failure: Why the status is 1 although there is a summary; None if it is 0. An empty reason is not
-            printed.
-        resumes: Whether the same command continues an interrupted one.
+        config: The class of its settings; each field is a flag.
+        run: Does the work: `run(settings, **others)`. `others` are given flags that are not settings, for
+            example `overwrite=True`.
+        summary: Makes the text that is printed at the end. If torchrun started several processes, only the
+            first prints it.
+        usage: The help.
+        argv: The command line; by default, the one of this process.
+        failure: Returns the reason for status 1 although there is a summary, or None for status 0. An empty
+            reason is not printed.
+        resumes: Whether the same command continues an interrupted run.
         repeats: Whether `run` takes the path of a `--config` file as `repeats`.
-        add: Adds flags that are no settings.
+        add: Adds flags that are not settings.
+
+    Returns:
+        The exit status.
     """
     words = underscored(sys.argv[1:] if argv is None else argv)
     parser = command_parser(usage.program, config, usage.needed, usage.description, usage.groups)
@@ -80,12 +84,12 @@ def run_cli(
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes, of those that torchrun started."""
+    """Whether this is the only process, or the first of the processes that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def program_name() -> str:
-    """How to call the program here, for commands that are shown."""
+    """The command that starts this program on this machine, for printed commands."""
     if shutil.which("scaledown"):
         return "scaledown"
     python = Path(sys.executable)

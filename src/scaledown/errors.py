@@ -1,10 +1,10 @@
-"""Every error a user can cause, as one tree. Each message ends with what to do next.
+"""All errors that a user can cause. Each message ends with the next step.
 
 ScaleDownError            exit status 1
 ├── UsageError            exit status 2: the command line contradicts itself
 ├── InputError            queries, corpus or training data cannot be used
 ├── ModelError            a model cannot be found, read or run
-│   └── NoRoomError       a device is too small for it, or full
+│   └── NoRoomError       a device is too small for a model, or full
 ├── MissingExtraError     an optional dependency is not installed
 ├── OutputError           the output cannot be written
 └── RunDirectoryError     the run directory is busy or belongs to other settings
@@ -30,45 +30,48 @@ Done = TypeVar("Done")
 
 
 class ScaleDownError(Exception):
-    """Base of all errors raised on purpose; printed as one line, without a traceback."""
+    """The base of our errors. They are printed as one line, without a traceback."""
 
     exit_status = 1
 
 
 class UsageError(ScaleDownError, ValueError):
-    """Options that contradict each other or are out of range."""
+    """Options contradict each other or are out of range."""
 
     exit_status = 2
 
 
 class InputError(ScaleDownError):
-    """Queries, corpus or training data that are missing, empty or malformed."""
+    """Queries, corpus or training data are missing, empty or malformed."""
 
 
 class ModelError(ScaleDownError):
-    """A model that is unknown, gated, not reachable, or of the wrong kind."""
+    """A model is unknown, gated, not reachable, or of the wrong kind."""
 
 
 class NoRoomError(ModelError):
-    """A model that does not fit the device, which others may use, or one text of it."""
+    """A model, or one text with it, does not fit into the memory of a device, which others may use, too."""
 
 
 class MissingExtraError(ScaleDownError):
-    """A feature whose optional dependency is not installed."""
+    """A feature needs an optional dependency that is not installed."""
 
 
 class OutputError(ScaleDownError):
-    """An output that cannot be written."""
+    """An output cannot be written."""
 
 
 class RunDirectoryError(ScaleDownError):
-    """A run directory that another process uses with other settings, or that is not one."""
+    """A run directory is in use with other settings, or a folder is not a run directory."""
 
 
 def each_or_error(
     work: Callable[[Sequence[Item]], list[Done]], items: Sequence[Item]
 ) -> list[Done | InputError]:
-    """Return `work(items)`; an item that fails has its error in its place, and the others their results."""
+    """Return `work(items)`, with an error in the place of each item that failed.
+
+    If a call fails, it is repeated with each half of the items.
+    """
     if not items:
         return []
     try:
@@ -81,11 +84,11 @@ def each_or_error(
 
 
 def install_command(extra: str) -> str:
-    """Return the command that installs the packages of an extra, by the installed metadata."""
+    """The command that installs the packages of an extra, from the metadata of this installation."""
     try:
         needed = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
-        needed = []  # run from a checkout that is not installed
+        needed = []  # this is a checkout that is not installed
     own = re.compile(rf"""extra == ['"]{extra}['"]""")
     packages = [need.partition(";")[0].strip() for need in needed if own.search(need)]
     if not packages:
@@ -94,28 +97,33 @@ def install_command(extra: str) -> str:
 
 
 def one_line(text: str, width: int = 1000) -> str:
-    """Text on one line without control characters, so that nothing from data drives a terminal."""
+    """Text on one line without control characters, so that data cannot control a terminal."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def run_command(command: Callable[[], int], *, debug: bool, resumes: bool = False) -> int:
-    """Run a command and give its exit status: one line on standard error for whatever goes wrong.
+    """Run a command. Each error is printed as one line on standard error.
 
-    0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated. `debug` lets exceptions through;
-    `resumes` says that the same command continues.
+    Args:
+        command: The work.
+        debug: Whether exceptions are raised and not printed.
+        resumes: Whether the same command continues an interrupted run; messages then say so.
+
+    Returns:
+        The exit status: 0 for success, 1 failure, 2 wrong usage, 130 interrupted, 143 terminated.
     """
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal with ASCII only must not be an error
+            stream.reconfigure(errors="replace")  # a terminal may have ASCII only
     goes_on = "; finished work is kept, the same command continues from it" if resumes else ""
     try:
         with _terminate_like_interrupt():
             status = command()
             sys.stdout.flush()
             return status
-    except BrokenPipeError:  # `| head` has read enough
+    except BrokenPipeError:  # the reader has ended, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt as error:
@@ -142,13 +150,13 @@ def run_command(command: Callable[[], int], *, debug: bool, resumes: bool = Fals
 def _open_closed_streams() -> None:
     """Open streams that were closed by `>&-` to /dev/null.
 
-    Otherwise the next opened file would get their number.
+    Otherwise the next opened file would have the number of the stream.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # which takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest free number, which is this one
     if sys.stdout is None:
         sys.stdout = os.fdopen(1, "w", closefd=False)
     if sys.stderr is None:
@@ -156,7 +164,7 @@ def _open_closed_streams() -> None:
 
 
 def tell(last_word: str) -> None:
-    """Write a last message to standard error; in a log for machines as its last line."""
+    """Write a last message to standard error; with a structured log, as its last line."""
     log = logging.getLogger("scaledown")
     if any(getattr(handler.formatter, "structured", False) for handler in log.handlers):
         log.error("%s", last_word.removeprefix("error: "))
@@ -165,7 +173,7 @@ def tell(last_word: str) -> None:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as a batch queue sends it before it kills."""
+    """SIGTERM. A batch queue sends it before it kills a process."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What can be added to ScaleDown: one table for each kind of extension (docs/extending.md).
+"""The extension points of ScaleDown: one table for each kind of extension (docs/extending.md).
 
 An entry is written `module:object`, and the module is imported when the entry is used. To add one here, write
 a line below and the module that it names. Another package adds one by an entry point in its pyproject.toml:
@@ -6,7 +6,7 @@ a line below and the module that it names. Another package adds one by an entry 
     [project.entry-points."scaledown.measures"]
     brevity = "my_package:brevity"
 
-Each process finds the entry points of the packages that are installed, so workers have them, too.
+Each process finds the entry points of the installed packages, so workers have them, too.
 """
 
 import functools
@@ -22,13 +22,14 @@ from scaledown.errors import UsageError
 class Table(Mapping[str, Any]):
     """The extensions of one kind, by name.
 
-    Iteration gives the names of our entries, then those of other packages. A name that both have means ours.
+    Iteration yields the names of our own entries, then the names of other packages' entries. If both have a
+    name, ours is used.
 
     Args:
         kind: The name of the table: other packages use the entry-point group `scaledown.<kind>`.
         declares: The class of every entry, as `module:Class`.
         entries: Our own entries, as `module:object`.
-        otherwise: What any other name means to `find`, as `module:object`.
+        otherwise: The entry that `find` returns for any other name, as `module:object`.
     """
 
     def __init__(self, kind: str, declares: str, entries: Mapping[str, str], otherwise: str = "") -> None:
@@ -39,21 +40,21 @@ class Table(Mapping[str, Any]):
 
     @property
     def outside(self) -> dict[str, EntryPoint]:
-        """The entries of other packages, by name; none of them is imported."""
+        """The entries of other packages, by name. They are not imported."""
         found = _installed(tuple(sys.path), self.group)
         return {name: point for name, point in found.items() if name not in self._own}
 
     def __getitem__(self, name: str) -> Any:
-        """The entry itself.
+        """Import an entry.
 
         Raises:
-            KeyError: There is no entry of that name.
-            UsageError: It cannot be imported, or it is not what such an entry must be.
+            KeyError: There is no entry with this name.
+            UsageError: The entry cannot be imported, or it is not an instance of `declares`.
         """
         return _loaded(self._own.get(name) or self.outside[name], self.declares)
 
     def find(self, name: str) -> Any:
-        """The entry of that name, or what a name without an entry means."""
+        """Import the entry with this name, or `otherwise` if there is none."""
         if name in self:
             return self[name]
         return _loaded(EntryPoint(name, self._otherwise, self.group), self.declares)
@@ -65,7 +66,7 @@ class Table(Mapping[str, Any]):
         return len(self.outside) + len(self._own)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._own or name in self.outside  # without an import of the entry
+        return name in self._own or name in self.outside  # without importing the entry
 
 
 @functools.cache
@@ -76,19 +77,19 @@ def _installed(path: tuple[str, ...], group: str) -> dict[str, EntryPoint]:
 
 @functools.cache
 def _every_entry_point(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    """Those of all packages; to look takes some 50 ms."""
+    """The entry points of all packages on `path`. Finding them takes about 50 ms."""
     return tuple(point for package in distributions() for point in package.entry_points)
 
 
 @functools.cache
 def _loaded(point: EntryPoint, declares: str) -> Any:
-    """What an entry point names. Raises `UsageError`, see `Table.__getitem__`."""
+    """Import the object of an entry point. Raises `UsageError`, see `Table.__getitem__`."""
     try:
         entry = point.load()
     except (ImportError, AttributeError) as error:
         raise UsageError(
             f"{point.group} {point.name} ({point.value}) cannot be imported ({error}): correct its package, "
-            "or uninstall that"
+            "or uninstall the package"
         ) from error
     if not isinstance(entry, resolve_name(declares)):
         raise UsageError(
@@ -106,7 +107,7 @@ RETRIEVER_KINDS: Final = Table(
         "splade": "scaledown.data.retrieval.encoders:SPLADE",
     },
 )
-"""What kind of model `--retriever_model` is: the last of these that takes it."""
+"""Kinds of `--retriever_model`. A model is of the last kind that takes it."""
 
 TEACHER_ENGINES: Final = Table(
     "teacher_engines",
@@ -118,7 +119,7 @@ TEACHER_ENGINES: Final = Table(
         "endpoint": "scaledown.data.teacher.engines.endpoint:ENGINE",
     },
 )
-"""What runs the teacher, by `--teacher_backend`. `auto` takes the last one that suits."""
+"""Engines that run the teacher, by `--teacher_backend`. `auto` uses the last one that suits."""
 
 QUERY_SOURCES: Final = Table(
     "query_sources",
@@ -131,7 +132,7 @@ QUERY_SOURCES: Final = Table(
         "pisco": "scaledown.data.input.query_sources:PISCO",
     },
 )
-"""Names that `--query_dataset` knows, besides datasets of the hub and local paths."""
+"""Names for `--query_dataset`, besides datasets of the hub and local paths."""
 
 COMPRESSORS: Final = Table(
     "compressors",
@@ -143,7 +144,7 @@ COMPRESSORS: Final = Table(
     },
     otherwise="scaledown.student.compressors.memory_tokens:SEPARATE",
 )
-"""Kinds of `--compressor`, besides encoders and decoders by their own names."""
+"""Kinds of `--compressor`. Any other name is the model of a separate encoder or decoder."""
 
 MEASURES: Final = Table(
     "measures",
@@ -155,7 +156,7 @@ MEASURES: Final = Table(
         "ROUGE-L": "scaledown.metrics:rouge_l",
     },
 )
-"""Measures of answers, by the names that papers give them; an evaluation has all of them."""
+"""Measures of answers, with the names that papers use. An evaluation computes all of them."""
 
 OUTPUT_FORMATS: Final = Table(
     "output_formats",
@@ -166,4 +167,4 @@ OUTPUT_FORMATS: Final = Table(
         "parquet": "scaledown.data.output.writers:PARQUET",
     },
 )
-"""Formats of training data, by the ending of the file without its dot."""
+"""Formats of training data, by the suffix of the file without its dot."""

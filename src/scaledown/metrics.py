@@ -1,4 +1,4 @@
-"""Measures of answers. All are 0 to 1, higher is better, and take the best of several right answers."""
+"""Measures of answers, from 0 to 1 (best). With several right answers, the best score counts."""
 
 import collections
 import re
@@ -10,12 +10,12 @@ from scaledown.text import normalized, tokens
 def accuracy(answer: str, right: Sequence[str]) -> float:
     """1 if a right answer is a substring of the answer, both normalized (arXiv 2504.07109, section 4)."""
     text = normalized(answer)
-    golds = filter(None, map(normalized, right))  # one that is only an article is in everything
+    golds = filter(None, map(normalized, right))  # an empty one would be in every answer
     return float(any(gold in text for gold in golds))
 
 
-def holds(document: str, right: Sequence[str]) -> bool:
-    """Whether a right answer occurs in the document as whole words, both normalized."""
+def has_answer(document: str, right: Sequence[str]) -> bool:
+    """Whether a document has a right answer, in whole words, both normalized."""
     text = f" {' '.join(tokens(document))} "
     return any(f" {' '.join(gold)} " in text for gold in filter(None, map(tokens, right)))
 
@@ -28,7 +28,7 @@ def exact_match(answer: str, right: Sequence[str]) -> float:
 def f1(answer: str, right: Sequence[str]) -> float:
     """Harmonic mean of precision and recall over words, as in SQuAD (Rajpurkar et al. 2016).
 
-    Over characters in Chinese, Japanese, Thai and other scripts that leave no space between words.
+    In Chinese, Japanese, Thai and other scripts without spaces between words, characters are compared.
     """
     return max((_f1(tokens(answer), tokens(one)) for one in right), default=0.0)
 
@@ -41,9 +41,9 @@ def _f1(answer: list[str], right: list[str]) -> float:
 
 
 def rouge_l(answer: str, right: Sequence[str]) -> float:
-    """ROUGE-L (Lin 2004): F-measure of the longest common subsequence of words, not stemmed.
+    """ROUGE-L (Lin 2004): F-measure of the longest common subsequence of words, without stemming.
 
-    On ASCII that of Google's rouge_score; words of other scripts count, too.
+    For ASCII text it equals Google's rouge_score. Words of other scripts count, too.
     """
     return max((_rouge_l(_words(answer), _words(one)) for one in right), default=0.0)
 
@@ -55,9 +55,9 @@ def _words(text: str) -> list[str]:
 def _rouge_l(answer: list[str], right: list[str]) -> float:
     if not answer or not right:
         return 0.0
-    longest = [0] * (len(right) + 1)  # of the answer so far and each beginning of the right one
+    longest = [0] * (len(right) + 1)  # for the answer up to `word`, and the first `place` words of `right`
     for word in answer:
-        before = 0  # as long without this word and without the right one's
+        before = 0  # the length without both last words
         for place, other in enumerate(right, 1):
             both = before + 1 if word == other else max(longest[place], longest[place - 1])
             before, longest[place] = longest[place], both

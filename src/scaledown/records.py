@@ -1,15 +1,15 @@
-"""The records that flow through the pipeline, and the dictionaries of the Python API."""
+"""The records of the pipeline, and the dictionaries of the Python API."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple, NotRequired, TypedDict
 
 from scaledown.errors import InputError
 
-_TITLE_CHARACTERS: Final = 200  # a longer first line is no title
+_TITLE_CHARACTERS: Final = 200  # a longer first line is not a title
 
 
 class Query(NamedTuple):
-    """A question, with the identifier it had in its source or its line number."""
+    """A query, with its id in its source, or its line number if it has no id."""
 
     query_id: str
     text: str
@@ -23,7 +23,7 @@ class Block(NamedTuple):
 
 
 class Article(NamedTuple):
-    """One entry of a corpus: its paragraphs in reading order, headings as `Block`s of their own."""
+    """An entry of a corpus: its paragraphs, list items and headings, in reading order."""
 
     doc_id: str
     title: str
@@ -31,7 +31,7 @@ class Article(NamedTuple):
 
 
 class Passage(NamedTuple):
-    """What is retrieved: a piece of one article. `passage_id` is `<doc_id>_<n>`."""
+    """A part of an article, the unit of retrieval. `passage_id` is `<doc_id>_<n>`."""
 
     passage_id: str
     doc_id: str
@@ -40,28 +40,28 @@ class Passage(NamedTuple):
 
 
 class Logprobs(TypedDict):
-    """A teacher's log probabilities of an answer of T tokens; the token that ended it is not among them.
+    """A teacher's log probabilities of an answer of T tokens, without the token that ended the answer.
 
-    They are natural logarithms of what the model itself gives, before any temperature. Behind a server
-    tokens have no ids, and with ids `top_tokens` would say nothing more: one of both is None.
+    They are natural logarithms of the model's own probabilities, before any temperature. Either `top_ids` or
+    `top_tokens` is None: servers send no ids, and with ids the texts are not needed.
     """
 
     tokens: list[str]
-    """[T]: the text of each; joined and stripped, they are the answer."""
+    """[T]: the text of each token; joined and stripped, the texts are the answer."""
     token_ids: list[int] | None
-    """[T], of the teacher's tokenizer."""
+    """[T]: ids in the teacher's tokenizer."""
     top_tokens: list[list[str]] | None
-    """[T, K]: the likeliest tokens in the place of each, best first, as the server writes them."""
+    """[T, K]: the most probable tokens at each position, best first, as the server writes them."""
     top_ids: list[list[int]] | None
-    """[T, K]: the same as ids."""
+    """[T, K]: the ids of the most probable tokens at each position, best first."""
     top_logprobs: list[list[float]]
-    """[T, K]: their log probabilities, with four decimals."""
+    """[T, K]: the log probabilities of the most probable tokens, with four decimals."""
 
 
 class Answer(NamedTuple):
-    """What the teacher wrote; `finish_reason` is `stop`, or `length` where it ran into its limit.
+    """A teacher's answer. `finish_reason` is `stop`, or `length` if the answer reached the limit of tokens.
 
-    A server's other words for an end are kept as they are.
+    Other finish reasons of a server are kept.
     """
 
     text: str
@@ -71,15 +71,15 @@ class Answer(NamedTuple):
     dropped_tokens: int
     """Document tokens left out so that the prompt fits the teacher's context."""
     answer_logprobs: Logprobs | None = None
-    """Where they were asked for and the engine gave those of this answer."""
+    """None if they were not requested, or if the engine did not return them."""
     left_out: int = 0
-    """Characters of thoughts and chat markers that were written around it."""
+    """The number of characters of thoughts and chat markers around the answer, which are not part of it."""
     model: str = ""
-    """The name under which a server answered, where that is another than it was asked for by."""
+    """The model that the server says it used, if this is not the requested name."""
 
 
 class DocumentDict(TypedDict):
-    """A document as the guide's Python API takes it. `id` is optional."""
+    """A document of the guide's Python API."""
 
     id: NotRequired[str]
     title: NotRequired[str]
@@ -101,7 +101,7 @@ class QueryWithDocuments(TypedDict):
 
 
 class Example(TypedDict):
-    """One training record: the format of the guide, exactly."""
+    """A training record, exactly in the format of the guide."""
 
     query: str
     documents: list[str]
@@ -110,12 +110,12 @@ class Example(TypedDict):
 
 
 def full_text(title: str, text: str) -> str:
-    """The passage as every model and the output see it: its title on a line of its own, then its text."""
+    """A passage as all models read it and the output has it: the title on its own line, then the text."""
     return f"{title}\n{text}" if title else text
 
 
 def title_of(text: str) -> str:
-    """The title that `full_text` wrote, what passages of one article share; empty where there is none."""
+    """The title in a text that `full_text` wrote; "" if it has none."""
     first, _, rest = text.partition("\n")
     return first if rest and len(first) <= _TITLE_CHARACTERS else ""
 
@@ -125,12 +125,12 @@ def document_text(document: object) -> str:
     if isinstance(document, str):
         return document
     if not isinstance(document, Mapping) or not isinstance(document.get("text"), str):
-        raise InputError("a document is neither a string nor a dictionary with a text: mend it")
+        raise InputError("a document is neither a string nor a dictionary with a text: correct it")
     return full_text(str(document.get("title") or ""), document["text"])
 
 
 def check_records(records: Sequence[QueryWithDocuments]) -> None:
-    """Raise `InputError` naming the first record that lacks a query or documents of a known shape."""
+    """Raise `InputError` for the first record without a query or with documents of an unknown form."""
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
             raise InputError(f"record {number}: is {type(record).__name__}, expected a dictionary")

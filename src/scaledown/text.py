@@ -1,19 +1,19 @@
-"""How texts are compared: spellings of the same made one, words, the key of a question."""
+"""Normalises texts for comparison: one form for different spellings, words, the key of a question."""
 
 import re
 import string
 import unicodedata
 from typing import Final
 
-# Scripts that leave no space between words are taken by character: Thai to Myanmar, Khmer, Japanese, Chinese.
+# Scripts without spaces between words (Thai to Myanmar, Khmer, Japanese, Chinese): each character is a word.
 UNSPACED: Final = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 MINUS: Final = "\u2212"
-"""What `folded` makes of the sign of a number, whatever dash it was: no punctuation."""
+"""The sign of a number in the result of `folded`, whichever dash it was. It is not punctuation."""
 
 _SIGN: Final = re.compile(r"(?<![\w)\]-])[-\u2010-\u2013](?=\.?\d)")
 _RAISED: Final = re.compile(r"(?<=\d)(?=[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2079\u2150-\u215e])")
-# What makes another question of numbers: operators, comparisons, currencies, per cent, degrees. A dash or
-# slash only with spaces around: elsewhere it is that of a date or a range.
+# Operators, comparisons, currencies, per cent and degrees, which tell questions apart. A dash or slash counts
+# only between spaces, because others are in dates and ranges.
 _OPERATOR: Final = re.compile(
     r"(?<=\d) *(?:!=|[×÷^<>=≤≥±%°$€£¥]|[+*](?= *\d)|!(?= *[?\w)]))|(?:!=|[×÷^<>=≤≥±√$€£¥]) *(?=\d)|"
     rf"(?<=\b[a-z]) *(?:!=|[<>=≤≥]) *(?=[a-z]\b)|(?<=\d) [-{MINUS}/] (?=\d)"
@@ -21,14 +21,14 @@ _OPERATOR: Final = re.compile(
 _FULL_WIDTH: Final = {ord(sign): ord(sign) + 0xFEE0 for sign in "*^<>=%$+!/-"}
 _KEPT: Final = frozenset(f"+#{MINUS}×÷≤≥±√°€£¥") | frozenset(map(chr, _FULL_WIDTH.values()))
 _TOKEN: Final = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
-_LONG_DASHES: Final = "\u2014\u2015"  # which stand between words without a space
+_LONG_DASHES: Final = "\u2014\u2015"  # they separate words without spaces
 _WORD: Final = re.compile(rf"[{UNSPACED}]|[^\s!-/:-@\[-`{{-~{UNSPACED}]+[+#]*")
 _DROPPED: Final = re.compile(r"['’ʼ\u0300-\u036f]")  # apostrophes, accents
 _ARTICLES: Final = frozenset(("a", "an", "the"))
 
 
 class _Punctuation(dict[int, int | None]):
-    """What `str.translate` makes of each character: nothing of punctuation, in any script."""
+    """A table for `str.translate` that removes punctuation of all scripts, except long dashes."""
 
     def __missing__(self, code: int) -> int | None:
         character = chr(code)
@@ -41,56 +41,56 @@ _punctuation: Final = _Punctuation()
 
 
 def writable(text: str) -> str:
-    """Text without halves of surrogate pairs, which JSON may hold and no file does."""
+    """Replace halves of surrogate pairs, which JSON can have but UTF-8 cannot."""
     return text.encode(errors="replace").decode()
 
 
 def folded(text: str) -> str:
-    """Text in which spellings of the same are one: case, composed and full-width letters, kinds of dashes.
+    """One form for case, composed and full-width letters, and the dashes before numbers.
 
-    All comparisons of questions and answers begin with it.
+    All comparisons of questions and answers use it first.
     """
     plain = unicodedata.normalize("NFKC", _RAISED.sub(" ", text))
     return _SIGN.sub(MINUS, plain.replace("\u2044", "/").replace(MINUS, "-")).casefold()
 
 
 def normalized(text: str) -> str:
-    """Without case, punctuation, articles and spare spaces, as in SQuAD (Rajpurkar et al. 2016).
+    """Remove case, punctuation, articles and extra spaces, as SQuAD does (Rajpurkar et al. 2016).
 
-    Beyond ASCII all punctuation goes but long dashes. The sign of a number stays: -5 is not 5.
+    Punctuation of other scripts is removed, too, except long dashes. The sign of a number stays: -5 is not 5.
     """
     plain = folded(text).translate(_punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
 
 
 def tokens(text: str) -> list[str]:
-    """The words of a text, normalized; characters where the script leaves no space between words."""
+    """The words of a normalized text; its characters in scripts without spaces between words."""
     return _TOKEN.findall(normalized(text))
 
 
 def words(text: str) -> list[str]:
     """The words of a text in any language, without case, punctuation, accents and English articles.
 
-    Operators and units of numbers are words: 3 < 4 is not 3 > 4.
+    Operators and units of numbers are words: 3 < 4 is not 3 > 4. A text without words is split at spaces.
     """
     plain = unicodedata.normalize("NFKD", folded(text).replace("≠", "!="))
     plain = _OPERATOR.sub(_as_word, _DROPPED.sub("", plain))
-    if not plain.isascii():  # \w has no vowel signs
+    if not plain.isascii():  # by category, since \w does not match vowel signs
         plain = "".join(c if unicodedata.category(c)[0] in "LMN" or c in _KEPT else " " for c in plain)
     found = _WORD.findall(plain)
     return [word for word in found if word not in _ARTICLES] or found or text.split()
 
 
 def _as_word(operator: re.Match[str]) -> str:
-    """An operator, parted from its numbers, in signs that are no punctuation."""
+    """An operator between spaces, in full-width characters, which `words` does not remove."""
     return f" {operator[0].strip().translate(_FULL_WIDTH)} "
 
 
-def says_something(text: str) -> bool:
-    """Whether a text has a letter, digit or symbol: not only marks, spaces and what is not seen."""
+def has_content(text: str) -> bool:
+    """Whether a text has a letter, digit or symbol, and not only marks, spaces and invisible characters."""
     return any(unicodedata.category(character)[0] in "LNS" for character in text)
 
 
 def question_key(text: str) -> str:
-    """What two questions share when they are the same: their words in their order."""
+    """The words of a question in their order. Equal questions have the same key."""
     return " ".join(words(text))

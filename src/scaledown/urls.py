@@ -1,4 +1,4 @@
-"""URLs: what of one may be shown, the file system behind it, and what went wrong there, in words."""
+"""URLs: removes their secrets, opens their file systems, describes errors of servers."""
 
 import re
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ from urllib.parse import unquote
 from scaledown.errors import InputError, MissingExtraError, UsageError, install_command, one_line
 
 HTTP: Final = re.compile(r"https?://", re.IGNORECASE)
-# Up to the last @ of the authority, or to the first @ where a key with a slash stands before it.
+# Up to the last @ of the authority; if a key with a slash comes before it, up to the first @.
 LOGIN: Final = re.compile(r"://(?:[^/?#]*@|[^/?#@:]*:(?!\d+(?:/|$))[^@?]*@)")
 HIDDEN: Final = "…"
 HIDDEN_QUERY: Final = f"?{HIDDEN}"
-# Stores in which an object appears whole or not at all.
+# Stores in which an object appears only when it is complete.
 _STORES: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
-# What file systems call that which changes with a file, the surest first.
+# Names, in file systems' data about a file, of values that change with its content; the most reliable first.
 _STATES: Final = (
     "xet_hash",
     "blob_id",
@@ -36,7 +36,7 @@ def is_url(text: str) -> bool:
 
 
 def local(name: str) -> str:
-    """The path that a URL of this machine names, as `file:///data/a%20b`; anything else as it is."""
+    """The path of a URL like `file:///data/a%20b`; any other name is returned unchanged."""
     scheme, separator, rest = name.partition("://")
     if not separator or scheme.lower() not in {"file", "local"} or not rest:
         return name
@@ -57,7 +57,7 @@ def check_store(name: str) -> None:
         )
     parts = list(filter(None, rest.split("/")))
     if not parts or ".." in parts:
-        raise UsageError(f"{redacted(name)}: name a bucket, and a folder in it")
+        raise UsageError(f"{redacted(name)}: give a bucket and a folder in it")
 
 
 def redacted(url: str) -> str:
@@ -78,14 +78,20 @@ def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_query(source: str) -> str:
-    """What a redacted URL names; anything else as it is."""
+    """A redacted URL without the sign for its query; any other text is returned unchanged."""
     return source.removesuffix(HIDDEN_QUERY)
 
 
 def file_system(url: str, shown: str) -> Any:
-    """The fsspec file system for `url`, which messages call `shown`.
+    """The fsspec file system of a URL.
 
-    Raises `MissingExtraError` where its package is not installed, `InputError` where there is none.
+    Args:
+        url: The URL.
+        shown: The URL without secrets, for messages.
+
+    Raises:
+        MissingExtraError: The package of the file system is not installed.
+        InputError: There is no file system for this scheme.
     """
     import fsspec
 
@@ -97,14 +103,14 @@ def file_system(url: str, shown: str) -> Any:
             if scheme in schemes:
                 raise MissingExtraError(f"{shown} needs {package}: {install_command(extra)}") from None
         raise MissingExtraError(f"{shown} needs another package: {error}") from None
-    except (ValueError, TypeError):  # unknown, or one that a URL alone does not describe
+    except (ValueError, TypeError):  # the scheme is unknown, or it needs more than a URL
         raise InputError(
             f"{shown}: {scheme}:// cannot be read; use https://, s3:// or a local path"
         ) from None
 
 
 def state_of(info: Mapping[str, Any]) -> str:
-    """Return a text from a server's data about a file that changes with the file; empty if there is none."""
+    """Return a text that changes with a file, from a server's data about it; "" if there is none."""
     found = next((info[name] for name in _STATES if info.get(name)), "")
     return str(found.timestamp() if isinstance(found, datetime) else found)  # listings may have either
 

@@ -13,7 +13,7 @@ from scaledown.config.options import Options
 from scaledown.config.prepare import PrepareConfig
 from scaledown.config.train import PretrainConfig, TrainConfig
 from scaledown.data.manifest import Sources, compared_settings, repeatable
-from scaledown.models import ModelSource
+from scaledown.models.sources import ModelSource
 from scaledown.run.directory import fingerprint
 from scaledown.student.training.origin import MODEL_FLAGS
 

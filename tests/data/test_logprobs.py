@@ -1,4 +1,4 @@
-"""Log probabilities of the teacher's answers: right values, kept with each answer, cut where it is cut."""
+"""Log probabilities of the teacher's answers: their values, storing them, cutting them with the answer."""
 
 import json
 import re
@@ -17,8 +17,9 @@ from scaledown.data.manifest import compared_settings
 from scaledown.data.prompts import answer_prompt
 from scaledown.data.teacher.api import check_options, choose_backend, load_teacher
 from scaledown.data.teacher.base import Engine, Generation, answer_all
+from scaledown.devices.halving import Halving
 from scaledown.errors import UsageError
-from scaledown.models import Halving, resolve
+from scaledown.models.sources import resolve
 from scaledown.records import Answer, Logprobs
 
 
@@ -35,7 +36,7 @@ def prompts(count: int, temperature: float = 0.0) -> list[Any]:
 
 
 def logprobs_of(text: str) -> Logprobs:
-    """Each word a token, as an engine that gives ids has it."""
+    """Log probabilities with a token for each word, as from an engine that returns ids."""
     words = re.findall(r"\s*\S+", text)
     ids = [len(word) for word in words]
     return {
@@ -47,7 +48,7 @@ def logprobs_of(text: str) -> Logprobs:
     }
 
 
-def test_values_are_those_of_a_forward_pass_over_the_whole_text(models) -> None:
+def test_values_equal_a_forward_pass_over_the_whole_text(models) -> None:
     import torch
 
     one = teacher(models["causal_lm"], batch_size=3)  # of different lengths, padded on the left
@@ -68,7 +69,7 @@ def test_values_are_those_of_a_forward_pass_over_the_whole_text(models) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_values_do_not_depend_on_the_batch(temperature: float, models) -> None:
+def test_values_do_not_depend_on_the_batch_size(temperature: float, models) -> None:
     import numpy as np
 
     asked = prompts(4, temperature)
@@ -79,7 +80,7 @@ def test_values_do_not_depend_on_the_batch(temperature: float, models) -> None:
         assert np.allclose(*values, atol=2e-4)
 
 
-def test_a_sampled_answer_has_the_values_of_the_model_not_of_the_noise(models) -> None:
+def test_sampled_answer_has_values_without_temperature(models) -> None:
     import torch
 
     one = teacher(models["causal_lm"])
@@ -94,7 +95,7 @@ def test_a_sampled_answer_has_the_values_of_the_model_not_of_the_noise(models) -
     assert [row[0] for row in found["top_ids"]] != found["token_ids"]
 
 
-def test_answers_are_the_same_with_and_without(models) -> None:
+def test_answers_do_not_change_with_logprobs(models) -> None:
     asked = prompts(3)
     bare = answer_all(teacher(models["causal_lm"], logprobs=0), asked)
     assert [
@@ -102,7 +103,7 @@ def test_answers_are_the_same_with_and_without(models) -> None:
     ] == bare
 
 
-def test_a_character_of_several_tokens_is_the_text_of_the_last(models) -> None:
+def test_character_of_several_tokens_is_in_the_text_of_the_last(models) -> None:
     tokenizer = teacher(models["causal_lm"])._tokenizer
     text = "Café 中文 \U0001f600."
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -114,12 +115,12 @@ def test_a_character_of_several_tokens_is_the_text_of_the_last(models) -> None:
     assert from_ids(tokenizer, [], [], [])["tokens"] == []
 
 
-def test_what_has_no_finite_logarithm_and_too_many_digits() -> None:
+def test_values_are_rounded_and_finite() -> None:
     assert [own.rounded(value) for value in (-1.23456789, 1e-7)] == [-1.2346, 0]
     assert [own.rounded(float(value)) for value in ("-inf", "nan")] == [-9999, -9999]
 
 
-def test_logprobs_are_cut_with_the_answer() -> None:
+def test_for_answer_cuts_to_the_tokens_of_the_answer() -> None:
     whole = logprobs_of("One sentence. And not a wh")
     cut = for_answer(whole, "One sentence.")
     assert cut == {name: values and values[:2] for name, values in whole.items()}
@@ -137,7 +138,7 @@ def server_token(text: str, *top: tuple[str, float], **more: Any) -> dict[str, A
     }
 
 
-def test_a_servers_tokens_are_texts_and_their_bytes_count() -> None:
+def test_server_tokens_are_decoded_from_their_bytes() -> None:
     grin = "\U0001f600".encode()
     content = [
         server_token(" Hi", ("Hi", -2.0), (" Hi", -0.123456), ("!", -9.0)),
@@ -168,8 +169,8 @@ def test_a_servers_tokens_are_texts_and_their_bytes_count() -> None:
         ({"top_logprobs": [[-1.0, -2.0]]}, "different lengths"),
         ({"token_ids": [1]}, "different lengths"),
         ({"token_ids": [1, 1 << 40]}, "token_ids is not a list of ids"),
-        ({"top_ids": [[1], [2, 3]]}, "top_ids has not the shape"),
-        ({"top_tokens": [["a", "b"], "c"]}, "top_tokens has not the shape"),
+        ({"top_ids": [[1], [2, 3]]}, "top_ids does not have the shape"),
+        ({"top_tokens": [["a", "b"], "c"]}, "top_tokens does not have the shape"),
         ({"mine": 1}, "is not an object of tokens, token_ids"),
     ],
 )
@@ -185,7 +186,7 @@ def test_invalid_logprobs_column_is_reported(change: dict[str, Any], message: st
 
 
 class Sure:
-    """Says two sentences, the second cut, with log probabilities; dies after `lives` answers."""
+    """Two sentences, the second truncated, with log probabilities; fails after `lives` answers."""
 
     halving = Halving("--teacher_batch_size")
 
@@ -219,7 +220,7 @@ def written(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".parquet"])
-def test_a_run_writes_what_the_teacher_gave(ending: str, prepare, tmp_path) -> None:
+def test_run_writes_logprobs_of_the_teacher(ending: str, prepare, tmp_path) -> None:
     import datasets
 
     output = tmp_path / f"data{ending}"
@@ -240,7 +241,7 @@ def test_a_run_writes_what_the_teacher_gave(ending: str, prepare, tmp_path) -> N
 
 
 @pytest.mark.parametrize("backend", ["transformers", "vllm"])  # one shard at a time, and several
-def test_a_killed_run_keeps_them(backend: str, prepare, monkeypatch, tmp_path) -> None:
+def test_killed_run_keeps_logprobs(backend: str, prepare, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("scaledown.data.session.teachers.choose_backend", lambda *_: backend)
     monkeypatch.setattr("scaledown.data.session.teachers.preflight", lambda *_: None)
     whole = tmp_path / "whole.jsonl"
@@ -258,7 +259,7 @@ def test_a_killed_run_keeps_them(backend: str, prepare, monkeypatch, tmp_path) -
     assert all(record["answer_logprobs"] for record in written(output))
 
 
-def test_they_are_cut_with_the_answer(prepare, monkeypatch) -> None:
+def test_truncated_answer_has_cut_logprobs(prepare, monkeypatch) -> None:
     teachers = []
     monkeypatch.setattr(
         "scaledown.data.session.teachers.load_teacher", lambda *_: teachers.append(Sure()) or teachers[-1]
@@ -274,7 +275,7 @@ def test_they_are_cut_with_the_answer(prepare, monkeypatch) -> None:
     assert len(teachers) == 1, "another cut asks nothing again"
 
 
-def test_an_answer_cut_inside_a_token_has_none_and_is_counted(prepare, monkeypatch) -> None:
+def test_answer_cut_inside_a_token_has_no_logprobs_and_is_counted(prepare, monkeypatch) -> None:
     class Joined(Sure):
         def say(self, prompt) -> str:
             return "\u5357\u6781\u3002\u7136\u540e"  # one token, its sentence ends inside
@@ -289,7 +290,7 @@ def test_an_answer_cut_inside_a_token_has_none_and_is_counted(prepare, monkeypat
     assert not validate(prepare.output).problems
 
 
-def test_a_second_try_brings_its_own(prepare, monkeypatch) -> None:
+def test_retried_answer_has_logprobs_of_the_second_try(prepare, monkeypatch) -> None:
     class Unwilling(Sure):
         def say(self, prompt) -> str:
             again = prompt.key.endswith(":again")
@@ -308,7 +309,7 @@ def test_a_second_try_brings_its_own(prepare, monkeypatch) -> None:
     assert asked == [2], "the teacher that is there asks again"
 
 
-def test_only_the_answers_that_are_written_come_with_them(prepare, models, monkeypatch) -> None:
+def test_logprobs_are_requested_for_written_answers_only(prepare, models, monkeypatch) -> None:
     asked = []
 
     def load(_source, _device, _dtype, generation, *_):
@@ -328,7 +329,7 @@ def test_only_the_answers_that_are_written_come_with_them(prepare, models, monke
     }
 
 
-def test_a_run_without_them_is_the_run_it_was(prepare, monkeypatch) -> None:
+def test_run_without_logprobs_has_unchanged_settings_and_shards(prepare, monkeypatch) -> None:
     monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: Sure())
     assert prepare() == 0
 
@@ -353,7 +354,7 @@ def test_a_run_without_them_is_the_run_it_was(prepare, monkeypatch) -> None:
     assert settings["logprobs"] == 2
 
 
-def test_merge_and_export_keep_them(prepare, monkeypatch, tmp_path) -> None:
+def test_merge_and_export_keep_logprobs(prepare, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: Sure())
     output = tmp_path / "data.jsonl"
     assert prepare(*FLAGS, "--output_file", str(output)) == 0
@@ -371,7 +372,7 @@ def test_merge_and_export_keep_them(prepare, monkeypatch, tmp_path) -> None:
     assert cli.main(["validate", str(merged), str(back)]) == 0
 
 
-def test_a_plan_counts_their_bytes(prepare) -> None:
+def test_plan_counts_bytes_of_logprobs(prepare) -> None:
     def disk(*flags: str) -> dict[str, int]:
         assert prepare("--dry_run", *flags) == 0
         plan = json.loads((prepare.work / "plan.json").read_text())
@@ -390,7 +391,7 @@ def test_a_plan_counts_their_bytes(prepare) -> None:
         ({"teacher_logprobs": -1}, "--teacher_logprobs -1: must lie between 0 and 20"),
     ],
 )
-def test_what_cannot_be_is_refused_at_once(flags: dict[str, Any], message: str) -> None:
+def test_number_of_logprobs_out_of_range_is_refused(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         PrepareConfig(output_file="a.json", queries_file=("q.txt",), **flags)
 

@@ -23,7 +23,7 @@ FLAGS = (
 
 
 class Fresh:
-    """A file system that remembers nothing."""
+    """A file system without a cache."""
 
     def __init__(self, system: Any) -> None:
         self._system = system
@@ -41,13 +41,13 @@ def system(bucket: str) -> Any:
 
 
 def inside(bucket: str, keys: Iterable[str]) -> list[str]:
-    """The names of objects from the bucket on."""
+    """The names of objects, beginning with the bucket."""
     return [key.removeprefix(f"{bucket.partition('://')[2]}/") for key in keys]
 
 
 @pytest.fixture
 def remote(prepare, bucket: str, tmp_path: Path) -> Any:
-    """Run the command with all that it writes in the bucket; gives the status."""
+    """Run the command with all its output in the bucket. Returns the exit status."""
 
     def run(*flags: str, cache: str = "cache", output: str = f"{bucket}/out/train.json") -> int:
         return prepare(*FLAGS, "--output_file", output, "--cache_dir", str(tmp_path / cache), *flags)
@@ -57,7 +57,7 @@ def remote(prepare, bucket: str, tmp_path: Path) -> Any:
 
 @pytest.fixture
 def words(tiny_flags: list[str], corpus: Path, queries: Path, bucket: str) -> list[str]:
-    """The same as a command of its own, without its cache."""
+    """Run the same in another process, without this process's cache."""
     given = ["--corpus_path", str(corpus), "--queries_file", str(queries)]
     return [
         *(sys.executable, "-m", "scaledown.data.prepare_dataset", *tiny_flags, *FLAGS, *given),
@@ -67,7 +67,7 @@ def words(tiny_flags: list[str], corpus: Path, queries: Path, bucket: str) -> li
 
 @pytest.fixture
 def index(models, corpus: Path, bucket: str, tmp_path: Path) -> list[str]:
-    """A finished index in the bucket; gives the flag that names it."""
+    """Make an index in the bucket. Returns its flag."""
     flags = ["--retriever_model", str(models["splade"]), "--device", "cpu", "--corpus_path", str(corpus)]
     flags += ["--passages_per_shard", "20", "--cache_dir", str(tmp_path / "index machine")]
     assert build_index.main([*flags, "--index_dir", f"{bucket}/index"]) == 0
@@ -135,7 +135,7 @@ def test_run_in_bucket_gives_the_bytes_of_a_local_one(
 def test_output_in_bucket_is_written_again_if_lost_or_damaged(
     remote, system, bucket, tmp_path, made, capsys
 ) -> None:
-    """Also where anybody has put objects with hostile names, or an earlier version has left its notes."""
+    """Also if the bucket has objects with hostile names, or notes of an earlier version."""
     output, name = f"{bucket}/out/train.json", bucket.removeprefix("s3://")
     assert remote() == 0
     content = system.cat_file(output)
@@ -162,14 +162,14 @@ def test_output_in_bucket_is_written_again_if_lost_or_damaged(
     system.pipe_file(f"{bucket}/other.json", b"mine")
     capsys.readouterr()
     assert remote("--work_dir", f"{output}.work", output=f"{bucket}/other.json") == 1
-    assert f"--output_file {bucket}/other.json is there already" in capsys.readouterr().err
+    assert f"--output_file {bucket}/other.json already exists" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_killed_run_is_continued_by_another_machine(
     words, remote, prepare, system, bucket, tmp_path, made, capsys
 ) -> None:
-    """The other has a cache of its own, and finds only what is in the bucket."""
+    """The other machine has its own cache, and finds only the content of the bucket."""
     assert prepare(*FLAGS) == 0
     every = sorted(made)
     made.clear()
@@ -225,7 +225,7 @@ def test_machines_share_a_run_by_parts(words, prepare, queries, index, system, b
     assert not [key for key in keys if "/locks/" in key or "/live/" in key]
 
 
-def test_parts_want_an_index_first(remote, bucket, capsys) -> None:
+def test_parts_need_a_finished_index(remote, bucket, capsys) -> None:
     for flags in (["--shard", "0/2"], ["--executor", "ray", "--ray_address", "local"]):
         assert remote(*flags) == 2
         err = capsys.readouterr().err
@@ -233,9 +233,7 @@ def test_parts_want_an_index_first(remote, bucket, capsys) -> None:
         assert "run `scaledown index --index_dir URL` with the same settings" in err.splitlines()[-1]
 
 
-def test_parts_in_bucket_want_synthetic_questions_first(
-    prepare, corpus, index, bucket, tmp_path, capsys
-) -> None:
+def test_parts_need_finished_synthetic_questions(prepare, corpus, index, bucket, tmp_path, capsys) -> None:
     flags = [*FLAGS, *index, "--corpus_path", str(corpus), "--output_file", f"{bucket}/out/train.json"]
     flags += ["--num_synthetic_queries", "4", "--cache_dir", str(tmp_path / "cache")]
     assert prepare(*flags, "--shard", "1/2", inputs=False) == 2
@@ -257,7 +255,7 @@ def test_index_command_fills_a_bucket_from_one_machine(capsys, index, models, co
     assert "--executor ray: in a bucket one machine makes the index" in capsys.readouterr().err
 
 
-def test_server_that_stays_away_ends_the_run_in_one_line(
+def test_unreachable_server_ends_the_run_with_one_line(
     remote, s3_server, bucket, monkeypatch, capsys, made
 ) -> None:
     monkeypatch.setattr(object_store, "_PATIENCE_SECONDS", 1)
@@ -286,7 +284,7 @@ def test_server_that_stays_away_ends_the_run_in_one_line(
 
 @pytest.fixture
 def strict(s3_server) -> Iterator[None]:
-    """A server that knows no keys."""
+    """A server that accepts no keys."""
     import requests
 
     host, port = s3_server.get_host_and_port()
@@ -314,7 +312,7 @@ def test_missing_bucket_is_an_error(remote, prepare, bucket, capsys) -> None:
     assert "hf:// cannot be written to" in capsys.readouterr().err
 
 
-def test_an_index_in_a_bucket_changes(models, corpus, bucket, tmp_path, monkeypatch) -> None:
+def test_index_in_bucket_can_be_changed(models, corpus, bucket, tmp_path, monkeypatch) -> None:
     from scaledown.cli import main
     from scaledown.data.retrieval import IndexRetriever
 

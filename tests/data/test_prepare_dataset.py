@@ -1,4 +1,4 @@
-"""The main command from end to end on tiny models: results, resuming, and everything a user can get wrong."""
+"""The main command with tiny models: results, resuming, and errors of users."""
 
 import dataclasses
 import gzip
@@ -23,15 +23,15 @@ from scaledown.data.manifest import compared_settings
 from scaledown.data.reranker.api import load_reranker, resolve_reranker
 from scaledown.data.reranker.base import Pair
 from scaledown.data.session import enter
+from scaledown.devices.halving import Halving
 from scaledown.errors import install_command
-from scaledown.models import Halving
 
 LOADING = (
     "scaledown.data.prepare_dataset.load_encoder",
     "scaledown.data.reranker.api.load_reranker",
     "scaledown.data.session.teachers.load_teacher",
 )
-"""What loads the models of a run."""
+"""The functions that load the models of a run."""
 
 RERANK = ("--enable_reranking", "--top_k_retrieval", "6", "--top_k_reranking", "3")
 
@@ -86,7 +86,7 @@ def test_reranked_run_and_its_manifest(prepare, tmp_path) -> None:
     assert not [path for path in prepare.work.rglob("*") if path.suffix in {".pkl", ".pt", ".tmp"}]
 
 
-def test_the_scores_belong_to_their_documents(prepare, models) -> None:
+def test_scores_belong_to_their_documents(prepare, models) -> None:
     prepare(*RERANK)
     for record in records(prepare.output):
         pairs = [Pair(record["query"], document) for document in record["documents"]]
@@ -129,7 +129,7 @@ def test_sigmoid_changes_only_the_scale(prepare, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
-def test_other_formats_hold_the_same(ending: str, prepare, tmp_path) -> None:
+def test_all_formats_have_the_same_records(ending: str, prepare, tmp_path) -> None:
     import pyarrow.parquet as pq
 
     prepare(*RERANK)
@@ -142,7 +142,7 @@ def test_other_formats_hold_the_same(ending: str, prepare, tmp_path) -> None:
     assert found == records(prepare.output)
 
 
-def test_dense_retrieval_by_naming_a_bi_encoder(prepare, models, capsys) -> None:
+def test_bi_encoder_is_used_for_dense_retrieval(prepare, models, capsys) -> None:
     assert prepare("--retriever_model", str(models["dense"]), "--top_k_retrieval", "3") == 0
     assert "dense" in capsys.readouterr().err
     assert len(records(prepare.output)[0]["documents"]) == 3
@@ -154,7 +154,7 @@ def test_query_likelihood_reranking(prepare, models) -> None:
     assert all(0 < score < 1 for record in records(prepare.output) for score in record["reranking_scores"])
 
 
-def test_no_corpus_uses_the_sample_and_says_so(prepare, queries, capsys) -> None:
+def test_run_without_corpus_uses_the_sample(prepare, queries, capsys) -> None:
     assert prepare("--queries_file", str(queries), "--top_k_retrieval", "2", inputs=False) == 0
     assert "using the sample corpus" in capsys.readouterr().err
     manifest = json.loads((prepare.work / "manifest.json").read_text())
@@ -173,7 +173,7 @@ def test_top_k_above_the_corpus_warns_and_returns_all(prepare, corpus, capsys) -
 # Resuming
 
 
-def test_a_finished_run_has_nothing_to_do(prepare, monkeypatch, capsys) -> None:
+def test_finished_run_has_nothing_to_do(prepare, monkeypatch, capsys) -> None:
     prepare(*RERANK)
     before = prepare.output.stat()
     for name in (*LOADING, "scaledown.data.prepare_dataset.open_index", f"{enter.__name__}.choose_device"):
@@ -183,7 +183,7 @@ def test_a_finished_run_has_nothing_to_do(prepare, monkeypatch, capsys) -> None:
     assert prepare.output.stat().st_mtime_ns == before.st_mtime_ns
 
 
-def test_a_finished_run_needs_no_heavy_library(prepare, corpus, queries) -> None:
+def test_finished_run_imports_no_heavy_library(prepare, corpus, queries) -> None:
     prepare(*RERANK)
     code = (
         "import sys; from scaledown.data.prepare_dataset import main; "
@@ -194,7 +194,7 @@ def test_a_finished_run_needs_no_heavy_library(prepare, corpus, queries) -> None
     subprocess.run([sys.executable, "-c", code, "--config", str(manifest)], check=True, capture_output=True)
 
 
-def test_a_lost_output_is_written_again_without_any_model(prepare, monkeypatch) -> None:
+def test_lost_output_is_written_again_without_a_model(prepare, monkeypatch) -> None:
     prepare(*RERANK)
     content = prepare.output.read_bytes()
     for name in LOADING:
@@ -204,7 +204,7 @@ def test_a_lost_output_is_written_again_without_any_model(prepare, monkeypatch) 
     assert prepare.output.read_bytes() == content
 
 
-def test_an_edited_output_is_left_as_it_is(prepare, capsys) -> None:
+def test_edited_output_is_not_changed(prepare, capsys) -> None:
     prepare(*RERANK)
     prepare.output.write_text(json.dumps([{"query": "mine", "documents": ["d"], "answer": "a"}]))
     assert prepare(*RERANK) == 0
@@ -213,7 +213,7 @@ def test_an_edited_output_is_left_as_it_is(prepare, capsys) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "garbage", "[{}]", '[{"query": "a"'])
-def test_a_damaged_output_is_written_again(content, prepare) -> None:
+def test_damaged_output_is_written_again(content, prepare) -> None:
     prepare(*RERANK)
     whole = prepare.output.read_bytes()
     prepare.output.write_text(content)
@@ -221,7 +221,7 @@ def test_a_damaged_output_is_written_again(content, prepare) -> None:
     assert prepare.output.read_bytes() == whole
 
 
-def test_a_linked_output_stays_a_link(prepare, tmp_path) -> None:
+def test_output_that_is_a_link_stays_a_link(prepare, tmp_path) -> None:
     target = tmp_path / "disk" / "data"
     prepare.output.symlink_to(target)
     assert prepare("--top_k_retrieval", "2") == 0
@@ -233,10 +233,10 @@ def test_a_linked_output_stays_a_link(prepare, tmp_path) -> None:
     assert len(records(target)[0]["documents"]) == 3
 
 
-def test_an_output_that_no_run_made_is_left_alone(prepare, tmp_path, capsys) -> None:
+def test_output_of_another_program_is_not_changed(prepare, tmp_path, capsys) -> None:
     prepare.output.write_text("mine")
     assert prepare("--top_k_retrieval", "2") == 1
-    assert f"error: --output_file {prepare.output} is there already" in capsys.readouterr().err
+    assert f"error: --output_file {prepare.output} already exists" in capsys.readouterr().err
     assert prepare.output.read_text() == "mine"
     prepare.output.unlink()
     assert prepare("--top_k_retrieval", "2") == 0
@@ -253,7 +253,7 @@ def test_an_output_that_no_run_made_is_left_alone(prepare, tmp_path, capsys) -> 
     assert f"train --train_data '{other}' --output_dir" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_a_changed_setting_redoes_its_stage_and_those_after_it(prepare, monkeypatch) -> None:
+def test_changed_setting_repeats_its_stage_and_later_stages(prepare, monkeypatch) -> None:
     prepare(*RERANK)
     stages = {
         stage: os.listdir(prepare.work / stage) for stage in ("vectors", "candidates", "ranked", "answers")
@@ -269,7 +269,7 @@ def test_a_changed_setting_redoes_its_stage_and_those_after_it(prepare, monkeypa
     assert prepare(*RERANK) == 0, "changing it back finds the earlier shards"
 
 
-def test_a_changed_corpus_redoes_everything_but_the_queries(prepare, corpus) -> None:
+def test_changed_corpus_repeats_all_stages_except_queries(prepare, corpus) -> None:
     prepare(*RERANK)
     corpus.write_text("".join(corpus.read_text().splitlines(keepends=True)[:6]))
     assert prepare(*RERANK) == 0
@@ -285,7 +285,7 @@ def shards(work: Path) -> list[Path]:
 
 
 class Undisturbed(NamedTuple):
-    """What a run gives that nothing disturbs."""
+    """The results of a run without a crash."""
 
     output: bytes
     shards: int
@@ -299,7 +299,7 @@ def known() -> dict[tuple[str, ...], Undisturbed]:
 
 @pytest.fixture
 def undisturbed(prepare, tmp_path, known, monkeypatch) -> Callable[..., Undisturbed]:
-    """A run by its flags, made once for all tests: it depends on no path. No run here draws its report."""
+    """A run for some flags, made once, since it does not depend on paths. Reports are not drawn."""
     monkeypatch.setattr("scaledown.data.session.result.report_of", lambda *_: None)
 
     def made(*flags: str) -> Undisturbed:
@@ -319,8 +319,10 @@ def stage_counts(work: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("crash_at", range(13))
-def test_a_crash_anywhere_changes_nothing(crash_at: int, prepare, monkeypatch, undisturbed) -> None:
-    """The process dies after its n-th shard; the same command then gives the bytes of an undisturbed run."""
+def test_run_continues_to_the_same_bytes_after_any_crash(
+    crash_at: int, prepare, monkeypatch, undisturbed
+) -> None:
+    """The process dies after its n-th shard; then the same command makes the expected bytes."""
     from scaledown.run.stage import Stage
 
     whole = undisturbed(*RERANK, *SHARDS)
@@ -357,7 +359,9 @@ def test_a_crash_anywhere_changes_nothing(crash_at: int, prepare, monkeypatch, u
     "stage", ["queries", "passages", "vectors", "candidates", "ranked", "answers", "reviewed"]
 )
 @pytest.mark.parametrize("flags", [(), ("--max_corpus_size", "7")], ids=["all", "limited"])
-def test_a_crash_before_a_stage_is_marked_as_done(stage, flags, prepare, monkeypatch, undisturbed) -> None:
+def test_run_continues_after_a_crash_before_a_stage_is_marked_as_done(
+    stage, flags, prepare, monkeypatch, undisturbed
+) -> None:
     from scaledown.run.stage import Stage
 
     whole = undisturbed(*RERANK, *SHARDS, *flags)
@@ -376,7 +380,7 @@ def test_a_crash_before_a_stage_is_marked_as_done(stage, flags, prepare, monkeyp
     assert stage_counts(prepare.work) == whole.counts
 
 
-def test_a_crash_while_writing_the_output_leaves_no_half_of_it(prepare, monkeypatch) -> None:
+def test_crash_while_writing_leaves_no_partial_output(prepare, monkeypatch) -> None:
     assert prepare("--top_k_retrieval", "2") == 0
     content = prepare.output.read_bytes()
     prepare.output.unlink()
@@ -444,7 +448,7 @@ def test_same_command_after_sigkill_makes_the_same_bytes(
     assert prepare.output.read_bytes() == whole.read_bytes()
 
 
-def test_a_manifest_repeats_its_run_from_any_folder(prepare, tmp_path, monkeypatch, corpus, capsys) -> None:
+def test_manifest_repeats_its_run_from_any_folder(prepare, tmp_path, monkeypatch, corpus, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     flags = ("--seed", "3", "--corpus_path", corpus.name, "--output_file", prepare.output.name)
     assert prepare(*RERANK, *flags) == 0
@@ -454,14 +458,14 @@ def test_a_manifest_repeats_its_run_from_any_folder(prepare, tmp_path, monkeypat
     manifest = prepare.work / "manifest.json"
     assert command.main(["--config", str(manifest), "--output_file", str(other)]) == 0
     assert other.read_bytes() == prepare.output.read_bytes()
-    assert "not a repetition" not in capsys.readouterr().err
+    assert "this run does not repeat" not in capsys.readouterr().err
     with corpus.open("a") as file:
         file.write('{"id": "new", "title": "New", "text": "New text."}\n')
     assert command.main(["--config", str(manifest), "--output_file", str(other)]) == 0
-    assert "not a repetition" in capsys.readouterr().err
+    assert "this run does not repeat" in capsys.readouterr().err
 
 
-def test_a_manifest_pins_the_revisions_of_hub_models(prepare, hub_cache, tiny_flags, corpus, queries) -> None:
+def test_manifest_pins_revisions_of_hub_models(prepare, hub_cache, tiny_flags, corpus, queries) -> None:
     from tiny import COMMIT
 
     names = ["--retriever_model", "naver/splade-v3", "--teacher_model", "microsoft/phi-2"]
@@ -473,7 +477,7 @@ def test_a_manifest_pins_the_revisions_of_hub_models(prepare, hub_cache, tiny_fl
     assert command.main(["--config", str(prepare.work / "manifest.json")]) == 0
 
 
-def test_another_number_of_documents_needs_no_scoring(prepare, monkeypatch) -> None:
+def test_changed_top_k_reranking_needs_no_scoring(prepare, monkeypatch) -> None:
     assert prepare("--top_k_retrieval", "6", "--top_k_reranking", "2") == 0
     monkeypatch.setattr(
         "scaledown.data.reranker.api.load_reranker", lambda *_: pytest.fail("a model was loaded again")
@@ -482,14 +486,14 @@ def test_another_number_of_documents_needs_no_scoring(prepare, monkeypatch) -> N
     assert {len(record["documents"]) for record in records(prepare.output)} == {4}
 
 
-def test_one_run_directory_serves_two_gpus() -> None:
+def test_run_directory_is_the_same_for_every_gpu() -> None:
     base = {"queries_file": ("q",), "output_file": "o.json"}
     assert compared_settings(PrepareConfig(**base, device="cuda:0")) == compared_settings(
         PrepareConfig(**base, device="cuda:1")
     )
 
 
-def test_the_function_is_the_command(prepare, models, corpus, queries, tmp_path) -> None:
+def test_function_makes_the_same_bytes_as_the_command(prepare, models, corpus, queries, tmp_path) -> None:
     prepare(*RERANK)
     manifest = json.loads((prepare.work / "manifest.json").read_text())
     settings = manifest["parameters"] | {"output_file": str(tmp_path / "f.json")}
@@ -532,7 +536,7 @@ def test_wrong_usage_exits_with_2(flags, match, prepare, capsys) -> None:
     assert not prepare.work.exists()
 
 
-def test_no_queries_flag(prepare, capsys, corpus) -> None:
+def test_run_without_queries_is_refused(prepare, capsys, corpus) -> None:
     error = refused(prepare, capsys, "--corpus_path", str(corpus), status=2, inputs=False)
     assert "give --queries_file" in error
 
@@ -552,9 +556,7 @@ def test_missing_inputs_exit_with_1(flags, match, prepare, capsys) -> None:
     assert match in refused(prepare, capsys, *flags)
 
 
-def test_a_teacher_that_cannot_answer_is_noticed_before_any_work(
-    prepare, models, capsys, monkeypatch
-) -> None:
+def test_unusable_teacher_is_refused_before_any_work(prepare, models, capsys, monkeypatch) -> None:
     import importlib.util
 
     model = ("--teacher_model", str(models["splade"]))
@@ -567,19 +569,19 @@ def test_a_teacher_that_cannot_answer_is_noticed_before_any_work(
     assert not prepare.work.exists()
 
 
-def test_empty_queries(prepare, queries, capsys) -> None:
+def test_empty_queries_file_is_refused(prepare, queries, capsys) -> None:
     queries.write_text("\n\n")
     assert "no queries" in refused(prepare, capsys)
 
 
-def test_a_corpus_with_no_valid_line(prepare, corpus, capsys) -> None:
+def test_corpus_without_valid_lines_is_refused(prepare, corpus, capsys) -> None:
     corpus.write_bytes(b"nonsense\n\xff\xfe\n")
     error = refused(prepare, capsys)
     assert "2 of 2 lines are malformed" in error
     assert "line 1" in error
 
 
-def test_lines_that_were_too_many_are_in_the_quarantine(prepare, corpus, capsys) -> None:
+def test_too_many_bad_lines_end_the_run_and_are_in_the_quarantine(prepare, corpus, capsys) -> None:
     corpus.write_text(corpus.read_text() + "broken\n" * 3)
     assert "3 of 15 lines" in refused(prepare, capsys)
     (file,) = (prepare.work / "quarantine").iterdir()
@@ -587,13 +589,13 @@ def test_lines_that_were_too_many_are_in_the_quarantine(prepare, corpus, capsys)
     assert prepare("--max_bad_fraction", "0.5") == 0
 
 
-def test_bad_lines_at_the_start_do_not_stop_a_good_corpus(prepare, corpus, queries) -> None:
+def test_few_bad_lines_at_the_start_do_not_end_the_run(prepare, corpus, queries) -> None:
     lines = [json.dumps({"id": str(n), "title": "T", "text": f"Text {n}."}) for n in range(300)]
     corpus.write_text("broken\n" * 12 + "\n".join(lines) + "\n")
     assert prepare("--top_k_retrieval", "1") == 0
 
 
-def test_an_output_inside_the_corpus_is_refused(prepare, tmp_path, capsys) -> None:
+def test_output_inside_the_corpus_is_refused(prepare, tmp_path, capsys) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "a.txt").write_text("A text.")
@@ -608,7 +610,7 @@ def test_an_output_inside_the_corpus_is_refused(prepare, tmp_path, capsys) -> No
 
 
 @pytest.mark.parametrize("place", ["corpus", "queries", "run directory"])
-def test_an_output_over_an_input_is_refused(place, prepare, corpus, queries, tmp_path, capsys) -> None:
+def test_output_that_is_an_input_is_refused(place, prepare, corpus, queries, tmp_path, capsys) -> None:
     content = corpus.read_bytes()
     queries.rename(tmp_path / "q.jsonl")
     (tmp_path / "q.jsonl").write_text('{"query": "What?"}\n')
@@ -622,7 +624,7 @@ def test_an_output_over_an_input_is_refused(place, prepare, corpus, queries, tmp
     assert corpus.read_bytes() == content
 
 
-def test_file_name_that_is_not_unicode(prepare, corpus, tmp_path, capsys) -> None:
+def test_file_name_that_is_not_unicode_is_read(prepare, corpus, tmp_path, capsys) -> None:
     name = os.fsdecode(b"caf\xe9.jsonl")
     try:
         corpus = corpus.rename(tmp_path / name)
@@ -633,7 +635,7 @@ def test_file_name_that_is_not_unicode(prepare, corpus, tmp_path, capsys) -> Non
     assert "PosixPath" not in error
 
 
-def test_only_files_that_are_read_from_a_corpus_folder_count(prepare, tmp_path, monkeypatch) -> None:
+def test_other_files_in_a_corpus_folder_change_nothing(prepare, tmp_path, monkeypatch) -> None:
     folder = tmp_path / "texts"
     (folder / "deeper").mkdir(parents=True)
     for name in ("a.txt", "deeper/a.txt"):
@@ -657,7 +659,7 @@ def test_escapes_in_data_do_not_reach_the_terminal_in_errors(prepare, queries, t
     assert "\x1b" not in error
 
 
-def test_scores_that_are_no_numbers_are_an_error(prepare, models, tmp_path, capsys) -> None:
+def test_scores_that_are_not_finite_are_an_error(prepare, models, tmp_path, capsys) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -669,7 +671,7 @@ def test_scores_that_are_no_numbers_are_an_error(prepare, models, tmp_path, caps
 
 
 def too_little_memory(monkeypatch: pytest.MonkeyPatch, stage: str, fits: int) -> str:
-    """Let the model of a stage run out of memory with more than `fits` texts; gives the stage's flag."""
+    """Let the model of a stage run out of memory with more than `fits` texts. Returns the stage's flag."""
     import torch
     from sentence_transformers import SparseEncoder
     from transformers import BertForSequenceClassification, LlamaForCausalLM
@@ -694,17 +696,17 @@ def too_little_memory(monkeypatch: pytest.MonkeyPatch, stage: str, fits: int) ->
     return flag
 
 
-def test_an_index_in_the_run_directory_is_refused(prepare, capsys) -> None:
+def test_index_in_the_run_directory_is_refused(prepare, capsys) -> None:
     assert "name another folder" in refused(prepare, capsys, "--index_dir", str(prepare.work), status=2)
 
 
-def test_an_output_that_links_to_itself_is_refused(prepare, capsys) -> None:
+def test_output_that_links_to_itself_is_refused(prepare, capsys) -> None:
     prepare.output.symlink_to(prepare.output)
     assert "link to itself" in refused(prepare, capsys)
 
 
 @pytest.mark.parametrize("stage", ["vectors", "ranked", "answers"])
-def test_a_batch_that_runs_out_of_memory_is_halved_and_recorded(stage, prepare, monkeypatch) -> None:
+def test_batch_that_runs_out_of_memory_is_halved_and_recorded(stage, prepare, monkeypatch) -> None:
     too_little_memory(monkeypatch, stage, fits=2)
     assert prepare(*RERANK) == 0
     counts = json.loads((prepare.work / "manifest.json").read_text())["stages"]
@@ -713,12 +715,14 @@ def test_a_batch_that_runs_out_of_memory_is_halved_and_recorded(stage, prepare, 
 
 
 @pytest.mark.parametrize("stage", ["vectors", "ranked", "answers"])
-def test_no_room_for_a_single_text_names_the_flag(stage, prepare, monkeypatch, capsys) -> None:
+def test_too_little_memory_for_one_text_is_an_error_with_the_flag(
+    stage, prepare, monkeypatch, capsys
+) -> None:
     flag = too_little_memory(monkeypatch, stage, fits=0)
     assert f"out of memory with one text at a time ({flag} 1)" in refused(prepare, capsys, *RERANK)
 
 
-def test_no_answer_at_all_is_an_error(prepare, queries, tmp_path, capsys) -> None:
+def test_run_without_any_answer_is_an_error(prepare, queries, tmp_path, capsys) -> None:
     import tiny
 
     model = tiny.causal_lm(tmp_path / "short", positions=300)
@@ -727,7 +731,7 @@ def test_no_answer_at_all_is_an_error(prepare, queries, tmp_path, capsys) -> Non
     assert "no query was answered" in error
 
 
-def test_a_truncated_gzip(prepare, tmp_path, corpus, capsys) -> None:
+def test_truncated_gzip_is_an_error(prepare, tmp_path, corpus, capsys) -> None:
     path = tmp_path / "c.jsonl.gz"
     path.write_bytes(gzip.compress(corpus.read_bytes())[:-100])
     assert "cut short" in refused(prepare, capsys, "--corpus_path", str(path))
@@ -745,11 +749,11 @@ def test_malformed_lines_are_counted_and_the_run_continues(prepare, corpus, caps
     assert prepare(*flags, "--strict") == 1
     quarantine = prepare.work / "quarantine"
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"error: --strict: 1 line or query is in {quarantine}, each with its reason: mend them"
+    assert last == f"error: --strict: 1 line or query is in {quarantine}, each with its reason: correct them"
 
 
 @pytest.mark.parametrize("place", ["folder", "under a file", "no permission"])
-def test_an_output_that_cannot_be_written_is_noticed_before_any_model(
+def test_unwritable_output_is_refused_before_any_model_is_loaded(
     place, prepare, tmp_path, capsys, monkeypatch
 ):
     for module, name in ((enter, "find"), (command, "load_encoder")):
@@ -768,14 +772,14 @@ def test_an_output_that_cannot_be_written_is_noticed_before_any_model(
     assert f"--output_file {output}" in error
 
 
-def test_a_run_directory_of_a_live_run_with_other_settings(prepare, capsys) -> None:
+def test_run_directory_in_use_with_other_settings_is_refused(prepare, capsys) -> None:
     from scaledown.run.directory import RunDirectory
 
     with RunDirectory(prepare.work).claim("other settings"):
         assert "in use by a live run" in refused(prepare, capsys)
 
 
-def test_an_unexpected_error_is_one_line_and_debug_shows_it(prepare, capsys, monkeypatch) -> None:
+def test_unexpected_error_is_one_line_unless_debug(prepare, capsys, monkeypatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a bug\nof two lines")
 
@@ -785,7 +789,7 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_it(prepare, capsys, mon
         prepare("--debug")
 
 
-def test_a_teacher_that_fails_loses_nothing_before_it(prepare, capsys, monkeypatch) -> None:
+def test_failed_teacher_loses_no_earlier_work(prepare, capsys, monkeypatch) -> None:
     def no_memory(*_: object) -> None:
         raise MemoryError
 
@@ -798,7 +802,7 @@ def test_a_teacher_that_fails_loses_nothing_before_it(prepare, capsys, monkeypat
     assert prepare(*RERANK) == 0
 
 
-def test_one_impossible_query_does_not_end_the_run(prepare, queries, tmp_path, capsys) -> None:
+def test_query_that_does_not_fit_does_not_end_the_run(prepare, queries, tmp_path, capsys) -> None:
     import tiny
 
     model = tiny.causal_lm(tmp_path / "short", positions=300)
@@ -814,9 +818,7 @@ def test_one_impossible_query_does_not_end_the_run(prepare, queries, tmp_path, c
     assert prepare(*flags, "--strict") == 1
 
 
-def test_hostile_text_reaches_the_output_as_it_is_and_not_the_terminal(
-    prepare, corpus, queries, capsys
-) -> None:
+def test_hostile_text_is_in_the_output_but_not_on_the_terminal(prepare, corpus, queries, capsys) -> None:
     evil = '\x1b[31mred\x1b[0m <script>alert("x")</script> \u202e \x00end'
     corpus.write_text(json.dumps({"id": "../../x", "title": evil, "text": [evil, evil + "."]}) + "\n")
     queries.write_text(evil.replace("\n", " ") + "\n")
@@ -829,7 +831,7 @@ def test_hostile_text_reaches_the_output_as_it_is_and_not_the_terminal(
 
 
 class Scripted:
-    """Writes a usable question for two passages of three, and example topics for the rest."""
+    """Writes a usable question for two of three passages, and example topics for the third."""
 
     halving = Halving("--teacher_batch_size")
 
@@ -869,7 +871,9 @@ def test_halved_batches_of_synthetic_queries_are_recorded(prepare, corpus, monke
 
 
 @pytest.mark.parametrize("crash_at", range(1, 5))
-def test_synthetic_queries_survive_a_crash(crash_at: int, prepare, corpus, monkeypatch, tmp_path) -> None:
+def test_synthetic_queries_are_the_same_after_a_crash(
+    crash_at: int, prepare, corpus, monkeypatch, tmp_path
+) -> None:
     from scaledown.run.stage import Stage
 
     monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: Scripted())
@@ -895,7 +899,7 @@ def test_synthetic_queries_survive_a_crash(crash_at: int, prepare, corpus, monke
 
 
 @pytest.mark.slow
-def test_a_real_teacher_writes_real_questions(prepare, corpus) -> None:
+def test_real_teacher_writes_questions(prepare, corpus) -> None:
     flags = ("--teacher_model", "bundled:smollm2-135m", "--max_new_tokens", "40", "--top_k_retrieval", "1")
     assert prepare("--corpus_path", str(corpus), "--num_synthetic_queries", "6", *flags, inputs=False) == 0
     made = records(prepare.output)
@@ -904,6 +908,6 @@ def test_a_real_teacher_writes_real_questions(prepare, corpus) -> None:
     assert all(question.endswith("?") and "example topic" not in question for question in questions)
 
 
-def test_a_teacher_without_questions_is_an_error(prepare, corpus, capsys) -> None:
+def test_teacher_that_writes_no_question_is_an_error(prepare, corpus, capsys) -> None:
     flags = ("--corpus_path", str(corpus), "--num_synthetic_queries", "2")
     assert "no usable question" in refused(prepare, capsys, *flags, inputs=False)

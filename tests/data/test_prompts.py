@@ -20,7 +20,7 @@ def test_known_prompts_have_names() -> None:
         ("{question}\n---\n{documents}", "Why?\n---\na\n\nb"),
     ],
 )
-def test_a_prompt_of_your_own_is_a_file(text: str, shown: str, tmp_path: Path) -> None:
+def test_template_is_read_from_a_file(text: str, shown: str, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text(text)
     prompt = answer_prompt("1", "Why?", ["a", "b"], 0.0, load_template(str(tmp_path / "prompt.txt")))
     assert prompt.system == ""
@@ -28,21 +28,21 @@ def test_a_prompt_of_your_own_is_a_file(text: str, shown: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("text", ["{documents}", "{question}", "{documents} {question} {question}", ""])
-def test_a_prompt_without_its_places_is_refused(text: str, tmp_path: Path) -> None:
+def test_template_without_its_placeholders_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text(text)
-    with pytest.raises(UsageError, match="stands there once"):
+    with pytest.raises(UsageError, match="must be there once"):
         load_template(str(tmp_path / "prompt.txt"))
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe{documents}"])
-def test_a_prompt_that_cannot_be_read_is_refused(content: bytes | None, tmp_path: Path) -> None:
+def test_template_that_cannot_be_read_is_refused(content: bytes | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "prompt.txt").write_bytes(content)
     with pytest.raises(InputError, match="cannot be read"):
         load_template(str(tmp_path / "prompt.txt"))
 
 
-def test_digest_depends_on_the_shown_prompt_only() -> None:
+def test_digest_depends_only_on_the_text_for_the_teacher() -> None:
     one = answer_prompt("1", "Why?", ["a"], 0.0)
     assert one.digest == answer_prompt("2", "Why?", ["a"], 0.0).digest
     others = [("Why not?", ["a"], 0.0), ("Why?", ["b"], 0.0), ("Why?", ["a"], 0.5), ("Why?", ["a", ""], 0.0)]

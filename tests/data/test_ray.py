@@ -1,4 +1,4 @@
-"""A run on a Ray cluster of two nodes on this machine: the same bytes, also when a node goes away."""
+"""A run on a Ray cluster of two nodes on this machine has the same bytes, also if a node is lost."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def cluster(tmp_path_factory, monkeypatch) -> Iterator[Any]:
     shutil.rmtree(PLACE, ignore_errors=True)
 
 
-def test_a_node_goes_away_and_the_bytes_are_the_same(cluster, prepare, queries, tmp_path, capsys) -> None:
+def test_run_has_the_same_bytes_after_a_node_is_lost(cluster, prepare, queries, tmp_path, capsys) -> None:
     queries.write_text("".join(f"What is number {number}?\n" for number in range(24)))
     whole = tmp_path / "whole.json"
     assert prepare(*RERANK, *SHARDS, "--output_file", str(whole)) == 0
@@ -74,7 +74,7 @@ def test_a_node_goes_away_and_the_bytes_are_the_same(cluster, prepare, queries, 
     assert len(made) - len(set(made)) <= 1
 
 
-def test_no_cluster_says_so() -> None:
+def test_missing_cluster_is_an_error() -> None:
     from scaledown.run.ray_pool import RayPool
 
     with pytest.raises(UsageError, match="no Ray cluster answers.*ray start"):

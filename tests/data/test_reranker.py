@@ -16,7 +16,7 @@ from scaledown.data.reranker.base import Pair
 from scaledown.data.reranker.pair_tokens import PairTokens
 from scaledown.data.reranker.query_likelihood import QueryLikelihoodReranker
 from scaledown.errors import InputError, ModelError, UsageError
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 
 RECORDS = [
     {
@@ -58,7 +58,7 @@ def test_cross_encoder_scores_are_raw_logits(models) -> None:
 
 
 def test_query_likelihood_is_the_mean_log_probability_of_the_question(models) -> None:
-    """Against one plain forward pass a pair, Sachan et al. 2022."""
+    """Compared with a plain forward pass for each pair (Sachan et al. 2022)."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -90,12 +90,12 @@ REPEATED = [
 
 
 def alone(reranker: QueryLikelihoodReranker, pairs: list[Pair]) -> list[float]:
-    """Each pair in a batch of its own: nothing is shared or padded."""
+    """Score each pair in its own batch, without sharing or padding."""
     return [reranker.score([pair], lambda _: None)[0] for pair in pairs]
 
 
 @pytest.mark.parametrize("size", [1, 4, 16, 64])
-def test_questions_that_share_a_passage_have_the_scores_of_pairs(size, models) -> None:
+def test_questions_that_share_a_passage_have_the_same_scores_as_pairs(size, models) -> None:
     reranker = load_reranker(resolve_reranker(f"ql:{models['causal_lm']}"), "cpu", "float32", size)
     assert reranker._together
     scores = reranker.score(REPEATED, lambda _: None)
@@ -103,7 +103,7 @@ def test_questions_that_share_a_passage_have_the_scores_of_pairs(size, models) -
     assert best_first(scores, len(scores)) == best_first(alone(reranker, REPEATED), len(scores))
 
 
-def test_a_passage_is_read_once_and_many_questions_stay_in_batches(models, monkeypatch) -> None:
+def test_passage_is_read_once_and_questions_are_split_into_batches(models, monkeypatch) -> None:
     reranker = load_reranker(resolve_reranker(f"ql:{models['causal_lm']}"), "cpu", "float32", 8)
     read: list[torch.Tensor] = []
     forward = reranker._model.forward
@@ -125,7 +125,7 @@ def test_a_passage_is_read_once_and_many_questions_stay_in_batches(models, monke
     assert [len(ids) for ids in read] == [2]  # too long to share a row
 
 
-def test_a_model_that_heeds_no_mask_scores_pair_by_pair(models, monkeypatch, caplog) -> None:
+def test_model_that_ignores_the_mask_scores_pairs(models, monkeypatch, caplog) -> None:
     from transformers import LlamaForCausalLM
 
     source = resolve_reranker(f"ql:{models['causal_lm']}")
@@ -144,22 +144,22 @@ def test_a_model_that_heeds_no_mask_scores_pair_by_pair(models, monkeypatch, cap
     np.testing.assert_allclose(reranker.score(REPEATED, lambda _: None), expected, atol=1e-5)
 
 
-def test_a_packed_batch_without_memory_is_halved_to_pairs(models, monkeypatch) -> None:
+def test_packed_batch_that_runs_out_of_memory_is_halved_to_pairs(models, monkeypatch) -> None:
     reranker = load_reranker(resolve_reranker(f"ql:{models['causal_lm']}"), "cpu", "float32", 16)
     expected = reranker.score(REPEATED, lambda _: None)
-    batch = reranker._batch
+    launch = reranker._launch
 
     def small(asked):
         if len(asked) > 1:
             raise RuntimeError("out of memory")
-        return batch(asked)
+        return launch(asked)
 
-    monkeypatch.setattr(reranker, "_batch", small)
+    monkeypatch.setattr(reranker, "_launch", small)
     np.testing.assert_allclose(reranker.score(REPEATED, lambda _: None), expected, atol=1e-5)
     assert reranker.halving.count
 
 
-def test_a_document_beyond_the_context_loses_its_end(models) -> None:
+def test_document_longer_than_the_context_is_cut_at_its_end(models) -> None:
     reranker = load_reranker(resolve_reranker(f"ql:{models['causal_lm']}"), "cpu", "float32", 2)
     (score,) = reranker.score([Pair("what", "word " * 9000)], lambda _: None)
     assert math.isfinite(score)
@@ -200,7 +200,7 @@ def test_ties_keep_their_order() -> None:
     assert best_first([1.0, 2.0, 2.0, 1.0], 3) == [1, 2, 0]
 
 
-def test_wrong_use_is_one_clear_error(models) -> None:
+def test_wrong_arguments_are_an_error(models) -> None:
     model = str(models["cross_encoder"])
     with pytest.raises(UsageError, match="top_k"):
         add_reranking_scores(RECORDS, model, top_k=0)
@@ -214,7 +214,7 @@ def test_wrong_use_is_one_clear_error(models) -> None:
 
 @pytest.mark.parametrize(("prefix", "kind"), [("ql:", "causal_lm"), ("", "cross_encoder")])
 def test_rerankers_need_no_sentence_transformers(prefix, kind, models) -> None:
-    """It takes longer to import than all else that a worker needs."""
+    """Importing it takes longer than everything else that a worker needs."""
     code = """if True:
         import sys
         from scaledown.data.reranker import add_reranking_scores
@@ -226,13 +226,13 @@ def test_rerankers_need_no_sentence_transformers(prefix, kind, models) -> None:
     assert done.stdout == "1 False\n"
 
 
-def test_a_classifier_is_no_reranker(models, tmp_path) -> None:
+def test_classifier_is_refused_as_reranker(models, tmp_path) -> None:
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
     AutoTokenizer.from_pretrained(models["cross_encoder"]).save_pretrained(tmp_path)
     config = BertConfig.from_pretrained(models["cross_encoder"], num_labels=3)
     BertForSequenceClassification(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="3 scores a pair"):
+    with pytest.raises(ModelError, match="3 scores for a pair"):
         load_reranker(resolve_reranker(str(tmp_path)), "cpu", "float32", 2)
 
 
@@ -244,8 +244,8 @@ ODD = [
 
 
 @pytest.mark.parametrize("size", [1, 3, 16])
-def test_texts_tokenised_once_give_the_scores_of_pairs(size, models, monkeypatch) -> None:
-    """To the bit, against `CrossEncoder.predict`, which tokenises each pair."""
+def test_texts_tokenised_once_have_the_same_scores_as_pairs(size, models, monkeypatch) -> None:
+    """The scores equal those of `CrossEncoder.predict`, which tokenises each pair, bit for bit."""
     source = resolve(str(models["cross_encoder"]))
     monkeypatch.setattr(rerankers, "_pair_tokens", lambda _: (None, "to compare"))
     expected = load_reranker(source, "cpu", "float32", size).score([*ODD, *PAIRS], lambda _: None)
@@ -255,7 +255,7 @@ def test_texts_tokenised_once_give_the_scores_of_pairs(size, models, monkeypatch
 
 
 @pytest.mark.parametrize("longest", [4, 7, 24, 100])
-def test_pairs_of_ids_are_what_the_tokenizer_makes(longest, models) -> None:
+def test_pairs_of_ids_equal_the_tokenizers_pairs(longest, models) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(models["cross_encoder"], model_max_length=longest)
@@ -275,7 +275,7 @@ def test_pairs_of_ids_are_what_the_tokenizer_makes(longest, models) -> None:
         assert torch.equal(values, expected[name]), name
 
 
-def test_a_text_is_tokenised_once(models, monkeypatch) -> None:
+def test_each_text_is_tokenised_once(models, monkeypatch) -> None:
     reranker = load_reranker(resolve(str(models["cross_encoder"])), "cpu", "float32", 2)
     read: list[str] = []
     tokenizer = reranker._tokens._tokenizer
@@ -290,20 +290,20 @@ def test_a_text_is_tokenised_once(models, monkeypatch) -> None:
     assert sorted(read) == ["a", "b", "one", "three", "two"]
 
 
-def test_a_tokenizer_with_rules_of_its_own_reads_pairs(models, monkeypatch, caplog) -> None:
+def test_tokenizer_with_special_rules_reads_pairs(models, monkeypatch, caplog) -> None:
     source = resolve(str(models["cross_encoder"]))
     expected = load_reranker(source, "cpu", "float32", 4).score(ODD, lambda _: None)
     features = PairTokens.features
     monkeypatch.setattr(PairTokens, "features", lambda self, pairs: features(self, pairs[::-1]))
     caplog.set_level(logging.INFO, "scaledown")
     assert load_reranker(source, "cpu", "float32", 4).score(ODD, lambda _: None) == expected
-    assert "its tokens of a pair are not those of its texts" in caplog.text
+    assert "its tokenizer changes the tokens of texts in a pair" in caplog.text
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "data" / "xquad-dev").is_dir(), reason="needs ../shared/data/xquad-dev")
 def test_query_likelihood_finds_real_paragraphs(caplog) -> None:
-    """The gold paragraph among five of its article, 12 real questions."""
+    """12 real questions, each with the five paragraphs of its article."""
     caplog.set_level(logging.INFO, "scaledown")
     folder = SHARED / "data" / "xquad-dev"
     articles = {
@@ -320,7 +320,7 @@ def test_query_likelihood_finds_real_paragraphs(caplog) -> None:
     assert np.mean(hits) >= 0.75
 
 
-def test_scores_in_bfloat16_do_not_fall_onto_few_numbers(models) -> None:
+def test_scores_in_bfloat16_are_distinct(models) -> None:
     reranker = load_reranker(resolve(str(models["cross_encoder"])), "cpu", "bfloat16", 4)
     pairs = [Pair("Who painted it?", f"Number {number} was painted by Ada.") for number in range(8)]
     scores = reranker.score(pairs, lambda _: None)

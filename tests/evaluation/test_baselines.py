@@ -15,7 +15,7 @@ from scaledown.config.evaluate import SYSTEMS, EvaluateConfig
 from scaledown.data.prompts import VERSION as PROMPT_VERSION
 from scaledown.evaluation import baselines, systems
 from scaledown.evaluation.results import read_results
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.run.directory import SCHEMA, fingerprint
 from scaledown.student.inference.compressing import Pointed
 from scaledown.student.model import ScaleDownModel

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 from scaledown.cli import main
+from scaledown.config.train import TrainConfig
+from scaledown.errors import UsageError
 from scaledown.evaluation import compare as command
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
 from scaledown.student.training import run as run_of_training
@@ -227,6 +230,26 @@ def test_settings_are_trained_first_and_once(
     with pytest.raises(TypeError):  # another model: it is timed anew
         compare(*runs, "--debug")
     assert len(list((tmp_path / "out" / "models").iterdir())) == 3
+
+
+def test_training_names_the_command_that_makes_the_same_run(
+    compare: Compare, models: dict[str, Path], data: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """For GPUs that are idle: `torchrun … -m scaledown` and this command, then the comparison again."""
+    commands: list[list[str]] = []
+    asked: list[TrainConfig] = []
+
+    def noted(config: TrainConfig, *, command: str = "", **_: Any) -> None:
+        asked.append(config)
+        commands.append(shlex.split(command))
+        raise UsageError("seen")
+
+    monkeypatch.setattr(run_of_training, "train", noted)
+    generator = str(models["causal_lm"])
+    path = settings(tmp_path / "one two.json", generator_model=generator, train_data=[str(data)])
+    assert compare(path) == 2
+    assert main(commands[0]) == 2
+    assert asked[0] == asked[1]
 
 
 @pytest.mark.parametrize(

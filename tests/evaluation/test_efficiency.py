@@ -9,7 +9,7 @@ import torch
 
 from scaledown.evaluation import efficiency
 from scaledown.evaluation.efficiency import COMPRESSED, UNCOMPRESSED, Seconds, Shape, costs, inputs
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
 

@@ -15,12 +15,13 @@ import torch
 from conftest import ROOT
 from misbehaving import Misbehaving
 from scaledown.cli import main
+from scaledown.devices.choice import choose_device
 from scaledown.evaluation import judge as judging
 from scaledown.evaluation import systems
 from scaledown.evaluation.results import read_results
 from scaledown.evaluation.scoring import _first_of_each_order
 from scaledown.metrics import accuracy, f1
-from scaledown.models import choose_device, resolve
+from scaledown.models.sources import resolve
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
 from web import Server
@@ -486,7 +487,7 @@ def test_another_results_file_is_left_alone(
     output.mkdir()
     (output / "results.json").write_text('{"mine": 1}')
     assert evaluate() == 1
-    assert "results.json is there already" in capsys.readouterr().err
+    assert "results.json already exists" in capsys.readouterr().err
     assert (output / "results.json").read_text() == '{"mine": 1}'
 
 

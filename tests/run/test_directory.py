@@ -15,8 +15,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from scaledown.devices.halving import Halving
 from scaledown.errors import ModelError, OutputError, RunDirectoryError
-from scaledown.models import Halving
 from scaledown.run.atomic import atomic, check_writable, read_json, write_json
 from scaledown.run.directory import RunDirectory, fingerprint
 from scaledown.run.stage import Stage
@@ -70,6 +70,56 @@ def test_stages_keep_their_shards_by_settings(tmp_path: Path) -> None:
     assert again.finished().counts == {"rows": 3}
     with pytest.raises(RunDirectoryError, match="unfinished"):
         other.finished()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "why"),
+    [
+        ({"top_k": 10}, {"top_k": 8}, "top_k is 8 (was 10)"),
+        ({"column": ""}, {"column": "q"}, "column is q (was not set)"),
+        ({}, {"search_memory": 1.5}, "search_memory is 1.5 (was not set)"),
+        ({"vectors": "0" * 16, "n": 1}, {"vectors": "1" * 16, "n": 1}, "vectors changed"),
+        ({"teacher": "sha256:" + "0" * 64}, {"teacher": "served:m"}, "teacher changed"),
+        ({"files": ["a"]}, {"files": ["b"]}, "files changed"),
+        ({"a": 1, "b": 1}, {"a": 2, "b": 2}, "a is 2 (was 1), b is 2 (was 1)"),
+    ],
+)
+def test_log_says_why_a_stage_is_made_again(before, now, why, tmp_path: Path, caplog) -> None:
+    Stage(RunDirectory(tmp_path), "ranked", before).complete(1, table)
+    with caplog.at_level("INFO", "scaledown"):
+        Stage(RunDirectory(tmp_path), "ranked", now)
+    assert f"ranked: made again, because {why}; earlier results stay in {tmp_path / 'ranked'}" in caplog.text
+
+
+def test_a_new_stage_is_compared_with_the_nearest_earlier_one(tmp_path: Path, caplog) -> None:
+    for settings in ({"a": 1, "b": 1}, {"a": 2, "b": 1}, {"a": 5, "b": 6}):
+        Stage(RunDirectory(tmp_path), "ranked", settings).write(0, table(0))
+    caplog.clear()
+    with caplog.at_level("INFO", "scaledown"):
+        Stage(RunDirectory(tmp_path), "ranked", {"a": 2, "b": 3})
+    assert "because b is 3 (was 1);" in caplog.text
+
+
+def test_earlier_results_without_a_record_of_their_settings(tmp_path: Path, caplog) -> None:
+    """Versions before 0.7 kept none."""
+    stage = Stage(RunDirectory(tmp_path), "ranked", {"a": 1})
+    stage.write(0, table(0))
+    (stage.folder / "settings.json").unlink()
+    with caplog.at_level("INFO", "scaledown"):
+        Stage(RunDirectory(tmp_path), "ranked", {"a": 2})
+    assert "because a setting, an input or a model changed;" in caplog.text
+
+
+def test_settings_are_beside_the_shards(tmp_path: Path, caplog) -> None:
+    settings = {"name": os.fsdecode(b"\xff"), "path": tmp_path, "k": [1, None]}
+    stage = Stage(RunDirectory(tmp_path / "run"), "ranked", settings)
+    assert read_json(stage.folder / "settings.json") is None
+    stage.complete(1, table)
+    assert read_json(stage.folder / "settings.json") == {**settings, "path": str(tmp_path)}
+    with caplog.at_level("DEBUG", "scaledown"):
+        Stage(RunDirectory(tmp_path / "run"), "ranked", settings)
+    assert "made again, because" not in caplog.text
+    assert f"shards in {stage.folder} are not made again: their settings are the same" in caplog.text
 
 
 def test_only_missing_shards_are_made(tmp_path: Path) -> None:

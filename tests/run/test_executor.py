@@ -126,6 +126,37 @@ def test_workers_know_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert content["workers"] == 8
 
 
+@pytest.mark.parametrize(
+    ("given", "gpus_each", "count"),
+    [({}, 0, 3), ({}, 1, 7), ({"workers": 2}, 0, 2), ({"workers": 2}, 1, 4)],
+)
+def test_gpus_that_share_a_teacher_can_be_workers_of_their_own(
+    given: dict[str, Any], gpus_each: int, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "gpus_here", lambda _: 7)
+    shown = []
+    monkeypatch.setattr(
+        executor,
+        "_Process",
+        lambda _order, _log, environment: shown.append(environment["CUDA_VISIBLE_DEVICES"]),
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    config = PrepareConfig(queries_file=("q.txt",), output_file="o.json", tensor_parallel=2, **given)
+    pool, found = workers.pool_of(config, RunDirectory(tmp_path / "run"), gpus_each)
+    assert found == count
+    for place in range(found):
+        pool.start(Order("m:f", {}, "worker"), place)
+    alone = [str(gpu) for gpu in range(7)]
+    assert shown == (alone if gpus_each else ["0,1", "2,3", "4,5"])[:count]
+
+
+def test_too_few_gpus_for_a_teacher_are_told_before_any_of_them_works(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(workers, "gpus_here", lambda _: 2)
+    config = PrepareConfig(queries_file=("q.txt",), output_file="o.json", tensor_parallel=4)
+    with pytest.raises(UsageError, match="there are 2 GPUs, and --tensor_parallel takes 4"):
+        workers.share(config, "m:f", [RunDirectory(tmp_path / "run")], gpus_each=1)
+
+
 def test_workers_that_die_of_nothing_end_the_run(tmp_path: Path) -> None:
     pool = Scripted(*[Ending(well=False, reason="exit status 1")] * 9)
     with pytest.raises(RunDirectoryError, match="3 workers died before they began anything.*exit status 1"):
@@ -483,6 +514,16 @@ class FakeRay:
         self.cancelled.append((reference, force))
 
 
+def test_gpus_of_a_cluster_can_be_workers_of_their_own_too(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", FakeRay(16))
+    monkeypatch.setattr(workers, "choose_device", lambda _: "cuda")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    config = PrepareConfig(queries_file=("q.txt",), output_file="o.json", executor="ray", tensor_parallel=4)
+    assert workers.share_teachers(config), "the machine that starts them need not have several"
+    counts = [workers.pool_of(config, RunDirectory(tmp_path / "run"), each)[1] for each in (0, 1)]
+    assert counts == [4, 16]
+
+
 @pytest.mark.parametrize(
     ("gpus_there", "asked", "each", "count", "own", "threads"),
     [(16, 0, 1, 16, 1, 4), (16, 0, 4, 4, 4, 16), (16, 3, 1, 3, 1, 4), (0, 0, 1, 2, 0, 32)],
@@ -515,7 +556,7 @@ def test_workers_on_ray_take_their_gpus(
 
 @pytest.mark.parametrize(
     ("gpus_there", "device", "each", "says"),
-    [(2, "auto", 2, "no node of the cluster has that many"), (2, "cuda:0", 1, "leave out its number")],
+    [(2, "auto", 2, "no node of the cluster has that many"), (2, "cuda:0", 1, "leave out the number")],
 )
 def test_what_a_cluster_cannot_do(
     gpus_there: int, device: str, each: int, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -539,7 +580,7 @@ def test_a_driver_without_the_gpus_of_its_cluster(monkeypatch: pytest.MonkeyPatc
 def test_limits_of_one_process_are_not_shared(tmp_path: Path) -> None:
     limits = {"teacher_endpoint": ("http://localhost/v1",), "max_total_tokens": 5, "workers": 2}
     config = PrepareConfig(queries_file=("q.txt",), output_file="o.json", **limits)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="--max_total_tokens holds for one process"):
+    with pytest.raises(UsageError, match="--max_total_tokens applies to one process"):
         workers.share(config, "m:f", [RunDirectory(tmp_path / "run")])
 
 

@@ -424,8 +424,8 @@ def test_files_of_other_origin_are_refused(machine, bucket) -> None:
         ("sftp://host/run", "sftp:// cannot be written to"),
         ("hf://datasets/org/name/run", "hf:// cannot be written to; .*`scaledown export --push_to_hub`"),
         ("hf://buckets/owner/name/run", "hf:// cannot be written to; .*`scaledown export --push_to_hub`"),
-        ("s3://", "name a bucket, and a folder in it"),
-        ("s3://bucket/../run", "name a bucket, and a folder in it"),
+        ("s3://", "give a bucket and a folder in it"),
+        ("s3://bucket/../run", "give a bucket and a folder in it"),
     ],
 )
 def test_urls_that_cannot_be_written_to_are_refused(url: str, message: str) -> None:

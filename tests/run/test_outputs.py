@@ -55,7 +55,7 @@ def test_what_a_command_did_not_make_stays(
     mine.write_text(MINE)
     assert main(words(command, data, output)) == 1
     assert (
-        f"{mine} is there already, and this command has not written it: name another, or give --overwrite"
+        f"{mine} already exists, and this command has not written it: name another, or give --overwrite"
         in (capsys.readouterr().err)
     )
     assert mine.read_text() == MINE

@@ -270,7 +270,7 @@ def test_fields_that_ask_for_nothing_are_ignored(server: Running) -> None:
 
 
 def test_a_model_without_scores_ranks_nothing(models: dict[str, Path]) -> None:
-    from scaledown.models import resolve
+    from scaledown.models.sources import resolve
     from scaledown.student.settings import ScaleDownConfig
 
     plain = ScaleDownModel.build(

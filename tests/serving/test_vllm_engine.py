@@ -22,7 +22,7 @@ import tiny
 from asked import Asked
 from scaledown.cli import main
 from scaledown.config.serve import ServeConfig
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.serving.engine import Engine
 from scaledown.serving.jobs import End, Job, Piece
 from scaledown.serving.protocol import RequestError

@@ -19,7 +19,7 @@ from scaledown.cli import main
 from scaledown.data.prompts import answer_prompt
 from scaledown.data.teacher.base import Generation, Rejection, answer_all
 from scaledown.data.teacher.engines.endpoint import EndpointTeacher
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
 

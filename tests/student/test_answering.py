@@ -11,7 +11,7 @@ from scaledown.data.prompts import answer_prompt
 from scaledown.data.teacher.base import Generation, answer_all
 from scaledown.data.teacher.engines.transformers import TransformersTeacher
 from scaledown.errors import InputError, ModelError, UsageError
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
 
@@ -179,7 +179,7 @@ def test_answers_are_those_of_generate(model: ScaleDownModel, compressed: bool) 
         (["Why?"], ["No."], "put it into a list"),
         ("Why?", "No.", "put it into a list"),
         (["Why?"], [], "give a list for each query"),
-        ("Why?", [3], "mend it"),
+        ("Why?", [3], "correct it"),
         ("Why?", torch.zeros(2, 3, 31), r"shape \[3, 31\] .* compress the documents with it"),
         ("why " * 5000, ["No."], "or a shorter query"),
         ("Why?", ["No."] * 3000, "give fewer documents"),

@@ -102,7 +102,7 @@ def test_no_documents_or_wrong_ones_are_refused(models: dict[str, Path]) -> None
     read = reader(models["causal_lm"])
     with pytest.raises(InputError, match="give at least one"):
         read.encode("Who?", [])
-    with pytest.raises(InputError, match="mend it"):
+    with pytest.raises(InputError, match="correct it"):
         read.encode("Who?", [3])
 
 

@@ -16,7 +16,7 @@ from transformers import (
 
 import tiny
 from scaledown.errors import ModelError, UsageError
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.student.batch import Batch, Document, Encoded, collate, group
 from scaledown.student.compressors import layers
 from scaledown.student.model import ScaleDownModel, load_tokenizer

@@ -17,7 +17,7 @@ from conftest import ROOT
 from scaledown.cli import main
 from scaledown.config.serve import ServeConfig
 from scaledown.errors import MissingExtraError, ModelError, OutputError
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.serving.engine import Engine
 from scaledown.serving.jobs import End, Piece
 from scaledown.serving.protocol import RequestError

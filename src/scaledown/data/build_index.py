@@ -1,6 +1,6 @@
-"""Make passages and vectors of a corpus, once for many runs: `scaledown index`, and a part of `prepare`.
+"""Makes passages and vectors of a corpus, for `scaledown index` and as a part of `scaledown prepare`.
 
-An index changes by parts that are added and articles that are removed: see `retrieval/parts.py`.
+`retrieval/parts.py` changes an index: it adds parts and removes articles.
 """
 
 import logging
@@ -39,9 +39,10 @@ from scaledown.data.retrieval.parts import (
 from scaledown.data.retrieval.seismic import SeismicIndex
 from scaledown.data.retrieval.stages import encode_passages
 from scaledown.data.workers import settings_of, share, supervised
+from scaledown.devices.choice import choose_device, dtype_to_run, same_bits
 from scaledown.devices.gpus import OnDevice
 from scaledown.errors import InputError, UsageError
-from scaledown.models import ModelSource, choose_device, dtype_to_run, resolve, same_bits
+from scaledown.models.sources import ModelSource, resolve
 from scaledown.run.directory import RunDirectory
 from scaledown.run.heartbeat import publishing
 from scaledown.run.locations import index_of
@@ -58,7 +59,7 @@ WORK: Final = "scaledown.data.build_index:work"
 
 
 class Index(NamedTuple):
-    """The two stages of an index, finished or not, and everything that is needed to fill them."""
+    """The two stages of an index, finished or not, and everything that is needed to finish them."""
 
     home: RunDirectory
     passages: Stage
@@ -78,22 +79,22 @@ class Index(NamedTuple):
         encode_passages(self.vectors, self.passages, encoder, self.config.weights, self.cut)
 
     def present(self) -> IndexState:
-        """The current state of the index whose first part this is."""
+        """The present state of the index that begins with this part."""
         stages = (self.passages.settings, self.vectors.settings)
         first = IndexState(self.vectors.fingerprint, _lasting_name(self.retriever), *stages)
         return IndexState.read(self.home.storage, self._file) or first
 
     def at(self, state: IndexState) -> "Index":
-        """Return the index whose first part this is, in a given state."""
+        """The stages of the index that begins with this part, in a given state."""
         return self._replace(
             passages=open_stage(self.home, "passages", state.passages),
             vectors=open_stage(self.home, "vectors", state.vectors),
         )
 
     def record(self) -> None:
-        """Record that the index consists of its first part, when that is finished.
+        """Record the state of a new index, which consists of this finished part.
 
-        One that has changed since is recorded already.
+        An index that has changed since is recorded already.
         """
         if isinstance(self.vectors, Joined):
             return
@@ -107,11 +108,11 @@ class Index(NamedTuple):
 
     @property
     def is_dense(self) -> bool:
-        """Whether the finished vectors are those of a dense bi-encoder."""
+        """Whether the finished vectors are from a dense bi-encoder."""
         return "dense" in self.vectors.table(0).column_names
 
     def approximate(self, memory: float) -> SeismicIndex:
-        """Return the index for approximate search over the finished vectors, in groups of `memory` GB."""
+        """The Seismic indexes of the finished vectors, for a search memory of `memory` GB."""
         return SeismicIndex(self.home, self.vectors, memory)
 
 
@@ -126,7 +127,7 @@ def _lasting_name(model: ModelSource) -> str:
 def find_corpus(config: IndexConfig) -> list[Source]:
     """Return the files and folders of the corpus, which must exist.
 
-    Without `--corpus_path` none where `--index_dir` holds an index, else the sample.
+    Without `--corpus_path`: none if `--index_dir` has an index, else the sample corpus.
     """
     if not config.corpus_path:
         if config.index_dir and states(index_of(config)):
@@ -138,7 +139,7 @@ def find_corpus(config: IndexConfig) -> list[Source]:
 def corpus_identity(home: RunDirectory, corpus: Sequence[Source]) -> str:
     """Return a text that changes with the corpus: a hash of its content, or of a server's data about it.
 
-    Without a corpus, that of the first part of the only index in `home`.
+    Without a corpus, the identity of the corpus of the first part of the only index in `home`.
     """
     if not corpus:
         return str(only_state(home.storage).first[0]["corpus"])
@@ -153,7 +154,7 @@ def corpus_identity(home: RunDirectory, corpus: Sequence[Source]) -> str:
 def file_identity(home: RunDirectory, path: Path, files: Sequence[Path] = ()) -> str:
     """Hash content and suffix of files, since the suffix decides how a file is read.
 
-    A text's name is its title.
+    The name of a text file is hashed, too, since it is the title.
     """
     kind = inner_suffix(path)
     name = path.name if kind in {".txt", ".md"} else kind
@@ -169,10 +170,23 @@ def open_index(
     *,
     beside: bool = False,
 ) -> Index:
-    """The first part of the index of `corpus` in `home`, or of the only index there; see `Index.at`.
+    """Open the first part of an index; `Index.at` then gives the present state.
 
-    The settings of its stages hold all that their shards depend on. Raises `UsageError` where the index was
-    made with other settings. `beside` others, as a part that is added, it does not tell of theirs.
+    The settings of its stages have everything that their shards depend on.
+
+    Args:
+        home: The directory of the index.
+        config: The settings.
+        corpus: The corpus; without one, the only index in `home` is opened.
+        retriever: The model.
+        identity: The identity of the model.
+        beside: Whether this is a part that is added to an index. No message then compares it with others.
+
+    Returns:
+        The part, finished or not.
+
+    Raises:
+        UsageError: There is no corpus, and the index was made with other settings.
     """
     cutting = {
         "passages": config.passages,
@@ -209,7 +223,7 @@ def open_index(
 def _check_same(
     state: IndexState, home: RunDirectory, asked: Mapping[str, Any], retriever: ModelSource
 ) -> None:
-    """Raise `UsageError` if the settings that the user gave differ from the index'."""
+    """Raise `UsageError` if the settings that the user gave differ from the settings of the index."""
     made = {**state.first[1], **state.first[0]}  # both have "passages", which is a mode in the latter
     for name, value in asked.items():
         if made.get(name) == value:
@@ -239,20 +253,21 @@ def stage_line(name: str, stage: StageResult, planned: str = "") -> str:
 
 
 class IndexResult(NamedTuple):
-    """A finished index: the counts of its stages, and its size on disk in bytes."""
+    """The counts and the size of a finished index."""
 
     stages: dict[str, StageResult]
     size: int
+    """Bytes on disk."""
     given_up: int
     """Shards given up after repeated deaths of workers."""
     notes: Sequence[str] = ()
-    """What was passed over or read by its content alone."""
+    """Lines about files that were not read, and files whose format was found by their content."""
 
 
 def _filled(
     home: RunDirectory, config: IndexConfig, corpus: Sequence[Source], *, beside: bool = False
 ) -> Index:
-    """The index, or a part that is added `beside` others, with all that was missing."""
+    """Open the index, or a part that is added `beside` others, and make what is missing."""
     same_bits()
     device = choose_device(config.device)
     config = config.sized(device)
@@ -267,7 +282,7 @@ def _filled(
 
 
 def work(settings: Mapping[str, Any], worker: str) -> None:
-    """Work as a worker: fill the index, together with others."""
+    """Work as a worker: make shards of the index, together with others."""
     config = settings_of(IndexConfig, settings, worker)
     home = RunDirectory(index_of(config), worker=worker)
     with home.claim("index") as place, publishing(place, worker, home):
@@ -275,10 +290,17 @@ def work(settings: Mapping[str, Any], worker: str) -> None:
 
 
 def build_index(config: IndexConfig, *, overwrite: bool = False) -> IndexResult:
-    """Build the index that `config` describes in its `index_dir`, or continue one that was interrupted.
+    """Build an index, or continue an interrupted one; then change it, in one step.
 
-    An `IndexCommandConfig` may then remove articles from it, and add others: all of them in one step, or
-    none. With `overwrite` the metrics file takes the place of what is no such file.
+    Args:
+        config: The settings. An `IndexCommandConfig` may add articles to the index and remove others.
+        overwrite: Whether the metrics file may replace a file that is not a metrics file.
+
+    Returns:
+        The counts of the index.
+
+    Raises:
+        ScaleDownError: The message says what to do.
     """
     if not config.index_dir:
         raise UsageError("no index: give --index_dir DIR")
@@ -295,8 +317,8 @@ def build_index(config: IndexConfig, *, overwrite: bool = False) -> IndexResult:
     check_apart("--metrics_file", config.metrics_file, read)
     if folder.in_bucket and config.executor == "ray":
         raise UsageError(
-            "--executor ray: in a bucket one machine makes the index: leave it out; --workers N uses several "
-            "GPUs of that machine"
+            "--executor ray: in a bucket one machine makes the index: leave out this flag; --workers N uses "
+            "several GPUs of the machine"
         )
     ids = _ids(remove)
     home = RunDirectory(folder)
@@ -324,13 +346,13 @@ def build_index(config: IndexConfig, *, overwrite: bool = False) -> IndexResult:
         sum(home.storage.size(file) for stage in stages.values() for file in stage.files()),
         given_up,
         tuple(
-            _told(config.text_column, zip(("--corpus_path", *("--add" for _ in add)), corpora, strict=True))
+            _notes(config.text_column, zip(("--corpus_path", *("--add" for _ in add)), corpora, strict=True))
         ),
     )
 
 
-def _told(column: str, given: Iterable[tuple[str, Sequence[Source]]]) -> Iterator[str]:
-    """What a summary says of corpora: what of them is passed over, and what is read by its content alone."""
+def _notes(column: str, given: Iterable[tuple[str, Sequence[Source]]]) -> Iterator[str]:
+    """Lines for the summary: files that were not read, and files whose format was found by their content."""
     for flag, corpus in given:
         for source in corpus:
             if over := passed_over(source, "--corpus_path"):
@@ -342,7 +364,7 @@ def _told(column: str, given: Iterable[tuple[str, Sequence[Source]]]) -> Iterato
 
 
 def summary(result: IndexResult, config: IndexConfig) -> str:
-    """Return what the finished command prints: size, counts and seconds of each stage, the next command."""
+    """The text that the finished command prints: size, counts and seconds of each stage, the next command."""
     lines = [f"{index_of(config)}: {result.size / 1e6:,.1f} MB", ""]
     lines += [stage_line(name, stage) for name, stage in result.stages.items()]
     for note in result.notes:
@@ -358,12 +380,12 @@ def summary(result: IndexResult, config: IndexConfig) -> str:
 
 
 def failure(result: IndexResult, config: IndexConfig) -> str | None:
-    """Return why an index failed that has a summary; None if it did not."""
+    """Why the command failed although there is a summary; None if it did not fail."""
     if not result.given_up:
         return None
     return (
-        f"{result.given_up:,} shards were given up: mend their cause, which the logs in "
-        f"{index_of(config).root / 'live'} show, and run the same command again: it tries again"
+        f"{result.given_up:,} shards were given up: correct the cause, which the logs in "
+        f"{index_of(config).root / 'live'} show, and run the same command again"
     )
 
 
@@ -378,9 +400,9 @@ def _ids(given: Sequence[str]) -> set[str]:
         try:
             found = {line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()} - {""}
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--remove {name}: cannot be read ({error}): expected an id a line") from error
+            raise InputError(f"--remove {name}: cannot be read ({error}): expected one id a line") from error
         if not found:
-            raise InputError(f"--remove {name}: the file is empty: expected an id a line")
+            raise InputError(f"--remove {name}: the file is empty: expected one id a line")
         log.info("--remove %s: a file with %s ids", name, f"{len(found):,}")
         ids |= found
     return ids

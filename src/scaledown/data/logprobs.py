@@ -1,4 +1,4 @@
-"""The teacher's log probabilities of an answer: read from an engine's reply, cut with the answer, checked."""
+"""Log probabilities of a teacher's answer: reads them from an engine's reply, cuts and checks them."""
 
 import codecs
 import itertools
@@ -22,7 +22,7 @@ ARROW: Final = pa.struct(
 """`Logprobs` in shards and Parquet."""
 
 _LEAST: Final = -9999.0  # vLLM's value for a probability of 0, whose logarithm is not finite
-_DIGITS: Final = 4  # more digits would double the size of JSON without use: bfloat16 has three
+_DIGITS: Final = 4  # bfloat16 has three; more digits would only make JSON twice as large
 _HALF_CHARACTER: Final = "\ufffd"  # a tokenizer decodes the first bytes of a character to this
 
 
@@ -59,7 +59,7 @@ def from_ids(
 
 
 def _texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """Return the text that each token adds to the tokens before it; joined, these are the whole text."""
+    """The text that each token adds to the tokens before it; joined, these are the whole text."""
     if not token_ids:
         return []
     starts = [
@@ -67,7 +67,7 @@ def _texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
         for count in range(len(token_ids))
     ]
     text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
-    # A tokenizer may change the text before a token; the ends are kept in ascending order.
+    # A token may change the text of tokens before it, so the ends are made ascending.
     ends = itertools.accumulate((min(len(start), len(text)) for start in starts), max)
     return [text[start:end] for start, end in itertools.pairwise([*ends, len(text)])]
 
@@ -76,9 +76,9 @@ def from_server(content: Any, count: int) -> Logprobs | None:
     """Read the log probabilities of an answer from a reply in the chat completions format.
 
     Args:
-        content: The `logprobs.content` of a choice: one object a token, with `token`, `bytes` (which servers
-            may leave out) and `top_logprobs`.
-        count: The most log probabilities to keep at each token.
+        content: The `logprobs.content` of a choice: for each token an object with `token`, `bytes` (optional)
+            and `top_logprobs`.
+        count: How many log probabilities to keep at most for each token.
 
     Returns:
         The record to store; None if the server sent none.
@@ -101,52 +101,55 @@ def from_server(content: Any, count: int) -> Logprobs | None:
 
 
 def _bytes(token: Any) -> bytes:
-    """Those of a server's token: as given, or of its text."""
+    """The bytes of a server's token; if the server left them out, the bytes of its text."""
     own = token.get("bytes")
     return writable(token["token"]).encode() if own is None else bytes(own)
 
 
 def for_answer(logprobs: Logprobs, answer: str) -> Logprobs | None:
-    """Cut log probabilities to the first tokens that `answer` consists of.
+    """Cut log probabilities to the tokens of an answer that begins the text.
 
     Args:
-        logprobs: Of the text that the teacher wrote.
-        answer: The part of that text that is kept, without white space around it.
+        logprobs: Log probabilities of the text that the teacher wrote.
+        answer: The beginning of this text, without white space around it.
 
     Returns:
-        Those of the fewest tokens whose text, joined and stripped, is `answer`; None where no such tokens
-        exist: `answer` ends inside a token, or is another text.
+        Log probabilities of the fewest first tokens whose text, joined and stripped, is `answer`. None if
+        there are no such tokens, for example if `answer` ends inside a token.
     """
     text = ""
     for count, token in enumerate(logprobs["tokens"], 1):
         text += token
         if text.strip() == answer:
-            lists = ((name, logprobs[name]) for name in ARROW.names)  # type: ignore[literal-required]
-            return {name: None if of is None else of[:count] for name, of in lists}  # type: ignore[return-value]
+            return _at(logprobs, slice(count))
     return None
 
 
+def _at(logprobs: Logprobs, tokens: slice) -> Logprobs:
+    """Log probabilities of some of the tokens."""
+    lists = ((name, logprobs[name]) for name in ARROW.names)  # type: ignore[literal-required]
+    return {name: rows and rows[tokens] for name, rows in lists}  # type: ignore[return-value]
+
+
 def for_part(logprobs: Logprobs, answer: str) -> Logprobs | None:
-    """Cut log probabilities to the last tokens, which contain `answer`, if it follows other text.
+    """Cut log probabilities to the tokens of an answer that follows other text, for example thoughts.
 
     Args:
-        logprobs: Of the whole text that the teacher wrote.
-        answer: A part of it.
+        logprobs: Log probabilities of the whole text that the teacher wrote.
+        answer: The part of this text that is kept; its last occurrence is used.
 
     Returns:
-        Those of the fewest tokens, as `for_answer` returns them; None if `answer` begins inside a token.
+        Log probabilities of the fewest tokens with `answer`. None if `answer` begins or ends inside a token.
     """
     tokens = logprobs["tokens"]
     for first in reversed(range(len(tokens))):
         if "".join(tokens[first:]).lstrip().startswith(answer):
-            lists = ((name, logprobs[name]) for name in ARROW.names)  # type: ignore[literal-required]
-            rest: Logprobs = {name: None if of is None else of[first:] for name, of in lists}  # type: ignore[assignment]
-            return for_answer(rest, answer)
+            return for_answer(_at(logprobs, slice(first, None)), answer)
     return None
 
 
-def problem(value: Any, answer: str) -> str:  # noqa: PLR0911 (one a check)
-    """What keeps `value` from being the `answer_logprobs` of `answer`; empty where nothing does."""
+def problem(value: Any, answer: str) -> str:  # noqa: PLR0911 (one for each check)
+    """Why `value` cannot be the `answer_logprobs` of `answer`; "" if it can."""
     if value is None:
         return ""
     if not isinstance(value, dict) or not value.keys() <= set(ARROW.names):
@@ -157,7 +160,7 @@ def problem(value: Any, answer: str) -> str:  # noqa: PLR0911 (one a check)
         return f"lacks tokens as texts or top_logprobs as lists of numbers from {_LEAST:.0f} to 0"
     if "".join(tokens).strip() != answer.strip():
         return "is of another text: its tokens, joined, are not the answer"
-    if not all(len(of) == len(tokens) for of in lists.values() if isinstance(of, list)):
+    if not all(len(rows) == len(tokens) for rows in lists.values() if isinstance(rows, list)):
         return "has lists of different lengths"
     if lists["token_ids"] is not None and not _is_list(lists["token_ids"], _is_id):
         return "token_ids is not a list of ids"
@@ -165,7 +168,7 @@ def problem(value: Any, answer: str) -> str:  # noqa: PLR0911 (one a check)
         if (rows := lists[name]) is not None and not (
             _is_table(rows, check) and list(map(len, rows)) == list(map(len, top_logprobs))
         ):
-            return f"{name} has not the shape of top_logprobs"
+            return f"{name} does not have the shape of top_logprobs"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""The manifest of a run: everything that it depends on, so that `--config manifest.json` repeats it."""
+"""The manifest of a run has everything that the run depends on; `--config manifest.json` repeats the run."""
 
 import importlib.metadata
 import logging
@@ -16,7 +16,7 @@ from scaledown.data.input.files import Source
 from scaledown.data.prompts import TEMPLATES, load_template
 from scaledown.data.reranker.api import LIKELIHOOD_PREFIX
 from scaledown.extensions import TEACHER_ENGINES
-from scaledown.models import ModelSource
+from scaledown.models.sources import ModelSource
 from scaledown.run.atomic import read_json, write_json
 from scaledown.run.directory import SCHEMA, RunDirectory
 from scaledown.run.stage import Stage, StageResult
@@ -38,9 +38,9 @@ class Sources(NamedTuple):
     queries: list[Source]
     evaluation: list[Source]
     passed_over: dict[str, dict[str, str]]
-    """By flag: files of folders that are not read, and why."""
+    """For each flag, the files of folders that are not read, with the reason."""
     guessed: dict[str, dict[str, str]]
-    """By flag: files whose format or columns were found by their content, and how they are read."""
+    """For each flag, the files whose format or columns were found by their content, and how they are read."""
 
     def models(self) -> dict[str, ModelSource]:
         """The models by their role in the run."""
@@ -88,9 +88,9 @@ def write_manifest(  # noqa: PLR0917
 
 
 def manifest_of(path: Path) -> tuple[dict[str, Any], Storage] | None:
-    """Find the manifest of the run that made `path`, and the run directory.
+    """Find the manifest of the run that made `path`, and its run directory.
 
-    That is `<path>.work`, or a folder beside `path` whose manifest names it.
+    The run directory is `<path>.work`, or a folder beside `path` whose manifest has `path` as its output.
     """
     own = Path(f"{path}.work") / "manifest.json"
     for place in (own, *sorted(path.resolve().parent.glob("*/manifest.json"))):
@@ -106,9 +106,9 @@ def manifest_of(path: Path) -> tuple[dict[str, Any], Storage] | None:
 
 
 def repeatable(config: PrepareConfig, sources: Sources) -> dict[str, Any]:
-    """Return settings with which `--config` repeats the run from any folder: full paths, pinned revisions.
+    """Settings that repeat the run from any folder: with full paths and pinned revisions.
 
-    Secrets in a URL are removed: with `--config` such a URL must be given again.
+    Secrets in URLs are removed, so such a URL must be given again beside `--config`.
     """
     settings = {name: _full(getattr(config, name), about) for name, about in config.options().items()}
     if config.prompt in TEMPLATES:
@@ -120,7 +120,7 @@ def repeatable(config: PrepareConfig, sources: Sources) -> dict[str, Any]:
 
 
 def _full(value: Any, about: Option) -> Any:
-    """Return a setting, with its full path if it is a path; names of models are not paths here."""
+    """A setting, as a full path if it is a path. The name of a model is a path if there is such a path."""
     if isinstance(value, tuple) and about.role == "input":
         return [_full(one, about) for one in value]
     is_path = about.role in {"input", "place"} or (about.path and Path(value).expanduser().exists())
@@ -129,19 +129,19 @@ def _full(value: Any, about: Option) -> Any:
     return redacted(value) if is_url(value) else str(Path(value).expanduser().resolve())
 
 
-def name_differences(repeats: Path, identities: Mapping[str, str], inputs: Mapping[str, Any]) -> None:
-    """Log which models and inputs differ from the manifest `repeats`."""
+def warn_about_differences(repeats: Path, identities: Mapping[str, str], inputs: Mapping[str, Any]) -> None:
+    """Log a warning with the models and inputs that differ from the manifest `repeats`."""
     manifest = read_json(repeats)
     before = manifest if isinstance(manifest, dict) else {}
     then = {**(before.get("models") or {}), **(before.get("inputs") or {})}
     now = {**identities, **inputs}
     different = [name for name in sorted(then.keys() & now.keys()) if then[name] != now[name]]
     if different:
-        log.warning("not a repetition of %s: other %s", repeats, ", ".join(different))
+        log.warning("this run does not repeat %s: these inputs differ: %s", repeats, ", ".join(different))
 
 
 def compared_settings(config: PrepareConfig) -> dict[str, Any]:
-    """Return the settings that must be equal for two runs in one directory."""
+    """The settings that must be equal for two runs in one directory."""
     return config.compared() | {
         "format": Path(config.output_file).suffix,
         "device": config.device.partition(":")[0],
@@ -152,7 +152,7 @@ def compared_settings(config: PrepareConfig) -> dict[str, Any]:
 
 
 def environment() -> dict[str, str | int | None]:
-    """Return the versions of packages that the results depend on; None for those that are not installed."""
+    """The versions of the packages that the results depend on; None if a package is not installed."""
     libraries = ("torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
     engines = (engine.library for engine in TEACHER_ENGINES.values())
     return {

@@ -1,11 +1,11 @@
-"""The main command: queries + corpus -> train_data.json.
+"""The main command: makes train_data.json from queries and a corpus.
 
 queries ─┐
          ├─> retrieve ─> rerank ─> teach ─> review ─> export ─> train_data.json
 corpus ──┘ (passages, vectors)
 
-Each arrow is a stage. Its shards lie in the run directory, under a fingerprint of all that they depend on.
-A shard that is there is not made again. What surrounds the stages is in `scaledown.data.session`.
+Each arrow is a stage. Its shards are in the run directory, under a fingerprint of everything they depend on.
+A finished shard is not made again. `scaledown.data.session` has the code around the stages.
 """
 
 import sys
@@ -51,16 +51,18 @@ from scaledown.data.teacher.base import Teacher
 from scaledown.data.teacher.questions import write_questions
 from scaledown.data.workers import settings_of
 from scaledown.devices.gpus import OnDevice
-from scaledown.models import ModelSource
+from scaledown.models.sources import ModelSource
 from scaledown.run.directory import RunDirectory
 from scaledown.run.locations import output_of, run_of
 from scaledown.run.outputs import check_free
 from scaledown.run.stage import Stage, together
 
 WORK: Final = "scaledown.data.prepare_dataset:work"
-"""The function that workers call."""
+ASK: Final = "scaledown.data.prepare_dataset:ask"
+FIND: Final = "scaledown.data.prepare_dataset:find"
+"""The functions that workers call."""
 
-_WITH_LOGPROBS_AT_ONCE: Final = 4  # shards: answers with log probabilities need much memory
+_WITH_LOGPROBS_AT_ONCE: Final = 4  # shards; answers with log probabilities need much memory
 
 
 def prepare_dataset(
@@ -70,20 +72,20 @@ def prepare_dataset(
 
     Args:
         config: The settings.
-        repeats: The manifest of a run to be repeated: inputs that differ from its are named in the log.
-        overwrite: Replace an output that no run of this directory made.
-        worker: The name of this process if another one started it to help. It makes shards and no output.
+        repeats: The manifest of a run to be repeated; the log has the inputs that differ from it.
+        overwrite: Whether to replace an output that no run of this directory made.
+        worker: The name of this process if another one started it to help. It makes shards, but no output.
 
     Returns:
-        Where the output is, and what each stage counted.
+        The place of the output, and the counts of each stage.
 
     Raises:
-        ScaleDownError: With a message that says what to do.
+        ScaleDownError: The message says what to do.
     """
     with open_session(config, repeats, overwrite=overwrite, worker=worker) as session:
         if finished := earlier_or_free(session, overwrite=overwrite):
             return finished
-        session.let_workers_help(WORK)
+        session.let_workers_help(WORK, ASK, FIND)
         for part in session.parts():
             teachers = find_teachers(part)
             index = find_index(part)
@@ -98,6 +100,20 @@ def prepare_dataset(
 def work(settings: Mapping[str, Any], worker: str) -> None:
     """Work as a worker: make shards of a run, together with others."""
     prepare_dataset(settings_of(PrepareConfig, settings, worker), worker=worker)
+
+
+def ask(settings: Mapping[str, Any], worker: str) -> None:
+    """Work as a worker until the queries are there."""
+    with open_session(settings_of(PrepareConfig, settings, worker), worker=worker) as session:
+        collect(session, find_index(session), find_teachers(session))
+
+
+def find(settings: Mapping[str, Any], worker: str) -> None:
+    """Work as a worker until the documents of the queries are ranked."""
+    with open_session(settings_of(PrepareConfig, settings, worker), worker=worker) as session:
+        index = find_index(session)
+        queries = collect(session, index, find_teachers(session))
+        rerank(session, retrieve(session, queries, index), index)
 
 
 def find_index(session: Session) -> Index:
@@ -166,9 +182,8 @@ def retrieve(session: Session, queries: Stage, index: Index) -> Stage:
             settings |= {"search": config.search, "min_recall": config.min_recall}
         if lost := index.vectors.lost():
             settings["without"] = lost
-        if (
-            index.is_dense or config.search == "approximate"
-        ):  # memory decides how many shards are searched together
+        if index.is_dense or config.search == "approximate":
+            # The result depends on how many shards are searched together, and memory decides their number.
             settings["search_memory"] = config.search_memory
         candidates = session.stage("candidates", settings, [queries])
         retrieval.retrieve(
@@ -180,7 +195,7 @@ def retrieve(session: Session, queries: Stage, index: Index) -> Stage:
 
 
 def rerank(session: Session, candidates: Stage, index: Index) -> Stage:
-    """Score the candidates by the reranker and sort them; without a reranker they stay as they are."""
+    """Score the candidates by the reranker and sort them. Without a reranker, return them unchanged."""
     source, config, device = session.sources.reranker, session.config, session.device
     if source is None:
         return candidates
@@ -212,7 +227,7 @@ class Answers(NamedTuple):
 
 
 def teach(session: Session, ranked: Stage, index: Index, teachers: Teachers) -> Answers:
-    """Let one teacher, or two, answer the queries from their first documents."""
+    """Let one or two teachers answer each query from its first documents."""
     config, models = session.config, session.sources.models()
     most = engine_of(teachers.engine.backend).shards_at_once
     if config.teacher_logprobs:
@@ -283,10 +298,17 @@ def export(session: Session, reviewed: Stage, index: Index) -> Result:
 
 
 def plan_dataset(config: PrepareConfig, *, overwrite: bool = False) -> Plan:
-    """Plan the run that `config` describes, and keep the plan in the run directory for its summary.
+    """Plan a run, and keep the plan in the run directory for the run's summary. Nothing else is made.
 
-    Makes nothing else. Models that are missing are in the plan; raises `ScaleDownError` for all else that
-    `prepare_dataset` refuses before its work.
+    Args:
+        config: The settings of the run.
+        overwrite: Whether the run may replace an output that no run of its directory made.
+
+    Returns:
+        The plan. It lists missing models.
+
+    Raises:
+        ScaleDownError: `prepare_dataset` would refuse the settings or inputs before its work.
     """
     output = output_of(config)
     output.storage.check_writable(output.path)
@@ -335,7 +357,7 @@ def _add_dry_run(parser: Parser) -> None:
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="only say what the run will take and what is missing, like scaledown plan [default: off]",
+        help="only print the plan of the run and what is missing, like scaledown plan [default: off]",
     )
 
 

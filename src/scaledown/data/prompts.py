@@ -1,4 +1,4 @@
-"""Every prompt, with its version and source. A changed text needs a new version: answers depend on it."""
+"""All prompts, with their sources. A changed text needs a new version, since answers depend on it."""
 
 import hashlib
 import json
@@ -12,20 +12,20 @@ VERSION: Final = 1
 
 
 class Prompt(NamedTuple):
-    """A prompt whose documents can be shortened, from the last one, without touching the rest."""
+    """A prompt. Its documents can be shortened, beginning with the last; the other parts stay whole."""
 
     key: str
-    """Names the prompt: seeds sampling and stands in reports."""
+    """The name of the prompt. It seeds sampling, and reports have it."""
     system: str
     before: str
     documents: tuple[str, ...]
     after: str
     temperature: float = 0.0
-    """0 is greedy; above, sampling is seeded by `key`."""
+    """0 means greedy decoding; above 0, sampling is seeded by `key`."""
 
     @property
     def digest(self) -> str:
-        """16 hex digits over all that the teacher is shown."""
+        """A hash of everything that the teacher reads, 16 hex digits."""
         return hashlib.sha256(json.dumps(self[1:]).encode()).hexdigest()[:16]
 
     def user(self, documents: Sequence[str]) -> str:
@@ -38,7 +38,7 @@ DOCUMENTS: Final = "{documents}"
 
 
 class Template(NamedTuple):
-    """How a question about documents is asked: a system turn, and a user turn around the documents."""
+    """A prompt for questions about documents: the system turn, and the user turn around the documents."""
 
     system: str
     before: str
@@ -52,7 +52,7 @@ PAPER: Final = Template(
     "Background:\n",
     f"\n\nQuestion: {QUESTION}",
 )
-# Written for this project: answers in sentences, as the guide shows them.
+# Written for this project, for answers in sentences, as in the guide.
 GUIDE: Final = Template(
     "You are a helpful assistant that answers questions from documents.",
     "Documents:\n\n",
@@ -66,17 +66,17 @@ CLOSED_BOOK: Final = Template(
     "",
     f"Question: {QUESTION}",
 )
-# What pretraining asks in place of a question; the tasks are those of COCOM (arXiv 2407.09252).
+# The instructions of pretraining, used in place of a question; the tasks are from COCOM (arXiv 2407.09252).
 REPEAT: Final = "Repeat the background word for word."
 CONTINUE: Final = "How does the background go on?"
 
-# Written for this project; a longer instruction makes small models write about the instruction.
+# Written for this project. With a longer instruction, small models write about the instruction.
 QUESTION_SYSTEM: Final = "You write quiz questions."
 QUESTION_AFTER: Final = "\n\nWrite a question that this answers."
 
 JUDGE_VERSION: Final = 2
-"""Of the two prompts below."""
-# OSCAR, arXiv 2504.07109, figure 13, as its first author's arXiv 2504.02411 prints it (figure 7).
+"""The version of the two prompts below."""
+# OSCAR, arXiv 2504.07109, figure 13, with the wording of arXiv 2504.02411 by the same author (figure 7).
 JUDGE_SYSTEM: Final = (
     "You are an evaluation tool. Answer with one of 1: Correct, 0.5: Partially correct, 0: wrong."
 )
@@ -85,7 +85,8 @@ JUDGE_ASKS: Final = (
     "answer is correct according to the question and golden answer? Simply answer with one of 1: correct, "
     "0.5: partially correct, 0: wrong.\n"
 )
-# Written for this project; asked in both orders: judges favour a place (Zheng et al. 2023, arXiv 2306.05685).
+# Written for this project. It is asked in both orders, since judges prefer one position (Zheng et al. 2023,
+# arXiv 2306.05685).
 PREFERENCE_SYSTEM: Final = (
     "You compare answers to questions. You are given a question, the golden answer, and two answers, A and "
     "B. Write A if answer A is better, B if answer B is better, or C if neither is. Judge by what is said, "
@@ -98,9 +99,14 @@ LIKELIHOOD_AFTER: Final = "\nPlease write a question based on this passage.\nQue
 
 
 def load_template(name: str) -> Template:
-    """The template behind `--prompt`: a known one, or the user turn in a text file.
+    """Load the template of `--prompt`.
 
-    Raises `InputError` for a file that cannot be read, `UsageError` for one without its two places.
+    Args:
+        name: One of `TEMPLATES`, or a text file with the user turn.
+
+    Raises:
+        InputError: The file cannot be read.
+        UsageError: The file does not have each placeholder exactly once.
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
@@ -112,9 +118,9 @@ def load_template(name: str) -> Template:
             f"--prompt {name} cannot be read ({reason}): use {', '.join(TEMPLATES)}, or a text file with "
             f"{DOCUMENTS} and {QUESTION}"
         ) from error
-    for place in (DOCUMENTS, QUESTION):
-        if (count := text.count(place)) != 1:
-            raise UsageError(f"--prompt {name} has {place} {count} times: it stands there once")
+    for placeholder in (DOCUMENTS, QUESTION):
+        if (count := text.count(placeholder)) != 1:
+            raise UsageError(f"--prompt {name} has {placeholder} {count} times: it must be there once")
     before, _, after = text.partition(DOCUMENTS)
     return Template("", before, after)
 
@@ -122,24 +128,24 @@ def load_template(name: str) -> Template:
 def answer_prompt(
     key: str, query: str, documents: Sequence[str], temperature: float, template: Template = PAPER
 ) -> Prompt:
-    """What the teacher is asked."""
+    """The prompt for an answer to a query from documents."""
     before, after = (part.replace(QUESTION, query) for part in template[1:])
     return Prompt(key, template.system, before, tuple(documents), after, temperature)
 
 
 def question_prompt(key: str, passage: str, temperature: float) -> Prompt:
-    """How a question about a passage is asked for."""
+    """The prompt for a question about a passage."""
     return Prompt(key, QUESTION_SYSTEM, "", (passage,), QUESTION_AFTER, temperature)
 
 
 def judge_prompt(key: str, query: str, golden: Sequence[str], answer: str) -> Prompt:
-    """How a grade is asked for: 1, 0.5 or 0. Several golden answers are right each."""
+    """The prompt for a grade of an answer: 1, 0.5 or 0. Each of several golden answers is right."""
     asked = f"Question: {query}.\nGolden answer: {' or '.join(golden)}.\nGenerated answer: {answer}."
     return Prompt(key, JUDGE_SYSTEM, JUDGE_ASKS + asked, (), "")
 
 
 def preference_prompt(key: str, query: str, golden: Sequence[str], one: str, other: str) -> Prompt:
-    """How the better of two answers is asked for: A is `one`, B is `other`, C is neither."""
+    """The prompt for the better of two answers: A is `one`, B is `other`, C means neither."""
     asked = (
         f"Question: {query}\nGolden answer: {' or '.join(golden)}\nAnswer A: {one}\nAnswer B: {other}\n"
         "Better answer:"

@@ -1,1 +1,1 @@
-"""GPUs and vLLM's engine: available devices, free memory, release of models."""
+"""Devices: which one and with what dtype, free memory, release of models, vLLM's engine."""

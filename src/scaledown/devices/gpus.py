@@ -1,10 +1,8 @@
 """The GPUs that this process sees: their names, their free memory, and the models on them."""
 
-import contextlib
 import gc
 import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final, Generic, Self, TypeVar
 
 log = logging.getLogger("scaledown")
@@ -37,22 +35,6 @@ def only(environment: Mapping[str, str], numbers: Iterable[int]) -> dict[str, st
     there = [gpu.strip() for gpu in environment.get(names[0], "").split(",") if gpu.strip()]
     shown = ",".join(there[number] if there else str(number) for number in numbers)
     return dict.fromkeys(names, shown)
-
-
-@contextlib.contextmanager
-def showing(numbers: Iterable[int]) -> Iterator[None]:
-    """Let processes that start inside the block see only these GPUs."""
-    before = dict(os.environ)
-    changed = only(before, numbers)
-    os.environ.update(changed)
-    try:
-        yield
-    finally:
-        for name in changed:
-            if name in before:
-                os.environ[name] = before[name]
-            else:
-                del os.environ[name]
 
 
 def free_share(numbers: Iterable[int]) -> float:
@@ -89,6 +71,8 @@ class OnDevice(Generic[Model]):
     def __call__(self) -> Model:
         """Return the model; the first call loads it."""
         if self._model is None:
+            if self._device.startswith("cuda"):
+                give_back()  # a deleted model of the user's own holds its memory until it is collected
             self._free = self._free_memory()
             self._model = self._load()
         return self._model

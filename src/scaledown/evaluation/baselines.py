@@ -16,7 +16,8 @@ import scipy.sparse as sp
 
 from scaledown.config.evaluate import EvaluateConfig
 from scaledown.data.retrieval.encoders import load_encoder
-from scaledown.models import ModelSource, choose_device, resolve
+from scaledown.devices.choice import choose_device
+from scaledown.models.sources import ModelSource, resolve
 
 if TYPE_CHECKING:
     from scaledown.student.model import ScaleDownModel

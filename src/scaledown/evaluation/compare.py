@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import shlex
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -19,6 +20,7 @@ from scaledown.config.train import TrainConfig
 from scaledown.data.input.download import fetched
 from scaledown.data.input.gold import read_gold
 from scaledown.data.reranker.api import resolve_reranker
+from scaledown.devices.choice import choose_device, dtype_to_run
 from scaledown.devices.gpus import OnDevice
 from scaledown.errors import InputError, UsageError
 from scaledown.evaluation.baselines import ECHOES, OF_A_RATE
@@ -27,7 +29,8 @@ from scaledown.evaluation.evaluate import ANSWERS, evaluate
 from scaledown.evaluation.results import Comparison, Results, Run
 from scaledown.evaluation.statistics import Difference, difference
 from scaledown.extensions import MEASURES
-from scaledown.models import choose_device, dtype_to_run, onto, quiet_libraries, resolve
+from scaledown.models.sources import resolve
+from scaledown.models.weights import onto, quiet_libraries
 from scaledown.run.atomic import atomic, read_json, write_json
 from scaledown.run.directory import fingerprint
 from scaledown.run.outputs import check_output
@@ -78,7 +81,10 @@ def compare(names: Sequence[str], config: CompareConfig, *, overwrite: bool = Fa
     short = _names(names)
     settings = [_settings(Path(name), output) if name.endswith(".json") else None for name in names]
     _check(names, settings, config)
-    folders = [str(train(own).output) if own else name for name, own in zip(names, settings, strict=True)]
+    folders = [
+        str(train(own, command=_training(name, own)).output) if own else name
+        for name, own in zip(names, settings, strict=True)
+    ]
     runs: list[Run] = []
     for name, folder, rate, budget in _ways(short, folders, config):
         log.info("compare: %s", name)
@@ -162,6 +168,11 @@ def _settings(path: Path, output: Path) -> TrainConfig:
     digest = blake2b(json.dumps(found, sort_keys=True).encode(), digest_size=4).hexdigest()
     folder = output / "models" / f"{path.stem}-{digest}"
     return from_flags({"config": str(path), "output_dir": str(folder), "resume": True}, TrainConfig)
+
+
+def _training(name: str, config: TrainConfig) -> str:
+    """Return the command that makes the training run of a file of settings."""
+    return shlex.join(["train", "--config", name, "--output_dir", config.output_dir, "--resume"])
 
 
 def _check(names: Sequence[str], settings: Sequence[TrainConfig | None], config: CompareConfig) -> None:

@@ -22,6 +22,7 @@ from scaledown.data.reranker.query_likelihood import SCORING
 from scaledown.data.retrieval.encoders import is_sparse
 from scaledown.data.teacher.api import find_teacher
 from scaledown.data.teacher.base import Engine
+from scaledown.devices.choice import choose_device, dtype_to_run
 from scaledown.devices.gpus import OnDevice
 from scaledown.errors import ModelError, OutputError, RunDirectoryError, UsageError
 from scaledown.evaluation import questions, ranking, systems
@@ -42,7 +43,8 @@ from scaledown.evaluation.results import (
 )
 from scaledown.evaluation.scoring import score
 from scaledown.extensions import MEASURES
-from scaledown.models import ModelSource, choose_device, dtype_to_run, onto, quiet_libraries, resolve
+from scaledown.models.sources import ModelSource, resolve
+from scaledown.models.weights import onto, quiet_libraries
 from scaledown.report.page import html
 from scaledown.run.atomic import atomic, read_json
 from scaledown.run.directory import RunDirectory, fingerprint

@@ -17,9 +17,10 @@ from scaledown.data.teacher.answer_log import AnswerLog, ask
 from scaledown.data.teacher.api import choose_backend, engine_of, load_teacher, preflight
 from scaledown.data.teacher.base import Engine, Generation, Rejection, Teacher
 from scaledown.data.teacher.stage import Meter, heard_counts, spent_tokens, with_heard
+from scaledown.devices.choice import choose_device
 from scaledown.devices.gpus import OnDevice
 from scaledown.evaluation import questions, systems
-from scaledown.models import ModelSource, choose_device
+from scaledown.models.sources import ModelSource
 from scaledown.records import Answer
 from scaledown.run.directory import RunDirectory
 from scaledown.run.progress import tracked

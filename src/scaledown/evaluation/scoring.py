@@ -11,7 +11,7 @@ import orjson
 
 from scaledown.evaluation import judge, questions
 from scaledown.extensions import MEASURES
-from scaledown.metrics import holds
+from scaledown.metrics import has_answer
 from scaledown.run.atomic import atomic
 from scaledown.run.progress import track
 from scaledown.run.stage import Stage
@@ -84,7 +84,8 @@ def score(
             batch = questions.read(asked, shard)
             shown: list[dict[str, Any]] = [{} for _ in batch]  # by system, for the file
             holding = [
-                [holds(document, question.right) for document in question.documents] for question in batch
+                [has_answer(document, question.right) for document in question.documents]
+                for question in batch
             ]
             for system, stage in answers.items():
                 judged = {

@@ -6,10 +6,10 @@ from typing import Any, Final, NamedTuple
 import pyarrow as pa
 
 from scaledown.config.evaluate import EvaluateConfig
+from scaledown.devices.choice import choose_device
 from scaledown.devices.gpus import OnDevice
 from scaledown.errors import InputError, each_or_error
 from scaledown.evaluation import baselines, questions
-from scaledown.models import choose_device
 from scaledown.run.progress import tracked
 from scaledown.run.stage import Stage
 

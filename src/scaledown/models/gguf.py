@@ -1,6 +1,7 @@
-"""GGUF weights of Llama's architecture as an ordinary model: read once, without transformers' own detour.
+"""Converts a GGUF file with Llama's architecture to an ordinary model.
 
-transformers reads the whole file three times, token by token, and looks for the name of each tensor anew.
+transformers can do this, too, but it reads the whole file three times, and searches for the name of each
+tensor again.
 """
 
 from pathlib import Path
@@ -39,15 +40,15 @@ _LAYER: Final = {
 
 
 def convert_llama(file: Path, folder: Path) -> bool:
-    """Write a GGUF file's model as float16 safetensors with its configuration, without the tokenizer.
+    """Write the model of a GGUF file as float16 safetensors with its configuration, without the tokenizer.
 
     Args:
         file: The GGUF file.
-        folder: Where the model goes; it is made.
+        folder: The folder to write; it must not exist.
 
     Returns:
-        Whether that was done. False, and nothing is written, for another architecture or kind of tokenizer,
-        and for files that say more than is known here (scaled rotary embeddings, experts, biases).
+        Whether the model was written. It is not for another architecture or kind of tokenizer, and for files
+        with settings or tensors that are unknown here (scaled rotary embeddings, experts, biases).
     """
     import torch
     from gguf import GGUFReader
@@ -56,7 +57,7 @@ def convert_llama(file: Path, folder: Path) -> bool:
     from transformers import GenerationConfig, LlamaConfig
 
     class Reader(GGUFReader):  # type: ignore[misc]
-        """Slices of a plain array are three times as fast as those of a memory map."""
+        """Reads slices of a plain array, which are three times as fast as slices of a memory map."""
 
         def _build_fields(self, *arguments: Any) -> Any:
             self.data: Any = self.data.view(np.ndarray)
@@ -92,7 +93,7 @@ def convert_llama(file: Path, folder: Path) -> bool:
 
 
 def _name(name: str) -> str | None:
-    """What transformers calls a tensor; None for one that is not known here."""
+    """The name of a tensor in transformers; None for an unknown tensor."""
     if not name.endswith(".weight"):
         return None
     block, *rest = name.removesuffix(".weight").split(".")
@@ -104,6 +105,6 @@ def _name(name: str) -> str | None:
 
 
 def _unpermuted(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """Rows of queries or keys as transformers rotates them; llama.cpp interleaves a head's halves."""
+    """Reorder the rows of a query or key matrix, since llama.cpp interleaves the halves of each head."""
     halves = rows.reshape(heads, len(rows) // heads // 2, 2, *rows.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)

@@ -46,7 +46,7 @@ def check_free(
     there = state and not state.startswith("0 ")  # an empty file may be replaced
     if there and not overwrite and not (is_made(output.path, made) if isinstance(made, str) else made()):
         raise OutputError(
-            f"{flag} {output} is there already, and this command has not written it: name another, or give "
+            f"{flag} {output} already exists, and this command has not written it: name another, or give "
             "--overwrite to replace it"
         )
 
@@ -62,7 +62,7 @@ def check_folder(output: Path, reads: Iterable[Path], *, made: bool) -> None:
         if lies_in(str(read), str(output)):
             raise UsageError(f"--output_dir {output} holds {read}, which is read: name a new folder")
     if output.exists() and not made and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"--output_dir {output} is there already, with other things: name a new folder")
+        raise OutputError(f"--output_dir {output} already exists, with other things: name a new folder")
     check_writable(output.parent / "folder", "--output_dir")
 
 

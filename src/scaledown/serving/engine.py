@@ -18,8 +18,8 @@ import torch
 from scaledown.config.serve import ServeConfig
 from scaledown.config.train import BUDGETS
 from scaledown.devices.gpus import give_back
+from scaledown.devices.halving import is_out_of_memory
 from scaledown.errors import InputError, ModelError, ScaleDownError
-from scaledown.models import is_out_of_memory
 from scaledown.serving.answer_text import AnswerText
 from scaledown.serving.jobs import End, Job, Piece, Scores, Usage
 from scaledown.serving.protocol import RequestError

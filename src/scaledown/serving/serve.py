@@ -9,8 +9,10 @@ from typing import Any
 
 from scaledown.command import Usage, run_cli
 from scaledown.config.serve import GROUPS, ServeConfig, api_key
+from scaledown.devices.choice import choose_device, dtype_to_run
 from scaledown.errors import MissingExtraError, UsageError, install_command
-from scaledown.models import choose_device, dtype_to_run, onto, quiet_libraries, resolve
+from scaledown.models.sources import resolve
+from scaledown.models.weights import onto, quiet_libraries
 
 log = logging.getLogger("scaledown")
 

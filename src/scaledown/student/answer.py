@@ -13,8 +13,10 @@ from scaledown.command import Usage, run_cli
 from scaledown.config.answer import GROUPS, AnswerConfig
 from scaledown.data.input.training_files import Entry, entries, is_unicode, unanswerable
 from scaledown.data.output.writers import write_examples
+from scaledown.devices.choice import choose_device, dtype_to_run
 from scaledown.errors import InputError, each_or_error
-from scaledown.models import choose_device, dtype_to_run, onto, resolve
+from scaledown.models.sources import resolve
+from scaledown.models.weights import onto
 from scaledown.run.outputs import check_output, note_made
 from scaledown.run.progress import track
 

@@ -26,7 +26,7 @@ def export_generator(name: str, output: Path, *, overwrite: bool = False) -> Non
     made = (output / _NOTE).exists()
     check_folder(output, [Path(name)], made=made)
     if made and not overwrite:
-        raise OutputError(f"--output_dir {output} is there already: name a new folder, or give --overwrite")
+        raise OutputError(f"--output_dir {output} already exists: name a new folder, or give --overwrite")
     from scaledown.student.model import ScaleDownModel
 
     model = ScaleDownModel.from_pretrained(name, dtype="auto")

@@ -19,7 +19,9 @@ from transformers.utils import ModelOutput
 
 from scaledown.data.teacher.context import context_tokens
 from scaledown.errors import ModelError
-from scaledown.models import ModelSource, hub_errors, loadable, loading, onto, read_config_file, resolve
+from scaledown.models.hub import hub_errors
+from scaledown.models.sources import ModelSource, resolve
+from scaledown.models.weights import loadable, loading, onto, read_config_file
 from scaledown.student.batch import IGNORED, Group, Reader
 from scaledown.student.card import model_card
 from scaledown.student.compressor import Compressed

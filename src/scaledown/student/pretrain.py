@@ -16,11 +16,12 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown pretrain")
         GROUPS,
     )
 
-    def run(config: PretrainConfig, **others: bool) -> str:  # imports here: the help needs no torch
+    def run(config: PretrainConfig, *, overwrite: bool = False) -> str:
+        # imported here: the help needs no torch
         from scaledown.student.training.run import train
         from scaledown.student.training.summary import summary
 
-        return summary(train(config, **others), pretrained=True)
+        return summary(train(config, overwrite=overwrite), pretrained=True)
 
     return run_cli(PretrainConfig, run, lambda told, _: told, usage=usage, argv=argv)
 

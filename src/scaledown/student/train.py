@@ -16,10 +16,10 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown train") ->
         GROUPS,
     )
 
-    def run(config: TrainConfig, **others: bool) -> str:  # imports here: the help needs no torch
+    def run(config: TrainConfig, *, overwrite: bool = False) -> str:  # imports here: the help needs no torch
         from scaledown.student.training.run import train
         from scaledown.student.training.summary import summary
 
-        return summary(train(config, **others))
+        return summary(train(config, overwrite=overwrite))
 
     return run_cli(TrainConfig, run, lambda told, _: told, usage=usage, argv=argv)

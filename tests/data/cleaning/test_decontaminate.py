@@ -1,4 +1,4 @@
-"""Evaluation questions and repeated queries are left out, each recorded with what it matched."""
+"""Evaluation questions and repeated queries are left out, each recorded with its match."""
 
 import json
 import random
@@ -35,7 +35,7 @@ def matched(query: str, question: str = QUESTION, least: float = 0.6) -> float |
     return found and found.similarity
 
 
-# What is the same
+# Equal and similar questions
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def matched(query: str, question: str = QUESTION, least: float = 0.6) -> float |
         ("*Who* wrote 5 *plays*!", "who wrote 5 plays"),
     ],
 )
-def test_case_punctuation_accents_and_articles_do_not_count(one: str, other: str) -> None:
+def test_match_ignores_case_punctuation_accents_and_articles(one: str, other: str) -> None:
     assert words(one) == words(other)
     assert matched(one, other, EXACT) == matched(one, other) == 1
 
@@ -70,7 +70,7 @@ def test_case_punctuation_accents_and_articles_do_not_count(one: str, other: str
         ("What is C#?", "What is C++?"),
     ],
 )
-def test_questions_of_other_numbers_are_others(one: str, other: str) -> None:
+def test_questions_with_other_numbers_do_not_match(one: str, other: str) -> None:
     assert question_key(one) != question_key(other)
     assert matched(one, other, EXACT) is None
 
@@ -91,11 +91,11 @@ def test_every_text_has_words(text: str) -> None:
         ("How many interceptions did Josh Norman have?", None),
     ],
 )
-def test_nearly_the_same_are_most_words_in_any_order(query: str, similarity: float | None) -> None:
+def test_near_match_shares_most_words_in_any_order(query: str, similarity: float | None) -> None:
     assert matched(query) == (similarity and pytest.approx(similarity))
 
 
-def test_short_questions_other_numbers_and_repeated_words() -> None:
+def test_similarity_of_short_questions_other_numbers_and_repeated_words() -> None:
     assert matched("Who founded the city of Rome?", "Who established the city of Rome?") == pytest.approx(
         2 / 3
     )
@@ -110,7 +110,7 @@ def test_short_questions_other_numbers_and_repeated_words() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(QUERIES, st.randoms())
-def test_order_does_not_matter_and_exact_implies_near(query: str, chance: random.Random) -> None:
+def test_near_match_ignores_order_and_includes_exact_matches(query: str, chance: random.Random) -> None:
     mixed = query.split()
     chance.shuffle(mixed)
     assert matched(" ".join(mixed), query) == 1
@@ -118,7 +118,7 @@ def test_order_does_not_matter_and_exact_implies_near(query: str, chance: random
 
 
 def jaccard(one: str, other: str) -> float:
-    """The obvious way: words with their number of times."""
+    """Jaccard similarity by its definition, over words and their occurrences."""
     sets = [
         {(word, found[:place].count(word)) for place, word in enumerate(found)}
         for found in (words(one), words(other))
@@ -128,7 +128,7 @@ def jaccard(one: str, other: str) -> float:
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(QUERIES, min_size=1, max_size=20), QUERIES, st.sampled_from([0.6, 0.8]))
-def test_the_best_match_is_found_as_by_comparing_with_all(known: list[str], query: str, least: float) -> None:
+def test_best_match_equals_brute_force(known: list[str], query: str, least: float) -> None:
     questions = Questions(least)
     questions.add(known)
     (found,) = questions.find([query])
@@ -144,7 +144,7 @@ def test_the_best_match_is_found_as_by_comparing_with_all(known: list[str], quer
 @given(
     st.lists(QUERIES, max_size=40), st.integers(1, 40), st.sampled_from([EXACT, 0.8]), st.sampled_from([3, 7])
 )
-def test_what_repeats_what_does_not_depend_on_how_it_comes(
+def test_duplicates_do_not_depend_on_the_size_of_blocks(
     queries: list[str], size: int, least: float, letters: int
 ) -> None:
     def found(step: int) -> list:
@@ -161,7 +161,7 @@ def test_what_repeats_what_does_not_depend_on_how_it_comes(
 # Evaluation questions
 
 
-def test_a_match_names_its_question_its_file_and_how_similar_it_is(tmp_path: Path) -> None:
+def test_match_has_question_file_and_similarity(tmp_path: Path) -> None:
     first = written(tmp_path / "nq.jsonl", [{"question": "who was ada lovelace"}])
     second = written(tmp_path / "dev.jsonl", [{"id": "7", "question": QUESTION}])
     cleaner = Cleaner(CleanConfig(decontaminate=(first, second), deduplicate="near"))
@@ -205,7 +205,7 @@ PASSAGE = (
         ("308", "", False),
     ],
 )
-def test_the_same_answer_from_the_same_passage(
+def test_record_with_answer_and_passage_of_a_question_is_left_out(
     answer: str, document: str, left_out: bool, tmp_path: Path
 ) -> None:
     row = {"id": "7", "question": QUESTION, "context": PASSAGE, "answers": {"text": ["308"]}}
@@ -221,13 +221,13 @@ def test_the_same_answer_from_the_same_passage(
     assert Cleaner(CleanConfig(decontaminate=(file,))).answer(answer, [document]) is None
 
 
-def test_answers_without_passages_are_refused(tmp_path: Path) -> None:
+def test_decontaminate_answers_needs_passages(tmp_path: Path) -> None:
     file = written(tmp_path / "nq.jsonl", [{"question": "who?", "answer": ["a"]}])
     with pytest.raises(InputError, match="--decontaminate_answers: no question .* has both"):
         Cleaner(CleanConfig(decontaminate=(file,), decontaminate_answers=True)).check()
 
 
-def test_settings_that_contradict_each_other() -> None:
+def test_contradicting_settings_are_refused() -> None:
     with pytest.raises(UsageError, match="--decontaminate_answers needs --decontaminate"):
         CleanConfig(decontaminate_answers=True)
     with pytest.raises(UsageError, match="--deduplicate fuzzy: use one of exact, near"):
@@ -249,7 +249,7 @@ def quarantined(work: Path, stage: str) -> list[dict]:
     return [json.loads(line) for found in lines for line in found]
 
 
-def test_a_run_leaves_out_evaluation_questions_and_says_so(prepare, queries, tmp_path, capsys) -> None:
+def test_run_leaves_out_and_reports_evaluation_questions(prepare, queries, tmp_path, capsys) -> None:
     asked = queries.read_text().splitlines()
     queries.write_text("\n".join([*asked, "what is  photosynthesis", "the tower is how tall"]) + "\n")
     evaluation = [{"id": "x", "question": "So what causes tides?"}, {"id": "y", "question": "???"}]
@@ -280,7 +280,7 @@ def test_a_run_leaves_out_evaluation_questions_and_says_so(prepare, queries, tmp
     assert prepare.output.read_bytes() == before
 
 
-def test_another_evaluation_file_redoes_what_it_must(prepare, tmp_path, monkeypatch) -> None:
+def test_changed_evaluation_file_repeats_only_what_depends_on_it(prepare, tmp_path, monkeypatch) -> None:
     assert prepare("--top_k_retrieval", "2") == 0
     whole = prepare.output.read_bytes()
     file = tmp_path / "dev.jsonl"
@@ -301,7 +301,9 @@ def test_another_evaluation_file_redoes_what_it_must(prepare, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("crash_at", [0, 1, 2, 5])
-def test_a_crash_changes_nothing(crash_at: int, prepare, queries, tmp_path, monkeypatch) -> None:
+def test_run_after_a_crash_has_the_same_output_and_quarantine(
+    crash_at: int, prepare, queries, tmp_path, monkeypatch
+) -> None:
     queries.write_text("".join(f"{line}\n" * 3 for line in queries.read_text().splitlines()))
     file = written(tmp_path / "dev.jsonl", [{"question": "Who wrote it?"}])
     flags = ("--top_k_retrieval", "2", "--queries_per_shard", "1", "--decontaminate", file)
@@ -326,7 +328,7 @@ def test_a_crash_changes_nothing(crash_at: int, prepare, queries, tmp_path, monk
     assert len(left) == 9
 
 
-def test_a_run_leaves_out_answers_of_evaluation_passages(prepare, tmp_path, monkeypatch, capsys) -> None:
+def test_run_leaves_out_answers_from_evaluation_passages(prepare, tmp_path, monkeypatch, capsys) -> None:
     flags = ("--top_k_retrieval", "2", "--passages", "paragraph")
     assert prepare(*flags) == 0
     first = records(prepare.output)[0]
@@ -348,7 +350,7 @@ def test_a_run_leaves_out_answers_of_evaluation_passages(prepare, tmp_path, monk
     assert left["reason"] == "answer and passage of an evaluation question"
 
 
-def test_nothing_left_is_an_error_that_says_why(prepare, queries, capsys) -> None:
+def test_run_without_remaining_queries_is_an_error(prepare, queries, capsys) -> None:
     assert prepare("--decontaminate", str(queries)) == 1
     assert "all 4 queries are left out" in capsys.readouterr().err
 
@@ -366,7 +368,7 @@ def test_nothing_left_is_an_error_that_says_why(prepare, queries, capsys) -> Non
     ],
 )
 @pytest.mark.parametrize("where", ["prepare", "plan", "merge"])
-def test_hostile_evaluation_files_are_one_line_before_any_work(
+def test_unreadable_evaluation_file_is_a_one_line_error_before_any_work(
     where: str, name: str, content: bytes | None, message: str, prepare, tmp_path, capsys, corpus, queries
 ) -> None:
     path = tmp_path / name
@@ -400,7 +402,7 @@ def example(query: str, answer: str = "a", document: str = "d") -> dict:
     return {"query": query, "documents": [document], "answer": answer}
 
 
-def test_merge_cleans_and_records_what_it_leaves_out(tmp_path: Path, capsys) -> None:
+def test_merge_records_removed_records_with_their_match(tmp_path: Path, capsys) -> None:
     made = [
         *(example("Who wrote Hamlet, the play?"), example("how many points did panthers defense surrender")),
         *(example("Who wrote Hamlet the play"), example("Who wrote Hamlet, the play?"), example("Why?")),
@@ -423,14 +425,14 @@ def test_merge_cleans_and_records_what_it_leaves_out(tmp_path: Path, capsys) -> 
         ("When?", "contaminated", "answer"),
     ]
     out = capsys.readouterr().out
-    assert "3 records from 1 file, 2 queries that came again left out, 2 records of evaluation sets" in out
+    assert "3 records from 1 file, 2 repeated queries left out, 2 records of evaluation sets" in out
     assert str(removed) in out
     before = output.read_bytes(), removed.read_bytes()
     assert cli.main([*merge, *flags]) == 0
     assert (output.read_bytes(), removed.read_bytes()) == before
 
 
-def test_a_plain_merge_is_as_it_was(tmp_path: Path) -> None:
+def test_merge_without_cleaning_flags_writes_no_removed_file(tmp_path: Path) -> None:
     (tmp_path / "part.json").write_text(json.dumps([example("Who?"), example("who?"), example("Who? ")]))
     output = tmp_path / "full.json"
     assert cli.main(["merge", str(tmp_path / "part.json"), "--output_file", str(output)]) == 0
@@ -438,7 +440,7 @@ def test_a_plain_merge_is_as_it_was(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.removed.jsonl"))
 
 
-def test_merge_refuses_flags_that_do_not_fit(tmp_path: Path, capsys) -> None:
+def test_merge_refuses_contradicting_flags(tmp_path: Path, capsys) -> None:
     (tmp_path / "part.json").write_text(json.dumps([example("Who?")]))
     merge = ["merge", str(tmp_path / "part.json"), "--output_file", str(tmp_path / "full.json")]
     assert cli.main([*merge, "--decontaminate_answers"]) == 2
@@ -452,7 +454,7 @@ def test_merge_refuses_flags_that_do_not_fit(tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.skipif(not (SHARED / "data").exists(), reason="needs ../shared/data")
-def test_no_false_hit_among_real_questions() -> None:
+def test_real_questions_have_no_false_match() -> None:
     def read(name: str) -> list[str]:
         lines = (SHARED / "data" / name).read_text(encoding="utf-8").splitlines()
         return [json.loads(line)["question"] for line in lines]

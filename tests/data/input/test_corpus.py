@@ -23,7 +23,7 @@ from scaledown.data.input.corpus import (
     sample_corpus,
 )
 from scaledown.errors import InputError
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.records import Article, Block, Passage, full_text
 from scaledown.run.directory import RunDirectory
 from scaledown.run.stage import Stage

@@ -55,9 +55,9 @@ def test_where_nothing_tells_of_changes_it_is_fetched_each_time(server: Server, 
     server.files["train.jsonl"] = b"two"
     assert again(server.url("train.jsonl")) == path
     assert path.read_bytes() == b"two"
-    assert "a file changed there is not noticed" in caplog.text
+    assert "changes of the file are not noticed" in caplog.text
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="does not tell size, ETag or time"):
+    with pytest.raises(InputError, match="sends no size, ETag or time"):
         again(server.url("train.jsonl"))
 
 
@@ -77,7 +77,7 @@ def test_a_file_that_changes_meanwhile_is_not_kept(server: Server, cache: Path, 
         server.headers = {"ETag": '"2"'}
 
     monkeypatch.setattr(download, "_fetch", changing)
-    with pytest.raises(InputError, match="was changed meanwhile; run the same command again"):
+    with pytest.raises(InputError, match="changed while it was read; run the same command again"):
         again(server.url("train.json"))
     assert not list(cache.rglob("*.json"))
 

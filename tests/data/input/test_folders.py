@@ -91,7 +91,7 @@ def test_a_corpus_may_be_a_link(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["nowhere.jsonl", "part0.jsonl"])
 def test_a_link_that_leads_nowhere_is_an_error(target: str, folder: Path) -> None:
     (folder / "part0.jsonl").symlink_to(target)
-    with pytest.raises(InputError, match=r"part0\.jsonl is a link that leads nowhere .*: mend or delete it"):
+    with pytest.raises(InputError, match=r"part0\.jsonl is a link that leads nowhere .*: repair or delete"):
         names(folder)
 
 

@@ -26,7 +26,7 @@ from scaledown.data.input import files, remote, tables
 from scaledown.data.input.corpus import build_passages
 from scaledown.data.session import resolve as inputs
 from scaledown.errors import InputError, MissingExtraError, UsageError, install_command
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.run.directory import RunDirectory
 from scaledown.run.stage import Stage
 from scaledown.urls import detail
@@ -127,9 +127,9 @@ def test_parquet_without_ranges_says_what_to_do(server: Server, monkeypatch) -> 
     assert pieces
     assert len(server.requests) < 20
     server.ranges = False
-    assert re.search(r"gives no parts of files, .*fetch the file", failure(server.url("c.parquet")))
+    assert re.search(r"cannot send parts of files, .*download the file", failure(server.url("c.parquet")))
     server.length = False
-    assert re.search(r"does not tell the size, .*fetch the file", failure(server.url("c.parquet")))
+    assert re.search(r"does not send the size, .*download the file", failure(server.url("c.parquet")))
 
 
 def test_a_folder_is_listed_and_streams(memory, tmp_path: Path, models) -> None:
@@ -220,7 +220,7 @@ def test_without_a_state_the_log_says_so_once(server: Server, caplog) -> None:
     before = identity(server.url("c.jsonl"))
     assert identity(server.url("c.jsonl")) == before
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "a file changed there is not noticed" in caplog.text
+    assert "changes of the file are not noticed" in caplog.text
     assert identity(server.url("c.jsonl?id=7")) != identity(server.url("c.jsonl?id=8"))
     assert identity(server.url("d.jsonl")) != before
     server.files["c.jsonl"] = LINES * 2
@@ -239,12 +239,12 @@ def test_a_file_that_changes_between_finding_and_reading_is_refused(server: Serv
     memory.pipe("/b/c.jsonl", LINES)
     source = files.locate("memory://b/c.jsonl", "--corpus_path")
     memory.pipe("/b/c.jsonl", LINES)
-    with pytest.raises(InputError, match="was changed meanwhile; run the same command again"):
+    with pytest.raises(InputError, match="changed while it was read; run the same command again"):
         contents(source)
     server.files["c.jsonl"] = LINES
     source = files.locate(server.url("c.jsonl"), "--corpus_path")
     server.headers = {"ETag": '"2"'}
-    with pytest.raises(InputError, match="was changed meanwhile; run the same command again"):
+    with pytest.raises(InputError, match="changed while it was read; run the same command again"):
         contents(source)
 
 
@@ -324,8 +324,8 @@ def test_what_the_server_refuses_is_one_line(status: int, message: str, server: 
         ("http://127.0.0.1:9/c.jsonl", "cannot be reached .*check the URL and the network"),
         ("http://host:port/c.jsonl", "cannot be reached .*check the URL"),
         ("memory://bucket/none.jsonl", "there is no such file; check the URL"),
-        ("https://host/c.jsonl?…", "was kept without its secrets; give the flag again"),
-        ("https://…@host/c.jsonl", "was kept without its secrets; give the flag again"),
+        ("https://host/c.jsonl?…", "was stored without its secrets; give the flag again"),
+        ("https://…@host/c.jsonl", "was stored without its secrets; give the flag again"),
     ],
 )
 def test_urls_that_lead_nowhere(url: str, message: str, memory) -> None:
@@ -477,7 +477,7 @@ def test_a_run_with_remote_input_gives_the_same_bytes_and_keeps_no_secret(
     assert "SECRET" not in out + err + caplog.text
     again = ["--config", str(work / "manifest.json"), "--output_file", str(output)]
     assert prepare(*again, inputs=False) == 1
-    assert "give the flag again with the whole URL" in capsys.readouterr().err
+    assert "give the flag again with the complete URL" in capsys.readouterr().err
     assert prepare(*again, *given, inputs=False) == 0
     assert "nothing to do" in capsys.readouterr().out
 

@@ -152,8 +152,8 @@ def test_tsv_that_is_quoted_nevertheless(quoting: int, tmp_path: Path) -> None:
         (
             "q.tsv",
             "the first text\tthe second text\nanother one here\tand one more\n",
-            r"tab-separated, no header, 2 columns \(the first text, the second text\): which holds the "
-            "question cannot be told; give its number with --query_column",
+            r"tab-separated, no header, 2 columns \(the first text, the second text\): it is not clear "
+            "which column is the question; give its number with --query_column",
         ),
         ("q.csv", "id,frage\n1,Wer?\n", "no question under query or question .*; the columns are id, frage"),
         (

@@ -158,7 +158,7 @@ def test_queries_that_come_again_are_counted_and_no_problem(tmp_path: Path, caps
     path = tmp_path / "a.json"
     path.write_text(json.dumps([GOOD, {**GOOD, "answer": "That."}, {**GOOD, "query": "Who?"}]))
     assert main(["validate", str(path)]) == 0
-    assert "3 records, all sound, 1 query again" in capsys.readouterr().out
+    assert "3 records, all sound, 1 repeated query" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "match"), [("", "is a folder; name"), ("none.json", "no such file")])
@@ -283,7 +283,7 @@ def test_merge_joins_in_order_and_drops_duplicates(
     assert [json.loads(line)["query"] for line in output.read_text().splitlines()] == [
         f"Question {n}?" for n in range(9)
     ]
-    assert "9 records from 2 files, 2 queries that came again left out" in capsys.readouterr().out
+    assert "9 records from 2 files, 2 repeated queries left out" in capsys.readouterr().out
 
 
 def test_merge_looks_for_all_files_before_it_reads_one(tmp_path: Path, capsys) -> None:
@@ -368,7 +368,7 @@ def test_merge_finds_the_manifest_of_a_run_directory_of_another_name(tmp_path: P
         merge([first, second], tmp_path / "full.json")
     place.write_text(json.dumps(manifest | {"output": {"path": "/another.json"}}))
     assert merge([first, second], tmp_path / "full.json").records == 2
-    assert f"{second}: no run directory beside it, so its settings are not compared" in caplog.text
+    assert f"{second}: it has no run directory, so its settings are not compared" in caplog.text
 
 
 def test_merge_does_not_trip_over_a_manifest_of_another_kind(tmp_path: Path) -> None:
@@ -405,7 +405,7 @@ def test_extra_columns_of_other_origin_fit_or_are_named(tmp_path: Path) -> None:
     (entry,) = entries(tmp_path / "a.parquet")
     assert entry.record["query_id"] == "7"
     late = [*numbered(range(1000)), *numbered([1000], GOOD | {"groundedness": 0.5})]
-    with pytest.raises(OutputError, match="column groundedness is in some records only"):
+    with pytest.raises(OutputError, match="column groundedness is in some records, but not in the first"):
         write_examples(tmp_path / "b.parquet", late)
     assert not (tmp_path / "b.parquet").exists()
 

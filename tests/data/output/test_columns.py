@@ -1,4 +1,4 @@
-"""Parquet has the columns of all records, whichever has them first; what does not fit is named."""
+"""Parquet files have the columns of all records; a conflict between records is reported."""
 
 import json
 from pathlib import Path
@@ -20,14 +20,14 @@ def lines(path: Path, records: list[dict]) -> Path:
 
 
 def numbered(count: int, **last: object) -> list[dict]:
-    """So many records, the last of which has more columns."""
+    """`count` records; the last has more columns."""
     made = [{**GOOD, "query": f"Question {number}?"} for number in range(count)]
     made[-1] |= last
     return made
 
 
 def parquet(command: str, path: Path, folder: Path) -> tuple[int, Path]:
-    """The status of a command that writes a file as Parquet, and what it wrote."""
+    """The status of a command that writes Parquet, and its file."""
     if command == "merge":
         return main(
             ["merge", str(path), "--output_file", str(folder / "full.parquet")]
@@ -47,20 +47,20 @@ def parquet(command: str, path: Path, folder: Path) -> tuple[int, Path]:
         {"answer_tokens": 7, "kept": True},
     ],
 )
-def test_columns_that_come_late_are_kept(command: str, late: dict, tmp_path: Path) -> None:
+def test_columns_of_late_records_are_kept(command: str, late: dict, tmp_path: Path) -> None:
     status, written = parquet(command, lines(tmp_path / "a.jsonl", numbered(1500, **late)), tmp_path)
     assert status == 0
     found = [entry.record for entry in entries(written)]
     assert found == numbered(1500, **late)
 
 
-def test_scores_that_come_late_behind_null_are_refused_as_mixed(tmp_path: Path, capsys) -> None:
+def test_merge_refuses_scores_in_late_records_only(tmp_path: Path, capsys) -> None:
     path = lines(tmp_path / "a.jsonl", numbered(1200, reranking_scores=[1.0, 0.5]))
     assert parquet("merge", path, tmp_path)[0] == 1
     assert f"{path}:1200: some records have reranking_scores and some have none" in capsys.readouterr().err
 
 
-def test_exported_scores_that_come_late_are_kept(tmp_path: Path) -> None:
+def test_export_keeps_scores_in_late_records_only(tmp_path: Path) -> None:
     records = numbered(1200, reranking_scores=[1.0, 0.5])
     status, written = parquet("export", lines(tmp_path / "a.jsonl", records), tmp_path)
     assert status == 0
@@ -71,15 +71,15 @@ def test_exported_scores_that_come_late_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("early", "late", "reason"),
     [
-        (3, "three", "level is string, and int64 before"),
-        ("three", 3, "level is int64, and string before"),
-        (True, 1, "level is int64, and bool before"),
-        ([1], ["a"], "level is list<item: string>, and list<item: int64> before"),
-        ({"a": 1}, "a", "level is string, and struct<a: int64> before"),
-        (1, [2, "b"], "level holds values of several kinds"),
+        (3, "three", "level is string here and int64 in earlier records"),
+        ("three", 3, "level is int64 here and string in earlier records"),
+        (True, 1, "level is int64 here and bool in earlier records"),
+        ([1], ["a"], "level is list<item: string> here and list<item: int64> in earlier records"),
+        ({"a": 1}, "a", "level is string here and struct<a: int64> in earlier records"),
+        (1, [2, "b"], "level holds values of several types"),
     ],
 )
-def test_a_conflict_is_named_with_its_line(
+def test_conflict_is_reported_with_its_line(
     command: str, early: object, late: object, reason: str, tmp_path: Path, capsys
 ) -> None:
     records = numbered(1300, level=late)
@@ -93,10 +93,10 @@ def test_a_conflict_is_named_with_its_line(
     assert not written.exists()
 
 
-def test_a_known_column_of_another_kind_is_named(tmp_path: Path, capsys) -> None:
+def test_wrong_type_of_a_known_column_is_reported(tmp_path: Path, capsys) -> None:
     path = lines(tmp_path / "a.jsonl", numbered(4, prompt_tokens="many"))
     assert parquet("merge", path, tmp_path)[0] == 1
-    assert f"{path}:4: prompt_tokens is string, and int64 before" in capsys.readouterr().err
+    assert f"{path}:4: prompt_tokens is string here and int64 in earlier records" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", [{}, [{}], (1 << 53) + 1])
@@ -109,7 +109,7 @@ def test_values_that_parquet_cannot_hold_are_reported(value: object, tmp_path: P
     assert "write .json or .jsonl" in error
 
 
-def test_numbers_become_those_that_hold_all(tmp_path: Path) -> None:
+def test_integers_become_floats_if_a_later_value_is_one(tmp_path: Path) -> None:
     records = numbered(1100, level=0.5)
     records[0]["level"] = 3
     _, written = parquet("merge", lines(tmp_path / "a.jsonl", records), tmp_path)
@@ -129,7 +129,7 @@ values = st.recursive(
 @given(
     extras=st.lists(st.dictionaries(st.sampled_from(["x", "y", "query_id"]), values), min_size=1, max_size=5)
 )
-def test_whatever_records_have_is_written_or_refused_in_words(extras: list[dict], tmp_path_factory) -> None:
+def test_any_columns_are_written_or_refused_with_an_error(extras: list[dict], tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("c")
     records = [{**GOOD, "query": f"q{place}", **extra} for place, extra in enumerate(extras)]
     path = lines(folder / "a.jsonl", records)
@@ -144,7 +144,7 @@ def test_whatever_records_have_is_written_or_refused_in_words(extras: list[dict]
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_scores_that_are_null_are_no_fault(ending: str, tmp_path: Path, capsys) -> None:
+def test_null_scores_are_sound(ending: str, tmp_path: Path, capsys) -> None:
     path = lines(tmp_path / "a.jsonl", [{**one, "reranking_scores": None} for one in numbered(3)])
     assert main(["validate", str(path)]) == 0
     assert "3 records, all sound" in capsys.readouterr().out

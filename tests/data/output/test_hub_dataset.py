@@ -1,4 +1,4 @@
-"""Training data as others load it: read back by `datasets`, a card, the hub; rankings as TREC runs."""
+"""Exports of training data: `datasets` reads them, the card, the hub; rankings as TREC runs."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", ["json", "jsonl", "parquet"])
-def test_datasets_reads_every_format_back(form: str, data: Path, tmp_path: Path, capsys) -> None:
+def test_datasets_reads_exports_in_every_format(form: str, data: Path, tmp_path: Path, capsys) -> None:
     folder = tmp_path / "shared"
     assert main(["export", str(data), "--format", form, "--output_dir", str(folder)]) == 0
     assert "40 records" in capsys.readouterr().out
@@ -50,7 +50,7 @@ def test_datasets_reads_every_format_back(form: str, data: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl", "parquet"])
-def test_datasets_reads_what_a_run_writes(ending: str, prepare, tmp_path: Path) -> None:
+def test_datasets_reads_the_output_of_a_run(ending: str, prepare, tmp_path: Path) -> None:
     output = prepare.output.with_suffix(f".{ending}")
     assert prepare(*RERANK, "--output_file", str(output)) == 0
     kind = "parquet" if ending == "parquet" else "json"
@@ -59,7 +59,7 @@ def test_datasets_reads_what_a_run_writes(ending: str, prepare, tmp_path: Path) 
     assert len(found[0]["documents"]) == 3
 
 
-def test_the_card_tells_of_the_run(prepare, tmp_path: Path) -> None:
+def test_card_describes_the_run(prepare, tmp_path: Path) -> None:
     assert prepare(*RERANK) == 0
     folder = tmp_path / "shared"
     assert main(["export", str(prepare.output), "--format", "parquet", "--output_dir", str(folder)]) == 0
@@ -70,10 +70,9 @@ def test_the_card_tells_of_the_run(prepare, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_private", [True, False])
-def test_pushing_uploads_the_folder(
+def test_push_uploads_the_folder_unless_private_data_would_be_public(
     is_private: bool, data: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    """Into a repository that may be there already: private data goes to no public one."""
     uploaded: dict[str, Any] = {}
 
     class Api:
@@ -96,7 +95,7 @@ def test_pushing_uploads_the_folder(
     assert main(words) == 0
     if not is_private:
         assert main([*words, "--push_to_hub", "me/data", "--private"]) == 2
-        assert "is there already and public" in capsys.readouterr().err
+        assert "exists and is public" in capsys.readouterr().err
         assert "files" not in uploaded
         return
     assert main([*words, "--push_to_hub", "me/data", "--private"]) == 0, "the folder is used again"
@@ -110,15 +109,15 @@ def test_pushing_uploads_the_folder(
     assert "https://hub/datasets/me/data" in capsys.readouterr().out
 
 
-def test_other_data_does_not_take_the_place(data: Path, tmp_path: Path, capsys) -> None:
+def test_export_with_other_data_needs_overwrite(data: Path, tmp_path: Path, capsys) -> None:
     words = ["export", str(data), "--format", "jsonl", "--output_dir", str(tmp_path / "shared")]
     assert main(words) == 0
     data.write_text(json.dumps(RECORDS[:3]))
     assert main(words) == 1
-    assert "holds other data" in capsys.readouterr().err
+    assert "has other data: name a new folder, or give --overwrite" in capsys.readouterr().err
 
 
-def test_rankings_as_trec_runs(prepare, tmp_path: Path, capsys) -> None:
+def test_rankings_are_exported_as_trec_runs(prepare, tmp_path: Path, capsys) -> None:
     assert prepare(*RERANK) == 0
     folder = tmp_path / "runs"
     assert main(["export", str(prepare.output), "--format", "trec", "--output_dir", str(folder)]) == 0
@@ -133,7 +132,7 @@ def test_rankings_as_trec_runs(prepare, tmp_path: Path, capsys) -> None:
     assert "\tQ0\t" in (folder / "retrieved.run").read_text()
 
 
-def test_rankings_of_ids_that_come_again_can_be_evaluated(
+def test_rankings_with_repeated_ids_can_be_evaluated(
     prepare, corpus: Path, queries: Path, tmp_path: Path, capsys
 ) -> None:
     articles = [json.loads(line) | {"id": "a 1", "_id": "a 1"} for line in corpus.read_text().splitlines()]
@@ -155,9 +154,9 @@ def test_rankings_of_ids_that_come_again_can_be_evaluated(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--format", "pisco", "--push_to_hub", "me/x"], "--push_to_hub shares json, jsonl, parquet"),
-        (["--format", "json", "--private"], "--private is for --push_to_hub"),
-        (["--format", "trec"], "its run directory is not there"),
+        (["--format", "pisco", "--push_to_hub", "me/x"], "--format pisco: use one of json, jsonl, parquet"),
+        (["--format", "json", "--private"], "--private needs --push_to_hub"),
+        (["--format", "trec"], "which has the rankings, is missing"),
         (["{data}", "--format", "trec"], "takes one file"),
         (["--format", "json", "{empty}"], "no record"),
         (["--format", "parquet", "{bad}"], "answer"),

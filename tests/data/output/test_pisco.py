@@ -21,8 +21,10 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_authors_trainer_reads_it(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As pisco/train.py does: `load_from_disk`, `train_test_split`, `shuffle`; and as its collator does."""
+def test_export_can_be_read_as_the_authors_trainer_does(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The calls of pisco/train.py: `load_from_disk`, `train_test_split`, `shuffle`; and its collator's."""
     output = tmp_path / "deep" / "pisco"
     assert main(["export", str(data), str(data), "--format", "pisco", "--output-dir", str(output)]) == 0
     assert "80 records" in capsys.readouterr().out
@@ -37,16 +39,16 @@ def test_the_authors_trainer_reads_it(data: Path, tmp_path: Path, capsys: pytest
     assert [path.name for path in output.parent.iterdir()] == ["pisco"], "nothing is left beside it"
 
 
-def test_unsound_record_is_named(data: Path, tmp_path: Path) -> None:
+def test_unsound_record_is_reported(data: Path, tmp_path: Path) -> None:
     data.write_text(json.dumps([*RECORDS, {"query": "no documents"}]))
     with pytest.raises(InputError, match=r"train_data\.json:1: .*; `scaledown validate"):
         export_pisco([data], tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train_data.json"]
 
 
-def test_no_record(data: Path, tmp_path: Path) -> None:
+def test_file_without_records_is_refused(data: Path, tmp_path: Path) -> None:
     data.write_text("[]")
-    with pytest.raises(InputError, match="there is no record in it"):
+    with pytest.raises(InputError, match="the file has no record"):
         export_pisco([data], tmp_path / "out")
 
 
@@ -54,5 +56,5 @@ def test_existing_folder_is_not_changed(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
     assert export_pisco([data], output) == 40
-    with pytest.raises(OutputError, match="is there already: name a new folder"):
+    with pytest.raises(OutputError, match="already exists: name a new folder"):
         export_pisco([data], output)

@@ -138,7 +138,7 @@ def test_corpora_that_cannot_be_entered_midway(kind: str, tmp_path, monkeypatch,
 
     from scaledown.data.input import files
     from scaledown.data.input.corpus import load_tokenizer
-    from scaledown.models import resolve
+    from scaledown.models.sources import resolve
 
     monkeypatch.setattr(sampling, "_BYTES_A_PLACE", 1 << 11)
     monkeypatch.setattr(files, "_CHUNK_BYTES", 1 << 15)
@@ -264,17 +264,24 @@ def test_queries_elsewhere(flags, work, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "workers", "hours"),
-    [({}, 8, 0.5), ({"workers": 2}, 2, 2.0), ({"tensor_parallel": 4}, 2, 2.0), ({"device": "cpu"}, 1, 4.0)],
+    ("given", "workers", "hours", "alone"),
+    [
+        ({}, 8, 0.5, 0.5),
+        ({"workers": 2}, 2, 2.0, 2.0),
+        ({"tensor_parallel": 4}, 2, 2.0, 0.5),
+        ({"tensor_parallel": 2, "workers": 2}, 2, 2.0, 1.0),
+        ({"device": "cpu"}, 1, 4.0, 4.0),
+    ],
 )
-def test_stages_on_gpus_are_shared_by_workers(given, workers, hours, monkeypatch) -> None:
+def test_stages_on_gpus_are_shared_by_workers(given, workers, hours, alone, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    found = gpu_workers(PrepareConfig(query_dataset="q", output_file="o.json", **given))
-    assert found == workers
-    stages = [planning.StagePlan(name, 1000, 100, 0, 0, 4 * 3600.0) for name in ("answers", "candidates")]
-    answers, candidates = (planning._shared(stage, found).seconds for stage in stages)
-    assert (answers, candidates) == (hours * 3600, 4 * 3600.0), "search has the cores of the machine once"
+    config = PrepareConfig(query_dataset="q", output_file="o.json", **given)
+    assert gpu_workers(config) == workers
+    expected = {"answers": hours, "vectors": alone, "ranked": alone, "candidates": 4.0}
+    for name, time in expected.items():  # search has the cores of the machine once
+        stage = planning.StagePlan(name, 1000, 100, 0, 0, 4 * 3600.0)
+        assert planning._shared(stage, config).seconds == time * 3600, name
 
 
 def test_memory_of_other_processes_and_of_another_gpu_counts(monkeypatch) -> None:

@@ -108,7 +108,7 @@ def test_a_file_of_others_needs_no_run(tmp_path: Path, capsys) -> None:
         (["{data}", "--gold", "missing.jsonl"], "--gold missing.jsonl"),
         (["{empty}"], "holds no valid record"),
         (["{data}", "--output", "data.json"], "data.json is also read"),
-        (["{data}", "--card", "notes.md"], "notes.md is there already"),
+        (["{data}", "--card", "notes.md"], "notes.md already exists"),
     ],
 )
 def test_user_errors_are_reported_in_one_line(words, message, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -59,7 +59,7 @@ def assert_same(found: Ranking, expected: Ranking) -> None:
 
 
 def brute_force(queries: np.ndarray, passages: np.ndarray, k: int) -> np.ndarray:
-    """Every score, sorted by score and then by passage order."""
+    """The rows of the `k` best scores, ties in passage order."""
     scores = queries @ passages.T
     return np.argsort(-scores, axis=1, kind="stable")[:, :k]
 
@@ -223,7 +223,7 @@ def test_most_passages_are_left_out_by_their_bounds() -> None:
 
 @pytest.mark.parametrize(("weights", "error"), [("float16", 1e-3), ("uint8", 4e-3), ("float32", 0)])
 @pytest.mark.parametrize("dimensions", [30_522, 70_000])
-def test_stored_vectors_come_back(dimensions: int, weights: str, error: float) -> None:
+def test_unpack_returns_packed_sparse_vectors(dimensions: int, weights: str, error: float) -> None:
     vectors = sp.random(50, dimensions, density=0.002, format="csr", dtype=np.float32, rng=0)
     table = pack(vectors, weights)
     terms, lists = (table.column(name).type.value_type for name in ("terms", "postings"))
@@ -314,7 +314,7 @@ def test_a_large_index_is_not_read_for_a_few_queries(tmp_path) -> None:
     assert plan(stage, 1.0, 160).shards_at_once == 10
 
 
-def test_dense_vectors_come_back() -> None:
+def test_unpack_returns_packed_dense_vectors() -> None:
     vectors = np.arange(12, dtype=np.float32).reshape(3, 4)
     np.testing.assert_array_equal(unpack(pack(vectors)), vectors)
 
@@ -327,7 +327,7 @@ def test_a_posting_takes_at_most_five_bytes(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sparse", "dense"])
-def test_a_shard_that_was_given_up_is_not_found(kind: str) -> None:
+def test_passages_of_a_given_up_shard_are_not_found(kind: str) -> None:
     chance = np.random.default_rng(0)
     dense = chance.standard_normal((12, 30)).astype(np.float32)
     vectors = sp.csr_matrix(np.maximum(dense, 0)) if kind == "sparse" else dense

@@ -1,4 +1,4 @@
-"""An index to which articles are added, and from which they are removed."""
+"""Adding articles to an index and removing them."""
 
 import json
 import logging
@@ -19,8 +19,8 @@ from scaledown.data.build_index import IndexResult, build_index
 from scaledown.data.retrieval import IndexRetriever
 from scaledown.data.retrieval.parts import IndexState, kept_rows, only_state, open_stage, states
 from scaledown.data.teacher.questions import write_questions
+from scaledown.devices.halving import Halving
 from scaledown.errors import InputError, UsageError
-from scaledown.models import Halving
 from scaledown.records import Answer, full_text
 from scaledown.run.directory import RunDirectory
 from scaledown.run.stage import Stage
@@ -68,7 +68,7 @@ def assert_same(one: list, two: list, tolerance: float = 1e-3) -> None:
 
 
 def make_changed(folder: Path, model: Path) -> IndexResult:
-    """The first eight articles; two are added; two removed, and one replaced by another text."""
+    """An index of eight articles; then two are added, two removed, and the text of one is replaced."""
     corpora = folder.parent
     index(folder, model, written(corpora / "old.jsonl", ARTICLES[:8]))
     index(folder, model, add=(written(corpora / "more.jsonl", ARTICLES[8:10]),))
@@ -107,11 +107,11 @@ def test_changed_index_equals_new_index_of_the_same_articles(kind: str, models, 
     assert_same(found(folder, 1000), found(tmp_path / "anew", 1000))
 
 
-def test_article_that_is_added_replaces_the_one_with_its_id(changed, models, tmp_path, caplog) -> None:
+def test_added_article_replaces_the_one_with_its_id(changed, models, tmp_path, caplog) -> None:
     articles = [{"id": name(0), "title": "", "text": "The tower is tall."}, {"id": "a", "text": "New."}]
     with caplog.at_level(logging.INFO, "scaledown"):
         index(changed, models["splade"], add=(written(tmp_path / "a.jsonl", articles),))
-    assert "2 articles added, 1 of them in the place of articles with the same id" in caplog.text
+    assert "2 articles added; 1 of them replace articles with the same id" in caplog.text
     (documents,) = IndexRetriever(changed, device="cpu").retrieve(["tower"], 1000)
     assert [own["text"] for own in documents if own["id"].startswith(f"{name(0)}_")] == ["The tower is tall."]
     result = index(changed, models["splade"])
@@ -119,7 +119,7 @@ def test_article_that_is_added_replaces_the_one_with_its_id(changed, models, tmp
     assert result.stages["passages"].counts["passages"] == len(documents)
 
 
-def test_add_is_not_done_twice(changed, models, tmp_path, caplog) -> None:
+def test_second_add_of_a_corpus_changes_nothing(changed, models, tmp_path, caplog) -> None:
     kinds = {"*.arrow", "done.json", "index.json"}
     before = {path: path.read_bytes() for kind in kinds for path in changed.rglob(kind)}
     with caplog.at_level(logging.INFO, "scaledown"):
@@ -139,10 +139,10 @@ def ids_in(folder: Path) -> set[str]:
     return {own[0].rpartition("_")[0] for own in found(folder, 1000)[0]}
 
 
-def test_ids_that_are_not_there_change_nothing(changed, models, tmp_path) -> None:
+def test_remove_of_unknown_ids_changes_nothing(changed, models, tmp_path) -> None:
     before = found(changed)
     (tmp_path / "ids.txt").write_text(f"{name(0)}\nnobody\n\n{name(5)}\n")
-    with pytest.raises(InputError, match=rf"--remove: not in the index.*{name(5)}, nobody \(2 of the ids\)"):
+    with pytest.raises(InputError, match=rf"--remove: 2 ids not found in the index.*: {name(5)}, nobody:"):
         index(changed, models["splade"], remove=(str(tmp_path / "ids.txt"),))
     with pytest.raises(InputError, match="no article would be left"):
         index(changed, models["splade"], remove=tuple(str(one["wikipedia_id"]) for one in kept()))
@@ -152,7 +152,7 @@ def test_ids_that_are_not_there_change_nothing(changed, models, tmp_path) -> Non
     assert ids_in(changed) == {str(one["wikipedia_id"]) for one in kept()} - {name(0), name(10)}
 
 
-def test_open_index_stays_as_it_was(models, tmp_path) -> None:
+def test_open_retriever_keeps_the_state_it_opened(models, tmp_path) -> None:
     folder = tmp_path / "index"
     index(folder, models["splade"], written(tmp_path / "c.jsonl", ARTICLES[:4]))
     retriever = IndexRetriever(folder, device="cpu")
@@ -164,7 +164,7 @@ def test_open_index_stays_as_it_was(models, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_change_that_is_killed_leaves_the_old_state_and_goes_on(models, tmp_path) -> None:
+def test_killed_change_leaves_the_old_state_and_continues(models, tmp_path) -> None:
     folder = tmp_path / "index"
     index(folder, models["splade"], written(tmp_path / "c.jsonl", ARTICLES[:4]))
     before = found(folder)
@@ -194,7 +194,7 @@ def test_change_that_is_killed_leaves_the_old_state_and_goes_on(models, tmp_path
     assert_same(found(folder), found(tmp_path / "anew"))
 
 
-def test_settings_of_the_index_are_needed(changed, models, tmp_path) -> None:
+def test_change_with_other_settings_is_refused(changed, models, tmp_path) -> None:
     add = (str(tmp_path / "new.jsonl"),)
     with pytest.raises(UsageError, match="--passage_tokens 64: the index in .* --passage_tokens 128"):
         index(changed, models["splade"], add=add, passage_tokens=64)
@@ -209,11 +209,11 @@ def test_settings_of_the_index_are_needed(changed, models, tmp_path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def test_corpus_says_which_of_several_indexes_changes(models, tmp_path) -> None:
+def test_corpus_path_chooses_one_of_several_indexes(models, tmp_path) -> None:
     folder, corpora = tmp_path / "index", [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for path, articles in zip(corpora, (ARTICLES[:2], ARTICLES[2:4]), strict=True):
         index(folder, models["splade"], written(path, articles))
-    with pytest.raises(UsageError, match="holds 2 indexes: --corpus_path says which"):
+    with pytest.raises(UsageError, match="holds 2 indexes: choose one by --corpus_path"):
         index(folder, models["splade"], remove=(name(0),))
     index(folder, models["splade"], str(corpora[0]), remove=(name(0),))
     storage = Storage(folder)
@@ -230,14 +230,14 @@ def test_new_index_is_recommended_when_much_is_removed(changed, models, caplog) 
     assert "of its passages are removed: a new index of the same articles is smaller" in caplog.text
 
 
-def test_places_among_kept_rows() -> None:
+def test_kept_rows_skip_removed_rows() -> None:
     removed = np.array([0, 1, 4, 9])
     assert kept_rows(range(6), removed) == [2, 3, 5, 6, 7, 8]
     assert kept_rows([6, 0], removed) == [10, 2]
     assert kept_rows([3, 1], removed[:0]) == [3, 1]
 
 
-def test_state_of_another_version_is_no_index(changed) -> None:
+def test_state_of_another_version_is_ignored(changed) -> None:
     (path,) = changed.glob("vectors/*/index.json")
     state = only_state(Storage(changed))
     for content in ("", "[]", '{"base": "x"}', json.dumps({**state._asdict(), "base": "../../evil"})):
@@ -246,10 +246,10 @@ def test_state_of_another_version_is_no_index(changed) -> None:
         assert states(Storage(changed)) == []
 
 
-# Runs over it
+# Runs over a changed index
 
 
-def test_run_stays_with_the_index_as_it_began(prepare, models, queries, tmp_path, capsys) -> None:
+def test_run_keeps_the_state_of_the_index_it_began_with(prepare, models, queries, tmp_path, capsys) -> None:
     folder = tmp_path / "index"
     index(folder, models["splade"], written(tmp_path / "old.jsonl", ARTICLES[:8]))
     flags = ["--queries_file", str(queries), "--index_dir", str(folder), "--top_k_retrieval", "4"]
@@ -260,20 +260,20 @@ def test_run_stays_with_the_index_as_it_began(prepare, models, queries, tmp_path
     assert prepare(*flags, inputs=False) == 0
     out, err = capsys.readouterr()
     assert "nothing to do" in out
-    assert "the run stays with the index as it was" in err
+    assert "the run goes on with the earlier state" in err
     prepare.output.unlink()
     (prepare.work / "manifest.json").unlink()
     shutil.rmtree(prepare.work / "candidates")
     shutil.rmtree(prepare.work / "answers")
     again = ["--corpus_path", str(tmp_path / "old.jsonl"), "--passages_per_shard", "20"]
     assert prepare(*flags, *again, inputs=False) == 0
-    assert "the run stays with the index as it was" in capsys.readouterr().err
+    assert "the run goes on with the earlier state" in capsys.readouterr().err
     assert prepare.output.read_bytes() == made, "and goes on over the same passages"
 
     new = tmp_path / "new.json"
     assert prepare(*flags, "--output_file", str(new), inputs=False) == 0
     out, err = capsys.readouterr()
-    assert "the run stays" not in err
+    assert "the run goes on" not in err
     documents = IndexRetriever(folder, device="cpu").retrieve([json.loads(new.read_text())[0]["query"]], 4)
     texts = [full_text(own["title"], own["text"]) for own in documents[0]]
     assert json.loads(new.read_text())[0]["documents"] == texts
@@ -292,7 +292,7 @@ def test_run_stays_with_the_index_as_it_began(prepare, models, queries, tmp_path
     assert out.count("finished") == 2
 
 
-def test_approximate_search_of_a_changed_index(changed, prepare, models, queries, tmp_path) -> None:
+def test_approximate_search_works_in_a_changed_index(changed, prepare, models, queries, tmp_path) -> None:
     pytest.importorskip("seismic", reason="Seismic has wheels for Linux and Python up to 3.12")
     index(tmp_path / "anew", models["splade"], written(tmp_path / "all.jsonl", kept()))
     made = []
@@ -304,14 +304,14 @@ def test_approximate_search_of_a_changed_index(changed, prepare, models, queries
     assert [one["documents"] for one in made[0]] == [one["documents"] for one in made[1]]
 
 
-def test_plan_is_of_the_index_where_no_corpus_is_given(changed, prepare, queries, tmp_path, capsys) -> None:
+def test_dry_run_without_corpus_plans_for_the_index(changed, prepare, queries, tmp_path, capsys) -> None:
     flags = ["--queries_file", str(queries), "--index_dir", str(changed), "--dry_run"]
     assert prepare(*flags, inputs=False) == 0
     total = IndexRetriever(changed, device="cpu")
     assert f"{len(total)} passages" in capsys.readouterr().out
 
 
-def test_questions_are_about_passages_that_were_not_removed(changed, models) -> None:
+def test_no_question_is_written_about_a_removed_passage(changed, models) -> None:
     home = RunDirectory(changed)
     passages = open_stage(home, "passages", only_state(Storage(changed)).passages)
     asked: list[str] = []

@@ -14,7 +14,7 @@ from scaledown.data.retrieval.encoders import is_sparse, load_encoder
 from scaledown.data.retrieval.index import search
 from scaledown.data.retrieval.stages import encode_passages
 from scaledown.errors import InputError, ModelError, UsageError
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.run.directory import RunDirectory
 from scaledown.run.stage import Stage
 
@@ -53,7 +53,7 @@ def test_top_k_of_zero_is_refused(models) -> None:
 
 
 @pytest.mark.parametrize(("kind", "retriever"), [("dense", SPLADERetriever), ("splade", DenseRetriever)])
-def test_a_model_of_the_other_kind_is_refused(kind, retriever, models) -> None:
+def test_model_of_the_other_kind_is_refused(kind, retriever, models) -> None:
     with pytest.raises(ModelError, match="use (SPLADE|Dense)Retriever"):
         retriever(str(models[kind]), device="cpu")
 
@@ -66,14 +66,14 @@ def test_wrong_arguments_are_clear_errors(models) -> None:
         retriever.retrieve(["q"], [{"id": "1"}])  # type: ignore[typeddict-item]
 
 
-def test_the_kind_of_retriever_shows_by_its_files(models) -> None:
+def test_kind_of_a_retriever_is_read_from_its_files(models) -> None:
     assert is_sparse(resolve("bundled:splade-tiny"))
     assert is_sparse(resolve(str(models["splade"])))
     assert not is_sparse(resolve(str(models["dense"])))
 
 
 @pytest.mark.parametrize("kind", ["splade", "dense"])
-def test_batches_do_not_change_the_ranking(kind, models) -> None:
+def test_batch_size_does_not_change_vectors(kind, models) -> None:
     texts = [document["title"] + "\n" + document["text"] * n for n, document in enumerate(CORPUS, 1)]
     one, many = (load_encoder(resolve(str(models[kind])), "cpu", "float32", size) for size in (1, 32))
     first, second = one.documents(texts, lambda _: None), many.documents(texts, lambda _: None)
@@ -83,7 +83,7 @@ def test_batches_do_not_change_the_ranking(kind, models) -> None:
 
 
 def test_splade_vectors_follow_the_formula(models) -> None:
-    """max over tokens of log(1 + relu(logit)), Formal et al. 2021, against plain transformers."""
+    """The maximum over tokens of log(1 + relu(logit)), Formal et al. 2021, computed with transformers."""
     import torch
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -97,7 +97,7 @@ def test_splade_vectors_follow_the_formula(models) -> None:
         np.testing.assert_allclose(vector, torch.log1p(torch.relu(logits)).amax(0).numpy(), atol=1e-4)
 
 
-def test_an_unsupported_similarity_is_refused(models, tmp_path: Path) -> None:
+def test_unsupported_similarity_is_refused(models, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(models["dense"]), device="cpu", similarity_fn_name="euclidean")
@@ -108,7 +108,7 @@ def test_an_unsupported_similarity_is_refused(models, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not (SHARED / "data" / "xquad-dev").is_dir(), reason="needs ../shared/data/xquad-dev")
 def test_quality_on_real_questions(tmp_path: Path) -> None:
-    """R@1, R@5, R@20 over 128-token passages; gold = a passage with sentences of the gold paragraph."""
+    """R@1, R@5, R@20 over 128-token passages; a passage is right if it has a line of the gold paragraph."""
     folder = SHARED / "data" / "xquad-dev"
     config = PrepareConfig(queries_file=("q",), output_file="o.json")
     source = resolve("bundled:splade-tiny")
@@ -144,7 +144,7 @@ def test_quality_on_real_questions(tmp_path: Path) -> None:
 
 
 def _of_gold_paragraph(table: PassageTable, question: dict, paragraphs: dict) -> set[int]:
-    """Rows of the passages that hold sentences of the gold paragraph."""
+    """Rows of the passages that have a line of the gold paragraph."""
     paragraph = paragraphs[question["wikipedia_id"]][question["paragraph"]]
     passages = [(row, table[row]) for row in range(len(table))]
     return {

@@ -1,4 +1,4 @@
-"""Approximate search: what it finds, what is recorded, and when a run stops."""
+"""Approximate search: its recall, the record of the recall, and the errors of a run."""
 
 import json
 import sys
@@ -40,7 +40,7 @@ def exact(stage: Stage, queries: sp.csr_matrix, k: int) -> Ranking:
 
 
 @pytest.mark.parametrize("memory", [1.0, 1e-6])
-def test_it_finds_nearly_what_exact_search_finds_in_one_group_or_many(stage, tmp_path, memory) -> None:
+def test_search_finds_most_of_the_exact_top_k_for_any_number_of_groups(stage, tmp_path, memory) -> None:
     index = SeismicIndex(RunDirectory(tmp_path / "home"), stage, memory)
     index.build()
     files = list((tmp_path / "home" / "approximate").glob("*/*.seismic"))
@@ -54,21 +54,21 @@ def test_it_finds_nearly_what_exact_search_finds_in_one_group_or_many(stage, tmp
     np.testing.assert_allclose(found.scores[same], best.scores[same], rtol=1e-3)
 
 
-def test_an_index_is_built_once(stage, tmp_path, monkeypatch) -> None:
+def test_index_is_built_once(stage, tmp_path, monkeypatch) -> None:
     home = RunDirectory(tmp_path / "home")
     SeismicIndex(home, stage, 1.0).build()
     monkeypatch.setattr(SeismicIndex, "_build", lambda *_: pytest.fail("built again"))
     SeismicIndex(home, stage, 1.0).build()
 
 
-def test_recall_counts_what_was_found() -> None:
+def test_recall_is_the_share_of_the_exact_top_k() -> None:
     scores = np.zeros((2, 3), np.float32)
     best = Ranking(np.array([[1, 2, 3], [4, 5, 6]]), scores)
     assert recall(best, best) == 1
     assert recall(Ranking(np.array([[3, 1, 9], [7, 8, 9]]), scores), best) == pytest.approx(1 / 3)
 
 
-def test_the_command_records_the_recall_and_stops_below_the_bar(prepare, capsys, monkeypatch) -> None:
+def test_prepare_records_the_recall_and_stops_below_min_recall(prepare, capsys, monkeypatch) -> None:
     flags = ("--search", "approximate", "--top_k_retrieval", "5")
     assert prepare(*flags) == 0
     stages = json.loads((prepare.work / "manifest.json").read_text())["stages"]
@@ -85,7 +85,7 @@ def test_the_command_records_the_recall_and_stops_below_the_bar(prepare, capsys,
     assert "below --min_recall 0.99: use --search exact" in capsys.readouterr().err
 
 
-def test_without_the_library_the_extra_is_named_before_any_work(prepare, capsys, monkeypatch) -> None:
+def test_missing_library_is_reported_before_any_work(prepare, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "seismic", None)
     assert prepare("--search", "approximate") == 1
     assert install_command("approximate") in capsys.readouterr().err
@@ -100,12 +100,12 @@ def test_dense_vectors_are_refused(prepare, models, capsys) -> None:
 
 
 @pytest.mark.parametrize("memory", [1.0, 1e-6])
-def test_removed_passages_are_replaced_by_the_next_ones_or_told(stage, tmp_path, memory) -> None:
+def test_removed_passages_are_replaced_or_the_query_is_marked_unsure(stage, tmp_path, memory) -> None:
     home = RunDirectory(stage.folder.parents[1])
     queries, k = vectors(20, 99), 10
     best = exact(stage, queries, 40).rows
-    few = np.unique(best[:, :3])  # some of those that are found
-    many = np.unique(best)  # all that is near
+    few = np.unique(best[:, :3])  # some of the best passages
+    many = np.unique(best)  # all of the best passages
     for number, removed in enumerate((few, many)):
         Stage(home, "removed", {"rows": str(number)}).write(0, pa.table({"row": removed}))
         settings = {"parts": [stage.settings], "removed": str(number)}

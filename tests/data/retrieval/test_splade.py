@@ -1,16 +1,14 @@
-"""The fast SPLADE head against the slow, obvious one."""
+"""The fast SPLADE head, compared with sentence-transformers and with the definition."""
 
 import contextlib
 import os
 import subprocess
 import sys
 import textwrap
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.sparse as sp
 import torch
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
@@ -30,7 +28,7 @@ import tiny
 from scaledown.data.retrieval.encoders import load_encoder
 from scaledown.data.retrieval.splade import SpladeEncoder, max_logits_tiled
 from scaledown.errors import ModelError
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 
 TEXTS = [
     "The Moon pulls the water of the oceans.",
@@ -70,24 +68,22 @@ def expected(folder: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("architecture", MODELS)
-def test_every_masked_language_model_has_the_vectors_of_sentence_transformers(
-    architecture, tmp_path, caplog
-) -> None:
+def test_vectors_equal_sentence_transformers(architecture, tmp_path, caplog) -> None:
     folder = save(tmp_path, architecture)
     encoder = load_encoder(resolve(str(folder)), "cpu", "float32", 2)
     found = encoder.documents(TEXTS, lambda _: None).toarray()
     assert found.any()
     np.testing.assert_allclose(found, expected(folder), atol=1e-4)
-    assert "fast SPLADE head does not serve" not in caplog.text
+    assert "fast SPLADE head cannot be used" not in caplog.text
 
 
-def test_sentence_transformers_is_not_imported_for_models_that_ours_serves(models, tmp_path) -> None:
+def test_fast_head_does_not_import_sentence_transformers(models, tmp_path) -> None:
     modules = [MLMTransformer(str(models["splade"])), SpladePooling("max", "relu")]
     SparseEncoder(modules=modules, device="cpu").save(str(tmp_path))
     program = """
         import sys
         from scaledown.data.retrieval.encoders import load_encoder
-        from scaledown.models import resolve
+        from scaledown.models.sources import resolve
 
         bare, saved = (
             load_encoder(resolve(folder), "cpu", "float32", 2).documents(["Tides"], lambda _: None)
@@ -100,23 +96,7 @@ def test_sentence_transformers_is_not_imported_for_models_that_ours_serves(model
     assert done.stdout.split() == ["0", "True", "False"], done.stderr
 
 
-def test_the_next_batch_is_launched_before_one_is_read_back(models) -> None:
-    """On a GPU; each of two batches waits here until the other is under way."""
-    encoder = SpladeEncoder(resolve(str(models["splade"])), "cpu", "auto", 1)
-    under_way = threading.Barrier(2, timeout=60)
-
-    def encode(batch: np.ndarray) -> sp.csr_matrix:
-        under_way.wait()
-        return sp.csr_matrix(np.asarray(batch, float)[:, None])
-
-    done: list[int] = []
-    order = np.array([3, 1, 2, 0])
-    vectors = encoder._batches(encode, order, done.append, ahead=True)
-    assert vectors.toarray()[:, 0].tolist() == [0, 1, 2, 3]
-    assert done == [1, 1, 1, 1]
-
-
-def test_token_ids_give_what_texts_give(models) -> None:
+def test_vectors_of_token_ids_equal_vectors_of_texts(models) -> None:
     encoder = SpladeEncoder(resolve(str(models["splade"])), "cpu", "float32", 2)
     tokens = encoder._fast.tokenised(TEXTS)
     by_tokens = encoder.documents([""] * len(TEXTS), lambda _: None, tokens)
@@ -124,7 +104,7 @@ def test_token_ids_give_what_texts_give(models) -> None:
 
 
 @pytest.mark.parametrize("pooling", [("sum", "relu"), ("max", "log1p_relu")])
-def test_other_poolings_have_their_vectors_too(pooling, models, tmp_path, caplog) -> None:
+def test_other_poolings_equal_sentence_transformers(pooling, models, tmp_path, caplog) -> None:
     caplog.set_level("INFO")
     modules = [MLMTransformer(str(models["splade"])), SpladePooling(*pooling)]
     SparseEncoder(modules=modules, device="cpu").save(str(tmp_path))
@@ -134,7 +114,7 @@ def test_other_poolings_have_their_vectors_too(pooling, models, tmp_path, caplog
     assert ("its pooling is sum" in caplog.text) == (pooling[0] == "sum")
 
 
-def test_a_head_that_does_more_after_the_decoder_falls_back_and_says_so(models, monkeypatch, caplog) -> None:
+def test_model_that_changes_logits_after_the_decoder_falls_back(models, monkeypatch, caplog) -> None:
     caplog.set_level("INFO")
     forward = BertForMaskedLM.forward
 
@@ -150,7 +130,7 @@ def test_a_head_that_does_more_after_the_decoder_falls_back_and_says_so(models, 
     np.testing.assert_allclose(found, expected(models["splade"]), atol=1e-5)
 
 
-def obvious(
+def by_definition(
     hidden: torch.Tensor, length: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
     return torch.stack(
@@ -164,19 +144,19 @@ def obvious(
 @pytest.mark.parametrize(
     ("batch", "longest", "width", "vocabulary"), [(11, 70, 48, 900), (1, 1, 8, 70), (9, 33, 16, 5000)]
 )
-def test_tiles_give_the_maximum_over_real_tokens_only(batch, longest, width, vocabulary) -> None:
+def test_tiled_maximum_ignores_padding(batch, longest, width, vocabulary) -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(batch, longest, width), torch.randn(vocabulary, width)
     bias, length = torch.randn(vocabulary), torch.randint(1, longest + 1, (batch,))
     hidden[torch.arange(longest) >= length[:, None]] = 1e9  # padding must not matter
     found = max_logits_tiled(hidden, length, weight, bias)
-    torch.testing.assert_close(found, obvious(hidden, length, weight, bias), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, by_definition(hidden, length, weight, bias), atol=1e-4, rtol=1e-4)
 
 
-def test_the_kernel_agrees_in_tritons_interpreter(tmp_path) -> None:
-    """In a process of its own: the interpreter is chosen when Triton is imported.
+def test_kernel_equals_tiles_in_the_interpreter_of_triton(tmp_path) -> None:
+    """In its own process, because the interpreter is chosen when Triton is imported.
 
-    bfloat16 is left out: the interpreter multiplies it wrongly.
+    bfloat16 is left out because the interpreter multiplies it wrongly.
     """
     pytest.importorskip("triton", reason="Triton has wheels for Linux")
     program = """
@@ -207,13 +187,13 @@ def test_the_kernel_agrees_in_tritons_interpreter(tmp_path) -> None:
 
 
 SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
-"""KiB that a block of each compute capability may have of a processor's own memory."""
+"""KiB of shared memory that a block may use, by compute capability."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("capability", SHARED)
-def test_the_kernel_compiles_for_every_gpu(capability, dtype, tmp_path, monkeypatch) -> None:
+def test_kernel_compiles_for_each_compute_capability(capability, dtype, tmp_path, monkeypatch) -> None:
     triton = pytest.importorskip("triton", reason="Triton has wheels for Linux")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -234,7 +214,7 @@ def test_the_kernel_compiles_for_every_gpu(capability, dtype, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("length", "rows"), [(1, 16), (16, 16), (32, 32), (33, 64), (64, 64), (96, 96), (97, 128), (130, 144)]
 )
-def test_a_text_that_is_a_little_longer_than_a_tile_takes_a_little_more(length, rows) -> None:
+def test_rest_of_a_text_is_covered_by_small_tiles(length, rows) -> None:
     pytest.importorskip("triton", reason="Triton has wheels for Linux")
     from scaledown.data.retrieval.splade_triton import TILES, whole
 
@@ -242,7 +222,7 @@ def test_a_text_that_is_a_little_longer_than_a_tile_takes_a_little_more(length, 
     assert end + len(range(end, length, TILES["REST"])) * TILES["REST"] == rows
 
 
-def test_the_kernel_is_tried_as_it_will_be_used_and_one_that_fails_is_told(monkeypatch, caplog) -> None:
+def test_kernel_is_probed_and_a_failing_one_is_replaced_with_a_warning(monkeypatch, caplog) -> None:
     pytest.importorskip("triton", reason="Triton has wheels for Linux")
     from scaledown.data.retrieval import splade_triton
     from scaledown.data.retrieval.splade import _fused, max_logits_tiled
@@ -262,16 +242,17 @@ def test_the_kernel_is_tried_as_it_will_be_used_and_one_that_fails_is_told(monke
     assert _fused(*states) is right
     assert seen == [(states[0], torch.bfloat16, torch.bfloat16, 96)]
     assert not caplog.records
-    for wrong, said in ((failing, "RuntimeError: no compiler"), (lambda *_: torch.zeros(2, 2), "else")):
+    wrong_result = (lambda *_: torch.zeros(2, 2)), "result is wrong"
+    for wrong, reason in ((failing, "RuntimeError: no compiler"), wrong_result):
         _fused.cache_clear()
         monkeypatch.setattr(splade_triton, "max_logits_fused", wrong)
         assert _fused(*states) is None
         assert caplog.records[-1].levelname == "WARNING"
-        assert said in caplog.text
+        assert reason in caplog.text
     _fused.cache_clear()
 
 
-def test_the_kernel_is_launched_where_its_input_is(monkeypatch) -> None:
+def test_kernel_is_launched_on_the_device_of_its_input(monkeypatch) -> None:
     pytest.importorskip("triton", reason="Triton has wheels for Linux")
     from scaledown.data.retrieval import splade_triton
 
@@ -294,7 +275,7 @@ def test_the_kernel_is_launched_where_its_input_is(monkeypatch) -> None:
     assert order == ["device", "launched", "left"]
 
 
-def test_states_that_float16_cannot_hold_are_told(tmp_path) -> None:
+def test_states_too_large_for_float16_are_refused(tmp_path) -> None:
     folder = save(tmp_path, "bert")
     model = BertForMaskedLM.from_pretrained(folder)
     with torch.no_grad():

@@ -836,7 +836,7 @@ def test_a_model_that_is_served_and_not_listed_is_asked_all_the_same(serve: Any)
 
 
 def test_missing_server_is_reported_at_the_start() -> None:
-    with pytest.raises(ModelError, match=r"out of reach.*start the server or mend the URL"):
+    with pytest.raises(ModelError, match=r"out of reach.*start the server or correct the URL"):
         teacher(dead_url(), dead_url())
 
 

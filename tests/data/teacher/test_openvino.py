@@ -23,7 +23,7 @@ from scaledown.data.teacher.engines import openvino as engine
 from scaledown.data.teacher.engines.openvino import OpenVINOTeacher, exported, is_exported, openvino_genai
 from scaledown.data.teacher.engines.transformers import TransformersTeacher
 from scaledown.errors import MissingExtraError, ModelError, UsageError, install_command
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.records import Answer
 
 REAL = Path(os.environ.get("SCALEDOWN_CACHE") or Path.home() / ".cache" / "scaledown")
@@ -234,7 +234,7 @@ def test_other_weights_are_another_export(models, tmp_path, monkeypatch) -> None
 def test_an_export_that_is_there_is_only_named(library, models, capsys) -> None:
     assert export_openvino.main([str(models["causal_lm"])]) == 0
     output = capsys.readouterr().out
-    assert "is there already" in output
+    assert "already exists" in output
     assert "next: scaledown prepare --teacher_backend openvino" in output
     with pytest.raises(UsageError, match="--help"):
         export_openvino.main([])

@@ -15,7 +15,8 @@ from scaledown.data.prompts import answer_prompt
 from scaledown.data.teacher.base import Generation, Rejection, answer_all
 from scaledown.data.teacher.engines.endpoint import EndpointTeacher
 from scaledown.errors import ModelError
-from scaledown.models import loadable, resolve
+from scaledown.models.sources import resolve
+from scaledown.models.weights import loadable
 
 pytest.importorskip("fastapi", reason="needs transformers[serving]")
 

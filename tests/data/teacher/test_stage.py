@@ -7,9 +7,10 @@ import pytest
 
 from scaledown.data import prepare_dataset as command
 from scaledown.data.prompts import answer_prompt
-from scaledown.data.teacher.answer_log import AnswerLog
+from scaledown.data.teacher.answer_log import AnswerLog, ask
 from scaledown.data.teacher.base import Rejection
-from scaledown.models import Halving
+from scaledown.devices.halving import Halving
+from scaledown.errors import ModelError
 from scaledown.records import Answer
 from scaledown.run.storage import Storage
 
@@ -175,6 +176,20 @@ def test_refusals_and_echoes_are_counted_dropped_or_asked_again(difficult, monke
     }
 
 
+def test_the_teacher_that_answered_is_asked_again(difficult, monkeypatch) -> None:
+    """A second one beside it would not fit on its GPU."""
+    loaded: list[Difficult] = []
+
+    def load(*_: object) -> Difficult:
+        loaded.append(Difficult())
+        return loaded[-1]
+
+    monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", load)
+    assert difficult("--bad_answers", "retry") == 0
+    (teacher,) = loaded
+    assert len({key.endswith(":again") for key in teacher.asked}) == 2
+
+
 def test_other_limits_ask_nothing_again(difficult, monkeypatch) -> None:
     assert difficult() == 0
     monkeypatch.setattr(
@@ -308,7 +323,7 @@ def test_a_second_teacher_that_rejects_loses_no_record(prepare, models, monkeypa
 def test_batches_partly_on_disk_give_the_same_answers(models) -> None:
     from scaledown.data.teacher.api import load_teacher
     from scaledown.data.teacher.base import Generation
-    from scaledown.models import resolve
+    from scaledown.models.sources import resolve
 
     teacher = load_teacher(
         resolve(str(models["causal_lm"])), "cpu", "float32", Generation(max_new_tokens=8, batch_size=2)
@@ -338,7 +353,38 @@ def test_edited_prompt_is_asked_again(prepare, tmp_path, capsys) -> None:
         assert prepare(*flags, "--output_file", str(tmp_path / name), inputs=False) == 0
         return capsys.readouterr().err
 
-    assert "not a repetition" not in repeat("again.json")
+    assert "this run does not repeat" not in repeat("again.json")
     assert (tmp_path / "again.json").read_bytes() == prepare.output.read_bytes()
     own.write_text("{documents}\n{question}")
-    assert "json: other prompt" in repeat("other.json")
+    assert "json: these inputs differ: prompt" in repeat("other.json")
+
+
+class Faulty:
+    """An engine that breaks what engines promise."""
+
+    halving = Halving("--teacher_batch_size")
+
+    def __init__(self, *yields) -> None:
+        self.yields = yields
+
+    def answers(self, prompts, have=()):
+        yield from self.yields
+
+
+@pytest.mark.parametrize(
+    ("yields", "message"),
+    [
+        ([(0, answer()), (2, answer())], "Faulty.answers ended without an answer to 2 of 5 .* place 1: "),
+        ([(0, "yes")], "Faulty.answers yielded str for place 0 of 5 prompts: "),
+        ([(0, None)], "yielded NoneType for place 0"),
+        ([(5, answer())], "yielded Answer for place 5 of 5 prompts: an engine yields .*docs/extending.md"),
+        ([("q0", answer())], "yielded Answer for place 'q0'"),
+    ],
+)
+def test_engine_that_breaks_its_promise_is_named(yields, message, tmp_path: Path) -> None:
+    log = AnswerLog(tmp_path / "log.jsonl", 60, Storage(tmp_path))
+    have = {4: answer("known")}
+    with pytest.raises(ModelError, match=message):
+        ask(Faulty(*yields), PROMPTS, log, have=have)
+    complete = ((place, answer()) for place in range(5))  # it may answer again what is known
+    assert len(ask(Faulty(*complete), PROMPTS, log, have=have)) == 5

@@ -11,7 +11,7 @@ from scaledown.data.teacher.api import check_teacher, load_teacher
 from scaledown.data.teacher.base import Generation, Rejection, answer_all
 from scaledown.data.teacher.engines.transformers import TransformersTeacher
 from scaledown.errors import InputError, MissingExtraError, ModelError, install_command
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.records import Answer
 
 DOCUMENTS = ["The tower is 300 metres tall.", "The bridge is short.", "Bread is baked."]

@@ -17,7 +17,7 @@ from scaledown.data.prompts import answer_prompt
 from scaledown.data.teacher.api import choose_backend, load_teacher, preflight
 from scaledown.data.teacher.base import Engine, Generation, Rejection
 from scaledown.errors import MissingExtraError, ModelError, NoRoomError, UsageError, install_command
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 
 SIGNATURES = json.loads(Path(__file__).with_name("vllm_signatures.json").read_text())["classes"]
 

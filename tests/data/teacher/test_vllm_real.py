@@ -19,7 +19,7 @@ from scaledown.data.prompts import answer_prompt
 from scaledown.data.teacher.api import choose_backend, load_teacher
 from scaledown.data.teacher.base import Engine, Generation, Rejection, Teacher, answer_all
 from scaledown.errors import ModelError
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 
 pytestmark = [
     pytest.mark.slow,

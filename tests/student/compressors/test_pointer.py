@@ -1,6 +1,7 @@
 """The pointer: what it picks, what it learns from, and that nothing depends on padding or batches."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from scaledown.errors import UsageError
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.student.batch import collate, group
 from scaledown.student.compressors import pointer
 from scaledown.student.labels import copied_spans, occurrences
@@ -51,6 +52,16 @@ def scores_of(model: ScaleDownModel, documents: list[str]) -> list[torch.Tensor]
     return [own.token_scores[0, : one.stop - one.start] for own, one in zip(found, read, strict=True)]
 
 
+def likely(scores: Sequence[float] | torch.Tensor) -> list[float]:
+    """The probability of each token and half of its neighbours', except for a factor."""
+    ones = [0.0, *(math.exp(float(score)) for score in scores), 0.0]
+    return [one + (before + after) / 2 for before, one, after in zip(ones, ones[1:], ones[2:], strict=False)]
+
+
+def best_places(values: Sequence[float], count: int) -> list[int]:
+    return sorted(sorted(range(len(values)), key=lambda place: -values[place])[:count])
+
+
 @torch.no_grad()
 def test_the_best_tokens_stand_for_a_document_in_its_order(model: ScaleDownModel) -> None:
     for rate in (4, 8, 16, 32):
@@ -58,8 +69,7 @@ def test_the_best_tokens_stand_for_a_document_in_its_order(model: ScaleDownModel
         embeddings = model.compress(QUERY, DOCUMENTS, compression_rate=rate)
         for one, scores, own in zip(read, scores_of(model, DOCUMENTS), embeddings, strict=True):
             tokens = one.ids[one.start : one.stop]
-            best = sorted(range(len(tokens)), key=lambda place: -float(scores[place]))
-            kept = sorted(best[: max(1, math.ceil(len(tokens) / rate))])
+            kept = best_places(likely(scores), max(1, math.ceil(len(tokens) / rate)))
             states = model.compressor(input_ids=torch.tensor([one.ids])).last_hidden_state[0, one.start :]
             state = states[kept] / states[kept].square().mean(-1, keepdim=True).add(1e-5).sqrt()
             words = model.get_input_embeddings()(torch.tensor([tokens[place] for place in kept]))
@@ -85,8 +95,9 @@ def test_untrained_pointer_returns_the_embeddings_of_tokens(models: dict[str, Pa
 def test_a_shared_budget_goes_to_the_best_tokens_of_all_documents(model: ScaleDownModel) -> None:
     each, shared = (model.compress(QUERY, DOCUMENTS, budget=budget) for budget in ("each", "shared"))
     assert sum(map(len, each)) == sum(map(len, shared))
-    scores = [(float(score), -n) for n, own in enumerate(scores_of(model, DOCUMENTS)) for score in own]
-    best = sorted(scores, reverse=True)[: sum(map(len, shared))]
+    found = enumerate(scores_of(model, DOCUMENTS))
+    best = sorted([(score, -n) for n, own in found for score in likely(own)], reverse=True)
+    best = best[: sum(map(len, shared))]
     assert [len(own) for own in shared] == [sum(-n == number for _, n in best) for number in range(3)]
     together = model.compress([QUERY, "Why?"], [DOCUMENTS, DOCUMENTS[1:]], budget="shared")
     assert [len(own) for own in together[0]] == [len(own) for own in shared]
@@ -113,23 +124,27 @@ def test_padding_does_not_reach_scores_or_embeddings(model: ScaleDownModel) -> N
 
 
 @given(st.integers(0, 10**6))
-def test_choosing_is_a_stable_sort(seed: int) -> None:
+def test_choosing_is_a_sort_by_the_probability_of_a_token_and_its_neighbours(seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 9, (4,), generator=random)
     counts = torch.randint(1, 5, (4,), generator=random)
-    scores = torch.randint(0, 3, (4, 8), generator=random).float()  # many ties
+    scores = 4 * torch.randn(4, 8, generator=random)
+    values = [likely(own[:length]) for own, length in zip(scores, lengths.tolist(), strict=True)]
     chosen = pointer.choose(scores, counts, lengths)
     for row in range(4):
-        order = sorted(range(int(lengths[row])), key=lambda place: (-float(scores[row, place]), place))
-        assert chosen[row].nonzero()[:, 0].tolist() == sorted(order[: int(counts[row])])
+        assert chosen[row].nonzero()[:, 0].tolist() == best_places(values[row], int(counts[row]))
     shared = pointer.share(scores, counts, lengths, [3, 1])
     for rows in (range(3), range(3, 4)):
-        everything = [
-            (-float(scores[row, place]), row, place) for row in rows for place in range(int(lengths[row]))
-        ]
-        expected = sorted(everything)[: int(counts[rows.start : rows.stop].sum())]
+        together = [(value, row, place) for row in rows for place, value in enumerate(values[row])]
+        expected = sorted(together, reverse=True)[: int(counts[rows.start : rows.stop].sum())]
         found = {(row, place) for row in rows for place in shared[row].nonzero()[:, 0].tolist()}
         assert found == {(row, place) for _, row, place in expected}
+
+
+def test_of_equally_good_tokens_the_earlier_is_chosen() -> None:
+    scores = torch.tensor([[0.0, 0, 0, 0, 0, 0, 7, 7], [-200.0, -200, -200, -200, -200, -200, 7, 7]])
+    chosen = pointer.choose(scores, torch.tensor([2, 3]), torch.tensor([6, 6]))
+    assert [own.nonzero()[:, 0].tolist() for own in chosen] == [[1, 2], [1, 2, 3]]
 
 
 def test_the_loss_is_a_softmax_over_all_documents_of_a_question(model: ScaleDownModel) -> None:
@@ -188,8 +203,7 @@ def test_point_returns_each_token_with_its_score(model: ScaleDownModel) -> None:
     for own, one, scores in zip(found, read, scores_of(model, DOCUMENTS), strict=True):
         assert own.ids == one.ids[one.start : one.stop]
         assert own.scores == pytest.approx(scores.tolist(), abs=1e-4)
-        best = sorted(range(len(own.ids)), key=lambda place: -own.scores[place])
-        assert own.picked == sorted(best[: one.memory])
+        assert own.picked == best_places(likely(own.scores), one.memory)
     shared = model.point(QUERY, DOCUMENTS, compression_rate=4, budget="shared")
     assert [own.scores for own in shared] == [own.scores for own in found]
     lengths = [len(own) for own in model.compress(QUERY, DOCUMENTS, compression_rate=4, budget="shared")]

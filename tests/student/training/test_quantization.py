@@ -13,7 +13,7 @@ pytest.importorskip("bitsandbytes", reason="needs the extra: quantization")
 
 from scaledown.config.train import TrainConfig
 from scaledown.errors import MissingExtraError, UsageError
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.student.batch import collate
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig

@@ -20,7 +20,7 @@ from conftest import ROOT
 from scaledown.config.flags import from_flags
 from scaledown.config.train import TrainConfig
 from scaledown.errors import MissingExtraError, ModelError, RunDirectoryError, UsageError
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.student.batch import collate
 from scaledown.student.model import WEIGHTS, ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
@@ -482,7 +482,13 @@ def test_idle_gpus_are_reported(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     with caplog.at_level("WARNING", "scaledown"):
         assert device_of(setting(device="auto")) == "cuda"
-    assert "7 are idle: torchrun --nproc_per_node 8 -m scaledown train, with the same flags" in caplog.text
+    assert "7 are idle: torchrun --nproc_per_node 8 -m scaledown train, with the same flags," in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING", "scaledown"):
+        device_of(setting(device="auto"), "train --config a.json")
+    assert (
+        "torchrun --nproc_per_node 8 -m scaledown train --config a.json, before this, trains" in caplog.text
+    )
     caplog.clear()
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "3")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from scaledown.config.train import PretrainConfig, TrainConfig
 from scaledown.errors import RunDirectoryError, UsageError
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.student.batch import collate
 from scaledown.student.compressors.pointer import RATES
 from scaledown.student.labels import copied_spans

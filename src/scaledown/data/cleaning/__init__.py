@@ -1,1 +1,1 @@
-"""Which queries are left out: those of evaluation sets, and duplicates."""
+"""Cleaning: queries of evaluation sets and duplicate queries are left out."""

@@ -1,6 +1,6 @@
-"""What must not be trained on: questions of evaluation sets, and queries that come again.
+"""Finds queries and records that must not be trained on: those of evaluation sets, and duplicates.
 
-Everything that is left out is recorded with what it matched.
+Each is recorded with its match.
 """
 
 import functools
@@ -13,32 +13,33 @@ from scaledown.config.shared import CleanConfig
 from scaledown.data.cleaning.near_duplicates import EXACT, Questions
 from scaledown.data.input.gold import GoldQuestion, gold_questions
 from scaledown.errors import InputError
-from scaledown.text import words, writable
+from scaledown.text import question_key, words, writable
 from scaledown.urls import is_url, redacted
 
 log = logging.getLogger("scaledown")
 
-VERSION: Final = 3  # of what counts as a match
-# Least similarity, chosen from data (docs/cleaning.md): one word of four replaced, or one of nine.
+VERSION: Final = 3  # of the rules for a match
+# Least similarity of a match. Both were chosen from data (docs/cleaning.md): 0.6 is one word of four
+# replaced, 0.8 is one word of nine.
 _LIKE_EVALUATION: Final = 0.6
 _LIKE_EARLIER: Final = 0.8
-_RUN: Final = 8  # words in a row that are hardly shared by chance
+_NGRAM: Final = 8  # words; unrelated texts seldom share eight consecutive ones
 _BLOCK: Final = 1024
 
-Left = dict[str, Any]
+Exclusion = dict[str, Any]
 """Why something is left out: a `reason`, the `problem` (`contaminated` or `duplicate`), and its `match`."""
 
 
 class Cleaner:
-    """Says which queries and answers are left out; evaluation files are read when they are needed."""
+    """Decides which queries and answers are left out. It reads evaluation files when it needs them."""
 
     def __init__(self, config: CleanConfig) -> None:
         self._config = config
         self.counts: Counter[str] = Counter()
-        """Rows of the evaluation files in which there is no question, as `unread`, once they were read."""
+        """`unread`: the rows of the evaluation files without a question, as soon as the files were read."""
 
     def check(self) -> None:
-        """Find out before any work whether the evaluation files are of use. Raises `InputError`."""
+        """Check before any work that the evaluation files have what is needed. Raises `InputError`."""
         for name in self._config.decontaminate:
             next(gold_questions(name, "--decontaminate", tell=False))
         if self._config.decontaminate_answers and not any(
@@ -46,51 +47,56 @@ class Cleaner:
         ):
             raise InputError(
                 "--decontaminate_answers: no question of the --decontaminate files has both answers and "
-                "passages: give a file that has, or leave the flag out"
+                "passages: give a file that has both, or leave the flag out"
             )
 
-    def queries(self, texts: Sequence[str]) -> list[Left | None]:
-        """Why each query is left out, or None where it stays. Queries are to come in their order, once."""
-        left: list[Left | None] = [None] * len(texts)
+    def queries(self, texts: Sequence[str]) -> list[Exclusion | None]:
+        """Why each query is left out; None for one that is kept.
+
+        Give each query once, in order: with `--deduplicate`, the cleaner remembers the queries that it kept.
+        """
+        excluded: list[Exclusion | None] = [None] * len(texts)
         if self._config.decontaminate:
             known, origins = self._evaluation
             for number, found in enumerate(known.find(texts)):
                 if found:
                     match = _match(texts[number], known.texts[found.number], found.similarity)
                     reason = f"{match['kind']} match of an evaluation question"
-                    left[number] = _left("contaminated", reason, match | origins[found.number])
+                    excluded[number] = _exclusion("contaminated", reason, match | origins[found.number])
         if self._config.deduplicate:
-            rest = [number for number, why in enumerate(left) if why is None]
+            rest = [number for number, why in enumerate(excluded) if why is None]
             for number, found in zip(rest, self._earlier.find_or_add([texts[n] for n in rest]), strict=True):
                 if found:
                     match = _match(texts[number], self._earlier.texts[found.number], found.similarity)
-                    left[number] = _left("duplicate", f"{match['kind']} match of an earlier query", match)
-        return left
+                    reason = f"{match['kind']} match of an earlier query"
+                    excluded[number] = _exclusion("duplicate", reason, match)
+        return excluded
 
-    def answer(self, text: str, documents: Sequence[str]) -> Left | None:
-        """Why a record with this answer is left out, or None where it stays.
+    def answer(self, text: str, documents: Sequence[str]) -> Exclusion | None:
+        """Why a record with this answer is left out; None if it is kept.
 
-        It is when it holds the right answer to an evaluation question, and a document shares eight words in
-        a row with a passage of that question.
+        A record is left out if its answer contains the right answer of an evaluation question, and one of its
+        documents shares eight consecutive words with a passage of the same question.
         """
         if not self._config.decontaminate_answers:
             return None
-        said = f" {_as_words(text)} "
-        for run in (run for document in documents for run in _runs(document)):
-            for right, question in self._passages.get(run, ()):
-                if f" {right} " in said:
-                    return _left("contaminated", "answer and passage of an evaluation question", question)
+        answer = f" {question_key(text)} "
+        for ngram in (ngram for document in documents for ngram in _ngrams(document)):
+            for right, question in self._passages.get(ngram, ()):
+                if f" {right} " in answer:
+                    reason = "answer and passage of an evaluation question"
+                    return _exclusion("contaminated", reason, question)
         return None
 
     def _questions(self, counts: Counter[str] | None = None) -> Iterator[tuple[str, GoldQuestion]]:
-        """All evaluation questions with the name of their file."""
+        """All evaluation questions, each with the name of its file."""
         for name in self._config.decontaminate:
             for question in gold_questions(name, "--decontaminate", counts, tell=counts is not None):
                 yield redacted(name) if is_url(name) else name, question
 
     @functools.cached_property
     def _evaluation(self) -> tuple[Questions, list[dict[str, str]]]:
-        """The evaluation questions, and where each is from."""
+        """The evaluation questions, and the id and file of each."""
         known, block = Questions(_LIKE_EVALUATION), list[str]()
         origins = []
         for file, question in self._questions(self.counts):
@@ -105,38 +111,34 @@ class Cleaner:
 
     @functools.cached_property
     def _earlier(self) -> Questions:
-        """The queries that stay."""
+        """The queries that are kept."""
         return Questions(EXACT if self._config.deduplicate == "exact" else _LIKE_EARLIER)
 
     @functools.cached_property
     def _passages(self) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-        """Right answers, each with its question, by all runs of words in the passages that hold them."""
+        """Right answers with their questions, by the n-grams of the questions' passages."""
         found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
         for file, question in self._questions():
-            runs = {run for passage in question.passages for run in _runs(passage)}
-            for answer in filter(_as_words, question.answers):
+            ngrams = {ngram for passage in question.passages for ngram in _ngrams(passage)}
+            for answer in filter(question_key, question.answers):
                 own = {"kind": "answer", "question": writable(question.query), "answer": writable(answer)}
                 own |= {"query_id": question.query_id, "file": file}
-                for run in runs:
-                    found.setdefault(run, []).append((_as_words(answer), own))
+                for ngram in ngrams:
+                    found.setdefault(ngram, []).append((question_key(answer), own))
         return found
 
 
-def _runs(text: str) -> Iterator[str]:
-    """Each eight words in a row, as `words` has them."""
+def _ngrams(text: str) -> Iterator[str]:
+    """All sequences of eight consecutive words of a text."""
     found = words(text)
-    for place in range(len(found) - _RUN + 1):
-        yield " ".join(found[place : place + _RUN])
+    for start in range(len(found) - _NGRAM + 1):
+        yield " ".join(found[start : start + _NGRAM])
 
 
-def _left(problem: str, reason: str, match: dict[str, Any]) -> Left:
+def _exclusion(problem: str, reason: str, match: dict[str, Any]) -> Exclusion:
     return {"reason": reason, "problem": problem, "match": match}
 
 
 def _match(text: str, known: str, similarity: float) -> dict[str, Any]:
     kind = "exact" if words(text) == words(known) else "near"
     return {"kind": kind, "question": known, "similarity": round(similarity, 4)}
-
-
-def _as_words(text: str) -> str:
-    return " ".join(words(text))

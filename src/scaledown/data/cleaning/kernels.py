@@ -1,4 +1,4 @@
-"""The compiled loop that compares questions: candidates by bands of MinHash, then Jaccard similarity."""
+"""The compiled loops that compare questions: candidates from bands of MinHash, then Jaccard similarity."""
 
 from typing import Any, TypeAlias
 
@@ -10,7 +10,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 @njit(nogil=True, cache=True)
 def jaccard(left: Array, right: Array) -> float:
-    """Jaccard similarity of two sets, each sorted, without repetitions and not empty."""
+    """Jaccard similarity of two sets, given as sorted arrays that are not empty and have no duplicates."""
     one = other = common = 0
     while one < len(left) and other < len(right):
         if left[one] == right[other]:
@@ -42,17 +42,31 @@ def match(  # noqa: PLR0917
     rows: Array,
     scores: Array,
 ) -> None:
-    """Compare questions with the first `count` known ones, in order.
+    """Compare questions with the known ones, in order.
 
-    A question has a slot in each band, `slots` int64 [questions, bands], a sorted set, `items` uint64 from
-    `starts` on, and `numbers` uint64, which must be equal. With `find`, the most similar known one that
-    reaches `least` goes into `rows` int64, the earliest of several, with its similarity in `scores`
-    float64; where there is none, -1. With `add`, questions without one become known.
+    A question has a slot in each band. The known questions of a slot are a linked list: `heads` has the last
+    of them, and `links` the one before each. In both, n stands for question n - 1, and 0 for the end. The
+    arrays of known questions must have room for all questions.
 
-    The known ones of a slot are a chain: `heads` int32 [bands, slots] has its last, `links` int32 [known,
-    bands] the one before; 0 ends it, n is question n - 1. The arrays of the known have room for all.
+    Args:
+        slots: The slot of each question in each band, int64 [questions, bands].
+        starts: Where the set of each question starts in `items`, int64 [questions + 1].
+        items: The sorted sets, one after the other, uint64.
+        numbers: A hash of the numbers in each question, uint64 [questions]. Only questions with the same hash
+            can match.
+        least: The least Jaccard similarity of a match.
+        find: Whether to look for matches.
+        add: Whether questions without a match become known.
+        heads: int32 [bands, slots], changed in place.
+        links: int32 [known, bands], changed in place.
+        known_starts: The `starts` of known questions, changed in place.
+        known_items: Their `items`, changed in place.
+        known_numbers: Their `numbers`, changed in place.
+        count: The number of known questions.
+        rows: Results, int64 [questions]: the most similar known question, the earliest of several, or -1.
+        scores: Results, float64 [questions]: its similarity.
     """
-    asked = np.full(count + len(slots), -1, np.int64)  # which question a known one was last compared with
+    compared = np.full(count + len(slots), -1, np.int64)  # the last question each known one was compared with
     for row in range(len(slots)):
         own = items[starts[row] : starts[row + 1]]
         best, score = -1, least
@@ -61,9 +75,9 @@ def match(  # noqa: PLR0917
             while link:
                 other = link - 1
                 link = links[other, band]
-                if asked[other] == row or known_numbers[other] != numbers[row]:
+                if compared[other] == row or known_numbers[other] != numbers[row]:
                     continue
-                asked[other] = row
+                compared[other] = row
                 low, high = known_starts[other], known_starts[other + 1]
                 if min(len(own), high - low) < least * max(len(own), high - low):
                     continue

@@ -1,7 +1,7 @@
-"""Questions that are the same, or nearly: words in any order, all but one or so.
+"""Finds equal and similar questions, by the Jaccard similarity of their words.
 
-Candidates are found by MinHash (Broder 1997) in bands, and kept by the exact Jaccard similarity of their sets
-of words, so that no hash decides.
+Candidates are found by MinHash (Broder 1997) in bands. Each is then checked by its exact Jaccard similarity,
+so no result depends on a hash alone.
 """
 
 import functools
@@ -18,26 +18,28 @@ from scaledown.text import words
 Array: TypeAlias = np.ndarray[Any, Any]
 
 EXACT: Final = 1.0
-_MISSED: Final = 1e-6  # share of pairs at the least similarity that have no band in common
+_MISSED: Final = 1e-6  # of the pairs at the least similarity, the share that has no band in common
 _BAND_ROWS: Final = {EXACT: 1, 0.8: 5, 0.6: 3}
-_SLOT_BITS: Final = 18  # of a hash: what shares a slot by chance costs one comparison
+_SLOT_BITS: Final = 18  # of a hash; questions that share a slot by chance cost one comparison
 _MIX: Final = np.uint64(0x9E3779B97F4A7C15)
 _BLOCK: Final = 1024
 
 
 class Found(NamedTuple):
-    """The most similar of the known questions, and how similar it is, 0..1."""
+    """The number of the most similar known question, and its similarity, 0..1."""
 
     number: int
     similarity: float
 
 
 class Questions:
-    """Questions that others are compared with, numbered in the order in which they were added.
+    """The known questions, with which others are compared; numbered in the order they were added.
 
-    Two are similar when the Jaccard similarity of their words is `least` at least, and their numbers are the
-    same: `EXACT`, where order counts too, or one of 0.8 and 0.6. A word that comes again counts again. A
-    million take about 0.5 GB.
+    Two questions match if the Jaccard similarity of their words is at least `least` and they have the same
+    numbers. A word that occurs twice counts twice. A million questions take about 0.5 GB.
+
+    Args:
+        least: 0.6, 0.8, or `EXACT`; with `EXACT` the order of words must be equal, too.
     """
 
     def __init__(self, least: float) -> None:
@@ -52,15 +54,15 @@ class Questions:
         self._numbers = np.zeros(0, np.uint64)
 
     def add(self, texts: Sequence[str]) -> None:
-        """Make `texts` known, similar to others or not."""
+        """Add `texts` to the known questions, also those that match one."""
         self._match(texts, find=False, add=True)
 
     def find(self, texts: Sequence[str]) -> list[Found | None]:
-        """The known question that is most similar to each text, the earliest of several."""
+        """The most similar known question for each text; the earliest of several; None if none matches."""
         return self._match(texts, find=True, add=False)
 
     def find_or_add(self, texts: Sequence[str]) -> list[Found | None]:
-        """Like `find`, one after the other; a text that is similar to none becomes known."""
+        """Like `find`, text by text; a text without a match is added to the known questions."""
         return self._match(texts, find=True, add=True)
 
     def _match(self, texts: Sequence[str], *, find: bool, add: bool) -> list[Found | None]:
@@ -104,7 +106,7 @@ class Questions:
         return np.array(sorted(each), np.uint64), numbers % (1 << 64)
 
     def _slots(self, sets: Sequence[tuple[Array, int]], numbers: Array) -> Array:
-        """Which slot of each band a set has, int64 [sets, bands]."""
+        """The slot of each set in each band, int64 [sets, bands]."""
         if self._least == EXACT:
             rows = np.array([items for items, _ in sets]).reshape(-1, 1, 1)
         else:
@@ -117,6 +119,7 @@ class Questions:
         return (keys * _MIX >> np.uint64(64 - _SLOT_BITS)).astype(np.int64)
 
     def _make_room(self, questions: int, items: int) -> None:
+        """Enlarge the arrays for `questions` more questions with `items` items in all."""
         used = int(self._starts[len(self.texts)])
         for name, size in (
             ("_links", len(self.texts) + questions),
@@ -127,12 +130,12 @@ class Questions:
             array: Array = getattr(self, name)
             if size > len(array):
                 more = max(size, len(array) + len(array) // 4)
-                array.resize((more, *array.shape[1:]), refcheck=False)  # in place: no second copy of it
+                array.resize((more, *array.shape[1:]), refcheck=False)  # in place, without a second copy
 
 
 @functools.lru_cache(1 << 16)
 def _hash(text: str) -> int:
-    """64 bits of a text."""
+    """A hash of a text, 64 bits."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 

@@ -21,7 +21,8 @@ from scaledown.data.input.chunking import Chunker
 from scaledown.data.input.rows import parse
 from scaledown.data.input.seen import Ids
 from scaledown.errors import InputError, ModelError
-from scaledown.models import ModelSource, loadable, loading
+from scaledown.models.sources import ModelSource
+from scaledown.models.weights import loadable, loading
 from scaledown.records import Article, Block, Passage, full_text
 from scaledown.run.executor import cores, in_order
 from scaledown.run.progress import track

@@ -39,7 +39,7 @@ def fetched(name: str, flag: str) -> Path:
     known = bool(source.state) and source.size is not None
     if not known and int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process might get another
         raise InputError(
-            f"{flag} {source}: the server does not tell size, ETag or time; fetch the file and give its path"
+            f"{flag} {source}: the server sends no size, ETag or time; download the file and give its path"
         )
     path = cache_directory() / "files" / source.identity()[:16] / f"data{source.path.suffix}"
     try:
@@ -49,7 +49,9 @@ def fetched(name: str, flag: str) -> Path:
                 _fetch(source, path)
                 if locate(name, flag) != source:
                     path.unlink()
-                    raise InputError(f"{flag} {source}: was changed meanwhile; run the same command again")
+                    raise InputError(
+                        f"{flag} {source}: changed while it was read; run the same command again"
+                    )
     except OSError as error:
         raise OutputError(f"{path} cannot be written ({error.strerror}): set SCALEDOWN_CACHE") from error
     return path

@@ -67,7 +67,7 @@ class Intake:
             example = f" ({self._first})" if self._first else ""
             raise InputError(
                 f"{self.name}: {self.bad:,} of {self.rows:,} lines are malformed{example}, more than "
-                f"--max_bad_fraction {self._max_bad_fraction:g} allows: mend them (quarantine/ in the run "
+                f"--max_bad_fraction {self._max_bad_fraction:g} allows: correct them (quarantine/ in the run "
                 "directory lists them) or raise the flag"
             )
 

@@ -1,4 +1,4 @@
-"""Which files of a folder are input; all others are passed over, each with a reason."""
+"""Chooses the files of a folder that are input; each other file is skipped with a reason."""
 
 import functools
 import itertools
@@ -29,7 +29,7 @@ _ABOUT: Final = re.compile(
 _STATE: Final = re.compile(r"(state|dataset_info|dataset_dict)\.json|(cache|indices|tmp).*\.arrow")
 _INFOS: Final = "dataset_infos.json"  # beside data of the hub
 _TABLE_STATE: Final = {"_temporary", "_delta_log", "_spark_metadata", "__MACOSX"}
-# In a folder as BEIR has it, corpus, queries and judgements lie side by side.
+# A folder of BEIR has the corpus, the queries and the judgements side by side.
 _CORPUS: Final = ("--corpus_path", "corpus", "holds no corpus, as its name says", {"queries", "qrels"})
 _QUERIES: Final = ("--queries_file", "queries", "holds no queries, as its name says", {"corpus", "qrels"})
 _NAMED: Final = 20  # files in the log; all are in the manifest
@@ -37,15 +37,15 @@ _SUMMED: Final = 5  # files in a summary
 
 
 class Folder(NamedTuple):
-    """The content of a folder, by the names in it."""
+    """What a folder contains."""
 
     files: list[PurePath]
     passed_over: dict[str, str]
-    """Why each other file, or folder that was not entered, is no input."""
+    """The reason for each file and folder that is skipped."""
 
 
 def inner_suffix(path: PurePath) -> str:
-    """The ending that names the format, without that of the compression: `a.jsonl.gz` -> `.jsonl`."""
+    """The ending of the format, without the ending of the compression: `a.jsonl.gz` -> `.jsonl`."""
     return Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSED else path.suffix.lower()
 
 
@@ -100,7 +100,7 @@ def _unread(path: PurePath) -> str:
 
 
 def _is_state(path: PurePath, saved: set[PurePath]) -> bool:
-    """Whether a file belongs to what `datasets` saved or the hub has, and holds no rows of it."""
+    """Whether a file of a data set that `datasets` or the hub wrote has no rows."""
     if path.name == _INFOS:
         return True
     beside = path.parent in saved or any(folder.parent == path.parent for folder in saved)
@@ -108,14 +108,14 @@ def _is_state(path: PurePath, saved: set[PurePath]) -> bool:
 
 
 def _is_about(path: PurePath, *, texts_only: bool) -> bool:
-    """Whether a text tells of the data; among texts, which may have any title, by a name in capitals."""
+    """Whether a text describes the data; in a folder of texts only if its name is in capitals."""
     if inner_suffix(path) not in TEXT or not _ABOUT.fullmatch(path.name):
         return False
     return not texts_only or re.split(r"[-_.]", path.name)[0].isupper()
 
 
 def listed(folder: Path, what: str) -> Folder:
-    """The data in a local folder. Links are followed; a file or folder is read once, by its own name.
+    """Return the data of a local folder. Links are followed; each file or folder is read once.
 
     Raises `InputError` for a link that leads nowhere, or what cannot be looked into.
     """
@@ -135,7 +135,7 @@ def listed(folder: Path, what: str) -> Folder:
         except OSError as error:
             problem = "is a link that leads nowhere" if entry.is_symlink() else "cannot be read"
             raise InputError(
-                f"{what} {folder}: {name} {problem} ({error.strerror}): mend or delete it"
+                f"{what} {folder}: {name} {problem} ({error.strerror}): repair or delete it"
             ) from error
         same = known.setdefault((state.st_dev, state.st_ino), str(name))
         if same != str(name):

@@ -1,4 +1,4 @@
-"""Questions with their right answers: what answers are measured against, and what training must not see."""
+"""Reads questions with right answers: for evaluation, for training, and to keep them out of training data."""
 
 import ast
 import contextlib
@@ -17,7 +17,7 @@ from scaledown.data.input.rows import parse
 from scaledown.data.input.training_files import entries
 from scaledown.data.input.values import is_full
 from scaledown.errors import InputError
-from scaledown.text import folded, question_key, says_something
+from scaledown.text import folded, has_content, question_key
 
 log = logging.getLogger("scaledown")
 
@@ -26,8 +26,8 @@ _SURE: Final = tuple(
 )
 _TEXT_KEYS: Final = ("text", "value", "aliases", "answer", "short_answers", "answers", "sentences")
 _MESSAGES: Final = 5  # messages about bad rows; the others are only counted
-# How MS MARCO, SQuAD, QuAC, Qasper and tables say that there is no right answer, with or without brackets;
-# besides dots and dashes.
+# Texts by which MS MARCO, SQuAD, QuAC, Qasper and tables say that there is no right answer, with or without
+# brackets. Dots and dashes say the same.
 _NO_ANSWER: Final = frozenset(
     {
         *("<unk>", "<na>", "nan", "n/a", "#n/a", "#nv", "null", "no answer present", "no answer"),
@@ -36,18 +36,18 @@ _NO_ANSWER: Final = frozenset(
 )
 _BRACKETS: Final = "[](){}<>. "
 _UNANSWERED: Final = {"answerable": False, "is_impossible": True}
-"""What says of a record that its answers are none."""
+"""A field that says that a record has no answer."""
 _DOTS: Final = ".\u2026-\u2013\u2014?_ "
 _QUOTED: Final = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _ITEM: Final = rf"(?:{_QUOTED}|-?\d+(?:\.\d*)?)"
-_SCALAR: Final = re.compile(rf"\bnp\.\w+\(({_ITEM})\)")  # as NumPy 2 shows what is in a list
+_SCALAR: Final = re.compile(rf"\bnp\.\w+\(({_ITEM})\)")  # as NumPy 2 prints the values of a list
 _NUMPY: Final = re.compile(rf"\[\s*{_ITEM}(?:\s+{_ITEM})*\s*\]")
 _ARRAY: Final = re.compile(r"array\((\[[^\]]*\])(?:,\s*dtype=[^()]*)?\)")
 _WHOLE: Final = re.compile(r"(-?\d+)\.0")
 
 
 class GoldQuestion(NamedTuple):
-    """A question, its right answers, and passages that hold them; what a file does not have is empty."""
+    """A question, its right answers, and passages that contain them; empty if the file has none."""
 
     query_id: str
     query: str
@@ -56,11 +56,11 @@ class GoldQuestion(NamedTuple):
 
 
 class Gold(NamedTuple):
-    """Right answers by normalized query: ids of different data sets are the same too often."""
+    """Right answers by normalized query; not by id, because data sets use the same ids."""
 
     by_query: dict[str, tuple[str, ...]]
     counts: Mapping[str, int] = MappingProxyType({})
-    """What is to be known of the files: `gold_came_again`, `gold_without_answer`, `gold_unread`,
+    """Facts about the files: `gold_came_again`, `gold_without_answer`, `gold_unread`,
     `gold_passed_over`, `gold_guessed`; no zeros."""
 
     def answers(self, query: str) -> tuple[str, ...]:
@@ -71,7 +71,7 @@ class Gold(NamedTuple):
 def gold_questions(
     name: str, flag: str, counts: Counter[str] | None = None, *, tell: bool = True
 ) -> Iterator[GoldQuestion]:
-    """The questions of a file or folder, local or a URL, of any shape that data sets come in.
+    """Yield the questions of a file or folder, local or at a URL, in any format of known data sets.
 
     JSON lines, a JSON list, Parquet, CSV; plain text and `qid<TAB>query` have questions only. `flag` named
     it. Rows without a question go to the log if `tell`. `counts` has their number as `unread`, those of files
@@ -103,7 +103,7 @@ def gold_questions(
 
 
 def read_gold(names: Iterable[str], flag: str, *, needed: bool = True) -> Gold:
-    """The right answers in some files; of a question that comes again all of them.
+    """Read the right answers of some files; a repeated question gets all its answers.
 
     Raises `InputError` for a file that holds none, if they are `needed`.
     """
@@ -161,7 +161,7 @@ def _begins_as_json(source: files.Source) -> bool:
 
 
 def _whole(source: files.Source) -> Any:
-    """The one list, or the object on several lines, that a file holds; None where it has one a line."""
+    """Return the list, or the object on several lines, of a file; None if it has one record a line."""
     first = next(iter(files.lines(source)), (0, b""))[1].strip()
     with contextlib.suppress(ValueError):
         whole = json.loads(first)
@@ -173,7 +173,7 @@ def _whole(source: files.Source) -> Any:
 
 
 def _each(record: Any) -> Iterator[Any]:
-    """The questions in a record that holds many, with the passage that they share; else the record."""
+    """Return the questions of a record that has several, each with their passage; else the record."""
     if not isinstance(record, Mapping):
         yield record
         return
@@ -194,12 +194,12 @@ def _each(record: Any) -> Iterator[Any]:
 
 
 def _questions(record: Any) -> Iterator[GoldQuestion]:
-    """The question in a record; of one that is written in several ways, each."""
+    """Return the question of a record, in each of its wordings."""
     if not isinstance(record, Mapping):
         return
     told = (record.get(key) for key in tables.QUERY_KEYS)
     every = (list(_texts(value)) for value in told if not isinstance(value, int | float))
-    asked = [text for text in next(filter(None, every), []) if says_something(text)]
+    asked = [text for text in next(filter(None, every), []) if has_content(text)]
     if not asked:
         return
     query_id = _id(record)
@@ -207,7 +207,7 @@ def _questions(record: Any) -> Iterator[GoldQuestion]:
     keys: tuple[str, ...] = there[0] if there else ()
     if len(there) > 1 and keys != tables.ANSWER_KEYS[0] and not any(is_full(record.get(key)) for key in keys):
         keys = tuple(key for key in there[1] if not _is_number(record.get(key)))  # a number is a class
-    if "user_input" in record and "reference" in record:  # RAGAS'; elsewhere it names a source
+    if "user_input" in record and "reference" in record:  # RAGAS; in other data `reference` names a source
         keys = ("reference",)
     if any(record.get(name) is value for name, value in _UNANSWERED.items()):
         keys = ()
@@ -235,7 +235,7 @@ def _is_none(text: str) -> bool:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts in a value, however it is nested or written. Numbers are texts, too."""
+    """Yield all texts in a nested value. Numbers become texts."""
     if isinstance(value, bool):
         yield "yes" if value else "no"
     elif isinstance(value, int | float):
@@ -245,7 +245,7 @@ def _texts(value: Any) -> Iterator[str]:
         read = _read(value.strip())
         if not isinstance(read, str):
             yield from _texts(read)
-        elif whole := _WHOLE.fullmatch(read):  # a table had a gap in its column
+        elif whole := _WHOLE.fullmatch(read):  # because its column had an empty cell
             yield whole[1]
             if len(whole[1]) < 3:  # or it is a version, a grade
                 yield read
@@ -261,7 +261,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _read(text: str) -> Any:
-    """The list or record that a text stands for, as JSON, Python or NumPy write it; else the text."""
+    """Return the list or record that a text contains in the form of JSON, Python or NumPy; else the text."""
     if array := _ARRAY.fullmatch(text):
         text = array[1]
     if text[:1] + text[-1:] not in {"[]", "{}", "()"}:
@@ -270,7 +270,7 @@ def _read(text: str) -> Any:
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
     with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-        if _NUMPY.fullmatch(text):  # Python would join its texts
+        if _NUMPY.fullmatch(text):  # Python would concatenate its texts
             return [ast.literal_eval(own) for own in re.findall(_ITEM, text)]
         value = ast.literal_eval(_ARRAY.sub(r"\1", text))
         value = sorted(value, key=str) if isinstance(value, set) else value

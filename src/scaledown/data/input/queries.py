@@ -18,12 +18,12 @@ from scaledown.data.input.query_sources import named
 from scaledown.data.input.rows import parse
 from scaledown.data.input.seen import Ids
 from scaledown.errors import InputError
-from scaledown.models import hub_errors
+from scaledown.models.hub import hub_errors
 from scaledown.records import Query
 from scaledown.run.atomic import atomic
 from scaledown.run.stage import Stage
 from scaledown.run.storage import cache_directory
-from scaledown.text import question_key, says_something
+from scaledown.text import has_content, question_key
 
 log = logging.getLogger("scaledown")
 
@@ -197,7 +197,7 @@ def _query(record: dict[str, Any], column: str) -> Query:
         raise ValueError(
             f"no question under {wanted}; the columns are {names}: name one with {tables.QUERIES.flag}"
         )
-    if not says_something(text):
+    if not has_content(text):
         raise ValueError("holds no letter, digit or symbol")
     return Query(values.id_of(record, tables.QUERY_IDS), " ".join(text.replace("\ufeff", "").split()))
 

@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 from scaledown.errors import InputError
 from scaledown.extensions import QUERY_SOURCES
-from scaledown.models import hub_errors, reach_hub
+from scaledown.models.hub import hub_errors, reach_hub
 
 
 @runtime_checkable

@@ -40,17 +40,17 @@ _BUFFER_BYTES: Final = 1 << 20
 
 @dataclass(frozen=True)
 class Remote:
-    """A file or folder behind a URL, as it was when found. Its `state` changes with it, if servers tell."""
+    """A file or folder at a URL. Its `state` changes when the server reports another version."""
 
     url: str = field(repr=False)
     label: str
     size: int | None = None
     state: str = ""
     content_type: str = field(default="", compare=False)
-    """What the server says that it is; empty where it does not."""
+    """The media type that the server reports; empty if it reports none."""
     files: tuple["Remote", ...] | None = None
     passed_over: Mapping[str, str] = field(default_factory=dict, compare=False)
-    """Of a folder: what is not read, and why."""
+    """For a folder: the files that are not read, and why."""
     _system: Any = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class Remote:
         return self.files is not None
 
     def identity(self) -> str:
-        """Changes when the server says that a file is another; nothing is read for it.
+        """Changes when the server reports another version of a file; the file is not read for this.
 
         Where it has a state, a renewed signature of the same URL changes nothing.
         """
@@ -80,22 +80,22 @@ class Remote:
         return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
 
     def open(self) -> io.BufferedReader:
-        """Its bytes, in order or not. Whatever fails while they are read is an `InputError`."""
+        """Open it for reading, in order or not. Every failure while reading is an `InputError`."""
         fetch = _Http(self) if HTTP.match(self.url) else _Opened(self)
         return io.BufferedReader(_Raw(self, fetch), _BUFFER_BYTES)
 
 
 @functools.cache
 def _warn_once(label: str) -> None:
-    log.warning("%s: the server gives neither ETag nor time; a file changed there is not noticed", label)
+    log.warning("%s: the server sends neither ETag nor time, so changes of the file are not noticed", label)
 
 
 def find(url: str, what: str) -> Remote:
-    """The file or folder behind `url`, which `what` names. Raises `InputError` where there is none."""
+    """Return the file or folder at `url`, given by the flag `what`. Raises `InputError` if there is none."""
     label = redacted(url)
     if url == label and (url.endswith(HIDDEN_QUERY) or f"://{HIDDEN}@" in url):
         raise InputError(
-            f"{what} {label}: was kept without its secrets; give the flag again with the whole URL"
+            f"{what} {label}: was stored without its secrets; give the flag again with the complete URL"
         )
     shown = f"{what} {label}"
     if HTTP.match(url):
@@ -129,8 +129,8 @@ def _size(headers: Mapping[str, str]) -> int | None:
 
 
 def _get(session: "requests.Session", url: str, headers: Mapping[str, str]) -> "requests.Response":
-    """An answer whose body is not read yet. No HEAD: a signed URL is often good for GET alone."""
-    identity = {"Accept-Encoding": "identity"}  # positions and sizes are those of the file itself
+    """Send a GET and do not read the body yet. HEAD would fail: many signed URLs allow only GET."""
+    identity = {"Accept-Encoding": "identity"}  # so that positions and sizes refer to the file itself
     response = session.get(url, headers={**identity, **headers}, stream=True, timeout=_TIMEOUT_SECONDS)
     if not response.ok:
         response.close()
@@ -139,11 +139,11 @@ def _get(session: "requests.Session", url: str, headers: Mapping[str, str]) -> "
 
 
 def _changed(source: Remote) -> InputError:
-    return InputError(f"{source}: was changed meanwhile; run the same command again")
+    return InputError(f"{source}: changed while it was read; run the same command again")
 
 
 class _Http:
-    """A file over http: one request while it is read in order, one for each piece elsewhere."""
+    """A file over http: one request if it is read in order; else one request for each piece."""
 
     def __init__(self, source: Remote) -> None:
         import requests
@@ -163,8 +163,8 @@ class _Http:
         with self._get({"Range": f"bytes={start}-{start + length - 1}"}) as response:
             if response.status_code != 206:
                 raise InputError(
-                    f"{self._source}: the server gives no parts of files, which reading Parquet needs; "
-                    "fetch the file and give its path"
+                    f"{self._source}: the server cannot send parts of files, which Parquet needs; "
+                    "download the file and give its path"
                 )
             piece: bytes = response.raw.read(length)
             return piece
@@ -200,7 +200,7 @@ class _Opened:
 
 
 class _Raw(io.RawIOBase):
-    """A remote file as Python's own readers want it. An end before the known size is an error."""
+    """Makes a remote file a Python file object. If it ends before the known size, that is an error."""
 
     def __init__(self, source: Remote, fetch: _Http | _Opened) -> None:
         self._source = source
@@ -216,8 +216,8 @@ class _Raw(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_END and self._source.size is None:
             raise InputError(
-                f"{self._source}: the server does not tell the size, which reading Parquet needs; "
-                "fetch the file and give its path"
+                f"{self._source}: the server does not send the size, which Parquet needs; "
+                "download the file and give its path"
             )
         self._at = offset + {io.SEEK_CUR: self._at, io.SEEK_END: self._source.size or 0}.get(whence, 0)
         return self._at
@@ -243,7 +243,7 @@ class _Raw(io.RawIOBase):
 
 @contextlib.contextmanager
 def _failures(shown: str, url: str, read: int | None = None) -> Iterator[None]:
-    """Make any failure of a file system an `InputError`, in words without the secrets of `url`.
+    """Turn every failure of a file system into an `InputError` that does not show the secrets of `url`.
 
     `read` is how many bytes came before it. The cause is left out: its text, and its cause's, may have them.
     """

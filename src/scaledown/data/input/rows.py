@@ -176,7 +176,7 @@ def delimited_rows(
             continue
         if first and columns.header is not None:
             if isinstance(fields, csv.Error):
-                raise InputError(f"{path}: the header cannot be read ({fields}); mend its quotes")
+                raise InputError(f"{path}: the header cannot be read ({fields}); correct its quotes")
             first = False
             continue
         problem = ""

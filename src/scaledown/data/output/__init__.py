@@ -1,1 +1,1 @@
-"""What is written: training data in its formats, rankings, data sets on the Hub."""
+"""Output: training data in its formats, TREC runs, datasets for the Hub."""

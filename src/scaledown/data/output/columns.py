@@ -1,4 +1,4 @@
-"""The columns of training records as Parquet has them: those of all records, whichever has them first."""
+"""The Parquet columns of training records: the union of the columns of all records."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,14 +30,18 @@ _PLAIN: Final = {bool: pa.bool_(), float: pa.float64(), str: pa.string(), type(N
 
 
 class Columns:
-    """Columns found so far: those of the guide and of `--columns` have fixed types, others grow to fit."""
+    """The columns of the records added so far.
+
+    Columns of the guide and of `--columns` have fixed types. The type of another column is widened so that it
+    holds all values.
+    """
 
     def __init__(self) -> None:
         self._own: dict[str, pa.DataType] = {}
         self._others: dict[str, pa.DataType] = {}
 
     def add(self, record: Mapping[str, Any]) -> str:
-        """Take in the columns of a record; gives what does not fit those before it, empty where all does."""
+        """Add the columns of a record. Returns the first conflict with earlier records, "" for none."""
         for name, value in record.items():
             if name in _NEEDED:
                 continue
@@ -45,28 +49,28 @@ class Columns:
             if fixed is not None:
                 self._own[name] = fixed
                 if name == "reranking_scores" or fixed in {pa.string(), ARROW}:
-                    continue  # checked as a record; or written as text, whatever it is
+                    continue  # scores are checked with the record; other values are written as text
             known = fixed if fixed is not None else self._others.get(name, pa.null())
             try:
                 kind = _PLAIN.get(type(value)) or pa.array([value]).type
                 joined = kind if kind == known else _joined(known, kind)
             except (pa.ArrowException, ValueError, TypeError, OverflowError):
-                return f"{name} holds values of several kinds"
+                return f"{name} holds values of several types"
             if joined is None or (fixed is not None and joined != fixed):
-                return f"{name} is {kind}, and {known} before"
+                return f"{name} is {kind} here and {known} in earlier records"
             if fixed is None:
                 self._others[name] = joined
         return ""
 
     @property
     def schema(self) -> pa.Schema:
-        """The columns in the order of the guide, then as they came."""
+        """The columns of the guide, then the others in the order they were added."""
         own = {name: kind for name, kind in _OPTIONAL.items() if name in self._own}
         return pa.schema(_NEEDED | own | self._others)
 
 
 def _joined(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """The type that has the values of both; None where there is none."""
+    """A type that holds the values of both types; None if there is none."""
     both = [pa.schema([("", kind)]) for kind in (one, other)]
     try:
         return pa.unify_schemas(both, promote_options="permissive").field(0).type
@@ -75,16 +79,16 @@ def _joined(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
 
 
 def columns_of(paths: Sequence[Path]) -> pa.Schema:
-    """The columns of all records of training files. Raises `InputError` where two do not fit."""
+    """The columns of all records of training files. Raises `InputError` for a conflict between records."""
     columns = Columns()
     with track("columns", "records", None) as tracker:
         for path in paths:
             for entry in entries(path):
-                record = entry.record  # one with other problems is for those who read it
+                record = entry.record  # the reader of records reports other problems
                 if isinstance(record, dict) and (problem := columns.add(record)) and not problems(record):
                     raise InputError(
-                        f"{path}:{entry.line}: {problem}, which Parquet cannot hold in one column: mend it, "
-                        "or write .json or .jsonl"
+                        f"{path}:{entry.line}: {problem}, which Parquet cannot hold in one column: correct "
+                        "it, or write .json or .jsonl"
                     )
                 tracker.advance()
     return columns.schema

@@ -1,4 +1,4 @@
-"""A training file as a dataset to share: a folder with its card and page, here and on the hub."""
+"""Exports training files as a dataset folder with a card and a report, and uploads it to the hub."""
 
 import filecmp
 import tempfile
@@ -11,18 +11,30 @@ from scaledown.data.output.columns import columns_of
 from scaledown.data.output.writers import write_examples
 from scaledown.data.report.page import MADE, write_report
 from scaledown.errors import InputError, OutputError, UsageError
-from scaledown.models import hub_errors, reach_hub
+from scaledown.models.hub import hub_errors, reach_hub
 from scaledown.run.atomic import put_in_place
 from scaledown.run.outputs import check_folder
 
 
 def export_dataset(files: Sequence[Path], form: str, output: Path, *, overwrite: bool = False) -> int:
-    """Write the records of training files to the folder `output` in one of `OUTPUT_FORMATS`; their number.
+    """Write the records of training files to a folder that `datasets.load_dataset` reads.
 
-    `datasets.load_dataset(output)` reads it. README.md, its card, and report.html come with it; they tell of
-    the run where there is one file and its run directory is there. The folder appears when it is whole; one
-    that has the same data already stays, one that an export made is replaced if `overwrite` allows. Raises
-    `InputError` for a record that is not sound, `OutputError` where the folder cannot be made.
+    The folder also has README.md (the dataset's card) and report.html. They describe the run if there is only
+    one file and its run directory still exists. The folder appears in one step. If an earlier export has the
+    same data, nothing is written.
+
+    Args:
+        files: Training files.
+        form: One of `OUTPUT_FORMATS`.
+        output: The folder.
+        overwrite: Whether to replace an earlier export with other data.
+
+    Returns:
+        The number of records.
+
+    Raises:
+        InputError: A record is not sound, or there is none.
+        OutputError: The folder cannot be written, or has other data and `overwrite` is off.
     """
     earlier = output / f"train.{form}"
     made = _is_made(output)
@@ -34,13 +46,11 @@ def export_dataset(files: Sequence[Path], form: str, output: Path, *, overwrite:
         columns = columns_of(files) if format_of(data).needs_columns else None
         count = write_examples(data, sound_records(files), columns)
         if not count:
-            raise InputError(f"{files[0]}: there is no record in it; name another file")
+            raise InputError(f"{files[0]}: the file has no record; give another file")
         if made and earlier.is_file() and filecmp.cmp(earlier, data, shallow=False):
             return count
         if made and not overwrite:
-            raise OutputError(
-                f"--output_dir {output} holds other data: name a new folder, or give --overwrite"
-            )
+            raise OutputError(f"--output_dir {output} has other data: name a new folder, or give --overwrite")
         write_report(
             data, whole / "report.html", whole / "README.md", origin=files[0] if len(files) == 1 else None
         )
@@ -49,7 +59,7 @@ def export_dataset(files: Sequence[Path], form: str, output: Path, *, overwrite:
 
 
 def _is_made(folder: Path) -> bool:
-    """Whether a folder is an export, and nothing else is in it."""
+    """Whether a folder has the files of an export and no others."""
     card = folder / "README.md"
     if not card.is_file() or MADE not in card.read_text(encoding="utf-8", errors="replace"):
         return False
@@ -58,10 +68,19 @@ def _is_made(folder: Path) -> bool:
 
 
 def push(folder: Path, repository: str, *, private: bool) -> str:
-    """Upload an exported folder to a dataset repository of the hub, made if there is none; its address.
+    """Upload an exported folder to a dataset repository of the hub, and replace an earlier upload.
 
-    Data of an earlier upload is replaced. Raises `ModelError` where the hub refuses, `UsageError` where what
-    is to be `private` would be public.
+    Args:
+        folder: The folder that `export_dataset` wrote.
+        repository: The name of the repository. It is created if it does not exist.
+        private: Whether the repository must be private.
+
+    Returns:
+        The URL of the dataset.
+
+    Raises:
+        ModelError: The hub refuses the upload.
+        UsageError: The data is to be `private`, but the repository is public.
     """
     from huggingface_hub import HfApi
 
@@ -71,7 +90,7 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
         name = api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True).repo_id
         if private and not api.repo_info(name, repo_type="dataset").private:
             raise UsageError(
-                f"--private: {name} is there already and public; name another, or change it there"
+                f"--private: {name} exists and is public: give another name, or make it private on the hub"
             )
         api.upload_folder(
             repo_id=name,

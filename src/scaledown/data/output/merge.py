@@ -1,4 +1,4 @@
-"""Training files of several runs joined into one, without what comes again or must not be trained on."""
+"""Merges training files of several runs, without repeated queries and records of evaluation sets."""
 
 import contextlib
 import itertools
@@ -14,7 +14,7 @@ import orjson
 from scaledown.config.options import check_ending
 from scaledown.config.prepare import PrepareConfig
 from scaledown.config.shared import CleanConfig
-from scaledown.data.cleaning.decontaminate import Cleaner, Left
+from scaledown.data.cleaning.decontaminate import Cleaner, Exclusion
 from scaledown.data.input.seen import Seen
 from scaledown.data.input.training_files import check_file, entries, format_of, problems
 from scaledown.data.manifest import manifest_of
@@ -28,23 +28,26 @@ from scaledown.run.progress import track
 
 log = logging.getLogger("scaledown")
 
-# Settings that runs must share if their records are joined, besides the contents of corpus and models.
+# Settings that must be equal for runs to be merged. Corpus and models must be equal, too, by their content.
 _COMPARED: Final = tuple(name for name, about in PrepareConfig.options().items() if about.in_records)
-_BLOCK: Final = 256  # records looked at together
+_BLOCK: Final = 256  # records cleaned at once
 
 
 class Merged(NamedTuple):
-    """What a merge did: records written, queries that came again, records that evaluation sets have."""
+    """The counts of a merge."""
 
     records: int
+    """Records written."""
     duplicates: int
+    """Records left out because of a repeated query."""
     contaminated: int = 0
+    """Records left out because of an evaluation set."""
     unread: int = 0
-    """Rows of the evaluation sets in which there is no question."""
+    """Rows of the evaluation sets without a question."""
 
 
 def removed_file(output: Path) -> Path:
-    """Where a merge that cleans records what it left out, one by one."""
+    """The file in which a merge with cleaning lists each record that it left out."""
     return output.with_name(output.name + ".removed.jsonl")
 
 
@@ -56,18 +59,29 @@ def merge(
     cleaning: CleanConfig = CleanConfig(),  # noqa: B008 (frozen)
     overwrite: bool = False,
 ) -> Merged:
-    """Join training files into one, in the order given, the first record of each query kept.
+    """Merge training files in the given order. Of several records with the same query, the first is kept.
 
-    With `cleaning`, all that is left out, and why, is written into `removed_file`. Raises `UsageError` when
-    the runs that made them (by their manifests) had different settings, unless allowed; `InputError` for a
-    record that is not one; `OutputError` where something is that no merge made, unless `overwrite` allows.
+    Args:
+        paths: Training files.
+        output: The file to write.
+        allow_different_settings: Whether to merge files of runs with different settings.
+        cleaning: What else to leave out. If it is given, `removed_file` lists all records left out.
+        overwrite: Whether to replace files that no merge made.
+
+    Returns:
+        The counts.
+
+    Raises:
+        UsageError: The runs had different settings, by their manifests.
+        InputError: A record is not sound.
+        OutputError: There is a file that no merge made, or `output` cannot be written.
     """
     check_ending("--output_file", output)
     written = [output, *([removed_file(output)] if cleaning != CleanConfig() else [])]
     for path in written:
         reads = (*paths, *cleaning.decontaminate)
         check_output("--output_file", path, reads, made="merge", overwrite=overwrite)
-    for path in paths:  # all of them, before hours are spent on the first
+    for path in paths:  # check all files before the first is read, which can take hours
         check_file(path)
     if not allow_different_settings:
         _check_same_settings(paths)
@@ -113,7 +127,7 @@ def _records(paths: Sequence[Path]) -> Iterator[Example]:
                 if with_scores is not None and has_scores != with_scores:
                     raise InputError(
                         f"{path}:{entry.line}: some records have reranking_scores and some have none; "
-                        "merge only files made alike"
+                        "merge only files that are alike in this"
                     )
                 with_scores = has_scores
                 record = dict(entry.record)
@@ -123,8 +137,8 @@ def _records(paths: Sequence[Path]) -> Iterator[Example]:
             tracker.advance(0, sum(sizes[: place + 1]) / (sum(sizes) or 1))
 
 
-def _cleaned(records: Iterator[Example], cleaner: Cleaner) -> Iterator[tuple[Example, Left | None]]:
-    """Records, each with why it is left out, or None where it stays."""
+def _cleaned(records: Iterator[Example], cleaner: Cleaner) -> Iterator[tuple[Example, Exclusion | None]]:
+    """Records, each with the reason why it is left out, or None if it is kept."""
     seen = Seen()
     while block := list(itertools.islice(records, _BLOCK)):
         for record, unwanted in zip(block, cleaner.queries([one["query"] for one in block]), strict=True):
@@ -136,7 +150,7 @@ def _cleaned(records: Iterator[Example], cleaner: Cleaner) -> Iterator[tuple[Exa
 
 
 def _passages(documents: Sequence[str]) -> list[str]:
-    """Documents with and without the first line, which may be a title."""
+    """The documents, then the same without their first lines, which may be titles."""
     return [*documents, *(rest for document in documents if (rest := document.partition("\n")[2]))]
 
 
@@ -145,7 +159,7 @@ def _check_same_settings(paths: Sequence[Path]) -> None:
     for path in paths:
         found = manifest_of(path)
         if not found:
-            log.warning("%s: no run directory beside it, so its settings are not compared", path)
+            log.warning("%s: it has no run directory, so its settings are not compared", path)
             continue
         manifest, _ = found
         settings = {name: manifest["parameters"].get(name) for name in _COMPARED}
@@ -162,6 +176,6 @@ def _check_same_settings(paths: Sequence[Path]) -> None:
             name = different[0]
             raise UsageError(
                 f"{path} and {first[0]} were made with different settings ({', '.join(different)}; {name}: "
-                f"{settings.get(name)!r} and {first[1].get(name)!r}): make them alike, or give "
-                "--allow_different_settings"
+                f"{settings.get(name)!r} and {first[1].get(name)!r}): make both with the same settings, or "
+                "give --allow_different_settings"
             )

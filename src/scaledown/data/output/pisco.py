@@ -1,4 +1,4 @@
-"""Training records -> the dataset that the authors' own trainer reads (github.com/naver/pisco)."""
+"""Exports training files as the dataset that the authors' own trainer reads (github.com/naver/pisco)."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,11 +12,21 @@ from scaledown.run.outputs import check_folder
 
 
 def export_pisco(files: Sequence[Path], output: Path, *, overwrite: bool = False) -> int:
-    """Write the records of training files to the folder `output`; gives their number.
+    """Write the records of training files to a folder that `datasets.load_from_disk` reads, split `train`.
 
-    `datasets.load_from_disk(output)["train"]` reads it. The folder appears when it is whole, in the place of
-    an earlier one if `overwrite` allows. Raises `InputError` for a record that is not sound, `OutputError`
-    where the folder cannot be made.
+    The folder appears in one step.
+
+    Args:
+        files: Training files.
+        output: The folder.
+        overwrite: Whether to replace an earlier export.
+
+    Returns:
+        The number of records.
+
+    Raises:
+        InputError: A record is not sound, or there is none.
+        OutputError: The folder cannot be written, or exists and `overwrite` is off.
     """
     from datasets import Dataset, DatasetDict, Features, List, Value
     from datasets.exceptions import DatasetGenerationError
@@ -26,7 +36,7 @@ def export_pisco(files: Sequence[Path], output: Path, *, overwrite: bool = False
     made = _is_made(output)
     check_folder(output, files, made=made)
     if made and not overwrite:
-        raise OutputError(f"--output_dir {output} is there already: name a new folder, or give --overwrite")
+        raise OutputError(f"--output_dir {output} already exists: name a new folder, or give --overwrite")
     text = Value("string")
     features = Features({"query": text, "docs": List(text), "mistral_label": text})
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.", suffix=".tmp") as folder:
@@ -35,8 +45,8 @@ def export_pisco(files: Sequence[Path], output: Path, *, overwrite: bool = False
             dataset = Dataset.from_generator(
                 _records, features=features, gen_kwargs={"files": list(files)}, cache_dir=f"{folder}/cache"
             )
-        except ValueError as error:  # from `datasets`, of a split without a row
-            raise InputError(f"{files[0]}: there is no record in it; name another file") from error
+        except ValueError as error:  # `datasets` raises it for a split without rows
+            raise InputError(f"{files[0]}: the file has no record; give another file") from error
         except DatasetGenerationError as error:
             raise (error.__cause__ or error) from None
         DatasetDict({"train": dataset}).save_to_disk(whole)
@@ -46,12 +56,12 @@ def export_pisco(files: Sequence[Path], output: Path, *, overwrite: bool = False
 
 
 def _is_made(folder: Path) -> bool:
-    """Whether a folder is such a dataset, and nothing else is in it."""
+    """Whether a folder has the files of such a dataset and no others."""
     own = {"dataset_dict.json", "train"}
     return folder.is_dir() and {entry.name for entry in folder.iterdir()} == own
 
 
 def _records(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
     for record in sound_records(files):
-        # Its collator takes these names; the README there has `queries` and `mistral_labels`.
+        # The trainer's collator uses these names; its README has `queries` and `mistral_labels`.
         yield {"query": record["query"], "docs": record["documents"], "mistral_label": record["answer"]}

@@ -1,4 +1,4 @@
-"""The rankings of a run as TREC runs: `qid Q0 docid rank score tag`, with tabs."""
+"""Exports the rankings of a run as TREC runs: `qid Q0 docid rank score tag`, separated by tabs."""
 
 import logging
 from pathlib import Path
@@ -20,10 +20,19 @@ _TAG: Final = "scaledown"
 
 
 def export_trec(data: Path, output: Path, *, overwrite: bool = False) -> dict[str, int]:
-    """Write `retrieved.run` and, if the run reranked, `reranked.run` to the folder `output`; lines of each.
+    """Write `retrieved.run` and, if the run reranked, `reranked.run`.
 
-    `data` is what the run made. Raises `InputError` where its run directory is gone, `OutputError` where
-    something is that no export made, unless `overwrite` allows.
+    Args:
+        data: The output of the run.
+        output: The folder.
+        overwrite: Whether to replace files that no export made.
+
+    Returns:
+        The number of lines of each file, by its path.
+
+    Raises:
+        InputError: The run directory is missing.
+        OutputError: There is a file that no export made.
     """
     manifest, work = manifest_of(data) or ({}, Storage(data.parent))
     found = {}
@@ -39,7 +48,7 @@ def export_trec(data: Path, output: Path, *, overwrite: bool = False) -> dict[st
         found[path] = stages, column
     if not found:
         raise InputError(
-            f"{data}: its run directory is not there, which has the rankings; name the run's output"
+            f"{data}: its run directory, which has the rankings, is missing: give the output of a run"
         )
     written = {}
     for path, (stages, column) in found.items():
@@ -65,5 +74,5 @@ def _write(path: Path, stage: Stage, passages: PassageTable, column: str) -> int
                     file.write("\t".join(fields) + "\n")
                     lines += 1
     if renamed := queries.renamed + again:
-        log.warning("%s: %s ids of queries or passages come again: told apart by #2, #3 …", path, renamed)
+        log.warning("%s: %s repeated ids of queries or passages: made unique by #2, #3 …", path, renamed)
     return lines

@@ -1,4 +1,4 @@
-"""Training records to a file: the guide's JSON, JSON lines or Parquet; complete or not there at all."""
+"""Writes training records as the guide's JSON, JSON lines or Parquet, in one step."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,8 +32,14 @@ def examples(
 ) -> Iterator[Example]:
     """The training records of a finished run, in the order of the queries.
 
-    `score_scale` is raw or sigmoid, or None for records without `reranking_scores`; `columns` of the answers
-    come behind the others.
+    Args:
+        answers: The stage of answers.
+        passages: The stage of passages.
+        score_scale: raw or sigmoid; None for records without `reranking_scores`.
+        columns: Columns of the answers to add to the records.
+
+    Yields:
+        Training records.
     """
     for table in answers.tables():
         texts = PassageTable(passages)
@@ -53,10 +59,19 @@ def examples(
 
 
 def write_examples(path: Path, records: Iterable[Mapping[str, Any]], columns: pa.Schema | None = None) -> int:
-    """Write `records` atomically in the format that the ending of `path` names; gives their number.
+    """Write training records in one step, in the format of the path's suffix.
 
-    Parquet has the `columns`; without them, those of the first records, which all others must share. A
-    symbolic link stays one: what it points to is written. Raises `OutputError` for what Parquet cannot hold.
+    Args:
+        path: The file to write. A symbolic link is kept, and its target is written.
+        records: The records.
+        columns: The columns of a Parquet file. Without them, the columns of the first 1,000 records are used,
+            and other records must not have more.
+
+    Returns:
+        The number of records.
+
+    Raises:
+        OutputError: Parquet cannot hold a value.
     """
     with atomic(path.resolve()) as temporary:
         return format_of(path).write(temporary, records, columns)
@@ -98,7 +113,7 @@ def _write_parquet(path: Path, records: Iterable[Mapping[str, Any]], schema: pa.
                 block = list(itertools.islice(source, _BLOCK))
     except pa.ArrowException as error:
         raise OutputError(
-            f"Parquet cannot hold a record behind the first {count:,} ({error}): write .json or .jsonl"
+            f"Parquet cannot hold a record after the first {count:,} ({error}): write .json or .jsonl"
         ) from error
     return count
 
@@ -112,12 +127,12 @@ def _columns(records: Sequence[Mapping[str, Any]]) -> pa.Schema:
 
 
 def _fitted(record: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
-    """A record with texts where its columns are text. Raises `OutputError` for a column that came late."""
+    """A record with strings in all string columns. Raises `OutputError` for a column not in the schema."""
     fitted = dict(record)
     for name, value in record.items():
         if name not in schema.names:
             raise OutputError(
-                f"column {name} is in some records only, and the first {_BLOCK:,} lack it: write .jsonl"
+                f"column {name} is in some records, but not in the first {_BLOCK:,}: write .jsonl"
             )
         if pa.types.is_string(schema.field(name).type) and not isinstance(value, str | None):
             fitted[name] = str(value)

@@ -24,8 +24,9 @@ from scaledown.data.retrieval.stages import TokenLists
 from scaledown.data.teacher.api import find_teacher
 from scaledown.data.teacher.base import Engine
 from scaledown.data.workers import gpu_workers
+from scaledown.devices.choice import choose_device
 from scaledown.errors import InputError
-from scaledown.models import choose_device, resolve
+from scaledown.models.sources import resolve
 from scaledown.records import Passage
 from scaledown.run.atomic import write_json
 from scaledown.run.directory import RunDirectory, fingerprint
@@ -44,7 +45,8 @@ _SHOWN_AS: Final = {
     "vectors": "passages",
     "output": "records",
 }
-_ON_DEVICE: Final = {"synthetic", "vectors", "ranked", "answers"}
+_ON_GPUS: Final = {"vectors": 1, "ranked": 1, "synthetic": 0, "answers": 0}
+"""Stages on a device, and of how many GPUs a worker makes them; 0: as many as share the teacher."""
 
 
 class StagePlan(NamedTuple):
@@ -141,8 +143,9 @@ def make_plan(config: PrepareConfig, corpus: Sequence[files.Source]) -> Plan:  #
     stages.append(of_queries("reviewed", trials.reviewed(answers), Cost(0, 0, peak("cpu"))))
     output = None if queries.number is None else queries.number * trials.record_bytes(answers)
     stages.append(StagePlan("output", queries.number, 1, output, 0, 0.0))
-    workers = gpu_workers(config) if device.startswith("cuda") else 1
-    stages = [_shared(stage, workers) for stage in stages]
+    on_gpus = device.startswith("cuda")
+    workers = gpu_workers(config) if on_gpus else 1
+    stages = [_shared(stage, config) for stage in stages] if on_gpus else stages
     missing += _missing_disk(config, stages)
     missing += _missing_gpu(stages, device)
     bad = len(sample.cut.rejected)
@@ -170,10 +173,11 @@ def _stage(name: str, rows: int | None, per_shard: int, like: pa.Table | None, c
     return StagePlan(name, rows, shards, disk, memory, seconds if math.isfinite(seconds) else None)
 
 
-def _shared(stage: StagePlan, workers: int) -> StagePlan:
-    """Plan a stage on GPUs; its shards are divided among workers with one GPU each."""
-    if stage.name not in _ON_DEVICE or not stage.seconds or not stage.shards:
+def _shared(stage: StagePlan, config: PrepareConfig) -> StagePlan:
+    """Plan a stage on GPUs; its shards are divided among workers."""
+    if stage.name not in _ON_GPUS or not stage.seconds or not stage.shards:
         return stage
+    workers = gpu_workers(config, _ON_GPUS[stage.name])
     return stage._replace(seconds=stage.seconds / min(workers, stage.shards))
 
 
@@ -269,7 +273,7 @@ def report(plan: Plan) -> str:
     """Format the plan as a table, and list what is missing."""
     rows = [("stage", "rows", "shards", "disk", "peak memory", "time")]
     for stage in plan.stages:
-        gpu = " GPU" if plan.device.startswith("cuda") and stage.name in _ON_DEVICE else ""
+        gpu = " GPU" if plan.device.startswith("cuda") and stage.name in _ON_GPUS else ""
         output = stage.name == "output"
         rows.append(
             (

@@ -70,8 +70,8 @@ def sample_corpus(config: PrepareConfig, corpus: Sequence[files.Source], tokeniz
         row, reason = cut.rejected[0]
         raise InputError(
             f"{shown}: {len(cut.rejected):,} of {cut.rows:,} rows read are malformed ({row.source}: "
-            f"{reason}), more than --max_bad_fraction {config.max_bad_fraction:g} allows: mend them or raise "
-            "the flag"
+            f"{reason}), more than --max_bad_fraction {config.max_bad_fraction:g} allows: correct them or "
+            "raise the flag"
         )
     if not cut.passages.num_rows:
         raise InputError(

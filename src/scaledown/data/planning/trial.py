@@ -26,9 +26,10 @@ from scaledown.data.retrieval.stages import Candidates, TokenLists, candidates_t
 from scaledown.data.teacher.api import choose_backend, engine_of, find_teacher, is_served, load_teacher
 from scaledown.data.teacher.base import Engine, Generation, Rejection, Teacher, answer_all
 from scaledown.data.teacher.questions import questions_about
+from scaledown.devices.choice import choose_device
 from scaledown.devices.gpus import OnDevice, index
 from scaledown.errors import MissingExtraError, ModelError, ScaleDownError
-from scaledown.models import choose_device, resolve
+from scaledown.models.sources import resolve
 from scaledown.records import Answer, Logprobs, Passage, full_text
 from scaledown.run.executor import cores
 from scaledown.run.progress import no_progress

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 from scaledown.data.prompts import TEMPLATES
 from scaledown.data.reranker.api import LIKELIHOOD_PREFIX
-from scaledown.models import BUNDLES
+from scaledown.models.sources import BUNDLES
 
 
 class Setting(NamedTuple):

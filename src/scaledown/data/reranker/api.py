@@ -1,4 +1,4 @@
-"""Relevance of each document to its query, from Python and as a stage of a run."""
+"""Scores how relevant each document is to its query: from Python, and as a stage of a run."""
 
 import logging
 import math
@@ -12,13 +12,10 @@ from scaledown.data.input.corpus import PassageTable
 from scaledown.data.reranker.base import Pair, Reranker
 from scaledown.data.reranker.cross_encoder import CrossEncoderReranker
 from scaledown.data.reranker.query_likelihood import QueryLikelihoodReranker
+from scaledown.devices.choice import choose_device
 from scaledown.devices.gpus import OnDevice
 from scaledown.errors import UsageError
-from scaledown.models import (
-    ModelSource,
-    choose_device,
-    resolve,
-)
+from scaledown.models.sources import ModelSource, resolve
 from scaledown.records import QueryWithDocuments, check_records, document_text, full_text
 from scaledown.run.progress import track, tracked
 from scaledown.run.stage import Stage
@@ -29,7 +26,7 @@ LIKELIHOOD_PREFIX = "ql:"
 
 
 def score_once(reranker: Reranker, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
-    """`reranker.score`, with pairs that come again scored once."""
+    """Return `reranker.score(pairs)`; equal pairs are scored once."""
     unique = list(dict.fromkeys(pairs))
     scores = dict(zip(unique, reranker.score(unique, advance), strict=True))
     advance(len(pairs) - len(unique))
@@ -37,7 +34,7 @@ def score_once(reranker: Reranker, pairs: Sequence[Pair], advance: Callable[[int
 
 
 def load_reranker(source: ModelSource, device: str, dtype: str, batch_size: int) -> Reranker:
-    """The reranker behind `--reranker_model`. `source.name` begins with `ql:` for query likelihood."""
+    """Load the model of `--reranker_model`. With `ql:` in front of its name, it scores query likelihood."""
     likelihood = source.name.startswith(LIKELIHOOD_PREFIX)
     log.info("reranker: %s, %s", source.name, "query likelihood" if likelihood else "cross-encoder")
     kind = QueryLikelihoodReranker if likelihood else CrossEncoderReranker
@@ -45,19 +42,19 @@ def load_reranker(source: ModelSource, device: str, dtype: str, batch_size: int)
 
 
 def resolve_reranker(name: str) -> ModelSource:
-    """`resolve`, for names that may begin with `ql:`."""
+    """Return `resolve(name)`, also for a name that begins with `ql:`."""
     return resolve(name.removeprefix(LIKELIHOOD_PREFIX))._replace(name=name)
 
 
 def scaled(score: float, scale: str) -> float:
-    """A raw score on the scale asked for: as it is, or through the logistic function to 0..1."""
+    """Return a score on the scale `raw` (unchanged) or `sigmoid` (the logistic function, 0..1)."""
     if scale == "raw":
         return score
     return 1 / (1 + math.exp(-score)) if score >= 0 else math.exp(score) / (1 + math.exp(score))
 
 
 def best_first(scores: Sequence[float], top_k: int) -> list[int]:
-    """Positions of the `top_k` highest scores, best first; ties keep their order."""
+    """Return the positions of the `top_k` highest scores, best first; equal scores keep their order."""
     return sorted(range(len(scores)), key=lambda i: -scores[i])[:top_k]
 
 
@@ -71,10 +68,25 @@ def add_reranking_scores(
     dtype: str = "auto",
     batch_size: int = PrepareConfig.reranker_batch_size,
 ) -> list[QueryWithDocuments]:
-    """Add `reranking_scores` to each record, one a document, in the order of its documents.
+    """Add `reranking_scores` to each record: one score for each document.
 
-    Documents stay in their order, or with `top_k` the best so many are kept, best first. Documents are
-    strings or `{"title", "text"}`. The records given are not changed.
+    Args:
+        queries_with_docs: Records with `query` and `documents`; a document is a string or
+            `{"title", "text"}`. They are not changed.
+        reranker_model: A cross-encoder, or `ql:` and a causal language model.
+        top_k: Keep only this many documents of each record, best first; None keeps all, in their order.
+        score_scale: `raw`, or `sigmoid` for scores from 0 to 1.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        batch_size: Pairs at once; 0 chooses by the device.
+
+    Returns:
+        New records, with `reranking_scores` in the order of their documents.
+
+    Raises:
+        UsageError: An argument has a value that is not allowed.
+        InputError: A record is not usable.
+        ModelError: The model cannot be loaded, or does not fit into memory.
     """
     if top_k is not None and top_k < 1:
         raise UsageError(f"top_k {top_k}: must be at least 1")
@@ -114,8 +126,8 @@ def rerank(
 ) -> None:
     """Score the candidates of each shard and sort them, best first.
 
-    All are kept, so that another `--top_k_reranking` needs no scoring. Adds the column reranking_scores
-    list<float32>, raw.
+    All are kept, so that a run with another `--top_k_reranking` does not score them again. The table gets the
+    column `reranking_scores`, list<float32>: raw scores.
     """
     if stage.done():
         return
@@ -134,7 +146,7 @@ def rerank(
             reranker = load()
             with stage.noting(shard, lambda: reranker.halving.count):
                 scores = iter(score_once(reranker, pairs, tracker.advance))
-            tracker.advance(len(records) * per_query - len(pairs))  # of queries with fewer
+            tracker.advance(len(records) * per_query - len(pairs))  # of queries with fewer candidates
             columns: dict[str, list[Any]] = {"rows": [], "scores": [], "reranking_scores": []}
             for record in records:
                 own = [next(scores) for _ in record["rows"]]

@@ -1,14 +1,12 @@
-"""What every reranker shares: pairs in, scores out, in batches that may be halved."""
+"""What all rerankers share: the interface, and scoring in batches that are halved if memory is full."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from scaledown.devices.halving import Halving
 from scaledown.errors import ModelError
-from scaledown.models import (
-    Halving,
-)
 
 
 class Pair(NamedTuple):
@@ -19,25 +17,27 @@ class Pair(NamedTuple):
 
 
 class Reranker(Protocol):
-    """Scores pairs; higher is more relevant. Scores are raw: logits, or mean log-probabilities."""
+    """Scores pairs: a higher score is more relevant. Scores are logits or mean log-probabilities."""
 
     name: str
     halving: Halving
 
     def score(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
-        """One score a pair, in the order given."""
+        """Return one score for each pair, in their order."""
 
 
-def in_batches(
+def scores_of(  # noqa: PLR0917
     reranker: Reranker,
-    score: Callable[[Sequence[int]], Any],
     batches: Iterable[Sequence[int]],
+    launch: Callable[[Sequence[int]], Any],
+    read: Callable[[Any], Any],
+    device: str,
     advance: Callable[[int], None],
 ) -> list[float]:
-    """Scores of pairs, in their order; each pair is in one of the batches."""
+    """Return the scores of all pairs, in their order; each index is in one batch. See `Halving.each`."""
     found: dict[int, float] = {}
-    for batch in batches:
-        found |= zip(batch, np.concatenate(reranker.halving(score, batch)), strict=True)
+    for batch, made in reranker.halving.each(batches, launch, read, device):
+        found |= zip(batch, np.concatenate(made), strict=True)
         advance(len(batch))
     scores = np.array([found[i] for i in range(len(found))], np.float32)
     if not np.isfinite(scores).all():

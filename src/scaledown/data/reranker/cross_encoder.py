@@ -4,21 +4,19 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from scaledown.data.reranker.base import Pair, in_batches
+from scaledown.data.reranker.base import Pair, scores_of
 from scaledown.data.reranker.pair_tokens import PairTokens
-from scaledown.data.retrieval.splade import by_length
+from scaledown.data.retrieval.splade import by_length, in_batches
+from scaledown.devices.choice import dtype_to_run
+from scaledown.devices.halving import Halving
 from scaledown.errors import ModelError
-from scaledown.models import (
-    Halving,
-    ModelSource,
-    dtype_to_run,
-    loadable,
-    loading,
-    onto,
-    read_config_file,
-)
+from scaledown.models.sources import ModelSource
+from scaledown.models.weights import loadable, loading, onto, read_config_file
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("scaledown")
 
@@ -26,10 +24,10 @@ _ODD: Final = "Été: 東京's 🗼, x<y [SEP] 2.5%"
 
 
 class CrossEncoderReranker:
-    """A cross-encoder with one output, as sentence-transformers reads it; scores are its logits.
+    """A cross-encoder with one output; scores are its logits, the same as with sentence-transformers.
 
-    An ordinary sequence classifier is read without sentence-transformers, which takes longer to import than
-    all else here. Each text is then tokenised once, while the model computes.
+    An ordinary sequence classifier is loaded without sentence-transformers, whose import is slow. Then each
+    text is tokenised once, in a thread beside the model.
     """
 
     def __init__(self, source: ModelSource, device: str, dtype: str, batch_size: int) -> None:
@@ -54,47 +52,53 @@ class CrossEncoderReranker:
                 self._model = CrossEncoder(name, device=device, **pinned, model_kwargs=arguments)
             model, labels = self._model.model, self._model.num_labels
         if labels != 1:
-            raise ModelError(f"model {source.name} gives {labels} scores a pair; a reranker gives one")
+            raise ModelError(f"model {source.name} gives {labels} scores for a pair: use a model with one")
         _score_in_float32(model)
 
     def score(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
-        """Logits, in the order of `pairs`."""
+        """Return the logit of each pair."""
         import torch
 
-        order = by_length([pair.document + pair.query for pair in pairs]).tolist()
-        size, tokens = self._batch_size, self._tokens
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        tokens = self._tokens
+        order = by_length([pair.document + pair.query for pair in pairs])
+        batches = in_batches(order, self._batch_size)
+
+        def read(scores: "torch.Tensor") -> Any:
+            return scores.float().cpu().numpy()
+
         if tokens is None:
 
-            def predict(batch: Sequence[int]) -> Any:
-                return self._model.predict(
+            def predict(batch: Sequence[int]) -> "torch.Tensor":
+                return self._model.predict(  # type: ignore[no-any-return]
                     [tuple(pairs[i]) for i in batch],
                     batch_size=len(batch),
                     show_progress_bar=False,
                     activation_fn=torch.nn.Identity(),
+                    convert_to_tensor=True,
                 )
 
-            return in_batches(self, predict, batches, advance)
+            return scores_of(self, batches, predict, read, self._device, advance)
 
-        def read(batch: Sequence[int]) -> Sequence[int]:
+        def tokenise(batch: Sequence[int]) -> Sequence[int]:
             tokens.read(itertools.chain.from_iterable(pairs[i] for i in batch))
             return batch
 
         @torch.inference_mode()
-        def score(batch: Sequence[int]) -> Any:
+        def score(batch: Sequence[int]) -> "torch.Tensor":
             features = tokens.features([pairs[i] for i in batch])
             features = {name: values.to(self._device) for name, values in features.items()}
-            return self._model(**features).logits.float()[:, 0].cpu().numpy()  # [batch]
+            return self._model(**features).logits[:, 0]  # type: ignore[no-any-return]  # [batch]
 
         try:
             with ThreadPoolExecutor(1) as thread:
-                return in_batches(self, score, thread.map(read, batches), advance)
+                tokenised = thread.map(tokenise, batches)
+                return scores_of(self, tokenised, score, read, self._device, advance)
         finally:
             tokens.forget()
 
 
 def _pair_tokens(source: ModelSource) -> tuple[PairTokens | None, str]:
-    """What puts the pairs of an ordinary sequence classifier together; None, and why, for other models."""
+    """Return what tokenises pairs for an ordinary sequence classifier; else None and the reason."""
     from transformers import AutoConfig, AutoTokenizer
 
     if any(read_config_file(source, name) for name in ("modules.json", "config_sentence_transformers.json")):
@@ -104,7 +108,7 @@ def _pair_tokens(source: ModelSource) -> tuple[PairTokens | None, str]:
         config = AutoConfig.from_pretrained(name, **pinned)
         tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
     if not (config.architectures or [""])[0].endswith("ForSequenceClassification"):
-        return None, "it is no sequence classifier"
+        return None, "it is not a sequence classifier"
     if tokenizer.chat_template is not None:
         return None, "it has a chat template"
     positions = getattr(config, "max_position_embeddings", -1)
@@ -118,16 +122,16 @@ def _pair_tokens(source: ModelSource) -> tuple[PairTokens | None, str]:
         ones, others = map(list, zip(*pairs, strict=True))
         expected = tokenizer(ones, others, padding=True, truncation="longest_first", return_tensors="pt")
         made = tokens.features(pairs)
-    except Exception as error:  # whatever a foreign tokenizer does
+    except Exception as error:  # any error of a tokenizer that we do not know
         return None, f"{type(error).__name__}: {error}"
     tokens.forget()
     if made.keys() != expected.keys() or any((made[key] != expected[key]).any() for key in made):
-        return None, "its tokens of a pair are not those of its texts"
+        return None, "its tokenizer changes the tokens of texts in a pair"
     return tokens, ""
 
 
 def _score_in_float32(model: Any) -> None:
-    """Let the last layers of a classifier compute in float32: in bfloat16 many scores are the same number."""
+    """Compute the last layers of a classifier in float32: in bfloat16 many scores would be equal."""
     for name in ("classifier", "score"):
         if (head := getattr(model, name, None)) is not None:
             head.float()

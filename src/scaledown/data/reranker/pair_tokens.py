@@ -1,4 +1,4 @@
-"""Pairs of texts as a cross-encoder reads them, put together from texts that are tokenised once."""
+"""Makes the input of a cross-encoder from two texts; each text is tokenised once for all its pairs."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -8,17 +8,17 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-_LONGEST: Final = 1 << 16  # tokens; a tokenizer without a limit says 1e30
+_LONGEST: Final = 1 << 16  # tokens; the limit of a tokenizer without one is 1e30
 
 
 class PairTokens:
-    """The tokenizer's own template around two texts, with its rule for what is too long (longest first).
+    """Puts two texts into the tokenizer's template. Long pairs are cut by its rule, longest first.
 
     Args:
         tokenizer: A Hugging Face tokenizer that pads on the right.
 
     Raises:
-        ValueError: It puts more than fixed tokens around two texts, or has no limit.
+        ValueError: The tokenizer changes the texts' own tokens in a pair, or has no length limit.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -39,7 +39,7 @@ class PairTokens:
             raise ValueError("its tokenizer has no limit")
 
     def read(self, texts: Iterable[str]) -> None:
-        """Tokenise those texts that were not read before."""
+        """Tokenise the texts that are new."""
         new = [text for text in dict.fromkeys(texts) if text not in self._texts]
         if new:
             found = self._tokenizer(
@@ -55,11 +55,14 @@ class PairTokens:
             }
 
     def forget(self) -> None:
-        """Let go of all texts."""
+        """Delete all texts."""
         self._texts.clear()
 
     def features(self, pairs: Sequence[Sequence[str]]) -> dict[str, "torch.Tensor"]:
-        """What the model reads of pairs whose texts were read, [pairs, longest] each, padded on the right."""
+        """Return the model's input for pairs of texts that `read` has tokenised.
+
+        Each tensor is [pairs, longest pair], padded on the right.
+        """
         import torch
 
         room = self._longest - sum(map(len, self._around))
@@ -81,14 +84,14 @@ class PairTokens:
 
 
 class _Text(NamedTuple):
-    """Token ids of a text, as many as a pair has room for, and how many it has."""
+    """A text's token ids, cut to the length of the longest pair, and its number of tokens before the cut."""
 
     ids: np.ndarray[Any, np.dtype[np.int32]]
     length: int
 
 
 class _Types(NamedTuple):
-    """Types of the tokens before, between and after the texts, and of those of the texts."""
+    """Token types of the template's tokens (before, between, after) and of each text's tokens."""
 
     around: list[list[int]]
     first: int
@@ -99,12 +102,12 @@ def _place(ids: list[int], part: list[int], start: int) -> int:
     places = range(start, len(ids) - len(part) + 1)
     found = next((i for i in places if ids[i : i + len(part)] == part), None)
     if found is None or not part:
-        raise ValueError("its tokenizer adds more than tokens around two texts")
+        raise ValueError("its tokenizer changes the tokens of texts in a pair")
     return found
 
 
 def _cut(one: int, other: int, room: int) -> tuple[int, int]:
-    """How many tokens two texts keep: the longer loses its end first, as in the tokenizers library."""
+    """Return how many tokens two texts keep: the longer is cut first, as in the tokenizers library."""
     if one + other <= room:
         return one, other
     short = min(one, other)

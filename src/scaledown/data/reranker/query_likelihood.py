@@ -4,43 +4,56 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
 from scaledown.data.prompts import LIKELIHOOD_AFTER, LIKELIHOOD_BEFORE
-from scaledown.data.reranker.base import Pair, in_batches
-from scaledown.models import (
-    Halving,
-    ModelSource,
-    dtype_to_run,
-    loadable,
-    loading,
-    onto,
-)
+from scaledown.data.reranker.base import Pair, scores_of
+from scaledown.devices.choice import dtype_to_run
+from scaledown.devices.halving import Halving
+from scaledown.models.sources import ModelSource
+from scaledown.models.weights import loadable, loading, onto
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("scaledown")
 
 SCORING: Final = 2
-"""Version of how query likelihood is computed: scores depend on it in their last bits."""
-_TOGETHER: Final = 256  # tokens of questions behind one passage: attention grows with their square
+"""Version of the computation: the last bits of scores differ between versions."""
+_TOGETHER: Final = 256  # tokens of questions after one passage: attention grows with their square
 _CHECKED_ON: Final = ("The tower is 330 metres tall.", " How tall is the tower?", " Who built it?")
 _TOLERANCE: Final = {"torch.float32": 1e-3, "torch.bfloat16": 0.1, "torch.float16": 0.05}
 
 
 class _Asked(NamedTuple):
-    """A pair as token ids. Pairs whose prompt is the same object share it."""
+    """A pair as token ids. Pairs with the same prompt object share a row of the batch."""
 
     prompt: list[int]
     question: list[int]
 
 
+class _Launched(NamedTuple):
+    """Log-probabilities of the tokens of some questions, on the device, and how many each question has."""
+
+    chosen: "torch.Tensor"  # [tokens of questions]
+    lengths: list[int]
+
+
+def _means(launched: _Launched) -> list[float]:
+    import torch
+
+    each = torch.split(launched.chosen.cpu(), launched.lengths)
+    return [float(found.mean()) if len(found) else -math.inf for found in each]
+
+
 class QueryLikelihoodReranker:
     """Mean log-probability of the question's tokens given the passage (UPR, Sachan et al. 2022).
 
-    Works with any causal LM; needs no training for relevance. Questions about the same passage are packed
-    behind it: it is read once, each of them sees it and itself. A model that heeds no such mask reads it once
-    for each of them.
+    It works with any causal LM and needs no training for relevance. Questions about the same passage follow
+    it in one row, so that the passage is read once; a mask hides the questions from each other. A model that
+    does not support such a mask reads the passage again for each question.
     """
 
     def __init__(self, source: ModelSource, device: str, dtype: str, batch_size: int) -> None:
@@ -65,16 +78,16 @@ class QueryLikelihoodReranker:
             log.info("reranker: each question is read with its own copy of the passage (%s)", reason)
 
     def _ids(self, texts: Iterable[str], *, special: bool = False) -> dict[str, list[int]]:
-        """Token ids by text; a text that comes again is read once."""
+        """Return the token ids of each text; equal texts are tokenised once."""
         unique = list(dict.fromkeys(texts))
         found = self._tokenizer(unique, add_special_tokens=special, verbose=False) if unique else {}
         return dict(zip(unique, found.get("input_ids", ()), strict=True))
 
     def score(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
-        """Mean log-probabilities, at most 0, in the order of `pairs`."""
+        """Return the mean log-probability of each pair's question; at most 0."""
         questions = self._ids(f" {pair.query.strip()}" for pair in pairs)
         passages = self._ids((LIKELIHOOD_BEFORE + pair.document for pair in pairs), special=True)
-        prompts: dict[tuple[str, int], list[int]] = {}  # by passage, and how much of it there is room for
+        prompts: dict[tuple[str, int], list[int]] = {}  # by passage and the number of its tokens that fit
         asked = []
         for pair in pairs:
             question = questions[f" {pair.query.strip()}"][: self._limit // 2]
@@ -83,13 +96,13 @@ class QueryLikelihoodReranker:
             prompt = prompts.setdefault((pair.document, kept), passage[:kept] + self._after)
             asked.append(_Asked(prompt, question))
 
-        def score(batch: Sequence[int]) -> list[float]:
-            return self._batch([asked[i] for i in batch])
+        def launch(batch: Sequence[int]) -> _Launched:
+            return self._launch([asked[i] for i in batch])
 
-        return in_batches(self, score, self._batches(asked), advance)
+        return scores_of(self, self._batches(asked), launch, _means, self._device, advance)
 
     def _batches(self, asked: Sequence["_Asked"]) -> list[list[int]]:
-        """Places in `asked`, as many at once as the batch size, of rows with as many questions, by length."""
+        """Return batches of indices of `asked`; the rows of a batch have similar lengths."""
         by_prompt: dict[int, list[int]] = {}
         for i, one in enumerate(asked):
             by_prompt.setdefault(id(one.prompt), []).append(i)
@@ -104,7 +117,7 @@ class QueryLikelihoodReranker:
         return batches
 
     def _rows(self, asked: Sequence["_Asked"], order: Iterable[int]) -> list[list[int]]:
-        """Places in `asked`, in `order`, those together that share a passage and are read in one row."""
+        """Return rows of indices of `asked`, taken in `order`; the pairs of a row share a passage."""
         rows: list[list[int]] = []
         tokens = 0
         for i in order:
@@ -118,8 +131,8 @@ class QueryLikelihoodReranker:
             tokens += len(question)
         return rows
 
-    def _batch(self, asked: Sequence["_Asked"]) -> list[float]:
-        """Scores of neighbours that share a prompt come from one row: prompt, question, question, ..."""
+    def _launch(self, asked: Sequence["_Asked"]) -> "_Launched":
+        """Launch a batch; neighbours with the same prompt share a row: prompt, question, question, ..."""
         import torch
 
         rows = [[asked[i] for i in row] for row in self._rows(asked, range(len(asked)))]
@@ -128,7 +141,7 @@ class QueryLikelihoodReranker:
         ids = np.zeros((len(rows), longest), np.int64)  # padded on the left
         position = np.zeros_like(ids)
         part = np.full_like(ids, -1)  # 0: the prompt, n: its nth question, -1: padding
-        before: list[tuple[int, int]] = []  # row and place of what predicts each token of a question
+        before: list[tuple[int, int]] = []  # row and position that predict each token of a question
         targets: list[int] = []
         for n, row in enumerate(rows):
             start = longest - lengths[n]
@@ -147,7 +160,9 @@ class QueryLikelihoodReranker:
         with torch.inference_mode():
             parts = torch.from_numpy(part).to(self._device)
             mask = (parts >= 0).long()  # [rows, longest]
-            if len(rows) < len(asked):  # each sees the prompt and its own part: [rows, 1, longest, longest]
+            if len(rows) < len(
+                asked
+            ):  # tokens see the prompt and their own part: [rows, 1, longest, longest]
                 mask = ((parts[:, None] == 0) | (parts[:, None] == parts[..., None])).tril()[:, None]
             logits = self._model(
                 input_ids=torch.from_numpy(ids).to(self._device),
@@ -159,19 +174,18 @@ class QueryLikelihoodReranker:
             at = torch.tensor(before, dtype=torch.long, device=self._device).reshape(-1, 2)
             logits = logits[at[:, 0], at[:, 1] - first].float()  # [tokens of questions, vocabulary]
             wanted = torch.tensor(targets, dtype=torch.long, device=self._device)[:, None]
-            chosen = torch.log_softmax(logits, -1).gather(-1, wanted)[:, 0].cpu()
-        each = torch.split(chosen, [len(one.question) for one in asked])
-        return [float(found.mean()) if len(found) else -math.inf for found in each]
+            chosen = torch.log_softmax(logits, -1).gather(-1, wanted)[:, 0]
+        return _Launched(chosen, [len(one.question) for one in asked])
 
     def _differs(self) -> str:
-        """Why questions must not share a row of this model; empty where their scores are the same."""
+        """Return why this model cannot read several questions in a row; empty if it can."""
         prompt, *questions = self._ids([LIKELIHOOD_BEFORE + _CHECKED_ON[0], *_CHECKED_ON[1:]]).values()
         prompt = prompt + self._after
-        asked = [_Asked(prompt, question) for question in (questions[0], *questions)]  # one of them twice
+        asked = [_Asked(prompt, question) for question in (questions[0], *questions)]  # the first one twice
         try:
-            together = self._batch(asked)
-            alone = [self._batch([one])[0] for one in asked]
-        except Exception as error:  # whatever a foreign model does
+            together = _means(self._launch(asked))
+            alone = [_means(self._launch([one]))[0] for one in asked]
+        except Exception as error:  # any error of a model that we do not know
             return f"{type(error).__name__}: {error}"
         difference = max(abs(one - other) for one, other in zip(together, alone, strict=True))
         same = difference <= _TOLERANCE[str(self._model.dtype)]

@@ -1,4 +1,4 @@
-"""Models that turn texts into vectors: their kinds, which model is of which, and dense bi-encoders."""
+"""Models that turn texts into vectors: their kinds, how the kind of a model is found, dense bi-encoders."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -7,10 +7,13 @@ from typing import Any, Final, NamedTuple, Protocol, TypeAlias, cast
 import numpy as np
 
 from scaledown.data.retrieval.index import Array, Vectors
-from scaledown.data.retrieval.splade import SpladeEncoder, by_length
+from scaledown.data.retrieval.splade import SpladeEncoder, by_length, in_batches
+from scaledown.devices.choice import dtype_to_run
+from scaledown.devices.halving import Halving
 from scaledown.errors import ModelError
 from scaledown.extensions import RETRIEVER_KINDS
-from scaledown.models import Halving, ModelSource, dtype_to_run, loadable, loading, onto, read_config_file
+from scaledown.models.sources import ModelSource
+from scaledown.models.weights import loadable, loading, onto, read_config_file
 
 log = logging.getLogger("scaledown")
 
@@ -25,7 +28,7 @@ class Encoder(Protocol):
     def documents(
         self, texts: Sequence[str], advance: Advance, tokens: Sequence[Array] | None = None
     ) -> Vectors:
-        """Vectors of documents [texts, dimensions]; `tokens` are their token ids where they are known."""
+        """Vectors of documents [texts, dimensions]; `tokens` are their token ids, if they are known."""
 
     def queries(self, texts: Sequence[str], advance: Advance) -> Vectors:
         """Vectors of queries [texts, dimensions]."""
@@ -46,6 +49,7 @@ class DenseEncoder:
             raise ModelError(
                 f"model {source.name}: similarity {similarity!r} is not supported; use cosine or dot"
             )
+        self._device = device
         self._normalize = similarity == "cosine"
         self.halving = Halving("--batch_size")
         self._batch_size = batch_size
@@ -53,7 +57,7 @@ class DenseEncoder:
     def documents(
         self, texts: Sequence[str], advance: Advance, tokens: Sequence[Array] | None = None
     ) -> Array:
-        """Vectors of documents, float32 [texts, dimensions]; its model tokenises by itself."""
+        """Vectors of documents, float32 [texts, dimensions]. The model tokenises them itself."""
         return self._encode(self._model.encode_document, texts, advance)
 
     def queries(self, texts: Sequence[str], advance: Advance) -> Array:
@@ -61,20 +65,22 @@ class DenseEncoder:
         return self._encode(self._model.encode_query, texts, advance)
 
     def _encode(self, encode: Callable[..., Any], texts: Sequence[str], advance: Advance) -> Array:
-        def encode_batch(batch: Sequence[int]) -> Array:
-            vectors = encode(
+        def launch(batch: Sequence[int]) -> Any:
+            return encode(
                 [texts[i] for i in batch],
                 batch_size=len(batch),
                 show_progress_bar=False,
                 convert_to_tensor=True,
                 normalize_embeddings=self._normalize,
             )
+
+        def read(vectors: Any) -> Array:
             return cast("Array", vectors.float().cpu().numpy())
 
         order, parts = by_length(texts), []
-        for start in range(0, len(texts), self._batch_size):
-            batch = order[start : start + self._batch_size].tolist()
-            parts += self.halving(encode_batch, batch)
+        batches = in_batches(order, self._batch_size)
+        for batch, made in self.halving.each(batches, launch, read, self._device):
+            parts += made
             advance(len(batch))
         return cast("Array", np.concatenate(parts)[np.argsort(order)])
 
@@ -83,20 +89,20 @@ class RetrieverKind(NamedTuple):
     """An entry of `RETRIEVER_KINDS`: a kind of model that turns texts into vectors."""
 
     takes: Callable[[ModelSource], bool]
-    """Whether a model is of this kind, by its files; it is not loaded for that."""
+    """Whether a model is of this kind. Reads its files and does not load it."""
     load: Callable[[ModelSource, str, str, int], Encoder]
-    """From a model, device, dtype and batch size to an encoder. Raises `ModelError`."""
+    """Load an encoder, given a model, a device, a dtype and a batch size. Raises `ModelError`."""
     is_sparse: bool
-    """Whether vectors are sparse (CSR): `--weights` and `--search approximate` are for these."""
+    """Whether vectors are sparse (CSR). `--weights` and `--search approximate` need sparse vectors."""
 
 
 def kind_of(source: ModelSource) -> str:
-    """The name of the kind that a model is of: the last that takes it. Raises `ModelError` for none."""
+    """The name of a model's kind: the last in the table that takes it. Raises `ModelError` if none does."""
     for name in reversed(list(RETRIEVER_KINDS)):
         kind: RetrieverKind = RETRIEVER_KINDS[name]
         if kind.takes(source):
             return name
-    raise ModelError(f"model {source.name}: no kind of retriever takes it; use one of another kind")
+    raise ModelError(f"model {source.name}: no kind of retriever can load it; use another model")
 
 
 def is_sparse(source: ModelSource) -> bool:
@@ -106,7 +112,7 @@ def is_sparse(source: ModelSource) -> bool:
 
 
 def load_encoder(source: ModelSource, device: str, dtype: str, batch_size: int) -> Encoder:
-    """The encoder behind `--retriever_model`, by the kind that the model is of."""
+    """Load the encoder of `--retriever_model`, as the model's kind does it."""
     name = kind_of(source)
     kind: RetrieverKind = RETRIEVER_KINDS[name]
     log.info("retriever: %s, %s", source.name, name)
@@ -114,7 +120,7 @@ def load_encoder(source: ModelSource, device: str, dtype: str, batch_size: int) 
 
 
 def _is_splade(source: ModelSource) -> bool:
-    """Whether it is a sparse sentence-transformers model or a bare masked LM."""
+    """Whether a model is a sparse sentence-transformers model or a plain masked language model."""
     modules = read_config_file(source, "modules.json")
     if modules:
         return any("sparse_encoder" in module["type"] for module in modules)

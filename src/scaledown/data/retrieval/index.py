@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 def pack(vectors: Vectors, weights: str = "float16") -> pa.Table:
     """Vectors [n, dimensions] as a shard: lists of terms and weights, or rows of float32 for dense ones.
 
-    With `weights="uint8"` a weight is the nearest of 255 steps up to the shard's largest; what rounds to
-    nothing is left out.
+    With `weights="uint8"` a weight is rounded to one of 255 equal steps up to the shard's largest weight;
+    postings whose weight becomes 0 are left out. Raises `ModelError` for values that are not finite.
     """
     check_finite(vectors)
     if not sp.issparse(vectors):
@@ -113,7 +113,7 @@ def _inverted(rows: sp.csr_matrix) -> _Block:
 
 
 def nothing(like: pa.Table, count: int) -> pa.Table:
-    """A shard of `count` vectors without a term, or dense ones of zeros, that looks as `like` does."""
+    """A shard of `count` vectors that are all zero, with the schema of `like`."""
     column = like.schema.field(0).type
     if isinstance(column, pa.FixedSizeListType):
         return pack(np.zeros((count, column.list_size), np.float32))
@@ -123,12 +123,12 @@ def nothing(like: pa.Table, count: int) -> pa.Table:
 
 
 def stacked(parts: Sequence[Vectors]) -> Vectors:
-    """Vectors [n, dimensions] of several parts, one after the other."""
+    """Concatenate the vectors of several parts to [n, dimensions]."""
     return sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
 
 
 def check_finite(vectors: Vectors) -> None:
-    """Raise `ModelError` for vectors that are not numbers, which no search could rank."""
+    """Raise `ModelError` for vectors with NaN or infinity, since a search cannot rank them."""
     values = vectors if isinstance(vectors, np.ndarray) else vectors.data
     if not np.isfinite(values).all():
         raise ModelError("the retriever gave vectors that are not numbers: try --dtype float32")
@@ -231,7 +231,7 @@ def _blocks(shard: pa.Table, numbers: range, room: _Room) -> Iterator[tuple[int,
 
 
 class Ranking(NamedTuple):
-    """Top-k of a block of queries, best first: passage rows int64 [queries, k], scores float32 likewise."""
+    """Top-k of a block of queries, best first: rows of passages int64 and scores float32 [queries, k]."""
 
     rows: Array
     scores: Array
@@ -247,19 +247,29 @@ def search(
     removed: Array = _NONE,
     advance: Callable[[float], None] = lambda _: None,
 ) -> Ranking:
-    """The `k` best passages of each query by inner product, over shards in passage order.
+    """The `k` best passages of each query by inner product.
 
-    Gives min(k, passages) columns; where fewer passages share a term with the query, the rest follow with
-    score 0 in passage order. `shards` load the packed vectors of `sizes` passages, which are not found where
-    it is None, nor are those whose rows are in `removed` (int64, ascending); each of `threads` (0: one a
-    core) holds one at a time, or a part of one where there are more threads than shards. `advance` is told
-    the share of the passages that was searched, as it grows.
+    If fewer than `k` passages share a term with a query, others follow with score 0 in passage order.
+
+    Args:
+        queries: Vectors [queries, dimensions].
+        shards: Functions that load the packed vectors of a shard, in passage order; None for a shard whose
+            passages cannot be found.
+        sizes: The number of passages of each shard.
+        k: Passages for each query.
+        threads: Threads; 0 is one for each core. Each holds one shard at a time; if there are more threads
+            than shards, each holds a part of a shard. Dense vectors are searched by one thread.
+        removed: Rows of passages that cannot be found, int64, ascending.
+        advance: Called with the share of all passages searched so far.
+
+    Returns:
+        A ranking with min(k, passages that can be found) columns.
     """
     queries = _canonical(queries)
     firsts = np.concatenate([[0], np.cumsum(sizes)])
     loaded = [number for number, load in enumerate(shards) if load]
     k = min(k, sum(sizes[number] - len(_within(removed, *firsts[number : number + 2])) for number in loaded))
-    # A dense product uses all cores by itself.
+    # A dense product uses all cores itself.
     threads = (threads or cores()) if sp.issparse(queries) else 1
     parts = math.ceil(threads / len(shards))
     tasks = iter([(number, part) for number in range(len(shards)) for part in range(parts)])
@@ -293,18 +303,18 @@ def search(
         try:
             found = list(executor.map(work, range(threads)))
         except BaseException:
-            failed.set()  # the others end with the shard they are at
+            failed.set()  # the other threads end after their present shard
             raise
     return best_of(found, k)
 
 
 def _within(rows: Array, first: int, end: int) -> Array:
-    """Those of ascending `rows` from `first` to before `end`, counted from `first`."""
+    """The part of ascending `rows` in [first, end), counted from `first`."""
     return rows[np.searchsorted(rows, first) : np.searchsorted(rows, end)] - first
 
 
 def _canonical(queries: Vectors) -> Vectors:
-    """Sparse queries with the types that the compiled loops are made for."""
+    """Sparse queries with the types that the kernels are compiled for."""
     if isinstance(queries, np.ndarray):
         return queries
     types = ((queries.data, np.float32), (queries.indices, np.int32), (queries.indptr, np.int64))
@@ -330,7 +340,7 @@ def _dense(queries: Array, shard: Array, first: int, removed: Array, best: Ranki
     rows = np.empty((len(scores), k), np.int64)
     threshold = np.partition(scores, -k, axis=1)[:, -k]
     for number, row in enumerate(scores):
-        candidates = np.flatnonzero(row >= threshold[number])  # all of a tie, so that the earlier ones win
+        candidates = np.flatnonzero(row >= threshold[number])  # all ties, so that the earlier passages win
         rows[number] = candidates[np.argsort(-row[candidates], kind="stable")[:k]]
     found = Ranking(rows + first, np.take_along_axis(scores, rows, 1))
     return best_of([best, found], best.rows.shape[1])
@@ -377,8 +387,8 @@ def _rows_for(count: int, passages: int, room: _Room) -> tuple[Array, Array]:
 
 
 def warn_about_top_k(top_k: int, passages: int) -> None:
-    """Say that fewer passages exist than were asked for."""
+    """Log a warning if `top_k` is greater than the number of passages."""
     if top_k > passages:
         log.warning(
-            "top-k %s is above the %s passages there are: every query gets all of them", top_k, passages
+            "top-k %s is above the number of passages, %s: every query gets all of them", top_k, passages
         )

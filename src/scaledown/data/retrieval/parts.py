@@ -1,10 +1,10 @@
-"""An index that changes: articles are added in new parts, and removed by the rows of their passages.
+"""Changes of an index: articles are added as new parts, and removed by the rows of their passages.
 
-A part is what `scaledown index` makes of one corpus: a stage of passages and a stage of their vectors. A
-state of an index is a list of parts and a set of removed rows; each of its two stages is read as one stage
-(`Joined`). Parts and states are written once and never change, so a run can end over the state with which it
-began. Only one small file changes, last and in one step: `vectors/<first part>/index.json` has the present
-state.
+`scaledown index` makes a part from a corpus: a stage of passages and a stage of their vectors. A state of an
+index is a list of parts and a set of removed rows. The passages of all parts are read as one stage, and so
+are the vectors (`Joined`). Parts and states are written once and never change, so a run can end with the
+state it began with. Only one small file changes: `vectors/<first part>/index.json` has the present state. It
+is replaced at the end of a change, in one step.
 """
 
 import bisect
@@ -33,21 +33,23 @@ log = logging.getLogger("scaledown")
 FILE: Final = "index.json"
 _NO_INDEX: Final = "there is no index in {}: scaledown index --corpus_path PATH makes one"
 _FINGERPRINT: Final = re.compile(r"[0-9a-f]{16}")
-_NAMED: Final = 5  # ids that an error names
-_REMOVED_SHARE: Final = 0.2  # of the passages, and
-_PARTS: Final = 100  # above which a new index is recommended
+_NAMED: Final = 5  # ids that an error lists
+# A new index is recommended above this share of removed passages, or above this number of parts.
+_REMOVED_SHARE: Final = 0.2
+_PARTS: Final = 100
 
 
 class IndexState(NamedTuple):
-    """What an index consists of at one time."""
+    """The content of an index at one time."""
 
     base: str
     """The fingerprint of the first part's vectors. It stays when the index changes."""
     retriever: str
-    """The model that encoded the passages, as it was named."""
+    """The name of the model that encoded the passages, as the user gave it."""
     passages: dict[str, Any]
-    """The settings of the stage of passages, from which `open_stage` opens it."""
+    """The settings of the stage of passages, for `open_stage`."""
     vectors: dict[str, Any]
+    """The settings of the stage of vectors, for `open_stage`."""
 
     @property
     def first(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -57,7 +59,7 @@ class IndexState(NamedTuple):
 
     @classmethod
     def read(cls, storage: Storage, path: Path) -> "IndexState | None":
-        """The state in a file; None where there is no such file, or another version wrote it."""
+        """The state in a file; None if the file is missing or another version wrote it."""
         content = storage.read_json(path)
         if not isinstance(content, dict) or content.keys() != set(cls._fields):
             return None
@@ -72,7 +74,7 @@ class IndexState(NamedTuple):
 
 
 def state_file(home: Path, base: str) -> Path:
-    """The file with the present state of the index in `home` whose first part is `base`."""
+    """The path of the file with the present state of the index in `home` that begins with the part `base`."""
     return home / "vectors" / base / FILE
 
 
@@ -84,14 +86,14 @@ def states(storage: Storage) -> list[IndexState]:
 
 
 def only_state(storage: Storage) -> IndexState:
-    """The present state of the index in a directory. Raises `UsageError` where it holds none or several."""
+    """The present state of the only index in a directory. Raises `UsageError` for none or several."""
     found = states(storage)
     if not found:
         raise UsageError(_NO_INDEX.format(storage))
     if len(found) > 1:
         raise UsageError(
-            f"{storage} holds {len(found)} indexes: --corpus_path says which; in Python, make the index in a "
-            "directory of its own"
+            f"{storage} holds {len(found)} indexes: choose one by --corpus_path; in Python, use a directory "
+            "with one index"
         )
     return found[0]
 
@@ -99,8 +101,8 @@ def only_state(storage: Storage) -> IndexState:
 class Joined(Stage):
     """The finished stages of the parts of an index, read as one stage.
 
-    Its rows are those of all parts, in order; `removed` are the rows that no search may find. Its own folder
-    has `done.json` alone; the shards stay where they are.
+    Its rows are the rows of all parts, in order. Its own folder has only `done.json`; the shards stay in the
+    folders of the parts.
     """
 
     def __init__(self, run: RunDirectory, name: str, settings: Mapping[str, Any]) -> None:
@@ -109,21 +111,21 @@ class Joined(Stage):
         super().__init__(run, name, settings, beside=True)
 
     def path(self, shard: int) -> Path:
-        """Where the part that has the shard keeps it."""
+        """The path of a shard, in the folder of its part."""
         number = bisect.bisect_right(self._ends, shard)
         return self.parts[number].path(shard - (self._ends[number - 1] if number else 0))
 
     def files(self) -> list[Path]:
-        """All that its parts left."""
+        """All files of its parts."""
         return sorted({path for part in self.parts for path in part.files()})
 
     def journal(self) -> list[dict[str, Any]]:
-        """What was noted of its parts."""
+        """The journals of its parts, one after the other."""
         return [event for part in self.parts for event in part.journal()]
 
     @functools.cached_property
     def removed(self) -> Array:
-        """The removed rows in ascending order, int64."""
+        """The rows that a search must not find, int64, ascending."""
         if not (name := self.settings["removed"]):
             return np.empty(0, np.int64)
         rows: Array = _removed_stage(self._run, name).table(0, check=True).column("row").to_numpy()
@@ -135,22 +137,22 @@ def _removed_stage(run: RunDirectory, name: str) -> Stage:
 
 
 def open_stage(run: RunDirectory, name: str, settings: Mapping[str, Any]) -> Stage:
-    """The stage of an index that has these settings, of one part or of several."""
+    """Open a stage of an index by its settings, whether it has one part or several."""
     return (Joined if "parts" in settings else Stage)(run, name, settings)
 
 
 def parts_of(stage: Stage) -> list[Stage]:
-    """The stages that a stage of an index consists of."""
+    """The stages of the parts of an index."""
     return stage.parts if isinstance(stage, Joined) else [stage]
 
 
 def removed_rows(stage: Stage) -> Array:
-    """The rows of a stage of an index that no search may find, in ascending order, int64."""
+    """The rows of a stage of an index that a search must not find, int64, ascending."""
     return stage.removed if isinstance(stage, Joined) else np.empty(0, np.int64)
 
 
 def kept_rows(places: Sequence[int], removed: Array) -> list[int]:
-    """The rows of passages that are given by their places among those that were not removed."""
+    """The rows of passages, given their positions among the passages that were not removed."""
     kept_before = removed - np.arange(len(removed))
     rows = np.asarray(places, np.int64)
     found: list[int] = (rows + np.searchsorted(kept_before, rows, side="right")).tolist()
@@ -158,7 +160,7 @@ def kept_rows(places: Sequence[int], removed: Array) -> list[int]:
 
 
 def began_with(run: RunDirectory, present: IndexState) -> IndexState:
-    """The state over which a run works: the one it began with, or in a new run the `present` one."""
+    """The state of the index that a run uses: the one it began with; for a new run, the `present` one."""
     path = run.path / FILE
     began = IndexState.read(run.storage, path)
     if began and began.base == present.base:
@@ -167,20 +169,20 @@ def began_with(run: RunDirectory, present: IndexState) -> IndexState:
     return present
 
 
-def tell_of_changes(run: RunDirectory, home: RunDirectory) -> None:
-    """Log it when the index in `home` has changed since `run` began."""
+def warn_about_changes(run: RunDirectory, home: RunDirectory) -> None:
+    """Log a warning if the index in `home` has changed since `run` began."""
     began = IndexState.read(run.storage, run.path / FILE)
     present = began and IndexState.read(home.storage, state_file(home.path, began.base))
     if began and present and present != began:
         log.warning(
-            "the index in %s has changed since this run began: the run stays with the index as it was; for a "
-            "run over the index as it is now, name another --output_file",
+            "the index in %s has changed since this run began; the run goes on with the earlier state: to "
+            "use the new state, start a run with another --output_file",
             home.storage,
         )
 
 
 class Part(NamedTuple):
-    """The finished stages of one corpus; `source` is what the user called it."""
+    """The finished stages of one corpus; `source` is the path or URL that the user gave."""
 
     source: str
     passages: Stage
@@ -188,11 +190,22 @@ class Part(NamedTuple):
 
 
 def change(home: RunDirectory, base: Stage, remove: Collection[str], add: Sequence[Part]) -> IndexState:
-    """Remove articles from the index whose first part has the vectors `base`, then add parts, in one step.
+    """Remove articles from an index, then add parts; both in one step.
 
-    An added article takes the place of an earlier one with the same id, and its passages come last. A part of
-    which every passage is in the index is not added again. Raises `InputError` for ids that are not in the
-    index, and where nothing would be left.
+    An added article replaces an earlier one with the same id, and its passages come last. A part is not added
+    again if all its passages are in the index.
+
+    Args:
+        home: The directory of the index.
+        base: The stage of vectors of its first part.
+        remove: The ids of articles to remove.
+        add: The parts to add.
+
+    Returns:
+        The new state, or the present one if nothing changes.
+
+    Raises:
+        InputError: Some of `remove` are not in the index, or no article would be left.
     """
     path = state_file(home.path, base.fingerprint)
     with base.lease("index", wait=True):
@@ -222,7 +235,7 @@ def change(home: RunDirectory, base: Stage, remove: Collection[str], add: Sequen
                 "%s: %s articles added%s",
                 part.source,
                 f"{counts['articles']:,}",
-                f", {len(found):,} of them in the place of articles with the same id" if found else "",
+                f"; {len(found):,} of them replace articles with the same id" if found else "",
             )
         settings = {"removed": _keep_removed(home, removed)}
         new = state._replace(
@@ -241,7 +254,7 @@ def _vectors_of(home: RunDirectory, state: IndexState) -> list[Stage]:
 
 
 def _rows(parts: Iterable[Part], ids: Collection[str], removed: Array) -> dict[str, list[int]]:
-    """The rows of the articles that have one of `ids` and were not removed, by their ids."""
+    """The rows of articles with one of `ids`, by id, without removed ones."""
     found: dict[str, list[int]] = defaultdict(list)
     first = 0
     for part in parts:
@@ -264,7 +277,7 @@ def _union(removed: Array, more: Iterable[Sequence[int]]) -> Array:
 
 
 def _has_all(parts: Sequence[Part], new: Part, removed: Array) -> bool:
-    """Whether a part is there already, and none of its passages was removed."""
+    """Whether a part is in the index already, and none of its passages was removed."""
     first = 0
     for part in parts:
         end = first + sum(part.passages.finished().rows)
@@ -278,13 +291,13 @@ def _check_found(missing: set[str], home: RunDirectory) -> None:
     if missing:
         named = ", ".join([*sorted(missing)[:_NAMED], *(["…"] if len(missing) > _NAMED else [])])
         raise InputError(
-            f"--remove: not in the index in {home.storage}, or removed already: {named} ({len(missing):,} of "
-            "the ids): leave them out; nothing was changed"
+            f"--remove: {len(missing):,} ids not found in the index in {home.storage}: {named}: leave them "
+            "out; nothing was changed"
         )
 
 
 def _keep_removed(home: RunDirectory, rows: Array) -> str | None:
-    """Keep the removed rows; gives the name by which they are found again."""
+    """Write the removed rows to a stage; returns the name of their set, None for no rows."""
     if not len(rows):
         return None
     name = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:16]
@@ -296,7 +309,7 @@ def _keep_removed(home: RunDirectory, rows: Array) -> str | None:
 
 
 def _finish(home: RunDirectory, state: IndexState, articles: int, removed: int) -> None:
-    """Finish the two stages of a new state: what they count, and how many rows their shards have."""
+    """Finish the two stages of a new state: write their counts and the number of rows of each shard."""
     for name, settings in (("passages", state.passages), ("vectors", state.vectors)):
         stage = open_stage(home, name, settings)
         results = [part.finished() for part in parts_of(stage)]
@@ -305,7 +318,7 @@ def _finish(home: RunDirectory, state: IndexState, articles: int, removed: int) 
         for result in results:
             for kind, count in result.counts.items():
                 counts[kind] += count
-        counts.pop("halved_batches", None)  # which the journal tells, too
+        counts.pop("halved_batches", None)  # `finish` counts them from the journal
         counts["passages"] = sum(rows) - removed
         if not counts["passages"]:
             raise InputError("--remove: no article would be left: make a new index; nothing was changed")

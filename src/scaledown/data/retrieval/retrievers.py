@@ -1,4 +1,4 @@
-"""Retrieval from Python: `SPLADERetriever`, `DenseRetriever` from a corpus in memory, `IndexRetriever`."""
+"""Retrieval from Python: from a corpus in memory, or from an index that `scaledown index` made."""
 
 import logging
 from collections.abc import Sequence
@@ -11,8 +11,9 @@ from scaledown.data.retrieval.encoders import is_sparse, load_encoder
 from scaledown.data.retrieval.index import Ranking, check_finite, pack, search, warn_about_top_k
 from scaledown.data.retrieval.parts import only_state, open_stage
 from scaledown.data.retrieval.stages import distinct, find_exactly, searched
+from scaledown.devices.choice import choose_device
 from scaledown.errors import ModelError, UsageError
-from scaledown.models import choose_device, resolve
+from scaledown.models.sources import resolve
 from scaledown.records import DocumentDict, RetrievedDict, document_text
 from scaledown.run.directory import RunDirectory
 from scaledown.run.locations import storage_at
@@ -24,7 +25,14 @@ log = logging.getLogger(__name__)
 class DenseRetriever:
     """Retrieves from a corpus in memory with a sentence-transformers bi-encoder.
 
-    `device` is auto, cpu, cuda, cuda:N or mps; `dtype` is auto, float32, bfloat16 or float16.
+    Args:
+        model_name: A model of the hub, a folder, or `bundled:NAME`.
+        device: auto, cpu, cuda, cuda:N or mps.
+        dtype: auto, float32, bfloat16 or float16.
+        batch_size: Texts encoded at once; 0 is 32, on CUDA 256.
+
+    Raises:
+        ModelError: The model is a SPLADE model, or cannot be loaded.
     """
 
     _is_sparse = False
@@ -48,10 +56,18 @@ class DenseRetriever:
     def retrieve(
         self, queries: Sequence[str], corpus: Sequence[DocumentDict], top_k: int = 5
     ) -> list[list[RetrievedDict]]:
-        """For each query its `top_k` documents with their scores, best first; ties in corpus order.
+        """The best documents for each query, best first; ties in corpus order.
 
-        `corpus` holds dictionaries with `text` and, if any, `id` and `title`; they come back with `score`.
-        All of them come back when `top_k` exceeds their number. Raises `UsageError` for `top_k` below 1.
+        Args:
+            queries: The texts of the queries.
+            corpus: Dictionaries with `text` and optionally `id` and `title`.
+            top_k: Documents for each query; all documents if there are fewer.
+
+        Returns:
+            For each query its documents: the dictionaries of `corpus`, with `score`.
+
+        Raises:
+            UsageError: `top_k` is below 1, or `queries` is one string.
         """
         _check(queries, top_k)
         if not corpus or not queries:
@@ -72,9 +88,16 @@ class DenseRetriever:
 
 
 class SPLADERetriever(DenseRetriever):
-    """Retrieves from a corpus in memory with SPLADE; exact.
+    """Retrieves from a corpus in memory with SPLADE, by exact search.
 
-    `device` is auto, cpu, cuda, cuda:N or mps; `dtype` is auto, float32, bfloat16 or float16.
+    Args:
+        model_name: A model of the hub, a folder, or `bundled:NAME`.
+        device: auto, cpu, cuda, cuda:N or mps.
+        dtype: auto, float32, bfloat16 or float16.
+        batch_size: Texts encoded at once; 0 is 32, on CUDA 256.
+
+    Raises:
+        ModelError: The model is a dense model, or cannot be loaded.
     """
 
     _is_sparse = True
@@ -91,20 +114,20 @@ class SPLADERetriever(DenseRetriever):
 
 
 class IndexRetriever:
-    """Retrieves from an index that `scaledown index` made, as `scaledown prepare` does; exact.
+    """Retrieves from an index that `scaledown index` made, by exact search.
 
-    It sees the index as it is when it is opened: what is added or removed later needs a new `IndexRetriever`.
-    The vectors stay on disk; a search reads them shard by shard.
+    A retriever keeps the state of the index that it opened: changes of the index need a new retriever. The
+    vectors stay on disk; a search reads them shard by shard.
 
     Args:
-        index_dir: The directory or URL of the index, the `--index_dir` of its command.
+        index_dir: The directory or URL of the index, as in `--index_dir`.
         device: auto, cpu, cuda, cuda:N or mps, for encoding queries.
         dtype: auto, float32, bfloat16 or float16.
         batch_size: Queries encoded at once; 0 is 32, on CUDA 256.
 
     Raises:
-        UsageError: There is no index in `index_dir`, or there are several.
-        ModelError: The model that encoded the passages is missing, or has changed since.
+        UsageError: `index_dir` has no index, or several.
+        ModelError: The model that encoded the passages is missing, or has changed.
         RunDirectoryError: The index is unfinished.
     """
 
@@ -125,25 +148,25 @@ class IndexRetriever:
         source = resolve(state.retriever)
         if source.identity(home.content_hash) != state.first[1]["retriever"]:
             raise ModelError(
-                f"model {state.retriever} has changed since it encoded the passages in {storage}: use it as "
-                "it was, or make a new index"
+                f"model {state.retriever} has changed since it encoded the passages in {storage}: use the "
+                "earlier model, or make a new index"
             )
         device = choose_device(device)
         size = PrepareConfig.batch_for("batch_size", batch_size, device)
         self._encoder = load_encoder(source, device, dtype, size)
 
     def __len__(self) -> int:
-        """How many passages can be found."""
+        """The number of passages that can be found."""
         return self._count
 
     def retrieve(self, queries: Sequence[str], top_k: int = 5) -> list[list[RetrievedDict]]:
         """The best passages for each query, best first; ties in the order of the index.
 
-        The same text is found once, however many passages have it.
+        Of several passages with the same text, only the first is returned.
 
         Args:
             queries: The texts of the queries.
-            top_k: Passages for each; all of them where there are fewer.
+            top_k: Passages for each query; all passages if there are fewer.
 
         Returns:
             For each query its passages: dictionaries with `id`, `title`, `text` and `score`.

@@ -1,8 +1,8 @@
 """Approximate top-k over sparse vectors: Seismic (Bruch et al. 2024, arXiv 2404.18812), group by group.
 
-A group is as many consecutive shards of vectors as half of `--search_memory` holds; each becomes one Seismic
-index. The parts of an index have groups of their own, so that the others stay when a part is added. Removed
-passages are in the groups, too: a group that has some is searched deeper.
+A group is a number of consecutive shards of vectors that fit into half of `--search_memory`. For each group
+there is one Seismic index. A group belongs to one part of the index, so groups stay when a part is added. A
+group may contain removed passages; it is then searched for more passages than needed.
 """
 
 import contextlib
@@ -27,24 +27,26 @@ from scaledown.run.stage import Stage
 
 log = logging.getLogger("scaledown")
 
-_BYTES_A_POSTING: Final = 24  # while building: the vectors as integers and floats, and the index
-_QUERIES_AT_ONCE: Final = 1024  # Seismic takes a query's terms as strings of 120 bytes each
+_BYTES_A_POSTING: Final = 24  # while an index is built: the vectors as integers and floats, and the index
+_QUERIES_AT_ONCE: Final = 1024  # few, because Seismic takes each term of a query as a string of 120 bytes
 _ENDING: Final = ".index.seismic"
 
 
 class Care(NamedTuple):
-    """How carefully Seismic searches: query terms that choose blocks, and how soon blocks are skipped."""
+    """Two settings of Seismic that trade speed for recall."""
 
     query_cut: int
+    """The number of query terms that choose blocks."""
     heap_factor: float
+    """How soon blocks are skipped; a lower value is more careful."""
 
 
-# From fast to careful; the first that reaches --min_recall on a sample of the queries is taken.
+# From fast to careful. The first that reaches --min_recall on a sample of the queries is used.
 CARES: Final = (Care(5, 1.0), Care(8, 1.0), Care(8, 0.9), Care(12, 0.9), Care(20, 0.8), Care(60, 0.6))
 
 
 def seismic() -> Any:
-    """Import the library. Raises `MissingExtraError` where it is not installed."""
+    """Import the library. Raises `MissingExtraError` if it is not installed."""
     try:
         import seismic as library
     except ImportError as error:
@@ -56,30 +58,31 @@ def seismic() -> Any:
 
 
 class _Group(NamedTuple):
-    """Consecutive shards of one part of an index, and where their Seismic index is kept."""
+    """Consecutive shards of one part of an index, with one Seismic index."""
 
     vectors: Stage
     shards: range
     start: int
-    """Their first row in the part, from which Seismic's names of passages count."""
+    """Its first row in the part. Seismic's names of passages are rows in the part."""
     first: int
     """The same row in the whole index."""
     rows: int
     stage: Stage
+    """The stage whose folder has the Seismic index."""
     number: int
 
     @property
     def path(self) -> Path:
-        """Where its Seismic index lies once it is whole."""
+        """The file of its Seismic index."""
         return self.stage.folder / f"{self.number:06d}{_ENDING}"
 
     def is_made(self) -> bool:
-        """Whether its Seismic index is whole."""
+        """Whether its Seismic index is finished."""
         return self.stage.storage.exists(self.path)
 
 
 class SeismicIndex:
-    """The Seismic indexes of a stage of sparse vectors, one a group, made once in `home`."""
+    """The Seismic indexes of a stage of sparse vectors: one for each group, made once in `home`."""
 
     def __init__(self, home: RunDirectory, vectors: Stage, memory: float) -> None:
         self._groups = list(_groups(home, vectors, memory))
@@ -90,9 +93,9 @@ class SeismicIndex:
         self._loaded: tuple[Path | None, Any] = (None, None)
 
     def build(self) -> None:
-        """Make the missing indexes; other processes may make some of them."""
-        groups = range(len(self._groups))
-        first = self._part.of(len(groups)).start  # parts start at different groups, and meet what others made
+        """Make the missing indexes. Other processes may make some of them at the same time."""
+        # Each process starts at another group, so that they seldom wait for each other.
+        first = self._part.of(len(self._groups)).start
         ordered = [*self._groups[first:], *self._groups[:first]]
         missing = [group for group in ordered if not group.is_made()]
         if not missing:
@@ -134,9 +137,10 @@ class SeismicIndex:
         group.stage.storage.publish(group.path, once=True)
 
     def search(self, queries: sp.csr_matrix, k: int, care: Care) -> Ranking:
-        """About the `k` best passages of each query; where fewer were found, rows are -1 at the end.
+        """Search for the `k` best passages of each query, approximately.
 
-        So is the last row where removed passages may have hidden one of the `k`.
+        If fewer passages were found, the rows at the end are -1. The last row is also -1 if removed passages
+        may have pushed out one of the best `k`.
         """
         count = queries.shape[0]
         best = Ranking(np.empty((count, 0), np.int64), np.empty((count, 0), np.float32))
@@ -168,13 +172,13 @@ class SeismicIndex:
 
     @functools.cached_property
     def _words(self) -> Array:
-        """Numbers as Seismic's strings: terms, and places of queries."""
+        """Numbers as Seismic's strings, for terms and for positions of queries."""
         return np.arange(max(self._dimensions, _QUERIES_AT_ONCE)).astype(seismic().get_seismic_string())
 
     def _load(self, group: _Group) -> Any:
-        """A group's index; one is in memory at a time, and stays for the next search."""
+        """The Seismic index of a group. One index is in memory at a time; it stays for the next search."""
         if self._loaded[0] != group.path:
-            self._loaded = (None, None)  # let the other go first
+            self._loaded = (None, None)  # free the other index before loading this one
             kind = seismic().SeismicIndexLV if self._wide else seismic().SeismicIndex
             group.stage.storage.fetch(group.path, once=True)
             with _silence():
@@ -183,7 +187,7 @@ class SeismicIndex:
 
 
 def _groups(home: RunDirectory, vectors: Stage, memory: float) -> Iterator[_Group]:
-    """The groups of all parts, each of which has half of `memory`, in GB, for its vectors."""
+    """The groups of all parts. A Seismic index takes at most half of `memory` (GB) while it is built."""
     first = 0
     for part in parts_of(vectors):
         settings: dict[str, Any] = {"vectors": part.fingerprint, "search_memory": memory}
@@ -198,7 +202,7 @@ def _groups(home: RunDirectory, vectors: Stage, memory: float) -> Iterator[_Grou
 
 
 def _grouped(vectors: Stage, shards: int, memory: float) -> Iterator[range]:
-    """Consecutive shards whose Seismic index fits into `memory` bytes while it is built."""
+    """Split the shards into ranges whose Seismic index fits into `memory` bytes while it is built."""
     first, held = 0, 0.0
     for shard in range(shards):
         size = vectors.size(shard) / 4 * _BYTES_A_POSTING
@@ -210,7 +214,7 @@ def _grouped(vectors: Stage, shards: int, memory: float) -> Iterator[range]:
 
 
 def _ranking(answers: Sequence[Sequence[tuple[str, float, str]]], queries: int, k: int) -> Ranking:
-    """Seismic's answers, which come in any order, as arrays [queries, k]; ties in passage order."""
+    """Seismic's answers, which are in no particular order, as arrays [queries, k]; ties in passage order."""
     rows = np.full((queries, k), -1, np.int64)
     scores = np.full((queries, k), -np.inf, np.float32)
     for answer in answers:
@@ -222,14 +226,14 @@ def _ranking(answers: Sequence[Sequence[tuple[str, float, str]]], queries: int, 
 
 
 def recall(found: Ranking, exact: Ranking) -> float:
-    """The share of the exact top k that was found, mean over queries (recall@k)."""
+    """Recall@k: the share of the exact top k that was found, averaged over queries."""
     pairs: Iterator[tuple[Array, Array]] = zip(found.rows, exact.rows, strict=True)
     return float(np.mean([len(np.intersect1d(own, best)) / len(best) for own, best in pairs]))
 
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Nothing on standard output and error meanwhile: Seismic writes there by itself."""
+    """Suppress standard output and standard error, since Seismic writes to both."""
     kept = [os.dup(number) for number in (1, 2)]
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:

@@ -1,21 +1,24 @@
-"""Text -> sparse vectors over the vocabulary: SPLADE (Formal et al. 2021, arXiv 2109.10086).
+"""SPLADE: sparse vectors of texts over the vocabulary (Formal et al. 2021, arXiv 2109.10086).
 
-A term's weight is max over the text's tokens of log(1 + relu(logit)). Both functions are monotone, so the
-maximum is taken of the raw logits, in tiles of the vocabulary: batch x length x vocabulary never exists.
+The weight of a term is the maximum over the text's tokens of log(1 + relu(logit)). Both functions are
+monotone, so the maximum can be taken over the raw logits. It is computed in tiles of the vocabulary: a tensor
+of batch x length x vocabulary never exists.
 """
 
 import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 
+from scaledown.devices.choice import dtype_to_run
+from scaledown.devices.halving import Halving
 from scaledown.errors import ModelError
-from scaledown.models import Halving, ModelSource, dtype_to_run, loadable, loading, onto, read_config_file
+from scaledown.models.sources import ModelSource
+from scaledown.models.weights import loadable, loading, onto, read_config_file
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("scaledown")
 
 _TEXTS_AT_ONCE: Final = 8
-_TILE_ELEMENTS: Final = 1 << 20  # logits in a tile: they stay in the processor's cache
+_TILE_ELEMENTS: Final = 1 << 20  # logits in a tile; they fit into the processor's cache
 _CHECKED_ON: Final = ("How tall is the tower?", "The tower is 330 metres tall. It was built in 1889.")
 _TOLERANCE: Final = {"torch.float32": 1e-3, "torch.bfloat16": 0.2, "torch.float16": 0.05}
 
@@ -31,12 +34,13 @@ _TOLERANCE: Final = {"torch.float32": 1e-3, "torch.bfloat16": 0.2, "torch.float1
 class SpladeEncoder:
     """A masked language model with SPLADE pooling.
 
-    The head is ours wherever it is a linear layer over the vocabulary with max pooling, else that of
-    sentence-transformers, which the log says. Only then it is imported: that takes longer than all else here.
+    If the head is a linear layer over the vocabulary with max pooling, our own head computes it. Otherwise
+    sentence-transformers does, and the log has the reason. Only then is sentence-transformers imported,
+    because the import takes longer than everything else here.
     """
 
     def __init__(self, source: ModelSource, device: str, dtype: str, batch_size: int) -> None:
-        self._batch_size = batch_size
+        self._device, self._batch_size = device, batch_size
         self.halving = Halving("--batch_size")
         self._model: Any = None
         reason, parts = _from_files(source, device, dtype)
@@ -47,8 +51,8 @@ class SpladeEncoder:
         if parts is not None:
             reason, self._fast = _fast(parts)
         if self._fast is None:
-            parts = None  # else the model would be there twice while it is loaded again
-            log.info("retriever: the fast SPLADE head does not serve it (%s)", reason)
+            parts = None  # free the model before it is loaded again
+            log.info("retriever: the fast SPLADE head cannot be used (%s)", reason)
             self._model = self._model or _from_sentence_transformers(source, device, dtype)
 
     def documents(
@@ -57,7 +61,7 @@ class SpladeEncoder:
         advance: Callable[[int], None],
         tokens: Sequence[np.ndarray[Any, Any]] | None = None,
     ) -> sp.csr_matrix:
-        """Vectors of documents, float32 [texts, vocabulary]; `tokens` are their ids where they are known."""
+        """Vectors of documents, float32 [texts, vocabulary]; `tokens` are their token ids, if known."""
         if self._fast:
             return self._encode_fast(texts, advance, tokens)
         return self._encode(self._model.encode_document, texts, advance)
@@ -77,63 +81,57 @@ class SpladeEncoder:
         fast = self._fast
         assert fast is not None  # noqa: S101  # for the type checker
         ids = fast.tokenised(texts) if tokens is None else tokens
-        order = by_length(ids)
 
-        def encode(batch: Sequence[int]) -> sp.csr_matrix:
-            return fast.encode([ids[i] for i in batch])
+        def launch(batch: Sequence[int]) -> "torch.Tensor":
+            return fast.launch([ids[i] for i in batch])
 
-        return self._batches(encode, order, advance, ahead=fast.weight.is_cuda)
+        return self._batches(by_length(ids), launch, fast.read, advance)
 
     def _encode(
         self, encode: Callable[..., Any], texts: Sequence[str], advance: Callable[[int], None]
     ) -> sp.csr_matrix:
-        def encode_batch(batch: Sequence[int]) -> sp.csr_matrix:
-            coo = encode(
+        def launch(batch: Sequence[int]) -> Any:
+            return encode(
                 [texts[i] for i in batch],
                 batch_size=len(batch),
                 show_progress_bar=False,
                 convert_to_tensor=True,
                 convert_to_sparse_tensor=True,
-                save_to_cpu=True,
-            ).coalesce()
+            )
+
+        def read(vectors: Any) -> sp.csr_matrix:
+            coo = vectors.cpu().coalesce()
             row, column = coo.indices().numpy()
             return sp.csr_matrix((coo.values().float().numpy(), (row, column)), shape=coo.shape)
 
-        return self._batches(encode_batch, by_length(texts), advance)
+        return self._batches(by_length(texts), launch, read, advance)
 
     def _batches(
         self,
-        encode: Callable[[Sequence[int]], sp.csr_matrix],
         order: np.ndarray[Any, Any],
+        launch: Callable[[Sequence[int]], Any],
+        read: Callable[[Any], sp.csr_matrix],
         advance: Callable[[int], None],
-        *,
-        ahead: bool = False,
     ) -> sp.csr_matrix:
-        """One batch after the other; `ahead` launches the next before one is read back."""
-
-        def work(batch: np.ndarray[Any, Any]) -> list[sp.csr_matrix]:
-            return self.halving(encode, batch)  # type: ignore[arg-type]
-
-        size, parts = self._batch_size, []
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
-        with ThreadPoolExecutor(2) as threads:
-            for batch, made in zip(batches, (threads.map if ahead else map)(work, batches), strict=True):
-                parts += made
-                advance(len(batch))
+        parts = []
+        batches = in_batches(order, self._batch_size)
+        for batch, made in self.halving.each(batches, launch, read, self._device):
+            parts += made
+            advance(len(batch))
         return sp.vstack(parts, format="csr")[np.argsort(order)]
 
 
 class _Fast(NamedTuple):
-    """A masked language model whose decoder passes its input on, and that decoder's weights."""
+    """A masked language model whose decoder is replaced by the identity, and the decoder's weights."""
 
     model: Any
     tokenizer: Any
     weight: "torch.Tensor"  # [vocabulary, hidden]
     bias: "torch.Tensor | None"  # [vocabulary]
-    before: list[int]  # special tokens around a text
-    after: list[int]
-    longest: int
-    twice: bool  # a second log1p, as in OpenSearch's models (arXiv 2504.14839)
+    before: list[int]  # special tokens before a text
+    after: list[int]  # special tokens after a text
+    longest: int  # tokens of a text at most, with special tokens
+    twice: bool  # whether log1p is applied twice, as in OpenSearch's models (arXiv 2504.14839)
 
     def tokenised(self, texts: Sequence[str]) -> list[np.ndarray[Any, Any]]:
         """Token ids of each text, without special tokens."""
@@ -142,8 +140,8 @@ class _Fast(NamedTuple):
         )
         return [np.asarray(ids, np.int64) for ids in encoded["input_ids"]]
 
-    def encode(self, tokens: Sequence[np.ndarray[Any, Any]]) -> sp.csr_matrix:
-        """Vectors, float32 [texts, vocabulary], of texts given by their token ids."""
+    def launch(self, tokens: Sequence[np.ndarray[Any, Any]]) -> "torch.Tensor":
+        """Vectors on the device, float32 [texts, vocabulary], of texts given by their token ids."""
         import torch
 
         room = self.longest - len(self.before) - len(self.after)
@@ -157,15 +155,21 @@ class _Fast(NamedTuple):
             batch = torch.from_numpy(padded).to(device)  # [batch, longest]
             mask = torch.arange(batch.shape[1], device=device) < real[:, None]  # [batch, longest]
             hidden = self.model(input_ids=batch, attention_mask=mask.long()).logits  # [batch, longest, width]
-            if hidden.dtype is torch.float16 and not hidden.isfinite().all():  # a maximum may pass over it
+            if hidden.dtype is torch.float16 and not hidden.isfinite().all():  # a maximum could hide it
                 raise ModelError("the retriever's states are too large for float16: give --dtype float32")
             logits = max_logits(hidden, real, self.weight, self.bias)  # [batch, vocabulary]
             weights = logits.relu_().log1p_()
-            if self.twice:
-                weights = weights.log1p_()
+            return weights.log1p_() if self.twice else weights
+
+    @staticmethod
+    def read(weights: "torch.Tensor") -> sp.csr_matrix:
+        """The same vectors, from the device."""
+        import torch
+
+        with torch.inference_mode():
             places = weights.nonzero(as_tuple=True)
             column, values = places[1].cpu().numpy(), weights[places].cpu().numpy()
-            counts = torch.bincount(places[0], minlength=len(tokens)).cpu().numpy()
+            counts = torch.bincount(places[0], minlength=len(weights)).cpu().numpy()
         starts = np.concatenate([[0], np.cumsum(counts)])
         return sp.csr_matrix((values, column.astype(np.int32), starts), shape=weights.shape)
 
@@ -173,11 +177,18 @@ class _Fast(NamedTuple):
 def max_logits(
     hidden: "torch.Tensor", length: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor | None"
 ) -> "torch.Tensor":
-    """max over tokens of `hidden @ weight.T + bias`, float32 [batch, vocabulary].
+    """The maximum over tokens of `hidden @ weight.T + bias`.
 
-    `hidden` is [batch, longest, width], of which `length` [batch] tokens are real; `weight` is
-    [vocabulary, width]. On CUDA with Triton the logits are never written to memory (after Sparton, arXiv
-    2603.25011).
+    On CUDA with Triton the logits are never written to memory (after Sparton, arXiv 2603.25011).
+
+    Args:
+        hidden: Hidden states [batch, longest, width].
+        length: The number of tokens of each text, without padding [batch].
+        weight: The decoder's weight [vocabulary, width].
+        bias: The decoder's bias [vocabulary], or None.
+
+    Returns:
+        Maxima, float32 [batch, vocabulary].
     """
     fused = _fused(hidden.device, hidden.dtype, hidden.shape[2]) if hidden.is_cuda else None
     return (fused or max_logits_tiled)(hidden, length, weight, bias)
@@ -185,7 +196,7 @@ def max_logits(
 
 @functools.cache
 def _fused(device: "torch.device", dtype: "torch.dtype", width: int) -> Callable[..., "torch.Tensor"] | None:
-    """The CUDA kernel, if Triton is there, and compiles it for such states so that it is right."""
+    """The CUDA kernel, or None if Triton cannot compile it for such states or its result is wrong."""
     import torch
 
     try:
@@ -193,11 +204,11 @@ def _fused(device: "torch.device", dtype: "torch.dtype", width: int) -> Callable
 
         probe = torch.ones(2, 2, width, device=device, dtype=dtype)
         found = max_logits_fused(probe, torch.full([2], 2, device=device), probe[0], None)
-        reason = "" if (found == width).all() else "it computes something else"
-    except Exception as error:  # whatever a compiler or a driver does
+        reason = "" if (found == width).all() else "the kernel's result is wrong"
+    except Exception as error:  # a compiler or a driver may raise anything
         reason = f"{type(error).__name__}: {error}"
     if reason:
-        log.warning("the SPLADE head runs in tiles instead of one kernel, which is slow (%s)", reason)
+        log.warning("the SPLADE head runs in tiles, which is slower than the CUDA kernel (%s)", reason)
         return None
     return max_logits_fused
 
@@ -205,16 +216,16 @@ def _fused(device: "torch.device", dtype: "torch.dtype", width: int) -> Callable
 def max_logits_tiled(
     hidden: "torch.Tensor", length: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor | None"
 ) -> "torch.Tensor":
-    """`max_logits` by plain products: some texts and a tile of the vocabulary at a time.
+    """`max_logits` by plain matrix products: a few texts and a tile of the vocabulary at a time.
 
-    Texts are best sorted by length: the padding that they do not share is left out, the rest repeats the
-    first token.
+    It is fastest if texts are sorted by length, because a few texts are cut to the longest of them. The
+    padding that remains is replaced by the first token, which does not change the maximum.
     """
     import torch
 
     width = hidden.shape[2]
     result = torch.empty(len(hidden), len(weight), dtype=torch.float32, device=hidden.device)
-    space = hidden.new_empty(0)  # kept for all tiles: fresh memory costs as much as the product
+    space = hidden.new_empty(0)  # one buffer for all tiles: new memory takes as long as the product
     for low in range(0, len(hidden), _TEXTS_AT_ONCE):
         real = length[low : low + _TEXTS_AT_ONCE]
         longest = int(real.max())
@@ -236,16 +247,17 @@ def max_logits_tiled(
 
 
 class _Parts(NamedTuple):
-    """What makes a text a vector, by max pooling."""
+    """The parts of a SPLADE model with max pooling."""
 
     model: Any
     """A masked language model."""
     tokenizer: Any
     longest: int
     twice: bool
+    """Whether log1p is applied twice."""
 
 
-# What sentence-transformers keeps of a model; with other values than these it does more than we do.
+# Settings of sentence-transformers' models. With other values it does something that our head does not do.
 _KNOWN: Final[dict[str, tuple[Any, ...]]] = {
     "do_lower_case": (False, None),
     "transformer_task": ("fill-mask",),
@@ -260,9 +272,10 @@ _TASKS: Final = (".MLMTransformer", ".Transformer")
 
 
 def _from_files(source: ModelSource, device: str, dtype: str) -> tuple[str, _Parts | None]:
-    """The parts of a bare masked language model, or of one that sentence-transformers saved with max pooling.
+    """Load a plain masked language model, or one that sentence-transformers saved with max pooling.
 
-    None, and the reason, where its files tell of something else.
+    Returns:
+        "" and the parts; or the reason and None, if its files describe another kind of model.
     """
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -280,7 +293,7 @@ def _from_files(source: ModelSource, device: str, dtype: str) -> tuple[str, _Par
     if pooling.get("pooling_strategy", "max") != "max":
         return f"its pooling is {pooling['pooling_strategy']}", None
     if any((whole.get("prompts") or {}).values()) or whole.get("max_active_dims"):
-        return "it has prompts or a limit of active terms", None
+        return "it has prompts or limits the number of active terms", None
     for name, value in kept.items():
         if name not in _IRRELEVANT and value not in _KNOWN.get(name, ()):
             return f"its {name} is {value}", None
@@ -307,7 +320,7 @@ def _from_sentence_transformers(source: ModelSource, device: str, dtype: str) ->
 
 
 def _parts_of(model: Any) -> tuple[str, _Parts | None]:
-    """The parts of a `SparseEncoder`. None, and the reason, where it does something else."""
+    """The parts of a `SparseEncoder`, as `_from_files` returns them."""
     from sentence_transformers.sparse_encoder.modules import SpladePooling
 
     modules = list(model)
@@ -316,25 +329,29 @@ def _parts_of(model: Any) -> tuple[str, _Parts | None]:
     if modules[1].pooling_strategy != "max":
         return f"its pooling is {modules[1].pooling_strategy}", None
     if any(model.prompts.values()) or model.max_active_dims:
-        return "it has prompts or a limit of active terms", None
+        return "it has prompts or limits the number of active terms", None
     masked = getattr(modules[0], "auto_model", None)
     if not hasattr(masked, "get_output_embeddings"):
-        return "its first module is no masked language model", None
+        return "its first module is not a masked language model", None
     longest = model.max_seq_length or model.tokenizer.model_max_length
     return "", _Parts(masked, model.tokenizer, longest, modules[1].activation_function == "log1p_relu")
 
 
 def _fast(parts: _Parts) -> tuple[str, _Fast | None]:
-    """Why the fast head does not serve a model, or the head. The model's decoder is then switched off."""
+    """Make the fast head of a model, and replace the model's decoder by the identity.
+
+    Returns:
+        "" and the head; or the reason why it cannot be used, and None.
+    """
     tokenizer, masked = parts.tokenizer, parts.model
     decoder = masked.get_output_embeddings()
     weight = getattr(decoder, "weight", None)
     if weight is None or weight.ndim != 2:
-        return "its last layer is not a linear one over the vocabulary", None
+        return "its last layer is not a linear layer over the vocabulary", None
     bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     place = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)
     if place is None or tokenizer.padding_side != "right":
-        return "its tokenizer adds more than tokens around the text", None
+        return "its tokenizer does more than add tokens around the text", None
     fast = _Fast(
         model=masked,
         tokenizer=tokenizer,
@@ -345,24 +362,24 @@ def _fast(parts: _Parts) -> tuple[str, _Fast | None]:
         longest=parts.longest,
         twice=parts.twice,
     )
-    expected = [_obvious(parts, text) for text in _CHECKED_ON]
+    expected = [_by_definition(parts, text) for text in _CHECKED_ON]
     decoder.forward = lambda hidden: hidden
     try:
-        found = fast.encode(fast.tokenised(_CHECKED_ON)).toarray()
+        found = fast.read(fast.launch(fast.tokenised(_CHECKED_ON))).toarray()
         difference = abs(np.stack(expected) - found).max()
         if difference <= _TOLERANCE[str(decoder.weight.dtype)]:
             return "", fast
         reason = f"its vectors differ by {difference:.2g}"
     except ModelError:
         raise
-    except Exception as error:  # whatever a foreign model does
+    except Exception as error:  # a model of another author may raise anything
         reason = f"{type(error).__name__}: {error}"
     del decoder.forward
     return reason, None
 
 
-def _obvious(parts: _Parts, text: str) -> np.ndarray[Any, Any]:
-    """The vector of one text by the definition, [vocabulary]."""
+def _by_definition(parts: _Parts, text: str) -> np.ndarray[Any, Any]:
+    """The vector of one text, computed as SPLADE is defined [vocabulary]."""
     import torch
 
     read = parts.tokenizer(text, return_tensors="pt")
@@ -374,5 +391,13 @@ def _obvious(parts: _Parts, text: str) -> np.ndarray[Any, Any]:
 
 
 def by_length(texts: Sequence[Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The order from longest to shortest: batches of similar length, and too little memory shows early."""
+    """The order of texts from longest to shortest, int64 [texts].
+
+    Batches then have texts of similar length, and too little memory shows in the first batch.
+    """
     return np.argsort([-len(text) for text in texts], kind="stable")
+
+
+def in_batches(order: np.ndarray[Any, np.dtype[np.int64]], size: int) -> list[list[int]]:
+    """The places in `order`, so many at a time."""
+    return [order[start : start + size].tolist() for start in range(0, len(order), size)]

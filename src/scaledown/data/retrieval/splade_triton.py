@@ -1,7 +1,7 @@
 """The SPLADE head as one CUDA kernel: product with the vocabulary and running maximum over tokens.
 
-After Sparton (arXiv 2603.25011). Logits live only in registers: what is written is [batch, vocabulary].
-Triton reads annotations of a kernel's arguments as types of its own: only its constants have any here.
+After Sparton (arXiv 2603.25011). The logits stay in registers; only the maxima [batch, vocabulary] are
+written. Triton reads the annotations of a kernel's arguments as its own types, so only constants have them.
 """
 
 from typing import Final
@@ -11,17 +11,17 @@ import triton
 import triton.language as tl
 
 TILES: Final = {
-    "TERMS": 128,  # of the vocabulary, a program
-    "TOKENS": 64,  # of the text, at once
-    "REST": 16,  # of its end, at once, where that is less work
-    "WIDTH": 64,  # of the hidden state, at once
+    "TERMS": 128,  # terms of the vocabulary for each program
+    "TOKENS": 64,  # tokens in a tile
+    "REST": 16,  # tokens in a tile at the end of a text, if small tiles are less work
+    "WIDTH": 64,  # columns of the hidden state in a tile
 }
-OPTIONS: Final = {"enable_fp_fusion": True}  # of the compiler: a multiply and an add as one
+OPTIONS: Final = {"enable_fp_fusion": True}  # of the compiler: fused multiply-add
 
 
 @triton.jit
 def whole(real, TOKENS, REST):  # type: ignore[no-untyped-def]  # noqa: N803
-    """Tokens that are taken by `TOKENS`: all, unless at most two tiles of `REST` hold what is over."""
+    """The number of tokens that tiles of `TOKENS` cover; at most two tiles of `REST` cover the others."""
     return (real + TOKENS - 1 - 2 * REST) // TOKENS * TOKENS
 
 
@@ -37,7 +37,7 @@ def _best(  # type: ignore[no-untyped-def]  # noqa: PLR0917
     TOKENS: tl.constexpr,  # noqa: N803
     WIDTH: tl.constexpr,  # noqa: N803
 ):
-    """The maximum over `TOKENS` tokens from `first` on, for some terms."""
+    """The maximum over a tile of tokens that starts at `first`, for a tile of terms."""
     tokens = first + tl.arange(0, TOKENS)
     inside = tokens < real
     logits = tl.zeros([TOKENS, TERMS], tl.float32)
@@ -70,9 +70,9 @@ def kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0917
     REST: tl.constexpr,  # noqa: N803
     WIDTH: tl.constexpr,  # noqa: N803
 ):
-    """`result[text, terms] = max over tokens (hidden[text] @ weight[terms].T)` for one text, some terms."""
+    """`result[text, terms] = max over tokens (hidden[text] @ weight[terms].T)`, for a text and some terms."""
     program = tl.program_id(0).to(tl.int64)
-    text = program % batch  # neighbours share a tile of the weights, which then comes from the cache
+    text = program % batch  # neighbouring programs share a tile of the weights, so it comes from the cache
     terms = (program // batch) * TERMS + tl.arange(0, TERMS)
     known = terms < vocabulary
     real = tl.load(length + text)
@@ -90,7 +90,7 @@ def kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0917
 def max_logits_fused(
     hidden: torch.Tensor, length: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """max over tokens of `hidden @ weight.T + bias`, float32 [batch, vocabulary]; see `max_logits`."""
+    """The CUDA kernel of `max_logits`, with the same arguments and result."""
     batch, longest, width = hidden.shape
     vocabulary = len(weight)
     result = torch.empty(batch, vocabulary, dtype=torch.float32, device=hidden.device)

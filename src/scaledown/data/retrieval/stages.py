@@ -1,4 +1,4 @@
-"""Queries + corpus -> ranked passages, by SPLADE or by a dense bi-encoder."""
+"""The stages of vectors and of candidates: passages are encoded, and ranked for each query."""
 
 import contextlib
 import functools
@@ -41,25 +41,33 @@ Check: TypeAlias = Callable[[], None]
 Find: TypeAlias = Callable[[Vectors, int, Callable[[float], None]], Ranking]
 
 _QUERIES_AT_ONCE: Final = 8192
-_DENSE_QUERIES_AT_ONCE: Final = 4096  # part of the identity of dense scores, see `SearchPlan.of`
-_QUERIES_AT_LEAST: Final = 1024  # of a large index; reading it takes as long as searching it for some 600
+_DENSE_QUERIES_AT_ONCE: Final = 4096  # the last bits of dense scores depend on it
+# Queries of which a large index is searched at once at least: reading it takes as long as searching 600.
+_QUERIES_AT_LEAST: Final = 1024
 _LARGE: Final = 100_000  # passages
 _COMPARED: Final = 256  # queries whose candidates' texts are compared at once
-_PLACES: Final = 1 << 22  # of rankings that are held where search goes deeper
+_RESULTS: Final = 1 << 22  # results in memory at once, where more passages than `top_k` are ranked
 _COLLAPSED: Final = b"collapsed"
 _SAMPLED: Final = 256  # queries on which the recall of approximate search is measured
-_BYTES_A_QUERY: Final = 2048  # some hundred terms, twice
+_BYTES_A_QUERY: Final = 2048  # about a hundred terms, twice
 _BYTES_A_RESULT: Final = 12  # a row and a score
-_UNPACKED: Final = 5  # a shard in memory, against its size on disk, if it must be inverted; else 3
-_BYTES_OF_ROWS: Final = 8_000_000  # what a thread holds besides: the rows of weights of a block, sums
+# The size of a shard in memory divided by its size on disk: 3, or 5 if it has to be inverted.
+_UNPACKED: Final = 5
+_BYTES_OF_ROWS: Final = 8_000_000  # which a thread holds too: rows of weights of a block, and sums
 
 
 def encode_passages(
     stage: Stage, passages: Stage, load: Callable[[], Encoder], weights: str, make: Callable[[Check], None]
 ) -> None:
-    """Encode each shard of passages into a shard of vectors, while `make` still makes further passages.
+    """Encode each shard of passages into a shard of vectors, while `make` makes further passages.
 
-    `make` runs in a thread of its own and calls the `Check` it is given, which raises when it shall stop.
+    Args:
+        stage: The stage of vectors.
+        passages: The stage of passages, which `make` finishes.
+        load: Loads the encoder.
+        weights: The type of sparse weights (see `pack`).
+        make: Makes the passages, in its own thread. It is called with a function that raises when `make` must
+            stop, and calls it often.
     """
     if stage.done():
         return
@@ -87,7 +95,7 @@ def encode_passages(
 
 
 class TokenLists(Sequence[Array]):
-    """A column of lists as NumPy arrays, without copies."""
+    """A column of lists, as NumPy arrays without copies."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         lists = column.combine_chunks()
@@ -103,12 +111,12 @@ class TokenLists(Sequence[Array]):
 
 @contextlib.contextmanager
 def _behind(make: Callable[[Check], None]) -> Iterator[Check]:
-    """Run `make` in a thread; gives a function that raises what went wrong there."""
+    """Run `make` in a thread. Yields a function that raises the exception of `make`, if there is one."""
     leave = threading.Event()
 
     def check() -> None:
         if leave.is_set():
-            raise _Left
+            raise _Stopped
 
     with ThreadPoolExecutor(1) as executor:
         making = executor.submit(make, check)
@@ -119,8 +127,8 @@ def _behind(make: Callable[[Check], None]) -> Iterator[Check]:
             leave.set()
 
 
-class _Left(ScaleDownError):  # noqa: N818 (it is no fault of the work's)
-    """Whoever needed this work has gone."""
+class _Stopped(ScaleDownError):  # noqa: N818 (not an error)
+    """Making passages was stopped, because encoding has failed."""
 
 
 def retrieve(
@@ -133,13 +141,25 @@ def retrieve(
     config: PrepareConfig,
     approximate: Callable[[float], SeismicIndex],
 ) -> None:
-    """Rank the passages for each shard of queries: query, rows of passages and scores, best first.
+    """Rank the passages for each query: columns query_id, query, rows of passages and scores, best first.
 
-    The same text is one candidate of a query, however many passages have it (see `distinct`).
+    Of several passages with the same text, only the first is a candidate (see `distinct`).
 
-    So many shards of queries are searched together as `--search_memory` allows, at most 8,192 queries (of
-    dense vectors 4,096, of approximate search 65,536): that is what a crash can cost, and reading the vectors
-    is then a small part of searching them.
+    Several shards of queries are searched together, so that reading the vectors takes a small part of the
+    time. Their number is limited by `--search_memory`, and to 8,192 queries (4,096 with dense vectors, 65,536
+    in approximate search), which are searched again after a crash.
+
+    Args:
+        stage: The stage of candidates.
+        queries: The stage of queries.
+        passages: The stage of passages.
+        vectors: The stage of their vectors.
+        load: Loads the encoder.
+        config: The run's settings.
+        approximate: Opens the Seismic indexes, given a memory in GB.
+
+    Raises:
+        InputError: Approximate search does not reach `--min_recall`.
     """
     if stage.done():
         return
@@ -149,7 +169,7 @@ def retrieve(
     top_k = config.top_k_retrieval
     exact = functools.partial(find_exactly, vectors, plan.threads)
     find: Find = exact
-    depth = top_k + top_k // 4  # in one go, so that the same text seldom needs a second
+    depth = top_k + top_k // 4  # with some more, repeated texts seldom need a second search
     if config.search == "approximate":
         index = approximate(config.search_memory)
         sample = functools.cache(lambda: _sample(queries, load))
@@ -199,7 +219,7 @@ class Candidates(NamedTuple):
     rows: Array
     scores: Array
     collapsed: int = 0
-    """Passages left out because one that ranks above them has the same text."""
+    """The number of passages left out because a better one has the same text."""
 
 
 def distinct(
@@ -209,15 +229,23 @@ def distinct(
     texts: PassageTable,
     deeper: Callable[[Sequence[int], int], Ranking],
 ) -> list[Candidates]:
-    """The `top_k` best passages of each query whose texts differ; of the same text the first.
+    """The `top_k` best passages with different texts, for each query. Of equal texts, the first is kept.
 
-    Where a `ranking` has fewer, `deeper` ranks more passages for some of the queries, given by their places,
-    until there are enough or `most`, which are all, were looked at.
+    Args:
+        ranking: The best passages of each query.
+        top_k: Passages to keep for each query.
+        most: The number of passages that can be found.
+        texts: The passages.
+        deeper: Ranks more passages, given the positions of some queries and the number of passages. It is
+            called until each query has `top_k` texts, or all `most` passages are ranked.
+
+    Returns:
+        The candidates of each query.
     """
     found: list[Candidates] = [Candidates(*own) for own in zip(ranking.rows, ranking.scores, strict=True)]
 
     def keep(places: Sequence[int], ranking: Ranking) -> list[int]:
-        """Keep what differs; gives the places of queries that need more."""
+        """Keep passages with different texts; returns the positions of the queries that need more."""
         short = []
         for start in range(0, len(places), _COMPARED):
             block = slice(start, start + _COMPARED)
@@ -235,7 +263,7 @@ def distinct(
     short, depth = keep(range(len(found)), ranking), ranking.rows.shape[1]
     while short:
         depth = min(2 * depth, most)
-        at_once = max(1, _PLACES // depth)
+        at_once = max(1, _RESULTS // depth)
         groups = [short[start : start + at_once] for start in range(0, len(short), at_once)]
         short = [place for group in groups for place in keep(group, deeper(group, depth))]
     return found
@@ -244,7 +272,7 @@ def distinct(
 def find_exactly(
     vectors: Stage, threads: int, encoded: Vectors, top_k: int, advance: Callable[[float], None]
 ) -> Ranking:
-    """Search the finished vectors of an index; see `search`."""
+    """Search the finished vectors of an index exactly; see `search`."""
     rows = vectors.finished().rows
     shards = [
         None if vectors.absent(shard) else functools.partial(vectors.table, shard, check=True)
@@ -257,9 +285,9 @@ def find_exactly(
 def _care(
     stage: Stage, index: SeismicIndex, exact: Find, sample: Callable[[], Vectors], config: PrepareConfig
 ) -> Care:
-    """The least care with which approximate search reaches `--min_recall` on a sample of the queries.
+    """The fastest of `CARES` that reaches `--min_recall` on a sample of the queries.
 
-    What was measured is in the stage's journal. Raises `InputError` when no care is enough.
+    The measured recall is written to the stage's journal. Raises `InputError` if none of them reaches it.
     """
     index.build()
     top_k = config.top_k_retrieval
@@ -290,7 +318,7 @@ def _approximate(  # noqa: PLR0917
     advance: Callable[[float], None],
 ) -> Ranking:
     ranking = index.search(encoded, top_k, care)
-    # Where few passages share a term with the query, the rest follow as in exact search.
+    # If too few passages share a term with a query, exact search adds others.
     short = np.flatnonzero((ranking.rows < 0).any(axis=1))
     if len(short):
         filled = exact(encoded[short], top_k, no_progress)
@@ -302,7 +330,7 @@ def _approximate(  # noqa: PLR0917
 
 
 def _sample(queries: Stage, load: Callable[[], Encoder]) -> Vectors:
-    """Vectors of queries evenly spread over all."""
+    """Vectors of a sample of queries, evenly spaced."""
     rows = queries.finished().rows
     wanted = np.unique(np.linspace(0, sum(rows) - 1, min(sum(rows), _SAMPLED)).astype(int))
     ends = np.cumsum(rows)
@@ -316,37 +344,39 @@ def _sample(queries: Stage, load: Callable[[], Encoder]) -> Vectors:
 
 
 class SearchPlan(NamedTuple):
-    """How a search keeps within `--search_memory`."""
+    """Threads, and shards of queries searched together, chosen so that search fits `--search_memory`."""
 
     threads: int
     shards_at_once: int
 
     @classmethod
     def of(cls, vectors: Stage, config: PrepareConfig, shards: int) -> "SearchPlan":
-        """Half of the memory for the vectors (a shard per thread, or Seismic's), half for queries, top k.
+        """Plan a search of `shards` shards of queries.
 
-        `shards` of queries are to be searched, by all workers together.
+        Half of the memory is for vectors (a shard for each thread, or a Seismic index), the other half for
+        queries and their results.
         """
         half = config.search_memory * 1e9 / 2
         rows = vectors.finished().rows
         shard = max(vectors.size(number) for number in range(len(rows)))
-        dense = "dense" in vectors.table(0).column_names  # whose products use all cores by themselves
+        dense = "dense" in vectors.table(0).column_names  # a dense product uses all cores itself
         per_thread = _UNPACKED * shard + _BYTES_OF_ROWS
         threads = 1 if dense else int(max(1, min(threads_here(), half // per_thread)))
         per_query = config.top_k_retrieval * _BYTES_A_RESULT * (threads + 2) + _BYTES_A_QUERY
         per_query += max(rows) * 4 if dense else 0
         most = _DENSE_QUERIES_AT_ONCE if dense else _QUERIES_AT_ONCE
-        most *= 8 if config.search == "approximate" else 1  # loading costs more
+        # Loading a Seismic index takes longer than loading vectors.
+        most *= 8 if config.search == "approximate" else 1
         queries = min(most, half / per_query)
         at_once = int(max(1, queries // config.queries_per_shard))
-        if dense:  # the last bits of whose scores depend on how many are searched together
+        if dense:
             return cls(threads, at_once)
         least = math.ceil(_QUERIES_AT_LEAST / config.queries_per_shard) if sum(rows) >= _LARGE else 1
         return cls(threads, max(together(shards, at_once), min(at_once, least, shards)))
 
 
 def candidates_table(queries: pa.Table, found: Sequence[Candidates]) -> pa.Table:
-    """Columns query_id, query, rows list<int64>, scores list<float32>."""
+    """The candidates of a shard: columns query_id, query, rows list<int64>, scores list<float32>."""
     table = pa.table(
         {
             "query_id": queries.column("query_id"),
@@ -360,9 +390,9 @@ def candidates_table(queries: pa.Table, found: Sequence[Candidates]) -> pa.Table
 
 
 def searched(vectors: Stage) -> int:
-    """Passages that can be found: all but those of shards that were given up, and those that were removed."""
-    there = sum(rows for shard, rows in enumerate(vectors.finished().rows) if not vectors.absent(shard))
-    return there - len(removed_rows(vectors))
+    """The number of passages that can be found: without shards that were given up and removed passages."""
+    present = sum(rows for shard, rows in enumerate(vectors.finished().rows) if not vectors.absent(shard))
+    return present - len(removed_rows(vectors))
 
 
 def _total(stage: Stage) -> int:

@@ -12,13 +12,13 @@ from scaledown.data.build_index import corpus_identity, file_identity, machine
 from scaledown.data.cleaning.decontaminate import VERSION as CLEAN_VERSION
 from scaledown.data.input.files import Source
 from scaledown.data.input.remote import Remote
-from scaledown.data.manifest import Sources, compared_settings, name_differences
+from scaledown.data.manifest import Sources, compared_settings, warn_about_differences
 from scaledown.data.prompts import load_template
-from scaledown.data.retrieval.parts import tell_of_changes
+from scaledown.data.retrieval.parts import warn_about_changes
 from scaledown.data.session.parts import check_parts, is_indexed
 from scaledown.data.session.resolve import find
-from scaledown.data.workers import share, supervised
-from scaledown.models import choose_device, same_bits
+from scaledown.data.workers import share, share_teachers, supervised
+from scaledown.devices.choice import choose_device, same_bits
 from scaledown.run.directory import SCHEMA, RunDirectory, fingerprint
 from scaledown.run.heartbeat import publishing
 from scaledown.run.locations import index_of, output_of, run_of
@@ -70,10 +70,24 @@ class Session:
         stage = self.stages[name] = Stage(self.run, name, settings, sources)
         return stage
 
-    def let_workers_help(self, target: str) -> None:
-        """Start the workers that the settings ask for, and wait until they have made all shards."""
-        if not self.worker and supervised(self.given):
-            share(self.given, target, [self.run] if self.home is self.run else [self.run, self.home])
+    def let_workers_help(self, work: str, ask: str, find: str) -> None:
+        """Start the workers that the settings ask for, and wait until they have made all shards.
+
+        Args:
+            work: The function that they call, `module:function`.
+            ask: The same for workers that make queries only, those that the teacher writes among them.
+            find: The same for workers that stop before the teacher answers. Where several GPUs share the
+                teacher, each of them works alone until then.
+        """
+        if self.worker:
+            return
+        runs = [self.run] if self.home is self.run else [self.run, self.home]
+        if share_teachers(self.given):
+            if self.given.num_synthetic_queries:
+                share(self.given, ask, runs)
+            share(self.given, find, runs, gpus_each=1)
+        if supervised(self.given):
+            share(self.given, work, runs)
 
     def parts(self) -> Iterator["Session"]:
         """Yield the part of the queries that this process makes; then all parts, if the others are finished.
@@ -132,7 +146,7 @@ def _entered(config: PrepareConfig, repeats: Path | None, worker: str) -> Iterat
     if config.teacher_lora:
         identities["lora"] = run.content_hash(Path(config.teacher_lora).expanduser())
     if repeats:
-        name_differences(repeats, identities, inputs)
+        warn_about_differences(repeats, identities, inputs)
     indexed = home.storage.in_bucket and is_indexed(config, sources, home, identities["retriever"])
     check_parts(config, run, home, indexed=indexed)
     request = fingerprint(
@@ -141,7 +155,7 @@ def _entered(config: PrepareConfig, repeats: Path | None, worker: str) -> Iterat
     with contextlib.ExitStack() as stack:
         stack.enter_context(publishing(stack.enter_context(run.claim(request)), worker, run, home))
         if home is not run:
-            tell_of_changes(run, home)
+            warn_about_changes(run, home)
             place = stack.enter_context(home.claim("index", finished=indexed))
             stack.enter_context(publishing(place, worker, home))
         yield Session(run, config, request, home, sources, identities, inputs, worker)

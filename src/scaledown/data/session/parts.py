@@ -3,8 +3,8 @@
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.build_index import open_index
 from scaledown.data.manifest import Sources
+from scaledown.devices.choice import choose_device
 from scaledown.errors import UsageError
-from scaledown.models import choose_device
 from scaledown.run.directory import RunDirectory
 
 

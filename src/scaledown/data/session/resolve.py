@@ -20,7 +20,7 @@ from scaledown.data.retrieval.seismic import seismic
 from scaledown.data.teacher.api import check_options, check_teacher, find_teacher
 from scaledown.data.teacher.base import Engine, Generation
 from scaledown.errors import UsageError
-from scaledown.models import resolve
+from scaledown.models.sources import resolve
 from scaledown.run.outputs import check_apart, lies_in
 from scaledown.urls import is_url, local
 

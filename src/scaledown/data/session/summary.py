@@ -111,15 +111,15 @@ def failure(result: Result, config: PrepareConfig) -> str | None:
     if result.given_up:
         lacking = f"part {config.shard}" if result.missing else result.output
         return (
-            f"{lacking} lacks what was given up: mend its cause, which the logs in {run.root / 'live'} show, "
-            "and run the same command again: it tries again"
+            f"{lacking} lacks what was given up: remove its cause, which the logs in {run.root / 'live'} "
+            "show, and run the same command again: it tries again"
         )
     if not config.strict or not result.quarantined:
         return None
     one = result.quarantined == 1
     number = "1 line or query is" if one else f"{result.quarantined:,} lines or queries are"
     where = run.shown(run.root / "quarantine")
-    return f"--strict: {number} in {where}, each with its reason: mend them"
+    return f"--strict: {number} in {where}, each with its reason: correct them"
 
 
 def _training(config: PrepareConfig) -> str:

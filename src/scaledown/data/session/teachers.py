@@ -7,7 +7,7 @@ from scaledown.data.prompts import Template, load_template
 from scaledown.data.session.enter import Session
 from scaledown.data.teacher.api import AUTO, choose_backend, engine_of, load_teacher, preflight
 from scaledown.data.teacher.base import Engine, Generation, Teacher
-from scaledown.models import ModelSource
+from scaledown.models.sources import ModelSource
 from scaledown.run.atomic import write_json
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from scaledown.data.prompts import Prompt
-from scaledown.data.teacher.base import Rejection, Teacher
+from scaledown.data.teacher.base import Rejection, Teacher, answers_of
 from scaledown.errors import OutputError
 from scaledown.records import Answer
 from scaledown.run.stage import Stage
@@ -177,7 +177,7 @@ def ask(
     answers: dict[int, Answer | Rejection] = {**log.read(prompts), **(have or {})}
     known = frozenset(answers)
     with log.writing() as writer:
-        for place, answer in teacher.answers(prompts, known):
+        for place, answer in answers_of(teacher, prompts, known):
             if place in known:
                 continue
             if isinstance(answer, Answer):

@@ -16,10 +16,13 @@ from scaledown.data.teacher.base import (
     TeacherEngine,
     answer_all,
 )
+from scaledown.devices.choice import choose_device
 from scaledown.devices.gpus import OnDevice
 from scaledown.errors import MissingExtraError, ModelError, UsageError, install_command
 from scaledown.extensions import TEACHER_ENGINES
-from scaledown.models import ModelSource, choose_device, hub_errors, read_config_file, resolve
+from scaledown.models.hub import hub_errors
+from scaledown.models.sources import ModelSource, resolve
+from scaledown.models.weights import read_config_file
 from scaledown.records import Example, QueryWithDocuments, check_records, document_text
 from scaledown.run.progress import track
 
@@ -138,7 +141,7 @@ def load_teacher(  # noqa: PLR0917
     backend = choose_backend(engine, source, device, generation)
     own = engine_of(backend)
     if own.served:
-        log.info("teacher: %s, %s %s", source.name, backend, ", ".join(engine.endpoints))
+        log.info("teacher: %s", ", ".join([source.name, backend, *engine.endpoints]))
     else:
         check_teacher(source, load_in_8bit=generation.load_in_8bit, load_in_4bit=generation.load_in_4bit)
         bits = f" in {generation.bits} bits" if generation.bits else ""

@@ -7,7 +7,9 @@ from typing import Final, NamedTuple, Protocol
 from scaledown.config.prepare import PrepareConfig
 from scaledown.config.shared import EngineConfig
 from scaledown.data.prompts import Prompt
-from scaledown.models import Halving, ModelSource
+from scaledown.devices.halving import Halving
+from scaledown.errors import ModelError, one_line
+from scaledown.models.sources import ModelSource
 from scaledown.records import Answer
 
 
@@ -160,12 +162,37 @@ class TeacherEngine(NamedTuple):
     """The Python distribution that it needs; a run's manifest records its version."""
 
 
+def answers_of(
+    teacher: Teacher, prompts: Sequence[Prompt], have: Collection[int] = ()
+) -> Iterator[tuple[int, Answer | Rejection]]:
+    """Yield what `teacher.answers` yields.
+
+    Raises `ModelError` if that is no answer to one of the prompts, or if a prompt outside `have` has none.
+    """
+    name = type(teacher).__name__
+    left = set(range(len(prompts))) - set(have)
+    for place, answer in teacher.answers(prompts, have):
+        if place not in range(len(prompts)) or not isinstance(answer, Answer | Rejection):
+            raise ModelError(
+                f"{name}.answers yielded {type(answer).__name__} for place {one_line(repr(place), 20)} of "
+                f"{len(prompts)} prompts: an engine yields a place and an Answer or a Rejection "
+                "(docs/extending.md)"
+            )
+        left.discard(place)
+        yield place, answer
+    if left:
+        raise ModelError(
+            f"{name}.answers ended without an answer to {len(left)} of {len(prompts)} prompts, the first at "
+            f"place {min(left)}: an engine yields an Answer or a Rejection for each (docs/extending.md)"
+        )
+
+
 def answer_all(
     teacher: Teacher, prompts: Sequence[Prompt], advance: Callable[[int], None] = lambda _: None
 ) -> list[Answer | Rejection]:
     """Return an answer or a rejection for each prompt, in order."""
     results: dict[int, Answer | Rejection] = {}
-    for place, answer in teacher.answers(prompts):
+    for place, answer in answers_of(teacher, prompts):
         results[place] = answer
         advance(1)
     return [results[place] for place in range(len(prompts))]

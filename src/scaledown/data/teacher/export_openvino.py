@@ -20,7 +20,9 @@ from filelock import FileLock
 from scaledown.config.flags import Parser, add_log_flags, path_or_url
 from scaledown.data.teacher.engines.openvino import WEIGHTS, exported, is_exported
 from scaledown.errors import ModelError, run_command
-from scaledown.models import ModelSource, hub_errors, loadable, resolve
+from scaledown.models.hub import hub_errors
+from scaledown.models.sources import ModelSource, resolve
+from scaledown.models.weights import loadable
 from scaledown.run.logs import start_logging
 from scaledown.run.storage import cache_directory
 
@@ -121,7 +123,7 @@ def _run(words: Sequence[str], record: Path) -> None:
     if status:
         last = record.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
         raise ModelError(
-            f"the export failed with status {status}: {' '.join(last)[-600:]} (all of it: {record}); mend "
+            f"the export failed with status {status}: {' '.join(last)[-600:]} (all of it: {record}); correct "
             "that and run the same command again, or use --teacher_backend transformers"
         )
 
@@ -140,7 +142,7 @@ def main(argv: Sequence[str], program: str = "python -m scaledown.data.teacher.e
     source = resolve(arguments.model)
     there = is_exported(source)
     folder = export(source)
-    print(f"{folder}: {'is there already' if there else 'exported'}")
+    print(f"{folder}: {'already exists' if there else 'exported'}")
     print(f"next: scaledown prepare --teacher_backend openvino --teacher_model {shlex.quote(source.name)} …")
     return 0
 

@@ -150,7 +150,7 @@ class Servers:
         reasons = {endpoint.url: self._look_at(endpoint.url) for endpoint in self.endpoints}
         if all(reasons.values()):
             found = "; ".join(f"{url}: {reason}" for url, reason in reasons.items())
-            raise ModelError(f"--teacher_endpoint {found}: start the server or mend the URL")
+            raise ModelError(f"--teacher_endpoint {found}: start the server or correct the URL")
         for endpoint in self.endpoints:
             if reason := reasons[endpoint.url]:
                 endpoint.leave_out(reason, time.monotonic())

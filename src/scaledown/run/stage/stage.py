@@ -15,6 +15,7 @@ from scaledown.errors import RunDirectoryError
 from scaledown.run.atomic import atomic, write_json
 from scaledown.run.directory import ABSENT, GIVEN_UP, RunDirectory, stage_fingerprint
 from scaledown.run.leases import TRIES
+from scaledown.run.stage.settings import SETTINGS, keep, why_new
 from scaledown.run.stage.shard_file import read_rows, write_rows
 
 log = logging.getLogger("scaledown")
@@ -62,9 +63,13 @@ class Stage:
         self.storage = run.storage
         self._run = run
         self._key = f"{name}-{self.fingerprint}"
-        earlier = self.folder.parent.exists() and not self.folder.exists()
-        if earlier and not beside and any(self.folder.parent.iterdir()):
-            log.info("%s: the settings changed; earlier results stay in %s", name, self.folder.parent)
+        self._settings_kept = False
+        stage = self.folder.parent
+        if self.folder.exists():
+            log.debug("%s: shards in %s are not made again: their settings are the same", name, self.folder)
+        elif not beside and stage.exists() and any(stage.iterdir()):
+            why = why_new(self.settings, stage)
+            log.info("%s: made again, because %s; earlier results stay in %s", name, why, stage)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.at: range | None = None
         """The shards that this process makes, or made last."""
@@ -130,12 +135,19 @@ class Stage:
             seconds: The time that it took.
             left: Number of shards of this size that follow; for the message about a full disk.
         """
+        self._keep_settings()
         with atomic(self.path(shard), room=int((left + 1) * content.nbytes)) as temporary:
             write_rows(temporary, content)
         self.storage.publish(self.path(shard), once=True)
         self.note({"shard": shard, "seconds": round(seconds, 3), "rows": content.num_rows})
         for name in tuple(self._leased):
             self._run.leases.renew(name)
+
+    def _keep_settings(self) -> None:
+        """Write the settings beside the shards, for readers and for `why_new` of later runs."""
+        if not self._settings_kept and not (self.folder / SETTINGS).exists():
+            self.storage.publish(keep(self.settings, self.folder), once=True)
+        self._settings_kept = True
 
     def note(self, event: Mapping[str, Any]) -> None:
         """Append an event to the stage's journal: the seconds of a shard, or a halved batch."""
@@ -346,6 +358,7 @@ class Stage:
             if self._settled(group.start) and len(group) == 1:
                 return True
             self.at = group
+            self._keep_settings()
             started = time.perf_counter()
             for shard, content in zip(group, work(group), strict=True):
                 if not self._settled(shard):

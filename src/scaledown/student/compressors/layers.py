@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from scaledown.errors import ModelError, UsageError
-from scaledown.models import ModelSource, loadable, loading, onto
+from scaledown.models.sources import ModelSource
+from scaledown.models.weights import loadable, loading, onto
 from scaledown.student.settings import ScaleDownConfig
 
 # Names of the norm after the last layer, in different decoders.

@@ -5,7 +5,7 @@ from pkgutil import resolve_name
 from typing import Any, Final, NamedTuple, Protocol
 
 from scaledown.devices.vllm import check_vllm, runs_on
-from scaledown.models import ModelSource
+from scaledown.models.sources import ModelSource
 from scaledown.student.batch import Question
 
 

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import torch
 
-from scaledown.models import is_out_of_memory
+from scaledown.devices.halving import is_out_of_memory
 from scaledown.student.batch import Question
 from scaledown.student.decoding import Decoding
 from scaledown.student.engines.base import Sampling

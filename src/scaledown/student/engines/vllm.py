@@ -11,7 +11,8 @@ from filelock import FileLock
 from scaledown.devices.gpus import give_back
 from scaledown.devices.vllm import VllmEngine
 from scaledown.errors import ModelError
-from scaledown.models import ModelSource, kept_folder, loading
+from scaledown.models.sources import ModelSource, kept_folder
+from scaledown.models.weights import loading
 from scaledown.student.batch import Question
 from scaledown.student.engines.base import Sampling
 

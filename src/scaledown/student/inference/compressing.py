@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Final, NamedTuple, overload
 
 import torch
 
+from scaledown.devices.halving import Halving
 from scaledown.errors import InputError, UsageError
-from scaledown.models import Halving
 from scaledown.student.batch import CPU_PASS_TOKENS, PASS_TOKENS, Document, Reader, group
 from scaledown.student.settings import ScaleDownConfig
 

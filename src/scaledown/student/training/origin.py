@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from scaledown.config.train import PretrainConfig, StudentConfig
 from scaledown.errors import UsageError
-from scaledown.models import ModelSource, onto, resolve
+from scaledown.models.sources import ModelSource, resolve
+from scaledown.models.weights import onto
 
 if TYPE_CHECKING:
     import torch

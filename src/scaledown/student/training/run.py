@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 from scaledown.command import is_first
 from scaledown.config.train import PretrainConfig
 from scaledown.data.input.download import fetched
+from scaledown.devices.choice import choose_device, dtype_to_train, emulates_bfloat16
 from scaledown.errors import (
     MissingExtraError,
     OutputError,
@@ -18,7 +19,7 @@ from scaledown.errors import (
     UsageError,
     install_command,
 )
-from scaledown.models import choose_device, dtype_to_train, emulates_bfloat16, quiet_libraries
+from scaledown.models.weights import quiet_libraries
 from scaledown.run.atomic import write_json
 from scaledown.run.directory import RunDirectory
 from scaledown.run.outputs import check_apart
@@ -58,13 +59,14 @@ class Trained(NamedTuple):
     already_done: bool = False
 
 
-def train(config: Config, *, overwrite: bool = False) -> Trained:
+def train(config: Config, *, overwrite: bool = False, command: str = "") -> Trained:
     """Train a model into `config.output_dir`. Ctrl-C writes a checkpoint before it ends the run.
 
     Args:
         config: The settings. A `PretrainConfig` trains on passages. With `resume` the run continues from its
             newest checkpoint. A finished run is not repeated.
         overwrite: Replace files in the output folder that no training has written.
+        command: The command of `scaledown` that makes the same run, if another one has called this.
 
     Returns:
         Sizes, losses and speed of the finished run.
@@ -90,7 +92,7 @@ def train(config: Config, *, overwrite: bool = False) -> Trained:
             return Trained(**result, documents=documents)._replace(
                 output=config.output_dir, already_done=True
             )
-        return _train(config, memory, origin)
+        return _train(config, memory, origin, command)
 
 
 def _here(config: Config) -> Config:
@@ -103,9 +105,9 @@ def _here(config: Config) -> Config:
     return replace(config, **files)  # type: ignore[arg-type]
 
 
-def _train(config: Config, memory: dict[str, Any], origin: Origin) -> Trained:
+def _train(config: Config, memory: dict[str, Any], origin: Origin, command: str) -> Trained:
     output = Path(config.output_dir)
-    device = _device(config)
+    device = _device(config, command)
     dtype = dtype_to_train(config.dtype, device)
 
     quiet_libraries()
@@ -203,7 +205,7 @@ def _log_labels(part: Subset) -> None:
     )
 
 
-def _device(config: Config) -> str:
+def _device(config: Config, command: str = "") -> str:
     """Return the device of this process. Raises `UsageError` if it cannot train there."""
     device = choose_device(config.device)
     if ":" in config.device:  # a chosen device may have the number of this process
@@ -224,7 +226,7 @@ def _device(config: Config) -> str:
             "needs half of the memory for frozen weights, but some states of a large model may overflow"
         )
     if device == "cuda" and not _is_one_of_several():
-        _warn_of_idle_gpus(config)
+        _warn_of_idle_gpus(config, command)
     return device
 
 
@@ -233,13 +235,13 @@ def _is_one_of_several() -> bool:
     return "RANK" in os.environ
 
 
-def _warn_of_idle_gpus(config: Config) -> None:
+def _warn_of_idle_gpus(config: Config, command: str) -> None:
     import torch
 
     if (count := torch.cuda.device_count()) > 1:
-        command = "pretrain" if isinstance(config, PretrainConfig) else "train"
+        own = "pretrain" if isinstance(config, PretrainConfig) else "train"
         log.warning(
-            "this run trains on one GPU, and %s are idle: torchrun --nproc_per_node %s -m scaledown %s, with "
-            "the same flags, trains on all",
-            *(count - 1, count, command),
+            "this run trains on one GPU, and %s are idle: torchrun --nproc_per_node %s -m scaledown %s, "
+            "trains on all",
+            *(count - 1, count, f"{command}, before this" if command else f"{own}, with the same flags"),
         )

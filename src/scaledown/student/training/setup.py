@@ -11,8 +11,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, ProjectConfiguration, set_seed
 
 from scaledown.config.train import StudentConfig
+from scaledown.devices.choice import dtype_to_train
 from scaledown.errors import MissingExtraError, UsageError
-from scaledown.models import dtype_to_train
 from scaledown.student.training.encoded_examples import Batches, EncodedExamples
 from scaledown.student.training.learning_rates import parameter_groups
 from scaledown.student.training.passes import SHARED

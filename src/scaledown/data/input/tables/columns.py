@@ -1,4 +1,4 @@
-"""Finds the column of each part by name; a choice that cannot be made is refused, with the next step."""
+"""Finds the column of each part by its name. If several fit, the error says how to choose."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -86,7 +86,7 @@ def _way(meaning: Meaning, column: str, part: str) -> str:
 
 
 def places_of(column: str, names: Sequence[str]) -> list[int]:
-    """Where the column of a flag is: by its name, its name in any case, or its number from 1."""
+    """Return the index of the column that a flag gives by name, in any case, or by number from 1."""
     exact = [place for place, name in enumerate(names) if name == column]
     found = exact or [place for place, name in enumerate(names) if name.lower() == column.lower()]
     if not found and (number := number_of(column)) and number <= len(names):
@@ -95,6 +95,6 @@ def places_of(column: str, names: Sequence[str]) -> list[int]:
 
 
 def number_of(column: str) -> int:
-    """The number that a flag gives in the place of a name: `2` or `column 2`; 0 for a name."""
+    """Return the number if a flag gives one, as `2` or `column 2`; 0 if it gives a name."""
     number = re.fullmatch(r"(?:column )?([1-9]\d{0,3})", column)
     return int(number[1]) if number else 0

@@ -1,4 +1,4 @@
-"""CSV and TSV: whether a text is a table, its delimiter and header, and the column of each part."""
+"""CSV and TSV: decides whether a text is a table; finds its delimiter, header and columns."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,8 +15,8 @@ from scaledown.data.input.tables.unnamed import places as places_of_parts
 from scaledown.data.input.values import is_full
 from scaledown.errors import InputError, one_line
 
-_REGULAR: Final = 0.9  # a share of records with as many columns, from which on it is a table
-_ABOVE: Final = 10  # rows among which the names of columns are looked for, where the first has none
+_REGULAR: Final = 0.9  # if this share of the lines has the same number of columns, the text is a table
+_ABOVE: Final = 10  # rows that are searched for names of columns if the first row has none
 
 
 def read_delimited(  # noqa: PLR0917
@@ -30,7 +30,7 @@ def read_delimited(  # noqa: PLR0917
     whole: bool,
     above: int,
 ) -> Table | None:
-    """Find whether a text is CSV or TSV, by its ending, a header or tabs; None if it is neither."""
+    """Read a text as CSV or TSV if its ending, a header or tabs say so; else return None."""
     is_table = suffix in folders.TABLES
     found = delimited.samples(text, whole=whole)
     if not is_table and not _looks_like_a_table(found, meaning, column):
@@ -77,7 +77,7 @@ def may_be_a_table(text: str, meaning: Meaning, column: str) -> bool:
 
 
 def _check_above(source: Source, found: Mapping[str, Sample], meaning: Meaning) -> None:
-    """Refuse a table with other lines above its header, because they would become rows."""
+    """Raise `InputError` if lines above the header would be read as rows."""
     sure = set(meaning.parts[meaning.main]) - set(meaning.rivals)
     for sample in found.values():
         for number, record in enumerate(sample.records[1:_ABOVE], 2):
@@ -86,12 +86,12 @@ def _check_above(source: Source, found: Mapping[str, Sample], meaning: Meaning) 
             if names and not sure.isdisjoint(_plain_names(cells)):
                 raise InputError(
                     f"{source}: its row {number} ({', '.join(cells)}) looks like the names of columns; "
-                    "delete what stands above it"
+                    "delete the rows above it"
                 )
 
 
 def check_first_line(source: Source, text: str, meaning: Meaning) -> None:
-    """Refuse a file whose first line has the names of columns where its other lines have no such columns."""
+    """Raise `InputError` if the first line names columns that the other lines do not have."""
     first = first_line(text)
     sure = set(meaning.parts[meaning.main]) - set(meaning.rivals)
     for delimiter, called in delimited.DELIMITERS.items():
@@ -101,12 +101,12 @@ def check_first_line(source: Source, text: str, meaning: Meaning) -> None:
         if len(names) > 1 and short and not sure.isdisjoint(names):
             raise InputError(
                 f"{source}: its first line has the columns {', '.join(names)}, {called}-separated, and other "
-                "lines do not; mend its quotes"
+                "lines do not; correct its quotes"
             )
 
 
 def _looks_like_a_table(found: Mapping[str, Sample], meaning: Meaning, column: str) -> bool:
-    """Whether a text without the ending of a table has a header, or a tab or more in each line."""
+    """Whether a text has a header, or tabs in each line, although its ending is not that of a table."""
     for sample in found.values():
         first = sample.records[0] if sample.records else []
         sure = [name for name in _plain_names(first) if name in meaning.parts[meaning.main]]
@@ -160,7 +160,7 @@ def _is_header(cells: Sequence[str], meaning: Meaning, column: str) -> bool:
 
 
 def _named(shown: str, header: Sequence[str], meaning: Meaning, column: str) -> dict[str, int]:
-    """The places of the columns whose names have a meaning; that of the flag under the name it has there."""
+    """Return the index of each column whose name is known, and of the column that the flag names."""
     names = [name.strip() for name in header]
     flagged = places_of(column, names) if column else []
     check_doubled(shown, names, meaning, column)
@@ -177,7 +177,7 @@ def _named(shown: str, header: Sequence[str], meaning: Meaning, column: str) -> 
 
 
 def _of_part(names: Iterable[str], meaning: Meaning, part: str) -> list[str]:
-    """Those of some columns that may be a part, the most telling name first."""
+    """Return the columns that may be a part; the clearest name comes first."""
     keys = meaning.parts[part]
     return sorted((name for name in names if name.lower() in keys), key=lambda name: keys.index(name.lower()))
 
@@ -190,7 +190,7 @@ def _of_header(  # noqa: PLR0917
     meaning: Meaning,
     column: str,
 ) -> dict[str, str]:
-    """The column of each part, by its name: the first that is not empty throughout."""
+    """Find the column of each part by its name: the first with a cell that is not empty."""
     rows = [dict(zip((name.strip() for name in header), record, strict=False)) for record in records]
     columns = {}
     for part in meaning.parts:
@@ -230,8 +230,8 @@ def _places_by_cells(shown: str, sample: Sample, meaning: Meaning, column: str) 
     main = number - 1 if number else main_column(cells, meaning.main)
     if main is None:
         raise InputError(
-            f"{shown}, no header, {width} columns ({', '.join(first)}): which holds the {meaning.main} "
-            "cannot be told; "
+            f"{shown}, no header, {width} columns ({', '.join(first)}): it is not clear which column is "
+            f"the {meaning.main}; "
             + (
                 f"give its number with {meaning.flag}, as {meaning.flag} {width}"
                 if meaning.flag

@@ -1,4 +1,4 @@
-"""What the columns of a table may mean to a command, and how a file turned out to be read."""
+"""The names that columns may have, and the record of how a file is read."""
 
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 
 from scaledown.data.input.files import Row
 
-# A passage's own id before that of its document.
+# The id of a passage comes before the id of its document.
 DOCUMENT_IDS: Final = ("id", "_id", "pid", "doc_id", "docid", "docno", "wikipedia_id", "kilt_id")
 QUERY_IDS: Final = ("query_id", "qid", "question_id", "questionid", "id", "_id")
 TITLE_KEYS: Final = ("title", "wikipedia_title")
@@ -25,7 +25,7 @@ QUERY_KEYS: Final = (
     ),
 )
 ANSWER_KEYS: Final[tuple[tuple[str, ...], ...]] = (
-    ("ground_truth", "ground_truths"),  # first: beside them `answer` is what a model said
+    ("ground_truth", "ground_truths"),  # first: beside these columns, `answer` is a model's answer
     (
         *("answers", "answer", "answer_aliases", "possible_answers", "golden_answers", "exact_answer"),
         *("output", "qa_pairs"),
@@ -37,21 +37,21 @@ PASSAGE_KEYS: Final = (
     *("contexts", "reference_contexts"),
 )
 MANY_KEYS: Final = ("data", "paragraphs", "qas", "questions")
-"""Of lists of questions in one record, as SQuAD, MRQA, TriviaQA and BioASQ publish them."""
+"""Names of lists of questions in one record, as in SQuAD, MRQA, TriviaQA and BioASQ."""
 
 
 class Meaning(NamedTuple):
-    """What a command looks for in a table: its parts, each with the names that its column may have."""
+    """The parts that a command reads from a table, each with the names that its column may have."""
 
     main: str
     """The part that each row must have."""
     parts: Mapping[str, tuple[str, ...]]
     flag: str
-    """What names the column of the main part; empty where no flag does."""
+    """The flag that names the column of the main part; empty if there is none."""
     rivals: Mapping[str, tuple[str, ...]] = MappingProxyType({})
-    """Names that may not be meant, each with the columns beside which they are not."""
+    """Names that may have another meaning, each with the columns beside which they do."""
     unread: tuple[str, ...] = ()
-    """Parts that only help to understand a table."""
+    """Parts that are not read; they help to find the other parts."""
 
     def known(self) -> set[str]:
         """Return all names that a column may have."""
@@ -64,7 +64,7 @@ class Meaning(NamedTuple):
 
 _RIVALS: Final = {
     "text": ("title", "contents", "content", "passage", "documents", "context"),
-    "body": ("title",),  # BioASQ's question, elsewhere the text under a title
+    "body": ("title",),  # the question in BioASQ; in other data the text under a title
 }
 _ASKED: Final[Mapping[str, tuple[str, ...]]] = {
     "id": QUERY_IDS,
@@ -88,7 +88,7 @@ class Reading(NamedTuple):
     header: bool | None
     """Whether there is a line of names; None where the format needs none."""
     guessed: bool
-    """Whether that follows from the content alone, and not from the file's ending and its names."""
+    """Whether this was found from the content alone, not from the file's ending or the names of columns."""
 
     def __str__(self) -> str:
         words = [self.format]

@@ -1,4 +1,4 @@
-"""How a file is read: its kind from its first bytes, its ending and its first lines, then its columns."""
+"""Reads a file of rows: finds its format from its first bytes, ending and first lines, then its columns."""
 
 import contextlib
 import functools
@@ -23,16 +23,16 @@ from scaledown.errors import InputError, one_line
 
 log = logging.getLogger("scaledown")
 
-VERSION: Final = 1  # of how delimited text is read
+VERSION: Final = 1  # changes when delimited text is read in another way
 _BEGINS: Final = re.compile(r"\s*(\[\s*[\[{]|[\[{]\s*[\r\n]\s*[\"\[{\]}])")
-"""How a JSON value on several lines begins."""
+"""The start of a JSON value that has several lines."""
 _SAMPLE_ROWS: Final = 200
 
 
 def rows(source: Source, meaning: Meaning, column: str = "", meter: Meter | None = None) -> Iterator[Row]:
     """The rows of a file, with the columns that have a meaning; `column` is what `meaning.flag` names.
 
-    Raises `InputError` for what is no data and for columns that cannot be told apart.
+    Raises `InputError` if the file has no known format, or if it is not clear what its columns are.
     """
     with files.open_stream(source, meter) as stream:
         table = _table(source, stream, meaning, column, meter)
@@ -42,7 +42,7 @@ def rows(source: Source, meaning: Meaning, column: str = "", meter: Meter | None
 
 
 def version_of(sources: Iterable[Source]) -> dict[str, int]:
-    """What the passages or queries of some files depend on besides their content; nothing for JSON lines."""
+    """Return the version of the reader, on which rows depend besides the files; None for JSON lines."""
     tables = any(files.inner_suffix(source) in folders.TABLES for source in sources)
     return {"tables": VERSION} if tables else {}
 
@@ -120,7 +120,7 @@ def _json(source: Source, stream: Any, text: str, meaning: Meaning, column: str,
         try:
             seen.append(formats.parse(Row("", 1, line.strip().encode("utf-8", "surrogateescape"))))
         except ValueError:
-            if not seen:  # perhaps one value on many lines
+            if not seen:  # it may be one value on many lines
                 break
     columns = columns_of(str(source), seen, meaning, column)
     reading = Reading("JSON lines", columns, None, guessed=not certain)
@@ -148,7 +148,7 @@ def _batches(  # noqa: PLR0917
     again = itertools.islice(formats.batches(source, kind, None).read(looked), _SAMPLE_ROWS)
     seen = []
     for row in again:
-        with contextlib.suppress(ValueError):  # it is rejected when it is read
+        with contextlib.suppress(ValueError):  # the line is rejected when it is read
             seen.append(formats.parse(row))
     columns = columns_of(str(source), seen, meaning, column, found.names)
     reading = Reading(kind, columns, None, guessed=files.inner_suffix(source) not in folders.BATCHES)
@@ -175,7 +175,7 @@ def _topics(source: Source, stream: Any, meaning: Meaning, column: str) -> Table
 
 
 def of_records(name: str, given: Iterator[Row], meaning: Meaning, column: str) -> Iterator[Row]:
-    """Rows that are records already, of the data set `name`, after their first ones were looked at."""
+    """Yield the records of the data set `name`; the first ones show which columns it has."""
     first = list(itertools.islice(given, _SAMPLE_ROWS))
     seen = [row.content for row in first if isinstance(row.content, dict)]
     lower = [{str(key).lower(): value for key, value in record.items()} for record in seen]

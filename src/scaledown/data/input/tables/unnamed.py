@@ -4,8 +4,8 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Final
 
-_ALIKE: Final = 0.9  # the share of a column's cells that shows what it holds
-_LONGER: Final = 2.0  # times as long as any other column: the text of a corpus
+_ALIKE: Final = 0.9  # if this share of a column's cells is of a kind, so is the column
+_LONGER: Final = 2.0  # the text of a corpus is this many times as long as any other column
 _LONGEST_TITLE: Final = 200  # characters
 _LIST: Final = re.compile(r"\s*(\[.*\]|\{.*\}|array\(.*\))\s*", re.DOTALL)
 _ADDRESS: Final = re.compile(r"\s*\w+://\S+\s*")
@@ -16,11 +16,11 @@ _ASKS: Final = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 NAME: Final = re.compile(r"[^\W\d][\w.-]{0,30}( [\w.-]{1,20})?")
-"""What looks like the name of a column."""
+"""A cell that looks like the name of a column."""
 
 
 def may_be_names(records: Sequence[Sequence[str]]) -> bool:
-    """Whether the first line looks like names that are not known, unlike the lines that follow."""
+    """Whether the first line looks like unknown names of columns, and the next lines do not."""
     first, rest = [cell.strip() for cell in records[0]], records[1:]
     below = [[record[place].strip() for record in rest if place < len(record)] for place in range(len(first))]
     if len(rest) > 1 and NAME.fullmatch(first[0]) and all(re.fullmatch(r"[\d.]+", cell) for cell in below[0]):
@@ -96,12 +96,12 @@ def _answers(cells: Sequence[Sequence[str]], main: int) -> int | None:
 
 
 def places(cells: Sequence[Sequence[str]], main: int, parts: Collection[str]) -> dict[str, int]:
-    """The places of those of some parts that can be told, where that of the main part is known."""
+    """Return the index of each other part that can be recognised, given the index of the main part."""
     found = {}
     codes = [place for place in range(main) if _is_code(cells[place])]
     ids = [place for place in codes if _differ(cells[place])]
     if not ids and main == 1:
-        ids = codes  # ids that come again, as in files that were joined
+        ids = codes  # repeated ids, as in concatenated files
     if ids:
         found["id"] = ids[0]
     if "title" in parts and (title := _title(cells, main, ids)) is not None:

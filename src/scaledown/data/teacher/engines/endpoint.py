@@ -10,8 +10,8 @@ from scaledown.data.prompts import Prompt
 from scaledown.data.teacher.base import Rejection, Setup, TeacherEngine
 from scaledown.data.teacher.dispatch import Dispatcher
 from scaledown.data.teacher.servers import Servers
+from scaledown.devices.halving import Halving
 from scaledown.errors import UsageError
-from scaledown.models import Halving
 from scaledown.records import Answer
 
 

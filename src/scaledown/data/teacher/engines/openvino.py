@@ -16,8 +16,11 @@ from scaledown.data.prompts import Prompt
 from scaledown.data.teacher.base import Generation, Rejection, Setup, TeacherEngine, seed_of
 from scaledown.data.teacher.context import Context, context_tokens
 from scaledown.data.teacher.reply import heard
+from scaledown.devices.halving import Halving
 from scaledown.errors import MissingExtraError, ModelError, install_command
-from scaledown.models import Halving, ModelSource, hub_errors, kept_folder, quiet_libraries
+from scaledown.models.hub import hub_errors
+from scaledown.models.sources import ModelSource, kept_folder
+from scaledown.models.weights import quiet_libraries
 from scaledown.records import Answer
 
 log = logging.getLogger("scaledown")

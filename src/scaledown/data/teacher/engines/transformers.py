@@ -12,8 +12,11 @@ from scaledown.data.prompts import Prompt
 from scaledown.data.teacher.base import Generation, Rejection, Setup, TeacherEngine, seed_of
 from scaledown.data.teacher.context import Context, context_tokens
 from scaledown.data.teacher.reply import heard
+from scaledown.devices.choice import dtype_to_run
+from scaledown.devices.halving import Halving
 from scaledown.errors import ModelError
-from scaledown.models import Halving, ModelSource, dtype_to_run, loadable, loading, onto
+from scaledown.models.sources import ModelSource
+from scaledown.models.weights import loadable, loading, onto
 from scaledown.records import Answer
 
 if TYPE_CHECKING:

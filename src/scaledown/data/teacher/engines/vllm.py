@@ -11,8 +11,10 @@ from scaledown.data.prompts import Prompt
 from scaledown.data.teacher.base import Generation, Rejection, Setup, TeacherEngine, seed_of
 from scaledown.data.teacher.context import Context, context_tokens
 from scaledown.data.teacher.reply import heard
+from scaledown.devices.halving import Halving
 from scaledown.devices.vllm import VllmEngine, check_vllm, gpus_of, runs_on
-from scaledown.models import Halving, ModelSource, loadable, loading
+from scaledown.models.sources import ModelSource
+from scaledown.models.weights import loadable, loading
 from scaledown.records import Answer, Logprobs
 
 log = logging.getLogger("scaledown")

@@ -1,0 +1,77 @@
+"""Chooses the device and the dtype that a model runs with."""
+
+import os
+from typing import TYPE_CHECKING
+
+from scaledown.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def same_bits() -> None:
+    """Make float32 products on a CPU independent of the number of threads, by MKL's strict mode.
+
+    MKL reads the variable before its first product. A value that the user has set stays.
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
+def choose_device(name: str) -> str:
+    """Choose the device to run on.
+
+    Args:
+        name: cpu, cuda, cuda:N, mps, or auto for the best one. Under torchrun, `auto` and `cuda` are the GPU
+            of this process.
+
+    Raises:
+        ModelError: This machine has no such device.
+    """
+    import torch
+
+    if name in {"auto", "cuda"} and torch.cuda.is_available():
+        return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+    if name == "auto":
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"--device {name}: use auto, cpu, cuda, cuda:N or mps") from None
+    missing = (
+        (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count())
+        or (device.type == "mps" and not torch.backends.mps.is_available())
+        or device.type not in {"cpu", "cuda", "mps"}
+    )
+    if missing:
+        raise ModelError(f"--device {name}: this machine has no such device; use --device auto")
+    return name
+
+
+def dtype_to_train(name: str, device: str) -> "torch.dtype":
+    """The dtype for training. `auto` is bfloat16 on CUDA, unless the GPU emulates it, else float32."""
+    import torch
+
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    is_fast = device.startswith("cuda") and not emulates_bfloat16(device)
+    return torch.bfloat16 if is_fast else torch.float32
+
+
+def dtype_to_run(name: str, device: str) -> "torch.dtype":
+    """The dtype for inference: as `dtype_to_train`, but `auto` is float16 if the GPU emulates bfloat16."""
+    import torch
+
+    return torch.float16 if name == "auto" and emulates_bfloat16(device) else dtype_to_train(name, device)
+
+
+def emulates_bfloat16(device: str) -> bool:
+    """Whether a device is a GPU of a compute capability below 8 (V100, T4), on which bfloat16 is slow."""
+    import torch
+
+    return (
+        device.startswith("cuda")
+        and torch.cuda.is_available()
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) < (8, 0)
+    )

@@ -1,0 +1,117 @@
+"""Runs batches; one that runs out of memory is halved until its parts fit."""
+
+import collections
+import concurrent.futures
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from scaledown.devices.gpus import give_back
+from scaledown.errors import NoRoomError
+
+log = logging.getLogger("scaledown")
+
+Item = TypeVar("Item")
+Launched = TypeVar("Launched")
+Done = TypeVar("Done")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that a device has too little memory."""
+    # CUDA raises OutOfMemoryError; MPS and the CPU's allocator raise RuntimeError with such a message.
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return True
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in message or "can't allocate memory" in message
+    )
+
+
+class Halving:
+    """Runs batches. A batch that runs out of memory is halved until its parts fit; `count` counts this."""
+
+    def __init__(self, flag: str) -> None:
+        self.flag = flag
+        self.count = 0
+
+    def __call__(self, work: Callable[[Sequence[Item]], Done], batch: Sequence[Item]) -> list[Done]:
+        """Return the results of `work` for the batch or its parts, in order.
+
+        Raises `NoRoomError` if one item alone does not fit.
+        """
+        try:
+            return [work(batch)]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise NoRoomError(
+                    f"out of memory with one text at a time ({self.flag} 1): use a smaller model, shorter "
+                    "texts or a larger machine"
+                ) from error
+        self.count += 1
+        middle = (len(batch) + 1) // 2
+        log.warning(
+            "out of memory: a batch of %s texts was halved; a lower %s avoids this", len(batch), self.flag
+        )
+        give_back()
+        return self(work, batch[:middle]) + self(work, batch[middle:])
+
+    def each(
+        self,
+        batches: Iterable[Sequence[Item]],
+        launch: Callable[[Sequence[Item]], Launched],
+        read: Callable[[Launched], Done],
+        device: str,
+    ) -> Iterator[tuple[Sequence[Item], list[Done]]]:
+        """Yield the batches, each with what a call gives for it, in order.
+
+        On CUDA the next batch is launched before one is read back. A batch for which there is no room
+        beside another is done again alone, and halved only if that fails, too.
+
+        Args:
+            batches: May be made while earlier ones are computed.
+            launch: Starts to compute a batch. It runs in one thread at a time, since tokenizers must.
+            read: Waits for what was launched, and fetches it.
+            device: The device that computes.
+
+        Raises:
+            NoRoomError: Even one item does not fit.
+        """
+
+        def work(batch: Sequence[Item]) -> Done:
+            return read(launch(batch))
+
+        if not device.startswith("cuda"):
+            yield from ((batch, self(work, batch)) for batch in batches)
+            return
+        launching = threading.Lock()
+
+        def ahead(batch: Sequence[Item]) -> list[Done] | None:
+            try:
+                with launching:
+                    launched = launch(batch)
+                return [read(launched)]
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                return None
+
+        under_way: collections.deque[tuple[Sequence[Item], Any]] = collections.deque()
+
+        def first() -> tuple[Sequence[Item], list[Done]]:
+            batch, future = under_way.popleft()
+            if (found := future.result()) is None:
+                concurrent.futures.wait([other for _, other in under_way])
+                give_back()
+                found = self(work, batch)
+            return batch, found
+
+        with concurrent.futures.ThreadPoolExecutor(2) as threads:
+            for batch in batches:
+                under_way.append((batch, threads.submit(ahead, batch)))
+                if len(under_way) == 2:
+                    yield first()
+            while under_way:
+                yield first()

