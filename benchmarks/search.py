@@ -139,7 +139,7 @@ def search_once(folder: Path, side: str, asked: int, passages: int) -> None:
 def compare(before: str, passages: int, *, quick: bool) -> None:
     """Compare the search of an earlier version with that of this one; a ratio of processor seconds."""
     from scaledown.data.retrieval.encoders import load_encoder
-    from scaledown.models import resolve
+    from scaledown.models.sources import resolve
 
     folders = ("xquad-dev",) if quick else ("xquad-dev", "qed-dev", "cmu-dev")
     sources = {"before": f"{before}/src", "now": str(Path(__file__).resolve().parents[1] / "src")}
