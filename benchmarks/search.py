@@ -1,17 +1,41 @@
 """Exact search against SciPy's sparse product and a dense product; approximate search against exact.
 
 Vectors are synthetic (see `common.synthetic`), queries are about some of them; the top 20 are searched.
+
+With `--before DIR`, a checkout of an earlier version, only the exact search of both versions is compared, in
+turns, one thread each: all real questions over real passages resampled to `--passages`:
+
+    git worktree add /tmp/before d47fa64
+    .venv/bin/python benchmarks/search.py --before /tmp/before
 """
 
+import functools
+import hashlib
+import json
+import os
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
 import torch
-from common import arguments, close, machine, paired, synthetic, synthetic_queries, verdict
+from common import (
+    SHARD,
+    child,
+    close,
+    machine,
+    paired,
+    parser,
+    questions,
+    real_texts,
+    synthetic,
+    synthetic_queries,
+    verdict,
+)
 
 from scaledown.data.retrieval.index import pack, search
 from scaledown.data.retrieval.seismic import CARES, SeismicIndex, recall
@@ -68,9 +92,93 @@ def agreement(
     return float(same.mean())
 
 
+def resampled(real: sp.csr_matrix, passages: int) -> Iterator[sp.csr_matrix]:
+    """Shards of real passages, drawn at random, whose vectors are changed.
+
+    Three of ten terms become another term of about the same document frequency: of the order by frequency, at
+    most an eighth of the place away, or 8 places. Weights are jittered by 20%.
+    """
+    frequency = np.bincount(real.indices, minlength=real.shape[1])
+    order = np.argsort(-frequency, kind="stable")[: np.count_nonzero(frequency)]
+    place = np.zeros(real.shape[1], np.int64)
+    place[order] = np.arange(len(order))
+    random = np.random.default_rng(0)
+    for first in range(0, passages, SHARD):
+        count = min(SHARD, passages - first)
+        part = real[random.integers(0, real.shape[0], count)].tocoo()
+        here = place[part.col]
+        away = np.maximum(8, here // 8)
+        other = order[(here + random.integers(-away, away + 1)).clip(0, len(order) - 1)]
+        terms = np.where(random.random(part.nnz) < 0.3, other, part.col)
+        weights = (part.data * np.exp(0.2 * random.standard_normal(part.nnz))).astype(np.float32)
+        _, kept = np.unique(part.row.astype(np.int64) * real.shape[1] + terms, return_index=True)
+        yield sp.csr_matrix((weights[kept], (part.row[kept], terms[kept])), shape=part.shape)
+
+
+def search_once(folder: Path, side: str, asked: int, passages: int) -> None:
+    """Search once, in a child process, the shards of its version, which it writes if there are none."""
+    stage = Stage(RunDirectory(folder / side), "vectors", {"passages": passages})
+    if not stage.done():
+        rows = []
+        for number, shard in enumerate(resampled(sp.load_npz(folder / "passages.npz"), passages)):
+            stage.write(number, pack(shard))
+            rows.append(shard.shape[0])
+        stage.finish(rows, {"passages": passages})
+    rows = stage.finished().rows
+    load = [functools.partial(stage.table, number, check=True) for number in range(len(rows))]
+    queries = sp.load_npz(folder / "queries.npz")
+    chosen = queries[np.sort(np.random.default_rng(0).permutation(queries.shape[0])[:asked])]
+    search(chosen[:1], load[:1], rows[:1], TOP, threads=1)  # compiles
+    started, processor = time.perf_counter(), time.process_time()
+    ranking = search(chosen, load, rows, TOP, threads=1)
+    seconds, processor = time.perf_counter() - started, time.process_time() - processor
+    digest = hashlib.sha256(ranking.rows.tobytes() + ranking.scores.tobytes()).hexdigest()
+    print(json.dumps({"seconds": seconds, "processor": processor, "digest": digest}))
+
+
+def compare(before: str, passages: int, *, quick: bool) -> None:
+    """Compare the search of an earlier version with that of this one; a ratio of processor seconds."""
+    from scaledown.data.retrieval.encoders import load_encoder
+    from scaledown.models.sources import resolve
+
+    folders = ("xquad-dev",) if quick else ("xquad-dev", "qed-dev", "cmu-dev")
+    sources = {"before": f"{before}/src", "now": str(Path(__file__).resolve().parents[1] / "src")}
+    with tempfile.TemporaryDirectory() as folder:
+        encoder = load_encoder(resolve("bundled:splade-tiny"), "cpu", "float32", 32)
+        texts, asked = real_texts(folders), questions(folders)
+        sp.save_npz(Path(folder) / "passages.npz", encoder.documents(texts, lambda _: None))
+        sp.save_npz(Path(folder) / "queries.npz", encoder.queries(asked, lambda _: None))
+        for count in (1, 300, len(asked)):
+            found: dict[str, list[dict]] = {side: [] for side in sources}
+            for _ in range(3):
+                for side, source in sources.items():
+                    os.environ["PYTHONPATH"] = source
+                    words = [__file__, "--search", folder, side, str(count), str(passages)]
+                    found[side].append(child(words))
+            same = len({one["digest"] for runs in found.values() for one in runs}) == 1
+            median = {
+                side: statistics.median(one["processor"] for one in runs) for side, runs in found.items()
+            }
+            ratio = median["before"] / median["now"]
+            print(
+                f"  {passages:,} passages, {count:,} queries: before {median['before']:.2f} s of CPU, "
+                f"now {median['now']:.2f}, ratio {ratio:.2f}"
+            )
+            verdict("equal rows and scores", str(same).lower(), "true", met=same)
+    close("search", ratio, 2, also=same)
+
+
 def main() -> None:
-    options = arguments(__doc__)
+    if sys.argv[1:2] == ["--search"]:
+        search_once(Path(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:]))
+        return
+    made = parser(__doc__)
+    made.add_argument("--before", metavar="DIR", help="compare with this checkout of an earlier version")
+    made.add_argument("--passages", type=int, default=1_000_000, help="with --before (default: 1,000,000)")
+    options = made.parse_args()
     print(machine())
+    if options.before:
+        compare(options.before, options.passages, quick=options.quick)
     queries = synthetic_queries(2000)
     few = synthetic_queries(200)
     repeats = 3 if options.quick else 5

@@ -1,16 +1,17 @@
 """Vectors on disk and exact top-k over them.
 
-Sparse vectors are stored row by row (CSR): term ids in the smallest unsigned type, weights in float16, 8 bits
-or float32. Search is exact over the stored vectors; ties go to the earlier passage. Sparse scores do not
-depend on the sharding, except with 8-bit weights, because each shard has its own step. The last bits of dense
-scores depend on it, because the rounding of a matrix product depends on its shape.
+Sparse vectors are stored inverted, in blocks of consecutive passages: for each term of a block the passages
+that have it, with their weights in float16, 8 bits or float32. Search is exact over what is stored; ties go
+to the earlier passage. Sparse scores do not depend on the sharding, but for 8-bit weights, whose step is a
+shard's; dense ones do in their last bits, because a matrix product does.
 """
 
+import functools
 import json
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -26,6 +27,11 @@ Vectors: TypeAlias = sp.csr_matrix | Array
 
 _NONE: Final[Array] = np.empty(0, np.int64)
 _BLOCK: Final = 4096  # passages; their scores fit into the processor's first-level cache
+# A term of a block becomes a row of weights, which is added without looking up passages, if one of so many
+# passages has it and so many queries use it. The rows of a block take at most 5 MB.
+_ROW_SHARE: Final = 8
+_ROW_USES: Final = 4
+_ROWS: Final = 256
 
 log = logging.getLogger(__name__)
 
@@ -41,19 +47,69 @@ def pack(vectors: Vectors, weights: str = "float16") -> pa.Table:
         values = pa.array(np.ascontiguousarray(vectors, dtype=np.float32).ravel())
         return pa.table({"dense": pa.FixedSizeListArray.from_arrays(values, vectors.shape[1])})
     csr = sp.csr_matrix(vectors, copy=True)
+    csr.sum_duplicates()
     step = 1.0
     if weights == "uint8":
         step = float(csr.data.max(initial=0)) / 255 or 1.0
         csr = sp.csr_matrix((np.rint(csr.data / step), csr.indices, csr.indptr), shape=csr.shape)
         csr.eliminate_zeros()
-    csr.sort_indices()
-    terms = np.uint16 if csr.shape[1] <= 1 << 16 else np.uint32
-    starts = pa.array(csr.indptr, pa.int64())
-    columns = {
-        "terms": pa.LargeListArray.from_arrays(starts, pa.array(csr.indices.astype(terms))),
-        "weights": pa.LargeListArray.from_arrays(starts, pa.array(csr.data.astype(weights))),
-    }
-    return pa.table(columns).replace_schema_metadata({"dimensions": str(csr.shape[1]), "step": repr(step)})
+    count, dimensions = csr.shape
+    firsts = range(0, count, _BLOCK)
+    blocks = [_inverted(csr[first : first + _BLOCK]) for first in firsts]
+
+    def lists(**fields: tuple[Sequence[Array], str]) -> pa.LargeListArray:
+        """A list for each passage: that of its block for the first passage of a block, else an empty one."""
+        values = [
+            np.concatenate([np.empty(0, kind), *(array.astype(kind) for array in arrays)])
+            for arrays, kind in fields.values()
+        ]
+        ends = np.zeros(count + 1, np.int64)
+        for first, own in zip(firsts, next(iter(fields.values()))[0], strict=True):
+            ends[first + 1] = len(own)
+        struct = pa.StructArray.from_arrays(list(map(pa.array, values)), list(fields))
+        return pa.LargeListArray.from_arrays(pa.array(np.cumsum(ends)), struct)
+
+    term = "uint16" if dimensions <= 1 << 16 else "uint32"
+    table = pa.table(
+        {
+            "terms": lists(
+                term=([block.terms for block in blocks], term),
+                postings=([block.counts for block in blocks], "uint16"),
+            ),
+            "postings": lists(
+                passage=([block.passages for block in blocks], "uint16"),
+                weight=([block.weights for block in blocks], weights),
+            ),
+        }
+    )
+    described = {"dimensions": dimensions, "step": step, "block": _BLOCK}
+    return table.replace_schema_metadata({name: repr(own) for name, own in described.items()})
+
+
+class _Block(NamedTuple):
+    """The postings of consecutive passages, sorted by term, then by passage."""
+
+    terms: Array
+    """The terms that occur, ascending [terms]."""
+    counts: Array
+    """The number of postings of each [terms]."""
+    passages: Array
+    """Passages counted from the first of the block, uint16 [postings]."""
+    weights: Array
+    """Weights [postings]."""
+
+    def starts(self, dimensions: int) -> Array:
+        """Where the postings of each term of the vocabulary start, int64 [dimensions + 1]."""
+        starts = np.zeros(dimensions + 1, np.int64)
+        starts[1:][self.terms] = self.counts
+        return np.cumsum(starts, out=starts)
+
+
+def _inverted(rows: sp.csr_matrix) -> _Block:
+    columns = rows.tocsc()
+    counts = np.diff(columns.indptr)
+    terms = np.flatnonzero(counts)
+    return _Block(terms, counts[terms], columns.indices.astype(np.uint16), columns.data)
 
 
 def nothing(like: pa.Table, count: int) -> pa.Table:
@@ -83,20 +139,95 @@ def unpack(shard: pa.Table) -> Vectors:
     if "dense" in shard.column_names:
         column = shard.column("dense").combine_chunks()
         return column.flatten().to_numpy().reshape(len(column), column.type.list_size)
-    starts, terms, weights = _postings(shard)
-    parts = (weights, terms.astype(np.int32), starts)
-    return sp.csr_matrix(parts, shape=(len(starts) - 1, int(shard.schema.metadata[b"dimensions"])))
+    if "weights" in shard.column_names:
+        return _rows(shard)
+    count, dimensions, size = _shape(shard)
+    rows = [sp.csr_matrix((0, dimensions), dtype=np.float32)]
+    for first, block in _blocks(shard, range(math.ceil(count / size)), _Room()):
+        parts = (block.weights, block.passages.astype(np.int32), block.starts(dimensions))
+        rows.append(sp.csc_matrix(parts, shape=(min(size, count - first), dimensions)).tocsr())
+    return sp.vstack(rows, format="csr")
 
 
-def _postings(shard: pa.Table) -> tuple[Array, Array, Array]:
-    """The arrays of a sparse shard: starts int64 [n + 1], terms (a view) and weights float32 [postings]."""
+def _rows(shard: pa.Table) -> sp.csr_matrix:
+    """The vectors of a sparse shard of version 0.6 and before, which has them row by row."""
     terms, weights = (shard.column(name).combine_chunks() for name in ("terms", "weights"))
-    starts = terms.offsets.to_numpy()
-    step = np.float32(json.loads(shard.schema.metadata[b"step"]))
-    values = weights.values.to_numpy()[starts[0] : starts[-1]].astype(np.float32)
-    if step != 1:
-        values *= step
-    return starts - starts[0], terms.values.to_numpy()[starts[0] : starts[-1]], values
+    values = _float32(weights.values.to_numpy(), shard, _Room())
+    parts = (values, terms.values.to_numpy().astype(np.int32), terms.offsets.to_numpy())
+    return sp.csr_matrix(parts, shape=_shape(shard)[:2])
+
+
+def postings(shard: pa.Table) -> int:
+    """The number of postings of a sparse shard."""
+    lists = shard.column("weights" if "weights" in shard.column_names else "postings").chunk(0)
+    return len(lists.flatten())
+
+
+def _shape(shard: pa.Table) -> tuple[int, int, int]:
+    """The passages of a sparse shard, its dimensions, and the passages of a block."""
+    metadata = shard.schema.metadata
+    return shard.num_rows, int(metadata[b"dimensions"]), int(metadata.get(b"block", _BLOCK))
+
+
+class _Room:
+    """Arrays that a thread uses for one block after the other: memory is slow when it is first written to."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, Array] = {}
+
+    def take(self, name: str, count: int, kind: type) -> Array:
+        """An array with any content; it is valid until the same name is taken again."""
+        own = self._arrays.get(name)
+        if own is None or len(own) < count:
+            own = self._arrays[name] = np.empty(count, kind)
+        return own[:count]
+
+
+def _float32(weights: Array, shard: pa.Table, room: _Room) -> Array:
+    """Stored weights as numbers."""
+    from scaledown.data.retrieval.search_kernels import look_up
+
+    if weights.dtype == np.float32:
+        return weights
+    found = room.take("weights", len(weights), np.float32)
+    codes = weights.view(np.uint8 if weights.itemsize == 1 else np.uint16)
+    look_up(_table(weights.dtype, shard.schema.metadata[b"step"]), codes, found)
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def _table(kind: "np.dtype[Any]", step: bytes) -> Array:
+    """The numbers that all codes of a type of weights mean, in multiples of `step`."""
+    codes = np.arange(1 << 8 * kind.itemsize, dtype=f"u{kind.itemsize}")
+    with np.errstate(invalid="ignore"):  # not a number, which no weight is
+        table: Array = codes.view(kind).astype(np.float32) * np.float32(json.loads(step))
+    return table
+
+
+def _blocks(shard: pa.Table, numbers: range, room: _Room) -> Iterator[tuple[int, _Block]]:
+    """Some blocks of a sparse shard, with float32 weights, each with its first passage.
+
+    One is valid until the next is asked for.
+    """
+    size = _shape(shard)[2]
+    if "weights" in shard.column_names:
+        rows = _rows(shard)
+        for number in numbers:
+            block = _inverted(rows[number * size : (number + 1) * size])
+            block.passages.flags.writeable = False  # as in a mapped file: else the kernels are compiled twice
+            yield number * size, block
+        return
+    terms, postings = (shard.column(name).chunk(0) for name in ("terms", "postings"))
+    fields = [(terms, name) for name in ("term", "postings")] + [
+        (postings, name) for name in ("passage", "weight")
+    ]
+    arrays = [(lists.offsets, lists.values.field(name).to_numpy()) for lists, name in fields]
+    for number in numbers:
+        first = number * size
+        term, count, passage, weight = (
+            values[offsets[first].as_py() : offsets[first + 1].as_py()] for offsets, values in arrays
+        )
+        yield first, _Block(term, count, passage, _float32(weight, shard, room))
 
 
 class Ranking(NamedTuple):
@@ -141,35 +272,31 @@ def search(
     # A dense product uses all cores itself.
     threads = (threads or cores()) if sp.issparse(queries) else 1
     parts = math.ceil(threads / len(shards))
-    spans = iter(
-        [
-            (number, size * part // parts, size * (part + 1) // parts)
-            for number, size in enumerate(sizes)
-            for part in range(parts)
-        ]
-    )
+    tasks = iter([(number, part) for number in range(len(shards)) for part in range(parts)])
     lock, failed = threading.Lock(), threading.Event()
-    searched = 0
+    searched = 0.0
 
     def work(_: int) -> Ranking:
         nonlocal searched
-        best = _nothing(queries.shape[0], k)
+        best, room = _nothing(queries.shape[0], k), _Room()
         while True:
             with lock:
-                number, low, high = next(spans, (None, 0, 0))
+                number, part = next(tasks, (None, 0))
             if number is None or failed.is_set():
                 return best
             if (load := shards[number]) is None:
                 continue
-            shard = load().slice(low, high - low)
-            first = int(firsts[number]) + low
-            own = _within(removed, first, first + shard.num_rows)
+            shard = load()
+            first, end = map(int, firsts[number : number + 2])
+            own = _within(removed, first, end)
             if "dense" in shard.column_names:
                 best = _dense(queries, unpack(shard), first, own, best)
             else:
-                _sparse(queries, shard, first, own, best)
+                blocks = math.ceil(shard.num_rows / _shape(shard)[2])
+                mine = range(blocks * part // parts, blocks * (part + 1) // parts)
+                _sparse(queries, shard, mine, best, room, first=first, removed=own)
             with lock:
-                searched += high - low
+                searched += sizes[number] / parts
                 advance(searched / firsts[-1])
 
     with ThreadPoolExecutor(threads) as executor:
@@ -219,17 +346,44 @@ def _dense(queries: Array, shard: Array, first: int, removed: Array, best: Ranki
     return best_of([best, found], best.rows.shape[1])
 
 
-def _sparse(queries: sp.csr_matrix, shard: pa.Table, first: int, removed: Array, best: Ranking) -> None:
-    """Search a shard of sparse vectors and change `best`, which has only passages of earlier rows."""
-    from scaledown.data.retrieval.search_kernels import invert, search_block
+def _sparse(
+    queries: sp.csr_matrix,
+    shard: pa.Table,
+    blocks: range,
+    best: Ranking,
+    room: _Room,
+    *,
+    first: int,
+    removed: Array,
+) -> None:
+    """Search some blocks of a shard of sparse vectors that follow those in `best`, which changes."""
+    from scaledown.data.retrieval.search_kernels import round_up, search_block
 
-    starts, terms, weights = _postings(shard)
-    dimensions = int(shard.schema.metadata[b"dimensions"])
-    for low in range(0, shard.num_rows, _BLOCK):
-        high = min(low + _BLOCK, shard.num_rows)
-        inverted = invert(starts, terms, weights, low, high, dimensions)
-        block = (*inverted, high - low, first + low, _within(removed, low, high))
-        search_block(queries.indptr, queries.indices, queries.data, *block, *best)
+    count, dimensions, size = _shape(shard)
+    uses = np.bincount(queries.indices, minlength=dimensions)
+    for low, block in _blocks(shard, blocks, room):
+        high = min(low + size, count)
+        postings = (block.starts(dimensions), block.passages, block.weights)
+        saved = np.where(block.counts * _ROW_SHARE >= high - low, uses[block.terms], 0)
+        some = np.flatnonzero(saved >= _ROW_USES)
+        some = some[np.argsort(-saved[some] * block.counts[some], kind="stable")[:_ROWS]]
+        row_of = np.full(dimensions, -1, np.int32)
+        row_of[block.terms[some]] = np.arange(len(some))
+        rows = _rows_for(len(some), high - low, room)
+        small = room.take("small", len(block.weights), np.uint8)
+        largest = round_up(uses, *postings, row_of, small, *rows)
+        bounds = (row_of, largest, small, *rows)
+        where = (high - low, first + low, _within(removed, low, high))
+        search_block(queries.indptr, queries.indices, queries.data, *postings, *bounds, *where, *best)
+
+
+def _rows_for(count: int, passages: int, room: _Room) -> tuple[Array, Array]:
+    """Rows of weights, float32 and uint8, of passages filled up to a multiple of 64."""
+    width = math.ceil(passages / 64) * 64
+    return (
+        room.take("full rows", count * width, np.float32).reshape(count, width),
+        room.take("small rows", count * width, np.uint8).reshape(count, width),
+    )
 
 
 def warn_about_top_k(top_k: int, passages: int) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from scaledown.data.retrieval.index import (
     check_finite,
     nothing,
     pack,
+    postings,
     search,
     stacked,
     warn_about_top_k,
@@ -38,15 +40,20 @@ log = logging.getLogger("scaledown")
 Check: TypeAlias = Callable[[], None]
 Find: TypeAlias = Callable[[Vectors, int, Callable[[float], None]], Ranking]
 
-_QUERIES_AT_ONCE: Final = 4096
+_QUERIES_AT_ONCE: Final = 8192
+_DENSE_QUERIES_AT_ONCE: Final = 4096  # the last bits of dense scores depend on it
+# Queries of which a large index is searched at once at least: reading it takes as long as searching 600.
+_QUERIES_AT_LEAST: Final = 1024
+_LARGE: Final = 100_000  # passages
 _COMPARED: Final = 256  # queries whose candidates' texts are compared at once
 _RESULTS: Final = 1 << 22  # results in memory at once, where more passages than `top_k` are ranked
 _COLLAPSED: Final = b"collapsed"
 _SAMPLED: Final = 256  # queries on which the recall of approximate search is measured
 _BYTES_A_QUERY: Final = 2048  # about a hundred terms, twice
 _BYTES_A_RESULT: Final = 12  # a row and a score
-# The size of a shard in memory divided by its size on disk: terms, float32 weights, and both sorted by term.
+# The size of a shard in memory divided by its size on disk: 3, or 5 if it has to be inverted.
 _UNPACKED: Final = 5
+_BYTES_OF_ROWS: Final = 8_000_000  # which a thread holds too: rows of weights of a block, and sums
 
 
 def encode_passages(
@@ -83,13 +90,8 @@ def encode_passages(
     rows = passages.finished().rows
     counts = {"passages": sum(rows)}
     if "terms" in stage.table(0).column_names:
-        counts["postings"] = sum(_postings(stage.table(shard)) for shard in range(len(rows)))
+        counts["postings"] = sum(postings(stage.table(shard)) for shard in range(len(rows)))
     stage.finish(rows, counts)
-
-
-def _postings(shard: pa.Table) -> int:
-    ends = shard.column("terms").chunk(0).offsets
-    return int(ends[-1].as_py() - ends[0].as_py())
 
 
 class TokenLists(Sequence[Array]):
@@ -144,8 +146,8 @@ def retrieve(
     Of several passages with the same text, only the first is a candidate (see `distinct`).
 
     Several shards of queries are searched together, so that reading the vectors takes a small part of the
-    time. Their number is limited by `--search_memory`, and to 4,096 queries (65,536 in approximate search),
-    which are searched again after a crash.
+    time. Their number is limited by `--search_memory`, and to 8,192 queries (4,096 with dense vectors, 65,536
+    in approximate search), which are searched again after a crash.
 
     Args:
         stage: The stage of candidates.
@@ -358,15 +360,19 @@ class SearchPlan(NamedTuple):
         rows = vectors.finished().rows
         shard = max(vectors.size(number) for number in range(len(rows)))
         dense = "dense" in vectors.table(0).column_names  # a dense product uses all cores itself
-        threads = 1 if dense else int(max(1, min(threads_here(), half // (_UNPACKED * shard))))
+        per_thread = _UNPACKED * shard + _BYTES_OF_ROWS
+        threads = 1 if dense else int(max(1, min(threads_here(), half // per_thread)))
         per_query = config.top_k_retrieval * _BYTES_A_RESULT * (threads + 2) + _BYTES_A_QUERY
         per_query += max(rows) * 4 if dense else 0
+        most = _DENSE_QUERIES_AT_ONCE if dense else _QUERIES_AT_ONCE
         # Loading a Seismic index takes longer than loading vectors.
-        most = _QUERIES_AT_ONCE * (16 if config.search == "approximate" else 1)
+        most *= 8 if config.search == "approximate" else 1
         queries = min(most, half / per_query)
         at_once = int(max(1, queries // config.queries_per_shard))
-        # The last bits of dense scores depend on how many are searched together.
-        return cls(threads, at_once if dense else together(shards, at_once))
+        if dense:
+            return cls(threads, at_once)
+        least = math.ceil(_QUERIES_AT_LEAST / config.queries_per_shard) if sum(rows) >= _LARGE else 1
+        return cls(threads, max(together(shards, at_once), min(at_once, least, shards)))
 
 
 def candidates_table(queries: pa.Table, found: Sequence[Candidates]) -> pa.Table:
