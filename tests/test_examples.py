@@ -116,8 +116,10 @@ def test_demo_runs_with_small_models(
     assert re.findall(r"^\$ .*scaledown (\w+) ", first, re.MULTILINE) == ["prepare", "pretrain", "train"]
     assert "This was a taste. 1 steps of 2 and 1 of 2 examples" in first
     assert "answers badly" in first
-    (own, others) = re.findall(r"question's (?:own documents)? +(\d+\.\d\d)\n", first)
+    (own, others) = json.loads((folder / "taste.json").read_text())["losses"]
     assert own != others
+    found = re.findall(r"question's (?:own documents)? +(\d+\.\d\d)\n", first)
+    assert found == [f"{own:.2f}", f"{others:.2f}"]
     assert json.loads((folder / "held_out.json").read_text())[3]["query"] in first
     (look,) = set(re.findall(r"look: (.+)", first))  # of the data's summary, and at the end
     assert Path(look).is_file()

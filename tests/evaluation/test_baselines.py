@@ -17,6 +17,7 @@ from scaledown.evaluation import baselines, systems
 from scaledown.evaluation.results import read_results
 from scaledown.models.sources import resolve
 from scaledown.run.directory import SCHEMA, fingerprint
+from scaledown.student.compressors.pointer import with_neighbours
 from scaledown.student.inference.compressing import Pointed
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
@@ -295,7 +296,8 @@ def test_tokens_stand_where_embeddings_would(pointer: Path) -> None:
     query, documents = RECORDS[0]["query"], RECORDS[0]["documents"]
 
     def weigh(query: str, read: Any) -> list[list[float]]:
-        return [own.scores for own in model.point(query, [one.text for one in read])]
+        scores = [torch.tensor([own.scores]) for own in model.point(query, [one.text for one in read])]
+        return [with_neighbours(own, own > -torch.inf)[0].tolist() for own in scores]
 
     (found,) = baselines.answer("first", model, [query], [documents], weigh=lambda: weigh, config=CONFIG)
     assert found == model.answer(query, documents, max_new_tokens=6)

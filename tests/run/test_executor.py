@@ -150,10 +150,10 @@ def test_gpus_that_share_a_teacher_can_be_workers_of_their_own(
     assert shown == (alone if gpus_each else ["0,1", "2,3", "4,5"])[:count]
 
 
-def test_too_few_gpus_for_a_teacher_are_told_before_any_of_them_works(tmp_path: Path, monkeypatch) -> None:
+def test_too_few_gpus_for_a_teacher_are_an_error_before_any_work(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(workers, "gpus_here", lambda _: 2)
     config = PrepareConfig(queries_file=("q.txt",), output_file="o.json", tensor_parallel=4)
-    with pytest.raises(UsageError, match="there are 2 GPUs, and --tensor_parallel takes 4"):
+    with pytest.raises(UsageError, match="are 2 GPUs, .*needs 4 for each worker: lower it"):
         workers.share(config, "m:f", [RunDirectory(tmp_path / "run")], gpus_each=1)
 
 

@@ -95,7 +95,7 @@ def pool_of(config: IndexConfig, run: RunDirectory, gpus_each: int = 0) -> tuple
         raise UsageError(
             f"--workers {least}: there are {seen} GPUs"
             + (f", and --tensor_parallel needs {together} for each worker" if together > 1 else "")
-            + f": give at most {seen // together}"
+            + (f": give at most {seen // together}" if seen >= together else ": lower it")
         )
     count = asked or max(1, seen // each)
     return LocalPool(count, run.path / "live", each if seen else 0), count
