@@ -713,7 +713,7 @@ def test_command_line_end_to_end(setting: Setting, environment: dict[str, str]) 
 
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-LAUNCH = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+LAUNCH = ["accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
@@ -733,7 +733,7 @@ def assert_close(one: Trained, other: Trained) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [TORCHRUN, LAUNCH], ids=["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", [TORCHRUN, [*LAUNCH, "--cpu"]], ids=["torchrun", "accelerate"])
 def test_two_processes_train_as_one(
     launcher: list[str], setting: Setting, environment: dict[str, str]
 ) -> None:
@@ -850,8 +850,9 @@ sys.exit(train.main())
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, [*LAUNCH, "--multi_gpu"]], ids=["torchrun", "accelerate"])
 def test_two_processes_on_two_gpus_train(
-    setting: Setting, environment: dict[str, str], tmp_path: Path
+    launcher: list[str], setting: Setting, environment: dict[str, str], tmp_path: Path
 ) -> None:
     script = tmp_path / "two_gpus.py"
     believes = "torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 2"
@@ -859,7 +860,7 @@ def test_two_processes_on_two_gpus_train(
     alone = train(setting("alone", num_epochs=1.0, generator_training="full"))
     words = flags(setting("together"), "--eval_steps", "3", "--generator_training", "full")
     words[words.index("--device") + 1] = "auto"
-    done = by_two(script, [*words, "--dtype", "float32"], environment)
+    done = by_two(script, [*words, "--dtype", "float32"], environment, launcher)
     assert done.returncode == 0, done.stderr
     assert "cuda:0, float32" in done.stderr
     assert_close(alone, alone._replace(output=setting("together").output_dir))
