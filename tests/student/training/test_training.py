@@ -482,13 +482,13 @@ def test_idle_gpus_are_reported(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     with caplog.at_level("WARNING", "scaledown"):
         assert device_of(setting(device="auto")) == "cuda"
-    assert "7 are idle: torchrun --nproc_per_node 8 -m scaledown train, with the same flags," in caplog.text
+    assert "7 are idle; to train on all, stop and run torchrun --nproc_per_node 8 -m" in caplog.text
+    assert " -m scaledown train, with the same flags" in caplog.text
     caplog.clear()
     with caplog.at_level("WARNING", "scaledown"):
         device_of(setting(device="auto"), "train --config a.json")
-    assert (
-        "torchrun --nproc_per_node 8 -m scaledown train --config a.json, before this, trains" in caplog.text
-    )
+    again = "; then repeat this command"
+    assert f"torchrun --nproc_per_node 8 -m scaledown train --config a.json{again}" in caplog.text
     caplog.clear()
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "3")

@@ -241,7 +241,11 @@ def _warn_of_idle_gpus(config: Config, command: str) -> None:
     if (count := torch.cuda.device_count()) > 1:
         own = "pretrain" if isinstance(config, PretrainConfig) else "train"
         log.warning(
-            "this run trains on one GPU, and %s are idle: torchrun --nproc_per_node %s -m scaledown %s, "
-            "trains on all",
-            *(count - 1, count, f"{command}, before this" if command else f"{own}, with the same flags"),
+            "this run trains on one GPU, and %s are idle; to train on all, stop and run torchrun "
+            "--nproc_per_node %s -m scaledown %s",
+            *(
+                count - 1,
+                count,
+                f"{command}; then repeat this command" if command else f"{own}, with the same flags",
+            ),
         )
