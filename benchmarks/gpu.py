@@ -715,12 +715,16 @@ def tell(row: Check) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", default="gpu.json", help="the same rows for an issue", metavar="FILE")
+    known = {check.__name__.removeprefix("of_"): check for check in CHECKS}
+    parser.add_argument(
+        "--checks", nargs="+", choices=known, default=list(known), help="only these, in this order"
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu: there is no CUDA device here; the tests do what a CPU can", file=sys.stderr)
         return 1
     started = time.perf_counter()
-    rows = run(REAL)
+    rows = run(REAL, [known[name] for name in options.checks])
     content = {"machine": machine(), "checks": [row._asdict() for row in rows]}
     Path(options.json).write_text(json.dumps(content, indent=1) + "\n")
     short = sum(not row.met for row in rows)

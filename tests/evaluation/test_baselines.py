@@ -289,6 +289,19 @@ def test_the_generator_reads_as_many_tokens_as_compression_takes(
                 assert ids == tokens[: len(ids)]
 
 
+@pytest.mark.parametrize("system", baselines.ECHOES)
+def test_long_documents_are_reported_once(
+    pointer: Path, system: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = ScaleDownModel.from_pretrained(str(pointer))
+    queries, documents = ["Where?", "When?"], [["A tower in a town. " * 50], ["A bridge in a city. " * 50]]
+    for _ in range(2):
+        baselines.answer(system, model, queries, documents, weigh=lambda: pytest.fail(), config=CONFIG)
+    assert [message.partition(" that")[0] for message in caplog.messages] == [
+        f"2 documents are longer than the {model.config.doc_max_length} tokens"
+    ] * 2
+
+
 def test_tokens_stand_where_embeddings_would(pointer: Path) -> None:
     """The tokens that a pointer picks, read as tokens, give its own answer where it carries nothing else."""
     model = ScaleDownModel.from_pretrained(str(pointer))

@@ -74,10 +74,11 @@ def answer(
         UsageError: The system needs a pointer and the model is not one, or the model does not have the rate.
     """
     pairs = list(zip(queries, documents, strict=True))
-    if system == "echo":
-        return [echo(model, *pair, rate=config.compression_rate, budget=config.budget) for pair in pairs]
-    if system == "echo_span":
-        return [echo_span(model, *pair) for pair in pairs]
+    if system in ECHOES:
+        with model.reading():
+            if system == "echo_span":
+                return [echo_span(model, *pair) for pair in pairs]
+            return [echo(model, *pair, rate=config.compression_rate, budget=config.budget) for pair in pairs]
     read = [[tokenised(model, document) for document in own] for own in documents]
     kept = [
         [

@@ -92,7 +92,7 @@ class Answering(Compressing):
         queries, many = as_lists(query, documents)
         check_positive(max_new_tokens=max_new_tokens, batch_size=batch_size)
         chosen_way = self._compression(compression_rate, budget)
-        with self._reading():
+        with self.reading():
             questions = [
                 self._question(text, own, max_new_tokens, chosen_way, compressed=compressed)
                 for text, own in zip(queries, many, strict=True)
@@ -123,7 +123,7 @@ class Answering(Compressing):
         """Yield the answer piece by piece. The pieces, joined and stripped, are the result of `answer`."""
         check_positive(max_new_tokens=max_new_tokens)
         chosen_way = self._compression(compression_rate, budget)
-        with self._reading():
+        with self.reading():
             question = self._question(query, documents, max_new_tokens, chosen_way, compressed=compressed)
         ids: list[int] = []
         shown = ""
@@ -167,7 +167,7 @@ class Answering(Compressing):
             UsageError: The model does not support the rate or the budget.
         """
         way = self._compression(compression_rate, budget)
-        with self._reading():
+        with self.reading():
             question = self._question(query, documents, 1, way, compressed=True)
         with self.using():
             embedded, _ = self.prompts([question], budget)

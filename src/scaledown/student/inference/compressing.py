@@ -58,6 +58,7 @@ class Compressing:
     training: bool
     train: Callable[[bool], Any]
     compress_ids: Callable[..., Any]
+    _is_reading = False
 
     @overload
     def compress(
@@ -191,7 +192,7 @@ class Compressing:
         if not self.config.kind.picks_tokens:
             raise UsageError("only a pointer picks tokens: train one with --compressor pointer")
         chosen_way = self._compression(compression_rate, budget)
-        with self._reading():
+        with self.reading():
             read = self.reader.read(query, documents, rate=chosen_way.rate)
         if not read:
             return []
@@ -217,7 +218,7 @@ class Compressing:
     ) -> list[StandIns]:
         queries, many = as_lists(query, documents)
         check_positive(batch_size=batch_size)
-        with self._reading():
+        with self.reading():
             read = [
                 self.reader.read(text, own, rate=way.rate) for text, own in zip(queries, many, strict=True)
             ]
@@ -261,10 +262,20 @@ class Compressing:
                 self.train(True)
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Warn about documents and queries that were cut inside the block."""
+    def reading(self) -> Iterator[None]:
+        """Warn about documents and queries that were cut inside the block.
+
+        One warning counts those of all blocks inside.
+        """
+        if self._is_reading:
+            yield
+            return
         documents, queries = self.reader.cut, self.reader.cut_queries
-        yield
+        self._is_reading = True
+        try:
+            yield
+        finally:
+            self._is_reading = False
         for count, kind, limit in (
             (self.reader.cut - documents, "documents", self.config.doc_max_length),
             (self.reader.cut_queries - queries, "queries", self.config.query_max_length),
