@@ -113,11 +113,15 @@ def test_exit_status_tells_whether_all_rows_passed(
     met: bool, gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [gpu.Check("one", "1", "1", met=True), gpu.Check("two", "2", "?", met=met)]
-    monkeypatch.setattr(gpu, "run", lambda scale: rows)
+    chosen: list[object] = []
+    monkeypatch.setattr(gpu, "run", lambda scale, checks: chosen.extend(checks) or rows)
     monkeypatch.setattr(gpu, "machine", lambda: "a machine")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--json", str(tmp_path / "gpu.json")])
+    monkeypatch.setattr(
+        sys, "argv", ["gpu.py", "--json", str(tmp_path / "gpu.json"), "--checks", "kernel", "device"]
+    )
     assert gpu.main() == (0 if met else 1)
+    assert chosen == [gpu.of_kernel, gpu.of_device]
     kept = json.loads((tmp_path / "gpu.json").read_text())
     assert kept["machine"] == "a machine"
     assert [check["met"] for check in kept["checks"]] == [True, met]
