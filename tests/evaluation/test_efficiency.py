@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scaledown.evaluation import efficiency
 from scaledown.evaluation.efficiency import COMPRESSED, UNCOMPRESSED, Seconds, Shape, costs, inputs
@@ -80,6 +81,24 @@ def test_flops_of_a_pointer_are_those_of_the_formula(models: dict[str, Path]) ->
     assert compressed.generation_flops == formula.generation(read.prompt_length, SHAPE.new_tokens)
     whole = model.reader.encode_text(query, documents, SHAPE.new_tokens)
     assert text.generation_flops == formula.generation(whole.prompt_length, SHAPE.new_tokens)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "more"),
+    [("flash_attention", ()), ("efficient_attention", (None, False)), ("cudnn_attention", (None, False))],
+)
+def test_attention_whose_heads_share_keys_counts_the_same_on_a_gpu(
+    kernel: str, more: tuple[object, ...]
+) -> None:
+    """Mistral has 32 heads of queries and 8 of keys; torch's own formula fails there."""
+    operator = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}")
+    attention = torch.nn.functional.scaled_dot_product_attention
+    query, key = torch.zeros(2, 4, 8, 16), torch.zeros(2, 2, 10, 16)
+    on_a_cpu = efficiency.flops(lambda: attention(query, key, key, enable_gqa=True))
+    with FakeTensorMode():
+        query, key = (torch.empty(one.shape, device="cuda", dtype=torch.bfloat16) for one in (query, key))
+        assert efficiency.flops(lambda: operator(query, key, key, *more)) == on_a_cpu
+    assert on_a_cpu == 2 * 2 * 4 * 8 * 10 * (16 + 16)
 
 
 def test_a_recurrent_layer_counts_the_same_on_a_gpu() -> None:

@@ -33,6 +33,9 @@ class Shape(NamedTuple):
 
 AS_THE_PAPER: Final = Shape()
 
+_ATTENTION: Final = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+"""Kernels of torch's attention; each is named `aten::_scaled_dot_product_` and this."""
+
 
 class Seconds(NamedTuple):
     """Seconds of one query, over several repetitions of a batch."""
@@ -200,21 +203,22 @@ def one_token_words(tokenizer: Any) -> list[str]:
 def flops(call: Callable[[], object]) -> float:
     """Count the FLOPs of matrix products and attention in a call, by torch: a multiply-add is two."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
+    from torch.utils.flop_counter import FlopCounterMode
 
-    # torch has no formula for attention on a CPU.
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-    def count(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:  # of their shapes
-        return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+    # torch has no formula for attention on a CPU, and those for GPUs fail if several heads share a key.
+    def count_attention(query: Any, _: Any, value: Any, *__: Any, **___: Any) -> int:
+        batch, heads, tokens, width = query
+        read, carried = value[-2:]
+        return int(2 * batch * heads * tokens * read * (width + carried))
 
     # It has none either for cuDNN's recurrent layers, whose input is packed, [tokens, width]. On a CPU these
     # layers are matrix products, which torch counts.
     def count_recurrent(read: Any, weights: Any, *_: Any, **__: Any) -> int:
         return int(2 * read[0] * sum(math.prod(shape) for shape in weights if len(shape) == 2))
 
-    new = {attention: count, torch.ops.aten._cudnn_rnn: count_recurrent}
-    known = {operator: formula for operator, formula in new.items() if operator not in flop_registry}
+    aten = torch.ops.aten
+    known: dict[Any, Callable[..., int]] = {aten._cudnn_rnn: count_recurrent}
+    known |= {getattr(aten, f"_scaled_dot_product_{name}"): count_attention for name in _ATTENTION}
     with FlopCounterMode(display=False, custom_mapping=known) as counter:
         call()
     return float(counter.get_total_flops())
