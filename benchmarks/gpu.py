@@ -138,34 +138,53 @@ def save(model: Any, tokenizer: str, folder: Path) -> Path:
     return folder
 
 
-def make(scale: Scale, folder: Path) -> dict[str, Path]:
-    """Encoder, reranker and teacher, each in a folder."""
-    torch.manual_seed(0)
-    dtype = dtype_to_run("auto", scale.device)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(scale.device):
-            made = {
-                "encoder": BertForMaskedLM(BertConfig(vocab_size=30522, **scale.encoder)),
-                "reranker": DebertaV2ForSequenceClassification(
-                    DebertaV2Config(vocab_size=30522, num_labels=1, **scale.reranker)
-                ),
-                "teacher": MistralForCausalLM(
-                    MistralConfig(
-                        **{"vocab_size": 49152, "eos_token_id": 2, "bos_token_id": 1} | scale.teacher
-                    )
-                ),
-            }
-    finally:
-        torch.set_default_dtype(before)
-    decoder = made["encoder"].get_output_embeddings()  # else half of the vocabulary is in each vector
+class Models(dict[str, Path]):
+    """Encoder, reranker and teacher, each in a folder; made when it is first asked for."""
+
+    def __init__(self, scale: Scale, folder: Path) -> None:
+        super().__init__()
+        self._scale = scale
+        self._folder = folder
+
+    def __missing__(self, name: str) -> Path:
+        before = torch.get_default_dtype()
+        torch.manual_seed(0)
+        torch.set_default_dtype(dtype_to_run("auto", self._scale.device))
+        try:
+            with torch.device(self._scale.device):
+                model = MADE[name](self._scale)
+        finally:
+            torch.set_default_dtype(before)
+        tokenizer = "bundled:smollm2-135m" if name == "teacher" else "bundled:splade-tiny"
+        self[name] = save(model, tokenizer, self._folder / name)
+        del model
+        give_back()
+        return self[name]
+
+
+def new_encoder(scale: Scale) -> BertForMaskedLM:
+    model = BertForMaskedLM(BertConfig(vocab_size=30522, **scale.encoder))
+    decoder = model.get_output_embeddings()  # without this bias, half of the vocabulary is in each vector
     decoder.bias.data.fill_(-0.06 * decoder.weight.shape[1] ** 0.5)
-    tokenizers = {"teacher": "bundled:smollm2-135m"}
-    return {
-        name: save(model, tokenizers.get(name, "bundled:splade-tiny"), folder / name)
-        for name, model in made.items()
-    }
+    return model
+
+
+def new_reranker(scale: Scale) -> DebertaV2ForSequenceClassification:
+    return DebertaV2ForSequenceClassification(
+        DebertaV2Config(vocab_size=30522, num_labels=1, **scale.reranker)
+    )
+
+
+def new_teacher(scale: Scale) -> MistralForCausalLM:
+    settings = {"vocab_size": 49152, "eos_token_id": 2, "bos_token_id": 1} | scale.teacher
+    return MistralForCausalLM(MistralConfig(**settings))
+
+
+MADE: dict[str, Callable[[Scale], Any]] = {
+    "encoder": new_encoder,
+    "reranker": new_reranker,
+    "teacher": new_teacher,
+}
 
 
 def text(number: int, words: int) -> str:
@@ -688,8 +707,7 @@ def run(
     """All rows, printed as they come."""
     rows: list[Check] = []
     with tempfile.TemporaryDirectory() as folder:
-        models = make(scale, Path(folder))
-        give_back()
+        models = Models(scale, Path(folder))
         for check in checks:
             try:
                 for row in check(scale, models):
@@ -725,7 +743,7 @@ def main() -> int:
         return 1
     started = time.perf_counter()
     rows = run(REAL, [known[name] for name in options.checks])
-    content = {"machine": machine(), "checks": [row._asdict() for row in rows]}
+    content = {"machine": machine(), "chosen": options.checks, "checks": [row._asdict() for row in rows]}
     Path(options.json).write_text(json.dumps(content, indent=1) + "\n")
     short = sum(not row.met for row in rows)
     minutes = (time.perf_counter() - started) / 60

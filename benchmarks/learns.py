@@ -308,6 +308,11 @@ class Scores(NamedTuple):
     words: np.ndarray
 
 
+def better(one: Scores, other: Scores) -> Scores:
+    """Of each measure the values with the higher mean."""
+    return Scores(*(max(pair, key=np.mean) for pair in zip(one, other, strict=True)))
+
+
 class Judge(NamedTuple):
     """Right answers and articles of the questions, in their order."""
 
@@ -426,9 +431,7 @@ def report(
         for name, scores in found.items():
             judge.row(f"{rate}x {name}", scores)
         student, text = found.pop("compressed"), whole[model]["uncompressed"]
-        none = max(
-            (untrained["closed_book"], whole[model]["closed_book"]), key=lambda one: one.accuracy.mean()
-        )
+        none = better(untrained["closed_book"], whole[model]["closed_book"])
         for name, scores in {"closed_book": none, "text": text, **found}.items():
             value = judge.difference(f"{rate}x compressed - {name}", student, scores)
             if name == "closed_book":

@@ -111,15 +111,18 @@ def costs(
     found: list[Cost] = []
     way = {"compression_rate": compression_rate, "budget": budget}
     try:
-        for batch in sorted(set(batches)):
-            before = model.halving.count
-            measured: list[Cost] = []
-            with contextlib.suppress(torch.OutOfMemoryError):
-                measured = _of_batch(model, batch, shape, repeats, way)
-            if not measured or model.halving.count > before:  # a batch that was halved is not of this size
-                log.warning("batches of %s and more do not fit into memory", batch)
-                break
-            found += measured
+        with model.reading():  # one warning, if the documents are cut
+            for batch in sorted(set(batches)):
+                before = model.halving.count
+                measured: list[Cost] = []
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    measured = _of_batch(model, batch, shape, repeats, way)
+                if (
+                    not measured or model.halving.count > before
+                ):  # half a batch is not of this size
+                    log.warning("batches of %s and more do not fit into memory", batch)
+                    break
+                found += measured
     finally:
         model.generator.generation_config.eos_token_id = stops
     return found
@@ -205,7 +208,7 @@ def flops(call: Callable[[], object]) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    # torch has no formula for attention on a CPU, and those for GPUs fail if several heads share a key.
+    # torch has no formula for attention on a CPU; those of torch 2.11 for GPUs fail if heads share keys.
     def count_attention(query: Any, _: Any, value: Any, *__: Any, **___: Any) -> int:
         batch, heads, tokens, width = query
         read, carried = value[-2:]

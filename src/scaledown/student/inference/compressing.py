@@ -1,6 +1,7 @@
 """Compress documents with a trained model: embeddings, relevance, picked tokens."""
 
 import contextlib
+import contextvars
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Final, NamedTuple, overload
@@ -13,6 +14,9 @@ from scaledown.student.batch import CPU_PASS_TOKENS, PASS_TOKENS, Document, Read
 from scaledown.student.settings import ScaleDownConfig
 
 log = logging.getLogger("scaledown")
+
+_is_reading: Final = contextvars.ContextVar("is_reading", default=False)
+"""Whether this thread is inside a block of `Compressing.reading`."""
 
 
 class Compression(NamedTuple):
@@ -58,7 +62,6 @@ class Compressing:
     training: bool
     train: Callable[[bool], Any]
     compress_ids: Callable[..., Any]
-    _is_reading = False
 
     @overload
     def compress(
@@ -267,15 +270,15 @@ class Compressing:
 
         One warning counts those of all blocks inside.
         """
-        if self._is_reading:
+        if _is_reading.get():
             yield
             return
         documents, queries = self.reader.cut, self.reader.cut_queries
-        self._is_reading = True
+        token = _is_reading.set(True)
         try:
             yield
         finally:
-            self._is_reading = False
+            _is_reading.reset(token)
         for count, kind, limit in (
             (self.reader.cut - documents, "documents", self.config.doc_max_length),
             (self.reader.cut_queries - queries, "queries", self.config.query_max_length),
