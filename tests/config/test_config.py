@@ -64,11 +64,11 @@ def test_flag_takes_several_values_together_or_repeated() -> None:
         assert flags["queries_file"] == ["a", "b"]
 
 
-def test_words_after_two_hyphens_are_not_flags() -> None:
+def test_words_after_double_hyphen_are_not_flags() -> None:
     assert underscored(["--a-b", "--", "--c-d", "--"]) == ["--a_b", "--", "--c-d", "--"]
 
 
-def test_the_home_folder_is_found_in_flags_and_config(tmp_path: Path, monkeypatch) -> None:
+def test_home_folder_is_expanded_in_flags_and_config(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "c.json").write_text(json.dumps({"queries_file": ["~/a.txt"], "work_dir": "~/w"}))
     config = parsed("--config=~/c.json", "--output_file=~/o.json", "--corpus_path=~/c", "--query_dataset=~/d")
@@ -146,7 +146,7 @@ def test_config_file_repeats_a_run(tmp_path: Path) -> None:
         ('{"queries_file": [""]}', UsageError, "queries_file must be a list of file names"),
     ],
 )
-def test_config_files_that_are_none(content, error, match, tmp_path: Path) -> None:
+def test_invalid_config_files_are_refused(content, error, match, tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     path.write_text(content)
     with pytest.raises(error, match=match):

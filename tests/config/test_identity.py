@@ -98,7 +98,7 @@ def test_training_continues_with_other_settings_only_if_the_result_is_the_same(k
     assert sorted(free) == RECORDED["free in training"][kind.__name__]
 
 
-def test_a_pretrained_model_settles_what_it_is_made_of() -> None:
+def test_flags_that_a_pretrained_model_sets() -> None:
     assert sorted(MODEL_FLAGS) == sorted(RECORDED["settled by a pretrained model"])
 
 

@@ -114,7 +114,7 @@ def test_value_that_a_field_excludes_is_refused(settings: dict[str, Any], messag
         PrepareConfig(queries_file=("q.txt",), output_file="o.json", **settings)
 
 
-def test_list_is_as_good_as_a_tuple() -> None:
+def test_settings_accept_lists_for_tuples() -> None:
     given = PrepareConfig(queries_file=["q.txt"], output_file="o.json", columns=["query_id"])
     assert given == PrepareConfig(queries_file=("q.txt",), output_file="o.json", columns=("query_id",))
 
@@ -130,7 +130,7 @@ def test_home_folder_is_found_in_paths_only(monkeypatch: pytest.MonkeyPatch) -> 
     )
 
 
-def test_flag_that_another_one_settles_is_refused() -> None:
+def test_flag_of_a_pretrained_model_is_refused_beside_it() -> None:
     flags = {"train_data": ["t.json"], "pretrained_model": "p", "num_layers": TrainConfig.num_layers}
     with pytest.raises(UsageError, match="--num_layers is settled by --pretrained_model: leave one"):
         from_flags(flags, TrainConfig)

@@ -302,7 +302,7 @@ def test_long_documents_are_reported_once(
     ] * 2
 
 
-def test_tokens_stand_where_embeddings_would(pointer: Path) -> None:
+def test_picked_tokens_give_the_same_answer_as_their_embeddings(pointer: Path) -> None:
     """The tokens that a pointer picks, read as tokens, give its own answer where it carries nothing else."""
     model = ScaleDownModel.from_pretrained(str(pointer))
     torch.nn.init.zeros_(model.pointer.carry.weight)

@@ -189,7 +189,7 @@ def test_differences_are_to_the_first_runs_text(
     assert "<script>hit" not in report
 
 
-def test_nothing_is_trained_before_all_is_looked_at(
+def test_all_settings_are_checked_before_training(
     compare: Compare, models: dict[str, Path], data: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     monkeypatch.setattr(run_of_training, "train", None)
@@ -232,7 +232,7 @@ def test_settings_are_trained_first_and_once(
     assert len(list((tmp_path / "out" / "models").iterdir())) == 3
 
 
-def test_training_names_the_command_that_makes_the_same_run(
+def test_training_logs_the_command_that_repeats_it(
     compare: Compare, models: dict[str, Path], data: Path, tmp_path: Path, monkeypatch
 ) -> None:
     """For GPUs that are idle: `torchrun … -m scaledown` and this command, then the comparison again."""

@@ -130,7 +130,7 @@ def test_batches_and_sides(model: ScaleDownModel) -> None:
     assert model.generator.generation_config.eos_token_id == stops
 
 
-def test_what_does_not_fit_ends_the_list(
+def test_costs_end_at_the_first_batch_that_does_not_fit(
     model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     measure = efficiency._of_batch
@@ -173,6 +173,6 @@ def test_words_are_one_token_each(model: ScaleDownModel) -> None:
     assert len(documents) == SHAPE.documents
 
 
-def test_medians_and_quartiles_are_of_a_query() -> None:
+def test_medians_and_quartiles_are_per_query() -> None:
     assert Seconds.of([2.0, 4.0, 10.0], 2) == Seconds(2.0, 1.5, 3.5)
     assert Seconds.of([3.0], 3) == Seconds(1.0, 1.0, 1.0)

@@ -229,7 +229,7 @@ def test_the_first_document_of_each_order(own: Any, given: Any, holding: Any, ex
     assert _first_of_each_order(own, given, holding) == dict(zip(names, expected, strict=True))
 
 
-def test_a_second_call_reads_what_there_is_without_torch(
+def test_second_call_reads_results_without_importing_torch(
     evaluate: Evaluate, output: Path, student: Path, data: Path, gold: Path, models: dict[str, Path]
 ) -> None:
     assert evaluate() == 0
@@ -247,7 +247,7 @@ def test_a_second_call_reads_what_there_is_without_torch(
     assert (output / "results.json").read_bytes() == before
 
 
-def test_what_was_answered_is_not_answered_again(
+def test_finished_answers_are_not_repeated(
     evaluate: Evaluate, output: Path, monkeypatch: pytest.MonkeyPatch, judge_server: Misbehaving
 ) -> None:
     assert evaluate("--systems", "compressed", "closed_book") == 0

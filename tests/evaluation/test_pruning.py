@@ -37,13 +37,13 @@ SENTENCES = [
         (0, []),
     ],
 )
-def test_the_best_that_fit_are_kept_in_reading_order(budget: int, expected: list[str]) -> None:
+def test_best_sentences_that_fit_are_kept_in_order(budget: int, expected: list[str]) -> None:
     kept = keep(SENTENCES, [0.1, 0.5, 0.9, 0.3], budget, WORDS)
     assert kept == expected
     assert sum(len(text.split()) for text in kept) <= budget
 
 
-def test_where_no_sentence_fits_the_best_is_cut() -> None:
+def test_best_sentence_is_cut_if_none_fits() -> None:
     letters = Tokens(lambda text: [ord(c) for c in text], lambda ids: "".join(map(chr, ids)))
     assert keep([Sentence(0, "", "abcdef"), Sentence(0, "", "ghijkl")], [0.0, 1.0], 4, letters) == ["ghij"]
     assert keep([], [], 4, letters) == []

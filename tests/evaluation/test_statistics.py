@@ -95,7 +95,7 @@ def test_values_and_groups_must_pair() -> None:
         estimate([1.0, 2.0], ["a"])
 
 
-def test_how_they_are_written() -> None:
+def test_format_of_estimates_and_differences() -> None:
     assert str(Estimate(0.5, 0.25, 0.75, 9)) == "0.500 [0.250, 0.750]"
     assert str(Difference(-0.5, -0.75, 0.25, 0.04, 9)) == "-0.500 [-0.750, +0.250], p 0.040"
     assert [str(estimate([])), str(estimate([1])), str(difference([1], [0]))] == ["none", "1.000", "+1.000"]

@@ -41,13 +41,13 @@ def test_atomic_leaves_nothing_behind_when_it_fails(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_a_full_disk_says_so(tmp_path: Path) -> None:
+def test_full_disk_is_reported(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="no space left.*same command"), atomic(tmp_path / "a"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_really_full_disk(tmp_path: Path) -> None:
+def test_full_disk_device_is_reported(tmp_path: Path) -> None:
     """/dev/full fails every write with ENOSPC."""
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
@@ -173,7 +173,7 @@ def test_shards_made_together_are_made_once(tmp_path: Path) -> None:
     assert [stage.table(n).to_pydict()["n"] for n in range(7)] == [[0], [1], [2], [3], [40], [5], [6]]
 
 
-def test_work_behind_another_stage_starts_before_that_ends(tmp_path: Path) -> None:
+def test_work_after_a_stage_starts_before_that_stage_ends(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     source, stage = Stage(run, "passages", {}), Stage(run, "vectors", {})
     source.write(0, table(0))
@@ -188,7 +188,7 @@ def test_work_behind_another_stage_starts_before_that_ends(tmp_path: Path) -> No
     assert [stage.table(n).to_pydict()["n"] for n in range(2)] == [[0], [1]]
 
 
-def test_work_behind_a_stage_that_failed_fails_with_it(tmp_path: Path) -> None:
+def test_work_after_a_failed_stage_fails_too(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
 
     def check() -> None:
@@ -200,7 +200,7 @@ def test_work_behind_a_stage_that_failed_fails_with_it(tmp_path: Path) -> None:
         )
 
 
-def test_the_journal_survives_a_line_cut_short(tmp_path: Path) -> None:
+def test_journal_with_a_truncated_line_is_read(tmp_path: Path) -> None:
     stage = Stage(RunDirectory(tmp_path), "ranked", {})
     stage.write(0, table(0), 1.5)
     with (stage.folder / "journal.jsonl").open("a") as file:
@@ -300,7 +300,7 @@ def test_process_that_is_about_to_end_does_not_block(tmp_path: Path) -> None:
         pass
 
 
-def test_a_folder_of_other_things_is_not_a_run_directory(tmp_path: Path) -> None:
+def test_folder_with_other_files_is_not_a_run_directory(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(RunDirectoryError, match=r"thesis\.tex"):
         RunDirectory(tmp_path)

@@ -109,11 +109,11 @@ def test_a_shard_is_given_back_by_a_worker_without_room(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shards", "most", "count"), [(28, 16, 1), (3490, 16, 16), (100, 16, 6), (1, 16, 1), (100, 4, 4)]
 )
-def test_no_worker_takes_what_others_could_make(shards: int, most: int, count: int) -> None:
+def test_number_of_shards_that_a_worker_takes_at_once(shards: int, most: int, count: int) -> None:
     assert together(shards, most) == count
 
 
-def test_workers_know_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_receive_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content: dict[str, Any] = {}
 
     def supervise(_pool: Any, _target: str, settings: dict[str, Any], *_: Any) -> None:
@@ -157,7 +157,7 @@ def test_too_few_gpus_for_a_teacher_are_an_error_before_any_work(tmp_path: Path,
         workers.share(config, "m:f", [RunDirectory(tmp_path / "run")], gpus_each=1)
 
 
-def test_workers_that_die_of_nothing_end_the_run(tmp_path: Path) -> None:
+def test_workers_that_die_without_a_shard_end_the_run(tmp_path: Path) -> None:
     pool = Scripted(*[Ending(well=False, reason="exit status 1")] * 9)
     with pytest.raises(RunDirectoryError, match="3 workers died before they began anything.*exit status 1"):
         supervise(pool, "m:f", {}, 1, [Leases(tmp_path, "me")])
@@ -294,7 +294,7 @@ def test_lease_of_dead_worker_is_taken_over_and_death_is_counted(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("shards", "count"), [(7, 3), (2, 5), (8, 8), (1, 1), (0, 2)])
-def test_parts_are_all_of_it_and_disjoint(shards: int, count: int) -> None:
+def test_parts_are_disjoint_and_complete(shards: int, count: int) -> None:
     parts = [Part(number, count).of(shards) for number in range(count)]
     assert [shard for part in parts for shard in part] == list(range(shards))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
@@ -313,7 +313,7 @@ def test_death_is_attributed_to_the_shard_and_not_to_cutting(tmp_path: Path) -> 
     assert leases.deaths("vectors-f-000003") == ["SIGKILL"]
 
 
-def test_work_that_gets_on_is_not_to_blame(tmp_path: Path) -> None:
+def test_worker_with_progress_is_not_blamed(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     stage = Stage(run, "passages", {})
     for _ in range(2):
@@ -421,7 +421,7 @@ def test_a_part_that_lost_all_of_its_shards_leaves_the_rest_to_others(tmp_path: 
     assert [stage.table(n).num_rows for n in range(2)] == [0, 1]
 
 
-def test_every_shard_was_given_up(tmp_path: Path) -> None:
+def test_all_shards_given_up_is_reported(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     stage = Stage(run, "ranked", {})
     for shard in range(2):
@@ -568,7 +568,7 @@ def test_what_a_cluster_cannot_do(
         workers.pool_of(config, RunDirectory(tmp_path / "run"))
 
 
-def test_a_driver_without_the_gpus_of_its_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ray_driver_without_gpus_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "ray", FakeRay(4))
     config = PrepareConfig(queries_file=("q.txt",), output_file="o.json", executor="ray")
     with pytest.raises(UsageError, match="this machine has none"):
@@ -577,14 +577,14 @@ def test_a_driver_without_the_gpus_of_its_cluster(monkeypatch: pytest.MonkeyPatc
     assert (count, pool._gpus_each) == (2, 0)  # type: ignore[attr-defined]
 
 
-def test_limits_of_one_process_are_not_shared(tmp_path: Path) -> None:
+def test_token_limit_with_several_workers_is_refused(tmp_path: Path) -> None:
     limits = {"teacher_endpoint": ("http://localhost/v1",), "max_total_tokens": 5, "workers": 2}
     config = PrepareConfig(queries_file=("q.txt",), output_file="o.json", **limits)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="--max_total_tokens applies to one process"):
         workers.share(config, "m:f", [RunDirectory(tmp_path / "run")])
 
 
-def test_a_worker_takes_those_it_started_along(tmp_path: Path) -> None:
+def test_killed_worker_ends_its_child_processes(tmp_path: Path) -> None:
     """A child that holds the pipe of a dead worker must not keep its supervisor waiting."""
     script = (
         "import subprocess,os,signal;subprocess.Popen(['sleep','600']);os.kill(os.getpid(),signal.SIGKILL)"
@@ -601,6 +601,6 @@ def test_a_worker_takes_those_it_started_along(tmp_path: Path) -> None:
     assert ending == Ending(well=False, reason="SIGKILL")
 
 
-def test_an_order_from_a_folder_that_is_not_here(tmp_path: Path) -> None:
+def test_work_order_with_a_missing_folder_is_reported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not have it"):
         Order("builtins:print", {}, "w", str(tmp_path / "nowhere")).carry_out()

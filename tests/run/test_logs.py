@@ -20,7 +20,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
 
 
-def test_each_line_is_an_object(capsys) -> None:
+def test_json_log_has_one_object_per_line(capsys) -> None:
     start_logging("info", "json", "worker-3")
     log.info("two\nlines of %s", 'a "quoted" \udc80 \x1b[31mname')
     (line,) = lines(capsys)
@@ -43,7 +43,7 @@ def test_progress_has_its_numbers_as_fields(capsys, monkeypatch) -> None:
     assert first["message"].startswith("teach: 1/4 answers")
 
 
-def test_what_went_wrong_is_the_last_line(capsys) -> None:
+def test_json_log_ends_with_the_error(capsys) -> None:
     def command() -> int:
         start_logging("error", "json")
         raise InputError("nothing there: look")
@@ -53,7 +53,7 @@ def test_what_went_wrong_is_the_last_line(capsys) -> None:
     assert (line["level"], line["message"]) == ("error", "nothing there: look")
 
 
-def test_an_exception_is_a_field(capsys) -> None:
+def test_json_log_has_exceptions_as_a_field(capsys) -> None:
     start_logging("debug", "json")
     try:
         raise ValueError("x")
@@ -63,7 +63,7 @@ def test_an_exception_is_a_field(capsys) -> None:
     assert line["exception"].endswith("ValueError: x")
 
 
-def test_a_run(prepare, capsys) -> None:
+def test_json_log_of_a_run(prepare, capsys) -> None:
     assert prepare("--log_format", "json") == 0
     captured = capsys.readouterr()
     log_lines = [json.loads(line) for line in captured.err.splitlines()]
@@ -73,7 +73,7 @@ def test_a_run(prepare, capsys) -> None:
 
 
 @pytest.mark.parametrize("command", ["validate", "merge", "report", "answer", "export-openvino", "status"])
-def test_every_command_has_it(command: str, capsys) -> None:
+def test_every_command_has_log_format(command: str, capsys) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])
     assert "--log_format" in capsys.readouterr().out

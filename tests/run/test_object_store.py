@@ -439,7 +439,7 @@ def test_file_url_is_a_local_path(tmp_path: Path) -> None:
     assert str(file) == str(file.path)
 
 
-def test_memory_is_a_store_too(tmp_path: Path) -> None:
+def test_run_in_a_memory_store(tmp_path: Path) -> None:
     runs = [RunDirectory(storage_at(f"memory://{tmp_path}/run", str(tmp_path / name))) for name in ("a", "b")]
     one, two = (Stage(run, "ranked", {}) for run in runs)
     with runs[0].claim("request"):

@@ -155,7 +155,7 @@ def test_only_an_export_is_replaced_by_another(form: str, data: Path, tmp_path: 
     assert (output / "notes.txt").read_text() == MINE
 
 
-def test_rankings_take_the_place_of_nothing_else(prepare, tmp_path: Path, capsys) -> None:
+def test_rankings_do_not_replace_other_output(prepare, tmp_path: Path, capsys) -> None:
     assert prepare("--top_k_retrieval", "3") == 0
     mine = tmp_path / "retrieved.run"
     mine.write_text(MINE)
@@ -171,7 +171,7 @@ def test_rankings_take_the_place_of_nothing_else(prepare, tmp_path: Path, capsys
 # run directories and outputs of runs
 
 
-def test_a_run_takes_the_place_of_nothing_else(prepare, capsys) -> None:
+def test_run_does_not_replace_other_output(prepare, capsys) -> None:
     prepare.output.write_text(MINE)
     for flags in (["--top_k_retrieval", "3"], ["--top_k_retrieval", "3", "--dry_run"]):
         assert prepare(*flags) == 1
@@ -185,7 +185,7 @@ def test_a_run_takes_the_place_of_nothing_else(prepare, capsys) -> None:
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_metrics_take_the_place_of_nothing_else(prepare, tmp_path: Path, capsys) -> None:
+def test_metrics_do_not_replace_other_files(prepare, tmp_path: Path, capsys) -> None:
     mine = tmp_path / "m.prom"
     mine.write_text(MINE)
     assert prepare("--metrics_file", str(mine)) == 1
@@ -200,7 +200,7 @@ def test_folder_with_only_a_readme_is_not_a_run(name: str, tmp_path: Path) -> No
         RunDirectory(tmp_path)
 
 
-def test_what_lies_in_a_folder_that_is_read(tmp_path: Path) -> None:
+def test_output_inside_an_input_folder_is_refused(tmp_path: Path) -> None:
     check_apart("--output_dir", str(tmp_path / "a"), ["", tmp_path / "ab", "s3://b/a"])
     check_apart("--output_dir", "", [tmp_path])
     with pytest.raises(UsageError, match="lies in .*, which is read: put it elsewhere"):
@@ -233,7 +233,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["report", "~/data.json", "--output=~/page.html", "--gold=~/data.json"], "page.md"),
     ],
 )
-def test_the_home_folder_in_every_path(command: list[str], made: str, home: Path, tmp_path: Path) -> None:
+def test_home_folder_is_expanded_in_every_path(
+    command: list[str], made: str, home: Path, tmp_path: Path
+) -> None:
     assert main(command) == 0
     assert (home / made).exists()
     assert not (tmp_path / "~").exists()
@@ -250,7 +252,7 @@ def test_the_home_folder_in_every_path(command: list[str], made: str, home: Path
         (CompareConfig, {"data": "~/d"}),
     ],
 )
-def test_the_home_folder_in_every_setting(config, needed: dict, home: Path) -> None:
+def test_home_folder_is_expanded_in_every_setting(config, needed: dict, home: Path) -> None:
     made = from_flags(needed | {"keyword_model": "~/k"} if config in {EvaluateConfig} else needed, config)
     for name in needed:
         value = getattr(made, name)

@@ -34,9 +34,7 @@ def test_an_unknown_total_is_estimated_from_the_share_that_was_read(monkeypatch:
     assert tracker.line() == "passages: 500/~2,000 passages, 50.0/s, 30.0 s left"
 
 
-def test_elsewhere_than_on_a_terminal_there_are_plain_lines(
-    caplog: pytest.LogCaptureFixture, monkeypatch
-) -> None:
+def test_progress_is_plain_lines_without_a_terminal(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
     monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0.0)
     with caplog.at_level(logging.INFO, "scaledown"), track("teach", "answers", 4, 2) as tracker:
         tracker.advance(1)
@@ -137,7 +135,9 @@ def test_a_supervisor_shows_all_workers_together(
     assert len(messages) == 3
 
 
-def test_a_supervisor_draws_bars_on_a_terminal(two_at_work: Stage, tmp_path: Path, monkeypatch) -> None:
+def test_supervisor_draws_progress_bars_on_a_terminal(
+    two_at_work: Stage, tmp_path: Path, monkeypatch
+) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(progress, "console", Console(file=screen, force_terminal=True, width=120))
     with contextlib.closing(Overview(tmp_path)) as shown:

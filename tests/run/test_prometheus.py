@@ -42,7 +42,7 @@ def workers(*names: str) -> tuple[WorkerStatus, ...]:
     return tuple(WorkerStatus(name, "host", 1, "", None, 1.0, alive=True) for name in names)
 
 
-def test_prometheus_reads_them() -> None:
+def test_prometheus_can_read_the_metrics() -> None:
     path = 'a "run"\\in\nthe \udc80 way.work'
     status = Status(path, False, None, "", None, (STAGE,), workers("worker-0", "worker-1", "supervisor"))
     found = parsed(metrics(status))
@@ -78,7 +78,7 @@ def test_unknown_values_are_left_out() -> None:
     assert "scaledown_run_finished_timestamp_seconds" not in found
 
 
-def test_a_run_writes_them(prepare, tmp_path: Path) -> None:
+def test_run_writes_metrics(prepare, tmp_path: Path) -> None:
     path = tmp_path / "scaledown.prom"
     assert prepare("--metrics_file", str(path)) == 0
     found = parsed(path.read_text())
@@ -93,7 +93,7 @@ def test_a_run_writes_them(prepare, tmp_path: Path) -> None:
     assert parsed(path.read_text())["scaledown_run_finished_timestamp_seconds"].samples
 
 
-def test_an_index_writes_them(tiny_flags, corpus: Path, tmp_path: Path) -> None:
+def test_index_command_writes_metrics(tiny_flags, corpus: Path, tmp_path: Path) -> None:
     path = tmp_path / "index.prom"
     given = ["--corpus_path", str(corpus), "--retriever_model", tiny_flags[1], "--device", "cpu"]
     assert main(["index", "--index_dir", str(tmp_path / "index"), *given, "--metrics_file", str(path)]) == 0
@@ -118,7 +118,7 @@ def test_invalid_path_is_reported_before_any_work(name: str, message: str, prepa
     assert not prepare.work.exists()
 
 
-def test_a_full_disk_ends_no_run(tmp_path: Path, monkeypatch) -> None:
+def test_full_disk_for_metrics_does_not_end_the_run(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "m.prom"
     with metrics_file(str(path), tmp_path / "run"):
         before = path.read_bytes()

@@ -135,7 +135,7 @@ def test_rows_of_all_processes_count_once_also_when_one_dies(tmp_path: Path) -> 
     assert stage.deaths == 1
 
 
-def test_looking_changes_nothing(tmp_path: Path, capsys) -> None:
+def test_status_changes_no_file(tmp_path: Path, capsys) -> None:
     begun(tmp_path)
     with hanging_worker(tmp_path) as process:
         wait_for(tmp_path, 7)
@@ -167,7 +167,7 @@ def test_a_killed_run_is_interrupted(tmp_path: Path, capsys) -> None:
     assert not list((tmp_path / "live").glob("*.progress"))
 
 
-def test_without_a_word_all_stages_are_shown(tmp_path: Path) -> None:
+def test_status_shows_all_stages_of_a_part(tmp_path: Path) -> None:
     """As after a part of a run, which ended well: nobody says which settings were the last."""
     run = begun(tmp_path)
     Stage(run, "candidates", {"other": "settings"})
@@ -203,7 +203,7 @@ def test_a_finished_run(prepare, capsys) -> None:
     assert re.search(r"ranked +2 +4 queries +.* done", out)
 
 
-def test_an_index(tiny_flags, corpus: Path, tmp_path: Path, capsys) -> None:
+def test_status_shows_an_index(tiny_flags, corpus: Path, tmp_path: Path, capsys) -> None:
     index = tmp_path / "index"
     given = ["--corpus_path", str(corpus), "--retriever_model", tiny_flags[1], "--device", "cpu"]
     assert main(["index", "--index_dir", str(index), *given]) == 0
@@ -223,7 +223,7 @@ def test_path_that_is_not_a_run_directory_is_reported(path: str, tmp_path: Path,
     assert err.count("\n") == 1
 
 
-def test_what_others_left_in_a_run_directory_is_passed_over(tmp_path: Path) -> None:
+def test_foreign_files_in_a_run_directory_are_ignored(tmp_path: Path) -> None:
     run = begun(tmp_path)
     live = tmp_path / "live"
     live.mkdir()

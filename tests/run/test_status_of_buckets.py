@@ -118,7 +118,7 @@ MANIFEST = {"finished": "2026-01-01T00:00:00+00:00", "stages": {"ranked": {"fing
     ],
     indirect=["bucket"],
 )
-def test_hostile_objects_are_no_accident(objects: dict[str, Any], machine, bucket, capsys) -> None:
+def test_status_survives_hostile_objects(objects: dict[str, Any], machine, bucket, capsys) -> None:
     system = machine("one").storage._system
     for name, content in {"ranked/f/000000.arrow": b"x", **objects}.items():
         data = content if isinstance(content, bytes) else json.dumps(content).encode()

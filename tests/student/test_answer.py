@@ -109,7 +109,7 @@ def test_one_answer_into_a_file(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert f"{output}: 1 record\n" in capsys.readouterr().out
 
 
-def test_answers_take_the_place_of_nothing_else(
+def test_answers_do_not_replace_other_output(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, output = tmp_path / "td.json", tmp_path / "out.jsonl"
@@ -179,7 +179,7 @@ def test_wrong_usage_is_one_line(
     assert error.count("\n") == 1
 
 
-def test_a_bad_record_takes_no_other_with_it(
+def test_bad_record_does_not_affect_others(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, output = tmp_path / "data.jsonl", tmp_path / "answers.jsonl"

@@ -43,7 +43,7 @@ def model(models: dict[str, Path], request: pytest.FixtureRequest) -> ScaleDownM
 
 
 @pytest.mark.parametrize("compressed", [True, False])
-def test_many_are_answered_as_each_alone(model: ScaleDownModel, compressed: bool) -> None:
+def test_answers_in_a_batch_equal_single_answers(model: ScaleDownModel, compressed: bool) -> None:
     alone = [
         model.answer(query, documents, max_new_tokens=12, compressed=compressed)
         for query, documents in zip(QUERIES, DOCUMENTS, strict=True)

@@ -136,7 +136,7 @@ def read(ids: list[int], memory: int = 2) -> Document:
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=9))
-def test_groups_cost_least(lengths: list[int]) -> None:
+def test_document_groups_have_the_least_cost(lengths: list[int]) -> None:
     """Against every way to cut the documents, sorted by length, into groups."""
     documents = [read([1] * length) for length in lengths]
     groups = group(documents)
@@ -158,7 +158,7 @@ def test_groups_cost_least(lengths: list[int]) -> None:
     assert sum(part["ids"].numel() + _PASS_TOKENS for part in groups) == min(costs)
 
 
-def test_a_group_stays_within_memory() -> None:
+def test_group_of_documents_respects_the_token_limit() -> None:
     groups = group([read([1] * 300)] * 300)
     assert max(part["ids"].numel() for part in groups) <= 1 << 15
     assert torch.cat([part["places"] for part in groups]).tolist() == list(range(300))

@@ -99,7 +99,7 @@ def test_rows_that_cannot_be_joined_leave_none(
 
 
 @torch.no_grad()
-def test_nothing_joins_rows_whose_cache_forgets() -> None:
+def test_requests_do_not_join_rows_with_a_sliding_window_cache() -> None:
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=500,

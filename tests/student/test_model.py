@@ -307,7 +307,7 @@ def overfit(model: ScaleDownModel, examples: list[Any], steps: int) -> Iterator[
         ("n_layers", "lora"),
     ],
 )
-def test_a_tiny_model_learns_eight_examples_by_heart(build: Any, kind: str, training: str) -> None:
+def test_tiny_model_memorises_eight_examples(build: Any, kind: str, training: str) -> None:
     """From the documents alone: all ask the same."""
     model = build(kind, compression_rate=4, generator_training=training)
     colours = ["red", "blue", "green", "gold", "black", "white", "pink", "grey"]

@@ -192,7 +192,7 @@ def test_a_prompt_is_embeddings_as_a_whole_or_tokens_as_a_whole(student: ScaleDo
     assert torch.equal(first["prompt_embeds"], expected)
 
 
-def test_a_stream_that_is_left_is_given_up(student: ScaleDownModel) -> None:
+def test_abandoned_stream_stops_generation(student: ScaleDownModel) -> None:
     pieces = student.stream("Why?", ["No."], max_new_tokens=500)
     next(pieces)
     pieces.close()
@@ -275,7 +275,7 @@ def test_the_command_takes_the_engine(library: type[Library], folder: Path, mode
     assert Library.made[-1].arguments["max_num_seqs"] == 256
 
 
-def test_which_engine_is_chosen(monkeypatch: pytest.MonkeyPatch, library: type[Library]) -> None:
+def test_choice_of_engine_by_device(monkeypatch: pytest.MonkeyPatch, library: type[Library]) -> None:
     assert choose_engine("auto", "cpu") is ENGINES["vllm"]
     assert choose_engine("auto", "cuda") is choose_engine("transformers", "cpu") is ENGINES["transformers"]
     with pytest.raises(ModelError, match="--engine vllm on --device cuda"):

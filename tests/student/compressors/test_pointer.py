@@ -225,7 +225,7 @@ def test_relevance_is_the_best_tokens_score(model: ScaleDownModel) -> None:
         ({"budget": "most"}, "use each or shared"),
     ],
 )
-def test_rates_and_budgets_that_it_does_not_have(model: ScaleDownModel, options: Any, message: str) -> None:
+def test_unsupported_rates_and_budgets_are_refused(model: ScaleDownModel, options: Any, message: str) -> None:
     for call in (model.answer, model.compress, model.pick, model.point):
         with pytest.raises(UsageError, match=message):
             call(QUERY, DOCUMENTS, **options)

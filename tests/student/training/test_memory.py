@@ -50,7 +50,7 @@ def shapes(generator: Any, **settings: Any) -> ScaleDownModel:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: " ".join(row[:4]))
-def test_the_table_of_memory_is_what_the_weights_are(row: tuple[str, ...]) -> None:
+def test_memory_table_equals_the_weights(row: tuple[str, ...]) -> None:
     generator, small, compressor, layers, *shown = row
     model = shapes(GENERATORS[generator], compressor=compressor, num_layers=int(layers))
     if small:

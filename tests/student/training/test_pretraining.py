@@ -155,7 +155,7 @@ def test_contradictions_name_their_flags(setting: Setting, changes: dict[str, An
         setting(**changes)
 
 
-def test_it_learns_to_repeat(setting: Setting, tmp_path: Path) -> None:
+def test_pretraining_lowers_the_loss(setting: Setting, tmp_path: Path) -> None:
     """By heart, from the memory tokens alone: the question is the same for both passages."""
     short = tmp_path / "short.jsonl"
     short.write_text('{"id": 1, "text": "The red house."}\n{"id": 2, "text": "A blue tower stands."}\n')
@@ -265,7 +265,7 @@ def test_run_that_recorded_defaults_of_settled_flags_continues(
     assert train(config).already_done
 
 
-def test_what_pretraining_settled_is_not_changed(
+def test_settings_of_pretraining_cannot_be_changed(
     pretrained: str, data: str, tmp_path: Path, models: dict[str, Path]
 ) -> None:
     with pytest.raises(UsageError, match=r"--compression_rate 4: .* was made with 16; leave the flag out"):
@@ -275,7 +275,7 @@ def test_what_pretraining_settled_is_not_changed(
     train(training(data, pretrained, tmp_path, generator_model=str(models["causal_lm"])))
 
 
-def test_separate_compressor_has_its_own_rate(pretrained: str, data: str, tmp_path: Path) -> None:
+def test_default_learning_rate_of_a_separate_compressor(pretrained: str, data: str, tmp_path: Path) -> None:
     result = train(training(data, pretrained, tmp_path, max_steps=3))
     state = json.loads((Path(result.output) / "checkpoint-3" / "training.json").read_text())
     rates = next(entry for entry in state["log"] if "learning_rate_compressor" in entry)

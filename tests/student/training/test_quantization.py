@@ -180,7 +180,7 @@ def test_a_pretrained_student_is_held_in_4_bits_too(
     assert json.loads((tmp_path / "after" / "config.json").read_text())["generator_4bit"]
 
 
-def test_8_bits_learn(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
+def test_quantized_training_lowers_the_loss(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
     rates = {"learning_rate_generator": 3e-3, "learning_rate_compressor": 3e-3}
     result = train(setting(models, data, tmp_path / "out", max_steps=60, num_epochs=1.0, **rates))
     assert result.loss < result.loss_before / 2

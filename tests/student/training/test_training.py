@@ -378,7 +378,7 @@ def test_saved_model_is_the_trained_one_and_reranks(setting: Setting) -> None:
     )
 
 
-def test_it_learns(setting: Setting) -> None:
+def test_training_lowers_the_loss(setting: Setting) -> None:
     result = train(
         setting(
             max_steps=60,

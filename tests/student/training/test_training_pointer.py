@@ -124,7 +124,7 @@ def test_a_resumed_pointer_is_the_undisturbed_one(setting: Setting, monkeypatch:
     assert history(undisturbed) == history(resumed)
 
 
-def test_it_learns_to_point(setting: Setting) -> None:
+def test_pointer_training_lowers_the_loss(setting: Setting) -> None:
     result = train(
         setting(
             num_epochs=40.0,
@@ -346,7 +346,7 @@ def test_contradictions_name_their_flags(setting: Setting, changes: dict[str, An
 
 
 @pytest.mark.parametrize(("silent", "level"), [(2, "INFO"), (7, "WARNING")])
-def test_examples_that_teach_nothing_are_counted(
+def test_examples_whose_answers_copy_nothing_are_counted(
     silent: int, level: str, setting: Setting, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "records.json"
