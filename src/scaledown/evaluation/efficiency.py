@@ -117,9 +117,7 @@ def costs(
                 measured: list[Cost] = []
                 with contextlib.suppress(torch.OutOfMemoryError):
                     measured = _of_batch(model, batch, shape, repeats, way)
-                if (
-                    not measured or model.halving.count > before
-                ):  # half a batch is not of this size
+                if not measured or model.halving.count > before:  # half a batch is not of this size
                     log.warning("batches of %s and more do not fit into memory", batch)
                     break
                 found += measured
