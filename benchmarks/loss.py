@@ -3,22 +3,17 @@
 `--work_dir` is the folder of a finished `benchmarks/learns.py`; each model answers its development questions.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from common import fast_dtype, machine, parser
+from learns import records
 
 from scaledown.student.batch import Encoded, collate
 from scaledown.student.model import ScaleDownModel
 
 BATCH = 12
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def loss(model: ScaleDownModel, examples: Sequence[Encoded]) -> float:
@@ -40,22 +35,22 @@ def main() -> None:
     )
     options = flags.parse_args()
     work = Path(options.work_dir)
-    asked = lines(work / "development.queries.jsonl")
-    gold = lines(work / "development.gold.jsonl")
+    asked = records(work / "development.queries.jsonl")
+    gold = records(work / "development.gold.jsonl")
     right = {query["id"]: own["answers"][0] for query, own in zip(asked, gold, strict=True)}
-    records = lines(work / "development.jsonl")[: BATCH if options.quick else None]
-    print(f"{machine()}, {fast_dtype()}; {len(records)} questions")
+    known = records(work / "development.jsonl")[: BATCH if options.quick else None]
+    print(f"{machine()}, {fast_dtype()}; {len(known)} questions")
     for folder in options.models:
         model = ScaleDownModel.from_pretrained(folder, dtype=getattr(torch, fast_dtype()))
         found = {}
         for rate in (4, 16):
             found[f"{rate}x"] = [
                 model.reader.encode(one["query"], one["documents"], right[one["query_id"]], rate=rate)
-                for one in records
+                for one in known
             ]
         for name, shown in (("text", True), ("closed book", False)):
             found[name] = []
-            for one in records:
+            for one in known:
                 ids = model.reader.answer_ids(right[one["query_id"]])
                 documents = one["documents"] if shown else []
                 read = model.reader.encode_text(one["query"], documents, len(ids))

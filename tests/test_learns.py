@@ -6,6 +6,7 @@ from hashlib import blake2b
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from conftest import ROOT, load_script
@@ -59,3 +60,10 @@ def test_training_split_has_no_article_of_the_other_splits(learns: ModuleType, t
     assert not trained & (asked["development"] | asked["test"])
     assert not asked["development"] & asked["test"]
     assert ids("all.corpus.jsonl", "wikipedia_id") == {str(n) for n in range(200)}
+
+
+def test_better_value_is_chosen_for_each_measure(learns: ModuleType) -> None:
+    one = learns.Scores(*(np.array(values) for values in ([1, 0], [0, 0], [0.1, 0.2], [3, 3])))
+    other = learns.Scores(*(np.array(values) for values in ([0, 0], [0, 1], [0.4, 0.1], [2, 2])))
+    found = [values.tolist() for values in learns.better(one, other)]
+    assert found == [[1, 0], [0, 1], [0.4, 0.1], [3, 3]]
