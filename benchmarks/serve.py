@@ -4,8 +4,8 @@
 8 layers; bursts of 1, 8 and 32 requests at the same time. Both sides ask one process of
 `scaledown serve`'s own engine, in turn; no pair of query and document comes twice, so nothing comes from the
 cache of embeddings. Answers do not end early. The student is untrained: what it answers does not matter here.
-`--engine vllm` lets vLLM write both sides' answers, in `.venv-vllm` on a CPU. Another line then shows the
-text when all requests share their documents, whose prefix vLLM reads once.
+`--engine openvino` lets OpenVINO write both sides' answers, `--engine vllm` vLLM, in `.venv-vllm` on a CPU.
+For vLLM another line shows the text when all requests share their documents, whose prefix it reads once.
 """
 
 import itertools
@@ -60,6 +60,7 @@ def serve(layers: int, writes_with: str) -> None:
     from scaledown.serving.app import Server
     from scaledown.serving.engine import Engine
     from scaledown.serving.serve import listen
+    from scaledown.student.engine_choice import ENGINES
     from scaledown.student.model import ScaleDownModel
     from scaledown.student.settings import ScaleDownConfig
 
@@ -69,11 +70,7 @@ def serve(layers: int, writes_with: str) -> None:
     model = ScaleDownModel.build(settings, resolve(GENERATOR), dtype=dtype_to_run(fast_dtype(), "cpu")).eval()
     model.merge_lora()
     model.generator.generation_config.eos_token_id = []  # no answer ends early
-    generation = None
-    if writes_with == "vllm":
-        from scaledown.student.engines.vllm import VllmGeneration
-
-        generation = VllmGeneration(model, resolve(GENERATOR), "cpu", config.batch_size)
+    generation = ENGINES[writes_with].start(model, resolve(GENERATOR), "cpu", config.batch_size)
     engine = Engine(model, config, generation)
     app = Server(engine, model.config, "student", config, "").app()
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
@@ -234,7 +231,10 @@ def main() -> None:
     flags = parser(__doc__)
     flags.add_argument("--serve", type=int, metavar="LAYERS", help="be the server")
     flags.add_argument(
-        "--engine", choices=("transformers", "vllm"), default="transformers", help="what writes the answers"
+        "--engine",
+        choices=("transformers", "openvino", "vllm"),
+        default="transformers",
+        help="what writes the answers",
     )
     flags.add_argument("--plot", metavar="FILE.svg", help="draw throughput over latency")
     options = flags.parse_args()

@@ -134,7 +134,7 @@ def test_logits_that_are_no_numbers_end_their_own_request(
     def fails(*_: Any) -> int:
         raise RuntimeError("probability tensor contains either inf, nan or element < 0")
 
-    monkeypatch.setattr("scaledown.student.engines.transformers._Chance.draw", fails)
+    monkeypatch.setattr("scaledown.student.engines.steps._Chance.draw", fails)
     greedy = [Asked(engine, f"Why {n}?", ["No."]) for n in range(3)]
     (error,) = Asked(engine, "Why?", ["No."], temperature=1.0).all()
     assert isinstance(error, RequestError)

@@ -21,7 +21,7 @@ from scaledown.models.sources import resolve
 from scaledown.serving.engine import Engine
 from scaledown.serving.jobs import End, Piece
 from scaledown.serving.protocol import RequestError
-from scaledown.student.engines.base import ENGINES, choose_engine
+from scaledown.student.engine_choice import ENGINES, choose_engine
 from scaledown.student.engines.vllm import VllmGeneration
 from scaledown.student.export import export_generator
 from scaledown.student.model import ScaleDownModel
@@ -275,16 +275,20 @@ def test_the_command_takes_the_engine(library: type[Library], folder: Path, mode
     assert Library.made[-1].arguments["max_num_seqs"] == 256
 
 
-def test_choice_of_engine_by_device(monkeypatch: pytest.MonkeyPatch, library: type[Library]) -> None:
-    assert choose_engine("auto", "cpu") is ENGINES["vllm"]
-    assert choose_engine("auto", "cuda") is choose_engine("transformers", "cpu") is ENGINES["transformers"]
+def test_choice_of_engine_by_device(
+    monkeypatch: pytest.MonkeyPatch, library: type[Library], folder: Path
+) -> None:
+    source = resolve(str(folder))
+    assert choose_engine("auto", "cpu", source) is ENGINES["vllm"]
+    for name, device in (("auto", "cuda"), ("transformers", "cpu")):
+        assert choose_engine(name, device, source) is ENGINES["transformers"]
     with pytest.raises(ModelError, match="--engine vllm on --device cuda"):
-        choose_engine("vllm", "cuda")
+        choose_engine("vllm", "cuda", source)
     monkeypatch.delitem(sys.modules, "vllm")
     if importlib.util.find_spec("vllm") is None:
-        assert choose_engine("auto", "cpu") is ENGINES["transformers"]
+        assert choose_engine("auto", "cpu", source) is not ENGINES["vllm"]
         with pytest.raises(MissingExtraError, match="--engine vllm needs vLLM"):
-            choose_engine("vllm", "cpu")
+            choose_engine("vllm", "cpu", source)
 
 
 def test_an_export_is_an_ordinary_model(folder: Path, model: ScaleDownModel, tmp_path: Path, capsys) -> None:

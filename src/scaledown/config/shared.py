@@ -12,9 +12,10 @@ from scaledown.extensions import TEACHER_ENGINES
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 AUTO_DTYPE: Final = "auto is bfloat16 on CUDA, float16 on its GPUs before compute capability 8, else float32"
 BACKENDS: Final = ("auto", *TEACHER_ENGINES)
-ENGINES: Final = ("auto", "vllm", "transformers")
+ENGINES: Final = ("auto", "vllm", "openvino", "transformers")
 ENGINES_HELP: Final = (
-    "engine that writes the answers; auto: vllm if it is installed for the device, else transformers"
+    "engine that writes the answers; auto: vllm if it is installed for the device, else on a CPU openvino if "
+    "it is installed, else transformers"
 )
 EXECUTORS: Final = ("local", "ray")
 DUPLICATES: Final = ("exact", "near")

@@ -1,7 +1,7 @@
 """The engine: continuous batching. A request joins the running batch, and leaves it when it is done.
 
-One thread owns the model and the `Generation` that writes the answers, by transformers or vLLM. Other threads
-submit requests and receive pieces of answers by thread-safe calls.
+One thread owns the model and the `Generation` that writes the answers, by one of `student.engines`. Other
+threads submit requests and receive pieces of answers by thread-safe calls.
 """
 
 import contextlib
@@ -24,8 +24,9 @@ from scaledown.serving.answer_text import AnswerText
 from scaledown.serving.jobs import End, Job, Piece, Scores, Usage
 from scaledown.serving.protocol import RequestError
 from scaledown.student.batch import Document, Encoded, Question
+from scaledown.student.decoding import Decoding
 from scaledown.student.engines.base import Generation, Sampling
-from scaledown.student.engines.transformers import TransformersGeneration
+from scaledown.student.engines.steps import StepGeneration
 
 log = logging.getLogger("scaledown")
 
@@ -114,7 +115,9 @@ class Engine:
         self._admitted: list[Job] = []
         """Requests that have left `_waiting` and are not in `_rows` yet."""
         self._rows: list[_Row] = []
-        self._generation = TransformersGeneration(model) if generation is None else generation
+        if generation is None:
+            generation = StepGeneration(model, Decoding(model.generator))
+        self._generation = generation
         self._most_rows = config.batch_size
         self._answered = 0
         """Answers finished since `_most_rows` changed."""

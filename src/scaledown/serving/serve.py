@@ -55,7 +55,7 @@ def serve(config: ServeConfig) -> int:
 
     listener = listen(config)  # before the model is loaded: a port in use is reported at once
     with listener:
-        model, generation = _load(config)
+        model, generation, writer = _load(config)
         model.config.check_rate(config.compression_rate or model.config.compression_rate)
         model.config.check_budget(config.budget)
         name = Path(config.model).resolve().name if Path(config.model).is_dir() else config.model
@@ -67,14 +67,20 @@ def serve(config: ServeConfig) -> int:
             "server_header": False,
             "timeout_graceful_shutdown": max(1, round(config.drain_seconds)),
         }
-        server = uvicorn.Server(uvicorn.Config(app, **options))
+        host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+
+        class Reporting(uvicorn.Server):
+            """Reports when requests are accepted: from then on signals end the server in order."""
+
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                log.info("ready: %s at http://%s:%s/v1, by %s on %s", name, host, port, writer, model.device)
+
+        server = Reporting(uvicorn.Config(app, **options))
         with _address_errors(config):
             listener.listen(1024)  # only now: connections are refused while the model loads
         engine.start(on_failure=lambda: setattr(server, "should_exit", True))
-        host, port = listener.getsockname()[:2]
-        host = f"[{host}]" if ":" in host else host
-        writer = "transformers" if generation is None else "vLLM"
-        log.info("ready: %s at http://%s:%s/v1, by %s on %s", name, host, port, writer, model.device)
         try:
             server.run([listener])
         except KeyboardInterrupt:  # uvicorn raises the signal again after its shutdown
@@ -113,19 +119,20 @@ def _address_errors(config: ServeConfig) -> Iterator[None]:
         ) from error
 
 
-def _load(config: ServeConfig) -> tuple[Any, Any]:
-    """Load the model, and start vLLM if it writes the answers."""
+def _load(config: ServeConfig) -> tuple[Any, Any, str]:
+    """Return the model, the `Generation` of its engine (None: the model's own), and the engine's name."""
     quiet_libraries()
-    from scaledown.student.engines.base import choose_engine
+    from scaledown.student.engine_choice import choose_engine
     from scaledown.student.model import ScaleDownModel
 
     device = choose_device(config.device)
-    engine = choose_engine(config.engine, device)
+    source = resolve(config.model)
+    engine = choose_engine(config.engine, device, source)
     dtype = dtype_to_run(config.dtype, device)
     model = ScaleDownModel.from_pretrained(config.model, dtype=dtype, **onto(device)).eval()
     if model.config.generator_training == "lora":
         model.merge_lora()
-    return model, engine.start(model, resolve(config.model), device, config.batch_size)
+    return model, engine.start(model, source, device, config.batch_size), engine.title
 
 
 if __name__ == "__main__":

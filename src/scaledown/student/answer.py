@@ -76,15 +76,16 @@ def answer(config: AnswerConfig, *, overwrite: bool = False) -> Answered:
 
 def _load(config: AnswerConfig) -> tuple[Any, AnswerConfig]:
     """Load the model with its engine; return it with settings whose batch size suits the engine."""
-    from scaledown.student.engines.base import choose_engine
+    from scaledown.student.engine_choice import choose_engine
     from scaledown.student.model import ScaleDownModel
 
     device = choose_device(config.device)
-    engine = choose_engine(config.engine, device)
+    source = resolve(config.model)
+    engine = choose_engine(config.engine, device, source)
     config = replace(config, batch_size=config.batch_size or engine.batch)
     dtype = dtype_to_run(config.dtype, device)
     model = ScaleDownModel.from_pretrained(config.model, dtype=dtype, **onto(device))
-    model.engine = engine.start(model, resolve(config.model), device, config.batch_size)
+    model.engine = engine.start(model, source, device, config.batch_size)
     return model, config
 
 

@@ -1,11 +1,8 @@
-"""The protocol of engines that write a student's answers, and the choice of an engine."""
+"""The protocol of engines that write a student's answers."""
 
-from collections.abc import Callable, Sequence
-from pkgutil import resolve_name
-from typing import Any, Final, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
-from scaledown.devices.vllm import check_vllm, runs_on
-from scaledown.models.sources import ModelSource
 from scaledown.student.batch import Question
 
 
@@ -44,48 +41,3 @@ class Generation(Protocol):
 
     def close(self) -> None:
         """Free what is held outside of this process."""
-
-
-class StudentEngine(NamedTuple):
-    """An engine that can write a student's answers."""
-
-    suits: Callable[[str], bool]
-    """Whether `auto` may choose it for a device."""
-    check: Callable[[str], None]
-    """Raises `MissingExtraError` or `ModelError` if it cannot run on a device."""
-    batch: int
-    """Default number of answers that `scaledown answer` writes at a time."""
-    generation: str = ""
-    """`module:Class` of the `Generation` that replaces the model's own generator; empty if none does."""
-
-    def start(self, model: Any, source: ModelSource, device: str, batch_size: int) -> Generation | None:
-        """Start the `Generation` that writes the answers; None if the model's own generator does."""
-        if not self.generation:
-            return None
-        made: Generation = resolve_name(self.generation)(model, source, device, batch_size)
-        return made
-
-
-ENGINES: Final = {
-    "vllm": StudentEngine(
-        runs_on,
-        lambda device: check_vllm(device, "--engine vllm"),
-        batch=256,
-        generation="scaledown.student.engines.vllm:VllmGeneration",
-    ),
-    "transformers": StudentEngine(lambda _: True, lambda _: None, batch=8),
-}
-"""Engines by name; `auto` takes the first that suits the device."""
-
-
-def choose_engine(name: str, device: str) -> StudentEngine:
-    """Return the engine of that name; for `auto` the first that suits the device.
-
-    Raises:
-        MissingExtraError: The named engine is not installed.
-        ModelError: The named engine cannot run on the device.
-    """
-    if name not in ENGINES:
-        return next(engine for engine in ENGINES.values() if engine.suits(device))
-    ENGINES[name].check(device)
-    return ENGINES[name]

@@ -17,6 +17,7 @@ from scaledown.data.teacher.base import Generation, Rejection, Setup, TeacherEng
 from scaledown.data.teacher.context import Context, context_tokens
 from scaledown.data.teacher.reply import heard
 from scaledown.devices.halving import Halving
+from scaledown.devices.openvino import openvino
 from scaledown.errors import MissingExtraError, ModelError, install_command
 from scaledown.models.hub import hub_errors
 from scaledown.models.sources import ModelSource, kept_folder
@@ -34,8 +35,7 @@ _TOKENS_A_STEP: Final = 256
 
 def openvino_genai() -> Any:
     """Import the library. Raises `MissingExtraError` if it is not installed."""
-    # On import OpenVINO sends usage data, unless this package cannot be imported.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    openvino("--teacher_backend openvino")
     try:
         import openvino_genai as library
     except ImportError as error:

@@ -1,24 +1,52 @@
-"""The engine that uses the model's own generator, by transformers."""
+"""A generation step by step: the rows' next tokens are chosen here, and a decoding computes their scores."""
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 
 from scaledown.devices.halving import is_out_of_memory
 from scaledown.student.batch import Question
-from scaledown.student.decoding import Decoding
 from scaledown.student.engines.base import Sampling
 
 _COLDEST: Final = 1e-4  # lowest temperature: here only the most probable token has a chance
 
 
-class TransformersGeneration:
-    """A `Generation` by the model's own generator; each step writes one token for each row."""
+class Decodes(Protocol):
+    """What computes the scores of next tokens: `Decoding` by transformers, or another with its methods."""
 
-    def __init__(self, model: Any) -> None:
+    logits: torch.Tensor
+    """[rows, vocabulary]: the scores of each row's next token."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether rows may join now."""
+
+    def join(self, embedded: torch.Tensor, mask: torch.Tensor) -> None:
+        """Read prompts, [rows, length, width] with their mask [rows, length], which become the last rows."""
+
+    def step(self, tokens: torch.Tensor) -> None:
+        """Feed each row its next token, [rows]."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep only these rows, in this order."""
+
+
+class StepGeneration:
+    """A `Generation` by a decoding in this process; each step writes one token for each row."""
+
+    def __init__(self, model: Any, decoding: Decodes) -> None:
+        """Begin without rows.
+
+        Args:
+            model: The `ScaleDownModel` that makes prompts.
+            decoding: What reads them.
+        """
         self._model = model
-        self._decoding = Decoding(model.generator)
+        self._decoding = decoding
         self._chances: list[_Chance | None] = []
         self._next: list[int] = []
         """The newest token of each row, which the model has not read yet; empty at the beginning."""
@@ -28,7 +56,7 @@ class TransformersGeneration:
 
     @property
     def can_grow(self) -> bool:
-        """Whether rows may join, see `Decoding.can_grow`."""
+        """Whether rows may join, see the decoding."""
         return self._decoding.can_grow
 
     def join(self, questions: Sequence[Question], samplings: Sequence[Sampling]) -> None:

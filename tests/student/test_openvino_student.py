@@ -1,0 +1,302 @@
+"""A student's answers by OpenVINO are those of its own generator, and its graph is made once."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_decoding import ROWS, alone, prompt
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+
+from scaledown.cli import main
+from scaledown.errors import MissingExtraError, ModelError, UsageError, install_command
+from scaledown.models.sources import resolve
+from scaledown.student.decoding import Decoding
+from scaledown.student.engine_choice import ENGINES, choose_engine
+from scaledown.student.engines import openvino as engine
+from scaledown.student.engines.base import Sampling
+from scaledown.student.engines.openvino import OpenVINODecoding, OpenVINOGeneration, generator_graph
+from scaledown.student.model import ScaleDownModel
+from scaledown.student.settings import ScaleDownConfig
+
+pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install -e '.[openvino]'")
+
+QUERIES = ["What about the tower?", "Why is it old?", "Who was here, and when, and with whom?", "So?"]
+DOCUMENTS = [["A tower by the river is old."], ["Old.", "And tall, by the tree."], [], ["It is not."] * 3]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def folder(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student whose LoRA changes what the generator writes."""
+    made = ScaleDownModel.build(
+        ScaleDownConfig(num_layers=1, doc_max_length=48), resolve(str(models["causal_lm"]))
+    )
+    torch.manual_seed(1)
+    for name, weight in made.generator.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    path = tmp_path_factory.mktemp("student")
+    made.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> ScaleDownModel:
+    """The student on its own generator."""
+    found: ScaleDownModel = ScaleDownModel.from_pretrained(folder)
+    return found
+
+
+def on_openvino(folder: Path) -> ScaleDownModel:
+    found: ScaleDownModel = ScaleDownModel.from_pretrained(folder)
+    found.engine = OpenVINOGeneration(found, resolve(str(folder)), "cpu", 8)
+    return found
+
+
+def decodings(models: dict[str, Path], folder: Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """A generator, its decoding by transformers, and the one by OpenVINO."""
+    generator = AutoModelForCausalLM.from_pretrained(models["causal_lm"], dtype=dtype).eval()
+    graph = folder / "generator.xml"
+    engine.openvino("a test").save_model(engine._graph(generator), graph, compress_to_fp16=False)
+    return generator, Decoding(generator), OpenVINODecoding(graph, generator.get_input_embeddings(), dtype)
+
+
+@torch.no_grad()
+def test_rows_that_join_and_leave_are_written_as_alone(models: dict[str, Path], tmp_path: Path) -> None:
+    generator, _, decoding = decodings(models, tmp_path, torch.float32)
+    expected = {number: alone(generator, row, 9) for number, row in enumerate(ROWS)}
+    joins = {0: [1], 2: [0, 3], 4: [2]}
+    present: list[int] = []
+    written: dict[int, list[int]] = {number: [] for number in expected}
+    for step in range(14):
+        if step in joins:
+            decoding.join(*prompt(generator, *(ROWS[number] for number in joins[step])))
+            present += joins[step]
+        if not present:
+            break
+        chosen = decoding.logits.argmax(-1)
+        for number, token in zip(present, chosen.tolist(), strict=True):
+            written[number].append(token)
+        going = [place for place, number in enumerate(present) if len(written[number]) < 9]
+        present = [present[place] for place in going]
+        decoding.keep(going)
+        assert len(decoding) == len(present)
+        if going:
+            decoding.step(chosen[going])
+    assert written == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.5)])
+def test_scores_are_those_of_transformers(
+    dtype: torch.dtype, tolerance: float, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Rows change places, leave, and others join that are shorter and longer."""
+    generator, *both = decodings(models, tmp_path, dtype)
+
+    def same(act: Callable[[Any], None]) -> None:
+        for decoding in both:
+            act(decoding)
+        expected, found = (decoding.logits.float() for decoding in both)
+        assert len(both[1]) == len(found) == len(expected)
+        assert float((found - expected).abs().max()) <= tolerance * float(expected.std())
+
+    same(lambda decoding: decoding.join(*prompt(generator, *ROWS[:3])))
+    same(lambda decoding: decoding.step(torch.tensor([5, 6, 7])))
+    same(lambda decoding: decoding.keep([2, 1]))
+    same(lambda decoding: decoding.join(*prompt(generator, ROWS[3])))  # right after rows have left
+    same(lambda decoding: decoding.step(torch.tensor([8, 9, 10])))
+    same(lambda decoding: decoding.keep([1]))
+    same(lambda decoding: decoding.join(*prompt(generator, ROWS[2] * 3, ROWS[0])))
+    same(lambda decoding: decoding.step(torch.tensor([11, 12, 13])))
+    for decoding in both:
+        decoding.keep([])
+    same(lambda decoding: decoding.join(*prompt(generator, ROWS[1])))
+
+
+@torch.no_grad()
+def test_cache_does_not_grow_with_rows_that_have_left(models: dict[str, Path], tmp_path: Path) -> None:
+    generator, _, decoding = decodings(models, tmp_path, torch.float32)
+    decoding.join(*prompt(generator, ROWS[1]))
+    for _ in range(20):
+        decoding.join(*prompt(generator, ROWS[0]))
+        decoding.keep([1])
+        decoding.step(torch.tensor([4]))
+    assert decoding._mask.shape[1] <= len(ROWS[0]) + 2
+    assert decoding._states[0].state.shape[2] == decoding._mask.shape[1]
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_answers_are_those_of_the_own_generator(
+    compressed: bool, folder: Path, model: ScaleDownModel
+) -> None:
+    expected = model.answer(QUERIES, DOCUMENTS, max_new_tokens=12, compressed=compressed)
+    assert len(set(expected)) == len(QUERIES)
+    found = on_openvino(folder).answer(QUERIES, DOCUMENTS, max_new_tokens=12, compressed=compressed)
+    assert found == expected
+    streamed = "".join(
+        on_openvino(folder).stream(QUERIES[1], DOCUMENTS[1], max_new_tokens=12, compressed=compressed)
+    )
+    assert streamed.strip() == expected[1]
+
+
+def test_chance_depends_on_the_seed_alone(folder: Path) -> None:
+    student = on_openvino(folder)
+
+    def written(seed: int) -> list[int]:
+        assert student.engine is not None
+        question = student._question("Why?", ["No."], 6, compressed=True)
+        student.engine.join([question], [Sampling(6, temperature=1.5, seed=seed)])
+        tokens = []
+        for _ in range(6):
+            (own,) = student.engine.tokens()
+            assert not isinstance(own, Exception)
+            tokens += own
+            student.engine.keep([0])
+        student.engine.keep([])
+        return tokens
+
+    assert written(1) == written(1)
+    assert len({tuple(written(seed)) for seed in range(6)}) > 3
+
+
+def test_graph_is_made_once_for_the_same_weights(
+    folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    on_openvino(folder)
+    (made,) = cache.glob("openvino-generators/*/generator.xml")
+    when = made.stat().st_mtime_ns
+    on_openvino(folder)
+    assert made.stat().st_mtime_ns == when
+    assert caplog.text.count("written once for OpenVINO") == 1
+    assert not list(cache.glob("openvino-generators/*.tmp"))
+
+
+def test_interrupted_export_is_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_check", stop)
+        with pytest.raises(KeyboardInterrupt):
+            on_openvino(folder)
+    assert on_openvino(folder).answer("Why?", ["No."], max_new_tokens=3)
+
+
+def test_graph_that_computes_something_else_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = engine._Step.forward
+
+    def shifted(self: Any, embedded: Any, mask: Any, places: Any, *tensors: Any) -> Any:
+        return forward(self, embedded, mask, places * 3, *tensors)
+
+    monkeypatch.setattr(engine._Step, "forward", shifted)
+    with pytest.raises(ModelError, match="other scores.*use --engine transformers"):
+        on_openvino(folder)
+
+
+@pytest.fixture
+def windowed(folder: Path, models: dict[str, Path], tmp_path: Path) -> Path:
+    """A student whose generator reads a sliding window."""
+    torch.manual_seed(0)
+    tokenizer = ScaleDownModel.from_pretrained(folder).tokenizer
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        sliding_window=4,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    MistralForCausalLM(config).save_pretrained(tmp_path / "generator")
+    tokenizer.save_pretrained(tmp_path / "generator")
+    settings = ScaleDownConfig(num_layers=1, doc_max_length=48)
+    made = ScaleDownModel.build(settings, resolve(str(tmp_path / "generator")))
+    made.save_pretrained(tmp_path / "windowed")
+    return tmp_path / "windowed"
+
+
+def test_choice_of_engine_by_model_and_device(
+    folder: Path, windowed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scaledown.devices.vllm.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("scaledown.student.engine_choice.is_installed", lambda: True)
+    assert choose_engine("auto", "cpu", resolve(str(folder))) is ENGINES["openvino"]
+    assert choose_engine("auto", "cuda", resolve(str(folder))) is ENGINES["transformers"]
+    assert choose_engine("auto", "cpu", resolve(str(windowed))) is ENGINES["transformers"]
+    with pytest.raises(UsageError, match="runs on a CPU only"):
+        choose_engine("openvino", "cuda", resolve(str(folder)))
+    monkeypatch.setattr("scaledown.student.engine_choice.is_installed", lambda: False)
+    assert choose_engine("auto", "cpu", resolve(str(folder))) is ENGINES["transformers"]
+
+
+def test_generator_with_a_window_is_refused(windowed: Path) -> None:
+    with pytest.raises(ModelError, match="reads a window.*use --engine transformers"):
+        on_openvino(windowed)
+
+
+def test_float16_is_refused(folder: Path) -> None:
+    student = ScaleDownModel.from_pretrained(folder, dtype=torch.float16)
+    with pytest.raises(ModelError, match="float32 or bfloat16"):
+        generator_graph(student, resolve(str(folder)))
+
+
+def test_without_the_library_the_error_names_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingExtraError, match=re.escape(install_command("openvino"))):
+        choose_engine("openvino", "cpu", resolve(str(folder)))
+
+
+def test_command_takes_the_engine(
+    folder: Path, model: ScaleDownModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["answer", "--model", str(folder), "--engine", "openvino", "--device", "cpu"]
+    words += ["--max_new_tokens", "8"]
+    assert main([*words, "--query", QUERIES[0], "--document", DOCUMENTS[0][0]]) == 0
+    assert capsys.readouterr().out.strip() == model.answer(QUERIES[0], DOCUMENTS[0], max_new_tokens=8)
+    records = [
+        {"query": q, "documents": d or ["-"], "answer": "-"} for q, d in zip(QUERIES, DOCUMENTS, strict=True)
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    flags = ["--data", str(tmp_path / "data.json"), "--output_file", str(tmp_path / "answers.json")]
+    assert main([*words, *flags]) == 0
+    found = [row["answer"] for row in json.loads((tmp_path / "answers.json").read_text())]
+    assert found == model.answer(QUERIES, [d or ["-"] for d in DOCUMENTS], max_new_tokens=8)
+
+
+@pytest.mark.slow
+def test_server_says_its_engine_and_ends(folder: Path, cache: Path) -> None:
+    words = [sys.executable, "-m", "scaledown", "serve", "--model", str(folder), "--port", "0"]
+    environment = os.environ | {"SCALEDOWN_CACHE": str(cache)}
+    with subprocess.Popen(
+        [*words, "--device", "cpu", "--engine", "openvino"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        assert process.stderr is not None
+        try:
+            ready = next(line for line in iter(process.stderr.readline, "") if "ready" in line)
+            assert "by OpenVINO on cpu" in ready
+            process.send_signal(signal.SIGTERM)
+            rest = process.stderr.read()
+            assert process.wait(60) == 0
+            assert "Traceback" not in rest
+        finally:
+            process.kill()
