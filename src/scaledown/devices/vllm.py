@@ -131,15 +131,23 @@ class VllmEngine:
         return int(self._engine.model_config.max_model_len)
 
     def add(self, key: str, prompt: Any, sampling: Any, **options: Any) -> None:
-        """Request an answer. Raises `ValueError` if vLLM refuses the prompt."""
-        self._engine.add_request(key, prompt, sampling, **options)
+        """Request an answer.
+
+        Raises:
+            ValueError: vLLM refuses the prompt.
+            ModelError: The engine has ended.
+        """
+        with _ending():
+            self._engine.add_request(key, prompt, sampling, **options)
 
     def step(self) -> list[Any]:
         """Wait for new tokens, and return vLLM's `RequestOutput`s. Call it only while requests run.
 
-        Raises the error that ended the engine.
+        Raises:
+            ModelError: The engine has ended.
         """
-        outputs: list[Any] = self._engine.step()
+        with _ending():
+            outputs: list[Any] = self._engine.step()
         return outputs
 
     def abort(self, keys: list[str]) -> None:
@@ -156,7 +164,21 @@ class VllmEngine:
     def _watch(self) -> None:
         """Make `step` fail when a process has ended; vLLM itself would wait for the process forever."""
         multiprocessing.connection.wait([one.sentinel for one in self._processes])
-        self._engine.engine_core.outputs_queue.put_nowait(ModelError("vLLM's process has ended"))
+        self._engine.engine_core.outputs_queue.put_nowait(ChildProcessError())
+
+
+@contextlib.contextmanager
+def _ending() -> Iterator[None]:
+    """Raise `ModelError` for every error but `ValueError`.
+
+    vLLM and `_watch` notice the end of a process at about the same time: which error comes first is chance.
+    """
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ModelError(f"vLLM has ended ({type(error).__name__}): run the command again") from error
 
 
 def _room(name: str, device: str, gpus: range, memory: float, context: int) -> dict[str, Any]:

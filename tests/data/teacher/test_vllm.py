@@ -192,6 +192,20 @@ def test_every_prompt_gets_an_answer_or_a_reason(teacher, monkeypatch) -> None:
     assert FakeEngine.made.arguments["enable_prefix_caching"] is True
 
 
+class EngineDeadError(Exception):
+    """What vLLM raises if its process has ended."""
+
+
+@pytest.mark.parametrize("method", ["add_request", "step"])
+def test_engine_that_ends_is_an_error_of_ours(method, teacher, monkeypatch) -> None:
+    def dead(*_: object, **__: object) -> None:
+        raise EngineDeadError
+
+    monkeypatch.setattr(FakeEngine, method, dead)
+    with pytest.raises(ModelError, match=r"vLLM has ended \(EngineDeadError\): run the command again"):
+        list(teacher().answers(prompts(3)))
+
+
 def test_known_answers_are_not_asked_again_and_no_request_remains(teacher) -> None:
     one = teacher()
     found = dict(one.answers(prompts(10), have={1, 2, 3}))

@@ -29,6 +29,7 @@ pytestmark = [
 ]
 
 MODEL = "bundled:smollm2-135m"
+DTYPE = "float32"  # in bfloat16, sampled words depend on what vLLM computes in the same step
 DOCUMENT = "Penicillin\nAlexander Fleming discovered penicillin in 1928."
 
 
@@ -41,7 +42,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def teacher() -> Iterator[Teacher]:
     generation = Generation(max_new_tokens=16, logprobs=3)
-    made = load_teacher(resolve(MODEL), "cpu", "bfloat16", generation, Engine(backend="vllm"))
+    made = load_teacher(resolve(MODEL), "cpu", DTYPE, generation, Engine(backend="vllm"))
     yield made
     made.close()  # type: ignore[attr-defined]
 
@@ -86,14 +87,14 @@ def test_longer_prompts_start_the_engine_again_and_leave_no_process(teacher: Tea
 
 
 def test_a_seed_repeats_a_sampled_answer(teacher: Teacher) -> None:
-    """The log probabilities repeat about: on a CPU they depend on what vLLM computes in the same step."""
+    """The last digits of log probabilities depend on what vLLM computes in the same step."""
     first, second = (given(answer_all(teacher, prompts(temperature=1.5))) for _ in range(2))
     assert [answer.text for answer in first] == [answer.text for answer in second]
     for one, other in zip(first, second, strict=True):
         assert one.answer_logprobs is not None and other.answer_logprobs is not None
         assert one.answer_logprobs["tokens"] == other.answer_logprobs["tokens"]
         rows = zip(one.answer_logprobs["top_logprobs"], other.answer_logprobs["top_logprobs"], strict=True)
-        assert all(row == pytest.approx(again, abs=0.3) for row, again in rows)
+        assert all(row == pytest.approx(again, abs=0.01) for row, again in rows)
     greedy = given(answer_all(teacher, prompts()))
     assert [answer.text for answer in first] != [answer.text for answer in greedy]
 
@@ -108,7 +109,7 @@ def test_many_long_prompts_are_sampled_with_seeds(teacher: Teacher) -> None:
 def test_an_engine_that_is_killed_is_an_error_and_no_run_waits_for_it() -> None:
     others = set(multiprocessing.active_children())
     generation = Generation(max_new_tokens=400)
-    one = load_teacher(resolve(MODEL), "cpu", "bfloat16", generation, Engine(backend="vllm"))
+    one = load_teacher(resolve(MODEL), "cpu", DTYPE, generation, Engine(backend="vllm"))
     many = [answer_prompt(str(n), f"Write a long story about {n}.", [DOCUMENT], 1.0) for n in range(64)]
     answers = one.answers(many)
     next(answers)

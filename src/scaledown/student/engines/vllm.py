@@ -10,7 +10,6 @@ from filelock import FileLock
 
 from scaledown.devices.gpus import give_back
 from scaledown.devices.vllm import VllmEngine
-from scaledown.errors import ModelError
 from scaledown.models.sources import ModelSource, kept_folder
 from scaledown.models.weights import loading
 from scaledown.student.batch import Question
@@ -85,18 +84,12 @@ class VllmGeneration:
                 self._engine.add(key, self._prompt(question), self._params(sampling))
             except ValueError as error:
                 self._refused[key] = error
-            except Exception as error:
-                raise ModelError(f"vLLM has ended ({type(error).__name__})") from error
 
     def tokens(self) -> list[Sequence[int] | Exception]:
         """Return the next tokens of each row, after one step of vLLM, which may bring none for any row."""
         found: dict[str, Sequence[int] | Exception] = {}
         if not self._refused:
-            try:
-                outputs = self._engine.step()
-            except Exception as error:
-                raise ModelError(f"vLLM has ended ({type(error).__name__})") from error
-            for output in outputs:
+            for output in self._engine.step():
                 (written,) = output.outputs
                 found[output.request_id] = list(written.token_ids)
                 if output.finished:
