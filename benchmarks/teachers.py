@@ -19,9 +19,8 @@ from common import SHARED, close, machine, parser, verdict
 from scaledown.data.prompts import Prompt, answer_prompt
 from scaledown.data.retrieval import SPLADERetriever
 from scaledown.data.teacher.base import Generation, Teacher
-from scaledown.data.teacher.engines.openvino import OpenVINOTeacher
+from scaledown.data.teacher.engines.openvino import OpenVINOTeacher, export
 from scaledown.data.teacher.engines.transformers import TransformersTeacher
-from scaledown.data.teacher.export_openvino import export
 from scaledown.errors import install_command
 from scaledown.metrics import accuracy
 from scaledown.models.sources import resolve

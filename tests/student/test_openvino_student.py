@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from scaledown.cli import main
 from scaledown.errors import MissingExtraError, ModelError, UsageError, install_command
+from scaledown.models import openvino as graphs
+from scaledown.models.openvino import write_graph
 from scaledown.models.sources import resolve
 from scaledown.student.decoding import Decoding
 from scaledown.student.engine_choice import ENGINES, choose_engine
-from scaledown.student.engines import openvino as engine
 from scaledown.student.engines.base import Sampling
 from scaledown.student.engines.openvino import OpenVINODecoding, OpenVINOGeneration, generator_graph
 from scaledown.student.model import ScaleDownModel
@@ -70,7 +71,7 @@ def decodings(models: dict[str, Path], folder: Path, dtype: torch.dtype) -> tupl
     """A generator, its decoding by transformers, and the one by OpenVINO."""
     generator = AutoModelForCausalLM.from_pretrained(models["causal_lm"], dtype=dtype).eval()
     graph = folder / "generator.xml"
-    engine.openvino("a test").save_model(engine._graph(generator), graph, compress_to_fp16=False)
+    write_graph(generator, graph, reads="embeddings")
     return generator, Decoding(generator), OpenVINODecoding(graph, generator.get_input_embeddings(), dtype)
 
 
@@ -191,20 +192,20 @@ def test_interrupted_export_is_made_again(folder: Path, monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_check", stop)
+        patch.setattr(graphs, "_check", stop)
         with pytest.raises(KeyboardInterrupt):
             on_openvino(folder)
     assert on_openvino(folder).answer("Why?", ["No."], max_new_tokens=3)
 
 
 def test_graph_that_computes_something_else_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = engine._Step.forward
+    forward = graphs._Step.forward
 
-    def shifted(self: Any, embedded: Any, mask: Any, places: Any, *tensors: Any) -> Any:
-        return forward(self, embedded, mask, places * 3, *tensors)
+    def shifted(self: Any, read: Any, mask: Any, places: Any, *tensors: Any) -> Any:
+        return forward(self, read, mask, places * 3, *tensors)
 
-    monkeypatch.setattr(engine._Step, "forward", shifted)
-    with pytest.raises(ModelError, match="other scores.*use --engine transformers"):
+    monkeypatch.setattr(graphs._Step, "forward", shifted)
+    with pytest.raises(ModelError, match="other scores.*use the engine transformers"):
         on_openvino(folder)
 
 
@@ -247,7 +248,7 @@ def test_choice_of_engine_by_model_and_device(
 
 
 def test_generator_with_a_window_is_refused(windowed: Path) -> None:
-    with pytest.raises(ModelError, match="reads a window.*use --engine transformers"):
+    with pytest.raises(ModelError, match="reads a window.*use the engine transformers"):
         on_openvino(windowed)
 
 

@@ -100,11 +100,6 @@ class Decoding:
         return output.logits[:, -1], output.past_key_values
 
 
-def only_grows(config: Any) -> bool:
-    """Whether the cache of a causal LM with this configuration keeps all positions in every layer."""
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-
-
 def _join(first: DynamicCache, second: DynamicCache) -> None:
     """Append the second cache's rows to the first, layer by layer: all at once needs twice the memory."""
     for own, other in zip(first.layers, second.layers, strict=True):

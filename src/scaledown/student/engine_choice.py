@@ -7,8 +7,8 @@ from typing import Any, Final, NamedTuple
 from scaledown.devices.openvino import is_installed, openvino
 from scaledown.devices.vllm import check_vllm, runs_on
 from scaledown.errors import UsageError
+from scaledown.models.openvino import only_grows
 from scaledown.models.sources import ModelSource
-from scaledown.student.decoding import only_grows
 from scaledown.student.engines.base import Generation
 from scaledown.student.model import read_settings
 

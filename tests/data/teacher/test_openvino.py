@@ -1,5 +1,6 @@
 """The OpenVINO teacher: its scheduling on a stand-in for the library, its answers on the real one."""
 
+import importlib.util
 import json
 import os
 import re
@@ -18,9 +19,15 @@ import pytest
 
 from scaledown.data.prompts import answer_prompt
 from scaledown.data.teacher import export_openvino
-from scaledown.data.teacher.base import Generation, Rejection
+from scaledown.data.teacher.base import Engine, Generation, Rejection, Setup
 from scaledown.data.teacher.engines import openvino as engine
-from scaledown.data.teacher.engines.openvino import OpenVINOTeacher, exported, is_exported, openvino_genai
+from scaledown.data.teacher.engines.openvino import (
+    OpenVINOTeacher,
+    export,
+    exported,
+    is_exported,
+    openvino_genai,
+)
 from scaledown.data.teacher.engines.transformers import TransformersTeacher
 from scaledown.errors import MissingExtraError, ModelError, UsageError, install_command
 from scaledown.models.sources import resolve
@@ -211,12 +218,6 @@ def test_without_the_library_the_error_names_the_extra(monkeypatch) -> None:
         openvino_genai()
 
 
-def test_a_model_that_is_not_exported_names_the_command(library, models) -> None:
-    name = str(models["instruct"])
-    with pytest.raises(ModelError, match=re.escape(f"run scaledown export-openvino {name} once")):
-        OpenVINOTeacher(resolve(name), Generation())
-
-
 def test_other_weights_are_another_export(models, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path))
     shutil.copytree(models["causal_lm"], tmp_path / "model")
@@ -240,19 +241,52 @@ def test_an_export_that_is_there_is_only_named(library, models, capsys) -> None:
         export_openvino.main([])
 
 
-def test_a_failed_export_shows_its_last_lines_and_leaves_nothing(library, models, monkeypatch) -> None:
-    source = resolve(str(models["instruct"]))
-    monkeypatch.setattr(export_openvino, "_environment", lambda: sys.executable)
-    monkeypatch.setattr(export_openvino, "_EXPORTER", "import sys; sys.exit('no room ' + sys.argv[-1])")
-    with pytest.raises(ModelError, match=r"no room .*\.tmp .*all of it: .*\.log.*same command again"):
-        export_openvino.export(source)
+needs_openvino = pytest.mark.skipif(
+    not importlib.util.find_spec("openvino_genai"), reason="needs the extra openvino"
+)
+
+
+@needs_openvino
+def test_first_use_exports_once(models, tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path))
+    caplog.set_level("INFO")
+    source, generation = resolve(str(models["causal_lm"])), Generation(max_new_tokens=5)
+    asked = [answer_prompt(str(n), "Why?", ["It is."], 0.0) for n in range(3)]
+    for _ in range(2):
+        given = [answer for _, answer in OpenVINOTeacher(source, generation).answers(asked)]
+        assert [type(answer) for answer in given] == [Answer] * 3
+    assert caplog.text.count("is exported once for OpenVINO") == 1
+    weights = sum(file.stat().st_size for file in models["causal_lm"].glob("*.safetensors"))
+    assert (exported(source) / "openvino_model.bin").stat().st_size < weights / 2
+
+
+@needs_openvino
+def test_interrupted_export_leaves_nothing_and_is_made_again(models, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path))
+    source = resolve(str(models["causal_lm"]))
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("scaledown.models.openvino._check", stop)
+        with pytest.raises(KeyboardInterrupt):
+            export(source)
     assert not is_exported(source)
-    made = (
-        "import pathlib, sys; p = pathlib.Path(sys.argv[-1]); p.mkdir(); (p / 'openvino_model.xml').touch()"
-    )
-    monkeypatch.setattr(export_openvino, "_EXPORTER", made)
-    assert export_openvino.export(source) == exported(source)
-    assert is_exported(source)
+    assert (export(source) / "openvino_model.xml").exists()
+
+
+@needs_openvino
+def test_teacher_that_reads_a_window_is_refused_before_any_work(models, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path))
+    model = tmp_path / "model"
+    shutil.copytree(models["causal_lm"], model)
+    config = json.loads((model / "config.json").read_text())
+    changed = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4}
+    (model / "config.json").write_text(json.dumps(config | changed))
+    setup = Setup(resolve(str(model)), "cpu", "auto", Generation(), Engine(backend="openvino"))
+    with pytest.raises(ModelError, match="reads a window.*use --teacher_backend transformers"):
+        engine.ENGINE.preflight(setup)
 
 
 def normalised(text: str) -> str:
@@ -264,7 +298,7 @@ import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from scaledown.data.teacher import generate_teacher_answers
 records = [{"query": "Who?", "documents": ["I."]}]
-generate_teacher_answers(records, "bundled:smollm2-135m", max_new_tokens=2)
+generate_teacher_answers(records, "bundled:smollm2-135m", max_new_tokens=2, backend="openvino")
 try:
     signal.raise_signal(signal.SIGINT)
 except KeyboardInterrupt:
@@ -272,26 +306,22 @@ except KeyboardInterrupt:
 """
 
 
+@needs_openvino
 @pytest.mark.slow
 def test_a_signal_after_the_engine_is_gone() -> None:
     """OpenVINO GenAI 2026.4 left a stack for signals that it had freed: Ctrl-C was a segmentation fault."""
-    pytest.importorskip("openvino_genai", reason="needs the extra openvino")
-    if not is_exported(resolve("bundled:smollm2-135m")):
-        pytest.skip("needs the export of bundled:smollm2-135m")
     done = subprocess.run([sys.executable, "-c", GONE], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 
+@needs_openvino
+@pytest.mark.slow
 def test_answers_agree_with_those_of_transformers(monkeypatch) -> None:
     """Real weights at 8 bits against float32: answers mostly equal, and no fewer of them right."""
-    pytest.importorskip("openvino_genai", reason="needs the extra openvino")
     if not XQUAD.exists():
         pytest.skip("needs the questions of shared/data")
     monkeypatch.setenv("SCALEDOWN_CACHE", str(REAL))
     source = resolve("bundled:smollm2-135m")
-    if not is_exported(source) and os.environ.get("SCALEDOWN_TEST_EXPORT") != "1":
-        pytest.skip("needs the export of bundled:smollm2-135m, or SCALEDOWN_TEST_EXPORT=1 to make it")
-    export_openvino.export(source)
     articles = {
         article["wikipedia_id"]: article["text"]
         for article in map(json.loads, (XQUAD / "kilt.jsonl").read_text(encoding="utf-8").splitlines())

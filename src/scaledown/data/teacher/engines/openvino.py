@@ -5,12 +5,14 @@ import ctypes
 import importlib.util
 import itertools
 import logging
+import shutil
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+from filelock import FileLock
 
 from scaledown.data.prompts import Prompt
 from scaledown.data.teacher.base import Generation, Rejection, Setup, TeacherEngine, seed_of
@@ -21,13 +23,11 @@ from scaledown.devices.openvino import openvino
 from scaledown.errors import MissingExtraError, ModelError, install_command
 from scaledown.models.hub import hub_errors
 from scaledown.models.sources import ModelSource, kept_folder
-from scaledown.models.weights import quiet_libraries
+from scaledown.models.weights import loadable, loading, quiet_libraries
 from scaledown.records import Answer
 
 log = logging.getLogger("scaledown")
 
-EXPORT: Final = "scaledown export-openvino"
-WEIGHTS: Final = "int8"
 _IN_FLIGHT: Final = 64  # requests in the engine: enough to keep it busy, with bounded memory
 _CACHE_GB: Final = 4  # of keys and values; requests that do not fit wait
 _TOKENS_A_STEP: Final = 256
@@ -47,7 +47,7 @@ def openvino_genai() -> Any:
 
 def exported(source: ModelSource) -> Path:
     """Return the path in the cache for the export of exactly these weights, even if it does not exist."""
-    return kept_folder("openvino", source, WEIGHTS)
+    return kept_folder("openvino", source, "8 bits")
 
 
 def is_exported(source: ModelSource) -> bool:
@@ -55,10 +55,38 @@ def is_exported(source: ModelSource) -> bool:
     return (exported(source) / "openvino_model.xml").exists()
 
 
-def _check_exported(source: ModelSource) -> None:
-    """Raise `ModelError` if the export does not exist."""
-    if not is_exported(source):
-        raise ModelError(f"model {source.name} is not exported for OpenVINO: run {EXPORT} {source.name} once")
+def export(source: ModelSource) -> Path:
+    """Return the folder of the exported model, with weights at 8 bits; the first call makes it.
+
+    Raises:
+        MissingExtraError: OpenVINO is not installed.
+        ModelError: The model cannot be loaded, or OpenVINO cannot compute it.
+    """
+    folder = exported(source)
+    if is_exported(source):
+        return folder
+    openvino_genai()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from scaledown.models.openvino import write_graph
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if is_exported(source):
+            return folder
+        temporary = Path(f"{folder}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        log.info("model %s is exported once for OpenVINO: %s", source.name, folder)
+        name, pinned = loadable(source)
+        with loading(source):
+            model = AutoModelForCausalLM.from_pretrained(name, **pinned, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
+        for part in (model.config, model.generation_config, tokenizer):
+            part.save_pretrained(temporary)
+        write_graph(model, temporary / "openvino_model.xml", reads="ids", eight_bits=True)
+        temporary.replace(folder)
+    return folder
 
 
 class _SignalStack(ctypes.Structure):
@@ -86,8 +114,7 @@ class OpenVINOTeacher:
 
     def __init__(self, source: ModelSource, generation: Generation) -> None:
         library = openvino_genai()
-        folder = exported(source)
-        _check_exported(source)
+        folder = export(source)
         from transformers import AutoConfig, AutoTokenizer
 
         quiet_libraries()
@@ -106,7 +133,7 @@ class OpenVINOTeacher:
         self.halving = Halving("--teacher_batch_size")
 
     def __del__(self) -> None:
-        if hasattr(self, "_pipeline"):
+        if hasattr(self, "_pipeline") and not sys.is_finalizing():
             self._unload()
 
     def answers(
@@ -246,14 +273,29 @@ def _first_line(error: Exception) -> str:
 
 def _preflight(setup: Setup) -> None:
     openvino_genai()
-    _check_exported(setup.source)
+    if is_exported(setup.source):
+        return
+    from transformers import AutoConfig
+
+    from scaledown.models.openvino import only_grows
+
+    name, pinned = loadable(setup.source)
+    with loading(setup.source):
+        config = AutoConfig.from_pretrained(name, **pinned)
+    if not only_grows(config):
+        raise ModelError(
+            f"--teacher_backend openvino: the attention of {setup.source.name} reads a window, which this "
+            "engine cannot do: use --teacher_backend transformers"
+        )
 
 
 def _suits(setup: Setup) -> bool:
     if setup.device != "cpu" or importlib.util.find_spec("openvino_genai") is None:
         return False
     if not (found := is_exported(setup.source)):
-        log.info("OpenVINO would be faster: run %s %s once", EXPORT, setup.source.name)
+        log.info(
+            "OpenVINO would be faster: give --teacher_backend openvino; its answers are not equal to the bit"
+        )
     return found
 
 

@@ -1,0 +1,244 @@
+"""A causal LM as a graph of OpenVINO, traced in this process. The names are those of OpenVINO GenAI."""
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from scaledown.devices.openvino import openvino
+from scaledown.errors import ModelError
+
+GRAPH: Final = "1"
+"""Part of the key of graphs in the cache: raise it if `write_graph` writes something else."""
+PRECISIONS: Final = {torch.float32: "f32", torch.bfloat16: "bf16"}
+"""OpenVINO's names of the precisions that a graph can have."""
+_TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # of scores, in their standard deviations
+
+
+def write_graph(model: Any, file: Path, *, reads: str, eight_bits: bool = False) -> None:
+    """Trace a causal LM and write its graph, if the graph computes what the model does.
+
+    Inputs are `input_ids` [rows, new] or `inputs_embeds` [rows, new, width]; `attention_mask` [rows, all], 0
+    at padding; `position_ids` [rows, new]; and `beam_idx` [rows], for each row its number in the step before.
+    The output is `logits`, [rows, new or 1, vocabulary]. Keys and values are a state of the request.
+
+    Args:
+        model: A causal LM of transformers, in float32 or bfloat16, on a CPU.
+        file: Where to write: `….xml`; the weights come beside it.
+        reads: `ids` or `embeddings`. With `embeddings`, only the last position has logits.
+        eight_bits: Round each row of each matrix to 255 steps.
+
+    Raises:
+        MissingExtraError: OpenVINO is not installed.
+        ModelError: OpenVINO cannot compute this model.
+    """
+    library = openvino("OpenVINO's graph")
+    name = {"ids": "input_ids", "embeddings": "inputs_embeds"}[reads]
+    graph = _with_state(*_traced(library, model.eval(), name), library)
+    _check(model, graph, name)
+    if eight_bits:
+        _round(graph, library)
+    library.save_model(graph, file, compress_to_fp16=False)
+
+
+def compiled(graph: Any, dtype: torch.dtype) -> Any:
+    """Compile a graph, or the file of one, to compute in float32 or bfloat16."""
+    precision = PRECISIONS[dtype]
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "KV_CACHE_PRECISION": precision,  # by default it would have 8 bits
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    return openvino("OpenVINO's graph").Core().compile_model(graph, "CPU", settings)
+
+
+def only_grows(config: Any) -> bool:
+    """Whether the cache of a causal LM with this configuration keeps all positions in every layer."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
+class _Grown(Cache):  # type: ignore[misc]  # transformers has no types
+    """A cache that only appends, so that its trace has no branches.
+
+    `tensors` are keys and values of each layer in turn, [rows, heads, length, size]; after the step `grown`
+    are.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        super().__init__(layers=[])
+        self.tensors = tensors
+        self.grown: list[Any] = [None] * len(tensors)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        place = 2 * layer_idx
+        for number, new in enumerate((key_states, value_states), place):
+            self.grown[number] = torch.cat([self.tensors[number], new], 2)
+        return self.grown[place], self.grown[place + 1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.tensors[0].shape[2]
+
+
+class _Step(nn.Module):
+    """A step of the model as a function of tensors alone."""
+
+    def __init__(self, model: Any, name: str) -> None:
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(
+        self, read: torch.Tensor, mask: torch.Tensor, places: torch.Tensor, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        cache, new = _Grown(tensors), read.shape[1]
+        query = torch.arange(new)[:, None] + tensors[0].shape[2]
+        key = torch.arange(mask.shape[1])[None]
+        # Padding reads itself: without any key its scores would not be numbers.
+        visible = ((key <= query) & (mask[:, None] > 0)) | (key == query)
+        given: dict[str, Any] = {self.name: read}
+        if self.name == "inputs_embeds":
+            given = {self.name: read.to(tensors[0].dtype), "logits_to_keep": 1}
+        output = self.model(
+            **given,
+            attention_mask=visible[:, None],
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return (output.logits.float(), *cache.grown)
+
+
+def _traced(library: Any, model: Any, name: str) -> tuple[Any, list[str], list[str]]:
+    """Trace one step. Returns the graph, and the names of its keys and values before and after the step."""
+    tensors = _example_cache(model)
+    read = torch.zeros(2, 3, dtype=torch.long)
+    if name == "inputs_embeds":
+        read = torch.zeros(2, 3, model.get_input_embeddings().embedding_dim)
+    example = (read, torch.ones(2, 5, dtype=torch.long), torch.arange(2, 5).expand(2, 3), *tensors)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer warns of each branch
+        try:
+            graph = library.convert_model(_Step(model, name), example_input=example)
+        except Exception as error:  # of many kinds, by what the architecture does
+            raise ModelError(
+                f"OpenVINO cannot trace a {type(model).__name__} ({type(error).__name__}): use the engine "
+                "transformers"
+            ) from error
+    parts = [f"{number}.{part}" for number in range(len(tensors) // 2) for part in ("key", "value")]
+    before, after = [f"past_key_values.{part}" for part in parts], [f"present.{part}" for part in parts]
+    names = [name, "attention_mask", "position_ids", *before, "logits", *after]
+    for port, own in zip([*graph.inputs, *graph.outputs], names, strict=True):
+        port.get_tensor().set_names({own})
+    for port, own in zip(graph.inputs, names, strict=False):
+        port.get_node().set_friendly_name(own)  # OpenVINO GenAI finds inputs by this name
+    shapes = {own: [-1, one.shape[1], -1, one.shape[3]] for own, one in zip(before, tensors, strict=True)}
+    shapes |= {name: [-1, -1, *read.shape[2:]], "attention_mask": [-1, -1], "position_ids": [-1, -1]}
+    graph.reshape(shapes)
+    return graph, before, after
+
+
+def _example_cache(model: Any) -> list[torch.Tensor]:
+    """Return keys and values of each layer for two rows of two tokens, [2, heads, 2, size].
+
+    Raises `ModelError` if the model takes no positions, or its cache does not only grow.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters or not only_grows(model.config):
+        raise ModelError(
+            f"OpenVINO cannot run a {type(model).__name__} here, whose attention reads a window or takes no "
+            "positions: use the engine transformers"
+        )
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(input_ids=torch.zeros(2, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def _with_state(graph: Any, before: list[str], after: list[str], library: Any) -> Any:
+    """Make keys and values a state, of whose rows each step chooses and orders some."""
+    from openvino import opset13 as op
+    from openvino._offline_transformations import apply_make_stateful_transformation
+
+    rows = op.parameter([-1], library.Type.i32, name="beam_idx")
+    rows.output(0).get_tensor().set_names({"beam_idx"})
+    graph.add_parameters([rows])
+    for name in before:
+        port = graph.input(name)
+        readers = port.get_target_inputs()
+        chosen = op.gather(port, rows, op.constant(np.int64(0)))
+        for reader in readers:
+            reader.replace_source_output(chosen.output(0))
+    graph.validate_nodes_and_infer_types()
+    apply_make_stateful_transformation(graph, dict(zip(before, after, strict=True)))
+
+    # A state begins with as many rows as the prompts have, and no positions.
+    shape = op.shape_of(graph.input("attention_mask"), output_type="i64")
+    count = op.gather(shape, op.constant(np.array([0])), op.constant(0))
+    for node in graph.get_ops():
+        if node.get_type_name() == "ReadValue":
+            whole = node.get_output_partial_shape(0)
+            heads, size = (op.constant(np.array([whole[axis].get_length()])) for axis in (1, 3))
+            begin = op.concat([count, heads, op.constant(np.array([0])), size], 0)
+            zero = op.convert(op.constant(np.float32(0)), node.get_output_element_type(0))
+            node.set_arguments([op.broadcast(zero, begin)])
+    graph.validate_nodes_and_infer_types()
+    return graph
+
+
+def _round(graph: Any, library: Any) -> None:
+    """Replace the matrices of products and of token embeddings by 8-bit numbers, one scale for each row."""
+    from openvino import opset13 as op
+
+    for node in graph.get_ordered_ops():
+        kind = node.get_type_name()
+        if kind not in {"MatMul", "Gather"}:
+            continue
+        port = 1 if kind == "MatMul" else 0
+        constant = node.input_value(port).get_node()
+        if constant.get_type_name() == "Convert":
+            constant = constant.input_value(0).get_node()
+        if constant.get_type_name() != "Constant" or len(constant.get_output_shape(0)) != 2:
+            continue
+        if not constant.get_output_element_type(0).is_real():
+            continue
+        weights = constant.get_data(dtype=np.float32)
+        across = 0 if kind == "MatMul" and not node.get_attributes()["transpose_b"] else 1
+        scale = np.abs(weights).max(across, keepdims=True) / 127
+        scale[scale == 0] = 1
+        rounded = op.constant(np.round(weights / scale).astype(np.int8))
+        own = op.multiply(op.convert(rounded, library.Type.f32), op.constant(scale.astype(np.float32)))
+        kept = op.convert(own, node.get_input_element_type(port))
+        node.input(port).replace_source_output(kept.output(0))
+    graph.validate_nodes_and_infer_types()
+
+
+def _check(model: Any, graph: Any, name: str) -> None:
+    """Raise `ModelError` unless the graph computes what the model does, for two prompts, one is padded."""
+    ids = torch.arange(12).reshape(2, 6) % model.get_input_embeddings().num_embeddings
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.inference_mode():
+        expected = model(input_ids=ids, attention_mask=mask, position_ids=places).logits[:, -1].float()
+        read = ids if name == "input_ids" else model.get_input_embeddings()(ids).float()
+    request = compiled(graph, model.dtype).create_infer_request()
+    found = np.zeros(())
+    for begin, end in ((0, 5), (5, 6)):  # a prompt, and a step
+        given = {
+            name: read[:, begin:end].numpy(),
+            "attention_mask": mask[:, :end].numpy(),
+            "position_ids": places[:, begin:end].numpy(),
+            "beam_idx": np.arange(2, dtype=np.int32),
+        }
+        found = request.infer(given)["logits"][:, -1]
+    error = float((torch.from_numpy(found.copy()) - expected).abs().max() / expected.std())
+    if not error <= _TOLERANCE[model.dtype]:  # also if it is not a number
+        raise ModelError(
+            f"OpenVINO computes other scores than this {type(model).__name__} (they differ by {error:.2g} "
+            "standard deviations): use the engine transformers"
+        )
