@@ -36,7 +36,7 @@ check: .venv/ready
 	$(BIN)/mypy
 
 BENCHMARKS := encode encode_bf16 search memory rerank ingest pipeline kill teachers endpoint_faults \
-  student_inference student_step serve learns audit contamination merge
+  student_inference student_decode student_step serve learns audit contamination merge
 
 bench: .venv/ready
 	@failed=; for name in $(BENCHMARKS); do \

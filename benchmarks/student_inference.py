@@ -18,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdp
 
 from scaledown.models.sources import resolve
 from scaledown.models.weights import quiet_libraries
+from scaledown.student.engines.openvino import OpenVINODecoding, generator_graph
+from scaledown.student.engines.steps import StepGeneration
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
 
@@ -110,22 +112,34 @@ def largest_batch(model: ScaleDownModel) -> int:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    options.add_argument(
+        "--engine",
+        default="transformers",
+        choices=("transformers", "openvino"),
+        help="what writes the answers",
+    )
     options = options.parse_args()
     quiet_libraries()
-    print(f"{machine()}\n{GENERATOR}, bfloat16, {options.device}")
+    print(f"{machine()}\n{GENERATOR}, bfloat16, {options.device}, {options.engine}")
     layers, queries = (LAYERS[:1], QUERIES[1:]) if options.quick else (LAYERS, QUERIES)
     figures = {}
     largest = 4 if options.quick else largest_batch(build(LAYERS[0], options.device))
     print("  layers  query  batch    FLOPs: text  compressed  ratio      time: text  compressed  ratio")
     for depth in layers:
-        model = build(depth, options.device)
+        model, writer = build(depth, options.device), None
+        if options.engine == "openvino":
+            graph = generator_graph(model, resolve(GENERATOR))
+            decoding = OpenVINODecoding(graph, model.get_input_embeddings(), model.dtype)
+            writer = StepGeneration(model, decoding)
         for tokens, batch in itertools.product(queries, (1, largest)):
             answer = question(model, tokens, batch)
             sides = {
                 "text": functools.partial(answer, compressed=False),
                 "compressed": functools.partial(answer, compressed=True),
             }
+            model.engine = None  # torch counts its own products alone
             counted = {name: flops(side) for name, side in sides.items()}
+            model.engine = writer
             timed = paired(sides, 1 if options.quick else REPEATS)
             ratios = (
                 counted["text"] / counted["compressed"],

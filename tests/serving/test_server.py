@@ -582,7 +582,10 @@ def test_two_thousand_requests_of_two_hundred_clients_get_their_own_answers(mode
 
 
 @pytest.mark.slow
-def test_sigterm_finishes_what_was_asked(model: ScaleDownModel, tmp_path: Path, forked: None) -> None:
+def test_sigterm_finishes_what_was_asked(
+    model: ScaleDownModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: None
+) -> None:
+    monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "student"
     model.save_pretrained(folder)
     words = [sys.executable, "-m", "scaledown", "serve", "--model", str(folder), "--port", "0"]

@@ -19,6 +19,12 @@ def folder(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return path
 
 
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs of OpenVINO, which answers where it is installed, are kept for this process only."""
+    monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 def test_one_query_is_answered_as_it_is_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model", str(folder), "--query", QUERIES[0], "--max_new_tokens", "12", "--device", "cpu"]
     assert main(["answer", *words, "--document", "Tides come and go.", "--document", "The moon."]) == 0
