@@ -70,7 +70,8 @@ def serve(layers: int, writes_with: str) -> None:
     model = ScaleDownModel.build(settings, resolve(GENERATOR), dtype=dtype_to_run(fast_dtype(), "cpu")).eval()
     model.merge_lora()
     model.generator.generation_config.eos_token_id = []  # no answer ends early
-    generation = ENGINES[writes_with].start(model, resolve(GENERATOR), "cpu", config.batch_size)
+    chosen, source = ENGINES[writes_with], resolve(GENERATOR)
+    generation, _ = chosen.start(model, source, "cpu", config.batch_size, asked=writes_with)
     engine = Engine(model, config, generation)
     app = Server(engine, model.config, "student", config, "").app()
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))

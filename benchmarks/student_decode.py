@@ -15,7 +15,7 @@ from scaledown.models.sources import resolve
 from scaledown.models.weights import quiet_libraries
 from scaledown.student.decoding import Decoding
 from scaledown.student.engines.openvino import OpenVINODecoding, generator_graph
-from scaledown.student.engines.steps import Decodes
+from scaledown.student.engines.steps import RowDecoding
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
 
@@ -32,7 +32,7 @@ def seconds(call: Callable[[], None]) -> float:
 
 
 @torch.inference_mode()
-def measure(decoding: Decodes, embedded: torch.Tensor, steps: int) -> tuple[float, float]:
+def measure(decoding: RowDecoding, embedded: torch.Tensor, steps: int) -> tuple[float, float]:
     """Seconds to read prompts, and the median of a step after them."""
     mask = torch.ones(embedded.shape[:2], dtype=torch.long)
     read = seconds(lambda: decoding.join(embedded, mask))

@@ -20,18 +20,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scaledown.command import program_name
+from scaledown.devices.choice import choose_device
 from scaledown.run.atomic import read_json, write_json
 
 EXAMPLES = Path(os.path.relpath(Path(__file__).parent))
 WIDTH = 100
-# OpenVINO answers several times faster on a CPU; `auto` does not choose it before the teacher is exported.
-FAST = ("--teacher_backend", "openvino") if importlib.util.find_spec("openvino_genai") else ()
 
 
 class Size(NamedTuple):
     """How much of everything."""
 
-    data: tuple[str, ...] = ("--preset", "demo", *FAST)
+    data: tuple[str, ...] = ("--preset", "demo")
     generator: str = "bundled:smollm2-135m"
     layers: int = 4
     cloze_steps: int = 16
@@ -52,7 +51,7 @@ def main(folder: Path, size: Size) -> None:
     queries, corpus = EXAMPLES / "queries.txt", EXAMPLES / "corpus.jsonl"
 
     print("Training data: passages are found and reranked, a teacher answers", flush=True)
-    print(run(folder, "prepare", *size.data, "--queries_file", queries, "--output_file", data))
+    print(run(folder, "prepare", *size.data, *fast(size), "--queries_file", queries, "--output_file", data))
 
     taught, held_out, cloze = hold_out(data, corpus, folder)
     small = ("--eval_fraction", 0, "--save_steps", 1000, "--report_to", "none", "--resume")
@@ -76,6 +75,14 @@ def main(folder: Path, size: Size) -> None:
         found = taste(model, read_json(held_out), size.new_tokens)
         write_json(folder / "taste.json", found)
     print(summary(found, size, folder))
+
+
+def fast(size: Size) -> tuple[str, ...]:
+    """The teacher's engine: OpenVINO on a CPU. `auto` does not choose it before the teacher is exported."""
+    there = importlib.util.find_spec("openvino_genai") is not None
+    if size == Size() and there and choose_device("auto") == "cpu":
+        return ("--teacher_backend", "openvino")
+    return ()
 
 
 def run(folder: Path, command: str, *flags: object) -> str:

@@ -25,8 +25,12 @@ def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-def test_one_query_is_answered_as_it_is_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--model", str(folder), "--query", QUERIES[0], "--max_new_tokens", "12", "--device", "cpu"]
+@pytest.mark.parametrize("engine", ["auto", "transformers"])
+def test_one_query_is_answered_as_it_is_written(
+    engine: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--engine", engine, "--device", "cpu", "--model", str(folder)]
+    words += ["--query", QUERIES[0], "--max_new_tokens", "12"]
     assert main(["answer", *words, "--document", "Tides come and go.", "--document", "The moon."]) == 0
     model = ScaleDownModel.from_pretrained(str(folder))
     expected = model.answer(QUERIES[0], ["Tides come and go.", "The moon."], max_new_tokens=12)

@@ -1,8 +1,10 @@
 """A student's answers by OpenVINO are those of its own generator, and its graph is made once."""
 
+import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,14 +18,15 @@ from test_decoding import ROWS, alone, prompt
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from scaledown.cli import main
+from scaledown.devices.halving import is_out_of_memory
 from scaledown.errors import MissingExtraError, ModelError, UsageError, install_command
-from scaledown.models import openvino as graphs
 from scaledown.models.openvino import write_graph
 from scaledown.models.sources import resolve
 from scaledown.student.decoding import Decoding
 from scaledown.student.engine_choice import ENGINES, choose_engine
+from scaledown.student.engines import openvino as engine
 from scaledown.student.engines.base import Sampling
-from scaledown.student.engines.openvino import OpenVINODecoding, OpenVINOGeneration, generator_graph
+from scaledown.student.engines.openvino import OpenVINODecoding, OpenVINOGeneration
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
 
@@ -137,7 +140,7 @@ def test_cache_does_not_grow_with_rows_that_have_left(models: dict[str, Path], t
         decoding.keep([1])
         decoding.step(torch.tensor([4]))
     assert decoding._mask.shape[1] <= len(ROWS[0]) + 2
-    assert decoding._states[0].state.shape[2] == decoding._mask.shape[1]
+    assert decoding._request.query_state()[0].state.shape[2] == decoding._mask.shape[1]
 
 
 @pytest.mark.parametrize("compressed", [True, False])
@@ -188,25 +191,80 @@ def test_graph_is_made_once_for_the_same_weights(
 
 
 def test_interrupted_export_is_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: object) -> None:
+    def half(model: Any, file: Path, **_: Any) -> None:
+        file.write_text("<half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(graphs, "_check", stop)
+        patch.setattr(engine, "write_graph", half)
         with pytest.raises(KeyboardInterrupt):
             on_openvino(folder)
     assert on_openvino(folder).answer("Why?", ["No."], max_new_tokens=3)
 
 
-def test_graph_that_computes_something_else_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = graphs._Step.forward
+def test_auto_answers_without_an_engine_that_cannot_run_the_generator(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    student = ScaleDownModel.from_pretrained(folder, dtype=torch.float16)
+    chosen = ENGINES["openvino"]
+    start = functools.partial(chosen.start, student, resolve(str(folder)), "cpu", 8)
+    assert start(asked="auto") == (None, "transformers")
+    assert "not in torch.float16" in caplog.text
+    assert caplog.text.rstrip().endswith("transformers writes the answers")
+    assert student.answer("Why?", ["No."], max_new_tokens=2)
+    with pytest.raises(ModelError, match="float32 or bfloat16"):
+        start(asked="openvino")
 
-    def shifted(self: Any, read: Any, mask: Any, places: Any, *tensors: Any) -> Any:
-        return forward(self, read, mask, places * 3, *tensors)
 
-    monkeypatch.setattr(graphs._Step, "forward", shifted)
-    with pytest.raises(ModelError, match="other scores.*use the engine transformers"):
-        on_openvino(folder)
+def test_models_whose_names_differ_after_a_dot_do_not_share_a_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export that is not finished must not be taken for that of another model, or be taken over by it."""
+    written: list[Path] = []
+    write = engine.write_graph
+
+    def noted(model: Any, file: Path, **options: Any) -> None:
+        assert not [*file.parent.iterdir()]
+        written.append(file.parent)
+        write(model, file, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "write_graph", noted)
+    for name in ("student-1.2", "student-1.3"):
+        shutil.copytree(folder, tmp_path / name)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                on_openvino(tmp_path / name)
+    assert len(set(written)) == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["join", "step"])
+def test_error_while_prompts_are_read_keeps_the_other_rows(
+    method: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, reference, decoding = decodings(models, tmp_path, torch.float32)
+    for one in (reference, decoding):
+        one.join(*prompt(generator, ROWS[0]))
+
+    def full(*_: object) -> None:
+        raise RuntimeError("std::bad_alloc")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_forward", full)
+        with pytest.raises(RuntimeError) as raised:
+            decoding.join(*prompt(generator, ROWS[1])) if method == "join" else decoding.step(
+                torch.tensor([3])
+            )
+    assert is_out_of_memory(raised.value)
+    assert len(decoding) == (method == "join")
+    if method == "join":
+        for one in (reference, decoding):
+            one.step(torch.tensor([3]))
+        assert torch.allclose(reference.logits, decoding.logits, atol=1e-4)
+    else:
+        decoding.join(*prompt(generator, ROWS[1]))
+        assert decoding.logits.argmax(-1).tolist() == alone(generator, ROWS[1], 1)
 
 
 @pytest.fixture
@@ -248,14 +306,8 @@ def test_choice_of_engine_by_model_and_device(
 
 
 def test_generator_with_a_window_is_refused(windowed: Path) -> None:
-    with pytest.raises(ModelError, match="reads a window.*use the engine transformers"):
+    with pytest.raises(ModelError, match="does not keep all positions.*use the engine transformers"):
         on_openvino(windowed)
-
-
-def test_float16_is_refused(folder: Path) -> None:
-    student = ScaleDownModel.from_pretrained(folder, dtype=torch.float16)
-    with pytest.raises(ModelError, match="float32 or bfloat16"):
-        generator_graph(student, resolve(str(folder)))
 
 
 def test_without_the_library_the_error_names_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

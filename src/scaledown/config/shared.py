@@ -15,7 +15,7 @@ BACKENDS: Final = ("auto", *TEACHER_ENGINES)
 ENGINES: Final = ("auto", "vllm", "openvino", "transformers")
 ENGINES_HELP: Final = (
     "engine that writes the answers; auto: vllm if it is installed for the device, else on a CPU openvino if "
-    "it is installed, else transformers"
+    "it is installed and can run the generator, else transformers"
 )
 EXECUTORS: Final = ("local", "ray")
 DUPLICATES: Final = ("exact", "near")

@@ -19,12 +19,12 @@ Done = TypeVar("Done")
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that a device has too little memory."""
-    # CUDA raises OutOfMemoryError; MPS and the CPU's allocator raise RuntimeError with such a message.
+    # CUDA raises OutOfMemoryError; MPS, the CPU's allocator and OpenVINO raise RuntimeError with a message.
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return True
     message = str(error).lower()
-    return isinstance(error, RuntimeError) and (
-        "out of memory" in message or "can't allocate memory" in message
+    return isinstance(error, RuntimeError) and any(
+        sign in message for sign in ("out of memory", "can't allocate memory", "bad_alloc")
     )
 
 

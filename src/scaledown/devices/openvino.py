@@ -2,9 +2,12 @@
 
 import importlib.util
 import sys
-from typing import Any
+from typing import Any, Final
 
 from scaledown.errors import MissingExtraError, install_command
+
+GRAPH: Final = "1"
+"""Part of the key of graphs in the cache: raise it if `models.openvino.write_graph` writes something else."""
 
 
 def is_installed() -> bool:
@@ -12,16 +15,16 @@ def is_installed() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
 
-def openvino(flag: str) -> Any:
-    """Import the library; `flag` is named in the message.
+def openvino(need: str) -> Any:
+    """Import the library; `need` is named in the message.
 
     Raises:
-        MissingExtraError: It is not installed.
+        MissingExtraError: It is not installed, or cannot be imported.
     """
     # On import OpenVINO sends usage data, unless this package cannot be imported.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         import openvino as library
     except ImportError as error:
-        raise MissingExtraError(f"{flag} needs OpenVINO: {install_command('openvino')}") from error
+        raise MissingExtraError(f"{need} needs OpenVINO ({error}): {install_command('openvino')}") from error
     return library

@@ -137,7 +137,7 @@ class VllmEngine:
             ValueError: vLLM refuses the prompt.
             ModelError: The engine has ended.
         """
-        with _ending():
+        with _ending(ValueError):
             self._engine.add_request(key, prompt, sampling, **options)
 
     def step(self) -> list[Any]:
@@ -164,21 +164,21 @@ class VllmEngine:
     def _watch(self) -> None:
         """Make `step` fail when a process has ended; vLLM itself would wait for the process forever."""
         multiprocessing.connection.wait([one.sentinel for one in self._processes])
-        self._engine.engine_core.outputs_queue.put_nowait(ChildProcessError())
+        self._engine.engine_core.outputs_queue.put_nowait(ChildProcessError("one of its processes is gone"))
 
 
 @contextlib.contextmanager
-def _ending() -> Iterator[None]:
-    """Raise `ModelError` for every error but `ValueError`.
+def _ending(*kinds: type[Exception]) -> Iterator[None]:
+    """Raise `ModelError` for every error, except for errors of these kinds.
 
     vLLM and `_watch` notice the end of a process at about the same time: which error comes first is chance.
     """
     try:
         yield
-    except ValueError:
+    except kinds:
         raise
     except Exception as error:
-        raise ModelError(f"vLLM has ended ({type(error).__name__}): run the command again") from error
+        raise ModelError(f"vLLM has ended ({type(error).__name__}: {error})") from error
 
 
 def _room(name: str, device: str, gpus: range, memory: float, context: int) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def _load(config: ServeConfig) -> tuple[Any, Any, str]:
     model = ScaleDownModel.from_pretrained(config.model, dtype=dtype, **onto(device)).eval()
     if model.config.generator_training == "lora":
         model.merge_lora()
-    return model, engine.start(model, source, device, config.batch_size), engine.title
+    return model, *engine.start(model, source, device, config.batch_size, asked=config.engine)
 
 
 if __name__ == "__main__":

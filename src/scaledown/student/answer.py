@@ -85,7 +85,7 @@ def _load(config: AnswerConfig) -> tuple[Any, AnswerConfig]:
     config = replace(config, batch_size=config.batch_size or engine.batch)
     dtype = dtype_to_run(config.dtype, device)
     model = ScaleDownModel.from_pretrained(config.model, dtype=dtype, **onto(device))
-    model.engine = engine.start(model, source, device, config.batch_size)
+    model.engine, _ = engine.start(model, source, device, config.batch_size, asked=config.engine)
     return model, config
 
 

@@ -1,16 +1,19 @@
 """The engines that can write a student's answers, and the choice of one."""
 
+import logging
 from collections.abc import Callable
 from pkgutil import resolve_name
 from typing import Any, Final, NamedTuple
 
 from scaledown.devices.openvino import is_installed, openvino
 from scaledown.devices.vllm import check_vllm, runs_on
-from scaledown.errors import UsageError
-from scaledown.models.openvino import only_grows
+from scaledown.errors import ModelError, UsageError
+from scaledown.models.openvino import can_run
 from scaledown.models.sources import ModelSource
 from scaledown.student.engines.base import Generation
 from scaledown.student.model import read_settings
+
+log = logging.getLogger("scaledown")
 
 
 class StudentEngine(NamedTuple):
@@ -26,20 +29,45 @@ class StudentEngine(NamedTuple):
     """Default number of answers that `scaledown answer` writes at a time."""
     generation: str = ""
     """`module:Class` of the `Generation` that replaces the model's own generator; empty if none does."""
+    is_optional: bool = False
+    """Whether `auto` uses the model's own generator if this engine cannot run it; the model still has it."""
 
-    def start(self, model: Any, source: ModelSource, device: str, batch_size: int) -> Generation | None:
-        """Start the `Generation` that writes the answers; None if the model's own generator does."""
+    def start(
+        self, model: Any, source: ModelSource, device: str, batch_size: int, *, asked: str
+    ) -> tuple[Generation | None, str]:
+        """Start the engine.
+
+        Args:
+            model: The `ScaleDownModel`.
+            source: Where it comes from.
+            device: cpu, cuda or cuda:N.
+            batch_size: The most answers written at the same time.
+            asked: The name that the user gave, or auto.
+
+        Returns:
+            The `Generation` that writes the answers, None if the model's own generator does; and its title.
+
+        Raises:
+            ModelError: The engine cannot run the model.
+            NoRoomError: The device has too little free memory.
+        """
         if not self.generation:
-            return None
-        made: Generation = resolve_name(self.generation)(model, source, device, batch_size)
-        return made
+            return None, self.title
+        try:
+            made: Generation = resolve_name(self.generation)(model, source, device, batch_size)
+        except ModelError as error:
+            if asked in ENGINES or not self.is_optional:
+                raise
+            log.warning("%s: transformers writes the answers", str(error).rpartition(": use ")[0] or error)
+            return None, ENGINES["transformers"].title
+        return made, self.title
 
 
 def _openvino_suits(device: str, source: ModelSource) -> bool:
     if device != "cpu" or not is_installed():
         return False
     settings = read_settings(source)
-    return only_grows(settings.architecture(settings.generator))
+    return can_run(settings.architecture(settings.generator))
 
 
 def _check_openvino(device: str) -> None:
@@ -62,6 +90,7 @@ ENGINES: Final = {
         _check_openvino,
         batch=8,
         generation="scaledown.student.engines.openvino:OpenVINOGeneration",
+        is_optional=True,
     ),
     "transformers": StudentEngine("transformers", lambda *_: True, lambda _: None, batch=8),
 }

@@ -8,6 +8,7 @@ import shutil
 import string
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from itertools import islice
 from pathlib import Path
@@ -261,19 +262,48 @@ def test_first_use_exports_once(models, tmp_path, monkeypatch, caplog) -> None:
 
 
 @needs_openvino
-def test_interrupted_export_leaves_nothing_and_is_made_again(models, tmp_path, monkeypatch) -> None:
+def test_interrupted_export_is_made_again_by_one_of_two(models, tmp_path, monkeypatch, caplog) -> None:
     monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path))
+    caplog.set_level("INFO")
     source = resolve(str(models["causal_lm"]))
 
-    def stop(*_: object) -> None:
+    def half(model: Any, file: Path, **_: Any) -> None:
+        file.write_text("<half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("scaledown.models.openvino._check", stop)
+        patch.setattr("scaledown.models.openvino.write_graph", half)
         with pytest.raises(KeyboardInterrupt):
             export(source)
     assert not is_exported(source)
-    assert (export(source) / "openvino_model.xml").exists()
+    caplog.clear()
+    with ThreadPoolExecutor(2) as both:
+        first, second = both.map(export, [source, source])
+    assert first == second == exported(source)
+    assert caplog.text.count("is exported once") == 1
+    assert not [*first.parent.glob("*.tmp")]
+    assert OpenVINOTeacher(source, Generation(max_new_tokens=2))
+
+
+@needs_openvino
+def test_export_that_the_engine_cannot_run_is_not_kept(models, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path))
+    source = resolve(str(models["causal_lm"]))
+
+    def refused(*_: object) -> None:
+        raise RuntimeError("no paged attention\nat somewhere")
+
+    monkeypatch.setattr(engine, "_pipeline", refused)
+    with pytest.raises(ModelError, match=r"cannot run it \(no paged attention\): use --teacher_"):
+        export(source)
+    assert not is_exported(source)
+
+
+@needs_openvino
+def test_other_devices_than_a_cpu_are_refused(models) -> None:
+    setup = Setup(resolve(str(models["causal_lm"])), "cuda", Generation(), Engine(backend="openvino"))
+    with pytest.raises(UsageError, match="runs on a CPU only"):
+        engine.ENGINE.preflight(setup)
 
 
 @needs_openvino
@@ -284,8 +314,8 @@ def test_teacher_that_reads_a_window_is_refused_before_any_work(models, tmp_path
     config = json.loads((model / "config.json").read_text())
     changed = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4}
     (model / "config.json").write_text(json.dumps(config | changed))
-    setup = Setup(resolve(str(model)), "cpu", "auto", Generation(), Engine(backend="openvino"))
-    with pytest.raises(ModelError, match="reads a window.*use --teacher_backend transformers"):
+    setup = Setup(resolve(str(model)), "cpu", Generation(), Engine(backend="openvino"))
+    with pytest.raises(ModelError, match="does not keep all positions.*use --teacher_backend transformers"):
         engine.ENGINE.preflight(setup)
 
 

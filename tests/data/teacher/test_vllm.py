@@ -199,10 +199,12 @@ class EngineDeadError(Exception):
 @pytest.mark.parametrize("method", ["add_request", "step"])
 def test_engine_that_ends_is_an_error_of_ours(method, teacher, monkeypatch) -> None:
     def dead(*_: object, **__: object) -> None:
-        raise EngineDeadError
+        raise EngineDeadError("gone")
 
     monkeypatch.setattr(FakeEngine, method, dead)
-    with pytest.raises(ModelError, match=r"vLLM has ended \(EngineDeadError\): run the command again"):
+    with pytest.raises(
+        ModelError, match=r"^vLLM has ended \(EngineDeadError: gone\): run the same command again$"
+    ):
         list(teacher().answers(prompts(3)))
 
 

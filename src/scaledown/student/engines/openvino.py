@@ -1,6 +1,7 @@
 """The engine that runs a student's generator in OpenVINO, on a CPU: the graph takes embeddings of prompts."""
 
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from scaledown.devices.openvino import openvino
+from scaledown.devices.openvino import GRAPH, openvino
 from scaledown.errors import ModelError
-from scaledown.models.openvino import GRAPH, PRECISIONS, compiled, write_graph
+from scaledown.models.openvino import PRECISIONS, compiled, write_graph
 from scaledown.models.sources import ModelSource, kept_folder
 from scaledown.student.engines.steps import StepGeneration
 
@@ -52,13 +53,13 @@ class OpenVINODecoding:
             dtype: The precision of the computation, float32 or bfloat16.
         """
         self._openvino = openvino("--engine openvino")
-        self._request = compiled(graph, dtype).create_infer_request()
-        self._states = self._request.query_state()
+        model = compiled(graph, dtype)
+        # Each has a cache of its own: that of the rows, and that of new prompts.
+        self._request, self._reader = model.create_infer_request(), model.create_infer_request()
         self._embeddings = embeddings
         self._clear()
 
     def _clear(self) -> None:
-        self._request.reset_state()
         self._mask = np.zeros((0, 0), dtype=np.int64)
         """[rows, length]: 0 at positions of the cache that a row does not use."""
         self._places = np.zeros((0, 1), dtype=np.int64)
@@ -67,6 +68,7 @@ class OpenVINODecoding:
         """For each row its number in OpenVINO's cache, which drops the others in the next step."""
         self.logits = torch.zeros(0, 0)
         """[rows, vocabulary]: the scores of each row's next token."""
+        self._request.reset_state()
 
     def __len__(self) -> int:
         return len(self._mask)
@@ -77,38 +79,59 @@ class OpenVINODecoding:
         return True
 
     def join(self, embedded: torch.Tensor, mask: torch.Tensor) -> None:
-        """Read prompts, which become the last rows; see `Decoding.join`. After an error no rows are left."""
-        before, old = self.logits, self._mask
-        unused = int(old.any(0).argmax()) if old.size else 0  # columns that only removed rows used
-        old, old_places = old[:, unused:], self._places
+        """Read prompts, which become the last rows; see `Decoding.join`.
+
+        After an error while prompts are read all earlier rows remain, otherwise none.
+        """
+        new = mask.numpy()
+        places = (new.cumsum(1) - 1).clip(min=0)
+        self._reader.reset_state()
+        rows = np.arange(len(new), dtype=np.int32)
+        logits = _forward(self._reader, embedded.float(), new, places, rows)
+        if not len(self):
+            self._request, self._reader = self._reader, self._request
+            self._mask, self._places, self._rows, self.logits = new, places[:, -1:], rows, logits
+            return
+        unused = int(self._mask.any(0).argmax())  # columns that only removed rows used
+        old = self._mask[:, unused:]
+        length = max(old.shape[1], new.shape[1])
         try:
-            cache = [state.state.data[self._rows, :, unused:] for state in self._states] if len(old) else []
-            self._request.reset_state()
-            new = mask.numpy()
-            places = (new.cumsum(1) - 1).clip(min=0)
-            self._forward(embedded.float(), new, places, np.arange(len(new), dtype=np.int32))
-            length = max(old.shape[1], new.shape[1])
-            for state, own in zip(self._states, cache, strict=False):
-                now = state.state
-                joined = np.concatenate([_widened(own, length, 2), _widened(now.data, length, 2)])
-                tensor = self._openvino.Tensor(now.element_type, self._openvino.Shape(joined.shape))
-                tensor.data[:] = joined  # to the bit: NumPy has no bfloat16, and takes it for float16
-                state.state = tensor
-        except BaseException:
+            added = {state.name: state for state in self._reader.query_state()}
+            for state in self._request.query_state():
+                self._append(state, added[state.name], unused, length)
+            self._reader.reset_state()
+        except BaseException:  # some layers may have the new rows while others do not
             self._clear()
             raise
-        self._places = np.concatenate([old_places, places[:, -1:]])
-        self._mask = np.concatenate([_widened(old, length, 1), _widened(new, length, 1)])
+        self._mask = np.concatenate([_widened(old, length), _widened(new, length)])
+        self._places = np.concatenate([self._places, places[:, -1:]])
         self._rows = np.arange(len(self._mask), dtype=np.int32)
-        if len(old):
-            self.logits = torch.cat([before, self.logits])
+        self.logits = torch.cat([self.logits, logits])
+
+    def _append(self, state: Any, added: Any, unused: int, length: int) -> None:
+        """Append the rows of `added` to one layer's keys or values, without the first `unused` positions."""
+        old, new = state.state, added.state
+        kept, (count, heads, _, size) = len(self._rows), new.shape
+        joined = self._openvino.Tensor(
+            new.element_type, self._openvino.Shape([kept + count, heads, length, size])
+        )
+        # NumPy has no bfloat16 and takes it for float16; to copy and to write zeros this is the same.
+        for part, content in (
+            (joined.data[:kept], old.data[self._rows, :, unused:]),
+            (joined.data[kept:], new.data),
+        ):
+            begin = length - content.shape[2]
+            part[:, :, :begin] = 0
+            part[:, :, begin:] = content
+        state.state = joined
 
     def step(self, tokens: torch.Tensor) -> None:
-        """Feed each row its next token, [rows]."""
+        """Feed each row its next token, [rows]. After an error no rows are left."""
         mask = np.concatenate([self._mask, np.ones((len(self), 1), dtype=np.int64)], 1)
         places = self._places + 1
         try:
-            self._forward(self._embeddings(tokens[:, None]).float(), mask, places, self._rows)
+            embedded = self._embeddings(tokens[:, None]).float()
+            self.logits = _forward(self._request, embedded, mask, places, self._rows)
         except BaseException:
             self._clear()
             raise
@@ -124,23 +147,23 @@ class OpenVINODecoding:
         self._rows = self._rows[chosen]
         self.logits = self.logits[chosen]
 
-    def _forward(
-        self, embedded: torch.Tensor, mask: np.ndarray, places: np.ndarray, rows: np.ndarray
-    ) -> None:
-        given = {
-            "inputs_embeds": embedded.numpy(),
-            "attention_mask": mask,
-            "position_ids": places,
-            "beam_idx": rows,
-        }
-        self.logits = torch.from_numpy(self._request.infer(given)["logits"][:, -1].copy())
+
+def _forward(
+    request: Any, embedded: torch.Tensor, mask: np.ndarray, places: np.ndarray, rows: np.ndarray
+) -> torch.Tensor:
+    """Run one step of a request. Returns the scores of next tokens, [rows, vocabulary]."""
+    given = {
+        "inputs_embeds": embedded.numpy(),
+        "attention_mask": mask,
+        "position_ids": places,
+        "beam_idx": rows,
+    }
+    return torch.from_numpy(request.infer(given)["logits"][:, -1].copy())
 
 
-def _widened(rows: np.ndarray, length: int, axis: int) -> np.ndarray:
-    """Pad `rows` with zeros in front to `length` entries along an axis."""
-    before = [(0, 0)] * rows.ndim
-    before[axis] = (length - rows.shape[axis], 0)
-    return np.pad(rows, before)
+def _widened(mask: np.ndarray, length: int) -> np.ndarray:
+    """Pad a mask with zeros in front to `length` columns."""
+    return np.pad(mask, ((0, 0), (length - mask.shape[1], 0)))
 
 
 def generator_graph(model: Any, source: ModelSource) -> Path:
@@ -161,8 +184,9 @@ def generator_graph(model: Any, source: ModelSource) -> Path:
             if model.config.generator_training == "lora":
                 model.merge_lora()
             log.info("the generator is written once for OpenVINO: %s", folder)
-            temporary = folder.with_suffix(".tmp")
-            temporary.mkdir(exist_ok=True)
+            temporary = Path(f"{folder}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
             write_graph(model.generator, temporary / "generator.xml", reads="embeddings")
             temporary.replace(folder)
     return folder / "generator.xml"

@@ -12,7 +12,7 @@ from scaledown.student.engines.base import Sampling
 _COLDEST: Final = 1e-4  # lowest temperature: here only the most probable token has a chance
 
 
-class Decodes(Protocol):
+class RowDecoding(Protocol):
     """What computes the scores of next tokens: `Decoding` by transformers, or another with its methods."""
 
     logits: torch.Tensor
@@ -38,7 +38,7 @@ class Decodes(Protocol):
 class StepGeneration:
     """A `Generation` by a decoding in this process; each step writes one token for each row."""
 
-    def __init__(self, model: Any, decoding: Decodes) -> None:
+    def __init__(self, model: Any, decoding: RowDecoding) -> None:
         """Begin without rows.
 
         Args:
@@ -56,7 +56,7 @@ class StepGeneration:
 
     @property
     def can_grow(self) -> bool:
-        """Whether rows may join, see the decoding."""
+        """Whether rows may join now."""
         return self._decoding.can_grow
 
     def join(self, questions: Sequence[Question], samplings: Sequence[Sampling]) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -145,7 +146,8 @@ def generator_folder(model: Any, source: ModelSource) -> Path:
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             log.info("the generator is written once for vLLM: %s", folder)
-            temporary = folder.with_suffix(".tmp")
+            temporary = Path(f"{folder}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
             model.save_generator(temporary)
             temporary.replace(folder)
     return folder

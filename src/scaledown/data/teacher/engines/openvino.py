@@ -19,8 +19,8 @@ from scaledown.data.teacher.base import Generation, Rejection, Setup, TeacherEng
 from scaledown.data.teacher.context import Context, context_tokens
 from scaledown.data.teacher.reply import heard
 from scaledown.devices.halving import Halving
-from scaledown.devices.openvino import openvino
-from scaledown.errors import MissingExtraError, ModelError, install_command
+from scaledown.devices.openvino import GRAPH, openvino
+from scaledown.errors import MissingExtraError, ModelError, UsageError, install_command
 from scaledown.models.hub import hub_errors
 from scaledown.models.sources import ModelSource, kept_folder
 from scaledown.models.weights import loadable, loading, quiet_libraries
@@ -47,7 +47,7 @@ def openvino_genai() -> Any:
 
 def exported(source: ModelSource) -> Path:
     """Return the path in the cache for the export of exactly these weights, even if it does not exist."""
-    return kept_folder("openvino", source, "8 bits")
+    return kept_folder("openvino", source, "8 bits", GRAPH)
 
 
 def is_exported(source: ModelSource) -> bool:
@@ -80,13 +80,52 @@ def export(source: ModelSource) -> Path:
         log.info("model %s is exported once for OpenVINO: %s", source.name, folder)
         name, pinned = loadable(source)
         with loading(source):
-            model = AutoModelForCausalLM.from_pretrained(name, **pinned, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(
+                name, **pinned, dtype=torch.float32, attn_implementation="sdpa"
+            )
             tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
         for part in (model.config, model.generation_config, tokenizer):
             part.save_pretrained(temporary)
         write_graph(model, temporary / "openvino_model.xml", reads="ids", eight_bits=True)
+        del model
+        _try(source, temporary)
         temporary.replace(folder)
     return folder
+
+
+def _try(source: ModelSource, folder: Path) -> None:
+    """Raise `ModelError` unless OpenVINO GenAI, which changes the graph, writes two tokens with it."""
+    from openvino import Tensor
+
+    library, signals = openvino_genai(), _SignalStack()
+    signals.exchange()
+    try:
+        pipeline = _pipeline(library, folder)
+        handle = pipeline.add_request(
+            0, Tensor(np.array([[0, 1, 2]])), library.GenerationConfig(max_new_tokens=2, ignore_eos=True)
+        )
+        while handle.get_status() == library.GenerationStatus.RUNNING:
+            pipeline.step()
+        handle.read_all()
+        del handle, pipeline
+    except (RuntimeError, IndexError) as error:
+        raise ModelError(
+            f"model {source.name}: OpenVINO GenAI cannot run it ({_first_line(error)}): use "
+            "--teacher_backend transformers"
+        ) from error
+    finally:
+        _SignalStack().exchange(signals)
+
+
+def _pipeline(library: Any, folder: Path) -> Any:
+    """Load an exported model."""
+    scheduler = library.SchedulerConfig()
+    scheduler.cache_size = _CACHE_GB
+    scheduler.dynamic_split_fuse = True
+    scheduler.enable_prefix_caching = True
+    scheduler.max_num_batched_tokens = _TOKENS_A_STEP
+    scheduler.max_num_seqs = _IN_FLIGHT
+    return library.ContinuousBatchingPipeline(str(folder), scheduler, "CPU")
 
 
 class _SignalStack(ctypes.Structure):
@@ -125,7 +164,7 @@ class OpenVINOTeacher:
             self._stops = _stops(folder, config, self._tokenizer)
             self._signals = _SignalStack()
             self._signals.exchange()
-            self._pipeline = self._load()
+            self._pipeline = _pipeline(self._library, self._folder)
         self._context = Context(
             source.name, self._tokenizer, context_tokens(config, self._tokenizer), generation
         )
@@ -202,19 +241,10 @@ class OpenVINOTeacher:
     def _is_finished(self, asked: _Asked) -> bool:
         return bool(asked.handle.get_status() == self._library.GenerationStatus.FINISHED)
 
-    def _load(self) -> Any:
-        scheduler = self._library.SchedulerConfig()
-        scheduler.cache_size = _CACHE_GB
-        scheduler.dynamic_split_fuse = True
-        scheduler.enable_prefix_caching = True
-        scheduler.max_num_batched_tokens = _TOKENS_A_STEP
-        scheduler.max_num_seqs = _IN_FLIGHT
-        return self._library.ContinuousBatchingPipeline(str(self._folder), scheduler, "CPU")
-
     def _restart(self) -> None:
         """Create a new engine, since the state of a failed engine is not known."""
         self._unload()  # first, for its memory
-        self._pipeline = self._load()
+        self._pipeline = _pipeline(self._library, self._folder)
 
     def _unload(self) -> None:
         del self._pipeline
@@ -273,28 +303,33 @@ def _first_line(error: Exception) -> str:
 
 def _preflight(setup: Setup) -> None:
     openvino_genai()
-    if is_exported(setup.source):
-        return
+    if setup.device != "cpu":
+        raise UsageError(
+            f"--teacher_backend openvino --device {setup.device}: it runs on a CPU only: give --device cpu"
+        )
+    if not is_exported(setup.source) and not _can_run(setup.source):
+        raise ModelError(
+            f"--teacher_backend openvino cannot run {setup.source.name}: its attention does not keep all "
+            "positions, or it takes no positions: use --teacher_backend transformers"
+        )
+
+
+def _can_run(source: ModelSource) -> bool:
     from transformers import AutoConfig
 
-    from scaledown.models.openvino import only_grows
+    from scaledown.models.openvino import can_run
 
-    name, pinned = loadable(setup.source)
-    with loading(setup.source):
-        config = AutoConfig.from_pretrained(name, **pinned)
-    if not only_grows(config):
-        raise ModelError(
-            f"--teacher_backend openvino: the attention of {setup.source.name} reads a window, which this "
-            "engine cannot do: use --teacher_backend transformers"
-        )
+    name, pinned = loadable(source)
+    with loading(source):
+        return can_run(AutoConfig.from_pretrained(name, **pinned))
 
 
 def _suits(setup: Setup) -> bool:
     if setup.device != "cpu" or importlib.util.find_spec("openvino_genai") is None:
         return False
-    if not (found := is_exported(setup.source)):
+    if not (found := is_exported(setup.source)) and _can_run(setup.source):
         log.info(
-            "OpenVINO would be faster: give --teacher_backend openvino; its answers are not equal to the bit"
+            "OpenVINO would be faster: --teacher_backend openvino; two runs may then differ in some words"
         )
     return found
 

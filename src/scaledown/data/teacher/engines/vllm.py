@@ -13,6 +13,7 @@ from scaledown.data.teacher.context import Context, context_tokens
 from scaledown.data.teacher.reply import heard
 from scaledown.devices.halving import Halving
 from scaledown.devices.vllm import VllmEngine, check_vllm, gpus_of, runs_on
+from scaledown.errors import ModelError
 from scaledown.models.sources import ModelSource
 from scaledown.models.weights import loadable, loading
 from scaledown.records import Answer, Logprobs
@@ -103,7 +104,10 @@ class VllmTeacher:
         )
         while True:
             longer: list[tuple[int, Fitted]] = []
-            yield from self._answers(prompts, fitted, longer)
+            try:
+                yield from self._answers(prompts, fitted, longer)
+            except ModelError as error:
+                raise ModelError(f"{error}: run the same command again") from error
             if not longer:
                 return
             self._start(max(len(ids) for _, (ids, _) in longer))
