@@ -1,5 +1,6 @@
 """A student's answers by OpenVINO are those of its own generator, and its graph is made once."""
 
+import copy
 import functools
 import json
 import os
@@ -74,7 +75,7 @@ def decodings(models: dict[str, Path], folder: Path, dtype: torch.dtype) -> tupl
     """A generator, its decoding by transformers, and the one by OpenVINO."""
     generator = AutoModelForCausalLM.from_pretrained(models["causal_lm"], dtype=dtype).eval()
     graph = folder / "generator.xml"
-    write_graph(generator, graph, reads="embeddings")
+    write_graph(copy.deepcopy(generator).float(), graph, reads="embeddings")
     return generator, Decoding(generator), OpenVINODecoding(graph, generator.get_input_embeddings(), dtype)
 
 
@@ -175,6 +176,20 @@ def test_chance_depends_on_the_seed_alone(folder: Path) -> None:
 
     assert written(1) == written(1)
     assert len({tuple(written(seed)) for seed in range(6)}) > 3
+
+
+def test_model_keeps_its_precision(folder: Path) -> None:
+    """The graph is made in float32; the compressor and the embeddings go on in bfloat16."""
+    student = ScaleDownModel.from_pretrained(folder, dtype=torch.bfloat16)
+    before = {name: weight.clone() for name, weight in student.compressor.state_dict().items()}
+    student.engine = OpenVINOGeneration(student, resolve(str(folder)), "cpu", 8)
+    assert student.get_input_embeddings().weight.dtype == torch.bfloat16
+    after = student.compressor.state_dict()
+    assert before.keys() == after.keys()
+    assert all(
+        weight.dtype == torch.bfloat16 and weight.equal(before[name]) for name, weight in after.items()
+    )
+    assert student.answer(QUERIES, DOCUMENTS, max_new_tokens=4)
 
 
 def test_graph_is_made_once_for_the_same_weights(

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from scaledown.errors import MissingExtraError, install_command
 
-GRAPH: Final = "1"
+GRAPH: Final = "2"
 """Part of the key of graphs in the cache: raise it if `models.openvino.write_graph` writes something else."""
 
 

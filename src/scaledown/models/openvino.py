@@ -16,9 +16,8 @@ from scaledown.devices.openvino import openvino
 from scaledown.errors import ModelError
 
 PRECISIONS: Final = {torch.float32: "f32", torch.bfloat16: "bf16"}
-"""OpenVINO's names of the precisions that a graph can have."""
-# Of the worse row's scores: the root mean square error, in standard deviations of the scores.
-_TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.3}
+"""OpenVINO's names of the precisions in which a graph can be computed."""
+_TOLERANCE: Final = 1e-3  # of scores: the root mean square error, in their standard deviations
 CANNOT: Final = "its attention does not keep all positions, or it takes no positions"
 
 
@@ -30,7 +29,8 @@ def write_graph(model: Any, file: Path, *, reads: str, eight_bits: bool = False)
     The output is `logits`, [rows, new or 1, vocabulary]. Keys and values are a state of the request.
 
     Args:
-        model: A causal LM of transformers, in float32 or bfloat16, on a CPU.
+        model: A causal LM of transformers, in float32, on a CPU. In the graph of one in bfloat16, OpenVINO
+            merges fewer steps.
         file: Where to write: `….xml`; the weights come beside it.
         reads: `ids` or `embeddings`. With `embeddings`, only the last position has logits.
         eight_bits: After the check, round each row of each matrix to 255 steps.
@@ -119,7 +119,7 @@ class _Step(nn.Module):
         visible = ((key <= query) & (mask[:, None] > 0)) | (key == query)
         given: dict[str, Any] = {self.name: read}
         if self.name == "inputs_embeds":
-            given = {self.name: read.to(tensors[0].dtype), "logits_to_keep": 1}
+            given = {self.name: read, "logits_to_keep": 1}
         output = self.model(
             **given,
             attention_mask=visible[:, None],
@@ -127,7 +127,7 @@ class _Step(nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
-        return (output.logits.float(), *cache.grown)
+        return (output.logits, *cache.grown)
 
 
 def _traced(library: Any, model: Any, name: str) -> tuple[Any, list[str], list[str]]:
@@ -193,8 +193,7 @@ def _with_state(graph: Any, before: list[str], after: list[str], library: Any) -
             whole = node.get_output_partial_shape(0)
             heads, size = (op.constant(np.array([whole[axis].get_length()])) for axis in (1, 3))
             begin = op.concat([count, heads, op.constant(np.array([0])), size], 0)
-            zero = op.convert(op.constant(np.float32(0)), node.get_output_element_type(0))
-            node.set_arguments([op.broadcast(zero, begin)])
+            node.set_arguments([op.broadcast(op.constant(np.float32(0)), begin)])
     graph.validate_nodes_and_infer_types()
     return graph
 
@@ -209,20 +208,17 @@ def _round(graph: Any, library: Any) -> None:
             continue
         port = 1 if kind == "MatMul" else 0
         constant = node.input_value(port).get_node()
-        if constant.get_type_name() == "Convert":
-            constant = constant.input_value(0).get_node()
         if constant.get_type_name() != "Constant" or len(constant.get_output_shape(0)) != 2:
             continue
         if not constant.get_output_element_type(0).is_real():
             continue
-        weights = constant.get_data(dtype=np.float32)
+        weights = constant.data
         across = 0 if kind == "MatMul" and not node.get_attributes()["transpose_b"] else 1
         scale = np.abs(weights).max(across, keepdims=True) / 127
         scale[scale == 0] = 1
         rounded = op.constant(np.round(weights / scale).astype(np.int8))
         own = op.multiply(op.convert(rounded, library.Type.f32), op.constant(scale.astype(np.float32)))
-        kept = op.convert(own, node.get_input_element_type(port))
-        node.input(port).replace_source_output(kept.output(0))
+        node.input(port).replace_source_output(own.output(0))
     graph.validate_nodes_and_infer_types()
 
 
@@ -230,15 +226,14 @@ def _check(model: Any, graph: Any, name: str) -> None:
     """Raise `ModelError` unless the graph computes what the model does: for two prompts, one of them padded,
     and a step in which the rows change places.
     """
-    # Tokens from all over the vocabulary: after the first ones, special tokens, scores are noise in bfloat16.
-    ids = (torch.arange(12) * 7919 + 1000).reshape(2, 6) % model.get_input_embeddings().num_embeddings
+    ids = torch.arange(12).reshape(2, 6) % model.get_input_embeddings().num_embeddings
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
     places = (mask.cumsum(1) - 1).clamp(min=0)
     order = torch.tensor([1, 0])
     with torch.inference_mode():
-        expected = model(input_ids=ids, attention_mask=mask, position_ids=places).logits[order, -1].float()
-        read = ids if name == "input_ids" else model.get_input_embeddings()(ids).float()
-    request = compiled(graph, model.dtype).create_infer_request()
+        expected = model(input_ids=ids, attention_mask=mask, position_ids=places).logits[order, -1]
+        read = ids if name == "input_ids" else model.get_input_embeddings()(ids)
+    request = compiled(graph, torch.float32).create_infer_request()
 
     def step(rows: torch.Tensor, begin: int, end: int) -> np.ndarray:
         given = {
@@ -253,7 +248,7 @@ def _check(model: Any, graph: Any, name: str) -> None:
     step(torch.arange(2), 0, 5)
     found = torch.from_numpy(step(order, 5, 6))
     error = float(((found - expected).pow(2).mean(1).sqrt() / expected.std(1)).max())
-    if not error <= _TOLERANCE[model.dtype]:  # also if it is not a number
+    if not error <= _TOLERANCE:  # also if it is not a number
         raise ModelError(
             f"OpenVINO computes other scores than this {type(model).__name__} (they differ by {error:.2g} "
             "standard deviations): use the engine transformers"

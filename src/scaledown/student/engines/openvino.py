@@ -177,7 +177,8 @@ def generator_graph(model: Any, source: ModelSource) -> Path:
         raise ModelError(
             f"--engine openvino computes in float32 or bfloat16, not in {model.dtype}: give --dtype"
         )
-    folder = kept_folder("openvino-generators", source, str(model.dtype), GRAPH)
+    dtype = model.dtype
+    folder = kept_folder("openvino-generators", source, str(dtype), GRAPH)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
@@ -187,6 +188,9 @@ def generator_graph(model: Any, source: ModelSource) -> Path:
             temporary = Path(f"{folder}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            write_graph(model.generator, temporary / "generator.xml", reads="embeddings")
+            try:
+                write_graph(model.generator.float(), temporary / "generator.xml", reads="embeddings")
+            finally:
+                model.generator.to(dtype)
             temporary.replace(folder)
     return folder / "generator.xml"
