@@ -320,6 +320,22 @@ def test_choice_of_engine_by_model_and_device(
     assert choose_engine("auto", "cpu", resolve(str(folder))) is ENGINES["transformers"]
 
 
+def test_weights_of_8_bits_are_another_graph_and_need_openvino(
+    folder: Path, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["answer", "--model", str(folder), "--device", "cpu", "--query", "Why?", "--document", "No."]
+    for flags in ([], ["--generator_8bit"]):
+        assert main([*words, "--engine", "openvino", *flags]) == 0
+    sizes = sorted(file.stat().st_size for file in cache.glob("openvino-generators/*/generator.bin"))
+    assert len(sizes) == 2
+    assert sizes[0] < 0.5 * sizes[1]
+    assert main([*words, "--engine", "transformers", "--generator_8bit"]) == 2
+    assert "use --engine openvino" in capsys.readouterr().err
+    monkeypatch.setattr("scaledown.student.engine_choice.is_installed", lambda: False)
+    assert main([*words, "--generator_8bit"]) == 2
+    assert install_command("openvino") in capsys.readouterr().err
+
+
 def test_generator_with_a_window_is_refused(windowed: Path) -> None:
     with pytest.raises(ModelError, match="does not keep all positions.*use the engine transformers"):
         on_openvino(windowed)

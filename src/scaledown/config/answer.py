@@ -59,6 +59,12 @@ class AnswerConfig(Options):
         metavar="FILE",
     )
     engine: str = option("auto", MACHINE, ENGINES_HELP, role="operation", choices=ENGINES)
+    generator_8bit: bool = option(
+        False,
+        MACHINE,
+        "round the generator's weights to 8 bits: faster, and some answers differ (engine openvino)",
+        role="result",
+    )
     batch_size: int = option(
         0,
         MACHINE,

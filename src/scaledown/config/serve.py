@@ -107,6 +107,12 @@ class ServeConfig(Options):
         role="report",
     )
     engine: str = option("auto", MACHINE, ENGINES_HELP, role="operation", choices=ENGINES)
+    generator_8bit: bool = option(
+        False,
+        MACHINE,
+        "round the generator's weights to 8 bits: faster, and some answers differ (engine openvino)",
+        role="result",
+    )
     batch_size: int = option(
         32, MACHINE, "answers written at the same time", "answers", role="result", within=Range(1)
     )

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from scaledown.devices.openvino import openvino
+from scaledown.devices.openvino import WHOLE_STATES, openvino
 from scaledown.errors import ModelError
 
 PRECISIONS: Final = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -33,7 +33,7 @@ def write_graph(model: Any, file: Path, *, reads: str, eight_bits: bool = False)
             merges fewer steps.
         file: Where to write: `….xml`; the weights come beside it.
         reads: `ids` or `embeddings`. With `embeddings`, only the last position has logits.
-        eight_bits: After the check, round each row of each matrix to 255 steps.
+        eight_bits: After the check, round each row of each matrix to 256 values.
 
     Raises:
         MissingExtraError: OpenVINO is not installed.
@@ -64,6 +64,7 @@ def compiled(graph: Any, dtype: torch.dtype) -> Any:
         "INFERENCE_PRECISION_HINT": precision,
         "KV_CACHE_PRECISION": precision,  # by default it would have 8 bits
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        **WHOLE_STATES,
     }
     return openvino("a model on OpenVINO").Core().compile_model(graph, "CPU", settings)
 
@@ -199,7 +200,10 @@ def _with_state(graph: Any, before: list[str], after: list[str], library: Any) -
 
 
 def _round(graph: Any, library: Any) -> None:
-    """Replace the matrices of products and of token embeddings by 8-bit numbers, one scale for each row."""
+    """Replace the matrices of products and of token embeddings by 8-bit numbers.
+
+    Each row has a scale and a zero point.
+    """
     from openvino import opset13 as op
 
     for node in graph.get_ordered_ops():
@@ -214,10 +218,16 @@ def _round(graph: Any, library: Any) -> None:
             continue
         weights = constant.data
         across = 0 if kind == "MatMul" and not node.get_attributes()["transpose_b"] else 1
-        scale = np.abs(weights).max(across, keepdims=True) / 127
+        low = weights.min(across, keepdims=True).clip(max=0)
+        high = weights.max(across, keepdims=True).clip(min=0)
+        scale = (high - low) / 255
         scale[scale == 0] = 1
-        rounded = op.constant(np.round(weights / scale).astype(np.int8))
-        own = op.multiply(op.convert(rounded, library.Type.f32), op.constant(scale.astype(np.float32)))
+        zero = np.round(-low / scale)
+        rounded = np.clip(np.round(weights / scale) + zero, 0, 255)
+        value, offset = (
+            op.convert(op.constant(own.astype(np.uint8)), library.Type.f32) for own in (rounded, zero)
+        )
+        own = op.multiply(op.subtract(value, offset), op.constant(scale.astype(np.float32)))
         node.input(port).replace_source_output(own.output(0))
     graph.validate_nodes_and_infer_types()
 

@@ -127,12 +127,20 @@ def _load(config: ServeConfig) -> tuple[Any, Any, str]:
 
     device = choose_device(config.device)
     source = resolve(config.model)
-    engine = choose_engine(config.engine, device, source)
+    engine = choose_engine(config.engine, device, source, eight_bits=config.generator_8bit)
     dtype = dtype_to_run(config.dtype, device)
     model = ScaleDownModel.from_pretrained(config.model, dtype=dtype, **onto(device)).eval()
     if model.config.generator_training == "lora":
         model.merge_lora()
-    return model, *engine.start(model, source, device, config.batch_size, asked=config.engine)
+    generation, title = engine.start(
+        model,
+        source,
+        device,
+        config.batch_size,
+        asked=config.engine,
+        eight_bits=config.generator_8bit,
+    )
+    return model, generation, title
 
 
 if __name__ == "__main__":

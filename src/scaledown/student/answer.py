@@ -81,11 +81,18 @@ def _load(config: AnswerConfig) -> tuple[Any, AnswerConfig]:
 
     device = choose_device(config.device)
     source = resolve(config.model)
-    engine = choose_engine(config.engine, device, source)
+    engine = choose_engine(config.engine, device, source, eight_bits=config.generator_8bit)
     config = replace(config, batch_size=config.batch_size or engine.batch)
     dtype = dtype_to_run(config.dtype, device)
     model = ScaleDownModel.from_pretrained(config.model, dtype=dtype, **onto(device))
-    model.engine, _ = engine.start(model, source, device, config.batch_size, asked=config.engine)
+    model.engine, _ = engine.start(
+        model,
+        source,
+        device,
+        config.batch_size,
+        asked=config.engine,
+        eight_bits=config.generator_8bit,
+    )
     return model, config
 
 

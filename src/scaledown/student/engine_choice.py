@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 
 from scaledown.devices.openvino import is_installed, openvino
 from scaledown.devices.vllm import check_vllm, runs_on
-from scaledown.errors import ModelError, UsageError
+from scaledown.errors import ModelError, UsageError, install_command
 from scaledown.models.openvino import can_run
 from scaledown.models.sources import ModelSource
 from scaledown.student.engines.base import Generation
@@ -29,11 +29,20 @@ class StudentEngine(NamedTuple):
     """Default number of answers that `scaledown answer` writes at a time."""
     generation: str = ""
     """`module:Class` of the `Generation` that replaces the model's own generator; empty if none does."""
+    has_8bit: bool = False
+    """Whether it can round the generator's weights to 8 bits."""
     is_optional: bool = False
     """Whether `auto` uses the model's own generator if this engine cannot run it; the model still has it."""
 
     def start(
-        self, model: Any, source: ModelSource, device: str, batch_size: int, *, asked: str
+        self,
+        model: Any,
+        source: ModelSource,
+        device: str,
+        batch_size: int,
+        *,
+        asked: str,
+        eight_bits: bool = False,
     ) -> tuple[Generation | None, str]:
         """Start the engine.
 
@@ -43,6 +52,7 @@ class StudentEngine(NamedTuple):
             device: cpu, cuda or cuda:N.
             batch_size: The most answers written at the same time.
             asked: The name that the user gave, or auto.
+            eight_bits: Whether to round the generator's weights to 8 bits; only if `has_8bit`.
 
         Returns:
             The `Generation` that writes the answers, None if the model's own generator does; and its title.
@@ -54,9 +64,10 @@ class StudentEngine(NamedTuple):
         if not self.generation:
             return None, self.title
         try:
-            made: Generation = resolve_name(self.generation)(model, source, device, batch_size)
+            options = {"eight_bits": True} if eight_bits else {}
+            made: Generation = resolve_name(self.generation)(model, source, device, batch_size, **options)
         except ModelError as error:
-            if asked in ENGINES or not self.is_optional:
+            if asked in ENGINES or eight_bits or not self.is_optional:
                 raise
             log.warning("%s: transformers writes the answers", str(error).rpartition(": use ")[0] or error)
             return None, ENGINES["transformers"].title
@@ -90,6 +101,7 @@ ENGINES: Final = {
         _check_openvino,
         batch=8,
         generation="scaledown.student.engines.openvino:OpenVINOGeneration",
+        has_8bit=True,
         is_optional=True,
     ),
     "transformers": StudentEngine("transformers", lambda *_: True, lambda _: None, batch=8),
@@ -97,15 +109,25 @@ ENGINES: Final = {
 """Engines by name; `auto` takes the first that suits the device and the model."""
 
 
-def choose_engine(name: str, device: str, source: ModelSource) -> StudentEngine:
+def choose_engine(name: str, device: str, source: ModelSource, *, eight_bits: bool = False) -> StudentEngine:
     """Return the engine of that name; for `auto` the first that suits the device and the model.
+
+    With `eight_bits`, only engines that can round weights to 8 bits are considered.
 
     Raises:
         MissingExtraError: The named engine is not installed.
         ModelError: The named engine cannot run on the device, or this is no ScaleDown model.
-        UsageError: The named engine is not for the device.
+        UsageError: The named engine is not for the device, or no engine has 8 bits.
     """
     if name not in ENGINES:
-        return next(engine for engine in ENGINES.values() if engine.suits(device, source))
+        for engine in ENGINES.values():
+            if engine.has_8bit >= eight_bits and engine.suits(device, source):
+                return engine
+        raise UsageError(
+            "--generator_8bit: no engine here can do it: it needs --device cpu and OpenVINO, "
+            f"{install_command('openvino')}"
+        )
+    if eight_bits and not ENGINES[name].has_8bit:
+        raise UsageError(f"--generator_8bit --engine {name}: use --engine openvino, or leave one of them out")
     ENGINES[name].check(device)
     return ENGINES[name]

@@ -71,7 +71,10 @@ class Pipeline:
     made: list["Pipeline"]
     tokenizer: Any
 
-    def __init__(self, models_path: str, scheduler_config: SimpleNamespace, device: str) -> None:
+    def __init__(
+        self, models_path: str, scheduler_config: SimpleNamespace, device: str, properties: dict[str, Any]
+    ) -> None:
+        assert properties == {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
         assert (Path(models_path) / "openvino_model.xml").exists()
         assert device == "CPU"
         assert 0 < scheduler_config.cache_size < 64

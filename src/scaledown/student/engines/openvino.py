@@ -23,7 +23,9 @@ log = logging.getLogger("scaledown")
 class OpenVINOGeneration(StepGeneration):
     """A `Generation` by OpenVINO. The compressor stays in torch."""
 
-    def __init__(self, model: Any, source: ModelSource, device: str, batch_size: int) -> None:
+    def __init__(
+        self, model: Any, source: ModelSource, device: str, batch_size: int, *, eight_bits: bool = False
+    ) -> None:
         """Load the generator's graph, which the first call writes to the cache folder.
 
         Args:
@@ -31,12 +33,13 @@ class OpenVINOGeneration(StepGeneration):
             source: Where the model comes from.
             device: `cpu`.
             batch_size: Not used: rows join and leave freely.
+            eight_bits: Whether to round the generator's weights to 8 bits.
 
         Raises:
             MissingExtraError: OpenVINO is not installed.
             ModelError: OpenVINO cannot compute this generator, or not in the model's precision.
         """
-        graph = generator_graph(model, source)
+        graph = generator_graph(model, source, eight_bits=eight_bits)
         model.forget_generator()
         super().__init__(model, OpenVINODecoding(graph, model.get_input_embeddings(), model.dtype))
 
@@ -166,7 +169,7 @@ def _widened(mask: np.ndarray, length: int) -> np.ndarray:
     return np.pad(mask, ((0, 0), (length - mask.shape[1], 0)))
 
 
-def generator_graph(model: Any, source: ModelSource) -> Path:
+def generator_graph(model: Any, source: ModelSource, *, eight_bits: bool = False) -> Path:
     """Return the file of the generator's graph in the cache; the first call writes it, with LoRA merged.
 
     Raises:
@@ -178,7 +181,8 @@ def generator_graph(model: Any, source: ModelSource) -> Path:
             f"--engine openvino computes in float32 or bfloat16, not in {model.dtype}: give --dtype"
         )
     dtype = model.dtype
-    folder = kept_folder("openvino-generators", source, str(dtype), GRAPH)
+    settings = [str(dtype), GRAPH, *(["8 bits"] if eight_bits else [])]
+    folder = kept_folder("openvino-generators", source, *settings)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
@@ -189,7 +193,8 @@ def generator_graph(model: Any, source: ModelSource) -> Path:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             try:
-                write_graph(model.generator.float(), temporary / "generator.xml", reads="embeddings")
+                file = temporary / "generator.xml"
+                write_graph(model.generator.float(), file, reads="embeddings", eight_bits=eight_bits)
             finally:
                 model.generator.to(dtype)
             temporary.replace(folder)

@@ -19,7 +19,7 @@ from scaledown.data.teacher.base import Generation, Rejection, Setup, TeacherEng
 from scaledown.data.teacher.context import Context, context_tokens
 from scaledown.data.teacher.reply import heard
 from scaledown.devices.halving import Halving
-from scaledown.devices.openvino import GRAPH, openvino
+from scaledown.devices.openvino import GRAPH, WHOLE_STATES, openvino
 from scaledown.errors import MissingExtraError, ModelError, UsageError, install_command
 from scaledown.models.hub import hub_errors
 from scaledown.models.sources import ModelSource, kept_folder
@@ -125,7 +125,7 @@ def _pipeline(library: Any, folder: Path) -> Any:
     scheduler.enable_prefix_caching = True
     scheduler.max_num_batched_tokens = _TOKENS_A_STEP
     scheduler.max_num_seqs = _IN_FLIGHT
-    return library.ContinuousBatchingPipeline(str(folder), scheduler, "CPU")
+    return library.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", WHOLE_STATES)
 
 
 class _SignalStack(ctypes.Structure):
