@@ -1,5 +1,6 @@
 """A causal LM as OpenVINO's graph computes what the model does; a graph that does not is refused."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, MistralConfig
 
+from scaledown.devices.openvino import SignalStack
 from scaledown.errors import ModelError
 from scaledown.models import openvino as graphs
 from scaledown.models.openvino import can_run, compiled, write_graph
@@ -50,6 +52,25 @@ def test_rounded_weights_take_a_quarter(models: dict[str, Path], tmp_path: Path)
         write_graph(loaded(models), tmp_path / f"{name}.xml", reads="ids", eight_bits=eight_bits)
     whole, rounded = ((tmp_path / f"{name}.bin").stat().st_size for name in ("whole", "rounded"))
     assert rounded < 0.4 * whole
+
+
+def signal_stack() -> tuple[int | None, int]:
+    """Where this thread handles signals, and the size."""
+    found = SignalStack()
+    found.exchange()
+    return found.start, found.size
+
+
+def test_models_that_end_in_any_order_leave_the_signal_stack(models: dict[str, Path], tmp_path: Path) -> None:
+    """Otherwise the next Ctrl-C is a segmentation fault."""
+    before = signal_stack()
+    write_graph(loaded(models), tmp_path / "model.xml", reads="ids")
+    alive = [compiled(tmp_path / "model.xml", torch.float32).create_infer_request() for _ in range(3)]
+    assert signal_stack() == before
+    for place in (0, 1, 0):
+        del alive[place]
+        gc.collect()
+        assert signal_stack() == before
 
 
 def far(self: Any, read: Any, mask: Any, places: Any, *tensors: Any) -> Any:

@@ -1,7 +1,10 @@
 """OpenVINO on this machine: the library, and whether it is installed."""
 
+import contextlib
+import ctypes
 import importlib.util
 import sys
+from collections.abc import Iterator
 from typing import Any, Final
 
 from scaledown.errors import MissingExtraError, install_command
@@ -30,3 +33,29 @@ def openvino(need: str) -> Any:
     except ImportError as error:
         raise MissingExtraError(f"{need} needs OpenVINO ({error}): {install_command('openvino')}") from error
     return library
+
+
+class SignalStack(ctypes.Structure):
+    """Linux's `stack_t`: the stack on which this thread handles signals."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+    def exchange(self, new: "SignalStack | None" = None) -> None:
+        """Store the current signal stack here, and set `new`."""
+        if sys.platform == "linux":
+            ctypes.CDLL(None).sigaltstack(ctypes.byref(new) if new else None, ctypes.byref(self))
+
+
+@contextlib.contextmanager
+def same_signal_stack() -> Iterator[None]:
+    """Restore this thread's signal stack at the end of the block, in which OpenVINO compiles a model.
+
+    A compiled model sets a stack of its own, and at its end sets again the one that it found. If that was of
+    a model that has ended, it is freed memory, and the next signal is a segmentation fault.
+    """
+    before = SignalStack()
+    before.exchange()
+    try:
+        yield
+    finally:
+        SignalStack().exchange(before)

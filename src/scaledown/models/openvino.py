@@ -12,7 +12,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from scaledown.devices.openvino import WHOLE_STATES, openvino
+from scaledown.devices.openvino import WHOLE_STATES, openvino, same_signal_stack
 from scaledown.errors import ModelError
 
 PRECISIONS: Final = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -66,7 +66,9 @@ def compiled(graph: Any, dtype: torch.dtype) -> Any:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         **WHOLE_STATES,
     }
-    return openvino("a model on OpenVINO").Core().compile_model(graph, "CPU", settings)
+    library = openvino("a model on OpenVINO")
+    with same_signal_stack():
+        return library.Core().compile_model(graph, "CPU", settings)
 
 
 def can_run(config: Any) -> bool:

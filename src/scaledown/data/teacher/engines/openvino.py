@@ -1,7 +1,6 @@
 """The engine OpenVINO GenAI: continuous batching on a CPU, with 8-bit weights that are exported once."""
 
 import contextlib
-import ctypes
 import importlib.util
 import itertools
 import logging
@@ -19,7 +18,7 @@ from scaledown.data.teacher.base import Generation, Rejection, Setup, TeacherEng
 from scaledown.data.teacher.context import Context, context_tokens
 from scaledown.data.teacher.reply import heard
 from scaledown.devices.halving import Halving
-from scaledown.devices.openvino import GRAPH, WHOLE_STATES, openvino
+from scaledown.devices.openvino import GRAPH, WHOLE_STATES, SignalStack, openvino, same_signal_stack
 from scaledown.errors import MissingExtraError, ModelError, UsageError, install_command
 from scaledown.models.hub import hub_errors
 from scaledown.models.sources import ModelSource, kept_folder
@@ -97,7 +96,7 @@ def _try(source: ModelSource, folder: Path) -> None:
     """Raise `ModelError` unless OpenVINO GenAI, which changes the graph, writes two tokens with it."""
     from openvino import Tensor
 
-    library, signals = openvino_genai(), _SignalStack()
+    library, signals = openvino_genai(), SignalStack()
     signals.exchange()
     try:
         pipeline = _pipeline(library, folder)
@@ -114,7 +113,7 @@ def _try(source: ModelSource, folder: Path) -> None:
             "--teacher_backend transformers"
         ) from error
     finally:
-        _SignalStack().exchange(signals)
+        SignalStack().exchange(signals)
 
 
 def _pipeline(library: Any, folder: Path) -> Any:
@@ -125,18 +124,8 @@ def _pipeline(library: Any, folder: Path) -> Any:
     scheduler.enable_prefix_caching = True
     scheduler.max_num_batched_tokens = _TOKENS_A_STEP
     scheduler.max_num_seqs = _IN_FLIGHT
-    return library.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", WHOLE_STATES)
-
-
-class _SignalStack(ctypes.Structure):
-    """Linux's `stack_t`: the stack on which this thread handles signals."""
-
-    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
-
-    def exchange(self, new: "_SignalStack | None" = None) -> None:
-        """Store the current signal stack here, and set `new`."""
-        if sys.platform == "linux":
-            ctypes.CDLL(None).sigaltstack(ctypes.byref(new) if new else None, ctypes.byref(self))
+    with same_signal_stack():
+        return library.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", WHOLE_STATES)
 
 
 class _Asked(NamedTuple):
@@ -162,7 +151,7 @@ class OpenVINOTeacher:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             self._stops = _stops(folder, config, self._tokenizer)
-            self._signals = _SignalStack()
+            self._signals = SignalStack()
             self._signals.exchange()
             self._pipeline = _pipeline(self._library, self._folder)
         self._context = Context(
@@ -249,7 +238,7 @@ class OpenVINOTeacher:
     def _unload(self) -> None:
         del self._pipeline
         # When the engine ends, it frees the stack on which this thread handles signals: Ctrl-C would crash.
-        _SignalStack().exchange(self._signals)
+        SignalStack().exchange(self._signals)
 
     def _ask(self, place: int, prompt: Prompt) -> _Asked | Rejection:
         from openvino import Tensor
