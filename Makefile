@@ -27,8 +27,9 @@ test: check
 
 VLLM_TESTS := tests/data/teacher/test_vllm_real.py tests/serving/test_vllm_engine.py tests/serving/test_vllm_serve.py
 
+# vLLM leaves sockets to the garbage collector, which warns when no test runs any more.
 test-vllm: .venv-vllm/ready
-	.venv-vllm/bin/python -m pytest --durations=10 $(VLLM_TESTS)
+	.venv-vllm/bin/python -m pytest -W default --durations=10 $(VLLM_TESTS)
 
 check: .venv/ready
 	$(BIN)/ruff check .
