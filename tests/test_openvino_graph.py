@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+)
 
 from scaledown.devices.openvino import SignalStack
 from scaledown.errors import ModelError
@@ -106,3 +113,5 @@ def test_models_with_windows_or_without_positions_cannot_run() -> None:
     assert can_run(MistralConfig(sliding_window=None))
     assert not can_run(MistralConfig(sliding_window=4096))
     assert not can_run(BloomConfig())
+    assert not can_run(Gemma2Config())
+    assert not can_run(Gemma3TextConfig())

@@ -1,6 +1,7 @@
 """Rows of an answer join and leave at any step, and each is written as if it were alone."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,16 +35,12 @@ def alone(generator: torch.nn.Module, row: list[int], steps: int) -> list[int]:
 ROWS = [[5, 9, 200, 31, 8], [77, 3], [12, 400, 6, 6, 7, 90, 1, 44], [250]]
 
 
-@torch.no_grad()
-def test_rows_that_join_and_leave_are_written_as_alone(generator: torch.nn.Module) -> None:
+def check_rows_that_join_and_leave(decoding: Any, generator: torch.nn.Module) -> None:
+    """Rows of different lengths join a decoding, longer ones after shorter and before, and leave it."""
     expected = {number: alone(generator, row, 9) for number, row in enumerate(ROWS)}
     assert len({tuple(tokens) for tokens in expected.values()}) == len(ROWS)
-    joins = {
-        0: [1],
-        2: [0, 3],
-        4: [2],
-    }  # at which step which rows come: longer ones after shorter, and before
-    decoding, present = Decoding(generator), []
+    joins = {0: [1], 2: [0, 3], 4: [2]}  # at which step which rows come
+    present: list[int] = []
     written: dict[int, list[int]] = {number: [] for number in expected}
     for step in range(14):
         if step in joins:
@@ -62,6 +59,11 @@ def test_rows_that_join_and_leave_are_written_as_alone(generator: torch.nn.Modul
         if going:
             decoding.step(chosen[going])
     assert written == expected
+
+
+@torch.no_grad()
+def test_rows_that_join_and_leave_are_written_as_alone(generator: torch.nn.Module) -> None:
+    check_rows_that_join_and_leave(Decoding(generator), generator)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_decoding import ROWS, alone, prompt
+from test_decoding import ROWS, alone, check_rows_that_join_and_leave, prompt
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from scaledown.cli import main
@@ -82,26 +82,7 @@ def decodings(models: dict[str, Path], folder: Path, dtype: torch.dtype) -> tupl
 @torch.no_grad()
 def test_rows_that_join_and_leave_are_written_as_alone(models: dict[str, Path], tmp_path: Path) -> None:
     generator, _, decoding = decodings(models, tmp_path, torch.float32)
-    expected = {number: alone(generator, row, 9) for number, row in enumerate(ROWS)}
-    joins = {0: [1], 2: [0, 3], 4: [2]}
-    present: list[int] = []
-    written: dict[int, list[int]] = {number: [] for number in expected}
-    for step in range(14):
-        if step in joins:
-            decoding.join(*prompt(generator, *(ROWS[number] for number in joins[step])))
-            present += joins[step]
-        if not present:
-            break
-        chosen = decoding.logits.argmax(-1)
-        for number, token in zip(present, chosen.tolist(), strict=True):
-            written[number].append(token)
-        going = [place for place, number in enumerate(present) if len(written[number]) < 9]
-        present = [present[place] for place in going]
-        decoding.keep(going)
-        assert len(decoding) == len(present)
-        if going:
-            decoding.step(chosen[going])
-    assert written == expected
+    check_rows_that_join_and_leave(decoding, generator)
 
 
 @torch.no_grad()

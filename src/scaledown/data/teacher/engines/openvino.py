@@ -297,9 +297,11 @@ def _preflight(setup: Setup) -> None:
             f"--teacher_backend openvino --device {setup.device}: it runs on a CPU only: give --device cpu"
         )
     if not is_exported(setup.source) and not _can_run(setup.source):
+        from scaledown.models.openvino import CANNOT
+
         raise ModelError(
-            f"--teacher_backend openvino cannot run {setup.source.name}: its attention does not keep all "
-            "positions, or it takes no positions: use --teacher_backend transformers"
+            f"--teacher_backend openvino cannot run {setup.source.name}: {CANNOT}: use --teacher_backend "
+            "transformers"
         )
 
 
