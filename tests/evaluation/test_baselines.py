@@ -297,8 +297,8 @@ def test_long_documents_are_reported_once(
     queries, documents = ["Where?", "When?"], [["A tower in a town. " * 50], ["A bridge in a city. " * 50]]
     for _ in range(2):
         baselines.answer(system, model, queries, documents, weigh=pytest.fail, config=CONFIG)
-    assert [message.partition(" that")[0] for message in caplog.messages] == [
-        f"2 documents are longer than the {model.config.doc_max_length} tokens"
+    assert [message.partition(";")[0] for message in caplog.messages] == [
+        f"documents cut to {model.config.doc_max_length} tokens, the most that this model compresses: 2"
     ] * 2
 
 

@@ -195,8 +195,8 @@ def test_what_cannot_be_asked_says_what_to_do(
 def test_cuts_are_warned_about(models: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
     model = student(models)
     model.compress("why " * 40, ["tide " * 90, "No."])
-    assert "1 documents are longer than the 32 tokens" in caplog.text
-    assert "1 queries are longer" in caplog.text
+    assert "documents cut to 32 tokens, the most that this model compresses: 1;" in caplog.text
+    assert "queries cut to 32 tokens, the most that this model compresses: 1;" in caplog.text
     caplog.clear()
     model.answer("Why?", ["tide " * 90], max_new_tokens=1, compressed=False)
     model.answer("Why?", ["No."], max_new_tokens=1)

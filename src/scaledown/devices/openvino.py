@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from scaledown.errors import MissingExtraError, install_command
 
-GRAPH: Final = "3"
+GRAPH: Final = "4"
 """Part of the key of graphs in the cache: raise it if `models.openvino.write_graph` writes something else."""
 WHOLE_STATES: Final = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 """By default OpenVINO rounds states to 8 bits too, before a product with weights of 8 bits."""

@@ -7,9 +7,12 @@ Names: `org/name`, `org/name@revision`, a local folder, a `.gguf` file (local, o
 import hashlib
 import importlib.metadata
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
+
+from filelock import FileLock
 
 from scaledown.errors import ModelError
 from scaledown.models.hub import hub_errors, reach_hub
@@ -128,3 +131,19 @@ def kept_folder(kind: str, source: ModelSource, *settings: str) -> Path:
     digest = hashlib.sha256("\n".join([*parts, *settings]).encode()).hexdigest()[:16]
     label = re.sub(r"[^\w.-]+", "-", source.name.rstrip("/").rsplit("/", 1)[-1]).strip("-.")
     return cache_directory() / kind / f"{label}-{digest}"
+
+
+def written_once(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Return a folder of the cache; if it does not exist yet, let `write` make it.
+
+    One process at a time writes, to a temporary folder, which does not exist before. So `folder` is complete
+    or does not exist.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            temporary = Path(f"{folder}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            write(temporary)
+            temporary.replace(folder)
+    return folder

@@ -5,16 +5,14 @@ import hashlib
 import io
 import json
 import logging
-import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from scaledown.errors import ModelError
 from scaledown.models.hub import hub_errors
-from scaledown.models.sources import ModelSource
+from scaledown.models.sources import ModelSource, written_once
 from scaledown.run.storage import cache_directory
 
 log = logging.getLogger("scaledown")
@@ -65,18 +63,8 @@ def _converted(source: ModelSource) -> Path:
     if (folder / "config.json").exists():
         return folder
     log.info("converting %s once, to ordinary weights in %s", source.gguf_file, folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        FileLock(folder.with_suffix(".lock")),
-        hub_errors(source.name),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        if not (folder / "config.json").exists():
-            temporary = folder.with_suffix(".tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            _convert(source, file, temporary)
-            temporary.replace(folder)
-    return folder
+    with hub_errors(source.name), contextlib.redirect_stderr(io.StringIO()):
+        return written_once(folder, partial(_convert, source, file))
 
 
 def _convert(source: ModelSource, file: Path, folder: Path) -> None:

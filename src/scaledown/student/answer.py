@@ -69,8 +69,7 @@ def answer(config: AnswerConfig, *, overwrite: bool = False) -> Answered:
             print(piece, end="", flush=True)
         print()
     finally:
-        if model.engine is not None:
-            model.engine.close()
+        model.close()
     return Answered()
 
 

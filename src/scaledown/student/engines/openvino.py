@@ -1,20 +1,18 @@
 """The engine that runs a student's generator in OpenVINO, on a CPU: the graph takes embeddings of prompts."""
 
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import nn
 
 from scaledown.devices.openvino import GRAPH, openvino
 from scaledown.errors import ModelError
 from scaledown.models.openvino import PRECISIONS, compiled, write_graph
-from scaledown.models.sources import ModelSource, kept_folder
+from scaledown.models.sources import ModelSource, kept_folder, written_once
 from scaledown.student.engines.steps import StepGeneration
 
 log = logging.getLogger("scaledown")
@@ -183,19 +181,16 @@ def generator_graph(model: Any, source: ModelSource, *, eight_bits: bool = False
     dtype = model.dtype
     settings = [str(dtype), GRAPH, *(["8 bits"] if eight_bits else [])]
     folder = kept_folder("openvino-generators", source, *settings)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            if model.config.generator_training == "lora":
-                model.merge_lora()
-            log.info("the generator is written once for OpenVINO: %s", folder)
-            temporary = Path(f"{folder}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            try:
-                file = temporary / "generator.xml"
-                write_graph(model.generator.float(), file, reads="embeddings", eight_bits=eight_bits)
-            finally:
-                model.generator.to(dtype)
-            temporary.replace(folder)
-    return folder / "generator.xml"
+
+    def write(temporary: Path) -> None:
+        if model.config.generator_training == "lora":
+            model.merge_lora()
+        log.info("the generator is written once for OpenVINO: %s", folder)
+        temporary.mkdir()
+        try:
+            file = temporary / "generator.xml"
+            write_graph(model.generator.float(), file, reads="embeddings", eight_bits=eight_bits)
+        finally:
+            model.generator.to(dtype)
+
+    return written_once(folder, write) / "generator.xml"

@@ -2,16 +2,13 @@
 
 import itertools
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from filelock import FileLock
-
 from scaledown.devices.gpus import give_back
 from scaledown.devices.vllm import VllmEngine
-from scaledown.models.sources import ModelSource, kept_folder
+from scaledown.models.sources import ModelSource, kept_folder, written_once
 from scaledown.models.weights import loading
 from scaledown.student.batch import Question
 from scaledown.student.engines.base import Sampling
@@ -142,12 +139,9 @@ class VllmGeneration:
 def generator_folder(model: Any, source: ModelSource) -> Path:
     """Return the folder of the model's generator in the cache; the first call writes it, with LoRA merged."""
     folder = kept_folder("generators", source, str(model.dtype))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            log.info("the generator is written once for vLLM: %s", folder)
-            temporary = Path(f"{folder}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            model.save_generator(temporary)
-            temporary.replace(folder)
-    return folder
+
+    def write(temporary: Path) -> None:
+        log.info("the generator is written once for vLLM: %s", folder)
+        model.save_generator(temporary)
+
+    return written_once(folder, write)

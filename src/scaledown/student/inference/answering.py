@@ -31,6 +31,11 @@ class Answering(Compressing):
     generator: Any
     embed: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
+    def close(self) -> None:
+        """End the engine. The model cannot answer after that, if it has given its generator to the engine."""
+        if self.engine is not None:
+            self.engine.close()
+
     @overload
     def answer(
         self,

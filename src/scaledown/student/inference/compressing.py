@@ -285,11 +285,11 @@ class Compressing:
         ):
             if count:
                 log.warning(
-                    "%s %s are longer than the %s tokens that this model compresses and were cut: split "
-                    "them, or train with longer ones",
-                    count,
+                    "%s cut to %s tokens, the most that this model compresses: %s; split them, or train with "
+                    "longer ones",
                     kind,
                     limit,
+                    count,
                 )
 
 

@@ -4,14 +4,12 @@ import contextlib
 import importlib.util
 import itertools
 import logging
-import shutil
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-from filelock import FileLock
 
 from scaledown.data.prompts import Prompt
 from scaledown.data.teacher.base import Generation, Rejection, Setup, TeacherEngine, seed_of
@@ -21,7 +19,7 @@ from scaledown.devices.halving import Halving
 from scaledown.devices.openvino import GRAPH, WHOLE_STATES, SignalStack, openvino, same_signal_stack
 from scaledown.errors import MissingExtraError, ModelError, UsageError, install_command
 from scaledown.models.hub import hub_errors
-from scaledown.models.sources import ModelSource, kept_folder
+from scaledown.models.sources import ModelSource, kept_folder, written_once
 from scaledown.models.weights import loadable, loading, quiet_libraries
 from scaledown.records import Answer
 
@@ -70,12 +68,7 @@ def export(source: ModelSource) -> Path:
 
     from scaledown.models.openvino import write_graph
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if is_exported(source):
-            return folder
-        temporary = Path(f"{folder}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
+    def write(temporary: Path) -> None:
         log.info("model %s is exported once for OpenVINO: %s", source.name, folder)
         name, pinned = loadable(source)
         with loading(source):
@@ -88,8 +81,8 @@ def export(source: ModelSource) -> Path:
         write_graph(model, temporary / "openvino_model.xml", reads="ids", eight_bits=True)
         del model
         _try(source, temporary)
-        temporary.replace(folder)
-    return folder
+
+    return written_once(folder, write)
 
 
 def _try(source: ModelSource, folder: Path) -> None:
