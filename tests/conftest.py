@@ -37,6 +37,7 @@ import forks  # noqa: E402
 import gs_server as google  # noqa: E402
 import web  # noqa: E402
 from scaledown.data import prepare_dataset  # noqa: E402
+from scaledown.devices import choice  # noqa: E402
 from scaledown.report import plots  # noqa: E402
 from scaledown.run import locations, object_store  # noqa: E402
 from scaledown.run.directory import RunDirectory  # noqa: E402
@@ -116,6 +117,14 @@ def _log_reaches_pytest() -> Any:
     logger.setLevel(logging.NOTSET)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _float32() -> Iterator[None]:
+    """`--dtype auto` is float32 on a CPU, on all machines, since tests compare with exact values."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "multiplies_bfloat16", lambda: False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw plots only in tests marked `plots`, because they take most of the time of such small runs."""
@@ -181,6 +190,7 @@ def tiny_flags(models: dict[str, Path]) -> list[str]:
         *("--teacher_model", str(models["causal_lm"])),
         *("--max_new_tokens", "8"),
         *("--device", "cpu"),
+        *("--dtype", "float32"),  # also in processes of their own
     ]
 
 

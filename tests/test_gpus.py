@@ -285,7 +285,12 @@ def test_each_model_is_a_batch_ahead_on_a_gpu(
     each, order = Halving.each, []
 
     def on_a_gpu(
-        self: Halving, batches: Any, launch: Callable[..., Any], read: Callable[..., Any], device: str
+        self: Halving,
+        batches: Any,
+        launch: Callable[..., Any],
+        read: Callable[..., Any],
+        device: str,
+        *_: int,
     ) -> Iterator[Any]:
         assert device == "cpu"
         batches = list(batches)

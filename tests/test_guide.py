@@ -334,6 +334,9 @@ def test_commands_of_the_pages_work(
     (place / "today.jsonl").write_text("".join(articles[8:10]), encoding="utf-8")
     (place / "tomorrow.jsonl").write_text("".join(articles[9:12]), encoding="utf-8")
     (place / "gone.txt").write_text("1\n2\n")
+    asked = ("What is machine learning?", "q")
+    right = (json.dumps({"question": question, "answers": ["learning"]}) for question in asked)
+    (place / "gold.jsonl").write_text("\n".join(right))
     if "scaledown status" in fence.text:
         (place / "train_data.json.work" / "queries").mkdir(parents=True)
     with contextlib.ExitStack() as background:

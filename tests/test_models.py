@@ -12,7 +12,8 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from scaledown.devices.choice import choose_device, dtype_to_run, dtype_to_train
+from scaledown.devices import choice
+from scaledown.devices.choice import choose_device, dtype_to_run, dtype_to_train, multiplies_bfloat16
 from scaledown.errors import ModelError
 from scaledown.models.hub import hub_errors
 from scaledown.models.sources import BUNDLES, ModelSource, resolve
@@ -209,4 +210,25 @@ def test_gpu_that_emulates_bfloat16_runs_in_float16_and_trains_in_float32(
     monkeypatch.setattr(torch.version, "hip", hip)
     assert dtype_to_run(asked, "cuda:1") is runs
     assert dtype_to_train(asked, "cuda:1") is trains
-    assert dtype_to_run("auto", "cpu") is dtype_to_train("auto", "cpu") is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("instructions", "runs"),
+    [
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ({"avx512_f": True}, torch.float32),
+        (None, torch.float32),  # a version of torch that does not say
+    ],
+)
+def test_cpu_runs_in_bfloat16_if_it_multiplies_it_and_trains_in_float32(
+    instructions: dict[str, bool] | None, runs: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if instructions is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    monkeypatch.setattr(choice, "multiplies_bfloat16", multiplies_bfloat16)  # tests replace it
+    assert dtype_to_run("auto", "cpu") is runs
+    assert dtype_to_run("float32", "cpu") is torch.float32
+    assert dtype_to_train("auto", "cpu") is torch.float32

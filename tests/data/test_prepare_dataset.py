@@ -23,6 +23,7 @@ from scaledown.data.manifest import compared_settings
 from scaledown.data.reranker.api import load_reranker, resolve_reranker
 from scaledown.data.reranker.base import Pair
 from scaledown.data.session import enter
+from scaledown.devices import choice
 from scaledown.devices.halving import Halving
 from scaledown.errors import install_command
 
@@ -911,3 +912,34 @@ def test_real_teacher_writes_questions(prepare, corpus) -> None:
 def test_teacher_that_writes_no_question_is_an_error(prepare, corpus, capsys) -> None:
     flags = ("--corpus_path", str(corpus), "--num_synthetic_queries", "2")
     assert "no usable question" in refused(prepare, capsys, *flags, inputs=False)
+
+
+def stages_made(work: Path) -> list[str]:
+    """The folders of stages of models, whose settings have a dtype."""
+    folders = (
+        path.parent for name in ("vectors", "ranked", "answers") for path in work.glob(f"{name}/*/done.json")
+    )
+    return sorted(f"{path.parent.name}/{path.name}" for path in folders)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_run_keeps_the_dtype_that_its_first_processor_chose(
+    first: bool, prepare, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """A node with other instructions goes on with the same shards."""
+    begun, other = ("bfloat16", "float32") if first else ("float32", "bfloat16")
+    monkeypatch.setattr(choice, "multiplies_bfloat16", lambda: first)
+    assert prepare(*RERANK, "--dtype", "auto") == 0
+    made = stages_made(prepare.work)
+    assert len(made) == 3
+    settings = json.loads((prepare.work / made[0] / "settings.json").read_text())
+    assert settings["dtype"] == f"torch.{begun}"
+    monkeypatch.setattr(choice, "multiplies_bfloat16", lambda: not first)
+    prepare.output.unlink()
+    capsys.readouterr()
+    assert prepare(*RERANK, "--dtype", "auto") == 0
+    assert stages_made(prepare.work) == made
+    assert ("Here it is very slow" in capsys.readouterr().err) == first
+    prepare.output.unlink()
+    assert prepare(*RERANK, "--dtype", other) == 0
+    assert len(stages_made(prepare.work)) == 6, "a dtype that is given counts"

@@ -295,7 +295,8 @@ def test_workers_end_with_their_supervisor(ends, run, tiny_flags, corpus, querie
 
 def test_two_workers_make_an_index(tiny_flags, corpus, tmp_path) -> None:
     retriever = tiny_flags[tiny_flags.index("--retriever_model") + 1]
-    words = ["--corpus_path", str(corpus), "--retriever_model", retriever, "--device", "cpu"]
+    words = ["--corpus_path", str(corpus), "--retriever_model", retriever]
+    words += ["--device", "cpu", "--dtype", "float32"]
     folders = [tmp_path / name for name in ("alone", "shared")]
     for folder, more in zip(folders, ([], ["--workers", "2"]), strict=True):
         assert build_index.main([*words, "--index_dir", str(folder), *more]) == 0

@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from scaledown.devices import choice
 from scaledown.devices.halving import Halving
 from scaledown.errors import ModelError, OutputError, RunDirectoryError
 from scaledown.run.atomic import atomic, check_writable, read_json, write_json
@@ -306,6 +307,25 @@ def test_folder_with_other_files_is_not_a_run_directory(tmp_path: Path) -> None:
         RunDirectory(tmp_path)
     with pytest.raises(RunDirectoryError, match="is a file"):
         RunDirectory(tmp_path / "thesis.tex")
+
+
+def test_dtype_of_the_first_process_stays(tmp_path: Path, monkeypatch, caplog) -> None:
+    def processor(*, fast: bool) -> None:
+        monkeypatch.setattr(choice, "multiplies_bfloat16", lambda: fast)
+
+    processor(fast=True)
+    assert RunDirectory(tmp_path).dtype("auto", "cpu") == "bfloat16"
+    assert not caplog.text
+    processor(fast=False)
+    assert RunDirectory(tmp_path).dtype("auto", "cpu") == "bfloat16"
+    assert "Here it is very slow: --dtype float32" in caplog.text
+    assert RunDirectory(tmp_path).dtype("float32", "cpu") == "float32"
+    assert RunDirectory(tmp_path).dtype("auto", "cuda:1") == "bfloat16"
+    assert RunDirectory(tmp_path).dtype("auto", "mps") == "float32"
+    (tmp_path / "dtype-cpu.json").write_text("half written")
+    assert RunDirectory(tmp_path).dtype("auto", "cpu") == "float32"
+    processor(fast=True)
+    assert RunDirectory(tmp_path).dtype("auto", "cpu") == "float32"
 
 
 def test_content_hashes_follow_content_and_are_remembered(tmp_path: Path) -> None:

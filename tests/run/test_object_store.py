@@ -14,6 +14,7 @@ from scaledown.config.shared import Part
 from scaledown.data.prompts import answer_prompt
 from scaledown.data.teacher import answer_log
 from scaledown.data.teacher.answer_log import AnswerLog
+from scaledown.devices import choice
 from scaledown.errors import OutputError, RunDirectoryError, UsageError
 from scaledown.records import Answer
 from scaledown.run import object_store
@@ -72,6 +73,22 @@ def test_first_of_two_shards_stays(machine) -> None:
     assert one.table(0).equals(TABLE)
     assert two.table(0).equals(TABLE)
     assert two.path(0).read_bytes() == one.path(0).read_bytes()
+
+
+@EVERY
+def test_dtype_of_the_first_of_two_machines_stays(machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = machine("one"), machine("two")
+    assert not two.storage.exists(two.path / "dtype-cpu.json")
+
+    def while_another_is_faster() -> bool:
+        monkeypatch.setattr(choice, "multiplies_bfloat16", lambda: True)
+        assert one.dtype("auto", "cpu") == "bfloat16"
+        monkeypatch.setattr(choice, "multiplies_bfloat16", lambda: False)
+        return False
+
+    monkeypatch.setattr(choice, "multiplies_bfloat16", while_another_is_faster)
+    assert two.dtype("auto", "cpu") == "bfloat16"
+    assert two.dtype("auto", "cpu") == "bfloat16"
 
 
 @MEMORY

@@ -365,3 +365,23 @@ def test_server_says_its_engine_and_ends(folder: Path, cache: Path) -> None:
             assert "Traceback" not in rest
         finally:
             process.kill()
+
+
+def test_evaluate_writes_the_same_answers_with_openvino(folder: Path, tmp_path: Path) -> None:
+    pairs = zip(QUERIES, DOCUMENTS, strict=True)
+    records = [{"query": query, "documents": own or ["-"], "answer": "old"} for query, own in pairs]
+    data = tmp_path / "held_out.json"
+    data.write_text(json.dumps(records))
+    found = []
+    for name in ("transformers", "openvino"):
+        output = tmp_path / name
+        flags = ["--model", str(folder), "--data", str(data), "--output_dir", str(output), "--engine", name]
+        flags += ["--systems", "compressed", "uncompressed", "closed_book", "--max_new_tokens", "6"]
+        assert main(["evaluate", *flags, "--device", "cpu", "--dtype", "float32"]) == 0
+        lines = (output / "answers.jsonl").read_text().splitlines()
+        found.append([json.loads(line)["answers"] for line in lines])
+        results = json.loads((output / "results.json").read_text())
+        assert results["parameters"]["engine"] == name
+    assert found[0] == found[1]
+    written = {own["answer"] for one in found[0] for own in one.values()}
+    assert len(written) > len(QUERIES), "answers differ"

@@ -5,7 +5,16 @@ from typing import Any, Final
 
 from scaledown.config.options import Range, check_output_dir, option
 from scaledown.config.prepare import PrepareConfig
-from scaledown.config.shared import AUTO_DTYPE, DTYPES, ENDPOINT, ENGINE, MACHINE, OUTPUT, EngineConfig
+from scaledown.config.shared import (
+    AUTO_DTYPE,
+    DTYPES,
+    ENDPOINT,
+    ENGINE,
+    ENGINE_CHOICES,
+    MACHINE,
+    OUTPUT,
+    EngineConfig,
+)
 from scaledown.config.train import BUDGETS
 from scaledown.errors import UsageError
 
@@ -129,6 +138,14 @@ class EvaluateConfig(EngineConfig):
     seed: int = option(0, OUTPUT, "seed of resampling, and of random", role="result", within=Range(0))
     device: str = option("auto", MACHINE, "auto, cpu, cuda, cuda:N or mps", role="result", metavar="DEVICE")
     dtype: str = option("auto", MACHINE, AUTO_DTYPE, role="result", choices=DTYPES)
+    engine: str = option(
+        "transformers",
+        MACHINE,
+        "engine that writes the answers of all systems",
+        role="result",
+        choices=ENGINE_CHOICES,
+        only_with="engine",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,13 +10,17 @@ from scaledown.errors import UsageError
 from scaledown.extensions import TEACHER_ENGINES
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
-AUTO_DTYPE: Final = "auto is bfloat16 on CUDA, float16 on its GPUs before compute capability 8, else float32"
+AUTO_DTYPE: Final = (
+    "auto is bfloat16 on CUDA and on CPUs with AVX512-BF16 or AMX, float16 on GPUs before compute capability "
+    "8, else float32"
+)
 BACKENDS: Final = ("auto", *TEACHER_ENGINES)
 ENGINES: Final = ("auto", "vllm", "openvino", "transformers")
 ENGINES_HELP: Final = (
     "engine that writes the answers; auto: vllm if it is installed for the device, else on a CPU openvino if "
     "it is installed and can run the generator, else transformers"
 )
+ENGINE_CHOICES: Final = tuple(name for name in ENGINES if name != "auto")
 EXECUTORS: Final = ("local", "ray")
 DUPLICATES: Final = ("exact", "near")
 CLEANING: Final = "cleaning (docs/cleaning.md)"

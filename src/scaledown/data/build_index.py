@@ -6,9 +6,9 @@
 import logging
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from scaledown.command import Usage, program_name, run_cli
 from scaledown.config.index import IndexCommandConfig, IndexConfig
@@ -53,6 +53,8 @@ from scaledown.run.stage import Stage, StageResult
 from scaledown.urls import redacted
 
 log = logging.getLogger("scaledown")
+
+Config = TypeVar("Config", bound=IndexConfig)
 
 WORK: Final = "scaledown.data.build_index:work"
 """The function that workers call."""
@@ -237,6 +239,19 @@ def _check_same(
         raise UsageError(f"--{name} {value}: {there} --{name} {made.get(name)}: give the same")
 
 
+def settled(config: Config, directory: RunDirectory, device: str) -> Config:
+    """Return the settings with batch sizes and a dtype for the device.
+
+    `--dtype auto` is the dtype of the indexes in the directory, if they were made on this kind of device;
+    otherwise see `RunDirectory.dtype`.
+    """
+    kind = device.partition(":")[0]
+    made = [state.first[1] for state in states(directory.storage)]
+    dtypes = {str(own.get("dtype")).removeprefix("torch.") for own in made if own.get("device") == kind}
+    found = dtypes.pop() if config.dtype == "auto" and len(dtypes) == 1 else config.dtype
+    return replace(config.sized(device), dtype=directory.dtype(found, device))
+
+
 def machine(config: IndexConfig) -> dict[str, str]:
     """Return device kind and dtype, which influence the last bits of a model's output."""
     device = choose_device(config.device)
@@ -270,7 +285,7 @@ def _filled(
     """Open the index, or a part that is added `beside` others, and make what is missing."""
     same_bits()
     device = choose_device(config.device)
-    config = config.sized(device)
+    config = settled(config, home, device)
     retriever = resolve(config.retriever_model)
     index = open_index(home, config, corpus, retriever, retriever.identity(home.content_hash), beside=beside)
     encoder = OnDevice(

@@ -119,7 +119,7 @@ def find(settings: Mapping[str, Any], worker: str) -> None:
 def find_index(session: Session) -> Index:
     """Return the stages of passages and vectors, finished or not."""
     sources, identity = session.sources, session.identities["retriever"]
-    index = open_index(session.home, session.config, sources.corpus, sources.retriever, identity)
+    index = open_index(session.home, session.indexing, sources.corpus, sources.retriever, identity)
     return index.at(began_with(session.run, index.present())) if session.config.index_dir else index
 
 
@@ -167,7 +167,8 @@ def write(session: Session, index: Index, teachers: Teachers) -> Stage:
 def retrieve(session: Session, queries: Stage, index: Index) -> Stage:
     """Make passages and vectors of the corpus, and find the best passages of each query."""
     config, device = session.config, session.device
-    load = partial(load_encoder, session.sources.retriever, device, config.dtype, config.batch_size)
+    dtype = session.indexing.dtype
+    load = partial(load_encoder, session.sources.retriever, device, dtype, config.batch_size)
     with OnDevice("the retriever", device, load) as encoder:
         index.fill(encoder)
         if config.index_dir:

@@ -1,7 +1,7 @@
 """Chooses the device and the dtype that a model runs with."""
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scaledown.errors import ModelError
 
@@ -59,10 +59,36 @@ def dtype_to_train(name: str, device: str) -> "torch.dtype":
 
 
 def dtype_to_run(name: str, device: str) -> "torch.dtype":
-    """The dtype for inference: as `dtype_to_train`, but `auto` is float16 if the GPU emulates bfloat16."""
+    """The dtype for inference.
+
+    `auto` is bfloat16 on CUDA and on a CPU that multiplies it, float16 if the GPU emulates bfloat16, else
+    float32.
+    """
     import torch
 
-    return torch.float16 if name == "auto" and emulates_bfloat16(device) else dtype_to_train(name, device)
+    if name == "auto" and emulates_bfloat16(device):
+        return torch.float16
+    if name == "auto" and device == "cpu" and multiplies_bfloat16():
+        return torch.bfloat16
+    return dtype_to_train(name, device)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products in bfloat16: AVX512-BF16 or AMX.
+
+    Others emulate it, which takes up to 40 times as long.
+    """
+    import torch
+
+    found: dict[str, Any] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # not in every version that we accept
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def is_slow_in_bfloat16(device: str) -> bool:
+    """Whether a CPU or GPU has no instructions for products in bfloat16."""
+    return emulates_bfloat16(device) or (device == "cpu" and not multiplies_bfloat16())
 
 
 def emulates_bfloat16(device: str) -> bool:

@@ -2,15 +2,19 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, Final, TypeVar
 
 from scaledown.devices.gpus import give_back
 from scaledown.errors import NoRoomError
 
 log = logging.getLogger("scaledown")
+
+_AT_ONCE: Final = 8
+"""Batches computed at the same time on a CPU: each needs memory, and a share of Python's lock."""
 
 Item = TypeVar("Item")
 Launched = TypeVar("Launched")
@@ -64,17 +68,22 @@ class Halving:
         launch: Callable[[Sequence[Item]], Launched],
         read: Callable[[Launched], Done],
         device: str,
-    ) -> Iterator[tuple[Sequence[Item], list[Done]]]:
+        at_once: int = 1,
+    ) -> Generator[tuple[Sequence[Item], list[Done]], None, None]:
         """Yield the batches, each with what a call gives for it, in order.
 
-        On CUDA the next batch is launched before one is read back. A batch for which there is no room
-        beside another is done again alone, and halved only if that fails, too.
+        On CUDA the next batch is launched before one is read back. On a CPU several batches are computed at
+        the same time, with an equal share of torch's threads each: many threads for one product wait for each
+        other. A batch for which there is no room beside others is done again alone, and halved only if that
+        fails, too.
 
         Args:
             batches: May be made while earlier ones are computed.
-            launch: Starts to compute a batch. It runs in one thread at a time, since tokenizers must.
+            launch: Starts to compute a batch.
             read: Waits for what was launched, and fetches it.
             device: The device that computes.
+            at_once: For a CPU: the number of batches, if several threads may call `launch` at the same time.
+                Tokenizers must not.
 
         Raises:
             NoRoomError: Even one item does not fit.
@@ -83,14 +92,20 @@ class Halving:
         def work(batch: Sequence[Item]) -> Done:
             return read(launch(batch))
 
-        if not device.startswith("cuda"):
+        pool: contextlib.AbstractContextManager[concurrent.futures.Executor]
+        turn: contextlib.AbstractContextManager[Any]
+        if (workers := min(at_once, batches_at_once(device))) > 1:
+            pool, turn = _sharing_threads(workers), contextlib.nullcontext()
+        elif device.startswith("cuda"):
+            workers, turn = 2, threading.Lock()
+            pool = concurrent.futures.ThreadPoolExecutor(workers)
+        else:
             yield from ((batch, self(work, batch)) for batch in batches)
             return
-        launching = threading.Lock()
 
-        def ahead(batch: Sequence[Item]) -> list[Done] | None:
+        def beside_others(batch: Sequence[Item]) -> list[Done] | None:
             try:
-                with launching:
+                with turn:
                     launched = launch(batch)
                 return [read(launched)]
             except (RuntimeError, MemoryError) as error:
@@ -108,10 +123,33 @@ class Halving:
                 found = self(work, batch)
             return batch, found
 
-        with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        with pool as threads:
             for batch in batches:
-                under_way.append((batch, threads.submit(ahead, batch)))
-                if len(under_way) == 2:
+                under_way.append((batch, threads.submit(beside_others, batch)))
+                if len(under_way) == workers + (device == "cpu"):  # one waits, so that no thread does
                     yield first()
             while under_way:
                 yield first()
+
+
+def batches_at_once(device: str) -> int:
+    """How many batches `Halving.each` computes at the same time on a CPU; 1 on other devices."""
+    if device != "cpu":
+        return 1
+    import torch
+
+    return min(_AT_ONCE, torch.get_num_threads())
+
+
+@contextlib.contextmanager
+def _sharing_threads(workers: int) -> Iterator[concurrent.futures.ThreadPoolExecutor]:
+    """Yield a pool whose workers have an equal share of torch's threads each."""
+    import torch
+
+    threads = torch.get_num_threads()
+    begin, shares = torch.set_num_threads, (max(1, threads // workers),)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(workers, initializer=begin, initargs=shares) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)  # those of later threads, too

@@ -210,6 +210,7 @@ def _evaluate_model(
 ) -> Results:
     """Make questions, answers of each system, verdicts, scores and means; each step is a stage."""
     quiet_libraries()
+    from scaledown.student.engine_choice import choose_engine
     from scaledown.student.model import ScaleDownModel, read_settings
 
     settings = read_settings(sources.model)
@@ -223,6 +224,8 @@ def _evaluate_model(
             f"pointer, or leave {' and '.join(echoes)} out"
         )
     device = choose_device(config.device)
+    config = replace(config, dtype=run.dtype(config.dtype, device))
+    engine = choose_engine(config.engine, device, sources.model)
     machine = {"device": device.partition(":")[0], "dtype": str(dtype_to_run(config.dtype, device))}
     identities = known["models"]
     judging = Judging.of(config, sources.judge, identities, machine) if sources.judge else None
@@ -233,7 +236,9 @@ def _evaluate_model(
     def load() -> Any:
         log.info("model: %s on %s, %s", sources.model.name, device, machine["dtype"])
         dtype = dtype_to_run(config.dtype, device)
-        return ScaleDownModel.from_pretrained(sources.model.name, dtype=dtype, **onto(device))
+        model = ScaleDownModel.from_pretrained(sources.model.name, dtype=dtype, **onto(device))
+        model.engine, _ = engine.start(model, sources.model, device, config.batch_size, asked=config.engine)
+        return model
 
     model = OnDevice("the model", device, load)
 
@@ -244,6 +249,7 @@ def _evaluate_model(
         "max_new_tokens": config.max_new_tokens,
         "batch_size": config.batch_size,
         **machine,
+        **({"engine": config.engine} if engine.generation else {}),
     }
     answers: dict[str, Stage] = {}
     for system in config.systems:

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from scaledown.config.evaluate import SYSTEMS
 from scaledown.config.shared import WHOLE, Part
+from scaledown.devices.choice import dtype_to_run, is_slow_in_bfloat16
 from scaledown.errors import InputError, OutputError, RunDirectoryError, one_line
 from scaledown.run.atomic import read_json, write_json
 from scaledown.run.leases import Leases
@@ -52,6 +53,7 @@ _OWN_NAMES: Final = {
     "inputs.json",
     "plan.json",
     "engine.json",
+    *(f"dtype-{kind}.json" for kind in ("cpu", "cuda", "mps")),
     "report.html",
     "README.md",
 }
@@ -249,6 +251,39 @@ class RunDirectory:
                 mine = part == [self.part.number, self.part.count]
                 count += (mine or not own) and self.storage.exists(self._why(mark))
         return count
+
+    def dtype(self, asked: str, device: str) -> str:
+        """Return the dtype in which all processes that work here, on any machine, run models.
+
+        Shards of two dtypes do not belong together. So the first process decides for each kind of device what
+        `auto` means, and later ones keep it, though their processor might choose another.
+
+        Args:
+            asked: The value of `--dtype`.
+            device: cpu, cuda, cuda:N or mps.
+
+        Returns:
+            `asked`, or what `auto` means here.
+        """
+        if asked != "auto":
+            return asked
+        path = self.path / f"dtype-{device.partition(':')[0]}.json"
+        (self.path / "live").mkdir(exist_ok=True)
+        with FileLock(self.path / "live" / "entrance.lock"):
+            kept = self.storage.read_json(path)
+            if not isinstance(kept, str):
+                kept = str(dtype_to_run(asked, device)).removeprefix("torch.")
+                write_json(path, kept)
+                self.storage.publish(path, once=True)
+                in_bucket = self.storage.read_json(path)  # perhaps that of another machine
+                kept = in_bucket if isinstance(in_bucket, str) else kept
+        if kept == "bfloat16" and is_slow_in_bfloat16(device):
+            log.warning(
+                "%s: bfloat16 was chosen where it is fast. Here it is very slow: --dtype float32 is faster, "
+                "but makes the results of models again",
+                self.storage,
+            )
+        return kept
 
     def content_hash(self, path: Path, files: Sequence[Path] = ()) -> str:
         """Compute the SHA-256 of a file or a folder. It is cached until size or time of a file changes.

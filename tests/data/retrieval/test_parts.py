@@ -19,6 +19,7 @@ from scaledown.data.build_index import IndexResult, build_index
 from scaledown.data.retrieval import IndexRetriever
 from scaledown.data.retrieval.parts import IndexState, kept_rows, only_state, open_stage, states
 from scaledown.data.teacher.questions import write_questions
+from scaledown.devices import choice
 from scaledown.devices.halving import Halving
 from scaledown.errors import InputError, UsageError
 from scaledown.records import Answer, full_text
@@ -329,3 +330,20 @@ def test_no_question_is_written_about_a_removed_passage(changed, models) -> None
         write_questions(Stage(home, "synthetic", {}), passages, Curious, config)
     (kept_texts,) = IndexRetriever(changed, device="cpu").retrieve(["the"], 1000)
     assert {*asked} == {full_text(own["title"], own["text"]) for own in kept_texts}
+
+
+def test_runs_compute_in_the_dtype_of_the_index(
+    prepare, models, corpus, tmp_path, monkeypatch, caplog
+) -> None:
+    """An index that was made where nothing has bfloat16 is not made again elsewhere."""
+    folder = tmp_path / "index"
+    index(folder, models["splade"], str(corpus), dtype="float32")
+    monkeypatch.setattr(choice, "multiplies_bfloat16", lambda: True)
+    flags = ["--index_dir", str(folder), "--passages_per_shard", "20", "--dtype", "auto"]
+    assert prepare(*flags) == 0
+    assert "made again" not in caplog.text
+    assert len([*(folder / "vectors").iterdir()]) == 1
+    assert not (folder / "dtype-cpu.json").exists(), "the index says it"
+    index(tmp_path / "new", models["splade"], str(corpus))
+    (settings,) = (tmp_path / "new" / "vectors").glob("*/settings.json")
+    assert json.loads(settings.read_text())["dtype"] == "torch.bfloat16"

@@ -28,6 +28,7 @@ from scaledown.data.teacher.base import Engine, Generation, Rejection, Teacher, 
 from scaledown.data.teacher.questions import questions_about
 from scaledown.devices.choice import choose_device
 from scaledown.devices.gpus import OnDevice, index
+from scaledown.devices.halving import batches_at_once
 from scaledown.errors import MissingExtraError, ModelError, ScaleDownError
 from scaledown.models.sources import resolve
 from scaledown.records import Answer, Logprobs, Passage, full_text
@@ -103,7 +104,8 @@ class Trials(NamedTuple):
                     [self._document(row) for row in batch], no_progress, [self.tokens[row] for row in batch]
                 )
 
-            each, parts = _timed(rows, config.batch_size, documents)
+            size = config.batch_size * batches_at_once(choose_device(config.device))
+            each, parts = _timed(rows, size, documents)
             vectors = stacked(parts)
             # The cost of an approximate search is not known before its index exists.
             searching = self._search(encoder, vectors, shards) if config.search == "exact" else UNKNOWN
@@ -132,15 +134,17 @@ class Trials(NamedTuple):
     def ranked(self) -> tuple[pa.Table, Cost]:
         """Score pairs of queries and sampled passages. The cost is for a query with all its passages."""
         config, chance = self.config, random.Random(self.config.seed)  # noqa: S311
-        size = config.reranker_batch_size
-        rows = [chance.randrange(len(self.passages)) for _ in range(min(3 * size, self.most * self.top_k))]
+        count = 3 * config.reranker_batch_size * batches_at_once("cpu")
+        rows = [chance.randrange(len(self.passages)) for _ in range(min(count, self.most * self.top_k))]
         pairs = [Pair(chance.choice(self.texts), self._document(row)) for row in rows]
         pairs.sort(key=lambda pair: len(pair.document + pair.query))
 
         def load(device: str) -> Reranker:
-            return load_reranker(resolve_reranker(config.reranker_model), device, config.dtype, size)
+            source = resolve_reranker(config.reranker_model)
+            return load_reranker(source, device, config.dtype, config.reranker_batch_size)
 
         def score(reranker: Reranker) -> tuple[float, list[list[float]]]:
+            size = config.reranker_batch_size * batches_at_once(choose_device(config.device))
             return _timed(pairs, size, lambda batch: reranker.score(batch, no_progress))
 
         cost, _ = self._try(load, score)

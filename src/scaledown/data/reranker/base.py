@@ -1,5 +1,6 @@
 """What all rerankers share: the interface, and scoring in batches that are halved if memory is full."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -33,12 +34,14 @@ def scores_of(  # noqa: PLR0917
     read: Callable[[Any], Any],
     device: str,
     advance: Callable[[int], None],
+    at_once: int = 1,
 ) -> list[float]:
     """Return the scores of all pairs, in their order; each index is in one batch. See `Halving.each`."""
     found: dict[int, float] = {}
-    for batch, made in reranker.halving.each(batches, launch, read, device):
-        found |= zip(batch, np.concatenate(made), strict=True)
-        advance(len(batch))
+    with contextlib.closing(reranker.halving.each(batches, launch, read, device, at_once)) as scored:
+        for batch, made in scored:
+            found |= zip(batch, np.concatenate(made), strict=True)
+            advance(len(batch))
     scores = np.array([found[i] for i in range(len(found))], np.float32)
     if not np.isfinite(scores).all():
         raise ModelError(f"model {reranker.name} gave scores that are not numbers: try --dtype float32")

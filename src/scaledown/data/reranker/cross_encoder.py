@@ -92,7 +92,7 @@ class CrossEncoderReranker:
         try:
             with ThreadPoolExecutor(1) as thread:
                 tokenised = thread.map(tokenise, batches)
-                return scores_of(self, tokenised, score, read, self._device, advance)
+                return scores_of(self, tokenised, score, read, self._device, advance, len(batches))
         finally:
             tokens.forget()
 

@@ -122,7 +122,8 @@ class IndexRetriever:
     Args:
         index_dir: The directory or URL of the index, as in `--index_dir`.
         device: auto, cpu, cuda, cuda:N or mps, for encoding queries.
-        dtype: auto, float32, bfloat16 or float16.
+        dtype: auto, float32, bfloat16 or float16; auto is that of the passages if they were encoded on this
+            kind of device.
         batch_size: Queries encoded at once; 0 is 32, on CUDA 256.
 
     Raises:
@@ -153,6 +154,9 @@ class IndexRetriever:
             )
         device = choose_device(device)
         size = PrepareConfig.batch_for("batch_size", batch_size, device)
+        made = state.first[1]
+        if dtype == "auto" and made["device"] == device.partition(":")[0]:
+            dtype = str(made["dtype"]).removeprefix("torch.")
         self._encoder = load_encoder(source, device, dtype, size)
 
     def __len__(self) -> int:

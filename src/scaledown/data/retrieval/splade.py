@@ -5,6 +5,7 @@ monotone, so the maximum can be taken over the raw logits. It is computed in til
 of batch x length x vocabulary never exists.
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -85,7 +86,7 @@ class SpladeEncoder:
         def launch(batch: Sequence[int]) -> "torch.Tensor":
             return fast.launch([ids[i] for i in batch])
 
-        return self._batches(by_length(ids), launch, fast.read, advance)
+        return self._batches(by_length(ids), launch, fast.read, advance, in_threads=True)
 
     def _encode(
         self, encode: Callable[..., Any], texts: Sequence[str], advance: Callable[[int], None]
@@ -112,12 +113,16 @@ class SpladeEncoder:
         launch: Callable[[Sequence[int]], Any],
         read: Callable[[Any], sp.csr_matrix],
         advance: Callable[[int], None],
+        *,
+        in_threads: bool = False,
     ) -> sp.csr_matrix:
         parts = []
         batches = in_batches(order, self._batch_size)
-        for batch, made in self.halving.each(batches, launch, read, self._device):
-            parts += made
-            advance(len(batch))
+        at_once = len(batches) if in_threads else 1
+        with contextlib.closing(self.halving.each(batches, launch, read, self._device, at_once)) as encoded:
+            for batch, made in encoded:
+                parts += made
+                advance(len(batch))
         return sp.vstack(parts, format="csr")[np.argsort(order)]
 
 

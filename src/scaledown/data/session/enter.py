@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scaledown.config.prepare import PrepareConfig
-from scaledown.data.build_index import corpus_identity, file_identity, machine
+from scaledown.data.build_index import corpus_identity, file_identity, machine, settled
 from scaledown.data.cleaning.decontaminate import VERSION as CLEAN_VERSION
 from scaledown.data.input.files import Source
 from scaledown.data.input.remote import Remote
@@ -52,8 +52,13 @@ class Session:
 
     @functools.cached_property
     def config(self) -> PrepareConfig:
-        """The settings, with batch sizes that suit the device."""
-        return self.given.sized(self.device)
+        """The settings, with batch sizes and a dtype for the device."""
+        return settled(self.given, self.run, self.device)
+
+    @functools.cached_property
+    def indexing(self) -> PrepareConfig:
+        """The settings for passages, vectors and the vectors of queries: with the dtype of the index."""
+        return self.config if self.home is self.run else settled(self.given, self.home, self.device)
 
     @property
     def machine(self) -> dict[str, str]:

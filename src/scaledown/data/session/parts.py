@@ -1,7 +1,7 @@
 """Runs in a bucket that machines share: what must be finished before each makes its part of the queries."""
 
 from scaledown.config.prepare import PrepareConfig
-from scaledown.data.build_index import open_index
+from scaledown.data.build_index import open_index, settled
 from scaledown.data.manifest import Sources
 from scaledown.devices.choice import choose_device
 from scaledown.errors import UsageError
@@ -10,7 +10,9 @@ from scaledown.run.directory import RunDirectory
 
 def is_indexed(config: PrepareConfig, sources: Sources, home: RunDirectory, retriever: str) -> bool:
     """Whether the index is finished."""
-    sized = config.sized(choose_device(config.device))
+    if not home.storage.glob(home.path, "vectors/*/done.json"):
+        return False
+    sized = settled(config, home, choose_device(config.device))
     index = open_index(home, sized, sources.corpus, sources.retriever, retriever)
     return index.passages.done() is not None and index.vectors.done() is not None
 

@@ -50,7 +50,9 @@ def find_teachers(session: Session) -> Teachers:
     if not run.storage.glob(run.path, "answers/*/done.json"):
         for model in filter(None, (sources.teacher, sources.second_teacher)):
             preflight(engine, model, session.device, generation)
-    return Teachers(engine, generation, template, session.device, config.dtype, settings)
+    # Engines with an own scheduler choose a dtype themselves, by the model and the device.
+    dtype = config.dtype if own.deterministic else session.given.dtype
+    return Teachers(engine, generation, template, session.device, dtype, settings)
 
 
 def _keep_backend(session: Session, engine: Engine, generation: Generation) -> str:
