@@ -46,9 +46,9 @@ def machine() -> str:
 
 def fast_dtype() -> str:
     """`bfloat16` where the processor multiplies it; elsewhere torch emulates it, 40 times as slow on AVX2."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
-    return "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"
+    from scaledown.devices.choice import multiplies_bfloat16
+
+    return "bfloat16" if multiplies_bfloat16() else "float32"
 
 
 def close(name: str, ratio: float, bar: float, *, also: bool = True, lower: bool = False) -> None:

@@ -1,10 +1,18 @@
-"""Encoding with our SPLADE head against sentence-transformers' SparseEncoder: same model, same texts, CPU."""
+"""Encoding with our SPLADE head against sentence-transformers' SparseEncoder, and against OpenVINO.
+
+The same model and texts on a CPU. OpenVINO computes a graph of the model with the pooling in it, in batches
+by length, as users write it in a few lines. Each rival has its best batch size.
+"""
 
 import gc
 import statistics
 import time
+import warnings
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from common import arguments, close, machine, paired, peak_gflops, questions, real_texts, verdict
 
@@ -29,15 +37,59 @@ def encode_rival(model: object, texts: list[str], batch_size: int) -> torch.Tens
     )
 
 
-def best_batch(model: object, texts: list[str]) -> int:
-    """The batch size with which the rival is fastest on these texts."""
+def best_batch(encode: Callable[[list[str], int], object], texts: list[str]) -> int:
+    """The batch size with which a rival is fastest on these texts."""
     seconds = {}
     for size in (1, 2, 4, 8, 16, 32):
-        encode_rival(model, texts[:16], size)
+        encode(texts[:16], size)
         started = time.perf_counter()
-        encode_rival(model, texts[:48], size)
+        encode(texts[:48], size)
         seconds[size] = time.perf_counter() - started
     return min(seconds, key=seconds.__getitem__)
+
+
+class OpenVINO:
+    """The model and its pooling as one graph of OpenVINO."""
+
+    def __init__(self, model: object, dtype: str, hint: str) -> None:
+        from scaledown.devices.openvino import openvino
+
+        class Pooled(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.masked = model[0].auto_model
+
+            def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+                weights = self.masked(input_ids=ids, attention_mask=mask).logits.relu().log1p()
+                return (weights * mask[..., None]).amax(1)
+
+        library, self.tokenizer = openvino("this rival"), model.tokenizer
+        ids = torch.ones(2, 4, dtype=torch.long)
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the tracer warns of each branch
+            graph = library.convert_model(Pooled().eval(), example_input=(ids, ids))
+        settings = {
+            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype],
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": hint,
+        }
+        self.queue = library.AsyncInferQueue(library.Core().compile_model(graph, "CPU", settings))
+
+    def encode(self, texts: list[str], batch_size: int) -> sp.csr_matrix:
+        """Vectors [texts, vocabulary]."""
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        batches = [order[low : low + batch_size] for low in range(0, len(order), batch_size)]
+        found = {}
+        self.queue.set_callback(
+            lambda request, number: found.update({number: sp.csr_matrix(request.get_output_tensor().data)})
+        )
+        for number, batch in enumerate(batches):
+            read = self.tokenizer(
+                [texts[i] for i in batch], padding=True, truncation=True, return_tensors="np"
+            )
+            self.queue.start_async([read["input_ids"], read["attention_mask"]], number)
+        self.queue.wait_all()
+        return sp.vstack([found[number] for number in range(len(batches))], format="csr")[np.argsort(order)]
 
 
 def flops(model: object, texts: list[str]) -> float:
@@ -65,20 +117,21 @@ def run(dtype_name: str, name: str, bar: float) -> None:
     print(f"{machine()}\n{len(texts)} paragraphs of xquad-dev, {MODEL}, {dtype_name}")
 
     reference = rival(torch.float32)
-    rivals = {"float32": reference} | ({"bfloat16": rival(dtype)} if dtype_name != "float32" else {})
-    sizes = {kind: best_batch(model, texts) for kind, model in rivals.items()}
+    rivals = {"SparseEncoder float32": partial(encode_rival, reference)}
+    if dtype_name != "float32":
+        rivals[f"SparseEncoder {dtype_name}"] = partial(encode_rival, rival(dtype))
+    for hint in ("LATENCY", "THROUGHPUT"):
+        rivals[f"OpenVINO {dtype_name}, {hint.lower()}"] = OpenVINO(reference, dtype_name, hint).encode
     ours = SpladeEncoder(resolve(MODEL), "cpu", dtype_name, 32)
-    sides = {
-        f"SparseEncoder {kind}, batch {sizes[kind]}": lambda model=model, size=sizes[kind]: encode_rival(
-            model, texts, size
-        )
-        for kind, model in rivals.items()
-    }
+    sides = {}
+    for kind, encode in rivals.items():
+        size = best_batch(encode, texts)
+        sides[f"{kind}, batch {size}"] = partial(encode, texts, size)
     sides["ScaleDown, batch 32"] = lambda: ours.documents(texts, lambda _: None)
     timed = paired(sides, 3 if options.quick else 7)
     rates = {side: len(texts) / result.seconds for side, result in timed.items()}
     for side, rate in rates.items():
-        print(f"  {side:<34}{rate:8.1f} docs/s")
+        print(f"  {side:<40}{rate:8.1f} docs/s")
 
     best = max(rate for side, rate in rates.items() if side != "ScaleDown, batch 32")
     ratio = rates["ScaleDown, batch 32"] / best
@@ -91,7 +144,7 @@ def run(dtype_name: str, name: str, bar: float) -> None:
     if dtype_name == "float32":
         met = verdict("largest difference", f"{difference:.1e}", "1e-4", met=difference <= 1e-4)
         met &= verdict(
-            "share of the matmul peak", f"{share:.0%} of {peak:.0f} GFLOP/s", "55%", met=share >= 0.55
+            "share of the matmul peak", f"{share:.0%} of {peak:.0f} GFLOP/s", "60%", met=share >= 0.6
         )
     else:
         asked = questions()
@@ -102,8 +155,6 @@ def run(dtype_name: str, name: str, bar: float) -> None:
         second = reference.encode_query(
             asked, batch_size=32, convert_to_sparse_tensor=True, show_progress_bar=False
         )
-        import scipy.sparse as sp
-
         expected = top20(*(sp.csr_matrix(part.coalesce().to_dense().numpy()) for part in (first, second)))
         found = top20(ours.documents(whole, lambda _: None), ours.queries(asked, lambda _: None))
         pairs = zip(expected, found, strict=True)
@@ -122,4 +173,4 @@ def run(dtype_name: str, name: str, bar: float) -> None:
 
 
 if __name__ == "__main__":
-    run("float32", "encode", 2.2)
+    run("float32", "encode", 1.2)
