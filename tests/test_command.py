@@ -1,5 +1,6 @@
 """`run_cli`, which runs every command."""
 
+import errno
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from scaledown.command import Usage, run_cli
 from scaledown.config.options import Options, Range, option
 from scaledown.config.shared import OUTPUT
-from scaledown.errors import InputError
+from scaledown.errors import InputError, run_command
 
 USAGE = Usage("test", "--number N", "Count.", (OUTPUT,))
 
@@ -89,6 +91,24 @@ def test_errors_are_one_line_with_their_status(capsys: pytest.CaptureFixture[str
     ]
     with pytest.raises(InputError):
         run(broken, "--debug")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "a.arrow"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_full_disk_is_one_line_with_the_next_step(error: Exception, capsys) -> None:
+    def command() -> int:
+        raise error
+
+    assert run_command(command, debug=False, resumes=True) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "error: no space left on the disk: free some; finished work is kept, the same command continues from it"
+    )
 
 
 def test_command_without_output_has_no_overwrite_flag(capsys: pytest.CaptureFixture[str]) -> None:

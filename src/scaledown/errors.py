@@ -137,7 +137,7 @@ def run_command(command: Callable[[], int], *, debug: bool, resumes: bool = Fals
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if _is_full_disk(error):
             message = f"no space left on the disk: free some{goes_on}"
         elif isinstance(error, OSError) and error.filename:
             message = f"{error.filename}: {error.strerror}: check that path and its permissions{goes_on}"
@@ -145,6 +145,11 @@ def run_command(command: Callable[[], int], *, debug: bool, resumes: bool = Fals
             message = f"{type(error).__name__}: {error} (unexpected; --debug shows where{goes_on})"
         tell(f"error: {one_line(message)}")
         return 1
+
+
+def _is_full_disk(error: Exception) -> bool:
+    """Whether a disk has no space left. Libraries in Rust, such as safetensors, say so only in the message."""
+    return getattr(error, "errno", 0) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
 
 
 def _open_closed_streams() -> None:
