@@ -107,7 +107,8 @@ def test_full_disk_is_one_line_with_the_next_step(error: Exception, capsys) -> N
     assert run_command(command, debug=False, resumes=True) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        "error: no space left on the disk: free some; finished work is kept, the same command continues from it"
+        "error: no space left on the disk: free some; finished work is kept, the same command continues "
+        "from it"
     )
 
 

@@ -148,7 +148,7 @@ def run_command(command: Callable[[], int], *, debug: bool, resumes: bool = Fals
 
 
 def _is_full_disk(error: Exception) -> bool:
-    """Whether a disk has no space left. Libraries in Rust, such as safetensors, say so only in the message."""
+    """Whether a disk has no space left. Libraries in Rust, as safetensors, say so only in the message."""
     return getattr(error, "errno", 0) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
 
 
