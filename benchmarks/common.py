@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +50,28 @@ def fast_dtype() -> str:
     from scaledown.devices.choice import multiplies_bfloat16
 
     return "bfloat16" if multiplies_bfloat16() else "float32"
+
+
+def openvino_queue(model: Any, inputs: int, dtype: str, hint: str) -> Any:
+    """Compile a torch module for OpenVINO, and give a queue of requests on all threads.
+
+    The module takes so many `inputs` of token ids or masks, [batch, length]. Hints: LATENCY, THROUGHPUT.
+    """
+    import torch
+
+    from scaledown.devices.openvino import openvino
+
+    library = openvino("this rival")
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer warns of each branch
+        example = (torch.ones(2, 4, dtype=torch.long),) * inputs
+        graph = library.convert_model(model.eval(), example_input=example)
+    settings = {
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": hint,
+    }
+    return library.AsyncInferQueue(library.Core().compile_model(graph, "CPU", settings))
 
 
 def close(name: str, ratio: float, bar: float, *, also: bool = True, lower: bool = False) -> None:

@@ -7,14 +7,23 @@ by length, as users write it in a few lines. Each rival has its best batch size.
 import gc
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import scipy.sparse as sp
 import torch
-from common import arguments, close, machine, paired, peak_gflops, questions, real_texts, verdict
+from common import (
+    arguments,
+    close,
+    machine,
+    openvino_queue,
+    paired,
+    peak_gflops,
+    questions,
+    real_texts,
+    verdict,
+)
 
 from scaledown.data.retrieval.index import pack, search
 from scaledown.data.retrieval.splade import SpladeEncoder
@@ -52,8 +61,6 @@ class OpenVINO:
     """The model and its pooling as one graph of OpenVINO."""
 
     def __init__(self, model: object, dtype: str, hint: str) -> None:
-        from scaledown.devices.openvino import openvino
-
         class Pooled(torch.nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -63,17 +70,8 @@ class OpenVINO:
                 weights = self.masked(input_ids=ids, attention_mask=mask).logits.relu().log1p()
                 return (weights * mask[..., None]).amax(1)
 
-        library, self.tokenizer = openvino("this rival"), model.tokenizer
-        ids = torch.ones(2, 4, dtype=torch.long)
-        with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the tracer warns of each branch
-            graph = library.convert_model(Pooled().eval(), example_input=(ids, ids))
-        settings = {
-            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype],
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "PERFORMANCE_HINT": hint,
-        }
-        self.queue = library.AsyncInferQueue(library.Core().compile_model(graph, "CPU", settings))
+        self.tokenizer = model.tokenizer
+        self.queue = openvino_queue(Pooled(), 2, dtype, hint)
 
     def encode(self, texts: list[str], batch_size: int) -> sp.csr_matrix:
         """Vectors [texts, vocabulary]."""

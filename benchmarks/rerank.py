@@ -6,12 +6,11 @@ are read once for all their questions against pairs.
 
 import random
 import tempfile
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import arguments, close, machine, paired, questions, real_texts, verdict
+from common import arguments, close, machine, openvino_queue, paired, questions, real_texts, verdict
 from models import minilm
 
 from scaledown.data.reranker.api import score_once
@@ -34,10 +33,10 @@ def compare(folder: Path, dtype: str, pairs: list[Pair], repeats: int) -> tuple[
     """
     from sentence_transformers import CrossEncoder
 
-    rival = CrossEncoder(str(folder), device="cpu", model_kwargs={"dtype": getattr(torch, dtype)})
-    ours = CrossEncoderReranker(resolve(str(folder)), "cpu", dtype, BATCH)
-    by_openvino = OpenVINO(rival.model if dtype == "float32" else rival.model.float(), rival.tokenizer, dtype)
+    rival = CrossEncoder(str(folder), device="cpu")
+    by_openvino = OpenVINO(rival.model, rival.tokenizer, dtype)  # its graph is traced in float32
     rival.model.to(getattr(torch, dtype))
+    ours = CrossEncoderReranker(resolve(str(folder)), "cpu", dtype, BATCH)
     raw = torch.nn.Identity()
 
     def one_query_at_a_time() -> np.ndarray:
@@ -68,8 +67,6 @@ class OpenVINO:
     """A cross-encoder as a graph of OpenVINO."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: object, dtype: str) -> None:
-        from scaledown.devices.openvino import openvino
-
         class Logits(torch.nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -78,17 +75,8 @@ class OpenVINO:
             def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
                 return self.model(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
 
-        library, self.tokenizer = openvino("this rival"), tokenizer
-        ids = torch.ones(2, 4, dtype=torch.long)
-        with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the tracer warns of each branch
-            graph = library.convert_model(Logits().eval(), example_input=(ids, ids, ids))
-        settings = {
-            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype],
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "PERFORMANCE_HINT": "THROUGHPUT",
-        }
-        self.queue = library.AsyncInferQueue(library.Core().compile_model(graph, "CPU", settings))
+        self.tokenizer = tokenizer
+        self.queue = openvino_queue(Logits(), 3, dtype, "THROUGHPUT")
 
     def score(self, pairs: list[Pair]) -> np.ndarray:
         """The logit of each pair."""

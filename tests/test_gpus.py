@@ -95,6 +95,22 @@ def test_release_closes_an_engine_with_its_own_processes(free: list[int]) -> Non
     assert Engine.closed == 1
 
 
+def test_processes_of_an_engine_end_after_an_error() -> None:
+    class Engine(Model):
+        closed = 0
+
+        def close(self) -> None:
+            Engine.closed += 1
+
+    with pytest.raises(ValueError, match="stop"), OnDevice("the teacher", "cpu", Engine) as model:
+        model()
+        raise ValueError("stop")
+    assert Engine.closed == 1
+    with pytest.raises(ValueError, match="stop"), OnDevice("the teacher", "cpu", Engine):
+        raise ValueError("stop")
+    assert Engine.closed == 1, "it was not loaded"
+
+
 @pytest.mark.parametrize(("after", "warns"), [(79.5, False), (60.0, True)])
 def test_memory_that_is_not_freed_is_reported(after: float, warns: bool, free: list[int], caplog) -> None:
     free.append(int(after * GIB))

@@ -466,6 +466,18 @@ def test_manifest_repeats_its_run_from_any_folder(prepare, tmp_path, monkeypatch
     assert "this run does not repeat" in capsys.readouterr().err
 
 
+def test_manifest_of_another_dtype_is_not_repeated_silently(prepare, tmp_path, monkeypatch, capsys) -> None:
+    assert prepare("--dtype", "auto") == 0
+    flags = ["--config", str(prepare.work / "manifest.json"), "--output_file", str(tmp_path / "again.json")]
+    monkeypatch.setattr(choice, "multiplies_bfloat16", lambda: True)
+    capsys.readouterr()
+    assert command.main(flags) == 0
+    warning = "it computes in torch.bfloat16, that one in torch.float32: give --dtype float32"
+    assert warning in capsys.readouterr().err
+    assert command.main([*flags, "--dtype", "float32"]) == 0
+    assert "this run does not repeat" not in capsys.readouterr().err
+
+
 def test_manifest_pins_revisions_of_hub_models(prepare, hub_cache, tiny_flags, corpus, queries) -> None:
     from tiny import COMMIT
 

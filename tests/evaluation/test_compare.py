@@ -12,6 +12,7 @@ import torch
 
 from scaledown.cli import main
 from scaledown.config.train import TrainConfig
+from scaledown.devices import choice
 from scaledown.errors import UsageError
 from scaledown.evaluation import compare as command
 from scaledown.models.sources import resolve
@@ -107,6 +108,31 @@ def test_page_tables_and_summary(compare: Compare, students: dict[str, Path], tm
         if (row["run"], row["system"], row["measure"]) == ("rate8", "compressed", "accuracy")
     ]
     assert accuracy["n"] == "6"
+
+
+def test_all_runs_are_computed_in_the_dtype_of_the_first(
+    compare: Compare, students: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the command goes on where the processor has no bfloat16."""
+    both = [*map(str, students.values()), "--baselines", "uncompressed"]
+    monkeypatch.setattr(choice, "multiplies_bfloat16", lambda: True)
+    evaluate = command.evaluate
+
+    def interrupted(config: Any, **keywords: Any) -> Any:
+        if config.output_dir.endswith("rate8"):
+            raise KeyboardInterrupt
+        return evaluate(config, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "evaluate", interrupted)
+        assert compare(*both) == 130
+    monkeypatch.setattr(choice, "multiplies_bfloat16", lambda: False)
+    assert compare(*both) == 0
+    folder = tmp_path / "out" / "evaluations"
+    found = [
+        json.loads(path.read_text())["dtype"] for path in folder.glob("*/work/compressed/*/settings.json")
+    ]
+    assert found == ["torch.bfloat16"] * 2
 
 
 def test_batches_that_do_not_fit_as_a_whole_are_left_out_and_the_page_says_so(

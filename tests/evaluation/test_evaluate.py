@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT
 from misbehaving import Misbehaving
 from scaledown.cli import main
+from scaledown.devices import choice
 from scaledown.devices.choice import choose_device
 from scaledown.evaluation import judge as judging
 from scaledown.evaluation import systems
@@ -397,6 +398,27 @@ def test_the_model_is_gone_before_the_judge_is_loaded(
     assert evaluate("--systems", "closed_book", "--judge_model", str(models["instruct"])) == 0
     assert loaded
     assert not alive
+
+
+@pytest.mark.parametrize(("deterministic", "given"), [(True, "bfloat16"), (False, "auto")])
+def test_judge_gets_the_kept_dtype_only_if_its_bytes_depend_on_it(
+    deterministic: bool, given: str, evaluate: Evaluate, models: dict[str, Path], monkeypatch
+) -> None:
+    dtypes: list[str] = []
+    load, engine_of = judging.load_teacher, judging.engine_of
+
+    def noted(source: Any, device: str, dtype: str, *rest: Any) -> Any:
+        dtypes.append(dtype)
+        return load(source, device, dtype, *rest)
+
+    monkeypatch.setattr(choice, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(judging, "load_teacher", noted)
+    monkeypatch.setattr(
+        judging, "engine_of", lambda name: engine_of(name)._replace(deterministic=deterministic)
+    )
+    flags = ["--systems", "closed_book", "--judge_model", str(models["instruct"]), "--dtype", "auto"]
+    assert evaluate(*flags, "--teacher_backend", "transformers") == 0
+    assert dtypes == [given]
 
 
 def test_without_gold_the_teachers_answers_are_right(

@@ -31,6 +31,7 @@ from scaledown.data.retrieval.parts import (
     Joined,
     Part,
     change,
+    dtype_of,
     only_state,
     open_stage,
     state_file,
@@ -239,17 +240,19 @@ def _check_same(
         raise UsageError(f"--{name} {value}: {there} --{name} {made.get(name)}: give the same")
 
 
-def settled(config: Config, directory: RunDirectory, device: str) -> Config:
+def settled(config: Config, home: RunDirectory, device: str, keeper: RunDirectory) -> Config:
     """Return the settings with batch sizes and a dtype for the device.
 
-    `--dtype auto` is the dtype of the indexes in the directory, if they were made on this kind of device;
-    otherwise see `RunDirectory.dtype`.
+    Args:
+        config: The settings.
+        home: The directory of the index. `--dtype auto` is the dtype of the indexes in it, if they were made
+            on this kind of device.
+        device: cpu, cuda, cuda:N or mps.
+        keeper: Otherwise this directory decides: see `RunDirectory.dtype`.
     """
-    kind = device.partition(":")[0]
-    made = [state.first[1] for state in states(directory.storage)]
-    dtypes = {str(own.get("dtype")).removeprefix("torch.") for own in made if own.get("device") == kind}
-    found = dtypes.pop() if config.dtype == "auto" and len(dtypes) == 1 else config.dtype
-    return replace(config.sized(device), dtype=directory.dtype(found, device))
+    sized = config.sized(device)
+    made = dtype_of(states(home.storage), device) if config.dtype == "auto" else ""
+    return replace(sized, dtype=made or keeper.dtype(config.dtype, device))
 
 
 def machine(config: IndexConfig) -> dict[str, str]:
@@ -285,7 +288,7 @@ def _filled(
     """Open the index, or a part that is added `beside` others, and make what is missing."""
     same_bits()
     device = choose_device(config.device)
-    config = settled(config, home, device)
+    config = settled(config, home, device, home)
     retriever = resolve(config.retriever_model)
     index = open_index(home, config, corpus, retriever, retriever.identity(home.content_hash), beside=beside)
     encoder = OnDevice(

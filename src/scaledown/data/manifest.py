@@ -140,6 +140,23 @@ def warn_about_differences(repeats: Path, identities: Mapping[str, str], inputs:
         log.warning("this run does not repeat %s: these inputs differ: %s", repeats, ", ".join(different))
 
 
+def warn_about_dtype(repeats: Path, machine: Mapping[str, str]) -> None:
+    """Log a warning if the run of the manifest `repeats` had another dtype on the same kind of device."""
+    manifest = read_json(repeats)
+    then = dtypes_of(manifest if isinstance(manifest, dict) else {}).get(machine["device"])
+    if then and then != machine["dtype"]:
+        log.warning(
+            "this run does not repeat %s: it computes in %s, that one in %s: give --dtype %s",
+            *(repeats, machine["dtype"], then, then.removeprefix("torch.")),
+        )
+
+
+def dtypes_of(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The dtype of a run's models, by kind of device: `--dtype auto` differs between processors."""
+    stages = (stage.get("settings") or {} for stage in (manifest.get("stages") or {}).values())
+    return {own["device"]: own["dtype"] for own in stages if "device" in own and "dtype" in own}
+
+
 def compared_settings(config: PrepareConfig) -> dict[str, Any]:
     """The settings that must be equal for two runs in one directory."""
     return config.compared() | {

@@ -81,15 +81,21 @@ class OnDevice(Generic[Model]):
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:  # after an error the process ends, which frees everything
+        if kind is None:
             self.release()
+        else:  # this process ends, which frees its memory; processes of an engine would stay
+            self._close()
+
+    def _close(self) -> None:
+        """End the processes of an engine."""
+        if close := getattr(self._model, "close", None):
+            close()
 
     def release(self) -> None:
         """Delete the model, if it was loaded. Warn if the GPU's memory is not free again."""
         if self._model is None:
             return
-        if hasattr(self._model, "close"):
-            self._model.close()
+        self._close()
         self._model = None
         give_back()
         if (lost := self._free - self._free_memory()) > GIB:

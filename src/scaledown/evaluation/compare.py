@@ -6,6 +6,7 @@ import json
 import logging
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -25,14 +26,14 @@ from scaledown.devices.gpus import OnDevice
 from scaledown.errors import InputError, UsageError
 from scaledown.evaluation.baselines import ECHOES, OF_A_RATE
 from scaledown.evaluation.efficiency import Cost, Seconds, Shape, costs, machine
-from scaledown.evaluation.evaluate import ANSWERS, evaluate
+from scaledown.evaluation.evaluate import ANSWERS, WORK, evaluate
 from scaledown.evaluation.results import Comparison, Results, Run
 from scaledown.evaluation.statistics import Difference, difference
 from scaledown.extensions import MEASURES
 from scaledown.models.sources import resolve
 from scaledown.models.weights import onto, quiet_libraries
 from scaledown.run.atomic import atomic, read_json, write_json
-from scaledown.run.directory import fingerprint
+from scaledown.run.directory import RunDirectory, fingerprint
 from scaledown.run.outputs import check_output
 
 if TYPE_CHECKING:
@@ -86,7 +87,10 @@ def compare(names: Sequence[str], config: CompareConfig, *, overwrite: bool = Fa
         for name, own in zip(names, settings, strict=True)
     ]
     runs: list[Run] = []
-    for name, folder, rate, budget in _ways(short, folders, config):
+    ways = list(_ways(short, folders, config))
+    first = RunDirectory(output / _EVALUATIONS / ways[0].name / WORK)
+    config = replace(config, dtype=first.dtype(config.dtype, choose_device(config.device)))  # one for all
+    for name, folder, rate, budget in ways:
         log.info("compare: %s", name)
         baselines = config.baselines
         if runs:  # baselines use the first model alone; those that no rate changes are evaluated once

@@ -63,7 +63,7 @@ PAGE: Final = "report.html"
 QUERIES: Final = "queries.jsonl"
 
 _ROWS: Final = 64  # in a shard; a crash loses at most one shard
-_WORK: Final = "work"  # in the output: a run directory
+WORK: Final = "work"  # in the output: a run directory
 _RERANKER_BATCH: Final = 16
 _MODEL_FACTS: Final = (
     *("generator_name", "compressor", "num_layers", "doc_max_length"),
@@ -101,7 +101,7 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> Results:
         ours = functools.partial(_is_ours, output)
         check_output("--output_dir", output / name, reads, made=ours, overwrite=overwrite)
     try:
-        run = RunDirectory(output / _WORK)
+        run = RunDirectory(output / WORK)
     except (OutputError, RunDirectoryError) as error:
         raise OutputError(f"--output_dir {output} cannot be used ({error}): choose another") from error
     given = config
@@ -139,7 +139,7 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> Results:
 def _is_ours(output: Path) -> bool:
     """Whether a folder holds an evaluation, finished or not."""
     if not (output / FILE).exists():
-        return (output / _WORK).is_dir()
+        return (output / WORK).is_dir()
     there = read_json(output / FILE)
     return isinstance(there, dict) and "scaledown" in there
 
@@ -224,11 +224,11 @@ def _evaluate_model(
             f"pointer, or leave {' and '.join(echoes)} out"
         )
     device = choose_device(config.device)
-    config = replace(config, dtype=run.dtype(config.dtype, device))
     engine = choose_engine(config.engine, device, sources.model)
+    given, config = config, replace(config, dtype=run.dtype(config.dtype, device))
     machine = {"device": device.partition(":")[0], "dtype": str(dtype_to_run(config.dtype, device))}
     identities = known["models"]
-    judging = Judging.of(config, sources.judge, identities, machine) if sources.judge else None
+    judging = Judging.of(given, sources.judge, identities, machine) if sources.judge else None
 
     asked = _questions(config, run, known["inputs"])
     sentences = _sentences(run, config, sources, settings, asked, identities, machine)
@@ -240,8 +240,6 @@ def _evaluate_model(
         model.engine, _ = engine.start(model, sources.model, device, config.batch_size, asked=config.engine)
         return model
 
-    model = OnDevice("the model", device, load)
-
     answering = {
         "questions": asked.fingerprint,
         "model": identities["model"],
@@ -252,21 +250,21 @@ def _evaluate_model(
         **({"engine": config.engine} if engine.generation else {}),
     }
     answers: dict[str, Stage] = {}
-    for system in config.systems:
-        pruned = sentences if system == "pruned" else None
-        depends: dict[str, Any] = {"sentences": pruned.fingerprint} if pruned else {}
-        if settings.kind.rates and system in {"compressed", "echo", *READERS}:
-            depends["compression_rate"] = rate
-        if settings.kind.rates and system in {"compressed", "echo"}:
-            depends["budget"] = config.budget
-        if system == "keywords":
-            depends["keyword_model"] = identities["keyword_model"]
-        if system == "random":
-            depends["seed"] = config.seed
-        answers[system] = Stage(run, system, answering | depends)
-        systems.answer(answers[system], asked, pruned, model, config)
-        _check_whole(run)
-    model.release()  # before the judge is loaded
+    with OnDevice("the model", device, load) as model:  # it ends before the judge is loaded
+        for system in config.systems:
+            pruned = sentences if system == "pruned" else None
+            depends: dict[str, Any] = {"sentences": pruned.fingerprint} if pruned else {}
+            if settings.kind.rates and system in {"compressed", "echo", *READERS}:
+                depends["compression_rate"] = rate
+            if settings.kind.rates and system in {"compressed", "echo"}:
+                depends["budget"] = config.budget
+            if system == "keywords":
+                depends["keyword_model"] = identities["keyword_model"]
+            if system == "random":
+                depends["seed"] = config.seed
+            answers[system] = Stage(run, system, answering | depends)
+            systems.answer(answers[system], asked, pruned, model, config)
+            _check_whole(run)
     against = config.baseline if config.pairwise else None
     verdicts = judge(run, asked, answers, against, judging) if judging else {}
     _check_whole(run)

@@ -106,7 +106,10 @@ class Judging(NamedTuple):
         identities: Mapping[str, str],
         machine: Mapping[str, str],
     ) -> "Judging":
-        """Create it from the settings. Raises `ModelError` if the server or the model cannot be reached."""
+        """Create it from the settings, and from the device and dtype of the evaluation.
+
+        Raises `ModelError` if the server or the model cannot be reached.
+        """
         device = choose_device(config.device)
         size = EngineConfig.batch_for("teacher_batch_size", config.teacher_batch_size, device)
         generation = Generation(
@@ -132,7 +135,8 @@ class Judging(NamedTuple):
             "machine": None if own.served else machine,
         }
         preflight(engine, source, device, generation)
-        load = functools.partial(load_teacher, source, device, config.dtype, generation, engine)
+        dtype = own.dtype(config.dtype, machine["dtype"].removeprefix("torch."))
+        load = functools.partial(load_teacher, source, device, dtype, generation, engine)
         prices = (config.input_price, config.output_price)
         return cls(load, device, own.shards_at_once, settings, config.flush_seconds, prices)
 

@@ -121,7 +121,7 @@ class _Step(nn.Module):
         key = torch.arange(mask.shape[1])[None]
         # Padding reads itself: without any key its scores would not be numbers.
         visible = ((key <= query) & (mask[:, None] > 0)) | (key == query)
-        # OpenVINO adds a mask of numbers five times as fast as it applies one of truth values.
+        # With a mask of truth values OpenVINO reads a long prompt several times as slowly.
         hidden = torch.where(visible, 0.0, _HIDDEN)
         given: dict[str, Any] = {self.name: read}
         if self.name == "inputs_embeds":

@@ -452,3 +452,17 @@ def test_parquet_that_is_none(tmp_path: Path) -> None:
         validate(path)
     pq.write_table(pa.table({"query": ["a"]}), path)
     assert validate(path).bad_records == 1
+
+
+def test_merge_warns_of_different_dtypes_on_one_kind_of_device(tmp_path: Path, caplog) -> None:
+    """`--dtype auto` differs between processors, so the parameters are the same."""
+    paths = [made(tmp_path / name, numbered([n])) for n, name in enumerate(("a.json", "b.json", "c.json"))]
+    computed = [("cpu", "torch.float32"), ("cuda", "torch.bfloat16"), ("cpu", "torch.bfloat16")]
+    for path, (device, dtype) in zip(paths, computed, strict=True):
+        place = Path(f"{path}.work") / "manifest.json"
+        manifest = json.loads(place.read_text())
+        manifest["stages"] = {"vectors": {"settings": {"device": device, "dtype": dtype}}, "queries": {}}
+        place.write_text(json.dumps(manifest))
+    assert merge(paths, tmp_path / "full.json").records == 3
+    (warning,) = [message for message in caplog.messages if "computed in" in message]
+    assert warning == f"{paths[2]} was computed in torch.bfloat16, {paths[0]} in torch.float32"

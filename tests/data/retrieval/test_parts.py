@@ -15,7 +15,7 @@ from conftest import ROOT
 from scaledown.cli import main
 from scaledown.config.index import IndexCommandConfig
 from scaledown.config.prepare import PrepareConfig
-from scaledown.data.build_index import IndexResult, build_index
+from scaledown.data.build_index import IndexResult, build_index, settled
 from scaledown.data.retrieval import IndexRetriever
 from scaledown.data.retrieval.parts import IndexState, kept_rows, only_state, open_stage, states
 from scaledown.data.teacher.questions import write_questions
@@ -333,7 +333,7 @@ def test_no_question_is_written_about_a_removed_passage(changed, models) -> None
 
 
 def test_runs_compute_in_the_dtype_of_the_index(
-    prepare, models, corpus, tmp_path, monkeypatch, caplog
+    prepare, models, corpus, tmp_path, monkeypatch, capsys
 ) -> None:
     """An index that was made where nothing has bfloat16 is not made again elsewhere."""
     folder = tmp_path / "index"
@@ -341,9 +341,48 @@ def test_runs_compute_in_the_dtype_of_the_index(
     monkeypatch.setattr(choice, "multiplies_bfloat16", lambda: True)
     flags = ["--index_dir", str(folder), "--passages_per_shard", "20", "--dtype", "auto"]
     assert prepare(*flags) == 0
-    assert "made again" not in caplog.text
+    assert "made again" not in capsys.readouterr().err
     assert len([*(folder / "vectors").iterdir()]) == 1
     assert not (folder / "dtype-cpu.json").exists(), "the index says it"
     index(tmp_path / "new", models["splade"], str(corpus))
     (settings,) = (tmp_path / "new" / "vectors").glob("*/settings.json")
     assert json.loads(settings.read_text())["dtype"] == "torch.bfloat16"
+
+
+def test_index_in_bfloat16_warns_where_that_is_slow(
+    prepare, models, corpus, queries, tmp_path, monkeypatch, capsys, caplog
+) -> None:
+    folder = tmp_path / "index"
+    index(folder, models["splade"], str(corpus), dtype="bfloat16")
+    assert not caplog.text
+    IndexRetriever(folder, device="cpu", dtype="float32")
+    assert not caplog.text
+    IndexRetriever(folder, device="cpu")
+    assert "which is very slow here: give --dtype float32 without --corpus_path" in caplog.text
+    flags = ["--index_dir", str(folder), "--passages_per_shard", "20", "--dtype"]
+    assert prepare(*flags, "auto") == 0
+    assert "very slow here" in capsys.readouterr().err
+    assert len([*(folder / "vectors").iterdir()]) == 1
+    flags += ["float32", "--queries_file", str(queries)]  # the advice
+    prepare.output.unlink()
+    assert prepare(*flags, inputs=False) == 0
+    assert "very slow here" not in capsys.readouterr().err
+    assert len([*(folder / "vectors").iterdir()]) == 1
+    monkeypatch.setattr(choice, "multiplies_bfloat16", lambda: True)
+    IndexRetriever(folder, device="cpu")
+    assert caplog.text.count("very slow here") == 1
+
+
+def test_index_of_another_device_is_only_read(models, corpus, tmp_path) -> None:
+    folder = tmp_path / "index"
+    index(folder, models["splade"], str(corpus))
+    (path,) = (folder / "vectors").glob("*/index.json")
+    state = json.loads(path.read_text())
+    state["vectors"]["device"] = "cuda"
+    path.write_text(json.dumps(state))
+    (folder / "dtype-cpu.json").unlink()
+    home, run = RunDirectory(folder), RunDirectory(tmp_path / "run")
+    config = PrepareConfig(output_file="o.json", index_dir=str(folder), num_synthetic_queries=1)
+    assert settled(config, home, "cpu", run).dtype == "float32"
+    assert (run.path / "dtype-cpu.json").exists()
+    assert not (folder / "dtype-cpu.json").exists()

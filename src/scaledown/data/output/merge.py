@@ -17,7 +17,7 @@ from scaledown.config.shared import CleanConfig
 from scaledown.data.cleaning.decontaminate import Cleaner, Exclusion
 from scaledown.data.input.seen import Seen
 from scaledown.data.input.training_files import check_file, entries, format_of, problems
-from scaledown.data.manifest import manifest_of
+from scaledown.data.manifest import dtypes_of, manifest_of
 from scaledown.data.output.columns import columns_of
 from scaledown.data.output.writers import write_examples
 from scaledown.errors import InputError, UsageError
@@ -156,6 +156,7 @@ def _passages(documents: Sequence[str]) -> list[str]:
 
 def _check_same_settings(paths: Sequence[Path]) -> None:
     first: tuple[Path, dict[str, Any]] | None = None
+    dtypes: dict[str, tuple[Path, str]] = {}
     for path in paths:
         found = manifest_of(path)
         if not found:
@@ -166,6 +167,10 @@ def _check_same_settings(paths: Sequence[Path]) -> None:
         settings |= {f"{name} (weights)": identity for name, identity in manifest["models"].items()}
         settings["corpus (content)"] = manifest["inputs"].get("corpus")
         settings["prompt (content)"] = manifest["inputs"].get("prompt")
+        for device, dtype in dtypes_of(manifest).items():
+            other = dtypes.setdefault(device, (path, dtype))
+            if other[1] != dtype:
+                log.warning("%s was computed in %s, %s in %s", path, dtype, *other)
         answers = (manifest.get("stages") or {}).get("answers") or {}
         settings["teacher_backend"] = (answers.get("settings") or {}).get("backend")
         if first is None:

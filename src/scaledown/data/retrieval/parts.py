@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from scaledown.data.retrieval.index import Array
+from scaledown.devices.choice import is_slow_in_bfloat16
 from scaledown.errors import InputError, UsageError
 from scaledown.run.atomic import write_json
 from scaledown.run.directory import RunDirectory
@@ -83,6 +84,19 @@ def states(storage: Storage) -> list[IndexState]:
     paths = storage.glob(storage.root / "vectors", f"*/{FILE}")
     found = ((path, IndexState.read(storage, path)) for path in paths)
     return [state for path, state in found if state and state.base == path.parent.name]
+
+
+def dtype_of(indexes: Sequence[IndexState], device: str) -> str:
+    """The dtype in which indexes were encoded on this kind of device; empty if none or several."""
+    made = [index.first[1] for index in indexes]
+    kind = device.partition(":")[0]
+    found = {str(own.get("dtype")).removeprefix("torch.") for own in made if own.get("device") == kind}
+    if found == {"bfloat16"} and is_slow_in_bfloat16(device):
+        log.warning(
+            "the index was encoded in bfloat16, which is very slow here: give --dtype float32 without "
+            '--corpus_path (in Python: dtype="float32"), then only new queries are encoded so'
+        )
+    return found.pop() if len(found) == 1 else ""
 
 
 def only_state(storage: Storage) -> IndexState:

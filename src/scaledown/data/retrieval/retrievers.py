@@ -9,7 +9,7 @@ from scaledown.config.prepare import PrepareConfig
 from scaledown.data.input.corpus import PassageTable
 from scaledown.data.retrieval.encoders import is_sparse, load_encoder
 from scaledown.data.retrieval.index import Ranking, check_finite, pack, search, warn_about_top_k
-from scaledown.data.retrieval.parts import only_state, open_stage
+from scaledown.data.retrieval.parts import dtype_of, only_state, open_stage
 from scaledown.data.retrieval.stages import distinct, find_exactly, searched
 from scaledown.devices.choice import choose_device
 from scaledown.errors import ModelError, UsageError
@@ -154,10 +154,8 @@ class IndexRetriever:
             )
         device = choose_device(device)
         size = PrepareConfig.batch_for("batch_size", batch_size, device)
-        made = state.first[1]
-        if dtype == "auto" and made["device"] == device.partition(":")[0]:
-            dtype = str(made["dtype"]).removeprefix("torch.")
-        self._encoder = load_encoder(source, device, dtype, size)
+        made = dtype_of([state], device) if dtype == "auto" else ""
+        self._encoder = load_encoder(source, device, made or dtype, size)
 
     def __len__(self) -> int:
         """The number of passages that can be found."""

@@ -12,7 +12,12 @@ from scaledown.data.build_index import corpus_identity, file_identity, machine, 
 from scaledown.data.cleaning.decontaminate import VERSION as CLEAN_VERSION
 from scaledown.data.input.files import Source
 from scaledown.data.input.remote import Remote
-from scaledown.data.manifest import Sources, compared_settings, warn_about_differences
+from scaledown.data.manifest import (
+    Sources,
+    compared_settings,
+    warn_about_differences,
+    warn_about_dtype,
+)
 from scaledown.data.prompts import load_template
 from scaledown.data.retrieval.parts import warn_about_changes
 from scaledown.data.session.parts import check_parts, is_indexed
@@ -42,6 +47,8 @@ class Session:
     inputs: dict[str, Any]
     worker: str = ""
     """The name of this process if another process started it as a worker."""
+    repeats: Path | None = None
+    """The manifest of the run that this one repeats."""
     stages: dict[str, Stage] = field(default_factory=dict)
     """The opened stages by name, in order."""
 
@@ -53,12 +60,17 @@ class Session:
     @functools.cached_property
     def config(self) -> PrepareConfig:
         """The settings, with batch sizes and a dtype for the device."""
-        return settled(self.given, self.run, self.device)
+        found = settled(self.given, self.run, self.device, self.run)
+        if self.repeats:
+            warn_about_dtype(self.repeats, machine(found))
+        return found
 
     @functools.cached_property
     def indexing(self) -> PrepareConfig:
         """The settings for passages, vectors and the vectors of queries: with the dtype of the index."""
-        return self.config if self.home is self.run else settled(self.given, self.home, self.device)
+        # Without a corpus the index stays as it is, and nothing is written to its directory.
+        keeper = self.home if self.sources.corpus else self.run
+        return settled(self.given, self.home, self.device, keeper)
 
     @property
     def machine(self) -> dict[str, str]:
@@ -152,7 +164,7 @@ def _entered(config: PrepareConfig, repeats: Path | None, worker: str) -> Iterat
         identities["lora"] = run.content_hash(Path(config.teacher_lora).expanduser())
     if repeats:
         warn_about_differences(repeats, identities, inputs)
-    indexed = home.storage.in_bucket and is_indexed(config, sources, home, identities["retriever"])
+    indexed = home.storage.in_bucket and is_indexed(config, sources, run, home, identities["retriever"])
     check_parts(config, run, home, indexed=indexed)
     request = fingerprint(
         {"schema": SCHEMA, "parameters": compared_settings(config), "models": identities, "inputs": inputs}
@@ -163,4 +175,4 @@ def _entered(config: PrepareConfig, repeats: Path | None, worker: str) -> Iterat
             warn_about_changes(run, home)
             place = stack.enter_context(home.claim("index", finished=indexed))
             stack.enter_context(publishing(place, worker, home))
-        yield Session(run, config, request, home, sources, identities, inputs, worker)
+        yield Session(run, config, request, home, sources, identities, inputs, worker, repeats)

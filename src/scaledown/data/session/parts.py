@@ -8,12 +8,14 @@ from scaledown.errors import UsageError
 from scaledown.run.directory import RunDirectory
 
 
-def is_indexed(config: PrepareConfig, sources: Sources, home: RunDirectory, retriever: str) -> bool:
+def is_indexed(
+    config: PrepareConfig, sources: Sources, run: RunDirectory, home: RunDirectory, retriever: str
+) -> bool:
     """Whether the index is finished."""
     if not home.storage.glob(home.path, "vectors/*/done.json"):
         return False
-    sized = settled(config, home, choose_device(config.device))
-    index = open_index(home, sized, sources.corpus, sources.retriever, retriever)
+    settings = settled(config, home, choose_device(config.device), home if sources.corpus else run)
+    index = open_index(home, settings, sources.corpus, sources.retriever, retriever)
     return index.passages.done() is not None and index.vectors.done() is not None
 
 

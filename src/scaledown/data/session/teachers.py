@@ -50,8 +50,7 @@ def find_teachers(session: Session) -> Teachers:
     if not run.storage.glob(run.path, "answers/*/done.json"):
         for model in filter(None, (sources.teacher, sources.second_teacher)):
             preflight(engine, model, session.device, generation)
-    # Engines with an own scheduler choose a dtype themselves, by the model and the device.
-    dtype = config.dtype if own.deterministic else session.given.dtype
+    dtype = own.dtype(session.given.dtype, config.dtype)
     return Teachers(engine, generation, template, session.device, dtype, settings)
 
 

@@ -161,6 +161,13 @@ class TeacherEngine(NamedTuple):
     library: str = ""
     """The Python distribution that it needs; a run's manifest records its version."""
 
+    def dtype(self, asked: str, kept: str) -> str:
+        """Return the dtype for `load`: what all processes of a run keep, if equal bytes depend on it.
+
+        Other engines get what the user asked: they understand `auto` by the model and the device.
+        """
+        return kept if self.deterministic else asked
+
 
 def answers_of(
     teacher: Teacher, prompts: Sequence[Prompt], have: Collection[int] = ()
