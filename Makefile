@@ -36,13 +36,18 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-BENCHMARKS := encode encode_bf16 search memory rerank ingest pipeline kill teachers endpoint_faults \
+BENCHMARKS := encode encode_bf16 search search_rivals memory rerank ingest pipeline kill teachers endpoint_faults \
   student_inference student_decode student_step serve learns audit contamination merge
 
-bench: .venv/ready
+bench: .venv/ready .bench/ready
 	@failed=; for name in $(BENCHMARKS); do \
 	  $(BIN)/python benchmarks/$$name.py $(if $(QUICK),--quick) || failed="$$failed $$name"; done; \
 	  test -z "$$failed" || { echo "missed:$$failed"; exit 1; }
+
+# A rival of exact search, which only its benchmark imports.
+.bench/ready: Makefile
+	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target .bench bmp==0.2.8
+	@touch $@
 
 gpu: .venv/ready
 	$(BIN)/python benchmarks/gpu.py
@@ -73,4 +78,4 @@ release-check:
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-vllm demo site dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-vllm .bench demo site dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

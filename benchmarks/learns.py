@@ -383,6 +383,8 @@ class Asked(NamedTuple):
     work: Path
     data: Path
     judge: Judge
+    engine: str
+    """What computes the generator."""
 
     def answers(
         self, model: Path, rate: int, *systems: str, data: Path | None = None, budget: str = "each"
@@ -398,6 +400,7 @@ class Asked(NamedTuple):
             *("--systems", *systems, "--keyword_model", RETRIEVER),
             *(("--pruning_reranker", f"ql:{GENERATOR}") if "pruned" in systems else ()),
             *("--max_new_tokens", str(NEW_TOKENS), "--batch_size", "16", "--dtype", DTYPE),
+            *("--engine", self.engine),
         )
         found = records(output / "answers.jsonl")
         return {
@@ -495,6 +498,9 @@ def main() -> None:
     flags.add_argument(
         "--split", choices=("development", "test"), default="development", help="what is asked about"
     )
+    flags.add_argument(
+        "--engine", choices=("transformers", "openvino"), default="transformers", help="what writes answers"
+    )
     flags.add_argument("--work_dir", default="learns.work", help="where each step leaves its result")
     options = flags.parse_args()
     recipe, student = RECIPES["quick" if options.quick else options.recipe], options.student
@@ -507,7 +513,7 @@ def main() -> None:
     for name in ("train", options.split):
         prepare(work, name)
     data = work / f"{options.split}.jsonl"
-    asked = Asked(work, data, judge_of(data, gold))
+    asked = Asked(work, data, judge_of(data, gold), options.engine)
     p_values = []
     for seed in options.seeds:
         rates = RATES if student == N_LAYERS else RATES[:1]

@@ -8,4 +8,4 @@ Each stage can also be used alone:
 - `scaledown.data.teacher.generate_teacher_answers`: queries with documents -> training records
 """
 
-__version__ = "0.7.0"
+__version__ = "1.0.0rc1"

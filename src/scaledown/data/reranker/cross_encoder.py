@@ -11,6 +11,7 @@ from scaledown.data.reranker.pair_tokens import PairTokens
 from scaledown.data.retrieval.splade import by_length, in_batches
 from scaledown.devices.choice import dtype_to_run
 from scaledown.devices.halving import Halving
+from scaledown.devices.packing import pack_linear_layers
 from scaledown.errors import ModelError
 from scaledown.models.sources import ModelSource
 from scaledown.models.weights import loadable, loading, onto, read_config_file
@@ -54,6 +55,7 @@ class CrossEncoderReranker:
         if labels != 1:
             raise ModelError(f"model {source.name} gives {labels} scores for a pair: use a model with one")
         _score_in_float32(model)
+        pack_linear_layers(model)
 
     def score(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
         """Return the logit of each pair."""

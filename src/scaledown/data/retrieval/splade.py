@@ -17,6 +17,7 @@ import scipy.sparse as sp
 
 from scaledown.devices.choice import dtype_to_run
 from scaledown.devices.halving import Halving
+from scaledown.devices.packing import pack_linear_layers
 from scaledown.errors import ModelError
 from scaledown.models.sources import ModelSource
 from scaledown.models.weights import loadable, loading, onto, read_config_file
@@ -369,6 +370,7 @@ def _fast(parts: _Parts) -> tuple[str, _Fast | None]:
     )
     expected = [_by_definition(parts, text) for text in _CHECKED_ON]
     decoder.forward = lambda hidden: hidden
+    pack_linear_layers(masked)
     try:
         found = fast.read(fast.launch(fast.tokenised(_CHECKED_ON))).toarray()
         difference = abs(np.stack(expected) - found).max()

@@ -1,0 +1,85 @@
+"""Linear layers on a CPU are packed once; the model computes the same."""
+
+import platform
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+
+from scaledown.devices import packing
+from scaledown.devices.packing import pack_linear_layers
+
+X86 = platform.machine().lower() in {"x86_64", "amd64"}
+CONFIG = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_cache() -> None:
+    packing._works.cache_clear()
+
+
+def classifier(dtype: torch.dtype = torch.float32) -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(num_labels=1, **CONFIG)).to(dtype).eval()
+
+
+IDS = torch.randint(0, 60, (5, 11), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.skipif(not X86, reason="only x86 processors pack")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@torch.inference_mode()
+def test_packed_model_computes_the_same_without_its_plain_weights(dtype, tolerance) -> None:
+    model = classifier(dtype)
+    expected = model(input_ids=IDS).logits
+    pack_linear_layers(model)
+    assert torch.allclose(model(input_ids=IDS).logits, expected, atol=tolerance)
+    linear = [layer for layer in model.modules() if type(layer) is torch.nn.Linear]
+    assert len(linear) == 2 * 6 + 2
+    assert {layer.weight.device.type for layer in linear} == {"meta"}
+    assert {layer.weight.dtype for layer in linear} == {dtype}
+
+
+@torch.inference_mode()
+def test_packed_products_have_the_same_bits_with_any_number_of_threads() -> None:
+    model = classifier()
+    pack_linear_layers(model)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(model(input_ids=IDS.repeat(40, 1)).logits)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_output_layer_that_the_embeddings_share_keeps_its_weight() -> None:
+    model = BertForMaskedLM(BertConfig(**CONFIG)).eval()
+    pack_linear_layers(model)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert model.get_output_embeddings().weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize("reason", ["processor", "dtype", "no function", "wrong products"])
+@torch.inference_mode()
+def test_model_stays_as_it_is_where_weights_cannot_be_packed(reason: str, monkeypatch) -> None:
+    model = classifier(torch.float64 if reason == "dtype" else torch.float32)
+    expected = model(input_ids=IDS).logits
+    if reason == "processor":
+        monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    elif reason == "no function":
+        monkeypatch.setattr(torch, "ops", object())
+    elif reason == "wrong products":
+        monkeypatch.setattr(packing, "_packed", lambda weight, bias: lambda states: states @ weight.T)
+    pack_linear_layers(model)
+    assert all(weight.device.type == "cpu" for weight in model.parameters())
+    assert torch.equal(model(input_ids=IDS).logits, expected)
