@@ -1,7 +1,8 @@
 """Exact search beside Block-Max Pruning (BMP) and Seismic, one thread each, and its cost as a corpus grows.
 
 Real questions over real passages that are resampled to --passages (`search.resampled`); the top 20. Sides in
-turns, medians. BMP is not a dependency: `make bench` installs it in .bench. It keeps weights as integers, here of 8 bits, so its overlap with exact search is printed.
+turns, medians. BMP is not a dependency: `make bench` installs it in .bench. It keeps weights as integers,
+here of 8 bits, so its overlap with exact search is printed.
 """
 
 import itertools
