@@ -5,6 +5,7 @@ import gc
 import importlib.util
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -30,6 +31,10 @@ os.environ.update(
     COLUMNS="100",
     GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false",  # else gcsfs asks for the kind of bucket by gRPC
 )
+
+# As `scaledown.devices.openvino` does: tests that import OpenVINO first would send usage data, each graph in
+# many processes of 0.1 s.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 import pytest  # noqa: E402
 
@@ -131,6 +136,20 @@ def _plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if request.node.get_closest_marker("plots") is None:
         for name in ("bars", "histogram", "curves", "intervals", "plane"):
             monkeypatch.setattr(plots, name, lambda *_, **__: "<svg></svg>")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium. Not for a whole session: its event loop is in the way of tests that have their own."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    found = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    if not found:
+        pytest.skip("needs Chromium")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=found, args=flags)
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="session")

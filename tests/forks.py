@@ -122,10 +122,12 @@ def _end(job: dict[str, Any], streams: list[int]) -> NoReturn:
     os.chdir(job["folder"])
     os.environ.clear()
     os.environ.update(job["environment"])
+    import fsspec
     import torch
 
     from scaledown.devices import choice
 
+    fsspec.config.set_conf_env(fsspec.config.conf)  # as when it is imported, which was before
     choice.multiplies_bfloat16 = lambda: False  # as in the tests themselves
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
     status = 1

@@ -85,7 +85,7 @@ def test_student_is_trained_and_answers(gpu: ModuleType) -> None:
 
 @pytest.mark.slow
 def test_engine_starts_beside_others_on_the_device(
-    gpu: ModuleType, models: dict[str, Path], tiny_flags: list[str]
+    gpu: ModuleType, models: dict[str, Path], tiny_flags: list[str], forked: None
 ) -> None:
     """With transformers instead of vLLM; the processes are the same."""
     scale = gpu.TINY._replace(student=str(models["causal_lm"]), demo=tuple(tiny_flags))

@@ -205,15 +205,37 @@ def test_closed_streams_are_no_error(closed: str, tmp_path: Path) -> None:
     assert (tmp_path / "full.json").read_text().startswith("[\n")
 
 
-@pytest.mark.slow
-def test_site_builds_without_a_dead_link(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    api = (tmp_path / "api.html").read_text(encoding="utf-8")
+    return folder
+
+
+@pytest.mark.slow
+def test_site_builds_without_a_dead_link(site: Path) -> None:
+    api = (site / "api.html").read_text(encoding="utf-8")
     assert "SPLADERetriever" in api
     assert "best first" in api
-    assert "--top_k_retrieval" in (tmp_path / "commands.html").read_text(encoding="utf-8")
+    assert "--top_k_retrieval" in (site / "commands.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1400])
+def test_site_opened_from_a_folder_is_searched_without_a_network(site: Path, browser, width: int) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto((site / "index.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") == width, "nothing is cut off on the right"
+    page.click("label.md-header__button[for=__search]" if width < 960 else ".md-search__input")
+    page.keyboard.type("memory tokens", delay=20)
+    page.wait_for_selector(".md-search-result__item")
+    assert "memory tokens" in page.inner_text(".md-search-result__list")
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    page.close()
 
 
 @pytest.mark.parametrize(

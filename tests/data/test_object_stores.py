@@ -167,7 +167,7 @@ def test_output_in_bucket_is_written_again_if_lost_or_damaged(
 
 @pytest.mark.slow
 def test_killed_run_is_continued_by_another_machine(
-    words, remote, prepare, system, bucket, tmp_path, made, capsys
+    words, remote, prepare, system, bucket, tmp_path, made, capsys, forked
 ) -> None:
     """The other machine has its own cache, and finds only the content of the bucket."""
     assert prepare(*FLAGS) == 0
@@ -197,7 +197,9 @@ def test_killed_run_is_continued_by_another_machine(
 
 @pytest.mark.parametrize("bucket", ["s3", "gs"], indirect=True)
 @pytest.mark.slow
-def test_machines_share_a_run_by_parts(words, prepare, queries, index, system, bucket, tmp_path) -> None:
+def test_machines_share_a_run_by_parts(
+    words, prepare, queries, index, system, bucket, tmp_path, forked
+) -> None:
     queries.write_text("".join(f"What is number {n}?\n" for n in range(8)))
     assert prepare(*FLAGS) == 0
     parts = [
@@ -259,6 +261,7 @@ def test_unreachable_server_ends_the_run_with_one_line(
     remote, s3_server, bucket, monkeypatch, capsys, made
 ) -> None:
     monkeypatch.setattr(object_store, "_PATIENCE_SECONDS", 1)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # botocore's own, with pauses between them
     finish = Stage.finish
 
     def interrupted(self: Stage, *arguments: Any, **keywords: Any) -> Any:

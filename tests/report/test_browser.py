@@ -1,8 +1,6 @@
 """The pages in a real browser: search and filter, plots, light and dark, narrow, nothing hostile happens."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,19 +14,6 @@ from scaledown.report.page import Example, Examples, Field, Note, Page, Piece, P
 pytestmark = [pytest.mark.slow, pytest.mark.plots]
 
 HOSTILE = "</script><script>window.hit=1</script><img src=x onerror='window.hit=1'><svg onload=window.hit=1>"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    found = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-    if not found:
-        pytest.skip("needs Chromium")
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=found, args=FLAGS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

@@ -350,7 +350,10 @@ def test_a_signal_after_the_engine_is_gone() -> None:
 @needs_openvino
 @pytest.mark.slow
 def test_answers_agree_with_those_of_transformers(monkeypatch) -> None:
-    """Real weights at 8 bits against float32: answers mostly equal, and no fewer of them right."""
+    """Real weights at 8 bits against float32: answers mostly equal, and no fewer of them right.
+
+    Of paragraphs that are short, which are read sooner.
+    """
     if not XQUAD.exists():
         pytest.skip("needs the questions of shared/data")
     monkeypatch.setenv("SCALEDOWN_CACHE", str(REAL))
@@ -360,11 +363,11 @@ def test_answers_agree_with_those_of_transformers(monkeypatch) -> None:
         for article in map(json.loads, (XQUAD / "kilt.jsonl").read_text(encoding="utf-8").splitlines())
     }
     lines = (XQUAD / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-    questions = [json.loads(line) for line in lines][:: len(lines) // 24][:24]
-    asked = [
-        answer_prompt(one["id"], one["question"], [articles[one["wikipedia_id"]][one["paragraph"]]], 0.0)
-        for one in questions
-    ]
+    every = [(one, articles[one["wikipedia_id"]][one["paragraph"]]) for one in map(json.loads, lines)]
+    short = [(one, paragraph) for one, paragraph in every if len(paragraph) < 400]
+    chosen = short[:: len(short) // 8][:8]
+    questions = [one for one, _ in chosen]
+    asked = [answer_prompt(one["id"], one["question"], [paragraph], 0.0) for one, paragraph in chosen]
     generation = Generation(max_new_tokens=24, batch_size=8)
     texts = [
         [normalised(answer.text) for _, answer in sorted(one.answers(asked))]
@@ -378,5 +381,5 @@ def test_answers_agree_with_those_of_transformers(monkeypatch) -> None:
         sum(normalised(one["answers"][0]) in text for one, text in zip(questions, given, strict=True))
         for given in texts
     ]
-    assert equal >= 8
-    assert right[0] >= right[1] - 3
+    assert equal >= 3
+    assert right[0] >= right[1] - 1
