@@ -1,4 +1,4 @@
-"""What the site has beside its pages: the flags of every command, the changelog, search without a network."""
+"""Pages of the site that are made from the code: the flags of every command, and the changelog."""
 
 import contextlib
 import io
@@ -20,11 +20,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")
     files.append(File.generated(config, "changelog.md", content=changes))
     return files
-
-
-def on_post_page(output: str, **_: object) -> str:
-    """The theme would fetch what search needs on pages opened from a folder; the site has its own."""
-    return output.replace("https://unpkg.com/iframe-worker/shim", "offline-search.js")
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:

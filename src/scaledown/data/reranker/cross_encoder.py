@@ -55,7 +55,10 @@ class CrossEncoderReranker:
         if labels != 1:
             raise ModelError(f"model {source.name} gives {labels} scores for a pair: use a model with one")
         _score_in_float32(model)
-        pack_linear_layers(model)
+        if self._tokens:
+            self._tokens.read(("", _ODD))
+            pack_linear_layers(model, self._tokens.features([("", _ODD), (_ODD, _ODD)]))
+            self._tokens.forget()
 
     def score(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
         """Return the logit of each pair."""

@@ -12,7 +12,6 @@ from scaledown.data.prompts import LIKELIHOOD_AFTER, LIKELIHOOD_BEFORE
 from scaledown.data.reranker.base import Pair, scores_of
 from scaledown.devices.choice import dtype_to_run
 from scaledown.devices.halving import Halving
-from scaledown.devices.packing import pack_linear_layers
 from scaledown.models.sources import ModelSource
 from scaledown.models.weights import loadable, loading, onto
 
@@ -67,7 +66,6 @@ class QueryLikelihoodReranker:
                 name, dtype=dtype_to_run(dtype, device), **pinned, **onto(device)
             )
         self._model = model.eval()
-        pack_linear_layers(model)
         self.name = source.name
         self._device = device
         self._batch_size = batch_size

@@ -10,6 +10,9 @@ if (location.protocol === "file:") {
       this.inside = frame.contentWindow
       const toPage = (data) => this.dispatchEvent(new MessageEvent("message", { data }))
       const page = this.inside.document
+      page.open() // else Firefox may replace the empty page later
+      page.write("<!doctype html><head></head>")
+      page.close()
       const load = (source) => new Promise((resolve, reject) => {
         const script = page.createElement("script")
         script.onload = resolve
@@ -22,10 +25,12 @@ if (location.protocol === "file:") {
         for (const source of sources) await load(source)
       }
       this.ready = load(url)
+      this.ready.catch(() => this.dispatchEvent(new Event("error")))
     }
 
     postMessage(data) {
-      this.ready.then(() => this.inside.dispatchEvent(new MessageEvent("message", { data })))
+      const passOn = () => this.inside.dispatchEvent(new MessageEvent("message", { data }))
+      this.ready.then(passOn, () => {})
     }
 
     terminate() {
