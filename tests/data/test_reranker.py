@@ -15,6 +15,7 @@ from scaledown.data.reranker.api import best_first, load_reranker, resolve_reran
 from scaledown.data.reranker.base import Pair
 from scaledown.data.reranker.pair_tokens import PairTokens
 from scaledown.data.reranker.query_likelihood import QueryLikelihoodReranker
+from scaledown.devices import packing
 from scaledown.errors import InputError, ModelError, UsageError
 from scaledown.models.sources import resolve
 
@@ -244,11 +245,15 @@ ODD = [
 
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_texts_tokenised_once_have_the_same_scores_as_pairs(size, models, monkeypatch) -> None:
-    """The scores equal those of `CrossEncoder.predict`, which tokenises each pair, bit for bit."""
+    """The scores equal those of `CrossEncoder.predict`, which tokenises each pair, bit for bit.
+
+    Unless weights are packed: `test_packing.py`.
+    """
+    monkeypatch.setattr(packing, "_can_pack", lambda _: False)
     source = resolve(str(models["cross_encoder"]))
-    monkeypatch.setattr(rerankers, "_pair_tokens", lambda _: (None, "to compare"))
-    expected = load_reranker(source, "cpu", "float32", size).score([*ODD, *PAIRS], lambda _: None)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(rerankers, "_pair_tokens", lambda _: (None, "to compare"))
+        expected = load_reranker(source, "cpu", "float32", size).score([*ODD, *PAIRS], lambda _: None)
     assert load_reranker(source, "cpu", "float32", size).score([*ODD, *PAIRS], lambda _: None) == expected
     assert len(set(expected)) > 10
 
@@ -290,6 +295,7 @@ def test_each_text_is_tokenised_once(models, monkeypatch) -> None:
 
 
 def test_tokenizer_with_special_rules_reads_pairs(models, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(packing, "_can_pack", lambda _: False)
     source = resolve(str(models["cross_encoder"]))
     expected = load_reranker(source, "cpu", "float32", 4).score(ODD, lambda _: None)
     features = PairTokens.features
