@@ -127,6 +127,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--passages", type=int, default=1_000_000)
     options.add_argument("--seismic", action="store_true", help="with Seismic, built by one thread (slow)")
+    options.add_argument("--growth", action="store_true", help="also with twice and three times as many")
     options.add_argument("--block", type=int, default=8, help="passages of a block of BMP (default: 8)")
     options = options.parse_args()
     passages = 100_000 if options.quick else options.passages
@@ -171,7 +172,7 @@ def main() -> None:
             print(f"  exact against BMP exact: {against:.2f}x")
         sides.clear()
         del block_max
-        if not options.quick:
+        if options.growth:
             growth(folder, real, sets, [passages, 2 * passages, 3 * passages])
     close("search_rivals", ratio, 1)
 
