@@ -41,8 +41,8 @@ def pack_linear_layers(model: Any, example: dict[str, "torch.Tensor"]) -> bool:
         return False
     plain = [layer.weight for layer in chosen]
     with torch.inference_mode():
-        expected = model(**example).logits.float()
         try:
+            expected = model(**example).logits.float()
             for layer in chosen:
                 layer.forward = _packed(layer.weight.detach(), layer.bias)
                 # Code of a model that reads the weights itself then fails here, not at the first batch.

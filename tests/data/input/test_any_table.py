@@ -123,6 +123,8 @@ def test_any_dialect_of_the_csv_module(table, dialect, name: str, tmp_path: Path
     answers=st.booleans(),
 )
 def test_tables_without_a_header(rows, delimiter: str, answers: bool, tmp_path: Path) -> None:
+    # As in tables with a header: a line that ends within a quote is a line in TSV.
+    assume(delimiter != "\t" or not any(re.search(r"[\r\n]", asked) for _, asked in rows))
     text = io.StringIO(newline="")
     writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
     writer.writerows([number, asked, *(["['x', 'y z']"] if answers else [])] for number, asked in rows)
