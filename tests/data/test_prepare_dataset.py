@@ -23,6 +23,7 @@ from scaledown.data.manifest import compared_settings
 from scaledown.data.reranker.api import load_reranker, resolve_reranker
 from scaledown.data.reranker.base import Pair
 from scaledown.data.session import enter
+from scaledown.data.session.summary import _training
 from scaledown.devices import choice
 from scaledown.devices.halving import Halving
 from scaledown.errors import install_command
@@ -251,7 +252,9 @@ def test_output_of_another_program_is_not_changed(prepare, tmp_path, capsys) -> 
     other.unlink()
     capsys.readouterr()
     assert prepare("--top_k_retrieval", "2", *flags) == 0
-    assert f"train --train_data '{other}' --output_dir" in capsys.readouterr().out.splitlines()[-1]
+    following = capsys.readouterr().out.splitlines()[-1]
+    assert f"train --train_data '{other}' --output_dir" in following
+    assert "--compressor pointer" in following, "there are few examples"
 
 
 def test_changed_setting_repeats_its_stage_and_later_stages(prepare, monkeypatch) -> None:
@@ -955,3 +958,11 @@ def test_run_keeps_the_dtype_that_its_first_processor_chose(
     prepare.output.unlink()
     assert prepare(*RERANK, "--dtype", other) == 0
     assert len(stages_made(prepare.work)) == 6, "a dtype that is given counts"
+
+
+@pytest.mark.parametrize(
+    ("examples", "ending"), [(9_999, "--learning_rate_generator 5e-4"), (10_000, "--enable_reranking")]
+)
+def test_next_command_trains_a_pointer_on_few_examples(examples: int, ending: str) -> None:
+    config = PrepareConfig(queries_file=("q.txt",), output_file="t.json", enable_reranking=True)
+    assert _training(config, examples).endswith(ending)

@@ -55,10 +55,12 @@ def hub_errors(name: str, kind: str = "model") -> Iterator[None]:
                 "give a local copy, a folder as --query_dataset or a file as --queries_file "
                 "(with HF_HUB_OFFLINE=1, the cache of `datasets` is used)"
                 if kind == "dataset"
-                else "give a local folder (`--preset demo` has models that need no hub)"
+                else "give a local folder, or a bundled model (`bundled:smollm2-135m`, as a retriever "
+                "`bundled:splade-tiny`, as a reranker `ql:bundled:smollm2-135m`)"
             )
             raise ModelError(
-                f"{kind} {name} is not on this machine and the hub cannot be reached: check the network, or "
+                f"{kind} {name} is not on this machine and the hub cannot be reached: check spelling and "
+                "network, or "
                 f"{instead}"
             ) from error
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)

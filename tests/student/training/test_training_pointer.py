@@ -358,7 +358,7 @@ def test_examples_whose_answers_copy_nothing_are_counted(
     caplog.set_level("INFO")
     train(setting(train_data=(str(path),), eval_fraction=0.0, max_steps=1))
     (record,) = [one for one in caplog.records if "copies nothing" in one.getMessage()]
-    assert f"in {silent} of {6 + silent} examples" in record.getMessage()
+    assert f"of {6 + silent} examples checked, {silent} have" in record.getMessage()
     assert record.levelname == level
 
 

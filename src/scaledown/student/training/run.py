@@ -197,12 +197,13 @@ def _log_labels(part: Subset) -> None:
     """Log how many examples have answers that copy nothing, from which a pointer cannot learn."""
     rows = part.rows[:: max(1, len(part.rows) // _LOOKED_AT)]
     without = sum(not any(copied_spans(*part.examples[row][:3])) for row in rows)
-    write = log.warning if 2 * without > len(rows) else log.info
-    write(
-        "in %s of %s examples checked, the answer copies nothing from the documents: a pointer cannot learn "
-        "from them",
-        *(f"{without:,}", f"{len(rows):,}"),
-    )
+    if without:
+        write = log.warning if 2 * without > len(rows) else log.info
+        write(
+            "of %s examples checked, %s have an answer that copies nothing from the documents: a pointer "
+            "learns nothing from them",
+            *(f"{len(rows):,}", f"{without:,}"),
+        )
 
 
 def _device(config: Config, command: str = "") -> str:

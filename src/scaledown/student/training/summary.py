@@ -1,10 +1,14 @@
 """The summary that a finished training prints."""
 
 import shlex
+from typing import Final
 
 from scaledown.command import program_name
 from scaledown.run.progress import duration
 from scaledown.student.training.run import Trained
+
+_FEW: Final = 50
+"""Steps below which the summary says that a training was short."""
 
 
 def summary(result: Trained, *, pretrained: bool = False) -> str:
@@ -27,6 +31,8 @@ def summary(result: Trained, *, pretrained: bool = False) -> str:
         + (f"{cut:,} cut to {result.doc_max_length:,}" if cut else "none cut")
     )
     lines.append(f"  step        {duration(result.seconds_per_step)} for {result.batch_size:,} examples")
+    if result.steps < _FEW:
+        lines.append(f"              {result.steps:,} are few steps to learn from: --max_steps N takes more")
     if result.skipped:
         lines.append(f"  skipped     {result.skipped:,} unusable records")
     folder = shlex.quote(result.output)
