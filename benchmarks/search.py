@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +45,13 @@ from scaledown.run.stage import Stage
 TOP = 20
 
 
-def stored(folder: str, passages: int) -> Stage:
-    """Synthetic vectors in shards on disk."""
-    stage = Stage(RunDirectory(Path(folder)), "vectors", {"passages": passages})
+def stored(folder: Path, passages: int, shards: Iterable[sp.csr_matrix]) -> Stage:
+    """Vectors in shards on disk, written if they are not there."""
+    stage = Stage(RunDirectory(folder), "vectors", {"passages": passages})
+    if stage.done():
+        return stage
     rows = []
-    for number, shard in enumerate(synthetic(passages)):
+    for number, shard in enumerate(shards):
         stage.write(number, pack(shard))
         rows.append(shard.shape[0])
     stage.finish(rows, {"passages": passages})
@@ -117,13 +119,7 @@ def resampled(real: sp.csr_matrix, passages: int) -> Iterator[sp.csr_matrix]:
 
 def search_once(folder: Path, side: str, asked: int, passages: int) -> None:
     """Search once, in a child process, the shards of its version, which it writes if there are none."""
-    stage = Stage(RunDirectory(folder / side), "vectors", {"passages": passages})
-    if not stage.done():
-        rows = []
-        for number, shard in enumerate(resampled(sp.load_npz(folder / "passages.npz"), passages)):
-            stage.write(number, pack(shard))
-            rows.append(shard.shape[0])
-        stage.finish(rows, {"passages": passages})
+    stage = stored(folder / side, passages, resampled(sp.load_npz(folder / "passages.npz"), passages))
     rows = stage.finished().rows
     load = [functools.partial(stage.table, number, check=True) for number in range(len(rows))]
     queries = sp.load_npz(folder / "queries.npz")
@@ -184,7 +180,7 @@ def main() -> None:
     repeats = 3 if options.quick else 5
 
     with tempfile.TemporaryDirectory() as folder:
-        stage = stored(folder, 200_000)
+        stage = stored(Path(folder), 200_000, synthetic(200_000))
         matrix = sp.vstack(list(synthetic(200_000)), format="csr")
         columns = matrix.T.tocsr()
         small = queries[:200]
@@ -199,7 +195,7 @@ def main() -> None:
     del columns, matrix
 
     with tempfile.TemporaryDirectory() as folder:
-        stage = stored(folder, 20_000)
+        stage = stored(Path(folder), 20_000, synthetic(20_000))
         matrix = sp.vstack(list(synthetic(20_000)), format="csr")
         dense = torch.from_numpy(matrix.toarray())
         asked = torch.from_numpy(few.toarray())
@@ -220,7 +216,7 @@ def main() -> None:
     passages = 250_000 if options.quick else 1_000_000
     bar = 3 if options.quick else 5
     with tempfile.TemporaryDirectory() as folder:
-        stage = stored(folder, passages)
+        stage = stored(Path(folder), passages, synthetic(passages))
         index = SeismicIndex(RunDirectory(Path(folder)), stage, 8.0)
         started = time.perf_counter()
         index.build()

@@ -8,7 +8,6 @@ in .bench. It keeps weights as integers, here of 8 bits, so its overlap with exa
 
 import itertools
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -20,11 +19,11 @@ os.environ["RAYON_NUM_THREADS"] = "1"  # Seismic's threads
 
 import numpy as np
 import scipy.sparse as sp
-from common import close, machine, parser, questions, real_texts
-from search import resampled
+from common import close, machine, paired, parser, questions, real_texts
+from search import resampled, stored
 
 from scaledown.data.retrieval.encoders import load_encoder
-from scaledown.data.retrieval.index import Ranking, pack, search
+from scaledown.data.retrieval.index import Ranking, search
 from scaledown.data.retrieval.seismic import CARES, SeismicIndex, recall
 from scaledown.models.sources import resolve
 from scaledown.run.directory import RunDirectory
@@ -34,16 +33,6 @@ TOP = 20
 FEW = 300
 CARELESS = 0.85  # BMP's alpha of its paper's fast setting
 LEVELS = 255
-
-
-def stored(folder: Path, real: sp.csr_matrix, passages: int) -> Stage:
-    stage = Stage(RunDirectory(folder / str(passages)), "vectors", {"passages": passages})
-    rows = []
-    for number, shard in enumerate(resampled(real, passages)):
-        stage.write(number, pack(shard))
-        rows.append(shard.shape[0])
-    stage.finish(rows, {"passages": passages})
-    return stage
 
 
 def ours(stage: Stage, queries: sp.csr_matrix) -> Ranking:
@@ -85,18 +74,6 @@ class BMP:
         return Ranking(found, np.zeros(found.shape, np.float32))
 
 
-def timed(sides: dict[str, Callable[[], Ranking]], repeats: int) -> dict[str, tuple[float, Ranking]]:
-    """Median seconds and the last result of each side; all sides in turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    found = {}
-    for _ in range(repeats):
-        for name, side in sides.items():
-            started = time.perf_counter()
-            found[name] = side()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: (statistics.median(seconds[name]), found[name]) for name in sides}
-
-
 def careful(index: SeismicIndex, queries: sp.csr_matrix, exact: Ranking) -> Callable[..., Ranking]:
     """Seismic's fastest setting with a recall of 0.99, as `--search approximate` finds it."""
     for care in CARES:
@@ -110,10 +87,10 @@ def growth(folder: Path, real: sp.csr_matrix, sets: dict[int, sp.csr_matrix], si
     """Print seconds as a line through the sizes: what a million passages more cost."""
     points: dict[int, list[float]] = {count: [] for count in sets}
     for size in sizes:
-        stage = stored(folder, real, size)
+        stage = stored(folder / str(size), size, resampled(real, size))
         for count, queries in sets.items():
-            ((seconds, _),) = timed({"ours": partial(ours, stage, queries)}, 3).values()
-            points[count].append(seconds)
+            timed = paired({"ours": partial(ours, stage, queries)}, 3)
+            points[count].append(timed["ours"].seconds)
     for count, seconds in points.items():
         slope, start = np.polyfit(np.array(sizes) / 1e6, seconds, 1)
         shown = ", ".join(f"{one:.2f}" for one in seconds)
@@ -125,7 +102,7 @@ def growth(folder: Path, real: sp.csr_matrix, sets: dict[int, sp.csr_matrix], si
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--passages", type=int, default=1_000_000)
+    options.add_argument("--passages", type=int, default=1 << 19)
     options.add_argument("--seismic", action="store_true", help="with Seismic, built by one thread (slow)")
     options.add_argument("--growth", action="store_true", help="also with twice and three times as many")
     options.add_argument("--block", type=int, default=8, help="passages of a block of BMP (default: 8)")
@@ -135,16 +112,15 @@ def main() -> None:
     print(f"{machine()}, one thread a side")
     encoder = load_encoder(resolve("bundled:splade-tiny"), "cpu", "float32", 32)
     folders = ("xquad-dev",) if options.quick else ("xquad-dev", "qed-dev", "cmu-dev")
-    texts, asked = real_texts(folders), questions(folders)
+    texts, real_questions = real_texts(folders), questions(folders)
     real = sp.csr_matrix(encoder.documents(texts, lambda _: None))
-    queries = sp.csr_matrix(encoder.queries(asked, lambda _: None))
+    queries = sp.csr_matrix(encoder.queries(real_questions, lambda _: None))
     few = queries[np.sort(np.random.default_rng(0).permutation(queries.shape[0])[:FEW])]
     print(f"  {real.shape[0]:,} real passages, {real.nnz / real.shape[0]:.0f} postings each", flush=True)
     sets = {1: few[:1], few.shape[0]: few, queries.shape[0]: queries}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        stage = stored(folder, real, passages)
-        ours(stage, few[:1])  # compiles
+        stage = stored(folder / str(passages), passages, resampled(real, passages))
         sides: dict[str, Callable[[sp.csr_matrix], Ranking]] = {"exact": partial(ours, stage)}
         if options.seismic:
             index = SeismicIndex(RunDirectory(folder / "seismic"), stage, 16.0)
@@ -158,15 +134,16 @@ def main() -> None:
         sides |= {f"BMP alpha {alpha}": partial(block_max.search, alpha=alpha) for alpha in (1.0, CARELESS)}
         ratio = 0.0
         for count, own in sets.items():
-            rows = timed({name: partial(side, own) for name, side in sides.items()}, 1 if count > FEW else 3)
-            exact, best = rows["exact"]
-            for name, (seconds, found) in rows.items():
+            timed = paired(
+                {name: partial(side, own) for name, side in sides.items()}, 1 if count > FEW else 3
+            )
+            for name, (seconds, found) in timed.items():
                 print(
                     f"  {passages:,} passages, {count:,} queries, {name}: {count / seconds:,.0f} queries/s, "
-                    f"overlap {recall(found, best):.3f}",
+                    f"overlap {recall(found, timed['exact'].result):.3f}",
                     flush=True,
                 )
-            against = rows["BMP alpha 1.0"][0] / exact
+            against = timed["BMP alpha 1.0"].seconds / timed["exact"].seconds
             if count == FEW:
                 ratio = against
             print(f"  exact against BMP exact: {against:.2f}x")

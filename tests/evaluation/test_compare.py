@@ -129,9 +129,7 @@ def test_all_runs_are_computed_in_the_dtype_of_the_first(
     monkeypatch.setattr(choice, "multiplies_bfloat16", lambda: False)
     assert compare(*both) == 0
     folder = tmp_path / "out" / "evaluations"
-    found = [
-        json.loads(path.read_text())["dtype"] for path in folder.glob("*/work/compressed/*/settings.json")
-    ]
+    found = [json.loads(path.read_text())["dtype"] for path in folder.rglob("compressed/*/settings.json")]
     assert found == ["torch.bfloat16"] * 2
 
 
