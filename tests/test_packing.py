@@ -1,7 +1,6 @@
 """Linear layers on a CPU are packed once; the model computes the same."""
 
 import platform
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,13 +17,6 @@ CONFIG = {
     "num_attention_heads": 4,
     "intermediate_size": 48,
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_cache() -> Iterator[None]:
-    packing._works.cache_clear()
-    yield
-    packing._works.cache_clear()
 
 
 def classifier(dtype: torch.dtype = torch.float32) -> BertForSequenceClassification:

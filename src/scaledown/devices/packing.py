@@ -1,6 +1,5 @@
 """Weights of linear layers in the order in which oneDNN multiplies them, on a CPU."""
 
-import functools
 import logging
 import platform
 from collections.abc import Callable
@@ -63,23 +62,7 @@ def pack_linear_layers(model: Any, example: dict[str, "torch.Tensor"]) -> bool:
 def _can_pack(weight: "torch.Tensor") -> bool:
     is_x86 = platform.machine().lower() in {"x86_64", "amd64"}  # others were not measured
     same_bits = str(weight.dtype) != "torch.float32" or weight.shape[1] <= _MOST_INPUTS
-    return is_x86 and same_bits and weight.device.type == "cpu" and _works(weight.dtype)
-
-
-@functools.cache
-def _works(dtype: "torch.dtype") -> bool:
-    """Whether this torch packs weights of such a dtype: its functions for that are meant for its compiler."""
-    import torch
-
-    if str(dtype) not in _TOLERANCE:
-        return False
-    try:
-        with torch.inference_mode():
-            _packed(torch.ones(32, 16, dtype=dtype), None)(torch.ones(2, 16, dtype=dtype))
-    except (AttributeError, RuntimeError) as error:  # NotImplementedError is a RuntimeError
-        log.debug("weights in %s are not packed (%s)", dtype, error)
-        return False
-    return True
+    return is_x86 and same_bits and weight.device.type == "cpu" and str(weight.dtype) in _TOLERANCE
 
 
 def _packed(
@@ -88,6 +71,6 @@ def _packed(
     """Return the function of a linear layer: states [..., inputs] to states [..., outputs]."""
     import torch
 
-    operations = torch.ops.mkldnn
+    operations = torch.ops.mkldnn  # what torch's compiler calls; where they are missing, nothing is packed
     packed = operations._reorder_linear_weight(weight, None)
     return lambda states: operations._linear_pointwise(states, packed, bias, "none", [], "")
