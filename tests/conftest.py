@@ -91,6 +91,12 @@ def pytest_configure(config: pytest.Config) -> None:
     socket.socket.listen = lambda *_: skip("starts a server")  # type: ignore[method-assign]
 
 
+def _not_with_fast(request: pytest.FixtureRequest) -> None:
+    """Skip the test with `--fast`, since what starts its server is a thread that cannot skip."""
+    if request.config.getoption("--fast"):
+        pytest.skip("--fast: it starts a process or a server")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run slow tests first, so that they do not run alone at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
@@ -139,8 +145,9 @@ def _plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Chromium. Not for a whole session: its event loop is in the way of tests that have their own."""
+    _not_with_fast(request)
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     found = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
     if not found:
@@ -259,10 +266,11 @@ def server() -> Iterator[web.Server]:
 
 
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[Any]:
+def s3_server(request: pytest.FixtureRequest) -> Iterator[Any]:
     """An S3 server on loopback; its content stays when it is stopped and started."""
     moto = pytest.importorskip("moto.server", reason="no S3 server: pip install 'moto[server]'")
     pytest.importorskip("s3fs", reason="no s3fs: pip install s3fs")
+    _not_with_fast(request)
     server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     server._port = server.get_host_and_port()[1]
