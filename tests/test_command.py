@@ -118,4 +118,10 @@ def test_command_without_output_has_no_overwrite_flag(capsys: pytest.CaptureFixt
         number: int = option(1, OUTPUT, "a number", role="result", metavar="N")
 
     assert run_cli(Shown, lambda config: config.number, lambda *_: "", usage=USAGE, argv=["--overwrite"]) == 2
-    assert "unrecognized arguments: --overwrite" in capsys.readouterr().err
+    assert "unrecognized arguments: --overwrite (see" in capsys.readouterr().err
+
+
+def test_misspelt_flags_are_answered_by_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--numbr=3", "--log-levl", "info", "--quite_another"]
+    assert run(twice, *argv) == 2
+    assert "--quite_another: did you mean --number and --log_level? (see" in capsys.readouterr().err

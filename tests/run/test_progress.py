@@ -34,6 +34,21 @@ def test_an_unknown_total_is_estimated_from_the_share_that_was_read(monkeypatch:
     assert tracker.line() == "passages: 500/~2,000 passages, 50.0/s, 30.0 s left"
 
 
+@pytest.mark.parametrize(
+    ("unit", "total", "shown"),
+    [
+        ("queries", 1, "1/1 query"),
+        ("passages", 1, "1/1 passage"),
+        ("passages", None, "1 passage"),
+        ("steps", 2, "1/2 steps"),
+    ],
+)
+def test_unit_is_singular_for_one(unit: str, total: int | None, shown: str) -> None:
+    tracker = Tracker("name", unit, total, 0)
+    tracker.advance()
+    assert tracker.counts() == shown
+
+
 def test_progress_is_plain_lines_without_a_terminal(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
     monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0.0)
     with caplog.at_level(logging.INFO, "scaledown"), track("teach", "answers", 4, 2) as tracker:

@@ -202,6 +202,9 @@ REFUSED: list[tuple[str, Any, int, str]] = [
     (CHAT, b'{"messages": [{"role": "user", "content": "\xff"}]}', 400, "not valid JSON"),
     (CHAT, b"[" * 3_900, 400, "not valid JSON"),
     (CHAT, [], 400, "JSON object"),
+    (CHAT, chat("Why?", document=["x"]), 400, "document is not known here: did you mean documents?"),
+    (CHAT, chat("Why?", compresion_rate=4), 400, "did you mean compression_rate?"),
+    (RERANK, {"query": "Why?", "document": ["x"]}, 400, "did you mean documents?"),
     (CHAT, {}, 400, "messages: field required"),
     (CHAT, {"messages": []}, 400, "messages"),
     (CHAT, {"messages": [{"role": "king", "content": "x"}]}, 400, "messages.0.role"),
@@ -265,6 +268,7 @@ def test_fields_that_ask_for_nothing_are_ignored(server: Running) -> None:
         user="me",
         chat_template_kwargs={"x": 1},
         store=None,
+        min_tokens=0,  # of vLLM; no misspelt `max_tokens`
     )
     assert server.ask(CHAT, body)[0] == 200
 

@@ -107,6 +107,15 @@ def test_the_ending_decides_the_format(ending: str, folder: Path, tmp_path: Path
     assert not (tmp_path / "answers.txt").exists()
 
 
+def test_document_that_is_the_path_of_a_file_is_reported(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file := tmp_path / "notes.txt").write_text("Tides are caused by the moon.")
+    asked = ["--model", str(folder), "--query", "Why?", "--max_new_tokens", "2"]
+    assert main([*asked, "--document", str(file), "x" * 5000]) == 0
+    assert f"--document {file} is read as text, not as a file" in capsys.readouterr().err
+
+
 def test_one_answer_into_a_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "answer.json"
     words = ["--model", str(folder), "--query", QUERIES[0], "--document", "The moon.", "--device", "cpu"]

@@ -5,6 +5,7 @@ Precedence, lowest first: defaults, `--preset`, `--config`, flags.
 
 import argparse
 import dataclasses
+import difflib
 import json
 import os
 import types
@@ -61,7 +62,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise `UsageError` with one line, instead of printing the whole usage."""
-        raise UsageError(f"{message} (see {self.prog} --help)")
+        raise UsageError(f"{message}{self._meant(message)} (see {self.prog} --help)")
+
+    def _meant(self, message: str) -> str:
+        """Return a question that names the known flags which the unknown ones look like."""
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        flags = [word.partition("=")[0] for word in words.split() if unknown and word.startswith("--")]
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        close = [name for flag in flags for name in difflib.get_close_matches(flag, known, 1, 0.75)]
+        return f": did you mean {' and '.join(close)}?" if close else ""
 
 
 def command_parser(

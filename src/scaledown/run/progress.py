@@ -81,7 +81,8 @@ class Tracker:
     def counts(self) -> str:
         """Return `3,000/24,000 passages`; an estimated total has a `~` before it."""
         total = f"/{self.total:,}" if self.total is not None else f"/~{self.guess:,}" if self.guess else ""
-        return f"{self.done:,}{total} {self.unit}"
+        last = self.done if self.total is None else self.total
+        return f"{self.done:,}{total} {singular(self.unit) if last == 1 else self.unit}"
 
     def rate(self) -> float:
         """Return units per second: of this process, or the value from `tell`."""
@@ -219,6 +220,11 @@ def _drawing() -> Iterator[Progress]:
             _drawn.pop()
             if not _drawn:
                 progress.stop()
+
+
+def singular(unit: str) -> str:
+    """Return `query` for `queries`, `passage` for `passages`."""
+    return f"{unit[:-3]}y" if unit.endswith("ies") else unit.removesuffix("s")
 
 
 def duration(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """Requests and errors in the formats of OpenAI's chat completions and of Jina's and Cohere's reranking."""
 
+import difflib
 from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
 
 import orjson
@@ -30,7 +31,7 @@ class RequestError(ScaleDownError):
 
 
 class _Shape(BaseModel):
-    """Unknown fields are ignored, as vLLM does. Values of another type are refused, not converted."""
+    """Unknown fields are ignored, as vLLM does, except misspelt ones. Values of another type are refused."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -140,6 +141,10 @@ _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "echo": (False,),
 }
 
+_CLOSE: Final = 0.85  # `document` is close to `documents` (0.94); `min_tokens` is not to `max_tokens` (0.80)
+_COMPARED: Final = 50  # unknown fields of a request that are compared; no request should cost much time
+_LONGEST: Final = 40  # characters of their names
+
 Request = TypeVar("Request", ChatRequest, RerankRequest)
 
 
@@ -166,6 +171,13 @@ def parsed(body: bytes, kind: type[Request]) -> Request:
         for name, allowed in _UNSUPPORTED.items():
             if content.get(name) is not None and not any(_same(content[name], value) for value in allowed):
                 raise RequestError(f"{name} is not supported here: leave it out", param=name)
+    unknown = content.keys() - kind.model_fields.keys() - _UNSUPPORTED.keys()
+    for name in sorted(unknown)[:_COMPARED]:
+        meant = difflib.get_close_matches(
+            name[:_LONGEST], kind.model_fields.keys() - content.keys(), 1, _CLOSE
+        )
+        if meant:
+            raise RequestError(f"{name} is not known here: did you mean {meant[0]}?", param=name)
     try:
         return kind.model_validate(content)
     except ValidationError as error:

@@ -59,6 +59,9 @@ def answer(config: AnswerConfig, *, overwrite: bool = False) -> Answered:
     if config.output_file:
         output = Path(config.output_file)
         check_output("--output_file", output, [config.data], made="answer", overwrite=overwrite)
+    for text in config.document:
+        if _is_file(text):
+            log.warning("--document %s is read as text, not as a file: give the text itself", text)
     model, config = _load(config)
     try:
         if config.output_file:
@@ -71,6 +74,13 @@ def answer(config: AnswerConfig, *, overwrite: bool = False) -> Answered:
     finally:
         model.close()
     return Answered()
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # no file has such a name
+        return False
 
 
 def _load(config: AnswerConfig) -> tuple[Any, AnswerConfig]:

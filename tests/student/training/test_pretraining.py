@@ -307,6 +307,8 @@ def test_summary_names_the_next_command(setting: Setting) -> None:
     result = train(setting(max_steps=1))
     last = summary(result, pretrained=True).splitlines()[-1]
     assert f"train --pretrained_model {result.output} --train_data FILE" in last
+    last = summary(result).splitlines()[-1]
+    assert f"evaluate --model {result.output} --data FILE" in last
 
 
 @pytest.mark.slow

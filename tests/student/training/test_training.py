@@ -564,6 +564,26 @@ def test_one_long_document_is_reported(
     assert f"--doc_max_length {result.documents.most} needs fewer memory tokens" in caplog.text
 
 
+def test_progress_does_not_exceed_the_examples(
+    setting: Setting, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scaledown.run.progress.LINE_EVERY_SECONDS", 0.0)
+    with caplog.at_level("INFO", "scaledown"):
+        train(setting(max_steps=2, batch_size=6, micro_batch_size=4))  # the first step tries its longest part
+    shown = re.findall(r"train: (\d+)/(\d+) examples", caplog.text)
+    assert shown[-1] == ("12", "12")
+    assert all(int(done) <= int(total) for done, total in shown)
+
+
+def test_summary_has_the_size_of_checkpoints(setting: Setting) -> None:
+    result = train(setting(max_steps=1))
+    assert "GB of checkpoints, which a finished run no longer needs" in summary(result)
+    for folder in Path(result.output).glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    assert "GB of checkpoints" not in summary(result)
+    assert train(setting(max_steps=1)).already_done
+
+
 def test_finished_run_is_left_alone(
     undisturbed: Trained, setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

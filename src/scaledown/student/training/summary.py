@@ -1,6 +1,7 @@
 """The summary that a finished training prints."""
 
 import shlex
+from pathlib import Path
 from typing import Final
 
 from scaledown.command import program_name
@@ -31,12 +32,18 @@ def summary(result: Trained, *, pretrained: bool = False) -> str:
         + (f"{cut:,} cut to {result.doc_max_length:,}" if cut else "none cut")
     )
     lines.append(f"  step        {duration(result.seconds_per_step)} for {result.batch_size:,} examples")
+    checkpoints = [file for file in Path(result.output).glob("checkpoint-*/**/*") if file.is_file()]
+    if checkpoints:
+        size = sum(file.stat().st_size for file in checkpoints)
+        lines.append(
+            f"  disk        {size / 1e9:,.1f} GB of checkpoints, which a finished run no longer needs"
+        )
     if result.steps < _FEW:
         lines.append(f"              {result.steps:,} are few steps to learn from: --max_steps N takes more")
     if result.skipped:
         lines.append(f"  skipped     {result.skipped:,} unusable records")
     folder = shlex.quote(result.output)
-    following = f"answer --model {folder} --help"
+    following = f"evaluate --model {folder} --data FILE --output_dir {folder}-results"
     if pretrained:
         following = f"train --pretrained_model {folder} --train_data FILE --output_dir DIR"
     return "\n".join([*lines, "", f"next: {program_name()} {following}"])

@@ -222,7 +222,8 @@ class StudentTrainer:
         if self._noticed and self.passes.ranks == 1:
             raise _Stopped
         if self._tracker is not None and torch.is_grad_enabled():
-            self._tracker.advance(count * self.passes.ranks)
+            left = self._counts[self.step + 1] - self._tracker.done  # a trial does not count twice
+            self._tracker.advance(min(count * self.passes.ranks, left))
 
     def _count(self) -> None:
         """Set the progress to the examples of complete steps, without trials."""
