@@ -112,7 +112,7 @@ def test_document_that_is_the_path_of_a_file_is_reported(
 ) -> None:
     (file := tmp_path / "notes.txt").write_text("Tides are caused by the moon.")
     asked = ["--model", str(folder), "--query", "Why?", "--max_new_tokens", "2"]
-    assert main([*asked, "--document", str(file), "x" * 5000]) == 0
+    assert main(["answer", *asked, "--document", str(file), "x" * 5000]) == 0
     assert f"--document {file} is read as text, not as a file" in capsys.readouterr().err
 
 

@@ -728,7 +728,7 @@ def test_command_line_end_to_end(setting: Setting, environment: dict[str, str]) 
     assert re.search(r"20 examples, 3 steps\n", done.stdout)
     assert re.search(r"held out +\d+\.\d+ before training, \d+\.\d+ after; 4 examples", done.stdout)
     assert "3 are few steps to learn from: --max_steps N takes more" in done.stdout
-    assert f"answer --model {setting().output_dir}" in done.stdout.splitlines()[-1]
+    assert f"evaluate --model {setting().output_dir} --data FILE" in done.stdout.splitlines()[-1]
     assert "%|" not in done.stderr, "no bars where nobody looks"
     assert all(re.match(r"\d{4}-\d\d-\d\d ", line) for line in done.stderr.splitlines()), done.stderr
 
