@@ -1,7 +1,7 @@
 """Turn questions with documents into token ids, and examples into batches with little padding."""
 
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple, TypedDict
+from typing import Any, Final, NamedTuple, NotRequired, TypedDict
 
 import torch
 
@@ -19,7 +19,7 @@ SEPARATOR: Final = "\n\n"  # between documents, as in `Prompt.user`
 # Marks the place of the documents while the chat template is applied. It is removed from texts of users.
 _DOCUMENTS: Final = "\ue000documents\ue000"
 # The fixed cost of a forward pass, in tokens that take as long: higher on a GPU, lower on two CPU cores.
-_PASS_TOKENS: Final = 128
+FIXED_TOKENS: Final = 128
 PASS_TOKENS: Final = 1 << 15  # in one forward pass of the compressor, at most: bounds its memory
 CPU_PASS_TOKENS: Final = 1 << 12  # more do not fit into a CPU's caches
 
@@ -86,6 +86,10 @@ class Group(TypedDict):
     """[documents]: number of memory tokens of each document."""
     places: torch.Tensor
     """[documents]: index of each document among all documents of the batch."""
+    queries: NotRequired[Any]
+    """The `ReadQueries` of the batch, if the compressor has read the queries before the documents."""
+    asked: NotRequired[torch.Tensor]
+    """[documents]: index of each document's query in `queries`."""
 
 
 class Batch(TypedDict):
@@ -141,19 +145,23 @@ def collate(examples: Sequence[Encoded]) -> Batch:
     }
 
 
-def group(documents: Sequence[Document], most_tokens: int = PASS_TOKENS) -> list[Group]:
+def group(
+    documents: Sequence[Document], most_tokens: int = PASS_TOKENS, *, after_queries: bool = False
+) -> list[Group]:
     """Group documents of similar length, so that padding and forward passes together cost least.
 
     Args:
         documents: The documents of a batch.
         most_tokens: The most tokens of a group, padding included. A document that is longer is a group by
             itself.
+        after_queries: Whether the queries are already read, so that only documents' own tokens count.
 
     Returns:
         The groups; each document is in one of them.
     """
     groups: list[Group] = []
-    for places in _partition([len(document.ids) for document in documents], most_tokens):
+    read = [len(document.ids) - document.start * after_queries for document in documents]
+    for places in _partition(read, most_tokens):
         chosen = [documents[place] for place in places]
         lengths = torch.tensor([len(document.ids) for document in chosen])
         ids = torch.zeros(len(places), int(lengths.max()), dtype=torch.long)  # [documents, length]
@@ -191,7 +199,7 @@ def _partition(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
         longest = lengths[order[end - 1]]
         best.append(
             min(
-                (best[before][0] + (end - cuts[before]) * longest + _PASS_TOKENS, before)
+                (best[before][0] + (end - cuts[before]) * longest + FIXED_TOKENS, before)
                 for before in range(number)
             )
         )

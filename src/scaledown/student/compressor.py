@@ -42,6 +42,9 @@ class Compressor:
     part_rates: Mapping[str, float] = {}
     """Learning rates of parts as multiples of the compressor's, by a prefix of the weights' names. These
     parts have no weight decay."""
+    reads_queries_once: bool = False
+    """Whether `states` or `compress` supports groups whose queries are already read, see
+    `student/compressors/queries.py`. Only for causal compressors."""
     float32_parts: tuple[str, ...] = ()
     """Parts that stay in float32 for any dtype of the model."""
     rates: tuple[int, ...] = ()

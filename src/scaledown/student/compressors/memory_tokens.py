@@ -8,6 +8,7 @@ from torch import nn
 from scaledown.student.batch import Group
 from scaledown.student.compressor import Compressed, Compressor
 from scaledown.student.compressors import layers
+from scaledown.student.compressors.queries import places_after, states_after_queries
 
 
 class MemoryTokens(Compressor):
@@ -23,7 +24,7 @@ class MemoryTokens(Compressor):
 
     def __init__(self, learning_rate: float, *, of_generator: bool = False, model_name: str = "") -> None:
         self.learning_rate = learning_rate
-        self.of_generator = of_generator
+        self.of_generator = self.reads_queries_once = of_generator
         self.model_name = model_name
 
     def add_parts(self, model: Any) -> None:
@@ -53,6 +54,10 @@ class MemoryTokens(Compressor):
         if model.config.enable_reranking:
             extra = torch.cat([extra, model.rerank_token[None]])
         ids, lengths = group["ids"].to(model.device), group["lengths"].to(model.device)
+        if "queries" in group:
+            states = states_after_queries(model.compressor, group, extra)
+            places = places_after(lengths - group["starts"].to(model.device), len(extra))
+            return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
         return layers.compress(model.compressor, extra, ids, lengths, causal=self.of_generator)
 
     def embed(self, model: Any, states: torch.Tensor) -> Compressed:

@@ -13,6 +13,7 @@ from torch import nn
 
 from scaledown.student.batch import Group
 from scaledown.student.compressor import Compressed, Compressor, in_order, nothing
+from scaledown.student.compressors.queries import states_after_queries
 
 NO_WORD: Final = -1
 _SCORED: Final = 128  # hidden units that read a state
@@ -132,6 +133,7 @@ class PicksTokens(Compressor):
     # The scoring layers are new and learn faster. `carry` learns slower: a step at the full rate would change
     # what it adds to an embedding by the norm of an embedding.
     part_rates: Mapping[str, float] = {"pointer": 10 / 3, "pointer.carry": 1 / 15}
+    reads_queries_once = True
     float32_parts = ("pointer",)  # small, and the order of tokens needs the precision
     rates = RATES
     ranks = True
@@ -201,10 +203,13 @@ class PicksTokens(Compressor):
 def _score(model: Any, group: Group) -> _Scored:
     ids, starts = group["ids"].to(model.device), group["starts"].to(model.device)
     lengths = group["stops"].to(model.device) - starts
-    states = model.compressor(input_ids=ids).last_hidden_state  # causal: padding is on the right
     steps = torch.arange(max(1, int(lengths.max())), device=ids.device)
     places = (starts[:, None] + steps).clamp(max=ids.shape[1] - 1)  # [documents, tokens]
-    states = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+    if "queries" in group:
+        states = states_after_queries(model.compressor, group)[:, : len(steps)]
+    else:
+        states = model.compressor(input_ids=ids).last_hidden_state  # causal: padding is on the right
+        states = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
     found = matches(model.pointer.words[ids], starts, places)
     scores = model.pointer(states, lengths, found)
     return _Scored(ids.gather(1, places), states, scores, lengths, group["counts"].to(ids.device))

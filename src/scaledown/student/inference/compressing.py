@@ -10,7 +10,8 @@ import torch
 
 from scaledown.devices.halving import Halving
 from scaledown.errors import InputError, UsageError
-from scaledown.student.batch import CPU_PASS_TOKENS, PASS_TOKENS, Document, Reader, group
+from scaledown.student.batch import CPU_PASS_TOKENS, PASS_TOKENS, Document, Group, Reader, group
+from scaledown.student.compressors.queries import grouped
 from scaledown.student.settings import ScaleDownConfig
 
 log = logging.getLogger("scaledown")
@@ -61,6 +62,7 @@ class Compressing:
     device: torch.device
     training: bool
     train: Callable[[bool], Any]
+    compressor: Any
     compress_ids: Callable[..., Any]
 
     @overload
@@ -200,7 +202,7 @@ class Compressing:
         if not read:
             return []
         with self.using():
-            found = self.compress_ids(group(read), [len(read)] if budget == "shared" else ())
+            found = self.compress_ids(self._groups(read), [len(read)] if budget == "shared" else ())
         return [
             Pointed(
                 one.ids[one.start : one.stop],
@@ -240,9 +242,8 @@ class Compressing:
         """Compress the documents of several queries, which are already tokenized, together."""
         sizes = [len(documents) for documents in read]
         with self.using():
-            most = CPU_PASS_TOKENS if self.device.type == "cpu" else PASS_TOKENS
             documents = [one for documents in read for one in documents]
-            found = self.compress_ids(group(documents, most), sizes if budget == "shared" else ())
+            found = self.compress_ids(self._groups(documents), sizes if budget == "shared" else ())
         counts, first = [], 0
         for size in sizes:
             counts.append(found.counts[first : first + size])
@@ -250,6 +251,13 @@ class Compressing:
         embeddings = torch.split(found.embeddings, [sum(own) for own in counts])
         relevance = [None] * len(sizes) if found.relevance is None else torch.split(found.relevance, sizes)
         return [StandIns(*own) for own in zip(embeddings, counts, relevance, strict=True)]
+
+    def _groups(self, documents: Sequence[Document]) -> list[Group]:
+        """Group documents for `compress_ids`; a causal compressor reads each query once."""
+        most = CPU_PASS_TOKENS if self.device.type == "cpu" else PASS_TOKENS
+        if self.config.kind.reads_queries_once:
+            return grouped(self.compressor, documents, most, self.device)
+        return group(documents, most)
 
     @contextlib.contextmanager
     def using(self) -> Iterator[None]:

@@ -1,0 +1,121 @@
+"""Read each query once for all its documents, with a causal compressor.
+
+A query stands before each of its documents, and causal attention does not look ahead. So the keys and values
+of its tokens are the same for all of its documents. They are computed once, and the compressor goes on from
+them with each document's own tokens. This is for compression without gradients; training reads query and
+document together.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from scaledown.student.batch import FIXED_TOKENS, Document, Group, group
+
+
+class ReadQueries(NamedTuple):
+    """Queries that the compressor has read."""
+
+    cache: Any
+    """Keys and values of each layer, [queries, heads, length, size], padded on the left."""
+    mask: torch.Tensor
+    """[queries, length]: 0 at padding, else 1."""
+
+
+def grouped(compressor: Any, documents: Sequence[Document], most_tokens: int, device: Any) -> list[Group]:
+    """Group documents as `group` does; if it saves work, read their queries first.
+
+    Args:
+        compressor: A causal compressor.
+        documents: The documents of one or more queries.
+        most_tokens: The most tokens of a group.
+        device: The compressor's device.
+
+    Returns:
+        The groups. If they have `queries`, the states come from `states_after_queries`.
+    """
+    numbers: dict[tuple[int, ...], int] = {}
+    asked = [numbers.setdefault(tuple(one.ids[: one.start]), len(numbers)) for one in documents]
+    longest = max(map(len, numbers), default=0)
+    saved = sum(one.start for one in documents) - len(numbers) * longest
+    if saved <= FIXED_TOKENS or () in numbers or not _goes_on(compressor):
+        return group(documents, most_tokens)
+    queries = _read(compressor, list(numbers), longest, device)
+    groups = group(documents, most_tokens, after_queries=True)
+    for own in groups:
+        own["queries"] = queries
+        own["asked"] = torch.tensor([asked[place] for place in own["places"].tolist()])
+    return groups
+
+
+def states_after_queries(compressor: Any, own: Group, extra: torch.Tensor | None = None) -> torch.Tensor:
+    """Compute the states of documents' tokens whose queries are already read.
+
+    Args:
+        compressor: The compressor that has read the queries.
+        own: A group with `queries`.
+        extra: [k, width]: embeddings of tokens that follow each document's last token.
+
+    Returns:
+        [documents, longest document + k, width]: states of each document's tokens, of the extra tokens, and
+        of padding.
+    """
+    queries: ReadQueries = own["queries"]
+    device = queries.mask.device
+    ids, starts, lengths, asked = (own[name].to(device) for name in ("ids", "starts", "lengths", "asked"))  # type: ignore[literal-required]
+    lengths = lengths - starts
+    steps = torch.arange(max(1, int(lengths.max())), device=device)
+    ids = ids.gather(1, (starts[:, None] + steps).clamp(max=ids.shape[1] - 1))
+    embedded = compressor.get_input_embeddings()(ids)  # [documents, tokens, width]
+    if extra is not None:
+        embedded = nn.functional.pad(embedded, (0, 0, 0, len(extra)))
+        index = places_after(lengths, len(extra))[..., None].expand(-1, -1, embedded.shape[-1])
+        embedded = embedded.scatter(1, index, extra.to(embedded.dtype).expand(len(ids), -1, -1))
+    steps = torch.arange(embedded.shape[1], device=device)
+    cache = DynamicCache()
+    for number, layer in enumerate(queries.cache.layers):
+        cache.update(layer.keys[asked], layer.values[asked], number)
+    # Padding on the right needs no mask: causal attention does not look there.
+    states: torch.Tensor = compressor(
+        inputs_embeds=embedded,
+        attention_mask=nn.functional.pad(queries.mask[asked], (0, len(steps)), value=1),
+        position_ids=starts[:, None] + steps,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    return states
+
+
+def places_after(lengths: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the indices of `count` tokens after each document's last token, [documents, count]."""
+    return lengths[:, None] + torch.arange(count, device=lengths.device)
+
+
+def _read(compressor: Any, queries: Sequence[Sequence[int]], longest: int, device: Any) -> ReadQueries:
+    ids = torch.zeros(len(queries), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(queries):
+        ids[row, longest - len(tokens) :] = torch.tensor(tokens, dtype=torch.long)
+        mask[row, longest - len(tokens) :] = 1
+    ids, mask = ids.to(device), mask.to(device)
+    output = compressor(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=True,
+    )
+    return ReadQueries(output.past_key_values, mask)
+
+
+def _goes_on(compressor: Any) -> bool:
+    """Whether the compressor takes positions, and its layers keep all keys and values.
+
+    A sliding window drops old ones, and layers without attention keep others.
+    """
+    layers = DynamicCache(config=compressor.config).layers
+    takes_positions = "position_ids" in inspect.signature(compressor.forward).parameters
+    return takes_positions and all(type(layer) is DynamicLayer for layer in layers)
