@@ -66,7 +66,7 @@ def states_after_queries(compressor: Any, own: Group, extra: torch.Tensor | None
     """
     queries: ReadQueries = own["queries"]
     device = queries.mask.device
-    ids, starts, lengths, asked = (own[name].to(device) for name in ("ids", "starts", "lengths", "asked"))  # type: ignore[literal-required]
+    ids, starts, lengths, asked = (own[name].to(device) for name in ("ids", "starts", "lengths", "asked"))
     lengths = lengths - starts
     steps = torch.arange(max(1, int(lengths.max())), device=device)
     ids = ids.gather(1, (starts[:, None] + steps).clamp(max=ids.shape[1] - 1))
