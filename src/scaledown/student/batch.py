@@ -39,6 +39,10 @@ class Document(NamedTuple):
     """For each of the document's tokens, whether the answer copies it; empty if that is not known."""
 
 
+_STAND_IN: Final = Document([0], 0, 1, 1)
+"""One token, for a pass without documents."""
+
+
 class Encoded(NamedTuple):
     """One example as token ids."""
 
@@ -96,6 +100,7 @@ class Batch(TypedDict):
     """The arguments of `ScaleDownModel.forward`. Documents are numbered through the batch, by example."""
 
     groups: list[Group]
+    """All documents; or one that stands in, while `scores` are empty."""
     ids: torch.Tensor
     """[batch, length]: prompt and answer, padded on the right; 0 where `is_memory` is true."""
     is_memory: torch.Tensor
@@ -110,8 +115,17 @@ class Batch(TypedDict):
     """[batch]: number of documents of each example."""
 
 
-def collate(examples: Sequence[Encoded]) -> Batch:
-    """Make one batch of examples."""
+def collate(examples: Sequence[Encoded], *, one_group: bool = False) -> Batch:
+    """Make one batch of examples.
+
+    Args:
+        examples: The examples.
+        one_group: Whether all documents are one group, as processes need that share a model: each must run
+            the compressor as often as the others. Without documents the group has one that stands in.
+
+    Returns:
+        The batch.
+    """
     length = max(example.prompt_length + len(example.answer_ids) for example in examples)
     ids = torch.zeros(len(examples), length, dtype=torch.long)  # [batch, length]
     is_memory = torch.zeros_like(ids, dtype=torch.bool)
@@ -131,11 +145,12 @@ def collate(examples: Sequence[Encoded]) -> Batch:
         labels[row, place : place + len(answer)] = answer
         scores += example.scores if example.scores is not None else [float("nan")] * len(example.documents)
     documents = [document for example in examples for document in example.documents]
+    groups = [_grouped(documents or [_STAND_IN])] if one_group else group(documents)
     copied = torch.zeros(len(documents), max((one.stop - one.start for one in documents), default=1) or 1)
     for row, document in enumerate(documents):
         copied[row, : len(document.copied)] = torch.tensor(document.copied, dtype=torch.float32)
     return {
-        "groups": group(documents),
+        "groups": groups,
         "ids": ids,
         "is_memory": is_memory,
         "labels": labels,
@@ -162,22 +177,25 @@ def group(
     groups: list[Group] = []
     read = [len(document.ids) - document.start * after_queries for document in documents]
     for places in _partition(read, most_tokens):
-        chosen = [documents[place] for place in places]
-        lengths = torch.tensor([len(document.ids) for document in chosen])
-        ids = torch.zeros(len(places), int(lengths.max()), dtype=torch.long)  # [documents, length]
-        for row, document in enumerate(chosen):
-            ids[row, : len(document.ids)] = torch.tensor(document.ids, dtype=torch.long)
-        groups.append(
-            {
-                "ids": ids,
-                "lengths": lengths,
-                "starts": torch.tensor([document.start for document in chosen]),
-                "stops": torch.tensor([document.stop for document in chosen]),
-                "counts": torch.tensor([document.memory for document in chosen]),
-                "places": torch.tensor(places),
-            }
-        )
+        own = _grouped([documents[place] for place in places])
+        groups.append(own | {"places": torch.tensor(places)})
     return groups
+
+
+def _grouped(documents: Sequence[Document]) -> Group:
+    """Make one group of all documents, in their order."""
+    lengths = torch.tensor([len(document.ids) for document in documents])
+    ids = torch.zeros(len(documents), int(lengths.max()), dtype=torch.long)  # [documents, length]
+    for row, document in enumerate(documents):
+        ids[row, : len(document.ids)] = torch.tensor(document.ids, dtype=torch.long)
+    return {
+        "ids": ids,
+        "lengths": lengths,
+        "starts": torch.tensor([document.start for document in documents]),
+        "stops": torch.tensor([document.stop for document in documents]),
+        "counts": torch.tensor([document.memory for document in documents]),
+        "places": torch.arange(len(documents)),
+    }
 
 
 def _partition(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:

@@ -122,7 +122,8 @@ class Compressor:
 def nothing(model: Any) -> Compressed:
     """Return the result of compressing no documents."""
     embeddings = model.get_input_embeddings()
-    none = embeddings.weight.new_zeros(0, embeddings.embedding_dim)
+    weight = embeddings.weight  # with FSDP a part of a distributed tensor; its `new_zeros` would be one, too
+    none = torch.zeros(0, embeddings.embedding_dim, dtype=weight.dtype, device=weight.device)
     return Compressed(none, [], none[:, 0].float() if model.config.ranks else None)
 
 

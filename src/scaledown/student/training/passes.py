@@ -199,7 +199,8 @@ class Passes:
 
         0 if it is empty.
         """
-        output = self.model(**_moved(collate(part or [self._stand_in]), self.device))
+        batch = collate(part or [self._stand_in], one_group=self.is_shared)
+        output = self.model(**_moved(batch, self.device))
         mine = _size(part)
         shares = {"answer_loss": mine.tokens / max(1, whole.tokens)}
         return torch.stack(
