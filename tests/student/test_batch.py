@@ -14,7 +14,7 @@ from scaledown.data.prompts import GUIDE, PAPER, Template, answer_prompt
 from scaledown.data.teacher.base import Generation
 from scaledown.data.teacher.context import Context
 from scaledown.errors import InputError, UsageError
-from scaledown.student.batch import _PASS_TOKENS, Document, Encoded, Reader, collate, group
+from scaledown.student.batch import FIXED_TOKENS, Document, Encoded, Reader, collate, group
 from scaledown.student.settings import ScaleDownConfig
 
 
@@ -151,11 +151,11 @@ def test_document_groups_have_the_least_cost(lengths: list[int]) -> None:
         starts = [0, *ends[:-1]]
         costs.append(
             sum(
-                (end - start) * ordered[end - 1] + _PASS_TOKENS
+                (end - start) * ordered[end - 1] + FIXED_TOKENS
                 for start, end in zip(starts, ends, strict=True)
             )
         )
-    assert sum(part["ids"].numel() + _PASS_TOKENS for part in groups) == min(costs)
+    assert sum(part["ids"].numel() + FIXED_TOKENS for part in groups) == min(costs)
 
 
 def test_group_of_documents_respects_the_token_limit() -> None:
