@@ -68,6 +68,11 @@ def test_failure_sets_the_status_and_is_printed_after_the_summary(
     assert capsys.readouterr() == ("1: 2\n", error)
 
 
+def test_only_the_first_process_makes_the_summary(monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run_cli(Config, twice, lambda *_: pytest.fail("made"), usage=USAGE, argv=[]) == 0
+
+
 def test_only_the_first_process_prints(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
     assert run(twice) == 0

@@ -47,7 +47,7 @@ def run_cli(
         run: Does the work: `run(settings, **others)`. `others` are given flags that are not settings, for
             example `overwrite=True`.
         summary: Makes the text that is printed at the end. If torchrun started several processes, only the
-            first prints it.
+            first makes and prints it.
         usage: The help.
         argv: The command line; by default, the one of this process.
         failure: Returns the reason for status 1 although there is a summary, or None for status 0. An empty
@@ -73,7 +73,7 @@ def run_cli(
             others["repeats"] = Path(flags["config"]).expanduser()
         given = from_flags(flags, config)
         result = run(given, **others)
-        if (text := summary(result, given)) and is_first():
+        if is_first() and (text := summary(result, given)):
             print(text)
         reason = failure(result, given)
         if reason:

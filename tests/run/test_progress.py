@@ -35,17 +35,18 @@ def test_an_unknown_total_is_estimated_from_the_share_that_was_read(monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("unit", "total", "shown"),
+    ("unit", "total", "fraction", "shown"),
     [
-        ("queries", 1, "1/1 query"),
-        ("passages", 1, "1/1 passage"),
-        ("passages", None, "1 passage"),
-        ("steps", 2, "1/2 steps"),
+        ("queries", 1, None, "1/1 query"),
+        ("passages", 1, None, "1/1 passage"),
+        ("passages", None, None, "1 passage"),
+        ("passages", None, 0.5, "1/~2 passages"),
+        ("steps", 2, None, "1/2 steps"),
     ],
 )
-def test_unit_is_singular_for_one(unit: str, total: int | None, shown: str) -> None:
+def test_unit_is_singular_for_one(unit: str, total: int | None, fraction: float | None, shown: str) -> None:
     tracker = Tracker("name", unit, total, 0)
-    tracker.advance()
+    tracker.advance(1, fraction)
     assert tracker.counts() == shown
 
 

@@ -204,6 +204,7 @@ REFUSED: list[tuple[str, Any, int, str]] = [
     (CHAT, [], 400, "JSON object"),
     (CHAT, chat("Why?", document=["x"]), 400, "document is not known here: did you mean documents?"),
     (CHAT, chat("Why?", compresion_rate=4), 400, "did you mean compression_rate?"),
+    (CHAT, chat("Why?", presence_penality=1), 400, "did you mean presence_penalty?"),
     (RERANK, {"query": "Why?", "document": ["x"]}, 400, "did you mean documents?"),
     (CHAT, {}, 400, "messages: field required"),
     (CHAT, {"messages": []}, 400, "messages"),
@@ -269,6 +270,8 @@ def test_fields_that_ask_for_nothing_are_ignored(server: Running) -> None:
         chat_template_kwargs={"x": 1},
         store=None,
         min_tokens=0,  # of vLLM; no misspelt `max_tokens`
+        models=["another"],  # of OpenRouter; no misspelt `model`
+        stops=None,
     )
     assert server.ask(CHAT, body)[0] == 200
 

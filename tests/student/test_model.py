@@ -214,6 +214,38 @@ def test_examples_without_scores_leave_the_head_alone(build: Any) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
+@pytest.mark.parametrize("kind", ["n_layers", "pointer"])
+def test_a_document_stands_in_for_a_process_without_any(build: Any, kind: str) -> None:
+    """Other processes wait for its passes and gradients; loss and gradients are those without it."""
+    model = build(kind, generator_training="full", enable_reranking=kind == "n_layers")
+    texts = [
+        model.reader.encode_text("What is iron?", shown, 8)._replace(
+            answer_ids=model.reader.answer_ids("A metal")
+        )
+        for shown in (["Iron is a metal."], [])
+    ]
+    expected = model(**collate(texts))
+    expected.loss.backward()
+    without = gradients(model)
+    found = model(**collate(texts, one_group=True))
+    found.loss.backward()
+    torch.testing.assert_close(found.loss, expected.loss)
+    own = gradients(model)
+    assert without.keys() < own.keys()
+    assert own.keys() == {name for name, one in model.named_parameters() if one.requires_grad}
+    for name, value in own.items():
+        torch.testing.assert_close(value, without.get(name, torch.zeros_like(value)))
+
+
+@pytest.mark.parametrize("kind", ["n_layers", "bert", "pointer"])
+def test_one_group_has_the_losses_of_several(build: Any, kind: str) -> None:
+    model = build(kind)
+    examples = encoded(model)
+    several, one = collate(examples), collate(examples, one_group=True)
+    assert len(one["groups"]) == 1
+    torch.testing.assert_close(model(**one).loss, model(**several).loss)
+
+
 @pytest.mark.parametrize("kind", ["n_layers", "bert"])
 def test_trained_weights_by_generator_training(build: Any, kind: str) -> None:
     for training in ("lora", "full", "frozen"):

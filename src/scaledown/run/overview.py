@@ -106,7 +106,7 @@ def _state(status: Status) -> str:
         return "running"
     if is_url(status.path):
         return "unfinished (whether a process is at work cannot be seen in a bucket)"
-    return "unfinished, and no process is at work here: the same command continues"
+    return "interrupted: the same command continues (or it waits for other parts of the run)"
 
 
 def _row(stage: StageStatus, status: Status) -> tuple[str, ...]:

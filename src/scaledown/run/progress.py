@@ -81,8 +81,8 @@ class Tracker:
     def counts(self) -> str:
         """Return `3,000/24,000 passages`; an estimated total has a `~` before it."""
         total = f"/{self.total:,}" if self.total is not None else f"/~{self.guess:,}" if self.guess else ""
-        last = self.done if self.total is None else self.total
-        return f"{self.done:,}{total} {singular(self.unit) if last == 1 else self.unit}"
+        last = self.total if self.total is not None else self.guess or self.done
+        return f"{self.done:,}{total} {self.unit if last != 1 else singular(self.unit)}"
 
     def rate(self) -> float:
         """Return units per second: of this process, or the value from `tell`."""
@@ -189,7 +189,7 @@ def _shown(name: str, unit: str, total: int | None, done: int, stage: Stage | No
         return
     tracker = Tracker(name, unit, total, done, stage)
     if done:
-        log.info("%s: continues after %s %s", name, f"{done:,}", unit)
+        log.info("%s: continues after %s %s", name, f"{done:,}", unit if done != 1 else singular(unit))
     yield tracker
     tracker.say()
 

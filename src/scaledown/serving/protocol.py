@@ -31,7 +31,10 @@ class RequestError(ScaleDownError):
 
 
 class _Shape(BaseModel):
-    """Unknown fields are ignored, as vLLM does, except misspelt ones. Values of another type are refused."""
+    """Unknown fields are ignored, as vLLM does; values of another type are refused, not converted.
+
+    `parsed` refuses misspelt fields of the request itself.
+    """
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -142,6 +145,7 @@ _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
 }
 
 _CLOSE: Final = 0.85  # `document` is close to `documents` (0.94); `min_tokens` is not to `max_tokens` (0.80)
+_OTHERS: Final = frozenset({"models"})  # of OpenRouter: other models to ask
 _COMPARED: Final = 50  # unknown fields of a request that are compared; no request should cost much time
 _LONGEST: Final = 40  # characters of their names
 
@@ -171,11 +175,10 @@ def parsed(body: bytes, kind: type[Request]) -> Request:
         for name, allowed in _UNSUPPORTED.items():
             if content.get(name) is not None and not any(_same(content[name], value) for value in allowed):
                 raise RequestError(f"{name} is not supported here: leave it out", param=name)
-    unknown = content.keys() - kind.model_fields.keys() - _UNSUPPORTED.keys()
-    for name in sorted(unknown)[:_COMPARED]:
-        meant = difflib.get_close_matches(
-            name[:_LONGEST], kind.model_fields.keys() - content.keys(), 1, _CLOSE
-        )
+    known = kind.model_fields.keys() | (_UNSUPPORTED.keys() if kind is ChatRequest else set())
+    unknown = [name for name, value in content.items() if value is not None and name not in known | _OTHERS]
+    for name in unknown[:_COMPARED]:
+        meant = difflib.get_close_matches(name[:_LONGEST], known - content.keys(), 1, _CLOSE)
         if meant:
             raise RequestError(f"{name} is not known here: did you mean {meant[0]}?", param=name)
     try:

@@ -167,16 +167,17 @@ def group(
 
     Args:
         documents: The documents of a batch.
-        most_tokens: The most tokens of a group, padding included. A document that is longer is a group by
-            itself.
-        after_queries: Whether the queries are already read, so that only documents' own tokens count.
+        most_tokens: The most tokens of a group, padding and queries included. A document that is longer is a
+            group by itself.
+        after_queries: Whether the queries are already read, so that only documents' own tokens cost time.
 
     Returns:
         The groups; each document is in one of them.
     """
     groups: list[Group] = []
+    kept = [len(document.ids) for document in documents]
     read = [len(document.ids) - document.start * after_queries for document in documents]
-    for places in _partition(read, most_tokens):
+    for places in _partition(read, kept, most_tokens):
         own = _grouped([documents[place] for place in places])
         groups.append(own | {"places": torch.tensor(places)})
     return groups
@@ -198,8 +199,10 @@ def _grouped(documents: Sequence[Document]) -> Group:
     }
 
 
-def _partition(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
+def _partition(lengths: Sequence[int], kept: Sequence[int], most_tokens: int) -> list[list[int]]:
     """Sort the indices of `lengths` by length and cut them into parts of the least total cost.
+
+    `kept` are the lengths that must fit into `most_tokens`, with those of a part padded to the longest.
 
     The cost is the number of tokens with padding, plus a fixed cost for each part. The best cuts are found by
     dynamic programming: `best[n]` is the least cost of the documents before the n-th possible cut.
@@ -226,7 +229,7 @@ def _partition(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
     while number:
         before = best[number][1]
         part = order[cuts[before] : cuts[number]]
-        size = max(1, most_tokens // max(1, lengths[part[-1]]))
+        size = max(1, most_tokens // max(1, *(kept[place] for place in part)))
         parts = [part[start : start + size] for start in range(0, len(part), size)] + parts
         number = before
     return parts

@@ -43,8 +43,9 @@ class Compressor:
     """Learning rates of parts as multiples of the compressor's, by a prefix of the weights' names. These
     parts have no weight decay."""
     reads_queries_once: bool = False
-    """Whether `states` or `compress` supports groups whose queries are already read, see
-    `student/compressors/queries.py`. Only for causal compressors."""
+    """Whether `states` and `compress` support groups with `queries`: these are already read, and
+    `states_after_queries` of `student/compressors/queries.py` goes on from them. Only for causal compressors.
+    A subclass that reads `ids` by itself sets it to False."""
     float32_parts: tuple[str, ...] = ()
     """Parts that stay in float32 for any dtype of the model."""
     rates: tuple[int, ...] = ()
@@ -91,7 +92,8 @@ class Compressor:
         Args:
             model: The `ScaleDownModel`.
             group: A `Group` of `student/batch.py`: `ids` [documents, length] are query and document, padded
-                on the right; the document's own tokens are from `starts` to `stops` [documents].
+                on the right; the document's own tokens are from `starts` to `stops` [documents]. Lengths are
+                similar, except if processes share a model.
 
         Returns:
             [documents, memory tokens, width].

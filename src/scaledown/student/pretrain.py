@@ -1,6 +1,7 @@
 """The command `scaledown pretrain`: train compressor and generator on text, before training on answers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from scaledown.command import Usage, run_cli
 from scaledown.config.train import GROUPS, PretrainConfig
@@ -16,14 +17,18 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown pretrain")
         GROUPS,
     )
 
-    def run(config: PretrainConfig, *, overwrite: bool = False) -> str:
+    def run(config: PretrainConfig, *, overwrite: bool = False) -> Any:
         # imported here: the help needs no torch
         from scaledown.student.training.run import train
+
+        return train(config, overwrite=overwrite)
+
+    def shown(result: Any, _config: PretrainConfig) -> str:
         from scaledown.student.training.summary import summary
 
-        return summary(train(config, overwrite=overwrite), pretrained=True)
+        return summary(result, pretrained=True)
 
-    return run_cli(PretrainConfig, run, lambda told, _: told, usage=usage, argv=argv)
+    return run_cli(PretrainConfig, run, shown, usage=usage, argv=argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command `scaledown train`: train a model on training data."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from scaledown.command import Usage, run_cli
 from scaledown.config.train import GROUPS, TrainConfig
@@ -16,10 +17,14 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown train") ->
         GROUPS,
     )
 
-    def run(config: TrainConfig, *, overwrite: bool = False) -> str:  # imports here: the help needs no torch
+    def run(config: TrainConfig, *, overwrite: bool = False) -> Any:  # imports here: the help needs no torch
         from scaledown.student.training.run import train
+
+        return train(config, overwrite=overwrite)
+
+    def shown(result: Any, _config: TrainConfig) -> str:
         from scaledown.student.training.summary import summary
 
-        return summary(train(config, overwrite=overwrite))
+        return summary(result)
 
-    return run_cli(TrainConfig, run, lambda told, _: told, usage=usage, argv=argv)
+    return run_cli(TrainConfig, run, shown, usage=usage, argv=argv)

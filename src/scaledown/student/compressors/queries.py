@@ -7,6 +7,7 @@ document together.
 """
 
 import inspect
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -32,23 +33,32 @@ def grouped(compressor: Any, documents: Sequence[Document], most_tokens: int, de
     Args:
         compressor: A causal compressor.
         documents: The documents of one or more queries.
-        most_tokens: The most tokens of a group.
+        most_tokens: The most tokens that are read at a time, and the most positions of a group's cache.
         device: The compressor's device.
 
     Returns:
         The groups. If they have `queries`, the states come from `states_after_queries`.
     """
-    numbers: dict[tuple[int, ...], int] = {}
-    asked = [numbers.setdefault(tuple(one.ids[: one.start]), len(numbers)) for one in documents]
-    longest = max(map(len, numbers), default=0)
-    saved = sum(one.start for one in documents) - len(numbers) * longest
-    if saved <= FIXED_TOKENS or () in numbers or not _goes_on(compressor):
+    places_of: dict[tuple[int, ...], list[int]] = {}
+    for place, one in enumerate(documents):
+        places_of.setdefault(tuple(one.ids[: one.start]), []).append(place)
+    longest = max(map(len, places_of), default=0)
+    saved = sum(one.start for one in documents) - len(places_of) * longest
+    # Positions of a row: the longest query, document and memory tokens, and the reranking token.
+    positions = longest + max((len(one.ids) - one.start + one.memory for one in documents), default=0) + 1
+    if saved <= FIXED_TOKENS or () in places_of or not _goes_on(compressor, positions):
         return group(documents, most_tokens)
-    queries = _read(compressor, list(numbers), longest, device)
-    groups = group(documents, most_tokens, after_queries=True)
-    for own in groups:
-        own["queries"] = queries
-        own["asked"] = torch.tensor([asked[place] for place in own["places"].tolist()])
+    groups: list[Group] = []
+    at_once = max(1, most_tokens // longest)
+    for first in range(0, len(places_of), at_once):
+        part = dict(itertools.islice(places_of.items(), first, first + at_once))
+        places = [place for own in part.values() for place in own]
+        asked = torch.tensor([number for number, own in enumerate(part.values()) for _ in own])
+        queries = _read(compressor, list(part), longest, device)
+        for own in group([documents[place] for place in places], most_tokens, after_queries=True):
+            own["queries"], own["asked"] = queries, asked[own["places"]]
+            own["places"] = torch.tensor(places)[own["places"]]
+            groups.append(own)
     return groups
 
 
@@ -111,11 +121,14 @@ def _read(compressor: Any, queries: Sequence[Sequence[int]], longest: int, devic
     return ReadQueries(output.past_key_values, mask)
 
 
-def _goes_on(compressor: Any) -> bool:
-    """Whether the compressor takes positions, and its layers keep all keys and values.
+def _goes_on(compressor: Any, positions: int) -> bool:
+    """Whether the compressor has and takes so many positions, and its layers keep all keys and values.
 
-    A sliding window drops old ones, and layers without attention keep others.
+    A sliding window drops old ones, and layers without attention keep other states.
     """
+    most = getattr(compressor.config, "max_position_embeddings", None)
     layers = DynamicCache(config=compressor.config).layers
     takes_positions = "position_ids" in inspect.signature(compressor.forward).parameters
-    return takes_positions and all(type(layer) is DynamicLayer for layer in layers)
+    keeps_all = all(type(layer) is DynamicLayer for layer in layers)
+    has_positions = most is None or positions <= most
+    return has_positions and takes_positions and keeps_all and not getattr(compressor, "_is_stateful", False)

@@ -35,15 +35,15 @@ def summary(result: Trained, *, pretrained: bool = False) -> str:
     checkpoints = [file for file in Path(result.output).glob("checkpoint-*/**/*") if file.is_file()]
     if checkpoints:
         size = sum(file.stat().st_size for file in checkpoints)
-        lines.append(
-            f"  disk        {size / 1e9:,.1f} GB of checkpoints, which a finished run no longer needs"
-        )
+        shown = f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+        lines.append(f"  disk        {shown} of checkpoints, which a finished run no longer needs")
     if result.steps < _FEW:
         lines.append(f"              {result.steps:,} are few steps to learn from: --max_steps N takes more")
     if result.skipped:
         lines.append(f"  skipped     {result.skipped:,} unusable records")
     folder = shlex.quote(result.output)
-    following = f"evaluate --model {folder} --data FILE --output_dir {folder}-results"
+    results = shlex.quote(f"{result.output.rstrip('/')}-results")
+    following = f"evaluate --model {folder} --data FILE --output_dir {results}"
     if pretrained:
         following = f"train --pretrained_model {folder} --train_data FILE --output_dir DIR"
     return "\n".join([*lines, "", f"next: {program_name()} {following}"])

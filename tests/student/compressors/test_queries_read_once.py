@@ -1,6 +1,6 @@
 """A query is read once for all its documents, with the results of reading it before each document."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,18 +102,111 @@ def test_nothing_is_read_ahead_where_it_saves_little(model: ScaleDownModel) -> N
     assert all("queries" not in own for own in queries.grouped(model.compressor, without, 4096, "cpu"))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"sliding_window": 8, "layer_types": ["sliding_attention"] * 2}, {"sliding_window": 8}],
-)
-def test_layers_that_drop_keys_read_query_and_document_together(settings: dict[str, Any]) -> None:
-    from transformers import MistralConfig, MistralModel
+SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 64}
+LLAMA = SMALL | {"num_key_value_heads": 1, "intermediate_size": 16}
+LEARNED = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 64}
+MOST = 156
+"""Positions of `READ`: its longest query and document, the memory token, and the reranking token."""
 
-    small = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64}
-    config = MistralConfig(**small, num_hidden_layers=2, intermediate_size=8, **settings)
+
+def model_of(kind: str, **settings: Any) -> Any:
+    from transformers import AutoConfig, AutoModel
+
+    torch.manual_seed(0)
+    made = AutoModel.from_config(AutoConfig.for_model(kind, pad_token_id=0, **settings)).eval()
+    for parameter in made.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return made
+
+
+def asked(query: int, documents: Sequence[int], seed: int) -> list[Document]:
+    """Documents of so many tokens behind one query of `query` tokens."""
+    random = torch.Generator().manual_seed(seed)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(1, 64, (count,), generator=random).tolist()
+
+    before = tokens(query)
+    return [Document(before + tokens(count), query, query + count, 1) for count in documents]
+
+
+READ = [*asked(80, [0, 7, 14, 7], 0), *asked(20, [30, 70, 74, 3, 0], 1), *asked(50, [9, 30], 2)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("gpt2", LEARNED | {"n_positions": MOST}),
+        (
+            "gpt_neo",
+            SMALL
+            | {
+                "num_layers": 2,
+                "num_heads": 2,
+                "attention_types": [[["global", "local"], 1]],
+                "window_size": 8,
+                "max_position_embeddings": MOST,
+            },
+        ),
+        ("falcon", SMALL | {"alibi": True, "multi_query": False}),
+        ("mistral", LLAMA | {"sliding_window": None}),
+        ("qwen2", LLAMA),
+        ("phi", LLAMA | {"num_key_value_heads": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@torch.no_grad()
+def test_states_are_those_of_reading_query_and_document_together(kind: str, settings: dict[str, Any]) -> None:
+    """Also where padding reaches the model's last position."""
+    made = model_of(kind, **settings)
+    extra = torch.randn(2, 16) * 0.2
+    groups = queries.grouped(made, READ, 400, "cpu")
+    assert all("queries" in own for own in groups)
+    seen = 0
+    for own in groups:
+        states = queries.states_after_queries(made, own, extra)
+        for row, place in enumerate(own["places"].tolist()):
+            one = READ[place]
+            ids = torch.tensor([one.ids])
+            embedded = torch.cat([made.get_input_embeddings()(ids)[0], extra])[None]
+            expected = made(inputs_embeds=embedded).last_hidden_state[0, one.start :]
+            torch.testing.assert_close(states[row, : len(expected)], expected, rtol=1e-4, atol=1e-4)
+            seen += 1
+    assert seen == len(READ)
+
+
+def test_more_positions_than_the_model_has_are_not_used() -> None:
+    for most, used in ((MOST, True), (MOST - 1, False)):
+        made = model_of("gpt2", **LEARNED, n_positions=most)
+        with torch.no_grad():
+            assert all(("queries" in own) == used for own in queries.grouped(made, READ, 400, "cpu"))
+
+
+@torch.no_grad()
+def test_most_tokens_bound_what_is_read_and_kept() -> None:
+    made = model_of("qwen2", **LLAMA)
+    many = [one for seed in range(12) for one in asked(40, [2, 3, 50, 1], seed)]
+    read: list[int] = []
+    handle = made.layers[0].register_forward_pre_hook(
+        lambda _, given: read.append(given[0].shape[:2].numel())
+    )
+    groups = queries.grouped(made, many, 200, "cpu")
+    handle.remove()
+    assert read == [200, 200, 80]  # 12 queries of 40 tokens
+    for own in groups:
+        assert len(own["ids"]) * int(own["lengths"].max()) <= 200
+    assert sorted(place for own in groups for place in own["places"].tolist()) == list(range(len(many)))
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "jamba"])
+def test_layers_that_drop_keys_read_query_and_document_together(kind: str) -> None:
+    from transformers import AutoConfig
+
+    class Compressor:
+        config = AutoConfig.for_model(kind, sliding_window=8)
+
+        def forward(self, position_ids: torch.Tensor) -> None: ...
+
     read = [Document([3] * 40 + [number], 40, 41, 1) for number in range(9)]
-    with torch.no_grad():
-        assert "queries" not in queries.grouped(MistralModel(config), read, 4096, "cpu")[0]
-        config.sliding_window = None
-        if "layer_types" not in settings:
-            assert "queries" in queries.grouped(MistralModel(config), read, 4096, "cpu")[0]
+    assert all("queries" not in own for own in queries.grouped(Compressor(), read, 4096, "cpu"))
