@@ -124,8 +124,7 @@ class Compressor:
 def nothing(model: Any) -> Compressed:
     """Return the result of compressing no documents."""
     embeddings = model.get_input_embeddings()
-    weight = embeddings.weight  # with FSDP a part of a distributed tensor; its `new_zeros` would be one, too
-    none = torch.zeros(0, embeddings.embedding_dim, dtype=weight.dtype, device=weight.device)
+    none = embeddings.weight.new_zeros(0, embeddings.embedding_dim)
     return Compressed(none, [], none[:, 0].float() if model.config.ranks else None)
 
 

@@ -24,7 +24,7 @@ from scaledown.models.sources import ModelSource, resolve
 from scaledown.models.weights import loadable, loading, onto, read_config_file
 from scaledown.student.batch import IGNORED, Group, Reader
 from scaledown.student.card import model_card
-from scaledown.student.compressor import Compressed, nothing
+from scaledown.student.compressor import Compressed
 from scaledown.student.compressors import layers
 from scaledown.student.inference.answering import Answering
 from scaledown.student.settings import ScaleDownConfig
@@ -227,16 +227,12 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         """Compute the losses of a `Batch`; see there for the shapes."""
         compressed = self.compress_ids(groups)
         zero = torch.zeros((), device=ids.device)
-        if scores is not None and len(scores) < len(compressed.counts):
-            # A document stands in: other processes wait for the passes and gradients of this one.
-            made = (compressed.embeddings, compressed.relevance, compressed.token_scores)
-            zero = torch.stack([0 * one.float().sum() for one in made if one is not None]).sum()
-            compressed = nothing(self)
         losses = dict.fromkeys(WEIGHTS, zero)
         if ids.shape[1]:
-            losses["answer_loss"] = zero + self._answer_loss(compressed.embeddings, ids, is_memory, labels)
+            losses["answer_loss"] = self._answer_loss(compressed.embeddings, ids, is_memory, labels)
         if self.config.enable_reranking and compressed.relevance is not None and scores is not None:
-            differences = torch.where(scores.isnan(), 0.0, compressed.relevance.float() - scores.nan_to_num())
+            relevance = compressed.relevance[: len(scores)].float()  # without a document that stands in
+            differences = torch.where(scores.isnan(), 0.0, relevance - scores.nan_to_num())
             losses["rerank_loss"] = differences.square().sum() / len(ids)
         if copied is not None and sizes is not None:
             own = self.config.kind.loss(compressed, copied, sizes.tolist())

@@ -943,17 +943,20 @@ def test_two_processes_share_a_model(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", SHARING)
 @pytest.mark.parametrize("kind", ["n_layers", "pointer"])
 def test_processes_that_share_a_model_run_the_compressor_equally_often(
-    kind: str, setting: Setting, environment: dict[str, str], tmp_path: Path
+    kind: str, way: str, setting: Setting, environment: dict[str, str], tmp_path: Path
 ) -> None:
     """Although some documents are long, and some passes have none."""
+    if way != "fsdp":
+        pytest.importorskip("deepspeed", reason="no DeepSpeed: DS_BUILD_OPS=0 pip install deepspeed")
     content = with_scores(records(24))
     for record in content[::3]:
         record["documents"][0] = "Tides. " + "iron tower " * 200
     (data := tmp_path / "mixed.json").write_text(json.dumps(content))
     script = tmp_path / "shared.py"
-    script.write_text(TWO_GPUS.format("run.choose_device = lambda _: 'cuda:0'"))
+    script.write_text(TWO_GPUS.format(f"run.choose_device = lambda _: 'cuda:0'{QUICK_DEEPSPEED}"))
     changes = {"compressor": kind, "text_fraction": 0.3, "closed_book_fraction": 0.2, "micro_batch_size": 1}
     if kind == "n_layers":
         changes["enable_reranking"] = True
@@ -963,7 +966,7 @@ def test_processes_that_share_a_model_run_the_compressor_equally_often(
     for name, value in changes.items():
         words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     words[words.index("--device") + 1] = "auto"
-    done = by_two(script, [*words, "--generator_training", "full"], environment | FSDP)
+    done = by_two(script, [*words, "--generator_training", "full"], environment | SHARING[way])
     assert done.returncode == 0, done.stderr
     assert_close(alone, alone._replace(output=setting("together").output_dir))
 
