@@ -161,7 +161,7 @@ def collate(examples: Sequence[Encoded], *, one_group: bool = False) -> Batch:
 
 
 def group(
-    documents: Sequence[Document], most_tokens: int = PASS_TOKENS, *, after_queries: bool = False
+    documents: Sequence[Document], most_tokens: int = PASS_TOKENS, *, after_queries: int = 0
 ) -> list[Group]:
     """Group documents of similar length, so that padding and forward passes together cost least.
 
@@ -169,14 +169,15 @@ def group(
         documents: The documents of a batch.
         most_tokens: The most tokens of a group, padding and queries included. A document that is longer is a
             group by itself.
-        after_queries: Whether the queries are already read, so that only documents' own tokens cost time.
+        after_queries: If the queries are already read, the length of the longest: only documents' own tokens
+            are then read.
 
     Returns:
         The groups; each document is in one of them.
     """
     groups: list[Group] = []
-    kept = [len(document.ids) for document in documents]
-    read = [len(document.ids) - document.start * after_queries for document in documents]
+    read = [len(document.ids) - (document.start if after_queries else 0) for document in documents]
+    kept = [after_queries + length for length in read]
     for places in _partition(read, kept, most_tokens):
         own = _grouped([documents[place] for place in places])
         groups.append(own | {"places": torch.tensor(places)})

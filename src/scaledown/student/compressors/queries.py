@@ -55,7 +55,7 @@ def grouped(compressor: Any, documents: Sequence[Document], most_tokens: int, de
         places = [place for own in part.values() for place in own]
         asked = torch.tensor([number for number, own in enumerate(part.values()) for _ in own])
         queries = _read(compressor, list(part), longest, device)
-        for own in group([documents[place] for place in places], most_tokens, after_queries=True):
+        for own in group([documents[place] for place in places], most_tokens, after_queries=longest):
             own["queries"], own["asked"] = queries, asked[own["places"]]
             own["places"] = torch.tensor(places)[own["places"]]
             groups.append(own)
