@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from scaledown.devices import choice
 from scaledown.devices.choice import choose_device, dtype_to_run, dtype_to_train, multiplies_bfloat16
 from scaledown.errors import ModelError
 from scaledown.models.hub import hub_errors
-from scaledown.models.sources import BUNDLES, ModelSource, kept_folder, resolve, written_once
+from scaledown.models.sources import BUNDLES, ModelSource, resolve
 from scaledown.models.weights import loading, read_config_file
 from tiny import COMMIT
 
@@ -141,28 +140,6 @@ def test_pickled_weights_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFix
     with caplog.at_level("WARNING", "scaledown"), loading(ModelSource("m", str(tmp_path))):
         pass
     assert not caplog.text
-
-
-def test_cache_forgets_what_nobody_used_for_a_month(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path))
-    source = resolve(str(models["causal_lm"]))
-    folders = {name: kept_folder("exports", source, name) for name in ("old", "used", "new")}
-    for name in ("old", "used"):
-        written_once(folders[name], lambda place: place.mkdir())
-    long_ago = time.time() - 31 * 24 * 3600
-    for name in ("old", "used"):
-        os.utime(folders[name], (long_ago, long_ago))
-    assert kept_folder("exports", source, "used") == folders["used"]
-    written_once(folders["used"], lambda _: pytest.fail("it is there"))
-    assert folders["old"].exists(), "nothing was written"
-    written_once(folders["new"], lambda place: place.mkdir())
-    assert {name: place.exists() for name, place in folders.items()} == {
-        "old": False,
-        "used": True,
-        "new": True,
-    }
 
 
 def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:

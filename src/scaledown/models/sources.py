@@ -4,13 +4,10 @@ Names: `org/name`, `org/name@revision`, a local folder, a `.gguf` file (local, o
 `bundled:splade-tiny`, `bundled:smollm2-135m`.
 """
 
-import contextlib
 import hashlib
 import importlib.metadata
-import os
 import re
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -20,8 +17,6 @@ from filelock import FileLock
 from scaledown.errors import ModelError
 from scaledown.models.hub import hub_errors, reach_hub
 from scaledown.run.storage import cache_directory
-
-_UNUSED_SECONDS: Final = 30 * 24 * 3600  # after which a folder of the cache is deleted
 
 
 class _Bundle(NamedTuple):
@@ -135,31 +130,20 @@ def kept_folder(kind: str, source: ModelSource, *settings: str) -> Path:
         parts = [f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats]
     digest = hashlib.sha256("\n".join([*parts, *settings]).encode()).hexdigest()[:16]
     label = re.sub(r"[^\w.-]+", "-", source.name.rstrip("/").rsplit("/", 1)[-1]).strip("-.")
-    return used(cache_directory() / kind / f"{label}-{digest}")
+    return cache_directory() / kind / f"{label}-{digest}"
 
 
 def written_once(folder: Path, write: Callable[[Path], None]) -> Path:
     """Return a folder of the cache; if it does not exist yet, let `write` make it.
 
     One process at a time writes, to a temporary folder, which does not exist before. So `folder` is complete
-    or does not exist. Folders beside it that nobody has used for a month are deleted: each has the weights of
-    a model.
+    or does not exist.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            for place in folder.parent.iterdir():
-                if place.is_dir() and time.time() - place.stat().st_mtime > _UNUSED_SECONDS:
-                    shutil.rmtree(place, ignore_errors=True)
             temporary = Path(f"{folder}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             write(temporary)
             temporary.replace(folder)
-    return folder
-
-
-def used(folder: Path) -> Path:
-    """Note that a folder of the cache is used now, if it exists. Returns the folder."""
-    with contextlib.suppress(OSError):  # it does not exist, or the cache cannot be written
-        os.utime(folder)
     return folder

@@ -12,7 +12,7 @@ from typing import Any
 
 from scaledown.errors import ModelError
 from scaledown.models.hub import hub_errors
-from scaledown.models.sources import ModelSource, used, written_once
+from scaledown.models.sources import ModelSource, written_once
 from scaledown.run.storage import cache_directory
 
 log = logging.getLogger("scaledown")
@@ -59,7 +59,7 @@ def _converted(source: ModelSource) -> Path:
     file = Path(source.location) / (source.gguf_file or "")
     state = source.revision or "{0.st_size}-{0.st_mtime_ns}".format(file.stat())
     digest = hashlib.sha256(f"{file}:{state}".encode()).hexdigest()[:16]
-    folder = used(cache_directory() / "gguf" / f"{file.stem}-{digest}")
+    folder = cache_directory() / "gguf" / f"{file.stem}-{digest}"
     if (folder / "config.json").exists():
         return folder
     log.info("converting %s once, to ordinary weights in %s", source.gguf_file, folder)
