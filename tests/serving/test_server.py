@@ -271,6 +271,7 @@ def test_fields_that_ask_for_nothing_are_ignored(server: Running) -> None:
         store=None,
         min_tokens=0,  # of vLLM; no misspelt `max_tokens`
         models=["another"],  # of OpenRouter; no misspelt `model`
+        document_ids=["1"],
         stops=None,
     )
     assert server.ask(CHAT, body)[0] == 200

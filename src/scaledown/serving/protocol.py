@@ -145,7 +145,7 @@ _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
 }
 
 _CLOSE: Final = 0.85  # `document` is close to `documents` (0.94); `min_tokens` is not to `max_tokens` (0.80)
-_OTHERS: Final = frozenset({"models"})  # of OpenRouter: other models to ask
+_OTHERS: Final = frozenset({"models", "mode", "document_ids"})  # of other servers; none is a misspelt one
 _COMPARED: Final = 50  # unknown fields of a request that are compared; no request should cost much time
 _LONGEST: Final = 40  # characters of their names
 
