@@ -127,19 +127,34 @@ def compress(
     Returns:
         [documents, k, width].
     """
-    count = len(extra)
-    embedded = compressor.get_input_embeddings()(ids)  # [documents, length, width]
-    embedded = nn.functional.pad(embedded, (0, 0, 0, count))
-    places = lengths[:, None] + torch.arange(count, device=ids.device)  # [documents, k]
-    index = places[..., None].expand(-1, -1, embedded.shape[-1])
-    embedded = embedded.scatter(1, index, extra.to(embedded.dtype).expand(len(ids), -1, -1))
+    embedded = with_extra(compressor.get_input_embeddings()(ids), lengths, extra)
     mask = None
     if not causal:
-        mask = torch.arange(embedded.shape[1], device=ids.device) < (lengths + count)[:, None]
+        mask = torch.arange(embedded.shape[1], device=ids.device) < (lengths + len(extra))[:, None]
         mask = mask.long()
     states = compressor(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
-    taken: torch.Tensor = states.gather(1, index)
-    return taken
+    return states_of_extra(states, lengths, len(extra))
+
+
+def with_extra(embedded: torch.Tensor, lengths: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
+    """Insert extra tokens [k, width] after the last token of each row of `embedded`, before its padding.
+
+    Returns:
+        [documents, length + k, width].
+    """
+    embedded = nn.functional.pad(embedded, (0, 0, 0, len(extra)))
+    index = _after(lengths, len(extra), embedded.shape[-1])
+    return embedded.scatter(1, index, extra.to(embedded.dtype).expand(len(embedded), -1, -1))
+
+
+def states_of_extra(states: torch.Tensor, lengths: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the states of the `count` tokens after the last token of each row, [documents, count, width]."""
+    return states.gather(1, _after(lengths, count, states.shape[-1]))
+
+
+def _after(lengths: torch.Tensor, count: int, width: int) -> torch.Tensor:
+    places = lengths[:, None] + torch.arange(count, device=lengths.device)  # [documents, count]
+    return places[..., None].expand(-1, -1, width)
 
 
 def token_like(compressor: Any, count: int) -> torch.Tensor:

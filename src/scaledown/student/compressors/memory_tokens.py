@@ -8,7 +8,7 @@ from torch import nn
 from scaledown.student.batch import Group
 from scaledown.student.compressor import Compressed, Compressor
 from scaledown.student.compressors import layers
-from scaledown.student.compressors.queries import places_after, states_after_queries
+from scaledown.student.compressors.queries import states_after_queries
 
 
 class MemoryTokens(Compressor):
@@ -56,8 +56,7 @@ class MemoryTokens(Compressor):
         ids, lengths = group["ids"].to(model.device), group["lengths"].to(model.device)
         if "queries" in group:
             states = states_after_queries(model.compressor, group, extra)
-            places = places_after(lengths - group["starts"].to(model.device), len(extra))
-            return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+            return layers.states_of_extra(states, lengths - group["starts"].to(model.device), len(extra))
         return layers.compress(model.compressor, extra, ids, lengths, causal=self.of_generator)
 
     def embed(self, model: Any, states: torch.Tensor) -> Compressed:

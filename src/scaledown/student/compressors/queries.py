@@ -16,6 +16,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from scaledown.student.batch import FIXED_TOKENS, Document, Group, group
+from scaledown.student.compressors import layers
 
 
 class ReadQueries(NamedTuple):
@@ -82,13 +83,11 @@ def states_after_queries(compressor: Any, own: Group, extra: torch.Tensor | None
     ids = ids.gather(1, (starts[:, None] + steps).clamp(max=ids.shape[1] - 1))
     embedded = compressor.get_input_embeddings()(ids)  # [documents, tokens, width]
     if extra is not None:
-        embedded = nn.functional.pad(embedded, (0, 0, 0, len(extra)))
-        index = places_after(lengths, len(extra))[..., None].expand(-1, -1, embedded.shape[-1])
-        embedded = embedded.scatter(1, index, extra.to(embedded.dtype).expand(len(ids), -1, -1))
+        embedded = layers.with_extra(embedded, lengths, extra)
     steps = torch.arange(embedded.shape[1], device=device)
     cache = DynamicCache()
-    for number, layer in enumerate(queries.cache.layers):
-        cache.update(layer.keys[asked], layer.values[asked], number)
+    for number, read in enumerate(queries.cache.layers):
+        cache.update(read.keys[asked], read.values[asked], number)
     # Padding on the right needs no mask: causal attention does not look there.
     states: torch.Tensor = compressor(
         inputs_embeds=embedded,
@@ -98,11 +97,6 @@ def states_after_queries(compressor: Any, own: Group, extra: torch.Tensor | None
         use_cache=True,
     ).last_hidden_state
     return states
-
-
-def places_after(lengths: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the indices of `count` tokens after each document's last token, [documents, count]."""
-    return lengths[:, None] + torch.arange(count, device=lengths.device)
 
 
 def _read(compressor: Any, queries: Sequence[Sequence[int]], longest: int, device: Any) -> ReadQueries:
@@ -127,8 +121,8 @@ def _goes_on(compressor: Any, positions: int) -> bool:
     A sliding window drops old ones, and layers without attention keep other states.
     """
     most = getattr(compressor.config, "max_position_embeddings", None)
-    layers = DynamicCache(config=compressor.config).layers
+    kept = DynamicCache(config=compressor.config).layers
     takes_positions = "position_ids" in inspect.signature(compressor.forward).parameters
-    keeps_all = all(type(layer) is DynamicLayer for layer in layers)
+    keeps_all = all(type(layer) is DynamicLayer for layer in kept)
     has_positions = most is None or positions <= most
     return has_positions and takes_positions and keeps_all and not getattr(compressor, "_is_stateful", False)

@@ -32,13 +32,13 @@ def summary(result: Trained, *, pretrained: bool = False) -> str:
         + (f"{cut:,} cut to {result.doc_max_length:,}" if cut else "none cut")
     )
     lines.append(f"  step        {duration(result.seconds_per_step)} for {result.batch_size:,} examples")
+    if result.steps < _FEW:
+        lines.append(f"              {result.steps:,} are few steps to learn from: --max_steps N takes more")
     checkpoints = [file for file in Path(result.output).glob("checkpoint-*/**/*") if file.is_file()]
     if checkpoints:
         size = sum(file.stat().st_size for file in checkpoints)
         shown = f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
         lines.append(f"  disk        {shown} of checkpoints, which a finished run no longer needs")
-    if result.steps < _FEW:
-        lines.append(f"              {result.steps:,} are few steps to learn from: --max_steps N takes more")
     if result.skipped:
         lines.append(f"  skipped     {result.skipped:,} unusable records")
     folder = shlex.quote(result.output)
