@@ -170,7 +170,6 @@ def taste(model_folder: Path, held: list[dict[str, Any]], new_tokens: int) -> di
         "questions": len(held),
         "losses": losses,
         "query": query,
-        "document": documents[0],
         "tokens": sum(one.stop - one.start for one in read),
         "embeddings": sum(one.memory for one in read),
         "student": model.answer(query, documents, max_new_tokens=new_tokens),
@@ -190,7 +189,6 @@ def summary(found: dict[str, Any], size: Size, folder: Path) -> str:
     lines = "\n".join(f"    {name:<28} {' '.join(text.split())}" for name, text in answers.items())
     learned = f"{size.cloze_steps} steps of {size.cloze_batch} and {size.steps} of {size.batch} examples"
     scaledown, model, held_out = program_name(), folder / "model", folder / "held_out.json"
-    document = shlex.quote(f"{' '.join(found['document'].split())[:60]}...")
     return f"""
 This was a taste. {learned}: a student that has learned so little
 answers badly. docs/results.md shows what longer training does.
@@ -210,7 +208,7 @@ answers badly. docs/results.md shows what longer training does.
 look: {folder / "train_data.json.work" / "report.html"}
 next: {scaledown} evaluate --model {model} --data {held_out} --gold {EXAMPLES / "queries.jsonl"} \\
         --systems compressed uncompressed closed_book --output_dir {folder / "evaluation"}
-      {scaledown} answer --model {model} --query {shlex.quote(found["query"])} --document {document}
+      {scaledown} answer --model {model} --data {held_out} --output_file {folder / "answers.jsonl"}
       {scaledown} serve --model {model}
 """
 

@@ -3,13 +3,14 @@ import logging
 import math
 import subprocess
 import sys
+from random import Random
 
 import numpy as np
 import pytest
 import torch
 
 from conftest import SHARED
-from scaledown.data.reranker import add_reranking_scores
+from scaledown.data.reranker import add_reranking_scores, graph
 from scaledown.data.reranker import cross_encoder as rerankers
 from scaledown.data.reranker.api import best_first, load_reranker, resolve_reranker, scaled
 from scaledown.data.reranker.base import Pair
@@ -17,6 +18,7 @@ from scaledown.data.reranker.pair_tokens import PairTokens
 from scaledown.data.reranker.query_likelihood import QueryLikelihoodReranker
 from scaledown.devices import packing
 from scaledown.errors import InputError, ModelError, UsageError
+from scaledown.models import openvino as openvino_models
 from scaledown.models.sources import resolve
 
 RECORDS = [
@@ -247,14 +249,16 @@ ODD = [
 def test_texts_tokenised_once_have_the_same_scores_as_pairs(size, models, monkeypatch) -> None:
     """The scores equal those of `CrossEncoder.predict`, which tokenises each pair, bit for bit.
 
-    Unless weights are packed: `test_packing.py`.
+    Unless weights are packed (`test_packing.py`), OpenVINO computes, or batches have other pairs.
     """
     monkeypatch.setattr(packing, "_can_pack", lambda _: False)
+    monkeypatch.setattr(rerankers, "_SORTED", 1)
     source = resolve(str(models["cross_encoder"]))
     with monkeypatch.context() as patch:
         patch.setattr(rerankers, "_pair_tokens", lambda _: (None, "to compare"))
         expected = load_reranker(source, "cpu", "float32", size).score([*ODD, *PAIRS], lambda _: None)
-    assert load_reranker(source, "cpu", "float32", size).score([*ODD, *PAIRS], lambda _: None) == expected
+    ours = load_reranker(source, "cpu", "float32", size, by_openvino=False)
+    assert ours.score([*ODD, *PAIRS], lambda _: None) == expected
     assert len(set(expected)) > 10
 
 
@@ -277,6 +281,8 @@ def test_pairs_of_ids_equal_the_tokenizers_pairs(longest, models) -> None:
     assert found.keys() == expected.keys()
     for name, values in found.items():
         assert torch.equal(values, expected[name]), name
+    around = int(tokens.features([Pair("", "")])["attention_mask"].sum()) if longest > 7 else 3
+    assert [tokens.length(pair) + around for pair in pairs] == expected["attention_mask"].sum(1).tolist()
 
 
 def test_each_text_is_tokenised_once(models, monkeypatch) -> None:
@@ -294,10 +300,31 @@ def test_each_text_is_tokenised_once(models, monkeypatch) -> None:
     assert sorted(read) == ["a", "b", "one", "three", "two"]
 
 
+def test_pairs_of_a_batch_have_similar_numbers_of_tokens(models, monkeypatch) -> None:
+    """Their numbers of characters are equal, so that only tokens can tell the pairs apart."""
+    reranker = load_reranker(resolve(str(models["cross_encoder"])), "cpu", "float32", 4)
+    texts = [("a " * n).ljust(64, "c") for n in range(32)]
+    pairs = [Pair("who", text) for text in Random(0).sample(texts, len(texts))]
+    shapes: list[tuple[int, int]] = []
+    features = PairTokens.features
+
+    def seen(self, chosen):
+        found = features(self, chosen)
+        shapes.append((int(found["attention_mask"].sum()), found["attention_mask"].numel()))
+        return found
+
+    monkeypatch.setattr(PairTokens, "features", seen)
+    scores = reranker.score(pairs, lambda _: None)
+    read, padded = map(sum, zip(*shapes, strict=True))
+    assert len(shapes) == 8
+    assert padded < 1.2 * read
+    assert scores == pytest.approx([reranker.score([pair], lambda _: None)[0] for pair in pairs], abs=1e-5)
+
+
 def test_tokenizer_with_special_rules_reads_pairs(models, monkeypatch, caplog) -> None:
     monkeypatch.setattr(packing, "_can_pack", lambda _: False)
     source = resolve(str(models["cross_encoder"]))
-    expected = load_reranker(source, "cpu", "float32", 4).score(ODD, lambda _: None)
+    expected = load_reranker(source, "cpu", "float32", 4, by_openvino=False).score(ODD, lambda _: None)
     features = PairTokens.features
     monkeypatch.setattr(PairTokens, "features", lambda self, pairs: features(self, pairs[::-1]))
     caplog.set_level(logging.INFO, "scaledown")
@@ -333,3 +360,55 @@ def test_scores_in_bfloat16_are_distinct(models) -> None:
     pairs = [Pair("Who painted it?", f"Number {number} was painted by Ada.") for number in range(8)]
     scores = reranker.score(pairs, lambda _: None)
     assert any(torch.tensor(score).bfloat16().item() != score for score in scores)
+
+
+@pytest.fixture
+def no_model_is_small(monkeypatch) -> None:
+    monkeypatch.setattr(graph, "SMALL", 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.usefixtures("no_model_is_small")
+def test_openvino_gives_the_scores_of_torch(dtype, models, caplog) -> None:
+    caplog.set_level(logging.INFO, "scaledown")
+    source = resolve(str(models["cross_encoder"]))
+    by_torch, by_openvino = (
+        np.array(load_reranker(source, "cpu", dtype, 4, by_openvino=chosen).score(ODD, lambda _: None))
+        for chosen in (False, True)
+    )
+    assert "computed by OpenVINO" in caplog.text
+    limit = 1e-5 if dtype == "float32" else 0.05
+    np.testing.assert_allclose(by_openvino, by_torch, atol=limit * abs(by_torch).max())
+
+
+@pytest.mark.usefixtures("no_model_is_small")
+def test_torch_computes_what_openvino_computes_differently(models, monkeypatch, caplog) -> None:
+    caplog.set_level(logging.INFO, "scaledown")
+    source = resolve(str(models["cross_encoder"]))
+    expected = load_reranker(source, "cpu", "float32", 4, by_openvino=False).score(ODD, lambda _: None)
+    compiled = openvino_models.compiled
+
+    def others(traced, dtype, **given):
+        weights = [node for node in traced.get_ops() if node.get_type_name() == "Add"]
+        weights[-1].input(0).replace_source_output(weights[-1].input_value(1))
+        return compiled(traced, dtype, **given)
+
+    monkeypatch.setattr(openvino_models, "compiled", others)
+    found = load_reranker(source, "cpu", "float32", 4, by_openvino=True).score(ODD, lambda _: None)
+    assert found == expected
+    assert "computed by torch (by OpenVINO its scores differ by" in caplog.text
+
+
+@pytest.mark.usefixtures("no_model_is_small")
+def test_torch_computes_what_openvino_cannot(models, monkeypatch, caplog) -> None:
+    caplog.set_level(logging.INFO, "scaledown")
+    source = resolve(str(models["cross_encoder"]))
+    expected = load_reranker(source, "cpu", "bfloat16", 4, by_openvino=False).score(ODD, lambda _: None)
+
+    def fails(*_, **__):
+        raise RuntimeError("no such operation\nin a long message")
+
+    monkeypatch.setattr(openvino_models, "compiled", fails)
+    found = load_reranker(source, "cpu", "bfloat16", 4, by_openvino=True).score(ODD, lambda _: None)
+    assert found == expected
+    assert "computed by torch (OpenVINO cannot run it: RuntimeError: no such operation)" in caplog.text

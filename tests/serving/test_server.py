@@ -206,6 +206,12 @@ REFUSED: list[tuple[str, Any, int, str]] = [
     (CHAT, chat("Why?", compresion_rate=4), 400, "did you mean compression_rate?"),
     (CHAT, chat("Why?", presence_penality=1), 400, "did you mean presence_penalty?"),
     (RERANK, {"query": "Why?", "document": ["x"]}, 400, "did you mean documents?"),
+    (
+        CHAT,
+        chat("Why?", documents=["x", {"text": "x", "titel": "y"}]),
+        400,
+        "documents.1.titel is not known here: did you mean documents.1.title?",
+    ),
     (CHAT, {}, 400, "messages: field required"),
     (CHAT, {"messages": []}, 400, "messages"),
     (CHAT, {"messages": [{"role": "king", "content": "x"}]}, 400, "messages.0.role"),

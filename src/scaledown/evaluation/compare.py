@@ -354,7 +354,7 @@ def summary(comparison: Comparison, config: CompareConfig) -> str:
             *lines,
             "",
             f"look: {output}/{PAGE}, {output}/{TABLE}, {output}/{NUMBERS}",
-            f"next: {program_name()} answer --model {comparison.runs[0].folder} --help",
+            f"next: {program_name()} serve --model {comparison.runs[0].folder}",
         ]
     )
 

@@ -117,6 +117,11 @@ def status_at(name: str) -> Status:
                         f"{storage}: this run was not written by this version "
                         f"({type(error).__name__}: {one_line(str(error), 80)})"
                     ) from error
+    if (Path(name) / "config.json").exists():
+        raise InputError(
+            f"{name}: this is a model, not the directory of a run: scaledown evaluate --model {name} "
+            "measures its answers"
+        )
     raise InputError(
         f"{redacted(name)}: there is no run directory; give what --work_dir or --index_dir named, or the "
         "--output_file of a run"

@@ -1,6 +1,7 @@
 """Requests and errors in the formats of OpenAI's chat completions and of Jina's and Cohere's reranking."""
 
 import difflib
+from collections.abc import Mapping, Set
 from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
 
 import orjson
@@ -33,7 +34,7 @@ class RequestError(ScaleDownError):
 class _Shape(BaseModel):
     """Unknown fields are ignored, as vLLM does; values of another type are refused, not converted.
 
-    `parsed` refuses misspelt fields of the request itself.
+    `parsed` refuses misspelt fields of the request and of its documents.
     """
 
     model_config = ConfigDict(extra="ignore", strict=True)
@@ -145,6 +146,7 @@ _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
 }
 
 _CLOSE: Final = 0.85  # `document` is close to `documents` (0.94); `min_tokens` is not to `max_tokens` (0.80)
+_CLOSE_SHORT: Final = 0.75  # `titel` and `Title` are close to `title` (0.80); `file` is not (0.67)
 _OTHERS: Final = frozenset({"models", "mode", "document_ids"})  # of other servers; none is a misspelt one
 _COMPARED: Final = 50  # unknown fields of a request that are compared; no request should cost much time
 _LONGEST: Final = 40  # characters of their names
@@ -175,16 +177,30 @@ def parsed(body: bytes, kind: type[Request]) -> Request:
         for name, allowed in _UNSUPPORTED.items():
             if content.get(name) is not None and not any(_same(content[name], value) for value in allowed):
                 raise RequestError(f"{name} is not supported here: leave it out", param=name)
-    known = kind.model_fields.keys() | (_UNSUPPORTED.keys() if kind is ChatRequest else set())
-    unknown = [name for name, value in content.items() if value is not None and name not in known | _OTHERS]
-    for name in unknown[:_COMPARED]:
-        meant = difflib.get_close_matches(name[:_LONGEST], known - content.keys(), 1, _CLOSE)
-        if meant:
-            raise RequestError(f"{name} is not known here: did you mean {meant[0]}?", param=name)
+    _refuse_misspelt(
+        content, kind.model_fields.keys() | (_UNSUPPORTED.keys() if kind is ChatRequest else set())
+    )
+    documents = content.get("documents")
+    for number, document in enumerate(documents[:_COMPARED] if isinstance(documents, list) else ()):
+        if isinstance(document, dict):
+            _refuse_misspelt(document, Document.model_fields.keys(), f"documents.{number}.", _CLOSE_SHORT)
     try:
         return kind.model_validate(content)
     except ValidationError as error:
         _refuse(error)
+
+
+def _refuse_misspelt(
+    content: Mapping[str, Any], known: Set[str], place: str = "", close: float = _CLOSE
+) -> None:
+    """Raise `RequestError` if the name of an unknown field is close to a known one that is not given."""
+    unknown = [name for name, value in content.items() if value is not None and name not in known | _OTHERS]
+    for name in unknown[:_COMPARED]:
+        meant = difflib.get_close_matches(name[:_LONGEST], known - content.keys(), 1, close)
+        if meant:
+            raise RequestError(
+                f"{place}{name} is not known here: did you mean {place}{meant[0]}?", param=f"{place}{name}"
+            )
 
 
 def _same(value: object, other: object) -> bool:

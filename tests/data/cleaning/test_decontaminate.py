@@ -364,6 +364,7 @@ def test_run_without_remaining_queries_is_an_error(prepare, queries, capsys) -> 
         ("packed.zip", b"PK\x03\x04rest", "is a zip archive"),
         ("cut.jsonl", b"\x1f\x8b\x08\x00", "cut short"),
         ("list.json", b'[{"question": "cut', "holds no question"),
+        ("map.json", b'{"Who wrote Emma?": "Jane Austen"}', 'call one question, as in {"question": '),
         ("table.parquet", b"PAR1", "Parquet"),
     ],
 )

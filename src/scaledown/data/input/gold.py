@@ -99,7 +99,9 @@ def gold_questions(
         log.warning("%s %s: %s more rows without a question", flag, located, f"{bad - _MESSAGES:,}")
     if not found:
         names = " or ".join(tables.QUERY_KEYS[:2])
-        raise InputError(f"{flag} {located}: holds no question; it needs rows with a column {names}")
+        raise InputError(
+            f"{flag} {located}: holds no question; it needs rows with a column {names}, as in {tables.EXAMPLE}"
+        )
 
 
 def read_gold(names: Iterable[str], flag: str, *, needed: bool = True) -> Gold:

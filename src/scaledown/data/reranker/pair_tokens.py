@@ -37,6 +37,7 @@ class PairTokens:
         self._longest = tokenizer.model_max_length
         if self._longest > _LONGEST:
             raise ValueError("its tokenizer has no limit")
+        self._room = self._longest - sum(map(len, self._around))
 
     def read(self, texts: Iterable[str]) -> None:
         """Tokenise the texts that are new."""
@@ -54,6 +55,11 @@ class PairTokens:
                 for text, ids in zip(new, found, strict=True)
             }
 
+    def length(self, pair: Sequence[str]) -> int:
+        """Return how many tokens `features` keeps of two texts, without those of the template."""
+        length: int = min(sum(self._texts[text].length for text in pair), self._room)
+        return length
+
     def forget(self) -> None:
         """Delete all texts."""
         self._texts.clear()
@@ -65,12 +71,11 @@ class PairTokens:
         """
         import torch
 
-        room = self._longest - sum(map(len, self._around))
         before, between, after = self._around
         rows, types = [], []
         for pair in pairs:
             texts = [self._texts[text] for text in pair]
-            kept = _cut(texts[0].length, texts[1].length, room)
+            kept = _cut(texts[0].length, texts[1].length, self._room)
             one, other = (text.ids[:length] for text, length in zip(texts, kept, strict=True))
             rows.append(np.concatenate([before, one, between, other, after]))
             if kinds := self._types:

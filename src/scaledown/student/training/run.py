@@ -159,10 +159,13 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin, command: str)
     if isinstance(config, PretrainConfig):
         settings.kind.choose_pretrained(model)
     trainer = make_trainer(model, config, taught, held, device)
+    rates = settings.kind.rates
     log.info(
-        "%s examples, %s steps of %s, %s held out; %s memory tokens a document of up to %s; %s",
+        "%s examples, %s steps of %s, %s held out; documents of up to %s tokens, each compressed %s; %s",
         *(f"{len(taught.rows):,}", trainer.schedule.steps, config.batch_size, len(held.rows) if held else 0),
-        *(settings.memory_tokens, settings.doc_max_length, f"{device}, {dtype}".replace("torch.", "")),
+        settings.doc_max_length,
+        f"{rates[0]}x to {rates[-1]}x" if rates else f"to {settings.memory_tokens} memory tokens",
+        f"{device}, {dtype}".replace("torch.", ""),
     )
     log.info("memory: %s", memory_of(model, config.optimizer))
     trainer.run(checkpoint)

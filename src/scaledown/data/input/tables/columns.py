@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from scaledown.data.input.tables.meaning import MANY_KEYS, Meaning
+from scaledown.data.input.tables.meaning import EXAMPLE, MANY_KEYS, Meaning
 from scaledown.data.input.values import has, is_full
 from scaledown.errors import InputError, one_line
 
@@ -70,7 +70,7 @@ def no_main(shown: str, names: Sequence[str], meaning: Meaning, column: str) -> 
     wanted = repr(column) if column else " or ".join(meaning.parts[meaning.main])
     return InputError(
         f"{shown}: no {meaning.main} under {wanted}; the columns are {_listed(names)}: "
-        + (f"name one with {meaning.flag}" if meaning.flag else f"call one {meaning.main}")
+        + (f"name one with {meaning.flag}" if meaning.flag else f"call one {meaning.main}, as in {EXAMPLE}")
     )
 
 

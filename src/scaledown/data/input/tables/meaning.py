@@ -76,6 +76,8 @@ CORPUS: Final = Meaning(
     "text", {"id": DOCUMENT_IDS, "title": TITLE_KEYS, "text": TEXT_KEYS}, flag="--text_column"
 )
 QUERIES: Final = Meaning("question", _ASKED, "--query_column", _RIVALS, unread=("answers", "passages"))
+EXAMPLE: Final = '{"question": "Who wrote Emma?", "answers": ["Jane Austen"]}'
+"""A line of a file of right answers."""
 GOLD: Final = Meaning("question", _ASKED, "", _RIVALS)
 
 
