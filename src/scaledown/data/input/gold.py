@@ -100,7 +100,8 @@ def gold_questions(
     if not found:
         names = " or ".join(tables.QUERY_KEYS[:2])
         raise InputError(
-            f"{flag} {located}: holds no question; it needs rows with a column {names}, as in {tables.EXAMPLE}"
+            f"{flag} {located}: holds no question; it needs rows with a column {names}, as in "
+            f"{tables.EXAMPLE}"
         )
 
 
