@@ -19,6 +19,7 @@ from test_decoding import ROWS, alone, check_rows_that_join_and_leave, prompt
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from scaledown.cli import main
+from scaledown.devices import openvino as devices
 from scaledown.devices.halving import is_out_of_memory
 from scaledown.errors import MissingExtraError, ModelError, UsageError, install_command
 from scaledown.models.openvino import write_graph
@@ -171,6 +172,25 @@ def test_model_keeps_its_precision(folder: Path) -> None:
         weight.dtype == torch.bfloat16 and weight.equal(before[name]) for name, weight in after.items()
     )
     assert student.answer(QUERIES, DOCUMENTS, max_new_tokens=4)
+
+
+def test_one_thread_with_amx_computes_in_float32(models, tmp_path, monkeypatch, caplog) -> None:
+    """In bfloat16 OpenVINO would divide by zero there, which ends the process."""
+    chosen: list[torch.dtype] = []
+    compiled = engine.compiled
+
+    def seen(graph: Path, dtype: torch.dtype) -> Any:
+        chosen.append(dtype)
+        return compiled(graph, torch.float32)
+
+    monkeypatch.setattr(engine, "compiled", seen)
+    for amx, threads in ((True, 2), (False, 1), (True, 1)):
+        monkeypatch.setattr(devices, "has_amx", lambda amx=amx: amx)
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, threads=threads: range(threads))
+        decodings(models, tmp_path, torch.bfloat16)
+    assert chosen == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert caplog.text.count("OpenVINO computes in float32: with one thread") == 1
 
 
 def test_graph_is_made_once_for_the_same_weights(

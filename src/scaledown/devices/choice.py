@@ -78,12 +78,21 @@ def multiplies_bfloat16() -> bool:
 
     Others emulate it, which takes up to 40 times as long.
     """
+    found = _capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def has_amx() -> bool:
+    """Whether this processor multiplies tiles in bfloat16 (Intel AMX)."""
+    return bool(_capabilities().get("amx_bf16"))
+
+
+def _capabilities() -> dict[str, Any]:
+    """What this processor can do, by torch's names. Not every version that we accept knows it."""
     import torch
 
-    found: dict[str, Any] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # not in every version that we accept
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return found
 
 
 def is_slow_in_bfloat16(device: str) -> bool:

@@ -3,10 +3,12 @@
 import contextlib
 import ctypes
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any, Final
 
+from scaledown.devices.choice import has_amx
 from scaledown.errors import MissingExtraError, install_command
 
 GRAPH: Final = "4"
@@ -33,6 +35,18 @@ def openvino(need: str) -> Any:
     except ImportError as error:
         raise MissingExtraError(f"{need} needs OpenVINO ({error}): {install_command('openvino')}") from error
     return library
+
+
+def crashes_in_bfloat16() -> bool:
+    """Whether a step of a causal LM in bfloat16 would end this process.
+
+    OpenVINO 2026.4 divides by zero (SIGFPE) on processors with AMX if it has one thread; see issue 33300 of
+    openvinotoolkit/openvino.
+    """
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return has_amx() and min(cores, torch.get_num_threads()) == 1
 
 
 class SignalStack(ctypes.Structure):

@@ -92,7 +92,7 @@ class Session:
             begun = self.run.storage.glob(self.run.path, "ranked/*/*")
             return "openvino" if is_installed() and not begun else "torch"
 
-        return self.run.decided("reranker-cpu.json", choose) == "openvino"
+        return self.run.decided("reranker-cpu.json", choose) != "torch"
 
     @property
     def cleaning(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from scaledown.devices.openvino import GRAPH, openvino
+from scaledown.devices.openvino import GRAPH, crashes_in_bfloat16, openvino
 from scaledown.errors import ModelError
 from scaledown.models.openvino import PRECISIONS, compiled, write_graph
 from scaledown.models.sources import ModelSource, kept_folder, written_once
@@ -53,6 +53,11 @@ class OpenVINODecoding:
             embeddings: The generator's token embeddings.
             dtype: The precision of the computation, float32 or bfloat16.
         """
+        if dtype is torch.bfloat16 and crashes_in_bfloat16():
+            log.warning(
+                "OpenVINO computes in float32: with one thread, bfloat16 would crash on this processor"
+            )
+            dtype = torch.float32
         self._openvino = openvino("--engine openvino")
         model = compiled(graph, dtype)
         # Each has a cache of its own: that of the rows, and that of new prompts.
