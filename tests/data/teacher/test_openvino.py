@@ -322,6 +322,20 @@ def test_teacher_that_reads_a_window_is_refused_before_any_work(models, tmp_path
         engine.ENGINE.preflight(setup)
 
 
+@needs_openvino
+@pytest.mark.slow
+def test_engine_that_is_stopped_early_prints_nothing(models, tmp_path, monkeypatch, capfd) -> None:
+    """It said `[ERROR] BlockManager leaked sequence block tables` after Ctrl-C."""
+    monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path))
+    teacher = OpenVINOTeacher(resolve(str(models["causal_lm"])), Generation(max_new_tokens=40))
+    asked = [answer_prompt(str(n), f"Who is {n}?", ["She wrote it. " * n], 0.0) for n in range(12)]
+    answers = teacher.answers(asked)
+    assert next(answers)
+    answers.close()
+    del answers, teacher
+    assert not re.findall("leaked.*", "".join(capfd.readouterr()))
+
+
 def normalised(text: str) -> str:
     return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
 

@@ -196,8 +196,14 @@ class OpenVINOTeacher:
                     else:  # the cache was full
                         again.append(one.place)
         finally:
-            for one in asked:  # the caller has stopped early
-                one.handle.cancel()
+            self._cancel(asked)  # if the caller has stopped early
+
+    def _cancel(self, asked: Sequence[_Asked]) -> None:
+        for one in asked:
+            one.handle.cancel()
+        if asked:  # the engine notices it in a step; otherwise it prints that it has lost memory
+            with contextlib.suppress(RuntimeError):
+                self._pipeline.step()
 
     def _alone(self, place: int, prompt: Prompt) -> Answer | Rejection:
         """Answer a prompt while no other one is running."""
