@@ -98,7 +98,7 @@ def test_the_plan_of_a_small_run_says_what_the_run_does(flags, work, capsys) -> 
     assert "\x1b" not in shown
 
 
-def test_a_finished_run_says_how_far_the_plan_was_off(flags, work, capsys) -> None:
+def test_a_finished_run_says_how_far_the_plan_was_off(flags, queries, capsys) -> None:
     cli.main(["plan", *flags])
     capsys.readouterr()
     assert cli.main(["prepare", *flags]) == 0
@@ -109,6 +109,9 @@ def test_a_finished_run_says_how_far_the_plan_was_off(flags, work, capsys) -> No
     other = [*flags, "--seed", "1"]
     assert cli.main(["prepare", *other]) == 0
     assert "plan" not in capsys.readouterr().out, "that plan was of another command"
+    queries.write_text(queries.read_text() + "Who was here?\n")
+    assert cli.main(["prepare", *flags]) == 0
+    assert "plan" not in capsys.readouterr().out, "that plan was of other queries"
 
 
 @pytest.mark.parametrize("limit", [0, 700])

@@ -70,7 +70,7 @@ def test_the_command_with_right_answers(prepare, tmp_path: Path, capsys) -> None
     page = tmp_path / "page.html"
     words = ["report", str(prepare.output), "--output", str(page), "--gold", str(gold)]
     assert main(words) == 0
-    assert f"page {page}" in capsys.readouterr().out
+    assert f"look: {page}, " in capsys.readouterr().out
     text = page.read_text()
     assert "R@k: share of 1 queries with a right answer" in text
     assert "retrieved" in text

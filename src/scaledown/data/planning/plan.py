@@ -323,9 +323,11 @@ def planned_seconds(config: PrepareConfig) -> dict[str, float]:
 
 
 def _command(config: PrepareConfig) -> str:
-    """Return a fingerprint of the command's settings. It does not read the inputs, which may be huge."""
+    """Return a fingerprint of the command's settings and of the times of its files, which may be huge."""
     named = config.named("result", "input", "model", "operation")
-    return fingerprint({name: getattr(config, name) for name in named})
+    paths = [Path(name).expanduser() for name in (*config.queries_file, *config.corpus_path)]
+    changed = [path.stat().st_mtime_ns for path in paths if path.exists()]
+    return fingerprint({name: getattr(config, name) for name in named} | {"changed": changed})
 
 
 def compared(planned: Mapping[str, float], stages: Mapping[str, StageResult]) -> str:

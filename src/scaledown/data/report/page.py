@@ -424,10 +424,10 @@ def main(argv: Sequence[str], program: str = "scaledown report") -> int:
 
 def _summary(report: Report) -> str:
     found = report.audit
-    lines = [f"{found.path}: {found.records:,} records, {found.sampled:,} read word for word", ""]
-    lines += [f"  {found.tags[name]:>8,}  {said}" for name, said in _SAID.items() if name in found.tags]
-    lines += ["", f"page {report.page}", f"card {report.card}"]
-    return "\n".join(lines)
+    unit = "record" if found.records == 1 else "records"
+    lines = [f"{found.path}: {found.records:,} {unit}, {found.sampled:,} read word for word"]
+    tags = [f"  {found.tags[name]:>8,}  {said}" for name, said in _SAID.items() if name in found.tags]
+    return "\n".join([*lines, *(["", *tags] if tags else []), "", f"look: {report.page}, {report.card}"])
 
 
 if __name__ == "__main__":
