@@ -40,16 +40,33 @@ def test_packed_model_computes_the_same_without_its_plain_weights(dtype, toleran
     assert len(linear) == 2 * 6 + 2
     assert {layer.weight.device.type for layer in linear} == {"meta"}
     assert {layer.weight.dtype for layer in linear} == {dtype}
+    activations = {type(layer.intermediate.intermediate_act_fn) for layer in model.bert.encoder.layer}
+    assert activations == {torch.nn.Identity}
 
 
 @pytest.mark.skipif(not X86, reason="only x86 processors pack")
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_python", "relu"])
+@torch.inference_mode()
+def test_other_activations_stay(name: str) -> None:
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(num_labels=1, hidden_act=name, **CONFIG)).eval()
+    expected = model(input_ids=IDS).logits
+    assert pack_linear_layers(model, EXAMPLE)
+    assert torch.allclose(model(input_ids=IDS).logits, expected, atol=1e-5)
+    assert type(model.bert.encoder.layer[0].intermediate.intermediate_act_fn) is not torch.nn.Identity
+
+
+@pytest.mark.skipif(not X86, reason="only x86 processors pack")
+@pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize(("inputs", "outputs"), [(1024, 16), (1024, 1024), (768, 64), (384, 384)])
 @torch.inference_mode()
-def test_packed_products_have_the_same_bits_with_any_number_of_threads(inputs: int, outputs: int) -> None:
+def test_packed_products_have_the_same_bits_with_any_number_of_threads(
+    inputs: int, outputs: int, gelu: bool
+) -> None:
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(outputs, inputs, generator=draw)
     assert packing._can_pack(weight)
-    packed = packing._packed(weight, torch.randn(outputs, generator=draw))
+    packed = packing._packed(weight, torch.randn(outputs, generator=draw), gelu=gelu)
     threads = torch.get_num_threads()
     try:
         for rows in (1, 3, 16, 64):
@@ -94,7 +111,7 @@ def test_model_stays_as_it_is_where_weights_cannot_be_packed(reason: str, monkey
     elif reason == "no function":
         monkeypatch.setattr(torch, "ops", object())
     elif reason == "wrong products":
-        monkeypatch.setattr(packing, "_packed", lambda weight, _: lambda states: 2 * states @ weight.T)
+        monkeypatch.setattr(packing, "_packed", lambda weight, _, gelu: lambda states: 2 * states @ weight.T)
     assert not pack_linear_layers(model, EXAMPLE)
     assert all(weight.device.type == "cpu" for weight in model.parameters())
     assert torch.equal(model(input_ids=IDS).logits, expected)

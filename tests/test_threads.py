@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from scaledown.data.reranker import graph
 from scaledown.data.reranker.base import Pair
 from scaledown.data.reranker.cross_encoder import CrossEncoderReranker
 from scaledown.data.retrieval.splade import SpladeEncoder
@@ -90,16 +89,13 @@ def test_threads_are_as_before_when_the_caller_stops_early() -> None:
     assert list(Halving("--batch_size").each([[0]], threads, float, "cpu", at_once=1)) == [([0], [3.0])]
 
 
-@pytest.mark.parametrize("by_openvino", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.usefixtures("three_threads")
 def test_vectors_and_scores_do_not_depend_on_the_number_of_threads(
-    dtype: str, by_openvino: bool, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    dtype: str, models: dict[str, Path]
 ) -> None:
-    monkeypatch.setattr(graph, "SMALL", 0)
     encoder = SpladeEncoder(resolve(str(models["splade"])), "cpu", dtype, 2)
-    source = resolve(str(models["cross_encoder"]))
-    reranker = CrossEncoderReranker(source, "cpu", dtype, 2, by_openvino=by_openvino)
+    reranker = CrossEncoderReranker(resolve(str(models["cross_encoder"])), "cpu", dtype, 2)
     pairs = [Pair(query, text) for query in ("which tower", "why") for text in TEXTS]
     done: list[int] = []
     found = []

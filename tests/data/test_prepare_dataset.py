@@ -481,54 +481,6 @@ def test_manifest_of_another_dtype_is_not_repeated_silently(prepare, tmp_path, m
     assert "this run does not repeat" not in capsys.readouterr().err
 
 
-def ranked(work: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in (work / "ranked").glob("*/settings.json")]
-
-
-def test_engine_of_the_reranker_stays_with_the_run(prepare, monkeypatch) -> None:
-    monkeypatch.setattr(enter, "is_installed", lambda: True)
-    assert prepare(*RERANK) == 0
-    assert [settings["engine"] for settings in ranked(prepare.work)] == ["openvino"]
-    first = prepare.output.read_bytes()
-    prepare.output.unlink()
-    monkeypatch.setattr(enter, "is_installed", lambda: False)
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    assert prepare(*RERANK) == 0, "what is reranked needs no OpenVINO"
-    assert prepare.output.read_bytes() == first
-    assert len(ranked(prepare.work)) == 1
-
-
-def test_run_that_was_reranked_by_torch_is_not_reranked_again(prepare, monkeypatch) -> None:
-    monkeypatch.setattr(enter, "is_installed", lambda: False)
-    assert prepare(*RERANK) == 0
-    (prepare.work / "reranker-cpu.json").unlink()  # earlier versions did not write it
-    prepare.output.unlink()
-    monkeypatch.setattr(enter, "is_installed", lambda: True)
-    assert prepare(*RERANK) == 0
-    assert ["engine" in settings for settings in ranked(prepare.work)] == [False]
-
-
-def test_run_that_openvino_reranked_needs_it_to_go_on(prepare, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(enter, "is_installed", lambda: True)
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    assert prepare(*RERANK) == 1
-    assert "the reranker of this run needs OpenVINO" in capsys.readouterr().err
-    monkeypatch.setattr(enter, "is_installed", lambda: False)
-    assert prepare(*RERANK) == 1
-    assert "pip install" in capsys.readouterr().err
-
-
-def test_repeated_run_reranks_by_the_same_engine(prepare, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(enter, "is_installed", lambda: True)
-    assert prepare(*RERANK) == 0
-    again = tmp_path / "again.json"
-    monkeypatch.setattr(enter, "is_installed", lambda: False)
-    assert command.main(["--config", str(prepare.work / "manifest.json"), "--output_file", str(again)]) == 0
-    (settings,) = ranked(again.with_suffix(".json.work"))
-    assert settings["engine"] == "openvino"
-    assert again.read_bytes() == prepare.output.read_bytes()
-
-
 def test_manifest_pins_revisions_of_hub_models(prepare, hub_cache, tiny_flags, corpus, queries) -> None:
     from tiny import COMMIT
 
@@ -544,8 +496,7 @@ def test_manifest_pins_revisions_of_hub_models(prepare, hub_cache, tiny_flags, c
 def test_changed_top_k_reranking_needs_no_scoring(prepare, monkeypatch) -> None:
     assert prepare("--top_k_retrieval", "6", "--top_k_reranking", "2") == 0
     monkeypatch.setattr(
-        "scaledown.data.reranker.api.load_reranker",
-        lambda *_, **__: pytest.fail("a model was loaded again"),
+        "scaledown.data.reranker.api.load_reranker", lambda *_: pytest.fail("a model was loaded again")
     )
     assert prepare("--top_k_retrieval", "6", "--top_k_reranking", "4") == 0
     assert {len(record["documents"]) for record in records(prepare.output)} == {4}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import SHARED
-from scaledown.data.reranker import add_reranking_scores, graph
+from scaledown.data.reranker import add_reranking_scores
 from scaledown.data.reranker import cross_encoder as rerankers
 from scaledown.data.reranker.api import best_first, load_reranker, resolve_reranker, scaled
 from scaledown.data.reranker.base import Pair
@@ -18,7 +18,6 @@ from scaledown.data.reranker.pair_tokens import PairTokens
 from scaledown.data.reranker.query_likelihood import QueryLikelihoodReranker
 from scaledown.devices import packing
 from scaledown.errors import InputError, ModelError, UsageError
-from scaledown.models import openvino as openvino_models
 from scaledown.models.sources import resolve
 
 RECORDS = [
@@ -249,7 +248,7 @@ ODD = [
 def test_texts_tokenised_once_have_the_same_scores_as_pairs(size, models, monkeypatch) -> None:
     """The scores equal those of `CrossEncoder.predict`, which tokenises each pair, bit for bit.
 
-    Unless weights are packed (`test_packing.py`), OpenVINO computes, or batches have other pairs.
+    Unless weights are packed (`test_packing.py`) or batches have other pairs.
     """
     monkeypatch.setattr(packing, "_can_pack", lambda _: False)
     monkeypatch.setattr(rerankers, "_SORTED", 1)
@@ -257,8 +256,7 @@ def test_texts_tokenised_once_have_the_same_scores_as_pairs(size, models, monkey
     with monkeypatch.context() as patch:
         patch.setattr(rerankers, "_pair_tokens", lambda _: (None, "to compare"))
         expected = load_reranker(source, "cpu", "float32", size).score([*ODD, *PAIRS], lambda _: None)
-    ours = load_reranker(source, "cpu", "float32", size, by_openvino=False)
-    assert ours.score([*ODD, *PAIRS], lambda _: None) == expected
+    assert load_reranker(source, "cpu", "float32", size).score([*ODD, *PAIRS], lambda _: None) == expected
     assert len(set(expected)) > 10
 
 
@@ -324,7 +322,7 @@ def test_pairs_of_a_batch_have_similar_numbers_of_tokens(models, monkeypatch) ->
 def test_tokenizer_with_special_rules_reads_pairs(models, monkeypatch, caplog) -> None:
     monkeypatch.setattr(packing, "_can_pack", lambda _: False)
     source = resolve(str(models["cross_encoder"]))
-    expected = load_reranker(source, "cpu", "float32", 4, by_openvino=False).score(ODD, lambda _: None)
+    expected = load_reranker(source, "cpu", "float32", 4).score(ODD, lambda _: None)
     features = PairTokens.features
     monkeypatch.setattr(PairTokens, "features", lambda self, pairs: features(self, pairs[::-1]))
     caplog.set_level(logging.INFO, "scaledown")
@@ -360,55 +358,3 @@ def test_scores_in_bfloat16_are_distinct(models) -> None:
     pairs = [Pair("Who painted it?", f"Number {number} was painted by Ada.") for number in range(8)]
     scores = reranker.score(pairs, lambda _: None)
     assert any(torch.tensor(score).bfloat16().item() != score for score in scores)
-
-
-@pytest.fixture
-def no_model_is_small(monkeypatch) -> None:
-    monkeypatch.setattr(graph, "SMALL", 0)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.usefixtures("no_model_is_small")
-def test_openvino_gives_the_scores_of_torch(dtype, models, caplog) -> None:
-    caplog.set_level(logging.INFO, "scaledown")
-    source = resolve(str(models["cross_encoder"]))
-    by_torch, by_openvino = (
-        np.array(load_reranker(source, "cpu", dtype, 4, by_openvino=chosen).score(ODD, lambda _: None))
-        for chosen in (False, True)
-    )
-    assert "computed by OpenVINO" in caplog.text
-    limit = 1e-5 if dtype == "float32" else 0.05
-    np.testing.assert_allclose(by_openvino, by_torch, atol=limit * abs(by_torch).max())
-
-
-@pytest.mark.usefixtures("no_model_is_small")
-def test_torch_computes_what_openvino_computes_differently(models, monkeypatch, caplog) -> None:
-    caplog.set_level(logging.INFO, "scaledown")
-    source = resolve(str(models["cross_encoder"]))
-    expected = load_reranker(source, "cpu", "float32", 4, by_openvino=False).score(ODD, lambda _: None)
-    compiled = openvino_models.compiled
-
-    def others(traced, dtype, **given):
-        weights = [node for node in traced.get_ops() if node.get_type_name() == "Add"]
-        weights[-1].input(0).replace_source_output(weights[-1].input_value(1))
-        return compiled(traced, dtype, **given)
-
-    monkeypatch.setattr(openvino_models, "compiled", others)
-    found = load_reranker(source, "cpu", "float32", 4, by_openvino=True).score(ODD, lambda _: None)
-    assert found == expected
-    assert "computed by torch (by OpenVINO its scores differ by" in caplog.text
-
-
-@pytest.mark.usefixtures("no_model_is_small")
-def test_torch_computes_what_openvino_cannot(models, monkeypatch, caplog) -> None:
-    caplog.set_level(logging.INFO, "scaledown")
-    source = resolve(str(models["cross_encoder"]))
-    expected = load_reranker(source, "cpu", "bfloat16", 4, by_openvino=False).score(ODD, lambda _: None)
-
-    def fails(*_, **__):
-        raise RuntimeError("no such operation\nin a long message")
-
-    monkeypatch.setattr(openvino_models, "compiled", fails)
-    found = load_reranker(source, "cpu", "bfloat16", 4, by_openvino=True).score(ODD, lambda _: None)
-    assert found == expected
-    assert "computed by torch (OpenVINO cannot run it: RuntimeError: no such operation)" in caplog.text

@@ -225,7 +225,7 @@ def test_path_that_is_not_a_run_directory_is_reported(path: str, tmp_path: Path,
 
 def test_folder_of_a_model_is_named_as_one(models, capsys) -> None:
     assert main(["status", str(models["causal_lm"])]) == 1
-    assert "this is a model, not the directory of a run" in capsys.readouterr().err
+    assert "this looks like a model, not like a run" in capsys.readouterr().err
 
 
 def test_foreign_files_in_a_run_directory_are_ignored(tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ def test_what_cannot_be_answered_gets_one_clear_sentence(
 
 def test_fields_that_ask_for_nothing_are_ignored(server: Running) -> None:
     body = chat(
-        documents=DOCUMENTS,
+        documents=[*DOCUMENTS, {"text": "It rains.", "subtitle": "of others", "url": "a"}],
         n=1,
         tools=[],
         logprobs=False,

@@ -153,20 +153,8 @@ def warn_about_dtype(repeats: Path, machine: Mapping[str, str]) -> None:
 
 def dtypes_of(manifest: Mapping[str, Any]) -> dict[str, str]:
     """The dtype of a run's models, by kind of device: `--dtype auto` differs between processors."""
-    stages = _settings_of_stages(manifest).values()
+    stages = (stage.get("settings") or {} for stage in (manifest.get("stages") or {}).values())
     return {own["device"]: own["dtype"] for own in stages if "device" in own and "dtype" in own}
-
-
-def reranker_engine(repeats: Path) -> str:
-    """What computed the cross-encoder of the manifest `repeats` on a CPU: openvino or torch; else empty."""
-    manifest = read_json(repeats)
-    ranked = _settings_of_stages(manifest if isinstance(manifest, dict) else {}).get("ranked", {})
-    return str(ranked.get("engine", "torch")) if ranked.get("device") == "cpu" else ""
-
-
-def _settings_of_stages(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    stages = (manifest.get("stages") or {}).items()
-    return {name: stage.get("settings") or {} for name, stage in stages}
 
 
 def compared_settings(config: PrepareConfig) -> dict[str, Any]:

@@ -212,15 +212,8 @@ def rerank(session: Session, candidates: Stage, index: Index) -> Stage:
         settings["likelihood"] = SCORING
     elif settings["dtype"] != "torch.float32":
         settings["head"] = "float32"
-    by_openvino = device == "cpu" and not likelihood and session.reranks_by_openvino()
-    if by_openvino:
-        settings["engine"] = "openvino"
     ranked = session.stage("ranked", settings, [candidates])
-    load = partial(
-        reranker.load_reranker,
-        *(source, device, config.dtype, config.reranker_batch_size),
-        by_openvino=by_openvino,
-    )
+    load = partial(reranker.load_reranker, source, device, config.dtype, config.reranker_batch_size)
     per_query = min(config.top_k_retrieval, retrieval.searched(index.vectors))
     with OnDevice("the reranker", device, load) as loaded:
         reranker.rerank(ranked, candidates, index.passages, loaded, per_query)

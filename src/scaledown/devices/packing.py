@@ -21,8 +21,9 @@ depend on their number. In bfloat16, torch's own products are oneDNN's, too.
 def pack_linear_layers(model: Any, example: dict[str, "torch.Tensor"]) -> bool:
     """Reorder the weights of a model's linear layers once, so that no product has to.
 
-    The model can then only be run: the plain weights of these layers are gone. It stays as it is on other
-    devices, on processors that are not x86, and if its logits would change.
+    A GELU that follows a layer becomes a part of its product. The model can then only be run: the plain
+    weights of these layers are gone. It stays as it is on other devices, on processors that are not x86, and
+    if its logits would change.
 
     Args:
         model: A model of transformers in evaluation mode that is only called.
@@ -39,11 +40,15 @@ def pack_linear_layers(model: Any, example: dict[str, "torch.Tensor"]) -> bool:
     if not chosen:
         return False
     plain = [layer.weight for layer in chosen]
+    blocks = {block.dense: block for block in model.modules() if _ends_in_gelu(block)}
+    activations = {layer: blocks[layer].intermediate_act_fn for layer in chosen if layer in blocks}
     with torch.inference_mode():
         try:
             expected = model(**example).logits.float()
             for layer in chosen:
-                layer.forward = _packed(layer.weight.detach(), layer.bias)
+                layer.forward = _packed(layer.weight.detach(), layer.bias, gelu=layer in activations)
+                if layer in activations:
+                    blocks[layer].intermediate_act_fn = torch.nn.Identity()
                 # Code of a model that reads the weights itself then fails here, not at the first batch.
                 layer.weight = torch.nn.Parameter(layer.weight.to("meta"), requires_grad=False)
             difference = float((model(**example).logits.float() - expected).abs().max())
@@ -56,6 +61,8 @@ def pack_linear_layers(model: Any, example: dict[str, "torch.Tensor"]) -> bool:
         for layer, weight in zip(chosen, plain, strict=True):
             layer.weight = weight
             layer.__dict__.pop("forward", None)
+            if layer in activations:
+                blocks[layer].intermediate_act_fn = activations[layer]
     return not reason
 
 
@@ -65,12 +72,25 @@ def _can_pack(weight: "torch.Tensor") -> bool:
     return is_x86 and same_bits and weight.device.type == "cpu" and str(weight.dtype) in _TOLERANCE
 
 
+def _ends_in_gelu(block: Any) -> bool:
+    """Whether a module is a linear layer and an exact GELU, as in BERT, RoBERTa, ELECTRA and DeBERTa."""
+    import torch
+    from transformers.activations import GELUActivation
+
+    parts = dict(block.named_children())
+    activation: Any = parts.get("intermediate_act_fn")
+    is_exact = type(activation) is GELUActivation and activation.act is torch.nn.functional.gelu
+    return is_exact and parts.keys() == {"dense", "intermediate_act_fn"}
+
+
 def _packed(
-    weight: "torch.Tensor", bias: "torch.Tensor | None"
+    weight: "torch.Tensor", bias: "torch.Tensor | None", *, gelu: bool
 ) -> Callable[["torch.Tensor"], "torch.Tensor"]:
     """Return the function of a linear layer: states [..., inputs] to states [..., outputs]."""
     import torch
 
     operations = torch.ops.mkldnn  # what torch's compiler calls; where they are missing, nothing is packed
     packed = operations._reorder_linear_weight(weight, None)
-    return lambda states: operations._linear_pointwise(states, packed, bias, "none", [], "")
+    # The second "none" is GELU itself, and not its approximation by tanh.
+    after: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
+    return lambda states: operations._linear_pointwise(states, packed, bias, *after)

@@ -58,17 +58,13 @@ def write_graph(model: Any, file: Path, *, reads: str, eight_bits: bool = False)
         ) from error
 
 
-def compiled(graph: Any, dtype: torch.dtype, at_once: int = 1) -> Any:
-    """Compile a graph, or the file of one, to compute in float32 or bfloat16.
-
-    Requests in `at_once` threads share torch's number of threads.
-    """
+def compiled(graph: Any, dtype: torch.dtype) -> Any:
+    """Compile a graph, or the file of one, to compute in float32 or bfloat16."""
     precision = PRECISIONS[dtype]
     settings = {
         "INFERENCE_PRECISION_HINT": precision,
         "KV_CACHE_PRECISION": precision,  # by default it would have 8 bits
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        **({"NUM_STREAMS": at_once} if at_once > 1 else {}),
         **WHOLE_STATES,
     }
     library = openvino("a model on OpenVINO")

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -54,7 +54,6 @@ _OWN_NAMES: Final = {
     "plan.json",
     "engine.json",
     *(f"dtype-{kind}.json" for kind in ("cpu", "cuda", "mps")),
-    "reranker-cpu.json",
     "report.html",
     "README.md",
 }
@@ -253,25 +252,6 @@ class RunDirectory:
                 count += (mine or not own) and self.storage.exists(self._why(mark))
         return count
 
-    def decided(self, name: str, choose: Callable[[], str]) -> str:
-        """Return a choice that all processes of the run share: the first one chooses.
-
-        Args:
-            name: The file that keeps the choice.
-            choose: Chooses for this machine.
-        """
-        path = self.path / name
-        (self.path / "live").mkdir(exist_ok=True)
-        with FileLock(self.path / "live" / "entrance.lock"):
-            kept = self.storage.read_json(path)
-            if not isinstance(kept, str):
-                kept = choose()
-                write_json(path, kept)
-                self.storage.publish(path, once=True)
-                in_bucket = self.storage.read_json(path)  # perhaps that of another machine
-                kept = in_bucket if isinstance(in_bucket, str) else kept
-        return kept
-
     def dtype(self, asked: str, device: str) -> str:
         """Return the dtype in which all processes that work here, on any machine, run models.
 
@@ -287,10 +267,16 @@ class RunDirectory:
         """
         if asked != "auto":
             return asked
-        kind = device.partition(":")[0]
-        kept = self.decided(
-            f"dtype-{kind}.json", lambda: str(dtype_to_run(asked, device)).removeprefix("torch.")
-        )
+        path = self.path / f"dtype-{device.partition(':')[0]}.json"
+        (self.path / "live").mkdir(exist_ok=True)
+        with FileLock(self.path / "live" / "entrance.lock"):
+            kept = self.storage.read_json(path)
+            if not isinstance(kept, str):
+                kept = str(dtype_to_run(asked, device)).removeprefix("torch.")
+                write_json(path, kept)
+                self.storage.publish(path, once=True)
+                in_bucket = self.storage.read_json(path)  # perhaps that of another machine
+                kept = in_bucket if isinstance(in_bucket, str) else kept
         if kept == "bfloat16" and is_slow_in_bfloat16(device):
             log.warning(
                 "%s: bfloat16 was chosen where it is fast. Here it is very slow: --dtype float32 is faster, "

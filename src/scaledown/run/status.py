@@ -119,7 +119,7 @@ def status_at(name: str) -> Status:
                     ) from error
     if (Path(name) / "config.json").exists():
         raise InputError(
-            f"{name}: this is a model, not the directory of a run: scaledown evaluate --model {name} "
+            f"{name}: this looks like a model, not like a run: scaledown evaluate --model {name} "
             "measures its answers"
         )
     raise InputError(

@@ -146,9 +146,9 @@ _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
 }
 
 _CLOSE: Final = 0.85  # `document` is close to `documents` (0.94); `min_tokens` is not to `max_tokens` (0.80)
-_CLOSE_SHORT: Final = 0.75  # `titel` and `Title` are close to `title` (0.80); `file` is not (0.67)
+_CLOSE_SHORT: Final = 0.8  # `titel` and `Title` are close to `title` (0.80); `subtitle` is not (0.77)
 _OTHERS: Final = frozenset({"models", "mode", "document_ids"})  # of other servers; none is a misspelt one
-_COMPARED: Final = 50  # unknown fields of a request that are compared; no request should cost much time
+_COMPARED: Final = 50  # unknown fields, and first documents, that are compared: a request should cost little
 _LONGEST: Final = 40  # characters of their names
 
 Request = TypeVar("Request", ChatRequest, RerankRequest)

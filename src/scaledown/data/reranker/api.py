@@ -33,18 +33,12 @@ def score_once(reranker: Reranker, pairs: Sequence[Pair], advance: Callable[[int
     return [scores[pair] for pair in pairs]
 
 
-def load_reranker(
-    source: ModelSource, device: str, dtype: str, batch_size: int, *, by_openvino: bool | None = None
-) -> Reranker:
-    """Load the model of `--reranker_model`. With `ql:` in front of its name, it scores query likelihood.
-
-    `by_openvino`: see `CrossEncoderReranker`.
-    """
+def load_reranker(source: ModelSource, device: str, dtype: str, batch_size: int) -> Reranker:
+    """Load the model of `--reranker_model`. With `ql:` in front of its name, it scores query likelihood."""
     likelihood = source.name.startswith(LIKELIHOOD_PREFIX)
     log.info("reranker: %s, %s", source.name, "query likelihood" if likelihood else "cross-encoder")
-    if likelihood:
-        return QueryLikelihoodReranker(source, device, dtype, batch_size)
-    return CrossEncoderReranker(source, device, dtype, batch_size, by_openvino=by_openvino)
+    kind = QueryLikelihoodReranker if likelihood else CrossEncoderReranker
+    return kind(source, device, dtype, batch_size)
 
 
 def resolve_reranker(name: str) -> ModelSource:

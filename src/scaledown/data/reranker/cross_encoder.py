@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from scaledown.data.reranker.base import Pair, scores_of
-from scaledown.data.reranker.graph import as_graph
 from scaledown.data.reranker.pair_tokens import PairTokens
 from scaledown.data.retrieval.splade import by_length, in_batches
 from scaledown.devices.choice import dtype_to_run
 from scaledown.devices.halving import Halving
-from scaledown.devices.openvino import is_installed
 from scaledown.devices.packing import pack_linear_layers
 from scaledown.errors import ModelError
 from scaledown.models.sources import ModelSource
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("scaledown")
 
 _SORTED: Final = 16
-"""Batches whose pairs are sorted by tokens. Texts of as many characters differ by a quarter in tokens."""
+"""Batches whose pairs are sorted by their tokens. Sorted by characters alone, a fifth would be padding."""
 _ODD: Final = "Été: 東京's 🗼, x<y [SEP] 2.5%"
 
 
@@ -35,19 +33,10 @@ class CrossEncoderReranker:
     """A cross-encoder with one output; scores are its logits, the same as with sentence-transformers.
 
     An ordinary sequence classifier is loaded without sentence-transformers, whose import is slow. Then each
-    text is tokenised once, in a thread beside the model; and on a CPU, OpenVINO runs the model, if
-    `by_openvino` is true. It is true by default if OpenVINO is installed.
+    text is tokenised once, in a thread beside the model.
     """
 
-    def __init__(
-        self,
-        source: ModelSource,
-        device: str,
-        dtype: str,
-        batch_size: int,
-        *,
-        by_openvino: bool | None = None,
-    ) -> None:
+    def __init__(self, source: ModelSource, device: str, dtype: str, batch_size: int) -> None:
         self.name = source.name
         self._device = device
         self._batch_size = batch_size
@@ -70,23 +59,11 @@ class CrossEncoderReranker:
             model, labels = self._model.model, self._model.num_labels
         if labels != 1:
             raise ModelError(f"model {source.name} gives {labels} scores for a pair: use a model with one")
-        head = _score_in_float32(model)
+        _score_in_float32(model)
         if self._tokens:
             self._tokens.read(("", _ODD))
-            example = self._tokens.features([("", _ODD), (_ODD, _ODD)])
+            pack_linear_layers(model, self._tokens.features([("", _ODD), (_ODD, _ODD)]))
             self._tokens.forget()
-            graph = None
-            if device == "cpu" and head and (is_installed() if by_openvino is None else by_openvino):
-                graph, reason = as_graph(model, head, example)
-                log.info(
-                    "reranker: %s", f"computed by torch ({reason})" if reason else "computed by OpenVINO"
-                )
-            if graph:
-                self._model = None  # its weights are in the graph
-                self._logits = graph
-            else:
-                pack_linear_layers(model, example)
-                self._logits = lambda features: model(**features).logits
 
     def score(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
         """Return the logit of each pair."""
@@ -121,7 +98,7 @@ class CrossEncoderReranker:
         def score(batch: Sequence[int]) -> "torch.Tensor":
             features = tokens.features([pairs[i] for i in batch])
             features = {name: values.to(self._device) for name, values in features.items()}
-            return self._logits(features)[:, 0]  # [batch]
+            return self._model(**features).logits[:, 0]  # type: ignore[no-any-return]  # [batch]
 
         parts = in_batches(order, _SORTED * self._batch_size)
         count = math.ceil(len(pairs) / self._batch_size)
@@ -166,14 +143,9 @@ def _pair_tokens(source: ModelSource) -> tuple[PairTokens | None, str]:
     return tokens, ""
 
 
-def _score_in_float32(model: Any) -> str:
-    """Compute the last layers of a classifier in float32: in bfloat16 many scores would be equal.
-
-    Returns the name of these layers; empty if they are not known.
-    """
+def _score_in_float32(model: Any) -> None:
+    """Compute the last layers of a classifier in float32: in bfloat16 many scores would be equal."""
     for name in ("classifier", "score"):
         if (head := getattr(model, name, None)) is not None:
             head.float()
             head.register_forward_pre_hook(lambda _, given: tuple(part.float() for part in given))
-            return name
-    return ""

@@ -15,7 +15,6 @@ from scaledown.data.input.remote import Remote
 from scaledown.data.manifest import (
     Sources,
     compared_settings,
-    reranker_engine,
     warn_about_differences,
     warn_about_dtype,
 )
@@ -25,7 +24,6 @@ from scaledown.data.session.parts import check_parts, is_indexed
 from scaledown.data.session.resolve import find
 from scaledown.data.workers import share, share_teachers, supervised
 from scaledown.devices.choice import choose_device, same_bits
-from scaledown.devices.openvino import is_installed
 from scaledown.run.directory import SCHEMA, RunDirectory, fingerprint
 from scaledown.run.heartbeat import publishing
 from scaledown.run.locations import index_of, output_of, run_of
@@ -78,21 +76,6 @@ class Session:
     def machine(self) -> dict[str, str]:
         """Device and dtype, which influence the last bits of a model's output."""
         return machine(self.config)
-
-    def reranks_by_openvino(self) -> bool:
-        """Whether OpenVINO computes cross-encoders on a CPU, in all processes of the run.
-
-        The first one decides. A run that repeats another does it as that one, and a run that began to rerank
-        before there was a choice goes on with torch.
-        """
-
-        def choose() -> str:
-            if self.repeats and (engine := reranker_engine(self.repeats)):
-                return engine
-            begun = self.run.storage.glob(self.run.path, "ranked/*/*")
-            return "openvino" if is_installed() and not begun else "torch"
-
-        return self.run.decided("reranker-cpu.json", choose) != "torch"
 
     @property
     def cleaning(self) -> dict[str, Any]:

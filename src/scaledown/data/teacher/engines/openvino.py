@@ -201,8 +201,9 @@ class OpenVINOTeacher:
     def _cancel(self, asked: Sequence[_Asked]) -> None:
         for one in asked:
             one.handle.cancel()
-        if asked:  # the engine notices it in a step; otherwise it prints that it has lost memory
-            with contextlib.suppress(RuntimeError):
+        if asked and not sys.is_finalizing():
+            # The engine notices it in a step; otherwise it prints that it has lost memory.
+            with contextlib.suppress(RuntimeError, MemoryError):
                 self._pipeline.step()
 
     def _alone(self, place: int, prompt: Prompt) -> Answer | Rejection:
