@@ -264,6 +264,12 @@ def test_what_cannot_be_answered_gets_one_clear_sentence(
     assert len(content["error"]["message"]) < 400
 
 
+def test_log_has_the_reason_of_a_refusal(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "scaledown")
+    assert server.ask(CHAT, chat("Why?", document=["x"]))[0] == 400
+    assert "0 cut: document is not known here: did you mean documents?" in caplog.text
+
+
 def test_fields_that_ask_for_nothing_are_ignored(server: Running) -> None:
     body = chat(
         documents=[*DOCUMENTS, {"text": "It rains.", "subtitle": "of others", "url": "a"}],

@@ -220,7 +220,7 @@ def _check_shape(name: str, model: "ScaleDownConfig", shape: Shape) -> None:
         if asked > most:
             raise InputError(
                 f"--cost_{flag}_tokens {asked}: {name} compresses {most} tokens of a {flag} and cuts the "
-                "rest: lower the flag"
+                f"rest: give --cost_{flag}_tokens {most}, or less"
             )
 
 

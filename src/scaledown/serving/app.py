@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from scaledown.config.serve import ServeConfig
-from scaledown.errors import UsageError
+from scaledown.errors import UsageError, one_line
 from scaledown.records import document_text
 from scaledown.serving.engine import Engine
 from scaledown.serving.jobs import End, Event, Job, Piece, Scores, Usage
@@ -32,7 +32,7 @@ _CHAT: Final = "/v1/chat/completions"
 _RERANK: Final = "/v1/rerank"
 _OPEN: Final = "/health"  # needs no key: load balancers have none
 _AWAY: Final = 499  # nginx's status for a client that closed the connection
-_LOGGED: Final = "%s %s %.3f s, prompt %s, answer %s, documents %s -> %s, %s cut"
+_LOGGED: Final = "%s %s %.3f s, prompt %s, answer %s, documents %s -> %s, %s cut%s"
 _RETRY_SECONDS: Final = 1
 _UNBUFFERED: Final = {
     "Cache-Control": "no-cache",
@@ -89,13 +89,13 @@ class Server:
         """Wrap a route: it checks the key, and returns errors in OpenAI's format."""
 
         async def guarded(request: Request) -> Response:
-            started = time.perf_counter()
+            started, reason = time.perf_counter(), ""
             try:
                 if path != _OPEN:
                     self._check_key(request)
                 return await route(request)
             except RequestError as error:
-                status = error.status
+                status, reason = error.status, one_line(str(error))
                 response = _json(error.body(), status)
             except ClientDisconnect:
                 status = _AWAY
@@ -104,7 +104,7 @@ class Server:
                 response.headers["Retry-After"] = str(_RETRY_SECONDS)
             if status == 401:
                 response.headers["WWW-Authenticate"] = "Bearer"
-            self._done(path, status, started, Usage())
+            self._done(path, status, started, Usage(), reason)
             return response
 
         return guarded
@@ -120,11 +120,11 @@ class Server:
                 kind="authentication_error",
             )
 
-    def _done(self, path: str, status: int, started: float, usage: Usage) -> None:
+    def _done(self, path: str, status: int, started: float, usage: Usage, reason: str = "") -> None:
         seconds = time.perf_counter() - started
         self._metrics.done(path, status, seconds, usage)
         if path in {_CHAT, _RERANK}:
-            log.info(_LOGGED, path, status, seconds, *usage)
+            log.info(_LOGGED, path, status, seconds, *usage, f": {reason}" if reason else "")
 
     # Routes.
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from scaledown.config.train import PretrainConfig, TrainConfig
-from scaledown.errors import RunDirectoryError, UsageError
+from scaledown.errors import InputError, RunDirectoryError, UsageError
 from scaledown.models.sources import resolve
 from scaledown.student.batch import collate
 from scaledown.student.compressors.pointer import RATES
@@ -203,6 +203,16 @@ def test_examples_are_compressed_at_all_rates_or_read_or_asked_without_documents
     assert min(rates.values()) > 20
     held = EncodedExamples(examples, model, config, trains=False)
     assert all(held[row].documents for row in range(400)), "what is held out is always compressed"
+
+
+def test_gold_of_other_questions_is_an_error(setting: Setting, tmp_path: Path) -> None:
+    gold = tmp_path / "gold.jsonl"
+    gold.write_text(json.dumps({"question": "Who wrote Emma?", "answers": ["Jane Austen"]}))
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(records(4)))
+    config = setting(train_data=(str(path),), gold=(str(gold),), eval_fraction=0.0)
+    with pytest.raises(InputError, match="none of 4 records of .* give the gold of these questions"):
+        load_parts(config, tmp_path)
 
 
 def test_right_answers_take_the_teachers_place(
@@ -402,7 +412,7 @@ def test_a_pretrained_pointer_has_no_reranking_head(pretrained: Trained, setting
 
 def test_another_gold_file_is_another_run(setting: Setting, data: Path, tmp_path: Path) -> None:
     gold = tmp_path / "gold.jsonl"
-    gold.write_text(json.dumps({"question": "Which?", "answers": ["red"]}))
+    gold.write_text(json.dumps({"question": records(1)[0]["query"], "answers": ["red"]}))
     train(setting(gold=(str(gold),), max_steps=1))
     with pytest.raises(RunDirectoryError, match="another --gold"):
         train(setting(max_steps=1))

@@ -150,6 +150,8 @@ def recall(
     if different:
         name = different[0]
         values = "" if name in _FREE else f": {there.get(name)} there, {here.get(name)} here"
+        if name in identity["inputs"]:
+            values = " (other files, or their content has changed)"
         others = f", and {len(different) - 1} more" if different[1:] else ""
         raise RunDirectoryError(
             f"--output_dir {output} holds a run with another --{name}{values}{others}: use the same, or "

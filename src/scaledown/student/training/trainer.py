@@ -194,7 +194,9 @@ class StudentTrainer:
     def _keep(self) -> str:
         """Write a checkpoint of the last complete step, if it has none. Returns a message about it."""
         if not self.step:
-            return "stopped before the first step was done: nothing was saved"
+            return (
+                "stopped before the first step was done: nothing was saved, so the same command begins again"
+            )
         if self._saved != self.step:
             self._save()
         return (

@@ -144,8 +144,12 @@ def read_examples(
 
     examples = store_examples(found(), folder)
     if gold is not None:
-        write = log.info if known else log.warning
-        write("%s of %s questions have a right answer in --gold", f"{known:,}", f"{len(examples):,}")
+        log.info("%s of %s questions have a right answer in --gold", f"{known:,}", f"{len(examples):,}")
+        if len(examples) and not known:
+            raise InputError(
+                f"none of {len(examples):,} records of {', '.join(files)} has a right answer: --gold is "
+                "matched by the question's words: give the gold of these questions, or leave the flag out"
+            )
     if bad > _MESSAGES:
         log.warning("%s more records are unusable; `scaledown validate` lists all", f"{bad - _MESSAGES:,}")
     if unscored and not len(examples):
