@@ -177,6 +177,7 @@ def test_the_command_answers_on_standard_output_alone(
 ) -> None:
     words = [sys.executable, "-m", "scaledown", "answer", "--model", str(folder), "--engine", "vllm"]
     asked = ["--query", QUERIES[0], "--document", DOCUMENTS[0][0], "--device", "cpu", "--max_new_tokens", "8"]
+    asked += ["--dtype", "float32"]  # as `model`; `auto` is bfloat16 on some processors
     done = subprocess.run([*words, *asked], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == model.answer(QUERIES[0], DOCUMENTS[0][:1], max_new_tokens=8)
