@@ -1,7 +1,7 @@
 """Reranking a planned shard against one `CrossEncoder.predict` a query and against OpenVINO.
 
-The rival computes a graph of the same model by OpenVINO, in batches by length; ours is computed by OpenVINO,
-too. For query likelihood, passages that are read once for all their questions against pairs.
+OpenVINO computes a graph of the same model, in batches by characters, as `CrossEncoder` makes them. For query
+likelihood, passages that are read once for all their questions against pairs.
 """
 
 import random

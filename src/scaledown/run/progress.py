@@ -189,7 +189,7 @@ def _shown(name: str, unit: str, total: int | None, done: int, stage: Stage | No
         return
     tracker = Tracker(name, unit, total, done, stage)
     if done:
-        log.info("%s: continues after %s %s", name, f"{done:,}", unit if done != 1 else singular(unit))
+        log.info("%s: continues after %s", name, counted(done, unit))
     yield tracker
     tracker.say()
 
@@ -225,6 +225,11 @@ def _drawing() -> Iterator[Progress]:
 def singular(unit: str) -> str:
     """Return `query` for `queries`, `passage` for `passages`."""
     return f"{unit[:-3]}y" if unit.endswith("ies") else unit.removesuffix("s")
+
+
+def counted(number: int, unit: str) -> str:
+    """Return a number with its unit, which is given in the plural: `1 query`, `2,000 queries`."""
+    return f"{number:,} {unit if number != 1 else singular(unit)}"
 
 
 def duration(seconds: float) -> str:

@@ -580,7 +580,7 @@ def test_summary_has_the_size_of_checkpoints(setting: Setting) -> None:
     assert re.search(r"MB in .*/checkpoint-\*, which you can delete now", summary(result))
     for folder in Path(result.output).glob("checkpoint-*"):
         shutil.rmtree(folder)
-    assert "of checkpoints" not in summary(result)
+    assert "checkpoint-" not in summary(result)
     assert train(setting(max_steps=1)).already_done
 
 

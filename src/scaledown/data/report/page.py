@@ -37,7 +37,7 @@ from scaledown.report.page import (
 from scaledown.run.atomic import atomic
 from scaledown.run.logs import start_logging
 from scaledown.run.outputs import check_output, lies_in, note_made
-from scaledown.run.progress import duration
+from scaledown.run.progress import counted, duration
 from scaledown.run.storage import Storage
 from scaledown.urls import is_url
 
@@ -424,8 +424,7 @@ def main(argv: Sequence[str], program: str = "scaledown report") -> int:
 
 def _summary(report: Report) -> str:
     found = report.audit
-    unit = "record" if found.records == 1 else "records"
-    lines = [f"{found.path}: {found.records:,} {unit}, {found.sampled:,} read word for word"]
+    lines = [f"{found.path}: {counted(found.records, 'records')}, {found.sampled:,} read word for word"]
     tags = [f"  {found.tags[name]:>8,}  {said}" for name, said in _SAID.items() if name in found.tags]
     return "\n".join([*lines, *(["", *tags] if tags else []), "", f"look: {report.page}, {report.card}"])
 

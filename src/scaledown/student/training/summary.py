@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Final
 
 from scaledown.command import program_name
-from scaledown.run.progress import duration
+from scaledown.run.progress import counted, duration
 from scaledown.student.training.run import Trained
 
 _FEW: Final = 50
@@ -17,14 +17,14 @@ def summary(result: Trained, *, pretrained: bool = False) -> str:
     lines = ["nothing to do: this run is finished"] if result.already_done else []
     early = f" of {result.planned_steps:,}, stopped early" if result.steps < result.planned_steps else ""
     lines += [
-        f"{result.output}: {_counted(result.examples, 'example')}, {_counted(result.steps, 'step')}{early}",
+        f"{result.output}: {counted(result.examples, 'examples')}, {counted(result.steps, 'steps')}{early}",
         "",
         f"  loss        {result.loss_before:.4f} at the start, {result.loss:.4f} at the end",
     ]
     if result.held_out_loss is not None:
         before = "" if result.held_out_before is None else f"{result.held_out_before:.4f} before training, "
         lines.append(
-            f"  held out    {before}{result.held_out_loss:.4f} after; {_counted(result.held_out, 'example')}"
+            f"  held out    {before}{result.held_out_loss:.4f} after; {counted(result.held_out, 'examples')}"
         )
     if result.shared:
         lines.append(f"              {result.shared:,} of them share an article with training")
@@ -34,9 +34,9 @@ def summary(result: Trained, *, pretrained: bool = False) -> str:
         + (f"{cut:,} cut to {result.doc_max_length:,}" if cut else "none cut")
     )
     read = min(result.batch_size, result.examples)
-    lines.append(f"  step        {duration(result.seconds_per_step)} for {_counted(read, 'example')}")
+    lines.append(f"  step        {duration(result.seconds_per_step)} for {counted(read, 'examples')}")
     if result.steps < _FEW:
-        few = "1 step is" if result.steps == 1 else f"{result.steps:,} steps are"
+        few = f"{counted(result.steps, 'steps')} {'is' if result.steps == 1 else 'are'}"
         lines.append(f"              {few} not enough to learn from: --max_steps N takes more")
     checkpoints = [file for file in Path(result.output).glob("checkpoint-*/**/*") if file.is_file()]
     if checkpoints:
@@ -52,7 +52,3 @@ def summary(result: Trained, *, pretrained: bool = False) -> str:
     if pretrained:
         following = f"train --pretrained_model {folder} --train_data FILE --output_dir DIR"
     return "\n".join([*lines, "", f"next: {program_name()} {following}"])
-
-
-def _counted(number: int, unit: str) -> str:
-    return f"{number:,} {unit}{'' if number == 1 else 's'}"
