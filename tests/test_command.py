@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
+from scaledown.cli import main
 from scaledown.command import Usage, run_cli
 from scaledown.config.options import Options, Range, option
 from scaledown.config.shared import OUTPUT
@@ -130,3 +131,32 @@ def test_misspelt_flags_are_answered_by_the_known_ones(capsys: pytest.CaptureFix
     argv = ["--numbr=3", "--log-levl", "info", "--quite_another"]
     assert run(twice, *argv) == 2
     assert "--quite_another: did you mean --number and --log_level? (see" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["trian"], ": did you mean train? (see scaledown --help)"),
+        (["prepare", "--preset", "dmo"], ": did you mean demo? (see scaledown prepare --help)"),
+        (["evaluate", "--systems", "compresed"], ": did you mean compressed? (see"),
+        (["fly"], "'status') (see scaledown --help)"),
+    ],
+)
+def test_misspelt_choices_are_answered_by_the_known_ones(
+    argv: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    assert meant in capsys.readouterr().err
+
+
+def test_missing_input_is_an_error_before_the_work(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass(frozen=True)
+    class Reading(Options):
+        files: tuple[str, ...] = option((), OUTPUT, "files", role="input", metavar="FILE")
+
+    def work(config: Reading) -> None:
+        raise AssertionError(config)
+
+    argv = ["--files", __file__, "s3://bucket/file", "no/such.txt"]
+    assert run_cli(Reading, work, lambda *_: "", usage=USAGE, argv=argv) == 1
+    assert capsys.readouterr().err == "error: --files no/such.txt: there is no such file; check the path\n"

@@ -72,6 +72,7 @@ def run_cli(
         if repeats and "config" in flags:
             others["repeats"] = Path(flags["config"]).expanduser()
         given = from_flags(flags, config)
+        given.check_inputs()
         result = run(given, **others)
         if is_first() and (text := summary(result, given)):
             print(text)

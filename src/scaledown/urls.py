@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -41,6 +42,12 @@ def local(name: str) -> str:
     if not separator or scheme.lower() not in {"file", "local"} or not rest:
         return name
     return unquote(rest.removeprefix("localhost"))
+
+
+def check_exists(name: str, what: str) -> None:
+    """Raise `InputError` if a local path does not exist; URLs are not checked. `what` is its flag."""
+    if not is_url(local(name)) and not Path(local(name)).exists():
+        raise InputError(f"{what} {name}: there is no such file; check the path".lstrip())
 
 
 def check_store(name: str) -> None:

@@ -273,6 +273,17 @@ def test_changed_setting_repeats_its_stage_and_later_stages(prepare, monkeypatch
     assert prepare(*RERANK) == 0, "changing it back finds the earlier shards"
 
 
+def test_finished_data_is_replaced_by_other_settings_only_with_a_warning(prepare, capsys) -> None:
+    prepare()
+    first = prepare.output.read_bytes()
+    assert "this run replaces it" not in capsys.readouterr().err
+    prepare("--top_k_retrieval", "2")
+    err = capsys.readouterr().err
+    assert f"WARNING {prepare.output} has 4 examples of other settings or inputs: this run replaces it" in err
+    prepare()
+    assert prepare.output.read_bytes() == first
+
+
 def test_changed_corpus_repeats_all_stages_except_queries(prepare, corpus) -> None:
     prepare(*RERANK)
     corpus.write_text("".join(corpus.read_text().splitlines(keepends=True)[:6]))

@@ -213,7 +213,7 @@ REFUSED: list[tuple[str, Any, int, str]] = [
         "documents.1.titel is not known here: did you mean documents.1.title?",
     ),
     (CHAT, {}, 400, "messages: field required"),
-    (CHAT, {"messages": []}, 400, "messages"),
+    (CHAT, {"messages": []}, 400, "messages: list should have at least 1 item, not 0"),
     (CHAT, {"messages": [{"role": "king", "content": "x"}]}, 400, "messages.0.role"),
     (
         CHAT,
@@ -224,7 +224,7 @@ REFUSED: list[tuple[str, Any, int, str]] = [
     (CHAT, {"messages": [{"role": "system", "content": "x"}]}, 400, "no question"),
     (CHAT, chat("  "), 400, "no question"),
     (CHAT, chat(documents="a text"), 400, "documents"),
-    (CHAT, chat(documents=[3]), 400, "documents.0"),
+    (CHAT, chat(documents=[3]), 400, "documents.0: must be a text, or an object with text"),
     (CHAT, chat(documents=[""]), 400, "documents.0: is empty"),
     (CHAT, chat(documents=[{"title": "x"}]), 400, "documents.0.text"),
     (CHAT, chat(documents=["x"] * 129), 400, "at most 128"),
@@ -246,7 +246,7 @@ REFUSED: list[tuple[str, Any, int, str]] = [
     (RERANK, {"query": "", "documents": ["x"]}, 400, "no question"),
     (RERANK, {"query": "x", "documents": []}, 400, "at least one"),
     (RERANK, {"query": "x"}, 400, "documents"),
-    ("/v1/completions", {}, 404, "no such path"),
+    ("/v1/completions", {}, 404, "no such path: the server has POST /v1/chat/completions"),
     ("/v1/models", {}, 405, "another method"),
 ]
 

@@ -73,10 +73,20 @@ class CompareConfig(Options):
         10, COST, "documents for each query", "documents", role="result", within=Range(1)
     )
     cost_document_tokens: int = option(
-        128, COST, "length of each document", "tokens", role="result", within=Range(1)
+        0,
+        COST,
+        "length of each document; 0: 128, or as many as each model compresses",
+        "tokens",
+        role="result",
+        within=Range(0),
     )
     cost_query_tokens: int = option(
-        128, COST, "length of the query", "tokens", role="result", within=Range(1)
+        0,
+        COST,
+        "length of the query; 0: 128, or as many as each model reads",
+        "tokens",
+        role="result",
+        within=Range(0),
     )
     cost_new_tokens: int = option(32, COST, "length of the answer", "tokens", role="result", within=Range(1))
     cost_repeats: int = option(

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,8 @@ Config = TypeVar("Config", bound=Options)
 
 _METAVARS: Final = {int: "N", float: "X"}
 """Names of number values in the help."""
+_CHOICE: Final = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)$")
+"""What argparse says of a value that is not one of the choices."""
 
 
 class _Once(argparse.Action):
@@ -65,11 +68,14 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}{self._meant(message)} (see {self.prog} --help)")
 
     def _meant(self, message: str) -> str:
-        """Return a question that names the known flags which the unknown ones look like."""
-        _, unknown, words = message.partition("unrecognized arguments: ")
-        flags = [word.partition("=")[0] for word in words.split() if unknown and word.startswith("--")]
-        known = [name for name in self._option_string_actions if name.startswith("--")]
-        close = [name for flag in flags for name in difflib.get_close_matches(flag, known, 1, 0.75)]
+        """Return a question with the known flags, commands or values that the unknown ones look like."""
+        if choice := _CHOICE.search(message):
+            given, known = [choice[1]], re.findall(r"'([^']*)'", choice[2])
+        else:
+            _, _, words = message.partition("unrecognized arguments: ")
+            given = [word.partition("=")[0] for word in words.split() if word.startswith("--")]
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+        close = [name for word in given for name in difflib.get_close_matches(word, known, 1, 0.75)]
         return f": did you mean {' and '.join(close)}?" if close else ""
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, NamedTuple, Self, get_args
 
 from scaledown.errors import UsageError
 from scaledown.extensions import OUTPUT_FORMATS
-from scaledown.urls import check_store, is_url
+from scaledown.urls import check_exists, check_store, is_url
 
 Role = Literal["result", "input", "model", "place", "operation", "report"]
 """What a setting decides. It follows whether two runs in one directory must have the same value.
@@ -171,6 +171,14 @@ class Options:
         if about.within and not about.within.allows(value):
             finite = "" if math.isfinite(value) else ", and finite"
             raise UsageError(f"{flag} {value}: must {about.within.rule}{finite}")
+
+    def check_inputs(self) -> None:
+        """Raise `InputError` if a local input does not exist: at once, before libraries are imported."""
+        for name in self.named("input"):
+            value = getattr(self, name)
+            for one in value if isinstance(value, tuple) else (value,):
+                if one not in {"", "-"}:
+                    check_exists(one, f"--{name}")
 
     @classmethod
     def batch_for(cls, name: str, given: int, device: str) -> int:

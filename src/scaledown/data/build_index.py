@@ -48,7 +48,7 @@ from scaledown.run.directory import RunDirectory
 from scaledown.run.heartbeat import publishing
 from scaledown.run.locations import index_of
 from scaledown.run.outputs import check_apart
-from scaledown.run.progress import duration
+from scaledown.run.progress import counted, duration
 from scaledown.run.prometheus import metrics_file
 from scaledown.run.stage import Stage, StageResult
 from scaledown.urls import redacted
@@ -264,7 +264,7 @@ def machine(config: IndexConfig) -> dict[str, str]:
 def stage_line(name: str, stage: StageResult, planned: str = "") -> str:
     """Format a stage for a summary: its name, its time, the planned time, its counts."""
     counts = ", ".join(
-        [f"{count:,} {what}" for what, count in stage.counts.items() if count]
+        [counted(count, what.replace("_", " ")) for what, count in stage.counts.items() if count]
         + [f"{what} {value:.4f}" for what, value in stage.measured.items()]
     )
     return f"  {name:<11}{duration(stage.seconds):>11}{planned}   {counts}"

@@ -25,7 +25,7 @@ from scaledown.devices.choice import choose_device, dtype_to_run
 from scaledown.devices.gpus import OnDevice
 from scaledown.errors import InputError, UsageError
 from scaledown.evaluation.baselines import ECHOES, OF_A_RATE
-from scaledown.evaluation.efficiency import Cost, Seconds, Shape, costs, machine
+from scaledown.evaluation.efficiency import AS_THE_PAPER, Cost, Seconds, Shape, costs, machine
 from scaledown.evaluation.evaluate import ANSWERS, WORK, evaluate
 from scaledown.evaluation.results import Comparison, Results, Run
 from scaledown.evaluation.statistics import Difference, difference
@@ -86,6 +86,7 @@ def compare(names: Sequence[str], config: CompareConfig, *, overwrite: bool = Fa
         str(train(own, command=_training(name, own)).output) if own else name
         for name, own in zip(names, settings, strict=True)
     ]
+    config = _sized(config, folders)
     runs: list[Run] = []
     ways = list(_ways(short, folders, config))
     first = RunDirectory(output / _EVALUATIONS / ways[0].name / WORK)
@@ -126,6 +127,20 @@ def compare(names: Sequence[str], config: CompareConfig, *, overwrite: bool = Fa
     comparison = Comparison(runs, reference, machine(), _shape(config), batches)
     _write(output, comparison)
     return comparison
+
+
+def _sized(config: CompareConfig, folders: Sequence[str]) -> CompareConfig:
+    """Replace lengths of 0 by the paper's, or by the longest that each model compresses."""
+    from scaledown.student.model import read_settings as read_model
+
+    models = [read_model(resolve(folder)) for folder in folders]
+    return replace(
+        config,
+        cost_document_tokens=config.cost_document_tokens
+        or min(AS_THE_PAPER.document_tokens, *(model.doc_max_length for model in models)),
+        cost_query_tokens=config.cost_query_tokens
+        or min(AS_THE_PAPER.query_tokens, *(model.query_max_length for model in models)),
+    )
 
 
 class _Way(NamedTuple):
@@ -183,8 +198,7 @@ def _check(names: Sequence[str], settings: Sequence[TrainConfig | None], config:
     """Check before any training what would fail after it. Raises `ScaleDownError`."""
     from scaledown.student.model import read_settings as read_model
 
-    if not fetched(config.data, "--data").is_file():
-        raise InputError(f"--data {config.data}: there is no such file; check the path")
+    fetched(config.data, "--data")
     if config.gold:
         read_gold(config.gold, "--gold")
     if "pruned" in config.baselines:

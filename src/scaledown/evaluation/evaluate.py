@@ -50,6 +50,7 @@ from scaledown.run.atomic import atomic, read_json
 from scaledown.run.directory import RunDirectory, fingerprint
 from scaledown.run.heartbeat import publishing
 from scaledown.run.outputs import check_output
+from scaledown.run.progress import counted
 from scaledown.run.stage import Stage
 from scaledown.urls import without_secrets
 
@@ -100,15 +101,15 @@ def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> Results:
     for name in (FILE, PAGE, ANSWERS if config.model else QUERIES):
         ours = functools.partial(_is_ours, output)
         check_output("--output_dir", output / name, reads, made=ours, overwrite=overwrite)
+    given = config
+    if config.data:
+        config = replace(config, data=str(fetched(config.data, "--data")))
+    sources = None if config.run else _find(config)
     try:
         run = RunDirectory(output / WORK)
     except (OutputError, RunDirectoryError) as error:
         raise OutputError(f"--output_dir {output} cannot be used ({error}): choose another") from error
-    given = config
-    if config.data:
-        config = replace(config, data=str(fetched(config.data, "--data")))
     inputs = _inputs(config, run)
-    sources = None if config.run else _find(config)
     identities = _identities(config, run, sources)
     depends = {"schema": SCHEMA, "settings": config.compared(), "models": identities, "inputs": inputs}
     if config.model and MEASURES.outside:  # a finished evaluation gets the values of a new measure
@@ -391,7 +392,8 @@ def summary(results: Results, config: EvaluateConfig) -> str:
     else:
         whose = "gold answers" if results.right_answers == "gold" else "the teacher's answers taken as right"
         lines = [
-            f"{output}: {counts['questions']:,} questions about {counts['articles']:,} articles, {whose}"
+            f"{output}: {counted(counts['questions'], 'questions')} about "
+            f"{counted(counts['articles'], 'articles')}, {whose}"
         ]
         following = f"look at each answer in {output}/{ANSWERS}"
         if not config.judge_model:

@@ -14,6 +14,7 @@ import orjson
 from scaledown.data.input import files
 from scaledown.errors import InputError, UsageError
 from scaledown.run.atomic import atomic
+from scaledown.urls import check_exists
 
 log = logging.getLogger("scaledown")
 
@@ -128,8 +129,7 @@ def read_qrels(path: Path, counts: Counter[str] | None = None) -> dict[str, dict
 
 def _rows(path: Path, flag: str, forms: Sequence[_Form]) -> Iterator[tuple[str, _Form, list[str]]]:
     """Yield the place, the form and the fields of each line; a line of headings is skipped."""
-    if not path.is_file():
-        raise InputError(f"{flag} {path}: there is no such file; check the path")
+    check_exists(str(path), flag)
     form = None
     empty = True
     for number, line in files.lines(path):

@@ -66,6 +66,8 @@ def resolve(name: str) -> ModelSource:
         if not (path / "config.json").exists() and not (path / "modules.json").exists():
             raise ModelError(f"{name} is a folder without config.json: give the folder that has the model")
         return ModelSource(name, str(path))
+    if path.is_file():
+        raise ModelError(f"model {name!r} is a file: give the folder that has the model")
     repository, _, revision = name.partition("@")
     gguf_file = None
     if repository.endswith(".gguf") and repository.count("/") == 2:

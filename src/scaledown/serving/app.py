@@ -389,5 +389,6 @@ async def _unexpected(_: Request, error: Exception) -> Response:
 async def _not_found(_: Request, error: Exception) -> Response:
     """Paths and methods that are not served, in OpenAI's error format."""
     status = getattr(error, "status_code", 500)
-    words = {404: "there is no such path", 405: "this path has another method"}
+    served = f"POST {_CHAT}, POST {_RERANK}, GET /v1/models, GET /metrics, GET {_OPEN}"
+    words = {404: f"there is no such path: the server has {served}", 405: "this path has another method"}
     return _json(RequestError(words.get(status, str(error)), status).body(), status)

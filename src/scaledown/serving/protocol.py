@@ -1,6 +1,7 @@
 """Requests and errors in the formats of OpenAI's chat completions and of Jina's and Cohere's reranking."""
 
 import difflib
+import re
 from collections.abc import Mapping, Set
 from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
 
@@ -215,5 +216,7 @@ def _refuse(error: ValidationError) -> NoReturn:
     place = [str(part) for part in first["loc"] if isinstance(part, int) or str(part).islower()]
     place = [part for part in place if part not in {"str", "list", "constrained-str"}]
     param = ".".join(place)
-    message = first["msg"][:1].lower() + first["msg"][1:]
+    message = (first["msg"][:1].lower() + first["msg"][1:]).replace(" after validation", "")
+    if re.fullmatch(r"documents\.\d+", param):
+        message = "must be a text, or an object with text, and title if it has one"
     raise RequestError(f"{param or 'the body'}: {message}", param=param)

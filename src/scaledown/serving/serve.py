@@ -11,7 +11,7 @@ from scaledown.command import Usage, run_cli
 from scaledown.config.serve import GROUPS, ServeConfig, api_key
 from scaledown.devices.choice import choose_device, dtype_to_run
 from scaledown.errors import MissingExtraError, UsageError, install_command
-from scaledown.models.sources import resolve
+from scaledown.models.sources import ModelSource, resolve
 from scaledown.models.weights import onto, quiet_libraries
 
 log = logging.getLogger("scaledown")
@@ -45,6 +45,7 @@ def serve(config: ServeConfig) -> int:
         ScaleDownError: The server cannot start.
     """
     key = api_key(config)
+    source = resolve(config.model)  # before the imports: a wrong name is reported at once
     try:
         import uvicorn
 
@@ -55,7 +56,7 @@ def serve(config: ServeConfig) -> int:
 
     listener = listen(config)  # before the model is loaded: a port in use is reported at once
     with listener:
-        model, generation, writer = _load(config)
+        model, generation, writer = _load(config, source)
         model.config.check_rate(config.compression_rate or model.config.compression_rate)
         model.config.check_budget(config.budget)
         name = Path(config.model).resolve().name if Path(config.model).is_dir() else config.model
@@ -119,14 +120,13 @@ def _address_errors(config: ServeConfig) -> Iterator[None]:
         ) from error
 
 
-def _load(config: ServeConfig) -> tuple[Any, Any, str]:
+def _load(config: ServeConfig, source: ModelSource) -> tuple[Any, Any, str]:
     """Return the model, the `Generation` of its engine (None: the model's own), and the engine's name."""
     quiet_libraries()
     from scaledown.student.engine_choice import choose_engine
     from scaledown.student.model import ScaleDownModel
 
     device = choose_device(config.device)
-    source = resolve(config.model)
     engine = choose_engine(config.engine, device, source, eight_bits=config.generator_8bit)
     dtype = dtype_to_run(config.dtype, device)
     model = ScaleDownModel.from_pretrained(config.model, dtype=dtype, **onto(device)).eval()

@@ -85,11 +85,11 @@ def _is_file(text: str) -> bool:
 
 def _load(config: AnswerConfig) -> tuple[Any, AnswerConfig]:
     """Load the model with its engine; return it with settings whose batch size suits the engine."""
+    source = resolve(config.model)  # before the imports: a wrong name is reported at once
     from scaledown.student.engine_choice import choose_engine
     from scaledown.student.model import ScaleDownModel
 
     device = choose_device(config.device)
-    source = resolve(config.model)
     engine = choose_engine(config.engine, device, source, eight_bits=config.generator_8bit)
     config = replace(config, batch_size=config.batch_size or engine.batch)
     dtype = dtype_to_run(config.dtype, device)

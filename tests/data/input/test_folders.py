@@ -146,6 +146,13 @@ def test_where_there_is_nothing_else_they_are_the_data(folder: Path) -> None:
     assert names(folder) == ["a/README.md", "b/README.md"]
 
 
+def test_documents_whose_text_is_not_extracted_are_passed_over(folder: Path) -> None:
+    (folder / "a.PDF").write_bytes(b"%PDF-1.7")
+    (folder / "b.docx").write_bytes(b"PK")
+    reason = "its text is not extracted here: save it as .txt"
+    assert {name: why for name, why in passed(folder).items() if why == reason}.keys() == {"a.PDF", "b.docx"}
+
+
 def test_folders_of_stores_are_told_alike(caplog) -> None:
     memory = fsspec.filesystem("memory")
     for name in ("part1.jsonl", "README.md", "part5.jsonl.xz", ".cache/x.jsonl"):

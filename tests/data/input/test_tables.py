@@ -612,6 +612,9 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c9
         (b"<DOC>\n<DOCNO> 1 </DOCNO>\n", "is XML"),
         (b"Rar!\x1a\x07\x01", "is a RAR archive"),
         (b"FEA1" + b"x" * 99, "is a Feather file of version 1"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "is an image, sound or film; give files with text"),
+        (b"....ftypisom" + bytes(99), "is an image, sound or film"),
+        (bytes(range(128, 256)) + bytes(range(128)), "is binary data, not text"),
     ],
 )
 @pytest.mark.parametrize("name", ["q.jsonl", "q.parquet", "q.txt", "q.tsv", "q"])

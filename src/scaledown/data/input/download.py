@@ -14,7 +14,7 @@ from scaledown.errors import InputError, OutputError
 from scaledown.run.atomic import atomic
 from scaledown.run.progress import track
 from scaledown.run.storage import cache_directory
-from scaledown.urls import is_url
+from scaledown.urls import check_exists, is_url
 
 log = logging.getLogger("scaledown")
 
@@ -28,6 +28,7 @@ def fetched(name: str, flag: str) -> Path:
     `InputError` where it cannot be read.
     """
     if not is_url(name):
+        check_exists(name, flag)
         return Path(name)
     source = locate(name, flag)
     if not isinstance(source, Remote):

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 from scaledown.data.input import first_bytes, folders
 from scaledown.data.input.remote import Remote, find
 from scaledown.errors import InputError
-from scaledown.urls import is_url, local
+from scaledown.urls import check_exists, is_url, local
 
 _CHUNK_BYTES: Final = 1 << 22
 _MAX_LINE_BYTES: Final = 1 << 26
@@ -132,8 +132,7 @@ def folders_of(given: Sequence[Source]) -> tuple[str, ...]:
 
 def input_files(path: Path, what: str) -> list[Path]:
     """The files behind a local file or folder, sorted. Raises `InputError` when there are none."""
-    if not path.exists():
-        raise InputError(f"{what} {path}: there is no such file; check the path")
+    check_exists(str(path), what)
     try:
         str(path).encode()
     except UnicodeEncodeError:

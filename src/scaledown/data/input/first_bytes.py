@@ -31,7 +31,7 @@ _UNPACK: Final = "unpack it (`{command} {name}`) and give what was in it"
 _OTHER: Final = (
     (rb".{257}ustar", "a tar archive", _UNPACK.replace("{command}", "tar -xf")),
     (
-        rb"PK\x03\x04.{22}.{4}(\[Content_Types\]|_rels/|docProps/|xl/)",
+        rb"PK\x03\x04.{22}.{4}(\[Content_Types\]|_rels/|docProps/|xl/|word/)",
         "an Excel workbook, or another Office document",
         "save its sheet as CSV or Parquet and give that",
     ),
@@ -81,8 +81,16 @@ _OTHER: Final = (
         "XML",
         "write it as JSON lines with id, title and text, or with id and question, and give that",
     ),
+    (
+        rb"\x89PNG\r|\xff\xd8\xff|GIF8[79]a|RIFF.{4}(WAVE|WEBP|AVI )|ID3|OggS|\x1aE\xdf\xa3|.{4}ftyp",
+        "an image, sound or film",
+        "give files with text",
+    ),
     (rb"\{\\rtf", "a document in Rich Text Format", "save it as plain text and give that"),
 )
+_CONTROL: Final = bytes({*range(32), 127} - {*b"\b\t\n\v\f\r\x1b"})
+_BINARY_SHARE: Final = 0.05
+"""The least share of control characters in binary data; random bytes have 0.1, text has hardly any."""
 _HTML_TYPES: Final = ("text/html", "application/xhtml")
 
 
@@ -137,6 +145,9 @@ def check(source: Path | Remote, head: bytes) -> None:
                 f"{source}: is {encoding[:6]}; {fetch}convert it: "
                 f"`iconv -f {encoding} -t UTF-8 {quoted} > {converted}`"
             )
+        content = head.rstrip(b"\0")
+        if len(content) - len(content.translate(None, _CONTROL)) > _BINARY_SHARE * len(content):
+            raise InputError(f"{source}: is binary data, not text; give a file in a format that is read")
 
 
 def _encoding(head: bytes) -> str:

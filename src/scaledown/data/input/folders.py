@@ -26,6 +26,7 @@ _ABOUT: Final = re.compile(
     r"checksums?|md5(sums?)?|sha\d+(sums?)?|requirements|robots)([-_.].*)?",
     re.IGNORECASE,
 )
+_DOCUMENTS: Final = {".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".html", ".htm"}
 _STATE: Final = re.compile(r"(state|dataset_info|dataset_dict)\.json|(cache|indices|tmp).*\.arrow")
 _INFOS: Final = "dataset_infos.json"  # beside data of the hub
 _TABLE_STATE: Final = {"_temporary", "_delta_log", "_spark_metadata", "__MACOSX"}
@@ -96,6 +97,8 @@ def _unread(path: PurePath) -> str:
         return ""
     if not path.suffix:
         return "has no ending, which would tell its format"
+    if path.suffix.lower() in _DOCUMENTS:
+        return "its text is not extracted here: save it as .txt"
     return f"its ending {path.suffix} names no format that is read"
 
 

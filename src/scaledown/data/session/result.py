@@ -14,6 +14,7 @@ from scaledown.records import Example
 from scaledown.run.directory import RunDirectory
 from scaledown.run.locations import File, output_of
 from scaledown.run.outputs import check_free
+from scaledown.run.progress import counted
 from scaledown.run.stage import StageResult
 
 log = logging.getLogger("scaledown")
@@ -31,6 +32,15 @@ def earlier_or_free(session: Session, *, overwrite: bool) -> Result | None:
     if finished := earlier_result(session.run, session.request, output):
         return finished
     check_free("--output_file", output, lambda: is_ours(session.run, output), overwrite=overwrite)
+    run = session.run
+    manifest = run.storage.read_json(run.manifest)
+    other = isinstance(manifest, dict) and manifest.get("request") != session.request
+    if other and output.storage.state(output.path):
+        log.warning(
+            "%s has %s of other settings or inputs: this run replaces it; the earlier command writes it "
+            "again from what stays in %s",
+            *(output, counted(manifest["output"]["examples"], "examples"), run.storage.shown(run.path)),
+        )
     return None
 
 

@@ -19,7 +19,7 @@ from scaledown.data.teacher.base import Engine
 from scaledown.errors import one_line
 from scaledown.records import Example
 from scaledown.run.locations import output_of, run_of
-from scaledown.run.progress import duration
+from scaledown.run.progress import counted, duration
 from scaledown.run.stage import StageResult
 from scaledown.urls import is_url
 
@@ -56,10 +56,8 @@ def summary(result: Result, config: PrepareConfig) -> str:
     lines = []
     if result.already_done:
         lines.append("nothing to do: this run is finished")
-    each = " to ".join(f"{number:,}" for number in sorted({*result.documents}))
-    lines.append(
-        f"{output_of(config)}: {result.examples:,} examples{f', {each} documents each' * bool(each)}"
-    )
+    output = output_of(config)
+    lines.append(f"{output}: {counted(result.examples, 'examples')}{_each(sorted({*result.documents}))}")
     lines.append("")
     planned = planned_seconds(config)
     for name, stage in result.stages.items():
@@ -78,8 +76,17 @@ def summary(result: Result, config: PrepareConfig) -> str:
             lines += _shown(number, record)
     if (report := run_of(config).root / "report.html").exists():
         lines.append(f"look: {report}")
+    lines.append(f"to test a trained model: {program_name()} evaluate --model model --data {output}")
     lines.append(f"next: {program_name()} {_training(config, result.examples)}")
     return "\n".join(lines)
+
+
+def _each(numbers: Sequence[int]) -> str:
+    """Return how many documents the records have; `numbers` are the least and the most."""
+    *least, most = numbers or [0]
+    return (
+        f", {''.join(f'{number:,} to ' for number in least)}{counted(most, 'documents')} each" if most else ""
+    )
 
 
 def _missing(result: Result, config: PrepareConfig) -> Iterator[str]:
@@ -97,14 +104,14 @@ def _missing(result: Result, config: PrepareConfig) -> Iterator[str]:
     for flag, files in (manifest.get("guessed") or {}).items():
         yield guessed_line(flag, files)
 
-    def counted(*kinds: str) -> int:
+    def total(*kinds: str) -> int:
         return sum(stage.counts.get(kind, 0) for stage in result.stages.values() for kind in kinds)
 
-    if collapsed := counted("collapsed"):
+    if collapsed := total("collapsed"):
         yield f"collapsed: {collapsed:,} candidates had the text of one that ranked above them"
-    if unread := counted(UNREAD):
+    if unread := total(UNREAD):
         yield f"passed over: {unread:,} rows of --decontaminate hold no question, the log names them"
-    if left_out := counted("contaminated", "duplicates"):
+    if left_out := total("contaminated", "duplicates"):
         yield f"left out: {left_out:,} queries or answers, each with what it matches, in {where}"
 
 

@@ -14,7 +14,7 @@ from scaledown.command import is_first
 from scaledown.config.train import PretrainConfig, TrainConfig
 from scaledown.data.build_index import corpus_identity
 from scaledown.data.input.files import locate
-from scaledown.errors import RunDirectoryError, UsageError
+from scaledown.errors import RunDirectoryError
 from scaledown.run.atomic import read_json
 from scaledown.run.directory import RunDirectory
 from scaledown.student.training.origin import Origin
@@ -86,11 +86,7 @@ def _inputs(config: Config, home: RunDirectory) -> dict[str, Any]:
     for name in ("train_data", "eval_data"):
         if not hasattr(config, name):
             continue
-        paths = [Path(file) for file in getattr(config, name)]
-        for path in paths:
-            if not path.is_file():
-                raise UsageError(f"--{name} {path}: there is no such file; check the path")
-        inputs[name] = [home.content_hash(path) for path in paths]
+        inputs[name] = [home.content_hash(Path(file)) for file in getattr(config, name)]
     inputs["gold"] = [home.content_hash(Path(str(locate(file, "--gold")))) for file in config.gold]
     return inputs
 
@@ -147,7 +143,7 @@ def recall(
     ]
     there, here = compared
     different = sorted(name for name in there | here if there.get(name) != here.get(name))
-    if different:
+    if different and (memory.get("result") or any(output.glob(_CHECKPOINTS))):
         name = different[0]
         values = "" if name in _FREE else f": {there.get(name)} there, {here.get(name)} here"
         if name in identity["inputs"]:
@@ -157,6 +153,8 @@ def recall(
             f"--output_dir {output} holds a run with another --{name}{values}{others}: use the same, or "
             "choose another folder"
         )
+    if different:  # the other run ended before its first checkpoint: there is nothing to lose
+        return identity
     return memory | {"parameters": identity["parameters"]}
 
 

@@ -23,6 +23,7 @@ from scaledown.models.weights import quiet_libraries
 from scaledown.run.atomic import write_json
 from scaledown.run.directory import RunDirectory
 from scaledown.run.outputs import check_apart
+from scaledown.run.progress import counted
 from scaledown.student.labels import copied_spans
 from scaledown.student.training.folder import OWN_FOLDER, SETTINGS_FILE, Config, alone, identity_of, recall
 from scaledown.student.training.origin import Origin, find_origin
@@ -78,13 +79,13 @@ def train(config: Config, *, overwrite: bool = False, command: str = "") -> Trai
         log.setLevel(logging.ERROR)
     output = Path(config.output_dir)
     check_apart("--output_dir", config.output_dir, [getattr(config, "corpus_path", ""), *config.gold])
+    origin = find_origin(config)
+    given, config = config, _here(config)
     try:
         home = RunDirectory(output / OWN_FOLDER)
     except OutputError as error:
         raise OutputError(f"--output_dir {output} cannot be written: choose another") from error
     with alone(home):
-        origin = find_origin(config)
-        given, config = config, _here(config)
         identity = identity_of(given, config, home, origin)
         memory = recall(output, identity, origin.settled, type(config), overwrite=overwrite)
         if result := memory.get("result"):
@@ -161,8 +162,9 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin, command: str)
     trainer = make_trainer(model, config, taught, held, device)
     rates = settings.kind.rates
     log.info(
-        "%s examples, %s steps of %s, %s held out; documents of up to %s tokens, each compressed %s; %s",
-        *(f"{len(taught.rows):,}", trainer.schedule.steps, config.batch_size, len(held.rows) if held else 0),
+        "%s, %s of %s, %s held out; documents of up to %s tokens, each compressed %s; %s",
+        *(counted(len(taught.rows), "examples"), counted(trainer.schedule.steps, "steps")),
+        *(config.batch_size, len(held.rows) if held else 0),
         settings.doc_max_length,
         f"{rates[0]}x to {rates[-1]}x" if rates else f"to {settings.memory_tokens} memory tokens",
         f"{device}, {dtype}".replace("torch.", ""),
