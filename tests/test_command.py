@@ -139,7 +139,7 @@ def test_misspelt_flags_are_answered_by_the_known_ones(capsys: pytest.CaptureFix
         (["trian"], ": did you mean train? (see scaledown --help)"),
         (["prepare", "--preset", "dmo"], ": did you mean demo? (see scaledown prepare --help)"),
         (["evaluate", "--systems", "compresed"], ": did you mean compressed? (see"),
-        (["fly"], "'status') (see scaledown --help)"),
+        (["fly"], ") (see scaledown --help)"),
     ],
 )
 def test_misspelt_choices_are_answered_by_the_known_ones(

@@ -276,10 +276,13 @@ def test_changed_setting_repeats_its_stage_and_later_stages(prepare, monkeypatch
 def test_finished_data_is_replaced_by_other_settings_only_with_a_warning(prepare, capsys) -> None:
     prepare()
     first = prepare.output.read_bytes()
-    assert "this run replaces it" not in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "this run replaces it" not in err
+    folder = prepare.output.parent / "model"
+    assert f"held out: .venv/bin/python -m scaledown evaluate --model {folder} --data {prepare.output}" in out
     prepare("--top_k_retrieval", "2")
     err = capsys.readouterr().err
-    assert f"WARNING {prepare.output} has 4 examples of other settings or inputs: this run replaces it" in err
+    assert f"WARNING {prepare.output} has 4 examples of a run with other settings, inputs or models" in err
     prepare()
     assert prepare.output.read_bytes() == first
 

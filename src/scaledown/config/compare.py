@@ -75,7 +75,7 @@ class CompareConfig(Options):
     cost_document_tokens: int = option(
         0,
         COST,
-        "length of each document; 0: 128, or as many as each model compresses",
+        "length of each document; 0: 128, or fewer if a model compresses fewer",
         "tokens",
         role="result",
         within=Range(0),
@@ -83,7 +83,7 @@ class CompareConfig(Options):
     cost_query_tokens: int = option(
         0,
         COST,
-        "length of the query; 0: 128, or as many as each model reads",
+        "length of the query; 0: 128, or fewer if a model reads fewer",
         "tokens",
         role="result",
         within=Range(0),

@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import json
 import os
-import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -27,8 +26,7 @@ Config = TypeVar("Config", bound=Options)
 
 _METAVARS: Final = {int: "N", float: "X"}
 """Names of number values in the help."""
-_CHOICE: Final = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)$")
-"""What argparse says of a value that is not one of the choices."""
+_CLOSE: Final = 0.75  # similarity of a misspelt word, as `difflib` measures it
 
 
 class _Once(argparse.Action):
@@ -67,15 +65,21 @@ class Parser(argparse.ArgumentParser):
         """Raise `UsageError` with one line, instead of printing the whole usage."""
         raise UsageError(f"{message}{self._meant(message)} (see {self.prog} --help)")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Add to the error of argparse the known command or value that an unknown one looks like."""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            close = difflib.get_close_matches(str(value), map(str, action.choices or ()), 1, _CLOSE)
+            error.message += f": did you mean {close[0]}?" if close else ""
+            raise
+
     def _meant(self, message: str) -> str:
-        """Return a question with the known flags, commands or values that the unknown ones look like."""
-        if choice := _CHOICE.search(message):
-            given, known = [choice[1]], re.findall(r"'([^']*)'", choice[2])
-        else:
-            _, _, words = message.partition("unrecognized arguments: ")
-            given = [word.partition("=")[0] for word in words.split() if word.startswith("--")]
-            known = [name for name in self._option_string_actions if name.startswith("--")]
-        close = [name for word in given for name in difflib.get_close_matches(word, known, 1, 0.75)]
+        """Return a question that names the known flags which the unknown ones look like."""
+        _, _, words = message.partition("unrecognized arguments: ")
+        flags = [word.partition("=")[0] for word in words.split() if word.startswith("--")]
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        close = [name for flag in flags for name in difflib.get_close_matches(flag, known, 1, _CLOSE)]
         return f": did you mean {' and '.join(close)}?" if close else ""
 
 

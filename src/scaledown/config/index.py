@@ -130,4 +130,5 @@ class IndexCommandConfig(IndexConfig):
         "first remove these articles from the index: ids, or files with an id on each line",
         role="input",
         metavar="ID",
+        ids=True,
     )

@@ -78,6 +78,7 @@ class Option(NamedTuple):
     settled_by: str
     in_records: bool
     per_process: bool
+    ids: bool
 
     @property
     def is_path(self) -> bool:
@@ -102,6 +103,7 @@ def option(
     settled_by: str = "",
     in_records: bool = False,
     per_process: bool = False,
+    ids: bool = False,
 ) -> Any:
     """Declare a field.
 
@@ -122,6 +124,7 @@ def option(
         settled_by: The flag that excludes this one.
         in_records: The setting changes the records: `scaledown merge` joins only runs with equal values.
         per_process: The limit is for one process: several workers are refused.
+        ids: An input may also be an id, which is no path.
 
     Raises:
         ValueError: `role` is unknown.
@@ -131,7 +134,8 @@ def option(
     unit = unit or (within.unit if within else "")
     about = Option(
         *(group, text, unit, role, tuple(choices), metavar, within),
-        *(local, path, automatic, only_with, settled_by, in_records, per_process),
+        *(local, path, automatic, only_with, settled_by),
+        *(in_records, per_process, ids),
     )
     return field(default=default, metadata={"option": about})
 
@@ -173,11 +177,11 @@ class Options:
             raise UsageError(f"{flag} {value}: must {about.within.rule}{finite}")
 
     def check_inputs(self) -> None:
-        """Raise `InputError` if a local input does not exist: at once, before libraries are imported."""
+        """Raise `InputError` if a local input does not exist: at once, before torch is imported."""
         for name in self.named("input"):
             value = getattr(self, name)
             for one in value if isinstance(value, tuple) else (value,):
-                if one not in {"", "-"}:
+                if one not in {"", "-"} and not self.options()[name].ids:
                     check_exists(one, f"--{name}")
 
     @classmethod

@@ -20,6 +20,7 @@ from scaledown.config.flags import Parser, from_flags, path_or_url, read_setting
 from scaledown.config.train import TrainConfig
 from scaledown.data.input.download import fetched
 from scaledown.data.input.gold import read_gold
+from scaledown.data.input.training_files import check_file
 from scaledown.data.reranker.api import resolve_reranker
 from scaledown.devices.choice import choose_device, dtype_to_run
 from scaledown.devices.gpus import OnDevice
@@ -198,7 +199,7 @@ def _check(names: Sequence[str], settings: Sequence[TrainConfig | None], config:
     """Check before any training what would fail after it. Raises `ScaleDownError`."""
     from scaledown.student.model import read_settings as read_model
 
-    fetched(config.data, "--data")
+    check_file(fetched(config.data, "--data"))
     if config.gold:
         read_gold(config.gold, "--gold")
     if "pruned" in config.baselines:

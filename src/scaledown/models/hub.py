@@ -56,8 +56,8 @@ def hub_errors(name: str, kind: str = "model") -> Iterator[None]:
                 "(with HF_HUB_OFFLINE=1, the cache of `datasets` is used)"
                 if kind == "dataset"
                 else "give a local folder, or a bundled model (`bundled:smollm2-135m`, as a retriever "
-                "`bundled:splade-tiny`, as a reranker `ql:bundled:smollm2-135m`; for prepare, plan and index "
-                "`--preset demo` takes them all)"
+                "`bundled:splade-tiny`, as a reranker `ql:bundled:smollm2-135m`; `--preset demo` of "
+                "prepare, plan and index takes these)"
             )
             raise ModelError(
                 f"{kind} {name} is not on this machine and the hub cannot be reached: check spelling and "

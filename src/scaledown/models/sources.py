@@ -66,8 +66,6 @@ def resolve(name: str) -> ModelSource:
         if not (path / "config.json").exists() and not (path / "modules.json").exists():
             raise ModelError(f"{name} is a folder without config.json: give the folder that has the model")
         return ModelSource(name, str(path))
-    if path.is_file():
-        raise ModelError(f"model {name!r} is a file: give the folder that has the model")
     repository, _, revision = name.partition("@")
     gguf_file = None
     if repository.endswith(".gguf") and repository.count("/") == 2:
@@ -78,7 +76,14 @@ def resolve(name: str) -> ModelSource:
         raise ModelError(
             f"model {name!r}: there is no such folder or file, and it cannot be a name on the hub: correct it"
         )
-    commit = _commit(repository, revision or None, gguf_file or "config.json")
+    try:
+        commit = _commit(repository, revision or None, gguf_file or "config.json")
+    except ModelError as error:
+        if path.is_file():
+            raise ModelError(
+                f"{name} is a file: give the folder that has the model, or a .gguf file"
+            ) from error
+        raise
     return ModelSource(name, repository, commit, gguf_file)
 
 

@@ -224,7 +224,9 @@ def _drawing() -> Iterator[Progress]:
 
 def singular(unit: str) -> str:
     """Return `query` for `queries`, `passage` for `passages`."""
-    return f"{unit[:-3]}y" if unit.endswith("ies") else unit.removesuffix("s")
+    if unit.endswith(("ies", "oes")):
+        return f"{unit[:-3]}{'y' if unit.endswith('ies') else 'o'}"
+    return unit.removesuffix("s")
 
 
 def counted(number: int, unit: str) -> str:

@@ -22,7 +22,6 @@ from scaledown.data.input.corpus import (
     parse_block,
     sample_corpus,
 )
-from scaledown.data.input.rows import parse
 from scaledown.errors import InputError
 from scaledown.models.sources import resolve
 from scaledown.records import Article, Block, Passage, full_text
@@ -349,26 +348,6 @@ def test_a_json_array_says_how_to_convert_it(tmp_path: Path, models) -> None:
         InputError, match=rf"`jq -c '\.\[\]' '{path}' > '{tmp_path}/my corpus\.lines\.jsonl'`"
     ):
         passages_of(path, tmp_path / "w", models)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "title", "first"),
-    [
-        ("alan_turing.txt", "Alan Turing\n\nHe was born in London.", "Alan Turing", "He was born in London."),
-        ("tides.md", "\n# Tides\nThe Moon pulls.", "Tides", "The Moon pulls."),
-        ("tides.txt", "Tides come twice a day.\nThe Moon pulls.", "tides", "Tides come twice a day."),
-        ("tides.txt", "tides", "tides", None),
-    ],
-)
-def test_first_line_of_a_text_is_its_title_if_it_has_the_words_of_its_name(
-    name: str, text: str, title: str, first: str | None, tmp_path: Path
-) -> None:
-    path = tmp_path / name
-    path.write_text(text)
-    (row,) = tables.rows(path, tables.CORPUS)
-    article = parse_article(parse(row), "1")
-    assert article.title == title
-    assert next((block.text for block in article.blocks), None) == first
 
 
 def test_lines_are_numbered_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -613,8 +613,8 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c9
         (b"Rar!\x1a\x07\x01", "is a RAR archive"),
         (b"FEA1" + b"x" * 99, "is a Feather file of version 1"),
         (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "is an image, sound or film; give files with text"),
-        (b"....ftypisom" + bytes(99), "is an image, sound or film"),
-        (bytes(range(128, 256)) + bytes(range(128)), "is binary data, not text"),
+        (b"\0\0\0\x20ftypisom" + bytes(99), "is an image, sound or film"),
+        ((bytes(range(128, 256)) + bytes(range(128))) * 3, "is not text in UTF-8"),
     ],
 )
 @pytest.mark.parametrize("name", ["q.jsonl", "q.parquet", "q.txt", "q.tsv", "q"])
@@ -628,6 +628,13 @@ def test_what_is_no_data_is_known_by_its_first_bytes(
     write(path, gzip.compress(content))
     with pytest.raises(InputError, match=message):
         queries(path)
+
+
+@pytest.mark.parametrize(
+    "text", [b"ID3 is an algorithm?\n", b"GIF89a or PNG?\n", b"OggS?\n", b"Who?\x01\x02 \x0b", b"....ftyp?\n"]
+)
+def test_texts_that_begin_like_other_files_are_read(text: bytes, tmp_path: Path) -> None:
+    assert [one for _, one in queries(write(tmp_path / "q.txt", text))] == [text.decode().strip()]
 
 
 @pytest.mark.parametrize("name", ["q.txt", "q.csv", "q.tsv", "q.jsonl"])

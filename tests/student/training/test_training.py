@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from conftest import ROOT
 from scaledown.config.flags import from_flags
 from scaledown.config.train import TrainConfig
-from scaledown.errors import MissingExtraError, ModelError, RunDirectoryError, UsageError
+from scaledown.errors import InputError, MissingExtraError, ModelError, RunDirectoryError, UsageError
 from scaledown.models.sources import resolve
 from scaledown.student.batch import collate
 from scaledown.student.model import WEIGHTS, ScaleDownModel
@@ -244,7 +244,26 @@ def test_interruption_before_the_first_step_keeps_nothing(
         with pytest.raises(KeyboardInterrupt):
             train(setting())
     assert "nothing was saved" in caplog.text
-    assert train(setting(batch_size=8)).steps > 0, "a folder with nothing saved is free for other settings"
+    assert train(setting()).steps == 7
+
+
+def test_folder_is_held_from_the_first_checkpoint_on(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for batch, call in ((6, 1), (8, 10)):  # before the first step, and after some
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, call, training=True)
+            with pytest.raises(KeyboardInterrupt):
+                train(setting(batch_size=batch))
+    with pytest.raises(RunDirectoryError, match="holds a run with another --batch_size: 8 there, 6 here"):
+        train(setting())
+
+
+@pytest.mark.parametrize("name", [".", "/dev/stdin"])
+def test_training_data_that_is_no_file_is_refused_at_once(name: str, setting: Setting) -> None:
+    with pytest.raises(InputError, match="is a folder|can be read only once"):
+        train(setting(train_data=(name,)))
+    assert not Path(setting().output_dir).exists()
 
 
 def trainer_of(config: TrainConfig, folder: Path) -> StudentTrainer:

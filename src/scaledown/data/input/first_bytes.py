@@ -82,15 +82,16 @@ _OTHER: Final = (
         "write it as JSON lines with id, title and text, or with id and question, and give that",
     ),
     (
-        rb"\x89PNG\r|\xff\xd8\xff|GIF8[79]a|RIFF.{4}(WAVE|WEBP|AVI )|ID3|OggS|\x1aE\xdf\xa3|.{4}ftyp",
+        rb"\x89PNG\r|\xff\xd8\xff|GIF8[79]a.{0,3}[\0-\x08]|RIFF.{4}(WAVE|WEBP|AVI )|ID3[\x02-\x04]|OggS\0"
+        rb"|\x1aE\xdf\xa3|\0\0.{2}ftyp",
         "an image, sound or film",
         "give files with text",
     ),
     (rb"\{\\rtf", "a document in Rich Text Format", "save it as plain text and give that"),
 )
-_CONTROL: Final = bytes({*range(32), 127} - {*b"\b\t\n\v\f\r\x1b"})
-_BINARY_SHARE: Final = 0.05
-"""The least share of control characters in binary data; random bytes have 0.1, text has hardly any."""
+_CONTROL: Final = bytes({*range(1, 32), 127} - {*b"\b\t\n\v\f\r\x1b"})
+_BINARY: Final = (32, 0.05)
+"""The least number and share of control characters in binary data; random bytes have 0.1, text hardly any."""
 _HTML_TYPES: Final = ("text/html", "application/xhtml")
 
 
@@ -145,9 +146,10 @@ def check(source: Path | Remote, head: bytes) -> None:
                 f"{source}: is {encoding[:6]}; {fetch}convert it: "
                 f"`iconv -f {encoding} -t UTF-8 {quoted} > {converted}`"
             )
-        content = head.rstrip(b"\0")
-        if len(content) - len(content.translate(None, _CONTROL)) > _BINARY_SHARE * len(content):
-            raise InputError(f"{source}: is binary data, not text; give a file in a format that is read")
+        if len(head) - len(head.translate(None, _CONTROL)) >= max(_BINARY[0], _BINARY[1] * len(head)):
+            raise InputError(
+                f"{source}: is not text in UTF-8; give a file in a format that is read, or convert the text"
+            )
 
 
 def _encoding(head: bytes) -> str:

@@ -70,21 +70,13 @@ def line_rows(path: Source, stream: io.BufferedReader, name: str) -> Iterator[Ro
 
 
 def article(path: Source, stream: io.BufferedReader) -> Iterator[Row]:
-    """A text as one row. The title is the name of its file, or its first line if that has the same words."""
+    """A text as one row, with the name of its file as the title."""
     try:
         text = stream.read()
     except OSError as error:
         raise files.damaged(path, 0, error) from error
-    title = files.pure(path).stem.removesuffix(files.inner_suffix(path))
-    first, _, rest = text.lstrip().partition(b"\n")
-    heading = first.decode("utf-8", "replace").strip().lstrip("# ")
-    if _words(heading) == _words(title):
-        title, text = heading, rest
-    yield Row(str(path), 1, {"title": title, "text": text})
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+", text.casefold())
+    name = files.pure(path).stem.removesuffix(files.inner_suffix(path))
+    yield Row(str(path), 1, {"title": name, "text": text})
 
 
 class Batches(NamedTuple):

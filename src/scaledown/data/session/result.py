@@ -32,16 +32,24 @@ def earlier_or_free(session: Session, *, overwrite: bool) -> Result | None:
     if finished := earlier_result(session.run, session.request, output):
         return finished
     check_free("--output_file", output, lambda: is_ours(session.run, output), overwrite=overwrite)
+    _warn_of_replacing(session, output)
+    return None
+
+
+def _warn_of_replacing(session: Session, output: File) -> None:
+    """Log that the finished output of another run in this directory is going to be replaced."""
     run = session.run
     manifest = run.storage.read_json(run.manifest)
-    other = isinstance(manifest, dict) and manifest.get("request") != session.request
-    if other and output.storage.state(output.path):
+    written = manifest.get("output") if isinstance(manifest, dict) else None
+    if not isinstance(written, dict) or manifest.get("request") == session.request:
+        return
+    state = output.storage.state(output.path)
+    if state and state == written.get("state") and output.storage.address(output.path) == written["path"]:
         log.warning(
-            "%s has %s of other settings or inputs: this run replaces it; the earlier command writes it "
-            "again from what stays in %s",
-            *(output, counted(manifest["output"]["examples"], "examples"), run.storage.shown(run.path)),
+            "%s has %s of a run with other settings, inputs or models: this run replaces it; what that run "
+            "made stays in %s, so that its command, with its inputs, writes it again",
+            *(output, counted(written["examples"], "examples"), run.storage.shown(run.path)),
         )
-    return None
 
 
 def part_result(session: Session) -> Result | None:

@@ -76,7 +76,8 @@ def summary(result: Result, config: PrepareConfig) -> str:
             lines += _shown(number, record)
     if (report := run_of(config).root / "report.html").exists():
         lines.append(f"look: {report}")
-    lines.append(f"to test a trained model: {program_name()} evaluate --model model --data {output}")
+    testing = shlex.join(["evaluate", "--model", _model_folder(config), "--data", str(output)])
+    lines.append(f"if these questions are held out: {program_name()} {testing}")
     lines.append(f"next: {program_name()} {_training(config, result.examples)}")
     return "\n".join(lines)
 
@@ -137,9 +138,7 @@ def _training(config: PrepareConfig, examples: int) -> str:
 
     Only a pointer learns from few examples; it ranks documents by its own scores.
     """
-    data = output_of(config)
-    folder = "model" if is_url(config.output_file) else str(data.path.parent / "model")
-    words = ["train", "--train_data", str(data), "--output_dir", folder]
+    words = ["train", "--train_data", str(output_of(config)), "--output_dir", _model_folder(config)]
     if config.teacher_model != PrepareConfig.teacher_model and not is_served(Engine.of(config)):
         words += ["--generator_model", config.teacher_model]
     if examples < _FEW:
@@ -147,6 +146,11 @@ def _training(config: PrepareConfig, examples: int) -> str:
     elif config.enable_reranking:
         words.append("--enable_reranking")
     return shlex.join(words)
+
+
+def _model_folder(config: PrepareConfig) -> str:
+    """Return the folder of a model in printed commands: beside the output."""
+    return "model" if is_url(config.output_file) else str(output_of(config).path.parent / "model")
 
 
 def _shown(number: int, example: Example) -> list[str]:

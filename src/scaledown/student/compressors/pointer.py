@@ -20,6 +20,8 @@ _SCORED: Final = 128  # hidden units that read a state
 _CONTEXT: Final = 96  # units of the recurrent layer, in each direction
 _FEATURES: Final = 2
 _WINDOW: Final = 11  # tokens over which matches with the query are averaged
+_REACH: Final = 4  # tokens on each side that add to a token's probability
+_DECAY: Final = 0.7  # what they add, for each token of distance (docs/results.md)
 RATES: Final = (4, 8, 16, 32)
 """Compression rates used in training. It compresses at any rate from the first to the last."""
 PADDED: Final = -1e4  # the score of padding; finite, so that a softmax over it has gradients
@@ -239,7 +241,7 @@ def normed(states: torch.Tensor) -> torch.Tensor:
 
 
 def with_neighbours(scores: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """Add half of the probabilities of its two neighbours to the probability of each token.
+    """Add to the probability of each token those of the tokens around it, the less the farther they are.
 
     The generator understands pieces of a text better than single tokens of it.
 
@@ -250,11 +252,14 @@ def with_neighbours(scores: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     Returns:
         Logarithms, [documents, tokens]; minus infinity at padding.
     """
-    own = scores.detach().masked_fill(~inside, -torch.inf)
-    before, after = (nn.functional.pad(own - math.log(2), by, value=-torch.inf) for by in ((1, 0), (0, 1)))
-    summed = torch.stack([before[:, :-1], own, after[:, 1:]]).logsumexp(0)
-    likely: torch.Tensor = summed.masked_fill(~inside, -torch.inf)
-    return likely
+    tokens = scores.shape[1]
+    summed = scores.detach().masked_fill(~inside, -torch.inf)
+    padded = nn.functional.pad(summed, (_REACH, _REACH), value=-torch.inf)
+    for distance in range(1, _REACH + 1):
+        before, after = (padded.narrow(1, _REACH + step, tokens) for step in (-distance, distance))
+        both = torch.logaddexp(before, after)  # so that a token and its mirror image get the same sum
+        summed = torch.logaddexp(summed, both + distance * math.log(_DECAY))
+    return summed.masked_fill(~inside, -torch.inf)
 
 
 def choose(scores: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

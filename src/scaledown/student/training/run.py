@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 from scaledown.command import is_first
 from scaledown.config.train import PretrainConfig
 from scaledown.data.input.download import fetched
+from scaledown.data.input.training_files import check_file
 from scaledown.devices.choice import choose_device, dtype_to_train, emulates_bfloat16
 from scaledown.errors import (
     MissingExtraError,
@@ -103,6 +104,9 @@ def _here(config: Config) -> Config:
         for name in config.named("input")
         if isinstance(getattr(config, name), tuple)
     }
+    for name in files.keys() & {"train_data", "eval_data"}:
+        for file in files[name]:
+            check_file(Path(file))
     return replace(config, **files)  # type: ignore[arg-type]
 
 
