@@ -1,8 +1,8 @@
 """A training step against a plain loop that pads every document to the maximum, same model and examples.
 
 SmolLM2-135M with 8 layers as its compressor and LoRA, 5 passages retrieved for each real question, bfloat16.
-The plain loop also pads prompts and has logits at every position, as loops do; a third side is ours with only
-the documents' padding changed.
+The plain loop also pads prompts and has logits at every position, as loops do. A third side is ours with only
+the documents' padding changed, and a fourth ours with torch's attention, which these two have as well.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from scaledown.models.weights import quiet_libraries
 from scaledown.student.batch import IGNORED, Batch, Document, Encoded, Group, collate, group
 from scaledown.student.model import ScaleDownModel, load_tokenizer
 from scaledown.student.settings import ScaleDownConfig
+from scaledown.student.training.attention import use_matrix_products
 from scaledown.student.training.setup import make_trainer
 from scaledown.student.training.training_data import load_parts, measure_documents
 
@@ -143,14 +144,25 @@ def measure(options: argparse.Namespace, folder: Path) -> float:
             update()
         return total / steps
 
+    def by_torch(step: Callable[[list[Encoded]], float]) -> float:
+        for part in (model.generator, model.compressor):
+            part.set_attn_implementation("sdpa")
+        total = run(step)
+        if options.device == "cpu":
+            use_matrix_products(model)
+        return total
+
     for own in passes.optimizer.param_groups:
         own["lr"] = 0.0  # so that every run computes the same
     sides = {
         "ours": lambda: run(ours),
-        "ours, documents padded": lambda: run(
+        "ours, torch's attention": lambda: by_torch(ours),
+        "ours, documents padded": lambda: by_torch(
             lambda part: padded(part, lambda batch: model(**moved(batch, options.device)).loss)
         ),
-        "plain loop": lambda: run(lambda part: padded(part, lambda batch: plain_loss(model, batch, prompt))),
+        "plain loop": lambda: by_torch(
+            lambda part: padded(part, lambda batch: plain_loss(model, batch, prompt))
+        ),
     }
     timed = paired(sides, 1 if options.quick else REPEATS)
     for name, side in timed.items():

@@ -115,8 +115,9 @@ def _page(
     whole = found.sampled == found.records
     sampled = "all of them" if whole else f"a random sample of {found.sampled:,}"
     bad = f" {found.bad:,} more are not usable ({'; '.join(found.messages)})." if found.bad else ""
+    each = found.documents / found.records
     lead = (
-        f"{found.records:,} records, {found.documents / found.records:.3g} documents each.{bad} Counts of "
+        f"{counted(found.records, 'records')}, {each:.3g} documents each.{bad} Counts of "
         f"records and repetitions are over the whole file; everything else is from {sampled}."
     )
     sections = [
@@ -139,10 +140,12 @@ def _page(
 def _counts(found: Audit, manifest: Mapping[str, Any]) -> list[Block]:
     rows: list[tuple[str, str, str]] = []
     for name, stage in (manifest.get("stages") or {}).items():
-        counts = ", ".join(f"{value:,} {key}" for key, value in (stage.get("counts") or {}).items())
+        counts = ", ".join(
+            counted(value, key.replace("_", " ")) for key, value in (stage.get("counts") or {}).items()
+        )
         measured = [f"{key} {value:.4g}" for key, value in (stage.get("measured") or {}).items()]
         rows.append((name, ", ".join([counts, *measured]), duration(float(stage.get("seconds") or 0))))
-    rows.append(("export", f"{found.records:,} records", ""))
+    rows.append(("export", counted(found.records, "records"), ""))
     blocks: list[Block] = [Table("What each stage made, and its time", ("stage", "counts", "time"), rows)]
     if passed := manifest.get("passed_over"):
         over = [(flag, name, why) for flag, files in passed.items() for name, why in files.items()]
@@ -163,7 +166,9 @@ def _answers(found: Audit) -> list[Block]:
     if not any(name in share for name in ("empty", "refusal", "echo", "ungrounded")):
         rows.insert(0, ("empty, refusing, repeating or ungrounded answers", 0, "0%"))
     blocks: list[Block] = [
-        Table(f"In {found.sampled:,} records; the examples below can be filtered by each", _OF, rows)
+        Table(
+            f"In {counted(found.sampled, 'records')}; the examples below can be filtered by each", _OF, rows
+        )
     ]
     if not found.finish_known:
         blocks.append(
@@ -329,7 +334,9 @@ def _licences(manifest: Mapping[str, Any]) -> list[Block]:
 
 def _examples(found: Audit) -> Examples:
     first = "those with findings first" if found.sampled > len(found.shown) else "all of them"
-    caption = f"{len(found.shown):,} records, {first}. The answer's words are marked in the documents."
+    caption = (
+        f"{counted(len(found.shown), 'records')}, {first}. The answer's words are marked in the documents."
+    )
     return Examples(caption, [_example(one) for one in found.shown])
 
 

@@ -13,6 +13,7 @@ from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, Project
 from scaledown.config.train import StudentConfig
 from scaledown.devices.choice import dtype_to_train
 from scaledown.errors import MissingExtraError, UsageError
+from scaledown.student.training.attention import use_matrix_products
 from scaledown.student.training.encoded_examples import Batches, EncodedExamples
 from scaledown.student.training.learning_rates import parameter_groups
 from scaledown.student.training.passes import SHARED
@@ -32,6 +33,8 @@ def make_trainer(
 ) -> StudentTrainer:
     """Make a trainer with the paper's schedule, in this process or as one of those that torchrun started."""
     recomputes = _make_ready(model, config)
+    if device == "cpu" and dtype_to_train(config.dtype, device) is torch.bfloat16:
+        use_matrix_products(model)
     accelerator = _accelerator(config, device, recomputes=recomputes)
     ranks = accelerator.num_processes
     if config.batch_size % ranks:
