@@ -21,12 +21,12 @@ from scaledown.data.input import tables
 from scaledown.data.input.chunking import Chunker
 from scaledown.data.input.corpus import cut_rows, plain
 from scaledown.data.retrieval import SPLADERetriever
+from scaledown.devices.cpu_attention import use_matrix_products
 from scaledown.models.sources import resolve
 from scaledown.models.weights import quiet_libraries
 from scaledown.student.batch import IGNORED, Batch, Document, Encoded, Group, collate, group
 from scaledown.student.model import ScaleDownModel, load_tokenizer
 from scaledown.student.settings import ScaleDownConfig
-from scaledown.student.training.attention import use_matrix_products
 from scaledown.student.training.setup import make_trainer
 from scaledown.student.training.training_data import load_parts, measure_documents
 
@@ -149,7 +149,7 @@ def measure(options: argparse.Namespace, folder: Path) -> float:
             part.set_attn_implementation("sdpa")
         total = run(step)
         if options.device == "cpu":
-            use_matrix_products(model)
+            use_matrix_products(model.generator, model.compressor)
         return total
 
     for own in passes.optimizer.param_groups:

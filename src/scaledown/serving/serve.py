@@ -45,17 +45,19 @@ def serve(config: ServeConfig) -> int:
         ScaleDownError: The server cannot start.
     """
     key = api_key(config)
-    source = resolve(config.model)  # before the imports: a wrong name is reported at once
-    try:
-        import uvicorn
-
-        from scaledown.serving.app import Server
-    except ImportError as error:
-        raise MissingExtraError(f"scaledown serve needs {error.name}: {install_command('serve')}") from error
-    from scaledown.serving.engine import Engine
-
-    listener = listen(config)  # before the model is loaded: a port in use is reported at once
+    listener = listen(config)  # before the imports, as the model is found: mistakes are reported at once
     with listener:
+        source = resolve(config.model)
+        try:
+            import uvicorn
+
+            from scaledown.serving.app import Server
+        except ImportError as error:
+            raise MissingExtraError(
+                f"scaledown serve needs {error.name}: {install_command('serve')}"
+            ) from error
+        from scaledown.serving.engine import Engine
+
         model, generation, writer = _load(config, source)
         model.config.check_rate(config.compression_rate or model.config.compression_rate)
         model.config.check_budget(config.budget)

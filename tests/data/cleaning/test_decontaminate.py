@@ -258,7 +258,7 @@ def test_run_leaves_out_and_reports_evaluation_questions(prepare, queries, tmp_p
     assert prepare(*flags, "--strict") == 0
     assert [record["query"] for record in records(prepare.output)] == asked[:3]
     out = capsys.readouterr().out
-    assert "3 queries, 1 contaminated, 2 duplicates, 1 evaluation_rows_unread" in out
+    assert "3 queries, 1 contaminated, 2 duplicates, 1 evaluation rows unread" in out
     assert "passed over: 1 rows of --decontaminate hold no question" in out
     assert f"left out: 3 queries or answers, each with what it matches, in {prepare.work}" in out
     contaminated, exact, near = quarantined(prepare.work, "queries")
@@ -360,7 +360,7 @@ def test_run_without_remaining_queries_is_an_error(prepare, queries, capsys) -> 
     [
         ("missing.jsonl", None, "there is no such file"),
         ("empty.jsonl", b"", "holds no question"),
-        ("binary.jsonl", bytes(range(256)) * 9, "holds no question"),
+        ("binary.jsonl", bytes(range(256)) * 9, "is not text in UTF-8"),
         ("packed.zip", b"PK\x03\x04rest", "is a zip archive"),
         ("cut.jsonl", b"\x1f\x8b\x08\x00", "cut short"),
         ("list.json", b'[{"question": "cut', "holds no question"),

@@ -28,8 +28,10 @@ def again(url: str) -> Path:
 
 
 def test_a_file_here_is_where_it_is(tmp_path: Path) -> None:
-    assert again(str(tmp_path / "x.json")) == tmp_path / "x.json"
+    with pytest.raises(InputError, match="there is no such file; check the path"):
+        again(str(tmp_path / "x.json"))
     (tmp_path / "x.json").write_bytes(CONTENT)
+    assert again(str(tmp_path / "x.json")) == tmp_path / "x.json"
     assert again(f"file://{tmp_path}/x.json") == tmp_path / "x.json"
 
 

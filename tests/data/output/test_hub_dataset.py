@@ -143,7 +143,7 @@ def test_rankings_with_repeated_ids_can_be_evaluated(
     printed = capsys.readouterr()
     assert "queries have the id of another: told apart by #2" in printed.err
     assert "articles have the id of another: told apart by #2" in printed.err
-    assert "ids_made_unique" in printed.out
+    assert "ids made unique" in printed.out
     folder = tmp_path / "runs"
     assert main(["export", str(prepare.output), "--format", "trec", "--output_dir", str(folder)]) == 0
     found = read_run(folder / "reranked.run")

@@ -979,7 +979,7 @@ def test_a_run_counts_thoughts_and_the_name_behind_an_alias(serve: Any, prepare:
     manifest = json.loads((prepare.work / "manifest.json").read_text())
     counts = manifest["stages"]["answers"]["counts"]
     assert counts["freed_of_thoughts"] == counts["by Qwen2.5-7B"] == len(records)
-    assert "freed_of_thoughts" in capsys.readouterr().out
+    assert "4 freed of thoughts" in capsys.readouterr().out
     assert "wise-owl" in json.dumps(manifest["models"])
 
 

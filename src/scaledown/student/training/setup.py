@@ -12,8 +12,8 @@ from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, Project
 
 from scaledown.config.train import StudentConfig
 from scaledown.devices.choice import dtype_to_train
+from scaledown.devices.cpu_attention import use_matrix_products
 from scaledown.errors import MissingExtraError, UsageError
-from scaledown.student.training.attention import use_matrix_products
 from scaledown.student.training.encoded_examples import Batches, EncodedExamples
 from scaledown.student.training.learning_rates import parameter_groups
 from scaledown.student.training.passes import SHARED
@@ -34,7 +34,7 @@ def make_trainer(
     """Make a trainer with the paper's schedule, in this process or as one of those that torchrun started."""
     recomputes = _make_ready(model, config)
     if device == "cpu" and dtype_to_train(config.dtype, device) is torch.bfloat16:
-        use_matrix_products(model)
+        use_matrix_products(model.generator, model.compressor)
     accelerator = _accelerator(config, device, recomputes=recomputes)
     ranks = accelerator.num_processes
     if config.batch_size % ranks:

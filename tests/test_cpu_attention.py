@@ -8,10 +8,11 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from scaledown.config.train import TrainConfig
+from scaledown.devices import cpu_attention as attention
 from scaledown.models.sources import resolve
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
-from scaledown.student.training import attention, setup
+from scaledown.student.training import setup
 
 LAYER: Any = SimpleNamespace(num_key_value_groups=3, is_causal=True)
 

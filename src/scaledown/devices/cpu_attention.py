@@ -1,4 +1,4 @@
-"""Attention for training in bfloat16 on a CPU: torch's kernel is slow there in its backward pass."""
+"""Attention for training in bfloat16 on a CPU: torch's kernel is slow in its backward pass there."""
 
 from typing import Any, Final
 
@@ -11,12 +11,12 @@ _NAME: Final = "scaledown_cpu"
 _LONGEST: Final = 256  # tokens; the scores of longer texts need much memory, and the gain is small
 
 
-def use_matrix_products(model: Any) -> None:
-    """Compute the attention of a student's generator and compressor by `attention`."""
+def use_matrix_products(*models: Any) -> None:
+    """Compute the attention of these models by `attention`."""
     AttentionInterface.register(_NAME, attention)
     AttentionMaskInterface.register(_NAME, eager_mask)
-    for part in (model.generator, model.compressor):
-        part.set_attn_implementation(_NAME)
+    for model in models:
+        model.set_attn_implementation(_NAME)
 
 
 def attention(  # noqa: PLR0917  # the signature is that of transformers
