@@ -178,10 +178,12 @@ class Options:
 
     def check_inputs(self) -> None:
         """Raise `InputError` if a local input does not exist: at once, before torch is imported."""
-        for name in self.named("input"):
+        for name, about in self.options().items():
+            if about.role != "input" or about.ids:
+                continue
             value = getattr(self, name)
             for one in value if isinstance(value, tuple) else (value,):
-                if one not in {"", "-"} and not self.options()[name].ids:
+                if one not in {"", "-"}:
                     check_exists(one, f"--{name}")
 
     @classmethod

@@ -31,6 +31,8 @@ def attention(  # noqa: PLR0917  # the signature is that of transformers
 ) -> tuple[torch.Tensor, None]:
     """Compute attention by matrix products where gradients are needed and the text is short, else by torch.
 
+    The attention `eager` of transformers also uses matrix products, but for texts of any length.
+
     Args:
         module: The layer.
         query: [batch, heads, tokens, width].

@@ -45,7 +45,7 @@ def serve(config: ServeConfig) -> int:
         ScaleDownError: The server cannot start.
     """
     key = api_key(config)
-    listener = listen(config)  # before the imports, as the model is found: mistakes are reported at once
+    listener = listen(config)  # first the port and the model: mistakes are reported before the imports
     with listener:
         source = resolve(config.model)
         try:

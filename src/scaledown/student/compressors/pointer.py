@@ -21,7 +21,7 @@ _CONTEXT: Final = 96  # units of the recurrent layer, in each direction
 _FEATURES: Final = 2
 _WINDOW: Final = 11  # tokens over which matches with the query are averaged
 _REACH: Final = 4  # tokens on each side that add to a token's probability
-_DECAY: Final = 0.7  # what they add, for each token of distance (docs/results.md)
+_DECAY: Final = 0.7  # factor of what they add, for each token of distance (docs/results.md)
 RATES: Final = (4, 8, 16, 32)
 """Compression rates used in training. It compresses at any rate from the first to the last."""
 PADDED: Final = -1e4  # the score of padding; finite, so that a softmax over it has gradients
