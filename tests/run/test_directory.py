@@ -1,5 +1,4 @@
 import errno
-import json
 import multiprocessing
 import os
 import signal
@@ -357,7 +356,7 @@ def test_outputs_that_cannot_be_written_are_noticed(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be written"):
         check_writable(tmp_path / "file" / "out.json")
     check_writable(tmp_path / "new" / "folder" / "out.json")
-    assert json.dumps(sorted(os.listdir(tmp_path))) == '["file", "new"]'
+    assert os.listdir(tmp_path) == ["file"]  # a check leaves nothing behind
 
 
 def test_entering_process_keeps_files_that_others_write(tmp_path: Path, monkeypatch) -> None:

@@ -229,6 +229,78 @@ def test_bad_record_does_not_affect_others(
     assert found[7]["reranking_scores"] == []
 
 
+def test_interrupted_answers_continue(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, output, whole = (tmp_path / name for name in ("data.jsonl", "answers.jsonl", "whole.jsonl"))
+    records = [{"query": f"{QUERIES[0]} {number}", "documents": ["The moon."]} for number in range(150)]
+    records[70] = {"query": "no documents"}
+    data.write_text("\n".join(map(json.dumps, records)))
+    words = [
+        "answer",
+        "--model",
+        str(folder),
+        "--data",
+        str(data),
+        "--device",
+        "cpu",
+        "--max_new_tokens",
+        "2",
+    ]
+    assert main([*words, "--output_file", str(whole)]) == 0
+    answer, asked = ScaleDownModel.answer, []
+
+    def counting(self: Any, queries: list[str], *arguments: Any, **options: Any) -> list[str]:
+        asked.extend(queries)
+        if len(asked) > interrupted_at:
+            raise KeyboardInterrupt
+        return answer(self, queries, *arguments, **options)
+
+    monkeypatch.setattr(ScaleDownModel, "answer", counting)
+    interrupted_at = 0
+    assert main([*words, "--output_file", str(output)]) == 130
+    assert sorted(path.name for path in tmp_path.glob("*answers*")) == [], "nothing was kept"
+    asked.clear()
+    interrupted_at = 100
+    assert main([*words, "--output_file", str(output)]) == 130
+    partial = tmp_path / "answers.jsonl.partial"
+    assert f"64 answers in {partial} are kept: the same command continues" in capsys.readouterr().err
+    assert not output.exists()
+    asked.clear()
+    interrupted_at = len(records)
+    assert main([*words, "--output_file", str(output)]) == 0
+    assert len(asked) == 150 - 64 - 1, "answers of before are kept, and one record cannot be asked"
+    assert output.read_bytes() == whole.read_bytes()
+    assert "150 records, 1 with an error" in capsys.readouterr().out
+    assert not partial.exists()
+
+
+def test_interrupted_answers_of_other_settings_are_not_taken(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, output = tmp_path / "data.jsonl", tmp_path / "answers.jsonl"
+    data.write_text(
+        "\n".join(json.dumps({"query": f"{number}?", "documents": ["d"]}) for number in range(80))
+    )
+    words = ["answer", "--model", str(folder), "--data", str(data), "--device", "cpu"]
+    answer = ScaleDownModel.answer
+
+    calls = []
+
+    def once(self: Any, *arguments: Any, **options: Any) -> list[str]:
+        calls.append(arguments)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return answer(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ScaleDownModel, "answer", once)
+        assert main([*words, "--output_file", str(output), "--max_new_tokens", "2"]) == 130
+    for name in (output, tmp_path / "new.jsonl"):
+        assert main([*words, "--output_file", str(name), "--max_new_tokens", "3"]) == 0
+    assert output.read_bytes() == (tmp_path / "new.jsonl").read_bytes()
+
+
 def test_a_file_of_errors_fails(folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"query": "q"}\n')

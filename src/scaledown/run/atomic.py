@@ -74,7 +74,10 @@ def read_json(path: Path) -> Any:
 
 
 def check_writable(output: Path, flag: str = "--output_file") -> None:
-    """Check before any work that `output`, the value of `flag`, can be written. Raises `OutputError`."""
+    """Check before any work that `output`, the value of `flag`, can be written. Raises `OutputError`.
+
+    No folder is made for it: a command that fails later leaves none behind.
+    """
     try:
         output = output.resolve() if output.is_symlink() else output
     except (OSError, RuntimeError) as error:  # RuntimeError before Python 3.13
@@ -83,9 +86,9 @@ def check_writable(output: Path, flag: str = "--output_file") -> None:
         raise OutputError(f"{flag} {output} is a folder: name a file in it")
     if output.exists() and not output.is_file():
         raise OutputError(f"{flag} {output} is a device or pipe, which cannot be replaced: name a file")
-    probe = output.with_name(f".{output.name}.{os.getpid()}.probe")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = next(parent for parent in output.parents if parent.exists())
+        probe = folder / f".{output.name}.{os.getpid()}.probe"
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -1,28 +1,38 @@
 """The command `scaledown answer`: answer one query, or the queries of a file, with a trained model."""
 
+import contextlib
+import functools
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import orjson
 import pyarrow as pa
+from filelock import FileLock, Timeout
 
 from scaledown.command import Usage, run_cli
 from scaledown.config.answer import GROUPS, AnswerConfig
 from scaledown.data.input.training_files import Entry, entries, is_unicode, unanswerable
 from scaledown.data.output.writers import write_examples
 from scaledown.devices.choice import choose_device, dtype_to_run
-from scaledown.errors import InputError, each_or_error
-from scaledown.models.sources import resolve
+from scaledown.errors import InputError, RunDirectoryError, each_or_error
+from scaledown.models.sources import ModelSource, resolve
 from scaledown.models.weights import onto
+from scaledown.run.directory import RunDirectory
 from scaledown.run.outputs import check_output, note_made
-from scaledown.run.progress import track
+from scaledown.run.progress import counted, track
+from scaledown.run.stage import Stage
 
 log = logging.getLogger("scaledown")
 
-_AT_ONCE: Final = 256  # records in memory at a time
+_ROWS: Final = 64  # records in a shard, at least; a crash loses at most one shard
+_PARTIAL: Final = ".partial"
+"""Suffix of the run directory beside an unfinished file of answers."""
 _COLUMNS: Final = pa.schema(
     {
         "query": pa.string(),
@@ -62,17 +72,25 @@ def answer(config: AnswerConfig, *, overwrite: bool = False) -> Answered:
     for text in config.document:
         if _is_file(text):
             log.warning("--document %s is read as text, not as a file: give the text itself", text)
-    model, config = _load(config)
-    try:
+    source = resolve(config.model)  # before the imports: a wrong name is reported at once
+    load, config = _loader(source, config)
+    with contextlib.ExitStack() as ends:
+
+        @functools.cache
+        def model() -> Any:
+            loaded = load()
+            ends.callback(loaded.close)
+            return loaded
+
+        if config.data:
+            return _answer_data(model, source, config)
         if config.output_file:
-            return _answer_file(model, config)
-        for piece in model.stream(
+            return _answer_query(model(), config)
+        for piece in model().stream(
             config.query, list(config.document), max_new_tokens=config.max_new_tokens, **_way(config)
         ):
             print(piece, end="", flush=True)
         print()
-    finally:
-        model.close()
     return Answered()
 
 
@@ -83,26 +101,25 @@ def _is_file(text: str) -> bool:
         return False
 
 
-def _load(config: AnswerConfig) -> tuple[Any, AnswerConfig]:
-    """Load the model with its engine; return it with settings whose batch size suits the engine."""
-    source = resolve(config.model)  # before the imports: a wrong name is reported at once
+def _loader(source: ModelSource, config: AnswerConfig) -> tuple[Callable[[], Any], AnswerConfig]:
+    """Return what loads the model with its engine, and settings with what `auto` and 0 mean here."""
     from scaledown.student.engine_choice import choose_engine
     from scaledown.student.model import ScaleDownModel
 
     device = choose_device(config.device)
     engine = choose_engine(config.engine, device, source, eight_bits=config.generator_8bit)
-    config = replace(config, batch_size=config.batch_size or engine.batch)
     dtype = dtype_to_run(config.dtype, device)
-    model = ScaleDownModel.from_pretrained(config.model, dtype=dtype, **onto(device))
-    model.engine, _ = engine.start(
-        model,
-        source,
-        device,
-        config.batch_size,
-        asked=config.engine,
-        eight_bits=config.generator_8bit,
-    )
-    return model, config
+    batch_size = config.batch_size or engine.batch
+
+    def load() -> Any:
+        model = ScaleDownModel.from_pretrained(config.model, dtype=dtype, **onto(device))
+        model.engine, _ = engine.start(
+            model, source, device, batch_size, asked=config.engine, eight_bits=config.generator_8bit
+        )
+        return model
+
+    settled = str(dtype).removeprefix("torch.")
+    return load, replace(config, batch_size=batch_size, device=device, dtype=settled)
 
 
 def _way(config: AnswerConfig) -> dict[str, Any]:
@@ -114,33 +131,87 @@ def _way(config: AnswerConfig) -> dict[str, Any]:
     }
 
 
-def _answer_file(model: Any, config: AnswerConfig) -> Answered:
-    """Write the answers to a file's queries, or to one query, to a file. It appears when it is complete."""
-    output, failed = Path(config.output_file), 0
-    if config.data:
-        source = entries(Path(config.data))
-    else:
-        source = iter([Entry(1, {"query": config.query, "documents": list(config.document)})])
-
-    def answered() -> Iterator[dict[str, Any]]:
-        nonlocal failed
-        while block := list(itertools.islice(source, _AT_ONCE)):
-            wrong = {place: reason for place, entry in enumerate(block) if (reason := unanswerable(entry))}
-            valid = [entry.record for place, entry in enumerate(block) if place not in wrong]
-            made = iter(_answers(model, valid, config))
-            for place, entry in enumerate(block):
-                record = {"error": wrong[place]} if place in wrong else next(made)
-                if "error" in record:
-                    failed += 1
-                    log.warning("%s:%s: %s", config.data or "--query", entry.line, record["error"])
-                query = entry.record.get("query") if isinstance(entry.record, dict) else None
-                yield {"query": query if isinstance(query, str) and is_unicode(query) else None} | record
-            tracker.advance(len(block))
-
-    with track("answer", "answers", None) as tracker:
-        count = write_examples(output, answered(), _COLUMNS)
+def _answer_query(model: Any, config: AnswerConfig) -> Answered:
+    """Write the answer to one query to a file."""
+    output = Path(config.output_file)
+    entry = Entry(1, {"query": config.query, "documents": list(config.document)})
+    (record,) = _records(model, [entry], config)
+    write_examples(output, [record], _COLUMNS)
     note_made(output, "answer")
+    return Answered(1, "error" in record)
+
+
+def _answer_data(load: Callable[[], Any], source: ModelSource, config: AnswerConfig) -> Answered:
+    """Write the answers to a file's queries to a file, which appears when it is complete.
+
+    Until then the answers are in shards in a folder beside it. The same command continues from them.
+    """
+    output = Path(config.output_file)
+    run = RunDirectory(output.with_name(output.name + _PARTIAL))
+    lock = FileLock(run.path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunDirectoryError(
+            f"another process writes --output_file {output}: wait for it, or name another file"
+        ) from None
+    with lock:
+        rows = max(_ROWS, config.batch_size)
+        settings = {name: getattr(config, name) for name in config.named("result")}
+        identity = {"model": source.identity(run.content_hash), "data": run.content_hash(Path(config.data))}
+        stage = Stage(
+            run, "answers", {**settings, **identity, "engine": config.engine, "rows_per_shard": rows}
+        )
+        shards = count = 0
+        blocks = entries(Path(config.data))
+        try:
+            with track("answer", "answers", None) as tracker:
+                while block := list(itertools.islice(blocks, rows)):
+                    if stage.has(shards):
+                        tracker.skip(len(block))
+                    else:
+                        began = time.perf_counter()
+                        lines = [orjson.dumps(record) for record in _records(load(), block, config)]
+                        stage.write(shards, pa.table({"record": lines}), time.perf_counter() - began)
+                        tracker.advance(len(block))
+                    shards += 1
+                    count += len(block)
+        except BaseException:
+            if count:
+                kept = counted(count, "answers")
+                log.info("%s in %s are kept: the same command continues from there", kept, run.path)
+            else:
+                shutil.rmtree(run.path)
+            raise
+        failed = 0
+
+        def answered() -> Iterator[dict[str, Any]]:
+            nonlocal failed
+            for shard in range(shards):
+                for line in stage.table(shard, check=True).column("record").to_pylist():
+                    record = orjson.loads(line)
+                    failed += "error" in record
+                    yield record
+
+        write_examples(output, answered(), _COLUMNS)
+        note_made(output, "answer")
+        shutil.rmtree(run.path)
     return Answered(count, failed)
+
+
+def _records(model: Any, block: Sequence[Entry], config: AnswerConfig) -> list[dict[str, Any]]:
+    """Return query and answer, or error, of each entry."""
+    wrong = {place: reason for place, entry in enumerate(block) if (reason := unanswerable(entry))}
+    valid = [entry.record for place, entry in enumerate(block) if place not in wrong]
+    made = iter(_answers(model, valid, config))
+    found = []
+    for place, entry in enumerate(block):
+        record = {"error": wrong[place]} if place in wrong else next(made)
+        if "error" in record:
+            log.warning("%s:%s: %s", config.data or "--query", entry.line, record["error"])
+        query = entry.record.get("query") if isinstance(entry.record, dict) else None
+        found.append({"query": query if isinstance(query, str) and is_unicode(query) else None} | record)
+    return found
 
 
 def _answers(model: Any, records: list[dict[str, Any]], config: AnswerConfig) -> list[dict[str, Any]]:
@@ -180,9 +251,7 @@ def summary(result: Answered, config: AnswerConfig) -> str:
     if not config.output_file:
         return ""
     errors = f", {result.failed:,} with an error instead of an answer" if result.failed else ""
-    return (
-        f"{config.output_file}: {result.records:,} {'record' if result.records == 1 else 'records'}{errors}"
-    )
+    return f"{config.output_file}: {counted(result.records, 'records')}{errors}"
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown answer") -> int:
