@@ -2,13 +2,13 @@
 
     python examples/demo.py [FOLDER]
 
-It makes training data, trains a pointer student on a part of it, measures what a question's own documents and
-another question's are worth to the student, and lets it answer one question. Each command is printed before
-it runs; what it logs goes to FOLDER/COMMAND.log. What is finished is kept: after Ctrl-C, run it again.
+It makes training data, keeps some questions apart, trains a pointer student on the others, measures what a
+question's own documents and another question's are worth to the student, and lets it answer one question.
+Each command is printed before it runs; what it logs goes to FOLDER/COMMAND.log. What is finished is kept:
+after Ctrl-C, run it again.
 """
 
 import importlib.util
-import json
 import os
 import shlex
 import shutil
@@ -48,17 +48,20 @@ def main(folder: Path, size: Size) -> None:
     """All steps. Those that are finished answer at once."""
     data, model = folder / "train_data.json", folder / "model"
     folder.mkdir(parents=True, exist_ok=True)
-    queries, corpus = EXAMPLES / "queries.txt", EXAMPLES / "corpus.jsonl"
 
     print("Training data: passages are found and reranked, a teacher answers", flush=True)
-    print(run(folder, "prepare", *size.data, *fast(size), "--queries_file", queries, "--output_file", data))
+    flags: tuple[object, ...] = ("--queries_file", EXAMPLES / "queries.txt", "--output_file", data)
+    print(run(folder, "prepare", *size.data, *fast(size), *flags))
 
-    taught, held_out, cloze = hold_out(data, corpus, folder)
+    print("\nSplit: some questions are kept for the end")
+    print(run(folder, "split", data, "--fraction", 0.25, "--output_dir", folder / "split"))
+    taught, held_out = folder / "split" / "train.json", folder / "split" / "held_out.json"
     small = ("--eval_fraction", 0, "--save_steps", 1000, "--report_to", "none", "--resume")
 
     print("\nPretraining: a student learns to find the names and numbers that questions leave out")
     flags = ("--compressor", "pointer", "--num_layers", size.layers, "--compression_rate", 4)
-    flags += ("--generator_model", size.generator, "--corpus_path", cloze, "--train_data", taught)
+    flags += ("--generator_model", size.generator, "--train_data", taught)
+    flags += ("--corpus_path", EXAMPLES / "corpus.jsonl", "--leave_out", held_out)
     flags += ("--max_steps", size.cloze_steps, "--batch_size", size.cloze_batch)
     print(run(folder, "pretrain", *flags, *small, "--output_dir", folder / "pretrained"))
 
@@ -126,25 +129,6 @@ def replace(line: str) -> None:
         print(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
 
 
-def hold_out(data: Path, corpus: Path, folder: Path) -> tuple[Path, Path, Path]:
-    """Every fourth question is kept for the end, and so are its articles: no step of training sees them."""
-
-    def articles(record: dict[str, Any]) -> set[str]:
-        return {document.partition("\n")[0] for document in record["documents"]}
-
-    records = read_json(data)
-    held = records[::4]
-    unseen = set().union(*map(articles, held))
-    taught = [record for record in records if not articles(record) & unseen]
-    lines = corpus.read_text(encoding="utf-8").splitlines(keepends=True)
-    seen = [line for line in lines if json.loads(line)["wikipedia_title"] not in unseen]
-    paths = folder / "taught.json", folder / "held_out.json", folder / "cloze.jsonl"
-    write_json(paths[0], taught)
-    write_json(paths[1], held)
-    paths[2].write_text("".join(seen), encoding="utf-8")
-    return paths
-
-
 def taste(model_folder: Path, held: list[dict[str, Any]], new_tokens: int) -> dict[str, Any]:
     """What the student makes of questions that it has not seen."""
     import torch
@@ -188,13 +172,14 @@ def summary(found: dict[str, Any], size: Size, folder: Path) -> str:
     }
     lines = "\n".join(f"    {name:<28} {' '.join(text.split())}" for name, text in answers.items())
     learned = f"{size.cloze_steps} steps of {size.cloze_batch} and {size.steps} of {size.batch} examples"
-    scaledown, model, held_out = program_name(), folder / "model", folder / "held_out.json"
+    scaledown, model = program_name(), folder / "model"
+    held_out = folder / "split" / "held_out.json"
     return f"""
 This was a taste. {learned}: a student that has learned so little
 answers badly. docs/results.md shows what longer training does.
 
-  {found["questions"]} questions were kept out of training, with their articles. The student's loss over the
-  teacher's answers to them, in nats a token (less is better):
+  {found["questions"]} questions were kept out of training. The student's loss over the teacher's answers
+  to them, in nats a token (less is better):
 
     with a question's own documents   {own:.2f}
     with another question's           {others:.2f}

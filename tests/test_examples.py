@@ -113,14 +113,24 @@ def test_demo_runs_with_small_models(
     folder = tmp_path / "demo"
     demo.main(folder, size)
     first = capsys.readouterr().out
-    assert re.findall(r"^\$ .*scaledown (\w+) ", first, re.MULTILINE) == ["prepare", "pretrain", "train"]
+    assert re.findall(r"^\$ .*scaledown (\w+) ", first, re.MULTILINE) == [
+        "prepare",
+        "split",
+        "pretrain",
+        "train",
+    ]
     assert "This was a taste. 1 steps of 2 and 1 of 2 examples" in first
     assert "answers badly" in first
     (own, others) = json.loads((folder / "taste.json").read_text())["losses"]
     assert own != others
     found = re.findall(r"question's (?:own documents)? +(\d+\.\d\d)\n", first)
     assert found == [f"{own:.2f}", f"{others:.2f}"]
-    assert json.loads((folder / "held_out.json").read_text())[3]["query"] in first
+    taught, held = (
+        json.loads((folder / "split" / f"{name}.json").read_text()) for name in ("train", "held_out")
+    )
+    assert held[len(held) // 2]["query"] in first
+    assert not {record["query"] for record in taught} & {record["query"] for record in held}
+    assert "articles were in the corpus, and are left out" in (folder / "pretrain.log").read_text()
     (look,) = set(re.findall(r"look: (.+)", first))  # of the data's summary, and at the end
     assert Path(look).is_file()
     assert "train: " in (folder / "train.log").read_text()
@@ -137,34 +147,6 @@ def test_demo_runs_with_small_models(
     assert second.count("nothing to do: this run is finished") == 3
     assert second.partition("This was a taste")[2] == first.partition("This was a taste")[2]
     assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == weights.st_mtime_ns
-
-
-def test_demo_does_not_train_on_held_out_questions(demo: ModuleType, tmp_path: Path) -> None:
-    titles = [article["wikipedia_title"] for article in lines("corpus.jsonl")]
-    made = [
-        {
-            "query": f"{number}?",
-            "documents": [f"{titles[number]}\nA text.", f"{titles[0]}\nAnother."],
-            "answer": "a",
-        }
-        if number == 7
-        else {"query": f"{number}?", "documents": [f"{titles[number]}\nA text."], "answer": "a"}
-        for number in range(10)
-    ]
-    (tmp_path / "data.json").write_text(json.dumps(made))
-    paths = demo.hold_out(tmp_path / "data.json", EXAMPLES / "corpus.jsonl", tmp_path)
-    taught, held = (json.loads(path.read_text()) for path in paths[:2])
-    assert [record["query"] for record in held] == ["0?", "4?", "8?"]
-    assert [record["query"] for record in taught] == [
-        "1?",
-        "2?",
-        "3?",
-        "5?",
-        "6?",
-        "9?",
-    ]  # 7 has a held-out article
-    kept = [json.loads(line)["wikipedia_title"] for line in paths[2].read_text(encoding="utf-8").splitlines()]
-    assert kept == [title for place, title in enumerate(titles) if place not in {0, 4, 8}]
 
 
 @pytest.mark.slow

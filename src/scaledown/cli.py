@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -98,6 +99,16 @@ def _run(words: list[str]) -> int:
     add_flags(lambda _: merge, CleanConfig)
     merge.set_defaults(run=_merge)
 
+    split = commands.add_parser("split", help="hold out a part of training files, by article")
+    split.add_argument("files", nargs="+", type=local_path, metavar="FILE", help=".json, .jsonl or .parquet")
+    split.add_argument("--output_dir", required=True, type=local_path, metavar="DIR", help="a new folder")
+    split.add_argument(
+        "--fraction", type=_share, default=0.1, metavar="SHARE", help="the share to hold out (default: 0.1)"
+    )
+    split.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the articles (default: 0)")
+    add_overwrite(split)
+    split.set_defaults(run=_split)
+
     export = commands.add_parser(
         "export", help="write training files or a model's generator for other programs"
     )
@@ -135,7 +146,7 @@ def _run(words: list[str]) -> int:
     )
     status.add_argument("--json", action="store_true", help="print JSON, with times in seconds")
     status.set_defaults(run=_status)
-    for command in (validate, merge, export, status):
+    for command in (validate, merge, split, export, status):
         add_log_flags(command)
 
     arguments = parser.parse_args(words)
@@ -194,6 +205,34 @@ def _merge(arguments: argparse.Namespace) -> int:
     if cleaning != CleanConfig():
         text += f"\nrecords left out, each with its match: {removed_file(output)}"
     print(text)
+    return 0
+
+
+def _share(text: str) -> float:
+    value = float(text)  # argparse reports a `ValueError`
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _split(arguments: argparse.Namespace) -> int:
+    from scaledown.student.split import HELD_OUT, TRAIN, split_files
+
+    output, ending = arguments.output_dir, arguments.files[0].suffix
+    parts = split_files(
+        arguments.files,
+        output,
+        fraction=arguments.fraction,
+        seed=arguments.seed,
+        overwrite=arguments.overwrite,
+    )
+    train, held_out = (shlex.quote(f"{output / name}{ending}") for name in (TRAIN, HELD_OUT))
+    print(f"{train}: {_counted(len(parts.train), 'record', 'records')}")
+    print(f"{held_out}: {_counted(len(parts.held_out), 'record', 'records')}, held out by {parts.by}")
+    if parts.shared:
+        print(f"{parts.shared:,} of them have a document of an article that training records have, too")
+    print(f"\nnext: scaledown train --train_data {train} --output_dir model")
+    print(f"then: scaledown evaluate --model model --data {held_out} --output_dir evaluation")
     return 0
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from scaledown.command import program_name
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data import build_index
 from scaledown.data import prepare_dataset as command
@@ -279,7 +280,7 @@ def test_finished_data_is_replaced_by_other_settings_only_with_a_warning(prepare
     out, err = capsys.readouterr()
     assert "this run replaces it" not in err
     folder = prepare.output.parent / "model"
-    assert f"held out: .venv/bin/python -m scaledown evaluate --model {folder} --data {prepare.output}" in out
+    assert f"held out: {program_name()} evaluate --model {folder} --data {prepare.output}" in out
     prepare("--top_k_retrieval", "2")
     err = capsys.readouterr().err
     assert f"WARNING {prepare.output} has 4 examples of a run with other settings, inputs or models" in err

@@ -328,6 +328,14 @@ class PretrainConfig(StudentConfig):
         role="input",
         metavar="FILE",
     )
+    leave_out: tuple[str, ...] = option(
+        (),
+        DATA,
+        "held-out records, as scaledown split writes them: the articles of their documents, found by title, "
+        "are left out of the corpus; may be given several times",
+        role="input",
+        metavar="FILE",
+    )
     gold: tuple[str, ...] = option(
         (),
         DATA,

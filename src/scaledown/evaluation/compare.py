@@ -293,7 +293,6 @@ def _costs(path: Path, results: Results, config: CompareConfig) -> list[Cost]:
     _check_room(model(), shape)
     measured = costs(model(), batches, shape=shape, repeats=config.cost_repeats, **way)
     model.release()
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"request": request, "machine": machine(), "costs": [one._asdict() for one in measured]})
     return measured
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from scaledown.errors import OutputError
 def atomic(path: Path, room: int = 0) -> Iterator[Path]:
     """Yield a temporary path beside `path`. After the block it is synced to the disk and renamed to `path`.
 
+    The folder is made if it is not there.
+
     Args:
         path: The file to write.
         room: Free bytes to ask for in the message about a full disk.
@@ -25,6 +28,7 @@ def atomic(path: Path, room: int = 0) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:6]}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -46,16 +50,24 @@ def atomic(path: Path, room: int = 0) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def put_in_place(new: Path, target: Path, aside: Path) -> None:
-    """Replace the folder `target` by `new`. The old folder is moved to `aside`, and moved back on failure."""
-    if target.exists():
-        target.replace(aside)
-    try:
-        new.replace(target)
-    except BaseException:
-        if aside.exists() and not target.exists():
-            aside.replace(target)
-        raise
+@contextlib.contextmanager
+def atomic_folder(output: Path) -> Iterator[Path]:
+    """Yield a path at which the block makes a folder. After the block it takes the place of `output`.
+
+    The path is in a temporary folder beside `output`, which is deleted with all else that is in it.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.", suffix=".tmp") as folder:
+        new, before = Path(folder) / "new", Path(folder) / "before"
+        yield new
+        if output.exists():
+            output.replace(before)
+        try:
+            new.replace(output)
+        except BaseException:
+            if before.exists() and not output.exists():
+                before.replace(output)
+            raise
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -345,7 +345,6 @@ class _Mirror(Storage):
             return False
         new = not _Entry.of(info).is_at(path)
         if new:
-            path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with atomic(path, room=_Entry.of(info).size) as temporary:
                     self._ask(path, lambda: self._get(path, temporary))

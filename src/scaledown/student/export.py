@@ -1,11 +1,10 @@
 """`scaledown export --format generator`: write a student's generator as an ordinary causal LM."""
 
-import tempfile
 from pathlib import Path
 from typing import Final
 
 from scaledown.errors import OutputError
-from scaledown.run.atomic import put_in_place, write_json
+from scaledown.run.atomic import atomic_folder, write_json
 from scaledown.run.outputs import check_folder
 
 _NOTE: Final = "scaledown_generator.json"  # in a folder that this command made
@@ -30,8 +29,6 @@ def export_generator(name: str, output: Path, *, overwrite: bool = False) -> Non
     from scaledown.student.model import ScaleDownModel
 
     model = ScaleDownModel.from_pretrained(name, dtype="auto")
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.", suffix=".tmp") as folder:
-        whole = Path(folder) / "whole"
+    with atomic_folder(output) as whole:
         model.save_generator(whole)
         write_json(whole / _NOTE, {"student": name})
-        put_in_place(whole, output, Path(folder) / "before")

@@ -101,6 +101,32 @@ def test_tasks_depend_on_the_seed_alone(setting: Setting) -> None:
     assert tasks[0] != tasks[1]
 
 
+def test_articles_of_held_out_records_are_left_out(
+    setting: Setting, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    held = tmp_path / "held_out.json"
+    documents = ["House 1\nRoom 1 is red.", "House 4\nRoom 2 is blue.", "Elsewhere\nA garden."]
+    held.write_text(json.dumps([{"query": "Which room?", "documents": documents, "answer": "red"}]))
+
+    def articles(**changes: Any) -> tuple[set[str], str]:
+        config = setting(**changes)
+        caplog.clear()
+        with caplog.at_level("INFO", "scaledown"):
+            parts = pretraining_parts(config, find_origin(config).compressor_tokenizer(), tmp_path)
+        found = parts.train.examples
+        return {found[row].documents[0].partition("\n")[0] for row in range(len(found))}, caplog.text
+
+    everything, _ = articles()
+    left, log = articles(leave_out=(str(held),))
+    assert everything - left == {"House 1", "House 4"}
+    assert "--leave_out: 2 of its 3 articles were in the corpus, and are left out" in log
+    held.write_text(json.dumps([{"query": "Which room?", "documents": ["A text."], "answer": "red"}]))
+    left, log = articles(leave_out=(str(held),))
+    assert left == everything
+    assert "--leave_out: 1 of 1 documents have no title line" in log
+    assert "WARNING  scaledown:pretraining_data.py" in log
+
+
 def test_only_the_needed_part_of_the_corpus_is_read(setting: Setting, tmp_path: Path) -> None:
     config = setting(max_steps=2, eval_fraction=0.0)
     parts = pretraining_parts(config, find_origin(config).compressor_tokenizer(), tmp_path)

@@ -57,7 +57,6 @@ def ms_marco(url: str) -> Path:
     )
     if path.exists() and not _ms_marco_problem(path):
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     log.info("downloading the MS MARCO dev queries from %s", url)
     with atomic(path) as temporary:
         try:

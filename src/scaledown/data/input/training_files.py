@@ -267,7 +267,7 @@ def _score_problems(scores: Any, documents: int) -> list[str]:
 
 def sound_records(paths: Sequence[Path]) -> Iterator[Example]:
     """The records of training files, documents as strings. Raises `InputError` for one that is not sound."""
-    with track("export", "records", None) as tracker:
+    with track("read", "records", None) as tracker:
         for path in paths:
             for entry in entries(path):
                 wrong = [entry.problem] if entry.problem else problems(entry.record)

@@ -1,7 +1,6 @@
 """Exports training files as a dataset folder with a card and a report, and uploads it to the hub."""
 
 import filecmp
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from scaledown.data.output.writers import write_examples
 from scaledown.data.report.page import MADE, write_report
 from scaledown.errors import InputError, OutputError, UsageError
 from scaledown.models.hub import hub_errors, reach_hub
-from scaledown.run.atomic import put_in_place
+from scaledown.run.atomic import atomic_folder
 from scaledown.run.outputs import check_folder
 
 
@@ -39,22 +38,19 @@ def export_dataset(files: Sequence[Path], form: str, output: Path, *, overwrite:
     earlier = output / f"train.{form}"
     made = _is_made(output)
     check_folder(output, files, made=made)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.", suffix=".tmp") as folder:
-        whole = Path(folder) / "whole"
+    with atomic_folder(output) as whole:
         whole.mkdir()
         data = whole / f"train.{form}"
         columns = columns_of(files) if format_of(data).needs_columns else None
         count = write_examples(data, sound_records(files), columns)
         if not count:
             raise InputError(f"{files[0]}: the file has no record; give another file")
-        if made and earlier.is_file() and filecmp.cmp(earlier, data, shallow=False):
-            return count
-        if made and not overwrite:
+        same = earlier.is_file() and filecmp.cmp(earlier, data, shallow=False)
+        if made and not same and not overwrite:
             raise OutputError(f"--output_dir {output} has other data: name a new folder, or give --overwrite")
         write_report(
             data, whole / "report.html", whole / "README.md", origin=files[0] if len(files) == 1 else None
         )
-        put_in_place(whole, output, Path(folder) / "before")
     return count
 
 

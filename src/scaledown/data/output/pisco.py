@@ -1,13 +1,12 @@
 """Exports training files as the dataset that the authors' own trainer reads (github.com/naver/pisco)."""
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from scaledown.data.input.training_files import sound_records
 from scaledown.errors import InputError, OutputError
-from scaledown.run.atomic import put_in_place
+from scaledown.run.atomic import atomic_folder
 from scaledown.run.outputs import check_folder
 
 
@@ -39,20 +38,18 @@ def export_pisco(files: Sequence[Path], output: Path, *, overwrite: bool = False
         raise OutputError(f"--output_dir {output} already exists: name a new folder, or give --overwrite")
     text = Value("string")
     features = Features({"query": text, "docs": List(text), "mistral_label": text})
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.", suffix=".tmp") as folder:
-        whole = Path(folder) / "whole"
+    with atomic_folder(output) as whole:
+        cache = str(whole.with_name("cache"))
         try:
             dataset = Dataset.from_generator(
-                _records, features=features, gen_kwargs={"files": list(files)}, cache_dir=f"{folder}/cache"
+                _records, features=features, gen_kwargs={"files": list(files)}, cache_dir=cache
             )
         except ValueError as error:  # `datasets` raises it for a split without rows
             raise InputError(f"{files[0]}: the file has no record; give another file") from error
         except DatasetGenerationError as error:
             raise (error.__cause__ or error) from None
         DatasetDict({"train": dataset}).save_to_disk(whole)
-        count = len(dataset)
-        put_in_place(whole, output, Path(folder) / "before")
-    return count
+    return len(dataset)
 
 
 def _is_made(folder: Path) -> bool:

@@ -426,7 +426,6 @@ class Stage:
         if not rejected:
             return
         path = self._run.quarantine / f"{self._key}-{part}.jsonl"
-        path.parent.mkdir(exist_ok=True)
         with atomic(path) as temporary:
             lines = (json.dumps(row, ensure_ascii=False) for row in rejected)
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")

@@ -83,7 +83,7 @@ def _inputs(config: Config, home: RunDirectory) -> dict[str, Any]:
         inputs["corpus_path"] = corpus_identity(
             home, [locate(name, "--corpus_path") for name in config.corpus_path]
         )
-    for name in ("train_data", "eval_data"):
+    for name in ("train_data", "eval_data", "leave_out"):
         if not hasattr(config, name):
             continue
         inputs[name] = [home.content_hash(Path(file)) for file in getattr(config, name)]
@@ -135,6 +135,7 @@ def recall(
                 if name not in _FREE and name not in settled
             },
             "train_data": [],
+            "leave_out": [],
             "gold": [],
             **side["inputs"],
             **side["models"],

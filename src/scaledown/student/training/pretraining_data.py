@@ -4,7 +4,8 @@ import itertools
 import logging
 import math
 from array import array
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from random import Random
@@ -15,12 +16,14 @@ from scaledown.data.input import files, tables
 from scaledown.data.input.chunking import Chunker
 from scaledown.data.input.corpus import ROWS_AT_ONCE, cut_rows, plain
 from scaledown.data.input.gold import read_gold
+from scaledown.data.input.training_files import sound_records
 from scaledown.data.prompts import CONTINUE, REPEAT
 from scaledown.errors import InputError, ModelError
 from scaledown.extensions import COMPRESSORS
 from scaledown.records import Passage, full_text
 from scaledown.student.compressor import Compressor
 from scaledown.student.labels import copied_spans
+from scaledown.student.split import Keys, key
 from scaledown.student.training.cloze import cloze_questions
 from scaledown.student.training.training_data import (
     Examples,
@@ -55,7 +58,8 @@ def pretraining_parts(config: PretrainConfig, tokenizer: Any, folder: Path) -> P
     if not tokenizer.is_fast:
         raise ModelError(f"{tokenizer.name_or_path}: has no fast tokenizer, which cutting passages needs")
     bad: list[str] = []
-    found = pretraining_examples(config, tokenizer, bad)
+    left_out = _articles_of(config.leave_out)
+    found = pretraining_examples(config, tokenizer, bad, left_out)
     records = None
     if config.train_data:
         gold = read_gold(config.gold, "--gold") if config.gold else None
@@ -66,6 +70,12 @@ def pretraining_parts(config: PretrainConfig, tokenizer: Any, folder: Path) -> P
             found, math.ceil(config.max_steps * config.batch_size / (1 - config.eval_fraction))
         )
     examples = store_examples(found, folder)
+    if left_out:
+        number = sum(map(bool, left_out.values()))
+        write = log.info if number else log.warning
+        write(
+            "--leave_out: %s of its %s articles were in the corpus, and are left out", number, len(left_out)
+        )
     for message in bad[:_MESSAGES]:
         log.warning("%s; skipped", message)
     if len(bad) > _MESSAGES:
@@ -78,6 +88,19 @@ def pretraining_parts(config: PretrainConfig, tokenizer: Any, folder: Path) -> P
         )
     examples.skipped = len(bad) + (records.skipped if records else 0)
     return split_parts(examples, config)
+
+
+def _articles_of(files: Sequence[str]) -> Counter[int]:
+    """Return a count of 0 for each article in records, by the key of its title."""
+    keys = Keys()
+    for record in sound_records([Path(file) for file in files]):
+        keys.add(record["query"], record["documents"], None)
+    if keys.untitled:
+        log.warning(
+            "--leave_out: %s of %s documents have no title line: their articles are not left out",
+            *(f"{keys.untitled:,}", f"{len(keys.documents):,}"),
+        )
+    return Counter(dict.fromkeys(keys.documents, 0))
 
 
 def _alternating(
@@ -124,7 +147,7 @@ def _copied(example: TrainingExample) -> TrainingExample | None:
 
 
 def pretraining_examples(
-    config: PretrainConfig, tokenizer: Any, bad: list[str]
+    config: PretrainConfig, tokenizer: Any, bad: list[str], left_out: Counter[int] | None = None
 ) -> Iterator[tuple[str, TrainingExample]]:
     """Yield an example for each passage, with the passage's id.
 
@@ -136,6 +159,7 @@ def pretraining_examples(
         config: The corpus.
         tokenizer: Cuts the passages.
         bad: Receives a message for each row that is not an article.
+        left_out: The keys of the titles of articles to leave out; counts what is left out.
     """
     kind: Compressor = COMPRESSORS.find(config.compressor)
     examples = _questions if kind.picks_tokens else _of_article
@@ -150,7 +174,11 @@ def pretraining_examples(
         bad += [f"{row.source}:{row.line}: {reason}" for row, reason in cut.rejected]
         passages = iter(cut.passages.select(Passage._fields).to_pylist())
         for count in cut.pieces:
-            yield from examples([Passage(**next(passages)) for _ in range(count)], config.seed)
+            own = [Passage(**next(passages)) for _ in range(count)]
+            if own and left_out and (title := key(own[0].title)) in left_out:
+                left_out[title] += 1
+            else:
+                yield from examples(own, config.seed)
             articles += 1
             if articles == config.max_corpus_size:
                 return

@@ -104,7 +104,7 @@ def _here(config: Config) -> Config:
         for name in config.named("input")
         if isinstance(getattr(config, name), tuple)
     }
-    for name in files.keys() & {"train_data", "eval_data"}:
+    for name in files.keys() & {"train_data", "eval_data", "leave_out"}:
         for file in files[name]:
             check_file(Path(file))
     return replace(config, **files)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Training data: examples on disk, a split without leaks, the order of training."""
+"""Training data: examples on disk, those held out, the order of training."""
 
 import functools
 import itertools
@@ -6,22 +6,20 @@ import logging
 import uuid
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from scaledown.config.train import StudentConfig, TrainConfig
 from scaledown.data.input.gold import Gold, read_gold
 from scaledown.data.input.training_files import entries, problems
 from scaledown.errors import InputError, UsageError
-from scaledown.records import document_text, title_of
+from scaledown.records import document_text
 from scaledown.run.progress import track
 from scaledown.student.labels import occurrences
+from scaledown.student.split import Keys, Split, question, split
 
 log = logging.getLogger("scaledown")
 
@@ -52,13 +50,13 @@ class Examples:
     `skipped` is the number of unusable records.
     """
 
-    def __init__(self, content: pa.RecordBatchFileReader, keys: "_Keys") -> None:
+    def __init__(self, content: pa.RecordBatchFileReader, keys: Keys) -> None:
         self._content = content
         self._keys = keys
         self.skipped = 0
 
     def __len__(self) -> int:
-        return len(self._keys.queries)
+        return len(self._keys.questions)
 
     def __getitem__(self, row: int) -> TrainingExample:
         batch = self._content.get_batch(row // _ROWS)
@@ -81,29 +79,11 @@ class Examples:
 
     def shared_by(self, others: "Examples") -> int:
         """Count the examples of `others` that share an article or the question with an example here."""
-        documents = _among(others._keys.documents, self._keys.documents)
-        queries = _among(others._keys.queries, self._keys.queries)
-        return len(np.union1d(_owners(others._keys)[documents], np.flatnonzero(queries)))
+        return self._keys.shared_by(others._keys)
 
-    def split(self, fraction: float, seed: int) -> "Split":
+    def split(self, fraction: float, seed: int) -> Split:
         """Hold out about `fraction` of the examples, at least one if possible; see `Split`."""
-        return _split(self._keys, fraction, seed)
-
-
-class _Keys:
-    """64-bit hashes of queries and articles, to find examples about the same thing."""
-
-    def __init__(self) -> None:
-        self.queries = array("Q")
-        """The query's hash, for each example."""
-        self.documents = array("Q")
-        """For each document, the hash of its title, or of its text if it has no title."""
-        self.ends = array("q")
-        """For each example, the end of its documents in `documents`."""
-        self.best = array("Q")
-        """For each example, the hash of the document with the highest score; without scores, of the first."""
-        self.untitled = 0
-        """Documents without a title."""
+        return split(self._keys, fraction, seed)
 
 
 def read_examples(
@@ -177,7 +157,7 @@ def _example(record: dict[str, Any], gold: Gold | None) -> tuple[str, TrainingEx
 
 def named(example: TrainingExample) -> tuple[str, TrainingExample]:
     """Return an example with a key; examples with the same question have equal keys."""
-    return "query: " + example.query.strip().lower(), example
+    return question(example.query), example
 
 
 def store_examples(found: Iterable[tuple[str, TrainingExample]], folder: Path) -> Examples:
@@ -185,7 +165,7 @@ def store_examples(found: Iterable[tuple[str, TrainingExample]], folder: Path) -
 
     The file is in `folder` but has no name, so that it is deleted when the process ends.
     """
-    keys = _Keys()
+    keys = Keys()
     path = (
         folder / f".examples.{uuid.uuid4().hex}.tmp"
     )  # processes on several machines may write into the folder
@@ -198,105 +178,13 @@ def store_examples(found: Iterable[tuple[str, TrainingExample]], folder: Path) -
             source = iter(found)
             while block := list(itertools.islice(source, _ROWS)):
                 for text, example in block:
-                    _note(text, example, keys)
+                    keys.add(text, example.documents, example.scores)
                 rows = [example._asdict() for _, example in block]
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, _SCHEMA))
                 tracker.advance(len(block))
         return Examples(pa.ipc.open_file(pa.memory_map(str(path))), keys)
     finally:
         path.unlink(missing_ok=True)
-
-
-def _note(text: str, example: TrainingExample, keys: _Keys) -> None:
-    """Add the hashes of an example to `keys`."""
-    titles = [title_of(document) for document in example.documents]
-    documents = [_key(title or text) for title, text in zip(titles, example.documents, strict=True)]
-    keys.untitled += titles.count("")
-    scores = example.scores
-    best = max(range(len(documents)), key=scores.__getitem__) if scores else 0
-    keys.queries.append(_key(text))
-    keys.documents.extend(documents)
-    keys.ends.append(len(keys.documents))
-    keys.best.append(documents[best])
-
-
-def _key(text: str) -> int:
-    return int.from_bytes(blake2b(text.strip().encode(), digest_size=8).digest(), "big")
-
-
-class Split(NamedTuple):
-    """Rows to train on and rows held out, both ascending.
-
-    Examples that share an article or the question are on the same side. If this connects nearly all examples,
-    only those that share the article of their best document, or the question, are kept together; if this
-    fails too, only those that share the question. `shared` is the number of held-out examples that share an
-    article with the training rows.
-    """
-
-    train: np.ndarray
-    held_out: np.ndarray
-    by: str
-    shared: int
-
-
-def _split(keys: _Keys, fraction: float, seed: int) -> Split:
-    count = len(keys.queries)
-    everything, nothing = np.arange(count), np.arange(0)
-    if not fraction or count < 2:
-        return Split(everything, nothing, "nothing", 0)
-    queries = np.frombuffer(keys.queries, np.uint64)
-    documents = np.frombuffer(keys.documents, np.uint64)
-    owners = _owners(keys)
-    wanted = min(max(1, round(fraction * count)), count - 1)
-    both = np.concatenate([everything, everything])
-    attempts = (
-        ("article", np.concatenate([everything, owners]), np.concatenate([queries, documents])),
-        ("best document", both, np.concatenate([queries, np.frombuffer(keys.best, np.uint64)])),
-        ("question", everything, queries),
-    )
-    for by, rows, values in attempts:
-        chosen = _choose(_groups(rows, values, count), wanted, seed)
-        if chosen.sum() * 2 >= wanted:
-            held_out = np.flatnonzero(chosen)
-            of_training = documents[~chosen[owners]]
-            leaks = np.isin(documents, of_training) & chosen[owners]
-            return Split(np.flatnonzero(~chosen), held_out, by, len(np.unique(owners[leaks])))
-    return Split(everything, nothing, "nothing", 0)
-
-
-def _among(hashes: "array[int]", others: "array[int]") -> np.ndarray:
-    """Return a mask of the hashes that are among the others."""
-    return np.isin(np.frombuffer(hashes, np.uint64), np.frombuffer(others, np.uint64))
-
-
-def _owners(keys: _Keys) -> np.ndarray:
-    """Return the row of each document."""
-    ends = np.frombuffer(keys.ends, np.int64)
-    return np.searchsorted(ends, np.arange(len(keys.documents)), side="right")
-
-
-def _groups(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
-    """Return the group of each of `count` rows.
-
-    Rows that share a value, directly or indirectly, are a group.
-    """
-    _, columns = np.unique(values, return_inverse=True)
-    size = count + int(columns.max()) + 1
-    graph = coo_array((np.ones(len(rows), np.int8), (rows, columns + count)), shape=(size, size))
-    return np.asarray(connected_components(graph, directed=False)[1][:count])
-
-
-def _choose(groups: np.ndarray, wanted: int, seed: int) -> np.ndarray:
-    """Choose random whole groups of at most `wanted` rows together. Returns a mask of rows."""
-    names, sizes = np.unique(groups, return_counts=True)
-    room, chosen = wanted, []
-    for place in np.random.default_rng(seed).permutation(len(names)):
-        if sizes[place] <= room:
-            chosen.append(names[place])
-            room -= sizes[place]
-        if not room:
-            break
-    return np.isin(groups, chosen)
 
 
 class Subset(NamedTuple):
