@@ -20,7 +20,9 @@ import re
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Final, TypeVar
 
 DISTRIBUTION: Final = "scaledown-rag"
@@ -142,9 +144,21 @@ def run_command(command: Callable[[], int], *, debug: bool, resumes: bool = Fals
         elif isinstance(error, OSError) and error.filename:
             message = f"{error.filename}: {error.strerror}: check that path and its permissions{goes_on}"
         else:
-            message = f"{type(error).__name__}: {error} (unexpected; --debug shows where{goes_on})"
+            where = f"in {_place(error)}; --debug shows more"
+            message = f"{type(error).__name__}: {error} (unexpected, {where}{goes_on})"
         tell(f"error: {one_line(message)}")
         return 1
+
+
+def _place(error: Exception) -> str:
+    """Return `file:line` of the innermost line of this package that the error came through.
+
+    A run of days need not be repeated with --debug to learn this.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)]
+    frame = (own or frames)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
 def _is_full_disk(error: Exception) -> bool:

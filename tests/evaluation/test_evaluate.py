@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -23,6 +24,7 @@ from scaledown.evaluation.results import read_results
 from scaledown.evaluation.scoring import _first_of_each_order
 from scaledown.metrics import accuracy, f1
 from scaledown.models.sources import resolve
+from scaledown.run.directory import RunDirectory
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
 from web import Server
@@ -129,6 +131,24 @@ def test_evaluation_data_may_be_at_a_url(
     assert read_results(output).counts["questions"] == 8
     assert "127.0.0.1" in (output / "results.json").read_text()
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
+
+
+def test_evaluation_on_training_data_is_reported(
+    evaluate: Evaluate,
+    student: Path,
+    data: Path,
+    output: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trained = tmp_path / "trained"
+    shutil.copytree(student, trained)
+    digest = RunDirectory(tmp_path / "hashes").content_hash(data)
+    (trained / "settings.json").write_text(json.dumps({"inputs": {"train_data": [digest]}}))
+    assert evaluate("--model", str(trained), "--systems", "closed_book") == 0
+    assert "8 questions are training data of this model" in capsys.readouterr().out
+    assert evaluate("--systems", "closed_book", "--output_dir", f"{output}-other") == 0
+    assert "training data of this model" not in capsys.readouterr().out
 
 
 def test_all_systems_are_measured(

@@ -6,9 +6,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 from test_answering import DOCUMENTS, QUERIES, student
 
 from scaledown.cli import main
+from scaledown.errors import NoRoomError
 from scaledown.student.model import ScaleDownModel
 
 
@@ -296,9 +298,51 @@ def test_interrupted_answers_of_other_settings_are_not_taken(
     with monkeypatch.context() as patch:
         patch.setattr(ScaleDownModel, "answer", once)
         assert main([*words, "--output_file", str(output), "--max_new_tokens", "2"]) == 130
+        assert main([*words, "--output_file", str(output), "--max_new_tokens", "3"]) == 130
+    assert list(output.with_name("answers.jsonl.partial").rglob("*.arrow")), "what was kept stays"
     for name in (output, tmp_path / "new.jsonl"):
         assert main([*words, "--output_file", str(name), "--max_new_tokens", "3"]) == 0
     assert output.read_bytes() == (tmp_path / "new.jsonl").read_bytes()
+
+
+def test_record_that_does_not_fit_into_memory_is_an_error_of_its_own(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = ScaleDownModel.answer
+
+    def full(self: Any, queries: list[str], *arguments: Any, **options: Any) -> list[str]:
+        if "too long?" in queries:
+            raise NoRoomError("out of memory with one text at a time")
+        return answer(self, queries, *arguments, **options)
+
+    monkeypatch.setattr(ScaleDownModel, "answer", full)
+    data, output = tmp_path / "data.jsonl", tmp_path / "answers.jsonl"
+    asked = ("a?", "too long?", "b?")
+    data.write_text("\n".join(json.dumps({"query": query, "documents": ["d"]}) for query in asked))
+    words = ["--model", str(folder), "--data", str(data), "--output_file", str(output), "--device", "cpu"]
+    assert main(["answer", *words, "--max_new_tokens", "2"]) == 0
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert ["answer" in record for record in found] == [True, False, True]
+    assert "out of memory" in found[1]["error"]
+
+
+def test_folder_of_partial_answers_is_checked(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"query": "a?", "documents": ["d"]}))
+    words = ["answer", "--model", str(folder), "--data", str(data), "--device", "cpu", "--output_file"]
+    assert main([*words, str(folder / "answers.jsonl")]) == 2
+    assert f"lies in {folder}, which is read" in capsys.readouterr().err
+    partial = tmp_path / "answers.jsonl.partial"
+    partial.mkdir()
+    (partial / "mine.txt").touch()
+    assert main([*words, str(tmp_path / "answers.jsonl")]) == 1
+    assert f"{partial} holds other things: delete it" in capsys.readouterr().err
+    (partial / "mine.txt").unlink()
+    with FileLock(partial / ".lock"):
+        assert main([*words, str(tmp_path / "answers.jsonl")]) == 1
+    assert "another process writes --output_file" in capsys.readouterr().err
 
 
 def test_a_file_of_errors_fails(folder: Path, tmp_path: Path) -> None:

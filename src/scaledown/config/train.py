@@ -116,7 +116,7 @@ class StudentConfig(Options):
         TRAINING,
         "examples at once on a device, gradients are accumulated; 0: as many as fit (4 on a CPU)",
         "examples",
-        role="result",
+        role="operation",
         within=Range(0),
     )
     num_epochs: float = option(
@@ -181,7 +181,7 @@ class StudentConfig(Options):
         OUTPUT,
         "write a checkpoint after every N steps; 0: with every evaluation",
         "steps",
-        role="result",
+        role="operation",
         within=Range(0),
     )
     resume: bool = option(

@@ -287,13 +287,22 @@ def _evaluate_model(
         **known,
         model={"name": sources.model.name, **facts},
         right_answers="gold" if config.gold else "teacher",
-        counts=asked.finished().counts | {"articles": len(set(scored.articles)), "held": sum(scored.held)},
+        counts=asked.finished().counts
+        | {"articles": len(set(scored.articles)), "held": sum(scored.held)}
+        | ({"trained_on": len(scored.articles)} if _is_training_data(known["inputs"], sources) else {}),
         baseline=config.baseline,
         systems=conclude(
             scored.values, scored.articles, config.baseline, counts, seed=config.seed, held=scored.held
         ),
         files={ANSWERS: run.content_hash(written)},
     )
+
+
+def _is_training_data(inputs: dict[str, list[str]], sources: Sources) -> bool:
+    """Whether the model was trained on the data, by the record in its folder."""
+    from scaledown.student.training.folder import trained_on  # here, so that --help needs no transformers
+
+    return not set(inputs["data"]).isdisjoint(trained_on(sources.model))
 
 
 def _check_whole(run: RunDirectory) -> None:

@@ -244,6 +244,7 @@ def held_rows(results: Results) -> list[tuple[str, str, str, str]]:
 
 
 _COUNTED: Final = {
+    "trained_on": "questions are training data of this model: their results do not hold for other questions",
     "below_0": "judgements below 0 count as 0, as in trec_eval",
     "gold_came_again": "questions of --gold come again: all their answers count",
     "gold_passed_over": "files of --gold are passed over: the log names them",

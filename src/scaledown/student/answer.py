@@ -20,7 +20,7 @@ from scaledown.config.answer import GROUPS, AnswerConfig
 from scaledown.data.input.training_files import Entry, entries, is_unicode, unanswerable
 from scaledown.data.output.writers import write_examples
 from scaledown.devices.choice import choose_device, dtype_to_run
-from scaledown.errors import InputError, RunDirectoryError, each_or_error
+from scaledown.errors import InputError, NoRoomError, OutputError, RunDirectoryError, each_or_error
 from scaledown.models.sources import ModelSource, resolve
 from scaledown.models.weights import onto
 from scaledown.run.directory import RunDirectory
@@ -68,12 +68,13 @@ def answer(config: AnswerConfig, *, overwrite: bool = False) -> Answered:
     """
     if config.output_file:
         output = Path(config.output_file)
-        check_output("--output_file", output, [config.data], made="answer", overwrite=overwrite)
+        reads = [config.data, config.model]  # a file in the model's folder would change the model's hash
+        check_output("--output_file", output, reads, made="answer", overwrite=overwrite)
     for text in config.document:
         if _is_file(text):
             log.warning("--document %s is read as text, not as a file: give the text itself", text)
     source = resolve(config.model)  # before the imports: a wrong name is reported at once
-    load, config = _loader(source, config)
+    load, engine, config = _loader(source, config)
     with contextlib.ExitStack() as ends:
 
         @functools.cache
@@ -83,7 +84,7 @@ def answer(config: AnswerConfig, *, overwrite: bool = False) -> Answered:
             return loaded
 
         if config.data:
-            return _answer_data(model, source, config)
+            return _answer_data(model, source, engine, config)
         if config.output_file:
             return _answer_query(model(), config)
         for piece in model().stream(
@@ -101,8 +102,8 @@ def _is_file(text: str) -> bool:
         return False
 
 
-def _loader(source: ModelSource, config: AnswerConfig) -> tuple[Callable[[], Any], AnswerConfig]:
-    """Return what loads the model with its engine, and settings with what `auto` and 0 mean here."""
+def _loader(source: ModelSource, config: AnswerConfig) -> tuple[Callable[[], Any], str, AnswerConfig]:
+    """Return what loads the model with its engine, the engine, and settings with what `auto` and 0 mean."""
     from scaledown.student.engine_choice import choose_engine
     from scaledown.student.model import ScaleDownModel
 
@@ -119,7 +120,7 @@ def _loader(source: ModelSource, config: AnswerConfig) -> tuple[Callable[[], Any
         return model
 
     settled = str(dtype).removeprefix("torch.")
-    return load, replace(config, batch_size=batch_size, device=device, dtype=settled)
+    return load, engine.title, replace(config, batch_size=batch_size, device=device, dtype=settled)
 
 
 def _way(config: AnswerConfig) -> dict[str, Any]:
@@ -141,27 +142,29 @@ def _answer_query(model: Any, config: AnswerConfig) -> Answered:
     return Answered(1, "error" in record)
 
 
-def _answer_data(load: Callable[[], Any], source: ModelSource, config: AnswerConfig) -> Answered:
+def _answer_data(load: Callable[[], Any], source: ModelSource, engine: str, config: AnswerConfig) -> Answered:
     """Write the answers to a file's queries to a file, which appears when it is complete.
 
     Until then the answers are in shards in a folder beside it. The same command continues from them.
     """
     output = Path(config.output_file)
-    run = RunDirectory(output.with_name(output.name + _PARTIAL))
-    lock = FileLock(run.path / ".lock")
+    partial = output.with_name(output.name + _PARTIAL)
     try:
-        lock.acquire(timeout=0)
+        run = RunDirectory(partial)
+        held = FileLock(partial / ".lock").acquire(timeout=0)
+    except RunDirectoryError as error:
+        raise OutputError(
+            f"{partial} holds other things: delete it, or name another --output_file"
+        ) from error
     except Timeout:
-        raise RunDirectoryError(
+        raise OutputError(
             f"another process writes --output_file {output}: wait for it, or name another file"
         ) from None
-    with lock:
+    with held:
         rows = max(_ROWS, config.batch_size)
         settings = {name: getattr(config, name) for name in config.named("result")}
         identity = {"model": source.identity(run.content_hash), "data": run.content_hash(Path(config.data))}
-        stage = Stage(
-            run, "answers", {**settings, **identity, "engine": config.engine, "rows_per_shard": rows}
-        )
+        stage = Stage(run, "answers", {**settings, **identity, "engine": engine, "rows_per_shard": rows})
         shards = count = 0
         blocks = entries(Path(config.data))
         try:
@@ -179,9 +182,9 @@ def _answer_data(load: Callable[[], Any], source: ModelSource, config: AnswerCon
         except BaseException:
             if count:
                 kept = counted(count, "answers")
-                log.info("%s in %s are kept: the same command continues from there", kept, run.path)
-            else:
-                shutil.rmtree(run.path)
+                log.info("%s in %s are kept: the same command continues from there", kept, partial)
+            elif not any(partial.rglob("*.arrow")):  # not even of a run with other settings
+                shutil.rmtree(partial)
             raise
         failed = 0
 
@@ -195,7 +198,7 @@ def _answer_data(load: Callable[[], Any], source: ModelSource, config: AnswerCon
 
         write_examples(output, answered(), _COLUMNS)
         note_made(output, "answer")
-        shutil.rmtree(run.path)
+        shutil.rmtree(partial)
     return Answered(count, failed)
 
 
@@ -218,6 +221,12 @@ def _answers(model: Any, records: list[dict[str, Any]], config: AnswerConfig) ->
     """Return for each record its answer and scores, or its error."""
 
     def answers(part: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        try:
+            return written(part)
+        except NoRoomError as error:  # one long record must not end the whole file, each time again
+            raise InputError(str(error)) from error
+
+    def written(part: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         queries = [record["query"] for record in part]
         documents = [record["documents"] for record in part]
         given, scores = documents, None
@@ -227,14 +236,14 @@ def _answers(model: Any, records: list[dict[str, Any]], config: AnswerConfig) ->
             given, scores = [embeddings for embeddings, _ in read], [relevance for _, relevance in read]
         elif model.config.ranks:
             scores = model.rerank(queries, documents, batch_size=config.batch_size)
-        written = model.answer(
+        texts = model.answer(
             queries,
             given,
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
             **_way(config),
         )
-        made: list[dict[str, Any]] = [{"answer": answer} for answer in written]
+        made: list[dict[str, Any]] = [{"answer": text} for text in texts]
         if model.config.kind.rates and not config.uncompressed:
             rate = config.compression_rate or model.config.compression_rate
             made = [own | {"compression_rate": rate, "budget": config.budget} for own in made]

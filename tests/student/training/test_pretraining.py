@@ -223,10 +223,29 @@ def training(data: str, pretrained: str, tmp_path: Path, **changes: Any) -> Trai
     return TrainConfig(
         train_data=(data,),
         pretrained_model=pretrained,
-        output_dir=str(tmp_path / "trained"),
         report_to="none",
-        **settings | changes,
+        **{"output_dir": str(tmp_path / "trained")} | settings | changes,
     )
+
+
+def test_data_that_pretraining_has_learned_is_reported(
+    setting: Setting, data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    varied = tmp_path / "varied.jsonl"
+    lines = [{"query": f"Who {n}?", "documents": [f"A{n}\nme {n}"], "answer": f"me {n}"} for n in range(6)]
+    varied.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pretrained = train(
+        setting("pointer", compressor="pointer", max_steps=1, train_data=(str(varied),))
+    ).output
+    message = "the pretrained model has learned from the same --train_data"
+    for known, fraction in ((True, 0.3), (False, 0.3), (True, 0.0)):
+        caplog.clear()
+        name = tmp_path / f"trained-{known}-{fraction}"
+        file = str(varied) if known else data
+        config = training(file, pretrained, tmp_path, eval_fraction=fraction, output_dir=str(name))
+        with caplog.at_level("WARNING", "scaledown"):
+            train(config)
+        assert (message in caplog.text) == (known and fraction > 0)
 
 
 def test_training_begins_with_what_was_pretrained(pretrained: str, data: str, tmp_path: Path) -> None:

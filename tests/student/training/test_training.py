@@ -439,6 +439,15 @@ def test_early_stopping_keeps_the_best(save_steps: int, setting: Setting) -> Non
         assert all(torch.equal(kept[name], value) for name, value in weights(result).items())
 
 
+def test_training_that_only_loses_is_reported(setting: Setting, caplog: pytest.LogCaptureFixture) -> None:
+    rates = {"learning_rate_generator": 5.0, "learning_rate_compressor": 5.0}
+    with caplog.at_level("WARNING", "scaledown"):
+        result = train(setting(early_stopping_patience=1, eval_steps=1, max_steps=30, **rates))
+    losses = [entry["eval_loss"] for entry in history(result) if "eval_loss" in entry]
+    assert min(losses) == losses[0], "otherwise this test shows nothing"
+    assert "no evaluation had a lower held-out loss than the one before training" in caplog.text
+
+
 def test_gradient_checkpointing_and_bfloat16_train(setting: Setting) -> None:
     plain = train(setting("plain", max_steps=2))
     again = train(setting("again", max_steps=2, gradient_checkpointing=True))
@@ -559,12 +568,81 @@ def test_curves_for_tensorboard(setting: Setting) -> None:
     assert {"train/learning_rate_compressor", "eval/loss"} <= set(curves.Tags()["scalars"])
 
 
-def test_held_out_file(setting: Setting, tmp_path: Path) -> None:
+def test_held_out_file(setting: Setting, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "held.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records(4)))
-    result = train(setting(eval_data=(str(path),), max_steps=1))
+    with caplog.at_level("WARNING", "scaledown"):
+        result = train(setting(eval_data=(str(path),), max_steps=1))
     assert (result.examples, result.held_out, result.shared) == (24, 4, 4)
     assert result.held_out_loss is not None
+    assert "4 of 4 records of --eval_data share an article or the question with training" in caplog.text
+
+
+def test_large_held_out_part_is_evaluated_in_part(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scaledown.student.training.setup.EVALUATED", 3)
+    trainer = trainer_of(setting(eval_fraction=0.4, batch_size=2, micro_batch_size=1), tmp_path / "work")
+    _, held, _ = load_parts(setting(eval_fraction=0.4), tmp_path / "work")
+    assert held is not None
+    count = len(held.rows)
+    assert count > 6
+    assert trainer._held_out is not None
+    places = trainer._held_out.places
+    assert places == [[held.rows[0], held.rows[count // 3]], [held.rows[2 * count // 3]]]
+
+
+def test_gold_need_not_have_answers_to_held_out_data(setting: Setting, tmp_path: Path) -> None:
+    gold, held = tmp_path / "gold.jsonl", tmp_path / "held.jsonl"
+    taught = json.loads(Path(setting().train_data[0]).read_text())
+    gold.write_text(json.dumps({"question": taught[0]["query"], "answers": ["Ada"]}))
+    held.write_text(json.dumps({"query": "Another?", "documents": ["Z\ntext"], "answer": "x"}))
+    parts = load_parts(setting(eval_data=(str(held),), gold=(str(gold),)), tmp_path)
+    assert parts.held_out is not None
+    assert parts.held_out.examples[0].answer == "x"
+
+
+def test_question_too_long_for_a_text_prompt_is_compressed(setting: Setting, tmp_path: Path) -> None:
+    path = tmp_path / "long.json"
+    content = records(8)
+    content[0]["query"] = "who " * 20_000
+    path.write_text(json.dumps(content))
+    config = setting(train_data=(str(path),), text_fraction=0.5, closed_book_fraction=0.5, eval_fraction=0.0)
+    examples = trainer_of(config, tmp_path / "work").batches.examples
+    assert examples[0].documents
+    assert not examples[1].documents
+
+
+def test_micro_batch_and_checkpoints_may_change_in_a_run(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a run that no longer fits into memory continues."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 10, training=True)
+        train(setting("stopped"))
+    result = train(setting("stopped", micro_batch_size=1, save_steps=1, resume=True))
+    assert result.steps == result.planned_steps
+    assert history(result)[-2]["micro_batch_size"] == 1
+
+
+def test_batch_that_processes_cannot_share_is_refused_at_once(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(
+        "scaledown.student.training.run.load_parts", lambda *_: pytest.fail("the data was read")
+    )
+    with pytest.raises(UsageError, match="--batch_size 6 must be a multiple of the 4 processes: give 8"):
+        train(setting())
+
+
+def test_checkpoint_that_only_some_processes_have_is_refused(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(setting(), tmp_path / "work")
+    monkeypatch.setattr(trainer.passes, "sum", lambda *_: [7])  # another process is at step 7
+    with pytest.raises(RunDirectoryError, match="must be on a disk that all machines share"):
+        trainer.run(None)
 
 
 def test_cut_documents_are_reported(setting: Setting, caplog: pytest.LogCaptureFixture) -> None:

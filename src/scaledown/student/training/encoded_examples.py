@@ -1,10 +1,12 @@
 """Encode examples for training and evaluation: with compressed documents, or as plain text."""
 
+import contextlib
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from scaledown.config.train import PretrainConfig, StudentConfig, TrainConfig
+from scaledown.errors import InputError
 from scaledown.student.batch import Encoded, Reader
 from scaledown.student.compressor import Compressor
 from scaledown.student.training.training_data import Examples
@@ -35,10 +37,12 @@ class EncodedExamples:
         if isinstance(config, TrainConfig) and chance < config.text_fraction + config.closed_book_fraction:
             shown = documents if chance < config.text_fraction else []
             ids = self._reader.answer_ids(answer)[: self._reader.context // 2]
-            encoded = self._reader.encode_text(query, shown, len(ids))._replace(answer_ids=ids)
-        else:
-            learned = None if self._kind.ranks else scores
-            encoded = self._reader.encode(query, documents, answer, learned, rate=rate)
+            with contextlib.suppress(
+                InputError
+            ):  # the question alone is too long: the documents are compressed
+                return self._reader.encode_text(query, shown, len(ids))._replace(answer_ids=ids)
+        learned = None if self._kind.ranks else scores
+        encoded = self._reader.encode(query, documents, answer, learned, rate=rate)
         room = self._reader.context - encoded.prompt_length
         return encoded._replace(answer_ids=encoded.answer_ids[: max(1, room)])
 

@@ -15,6 +15,7 @@ from scaledown.config.train import PretrainConfig, TrainConfig
 from scaledown.data.build_index import corpus_identity
 from scaledown.data.input.files import locate
 from scaledown.errors import RunDirectoryError
+from scaledown.models.sources import ModelSource
 from scaledown.run.atomic import read_json
 from scaledown.run.directory import RunDirectory
 from scaledown.student.training.origin import Origin
@@ -89,6 +90,14 @@ def _inputs(config: Config, home: RunDirectory) -> dict[str, Any]:
         inputs[name] = [home.content_hash(Path(file)) for file in getattr(config, name)]
     inputs["gold"] = [home.content_hash(Path(str(locate(file, "--gold")))) for file in config.gold]
     return inputs
+
+
+def trained_on(source: ModelSource) -> list[str]:
+    """Return the hashes of the files that a model was trained or pretrained on; empty if it is not known."""
+    content = read_json(Path(source.location) / SETTINGS_FILE) if source.location else None
+    inputs = content.get("inputs") if isinstance(content, dict) else None
+    files = inputs.get("train_data") if isinstance(inputs, dict) else None
+    return list(map(str, files)) if isinstance(files, list) else []
 
 
 def recall(

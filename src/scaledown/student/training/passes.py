@@ -167,10 +167,10 @@ class Passes:
             set_random_state(before, self.device)
 
     def _too_large(self) -> ModelError:
-        smaller = "" if self.micro_batch == 1 else "a smaller one, "
+        smaller = "" if self.micro_batch == 1 else "a smaller one with --resume, or "
         return ModelError(
             f"out of memory with --micro_batch_size {self.micro_batch}: give {smaller}"
-            "--gradient_checkpointing, --dtype bfloat16 or a smaller model"
+            "--gradient_checkpointing; in another folder also --dtype bfloat16 or a smaller model"
         )
 
     def _pass(self, examples: Sequence[Encoded], most: int, whole: Size) -> torch.Tensor:

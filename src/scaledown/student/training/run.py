@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -26,10 +27,24 @@ from scaledown.run.directory import RunDirectory
 from scaledown.run.outputs import check_apart
 from scaledown.run.progress import counted
 from scaledown.student.labels import copied_spans
-from scaledown.student.training.folder import OWN_FOLDER, SETTINGS_FILE, Config, alone, identity_of, recall
+from scaledown.student.training.folder import (
+    OWN_FOLDER,
+    SETTINGS_FILE,
+    Config,
+    alone,
+    identity_of,
+    recall,
+    trained_on,
+)
 from scaledown.student.training.origin import Origin, find_origin
 from scaledown.student.training.pretraining_data import pretraining_parts
-from scaledown.student.training.training_data import Lengths, Subset, load_parts, measure_documents
+from scaledown.student.training.training_data import (
+    Examples,
+    Lengths,
+    Subset,
+    load_parts,
+    measure_documents,
+)
 
 log = logging.getLogger("scaledown")
 
@@ -120,8 +135,9 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin, command: str)
 
     from scaledown.student.training.checkpoints import newest_checkpoint
     from scaledown.student.training.memory import memory_of
-    from scaledown.student.training.setup import make_trainer
+    from scaledown.student.training.setup import make_trainer, reporters
 
+    reporters(config.report_to)  # before the data is read
     checkpoint = newest_checkpoint(output)
     if checkpoint and not config.resume:
         raise RunDirectoryError(
@@ -138,22 +154,9 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin, command: str)
     sources = [taught.examples]
     if held and held.examples is not taught.examples:
         sources.append(held.examples)
-    if "documents" not in memory:
-        memory["documents"] = measure_documents(sources, tokenizer, settings.doc_max_length)._asdict()
-    documents = Lengths(**memory["documents"])
-    if documents.cut:
-        log.warning(
-            "%s of %s documents have more than --doc_max_length %s tokens and are cut; the longest has %s%s",
-            *(f"{documents.cut:,}", f"{documents.number:,}", settings.doc_max_length, documents.longest),
-            "; the pretrained model has this limit" if origin.is_pretrained else "",
-        )
-    if not settings.doc_max_length and documents.longest > 2 * documents.most:
-        log.warning(
-            "the longest document has %s tokens, 99%% have at most %s: --doc_max_length %s needs fewer "
-            "memory tokens for all of them",
-            *(documents.longest, documents.most, documents.most),
-        )
-    settings.doc_max_length = settings.doc_max_length or max(1, documents.longest)
+    documents = _lengths(sources, tokenizer, memory, origin)
+    if not isinstance(config, PretrainConfig) and held and not config.eval_data:
+        _warn_of_seen_data(origin, memory["inputs"]["train_data"])
     if settings.kind.picks_tokens:
         _log_labels(taught)
     if is_first():
@@ -202,6 +205,37 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin, command: str)
     return result
 
 
+def _lengths(sources: Sequence[Examples], tokenizer: Any, memory: dict[str, Any], origin: Origin) -> Lengths:
+    """Measure the documents, unless the run has done so, and settle `doc_max_length`."""
+    settings = origin.settings
+    if "documents" not in memory:
+        memory["documents"] = measure_documents(sources, tokenizer, settings.doc_max_length)._asdict()
+    documents = Lengths(**memory["documents"])
+    if documents.cut:
+        log.warning(
+            "%s of %s documents have more than --doc_max_length %s tokens and are cut; the longest has %s%s",
+            *(f"{documents.cut:,}", f"{documents.number:,}", settings.doc_max_length, documents.longest),
+            "; the pretrained model has this limit" if origin.is_pretrained else "",
+        )
+    if not settings.doc_max_length and documents.longest > 2 * documents.most:
+        log.warning(
+            "the longest document has %s tokens, 99%% have at most %s: --doc_max_length %s needs fewer "
+            "memory tokens for all of them",
+            *(documents.longest, documents.most, documents.most),
+        )
+    settings.doc_max_length = settings.doc_max_length or max(1, documents.longest)
+    return documents
+
+
+def _warn_of_seen_data(origin: Origin, train_data: Sequence[str]) -> None:
+    """Warn if the pretrained model has learned from the data whose held-out part this run measures."""
+    if set(train_data) & set(trained_on(origin.source)):
+        log.warning(
+            "the pretrained model has learned from the same --train_data, and may know the held-out "
+            "examples: their loss is too low to choose by; scaledown split keeps records apart before both"
+        )
+
+
 def _log_labels(part: Subset) -> None:
     """Log how many examples have answers that copy nothing, from which a pointer cannot learn."""
     rows = part.rows[:: max(1, len(part.rows) // _LOOKED_AT)]
@@ -218,6 +252,12 @@ def _log_labels(part: Subset) -> None:
 def _device(config: Config, command: str = "") -> str:
     """Return the device of this process. Raises `UsageError` if it cannot train there."""
     device = choose_device(config.device)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.batch_size % ranks:
+        nearest = max(1, round(config.batch_size / ranks)) * ranks
+        raise UsageError(
+            f"--batch_size {config.batch_size} must be a multiple of the {ranks} processes: give {nearest}"
+        )
     if ":" in config.device:  # a chosen device may have the number of this process
         number = config.device.partition(":")[2]
         raise UsageError(

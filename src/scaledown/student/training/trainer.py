@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from accelerate import Accelerator
 
-from scaledown.errors import ModelError
+from scaledown.errors import ModelError, RunDirectoryError
 from scaledown.run.progress import Tracker, track
 from scaledown.student.model import WEIGHTS
 from scaledown.student.training import checkpoints
@@ -92,6 +92,11 @@ class StudentTrainer:
             self.step, self.log = checkpoints.read_state(checkpoint, self.passes)
             checkpoints.load(checkpoint, self.passes, self.model)
             self._saved = self.step
+        if self.passes.sum(self.step) != [self.step * self.passes.ranks]:
+            raise RunDirectoryError(
+                f"the processes found different checkpoints in {self._output}: it must be on a disk that all "
+                "machines share"
+            )
         self._accelerator.init_trackers("scaledown")
         done, total = self._counts[self.step], self._counts[-1]
         with noticing_signals() as self._noticed, track("train", "examples", total, done) as self._tracker:
@@ -161,6 +166,8 @@ class StudentTrainer:
         rank, ranks = self._accelerator.process_index, self.passes.ranks
         mine = ([examples[place] for place in places[rank::ranks]] for places in batches)
         losses = self.passes.losses(mine, [math.ceil(len(places) / ranks) for places in batches])
+        if self._tracker is not None:
+            self._tracker.wait("")
         log.info("step %s: held-out loss %.4f", self.step, _weighted(losses))
         self._log("eval_", {"loss": _weighted(losses), **self._parts(losses)})
 
@@ -171,15 +178,25 @@ class StudentTrainer:
 
     def save(self, folder: Path) -> None:
         """Write the resulting model: with early stopping the best one, otherwise the last."""
+        if self.schedule.patience and evaluations(self.log) and not self._best:
+            log.warning(
+                "no evaluation had a lower held-out loss than the one before training, so the last model is "
+                "kept: lower the learning rates"
+            )
         if self._kept() == self.step:
             checkpoints.save_model(folder, self.passes, self.model)
         elif self._accelerator.is_main_process:
             checkpoints.copy_model(checkpoint_folder(self._output, self._kept()), folder)
 
+    @property
+    def _best(self) -> int:
+        """The step with the lowest held-out loss; 0 is before training, also without evaluations."""
+        step: int = best(self.log)["step"]
+        return step
+
     def _kept(self) -> int:
         """Return the step whose model is the result."""
-        found: int = best(self.log)["step"]
-        return found if self.schedule.patience and found else self.step
+        return self._best if self.schedule.patience and self._best else self.step
 
     def _save(self) -> None:
         """Write a checkpoint; if this step has one already, write only the log."""
@@ -223,7 +240,12 @@ class StudentTrainer:
         """
         if self._noticed and self.passes.ranks == 1:
             raise _Stopped
-        if self._tracker is not None and torch.is_grad_enabled():
+        if self._tracker is None:
+            return
+        if not torch.is_grad_enabled():
+            self._tracker.wait("held-out examples are read")
+            self._tracker.advance(0)
+        else:
             left = self._counts[self.step + 1] - self._tracker.done  # a trial does not count twice
             self._tracker.advance(min(count * self.passes.ranks, left))
 

@@ -87,7 +87,12 @@ class Examples:
 
 
 def read_examples(
-    files: Sequence[str], folder: Path, *, needs_scores: bool = False, gold: Gold | None = None
+    files: Sequence[str],
+    folder: Path,
+    *,
+    needs_scores: bool = False,
+    gold: Gold | None = None,
+    needs_gold: bool = True,
 ) -> Examples:
     """Read the usable records of `files`. Others are skipped, and logged with file and line.
 
@@ -96,6 +101,7 @@ def read_examples(
         folder: Where examples are stored until the process ends.
         needs_scores: Skip records without reranking scores.
         gold: Right answers, which replace the teacher's.
+        needs_gold: Refuse records of which none has a right answer in `gold`.
 
     Returns:
         The examples.
@@ -125,7 +131,7 @@ def read_examples(
     examples = store_examples(found(), folder)
     if gold is not None:
         log.info("%s of %s questions have a right answer in --gold", f"{known:,}", f"{len(examples):,}")
-        if len(examples) and not known:
+        if len(examples) and not known and needs_gold:
             raise InputError(
                 f"none of {len(examples):,} records of {', '.join(files)} has a right answer: --gold is "
                 "matched by the question's words: give the gold of these questions, or leave the flag out"
@@ -209,8 +215,13 @@ def load_parts(config: TrainConfig, folder: Path) -> Parts:
     read = functools.partial(read_examples, folder=folder, needs_scores=config.enable_reranking, gold=gold)
     examples = read(config.train_data)
     if config.eval_data:
-        held = read(config.eval_data)
-        shared = examples.shared_by(held)
+        held = read(config.eval_data, needs_gold=False)
+        if shared := examples.shared_by(held):
+            log.warning(
+                "%s of %s records of --eval_data share an article or the question with training: their loss "
+                "is too low to choose by; scaledown split makes parts that do not",
+                *(f"{shared:,}", f"{len(held):,}"),
+            )
         return Parts(Subset(examples, range(len(examples))), Subset(held, range(len(held))), shared)
     return split_parts(examples, config)
 
