@@ -144,11 +144,16 @@ def test_evaluation_on_training_data_is_reported(
     trained = tmp_path / "trained"
     shutil.copytree(student, trained)
     digest = RunDirectory(tmp_path / "hashes").content_hash(data)
-    (trained / "settings.json").write_text(json.dumps({"inputs": {"train_data": [digest]}}))
-    assert evaluate("--model", str(trained), "--systems", "closed_book") == 0
-    assert "8 questions are training data of this model" in capsys.readouterr().out
-    assert evaluate("--systems", "closed_book", "--output_dir", f"{output}-other") == 0
-    assert "training data of this model" not in capsys.readouterr().out
+    remarks = ("8 questions are training data of this model", "the generator was trained without text")
+    for share, found in ((0.0, [True, True]), (0.1, [True, False])):
+        record = {"inputs": {"train_data": [digest]}, "parameters": {"text_fraction": share}}
+        (trained / "settings.json").write_text(json.dumps(record))
+        assert evaluate("--model", str(trained), "--output_dir", f"{output}-{share}") == 0
+        said = capsys.readouterr().out
+        assert [remark in said for remark in remarks] == found
+    assert evaluate() == 0
+    said = capsys.readouterr().out
+    assert not any(remark in said for remark in remarks)
 
 
 def test_all_systems_are_measured(

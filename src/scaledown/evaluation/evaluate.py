@@ -289,7 +289,7 @@ def _evaluate_model(
         right_answers="gold" if config.gold else "teacher",
         counts=asked.finished().counts
         | {"articles": len(set(scored.articles)), "held": sum(scored.held)}
-        | ({"trained_on": len(scored.articles)} if _is_training_data(known["inputs"], sources) else {}),
+        | _of_training(sources.model, known["inputs"], len(scored.articles)),
         baseline=config.baseline,
         systems=conclude(
             scored.values, scored.articles, config.baseline, counts, seed=config.seed, held=scored.held
@@ -298,11 +298,16 @@ def _evaluate_model(
     )
 
 
-def _is_training_data(inputs: dict[str, list[str]], sources: Sources) -> bool:
-    """Whether the model was trained on the data, by the record in its folder."""
-    from scaledown.student.training.folder import trained_on  # here, so that --help needs no transformers
+def _of_training(model: ModelSource, inputs: dict[str, list[str]], number: int) -> dict[str, int]:
+    """Return facts about the model's training for the remarks, from the record in its folder."""
+    from scaledown.student.training.folder import training_of  # here: --help needs no transformers
 
-    return not set(inputs["data"]).isdisjoint(trained_on(sources.model))
+    training = training_of(model)
+    facts = {
+        "trained_on": number if training.data & set(inputs["data"]) else 0,
+        "trained_without_text": number if training.read_text is False else 0,
+    }
+    return {name: count for name, count in facts.items() if count}
 
 
 def _check_whole(run: RunDirectory) -> None:

@@ -259,6 +259,11 @@ def remarks(results: Results) -> Iterator[str]:
     if counts.get("without_right_answer"):
         without = f"{counts['without_right_answer']:,} of {counts['records']:,} records"
         yield f"{without} have no right answer: left out"
+    if counts.get("trained_without_text") and "uncompressed" in results.systems:
+        yield (
+            "the generator was trained without text (--text_fraction 0): before, it may have answered better "
+            "from text"
+        )
     if counts.get("unusable"):
         yield f"{counts['unusable']:,} of {counts['records']:,} records cannot be asked: left out"
     for name, said in _COUNTED.items():

@@ -665,7 +665,10 @@ def test_one_long_document_is_reported(
     with caplog.at_level("WARNING", "scaledown"):
         result = train(setting(train_data=(str(path),), max_steps=1, eval_fraction=0.0))
     assert result.doc_max_length == result.documents.longest > 300
-    assert f"--doc_max_length {result.documents.most} needs fewer memory tokens" in caplog.text
+    most = result.documents.most
+    memory = -(-result.documents.longest // 16)
+    assert f"so each document gets {memory} memory tokens; 99% have at most {most} tokens" in caplog.text
+    assert f"at most {most / memory:.1f}x: --doc_max_length {most} cuts the others" in caplog.text
 
 
 def test_progress_does_not_exceed_the_examples(

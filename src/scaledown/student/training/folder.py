@@ -5,7 +5,7 @@ from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -92,12 +92,25 @@ def _inputs(config: Config, home: RunDirectory) -> dict[str, Any]:
     return inputs
 
 
-def trained_on(source: ModelSource) -> list[str]:
-    """Return the hashes of the files that a model was trained or pretrained on; empty if it is not known."""
+class Training(NamedTuple):
+    """What the record in a model's folder tells about its training."""
+
+    data: frozenset[str] = frozenset()
+    """The hashes of its files of training data."""
+    read_text: bool | None = None
+    """Whether the generator was trained on documents' text, too; None if this is not known."""
+
+
+def training_of(source: ModelSource) -> Training:
+    """Read the record of the run that made a model; it says nothing if there is none."""
     content = read_json(Path(source.location) / SETTINGS_FILE) if source.location else None
-    inputs = content.get("inputs") if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        return Training()
+    inputs, parameters = content.get("inputs"), content.get("parameters")
     files = inputs.get("train_data") if isinstance(inputs, dict) else None
-    return list(map(str, files)) if isinstance(files, list) else []
+    share = parameters.get("text_fraction") if isinstance(parameters, dict) else None
+    data = frozenset(map(str, files)) if isinstance(files, list) else frozenset[str]()
+    return Training(data, None if share is None else bool(share))
 
 
 def recall(

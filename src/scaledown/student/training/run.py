@@ -34,7 +34,7 @@ from scaledown.student.training.folder import (
     alone,
     identity_of,
     recall,
-    trained_on,
+    training_of,
 )
 from scaledown.student.training.origin import Origin, find_origin
 from scaledown.student.training.pretraining_data import pretraining_parts
@@ -217,19 +217,21 @@ def _lengths(sources: Sequence[Examples], tokenizer: Any, memory: dict[str, Any]
             *(f"{documents.cut:,}", f"{documents.number:,}", settings.doc_max_length, documents.longest),
             "; the pretrained model has this limit" if origin.is_pretrained else "",
         )
-    if not settings.doc_max_length and documents.longest > 2 * documents.most:
-        log.warning(
-            "the longest document has %s tokens, 99%% have at most %s: --doc_max_length %s needs fewer "
-            "memory tokens for all of them",
-            *(documents.longest, documents.most, documents.most),
-        )
+    is_longest = not settings.doc_max_length
     settings.doc_max_length = settings.doc_max_length or max(1, documents.longest)
+    if is_longest and not settings.kind.rates and documents.longest > 2 * documents.most:
+        log.warning(
+            "the longest document has %s tokens, so each document gets %s memory tokens; 99%% have at most %s "
+            "tokens, which compresses these at most %.1fx: --doc_max_length %s cuts the others",
+            *(f"{documents.longest:,}", settings.memory_tokens, documents.most),
+            *(documents.most / settings.memory_tokens, documents.most),
+        )
     return documents
 
 
 def _warn_of_seen_data(origin: Origin, train_data: Sequence[str]) -> None:
     """Warn if the pretrained model has learned from the data whose held-out part this run measures."""
-    if set(train_data) & set(trained_on(origin.source)):
+    if training_of(origin.source).data & set(train_data):
         log.warning(
             "the pretrained model has learned from the same --train_data, and may know the held-out "
             "examples: their loss is too low to choose by; scaledown split keeps records apart before both"
