@@ -83,8 +83,9 @@ def run(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         command = "pretrain" if words[1] == "pretrain" else "train"
         small = ["--device", "cpu", "--batch_size", "2"]
         small += [] if "--pretrained_model" in words else ["--num_layers", "1"]
-        if "--max_steps" in words:
-            small += ["--max_steps", "1"]
+        # bfloat16 is slow on a CPU without instructions for it
+        for flag, value in {"--max_steps": "1", "--micro_batch_size": "2", "--dtype": "float32"}.items():
+            small += [flag, value] if flag in words else []
         assert cli.main([command, *localized(words[2:], place), *small]) == 0
     elif words[:2] == ["scaledown", "compare"]:
         evaluated(place)
@@ -162,7 +163,9 @@ def evaluated(place: Path, name: str = "model") -> None:
     """The files in the commands of evaluation: a model, held-out data, right answers, rankings."""
     record = {"query": "Who painted it?", "documents": ["It\nAda painted it. It is red."], "answer": "Ada"}
     (place / "held_out.json").write_text(json.dumps([record]))
-    (place / "gold.jsonl").write_text('{"question": "who painted it", "answer": ["Ada"]}\n')
+    right = {"who painted it": "Ada", "What is machine learning?": "learning", "Who?": "Ada"}
+    lines = (json.dumps({"question": question, "answer": [answer]}) for question, answer in right.items())
+    (place / "gold.jsonl").write_text("\n".join(lines))
     for ranking in ("splade.run", "reranked.run"):
         (place / ranking).write_text("q1 Q0 a 1 2.0 x\nq1 Q0 b 2 1.0 x\n")
     (place / "qrels.txt").write_text("q1 0 a 1\n")
@@ -328,18 +331,22 @@ def test_commands_of_the_pages_work(
     fence: Fence, place: Path, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> None:
     evaluation_files(place / "evaluation")
-    (place / "mock_data.json").write_text(json.dumps([{"query": "q", "documents": ["d"], "answer": "a"}]))
+    mock = [{"query": query, "documents": [f"{query}\nd"], "answer": "a"} for query in ("q", "r")]
+    (place / "mock_data.json").write_text(json.dumps(mock))
     makefile = (ROOT / "Makefile").read_text()
     articles = (ROOT / "examples" / "corpus.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [json.loads(line) for line in articles[:8]]
     # Short ones, because real models read them for the README.
     short = [article | {"text": article["text"][:2]} for article in whole]
-    (place / "kilt_knowledgesource.json").write_text("".join(f"{json.dumps(one)}\n" for one in short))
+    for corpus in ("kilt_knowledgesource.json", "corpus.jsonl"):
+        (place / corpus).write_text("".join(f"{json.dumps(one)}\n" for one in short))
     (place / "queries.txt").write_text("What is machine learning?\nWho?\n")
+    (place / "held_out_corpus.jsonl").write_text("".join(articles[8:12]), encoding="utf-8")
+    (place / "held_out_queries.txt").write_text("Where?\n")
     (place / "today.jsonl").write_text("".join(articles[8:10]), encoding="utf-8")
     (place / "tomorrow.jsonl").write_text("".join(articles[9:12]), encoding="utf-8")
     (place / "gone.txt").write_text("1\n2\n")
-    asked = ("What is machine learning?", "q")
+    asked = ("What is machine learning?", "Who?", "q")
     right = (json.dumps({"question": question, "answers": ["learning"]}) for question in asked)
     (place / "gold.jsonl").write_text("\n".join(right))
     if "scaledown status" in fence.text:
@@ -434,7 +441,7 @@ def test_flags_of_the_pages_exist() -> None:
     known = {item.name for command in commands for item in fields(command)}
     known |= {"model", "query", "document", "data", "format"}  # of scaledown answer and export
     known |= {"add", "remove"}  # of scaledown index
-    known |= {"push_to_hub", "output"}  # of scaledown export and report
+    known |= {"push_to_hub", "output", "fraction"}  # of scaledown export, report and split
     known |= {"enable", "no"}  # --enable-…, --no-… of vLLM's own server
     known |= {"retry"}  # --retry and --retry-… of curl
     known |= {

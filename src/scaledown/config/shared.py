@@ -150,8 +150,9 @@ class EngineConfig(Options):
     teacher_backend: str = option(
         "auto",
         ENGINE,
-        "engine that runs the teacher; auto: endpoint with --teacher_endpoint, vllm on CUDA, openvino or "
-        "else vllm on a CPU if they are installed, else transformers",
+        "engine that runs the teacher; auto: endpoint with --teacher_endpoint, vllm on CUDA if it is "
+        "installed, on a CPU openvino if it is installed and the teacher is already exported, or vllm if it "
+        "is installed, else transformers",
         role="result",
         choices=BACKENDS,
     )
