@@ -103,7 +103,10 @@ def _run(words: list[str]) -> int:
     split.add_argument("files", nargs="+", type=local_path, metavar="FILE", help=".json, .jsonl or .parquet")
     split.add_argument("--output_dir", required=True, type=local_path, metavar="DIR", help="a new folder")
     split.add_argument(
-        "--fraction", type=_share, default=0.1, metavar="SHARE", help="the share to hold out (default: 0.1)"
+        "--fraction",
+        type=_share,
+        metavar="SHARE",
+        help="the share to hold out (default: a tenth, at most 1,000 records)",
     )
     split.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the articles (default: 0)")
     add_overwrite(split)
@@ -231,7 +234,9 @@ def _split(arguments: argparse.Namespace) -> int:
     print(f"{held_out}: {_counted(len(parts.held_out), 'record', 'records')}, held out by {parts.by}")
     if parts.shared:
         print(f"{parts.shared:,} of them have a document of an article that training records have, too")
-    print(f"\nnext: scaledown train --train_data {train} --output_dir model")
+    print(
+        f"\nnext: scaledown train --train_data {train} --output_dir model  # and the flags that prepare named"
+    )
     print(f"then: scaledown evaluate --model model --data {held_out} --output_dir evaluation")
     return 0
 

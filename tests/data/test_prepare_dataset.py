@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from scaledown.command import program_name
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data import build_index
 from scaledown.data import prepare_dataset as command
@@ -25,7 +24,7 @@ from scaledown.data.manifest import compared_settings
 from scaledown.data.reranker.api import load_reranker, resolve_reranker
 from scaledown.data.reranker.base import Pair
 from scaledown.data.session import enter
-from scaledown.data.session.summary import _training
+from scaledown.data.session.summary import Result, _training, summary
 from scaledown.devices import choice
 from scaledown.devices.halving import Halving
 from scaledown.errors import install_command
@@ -278,10 +277,7 @@ def test_changed_setting_repeats_its_stage_and_later_stages(prepare, monkeypatch
 def test_finished_data_is_replaced_by_other_settings_only_with_a_warning(prepare, capsys) -> None:
     prepare()
     first = prepare.output.read_bytes()
-    out, err = capsys.readouterr()
-    assert "this run replaces it" not in err
-    folder = prepare.output.parent / "model"
-    assert f"held out: {program_name()} evaluate --model {folder} --data {prepare.output}" in out
+    assert "this run replaces it" not in capsys.readouterr().err
     prepare("--top_k_retrieval", "2")
     err = capsys.readouterr().err
     assert f"WARNING {prepare.output} has 4 examples of a run with other settings, inputs or models" in err
@@ -984,4 +980,17 @@ def test_run_keeps_the_dtype_that_its_first_processor_chose(
 )
 def test_next_command_trains_a_pointer_on_few_examples(examples: int, ending: str) -> None:
     config = PrepareConfig(queries_file=("q.txt",), output_file="t.json", enable_reranking=True)
-    assert _training(config, examples).endswith(ending)
+    assert _training(config, Path("split/train.json"), examples).endswith(ending)
+
+
+@pytest.mark.parametrize(("examples", "splits"), [(9, False), (10, True)])
+def test_summary_names_the_split_before_the_training(
+    examples: int, splits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = PrepareConfig(queries_file=("q.txt",), output_file="t.jsonl")
+    *_, split, train = summary(Result(Path("t.jsonl"), examples, {}, 0), config).splitlines()
+    data = "split/train.jsonl" if splits else "t.jsonl"
+    assert f"train --train_data {data} --output_dir model" in train
+    assert train.startswith("then: " if splits else "next: ")
+    assert (" split t.jsonl --output_dir split" in split) == splits

@@ -1,6 +1,7 @@
 """Holds out records of training data by article: inside a training, and in files by `scaledown split`."""
 
 import filecmp
+import logging
 from array import array
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from hashlib import blake2b
@@ -21,6 +22,10 @@ from scaledown.run.outputs import check_folder
 
 TRAIN: Final = "train"
 HELD_OUT: Final = "held_out"
+MOST: Final = 1_000
+"""Held-out records unless a fraction is given: enough for intervals of 3 points."""
+
+log = logging.getLogger("scaledown")
 
 
 class Keys:
@@ -107,14 +112,14 @@ def split(keys: Keys, fraction: float, seed: int) -> Split:
 
 
 def split_files(
-    files: Sequence[Path], output: Path, *, fraction: float, seed: int, overwrite: bool = False
+    files: Sequence[Path], output: Path, *, fraction: float | None, seed: int, overwrite: bool = False
 ) -> Split:
     """Write the records of training files to `train` and `held_out` in a folder, which appears in one step.
 
     Args:
         files: Training files. The first one decides the format.
         output: The folder.
-        fraction: The share of the records to hold out.
+        fraction: The share of the records to hold out; None is a tenth, but at most `MOST` records.
         seed: Decides which.
         overwrite: Replace an earlier split.
 
@@ -132,7 +137,13 @@ def split_files(
     keys = Keys()
     for record in sound_records(files):
         keys.add(question(record["query"]), record["documents"], record.get("reranking_scores"))
-    parts = split(keys, fraction, seed)
+    if keys.untitled:
+        log.warning(
+            "%s of %s documents have no title line: their articles are not known, and may be in both parts",
+            *(f"{keys.untitled:,}", f"{len(keys.documents):,}"),
+        )
+    number = len(keys.questions)
+    parts = split(keys, fraction or min(0.1, MOST / max(1, number)), seed)
     if not len(parts.held_out):
         raise UsageError("the records cannot be split: all of them ask the same question")
     columns = columns_of(files) if format_of(Path(names[0])).needs_columns else None

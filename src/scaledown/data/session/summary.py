@@ -18,13 +18,15 @@ from scaledown.data.teacher.api import is_served
 from scaledown.data.teacher.base import Engine
 from scaledown.errors import one_line
 from scaledown.records import Example
-from scaledown.run.locations import output_of, run_of
+from scaledown.run.locations import File, output_of, run_of
 from scaledown.run.progress import counted, duration
 from scaledown.run.stage import StageResult
 from scaledown.urls import is_url
 
 _FEW: Final = 10_000
 """Examples: from 3,520 the paper's compressor learned nothing that shows in answers (docs/results.md)."""
+_SPLIT: Final = 10
+"""Examples from which a part of them is worth holding out."""
 
 
 class Result(NamedTuple):
@@ -76,9 +78,13 @@ def summary(result: Result, config: PrepareConfig) -> str:
             lines += _shown(number, record)
     if (report := run_of(config).root / "report.html").exists():
         lines.append(f"look: {report}")
-    testing = shlex.join(["evaluate", "--model", _model_folder(config), "--data", str(output)])
-    lines.append(f"if these questions are held out: {program_name()} {testing}")
-    lines.append(f"next: {program_name()} {_training(config, result.examples)}")
+    if is_url(config.output_file) or result.examples < _SPLIT:
+        return "\n".join([*lines, f"next: {program_name()} {_training(config, output, result.examples)}"])
+    folder = output.path.parent / "split"
+    splitting = shlex.join(["split", str(output), "--output_dir", str(folder)])
+    lines.append(f"next: {program_name()} {splitting}  # a part for an evaluation")
+    training = _training(config, folder / f"train{output.path.suffix}", result.examples)
+    lines.append(f"then: {program_name()} {training}")
     return "\n".join(lines)
 
 
@@ -133,12 +139,12 @@ def failure(result: Result, config: PrepareConfig) -> str | None:
     return f"--strict: {number} in {where}, each with its reason: correct them"
 
 
-def _training(config: PrepareConfig, examples: int) -> str:
-    """The command that trains on it: a generator that answers like its teacher is the teacher itself.
+def _training(config: PrepareConfig, data: File | Path, examples: int) -> str:
+    """The command that trains on data: a generator that answers like its teacher is the teacher itself.
 
     Only a pointer learns from few examples; it ranks documents by its own scores.
     """
-    words = ["train", "--train_data", str(output_of(config)), "--output_dir", _model_folder(config)]
+    words = ["train", "--train_data", str(data), "--output_dir", _model_folder(config)]
     if config.teacher_model != PrepareConfig.teacher_model and not is_served(Engine.of(config)):
         words += ["--generator_model", config.teacher_model]
     if examples < _FEW:

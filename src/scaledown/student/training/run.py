@@ -221,8 +221,8 @@ def _lengths(sources: Sequence[Examples], tokenizer: Any, memory: dict[str, Any]
     settings.doc_max_length = settings.doc_max_length or max(1, documents.longest)
     if is_longest and not settings.kind.rates and documents.longest > 2 * documents.most:
         log.warning(
-            "the longest document has %s tokens, so each document gets %s memory tokens; 99%% have at most %s "
-            "tokens, which compresses these at most %.1fx: --doc_max_length %s cuts the others",
+            "the longest document has %s tokens, so each document gets %s memory tokens; 99%% have at most "
+            "%s tokens, which compresses these at most %.1fx: --doc_max_length %s cuts the others",
             *(f"{documents.longest:,}", settings.memory_tokens, documents.most),
             *(documents.most / settings.memory_tokens, documents.most),
         )
