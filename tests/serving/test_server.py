@@ -436,7 +436,8 @@ def test_metrics_tell_what_was_done(model: ScaleDownModel) -> None:
 
 @pytest.mark.parametrize("compressed", [True, False])
 def test_no_text_becomes_a_special_token(server: Running, model: ScaleDownModel, compressed: bool) -> None:
-    special = str(model.tokenizer.eos_token)
+    token = str(model.tokenizer.eos_token)
+    special = f"{token} {token[:2]}\ue000{token[2:]}"  # the second is one without the mark of the documents
     turns = [
         {"role": "system", "content": f"Be {special} brief."},
         {"role": "user", "content": f"Why {special}?"},

@@ -240,8 +240,11 @@ class _Pieces(Context):
     """The teacher's prompt, cut into pieces around documents that the generator reads as embeddings."""
 
     def spelled(self, text: str) -> str:
-        """Neutralize special tokens and the mark of the documents in a user's text."""
-        return self.spelled_apart(text).replace(_DOCUMENTS[0], "")
+        """Neutralize special tokens and the mark of the documents in a user's text.
+
+        The mark goes first: without it, the text around it may be a special token.
+        """
+        return self.spelled_apart(text.replace(_DOCUMENTS[0], ""))
 
     def around(self, prompt: Prompt, documents: int) -> list[list[int]]:
         """Return the token ids before, between and after `documents` documents, tokenized piece by piece."""
