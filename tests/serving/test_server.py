@@ -20,6 +20,7 @@ from typing import Any
 import openai
 import pytest
 import uvicorn
+from pydantic import ValidationError
 
 from conftest import ROOT
 from scaledown import cli
@@ -264,6 +265,24 @@ def test_what_cannot_be_answered_gets_one_clear_sentence(
     assert len(content["error"]["message"]) < 400
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (ChatRequest, {"messages": [{}] * 1000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 1000}]}),
+        (ChatRequest, chat(documents=[{}] * 1000)),
+        (ChatRequest, chat(stop=[3] * 4)),
+        (RerankRequest, {"query": "Why?", "documents": [{}] * 1000}),
+    ],
+)
+def test_a_list_is_checked_up_to_its_first_wrong_item(
+    kind: type[ChatRequest | RerankRequest], fields: dict[str, Any]
+) -> None:
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate(fields)
+    assert refused.value.error_count() <= 3, "of one item, by each type that it may have"
+
+
 def test_log_has_the_reason_of_a_refusal(server: Running, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "scaledown")
     assert server.ask(CHAT, chat("Why?", document=["x"]))[0] == 400
@@ -352,7 +371,14 @@ def test_texts_are_logged_only_if_asked_for(model: ScaleDownModel, caplog: pytes
     for log_texts in (False, True):
         with running(model, log_texts=log_texts) as server:
             server.ask(CHAT, chat("A secret question?", documents=["A secret document."]))
+            long = "A secret text, too long. " * 500
+            status, refused, _ = server.ask(CHAT, chat(long, documents=["A tower."], compressed=False))
+        assert status == 400
+        assert "the model takes" in refused["error"]["message"]
+        assert "the model takes" in caplog.text
+        assert "secret" not in refused["error"]["message"]
         assert ("secret question" in caplog.text) == log_texts
+        assert "secret text" not in caplog.text
         assert "secret document" not in caplog.text
 
 

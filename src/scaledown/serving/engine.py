@@ -17,6 +17,7 @@ import torch
 
 from scaledown.config.serve import ServeConfig
 from scaledown.config.train import BUDGETS
+from scaledown.data.teacher.base import Rejection
 from scaledown.devices.gpus import give_back
 from scaledown.devices.halving import is_out_of_memory
 from scaledown.errors import InputError, ModelError, ScaleDownError
@@ -355,8 +356,10 @@ class Engine:
     def _question(self, asked: "_Asked", made: "_Made") -> Question:
         reader, job = self._model.reader, asked.job
         if not asked.documents:
-            encoded = reader.encode_text(job.query, job.documents, job.max_new_tokens, job.system)
-            return Question(encoded, None)
+            fitted = reader.fit_text(job.query, job.documents, job.max_new_tokens, job.system)
+            if isinstance(fitted, Rejection):
+                raise InputError(f"{fitted.reason}: shorten the question or the system message")
+            return Question(Encoded([], [fitted[0]], [], None), None)
         laid = [Document([], 0, 0, len(own)) for own in made.embeddings]
         encoded = Encoded(laid, reader.prompt_parts(job.query, len(laid), job.system), [], None)
         if encoded.prompt_length + job.max_new_tokens > reader.context:
