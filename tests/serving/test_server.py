@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from conftest import ROOT
 from scaledown import cli
 from scaledown.config.serve import ServeConfig, api_key
 from scaledown.errors import UsageError
-from scaledown.serving.app import Server
+from scaledown.serving.app import Server, _Stream
 from scaledown.serving.engine import Engine
 from scaledown.serving.protocol import ChatRequest, RerankRequest
 from scaledown.serving.serve import main
@@ -289,6 +289,90 @@ def test_log_has_the_reason_of_a_refusal(server: Running, caplog: pytest.LogCapt
     assert "0 cut: document is not known here: did you mean documents?" in caplog.text
 
 
+def test_each_response_has_the_id_of_its_log_line(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "scaledown")
+    cases: list[tuple[str, Any, str]] = [
+        (CHAT, chat(), "POST"),
+        (CHAT, chat(stream=True), "POST"),
+        (CHAT, chat(n=2), "POST"),
+        (RERANK, {"query": "Why?", "documents": ["x"]}, "POST"),
+        ("/health", None, "GET"),
+        ("/nowhere", None, "GET"),
+    ]
+    for path, body, method in cases:
+        for given, taken in (("a.Client-1_x", True), ("x" * 65, False), ("a b", False), ("", False)):
+            caplog.clear()
+            _, content, headers = server.ask(path, body, method, {"X-Request-ID": given})
+            identity = headers["x-request-id"]
+            assert (identity == given) == taken
+            assert re.fullmatch("[A-Za-z0-9._-]{1,64}", identity)
+            if path in {CHAT, RERANK}:
+                wait_for(lambda sent=identity, route=path: f"request {sent}: {route}" in caplog.text)
+            if body and body.get("stream"):
+                assert f'"id":"chatcmpl-{identity}"' in content
+            elif "id" in content:
+                assert content["id"] in {f"chatcmpl-{identity}", f"rerank-{identity}"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_unexpected_failure_is_answered_logged_and_counted(
+    model: ScaleDownModel,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    stream: bool,
+) -> None:
+    def fails(*_: Any) -> None:
+        raise ValueError("broken")
+
+    caplog.set_level(logging.INFO, "scaledown")
+    monkeypatch.setattr("scaledown.serving.app.Metrics.first", fails)
+    with running(model) as server:
+        status, content, headers = server.ask(CHAT, chat(stream=stream))
+        assert status == (200 if stream else 500)
+        if stream:  # its first text cannot be sent
+            content = json.loads(content.strip().splitlines()[-1].removeprefix("data: "))
+        assert content["error"]["message"] == "the server failed on this request"
+        assert "ValueError: broken" in caplog.text
+        wait_for(lambda: f"request {headers['x-request-id']}: {CHAT} 500" in caplog.text)
+        assert "0 cut: the server failed on this request" in caplog.text
+        _, metrics, _ = server.ask("/metrics", method="GET")
+        assert f'scaledown_requests_total{{route="{CHAT}",status="500"}} 1.0' in metrics
+
+
+def test_a_stream_ends_also_if_its_client_left_before_it_began() -> None:
+    begun, ended = [], []
+
+    async def events() -> AsyncIterator[bytes]:
+        begun.append(1)
+        yield b""
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def send(_: Any) -> None:
+        await asyncio.sleep(0)
+
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}}  # as uvicorn's
+    asyncio.run(_Stream(events(), lambda: ended.append(1))(scope, receive, send))
+    assert not begun
+    assert ended
+
+
+def test_a_cancelled_request_gets_503_and_is_logged(
+    server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def cancelled(*_: Any) -> None:
+        raise asyncio.CancelledError
+
+    caplog.set_level(logging.INFO, "scaledown")
+    monkeypatch.setattr("scaledown.serving.app.Server._body", cancelled)
+    status, content, headers = server.ask(CHAT, chat())
+    assert status == 503
+    assert headers["Retry-After"] == "1"
+    assert content["error"]["message"] == "the server is shutting down"
+    assert f"{CHAT} 503" in caplog.text
+
+
 def test_fields_that_ask_for_nothing_are_ignored(server: Running) -> None:
     body = chat(
         documents=[*DOCUMENTS, {"text": "It rains.", "subtitle": "of others", "url": "a"}],
@@ -422,13 +506,17 @@ def test_requests_above_max_waiting_get_429(model: ScaleDownModel) -> None:
             stream.close()
 
 
-def test_request_that_takes_too_long_gets_504(model: ScaleDownModel) -> None:
+def test_request_that_takes_too_long_gets_504(
+    model: ScaleDownModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "scaledown")
     with running(model, batch_size=1, max_new_tokens=3_900, request_timeout=0.3) as server:
         assert server.ask(CHAT, chat(max_tokens=3_900, temperature=2, seed=1))[0] == 504
         status, text, _ = server.ask(CHAT, chat(max_tokens=3_900, temperature=2, seed=1, stream=True))
         assert status == 200
         assert json.loads(text.strip().splitlines()[-1].removeprefix("data: "))["error"]["code"] == 504
         wait_for(lambda: server.engine.running == 0)
+        wait_for(lambda: caplog.text.count("0 cut: the answer took too long") == 2)
 
 
 def test_an_engine_that_gave_up_ends_the_server(

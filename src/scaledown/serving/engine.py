@@ -31,7 +31,7 @@ from scaledown.student.engines.steps import StepGeneration
 
 log = logging.getLogger("scaledown")
 
-_SHUTTING_DOWN: Final = "the server is shutting down"
+SHUTTING_DOWN: Final = "the server is shutting down"
 _FAILED: Final = "the model failed on this request"
 _FAILURES: Final = 3  # consecutive failures of the model after which the engine gives up
 _TRY_AGAIN: Final = 100  # answers, after which a larger batch than the last that fitted is tried
@@ -145,7 +145,7 @@ class Engine:
         """
         with self._changed:
             if self.failed or self._draining:
-                raise RequestError(self.failed or _SHUTTING_DOWN, 503)
+                raise RequestError(self.failed or SHUTTING_DOWN, 503)
             most = self._config.max_waiting + self._most_rows - len(self._rows)
             if len(self._waiting) >= most:
                 self._waiting = deque(job for job in self._waiting if not job.cancelled)
@@ -177,7 +177,7 @@ class Engine:
         self._thread.join(patience)
         self._closed = True
         self._generation.close()
-        self._fail_all(RequestError(_SHUTTING_DOWN, 503))
+        self._fail_all(RequestError(SHUTTING_DOWN, 503))
 
     # The engine's thread.
 
@@ -377,7 +377,7 @@ class Engine:
             if row.job.cancelled or row.job.settled:
                 continue
             if isinstance(tokens, Exception):
-                log.error("a request failed", exc_info=tokens)
+                log.error("request %s failed", row.job.identity, exc_info=tokens)
                 row.job.finish(RequestError(_FAILED, 500))
             elif self._goes_on(row, tokens):
                 going.append(place)
@@ -421,7 +421,7 @@ def _blamed(job: Job) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        log.exception("a request failed")
+        log.exception("request %s failed", job.identity)
         job.finish(RequestError(_FAILED, 500))
 
 

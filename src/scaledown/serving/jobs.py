@@ -55,6 +55,8 @@ class Job:
     documents: list[str]
     send: Callable[[Event], None]
     """Called from the engine's thread."""
+    identity: str = ""
+    """Its id, for the log."""
     system: str = ""
     compressed: bool = True
     ranks: bool = False
