@@ -716,34 +716,68 @@ def test_two_thousand_requests_of_two_hundred_clients_get_their_own_answers(mode
         assert resident_mb() < before + 60
 
 
+@contextlib.contextmanager
+def served(model: ScaleDownModel, folder: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A process that serves the model, and its port."""
+    model.save_pretrained(folder)
+    words = [sys.executable, "-m", "scaledown", "serve", "--model", str(folder), "--port", "0"]
+    with subprocess.Popen([*words, "--device", "cpu", *flags], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            ready = next(line for line in iter(process.stderr.readline, "") if "ready" in line)
+            yield process, int(re.findall(r":(\d+)/v1", ready)[0])
+        finally:
+            process.kill()
+
+
 @pytest.mark.slow
 def test_sigterm_finishes_what_was_asked(
     model: ScaleDownModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> None:
     monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "student"
-    model.save_pretrained(folder)
-    words = [sys.executable, "-m", "scaledown", "serve", "--model", str(folder), "--port", "0"]
-    with subprocess.Popen([*words, "--device", "cpu"], stderr=subprocess.PIPE, text=True) as process:
+    with served(model, tmp_path / "student") as (process, port):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        body = chat(max_tokens=400, stream=True, temperature=2, seed=1)
+        connection.request("POST", CHAT, json.dumps(body))
+        response = connection.getresponse()
+        assert response.read(40)
+        process.send_signal(signal.SIGTERM)
+        text = response.read().decode()
+        assert text.strip().endswith("data: [DONE]")
+        connection.close()
         assert process.stderr is not None
-        try:
-            ready = next(line for line in iter(process.stderr.readline, "") if "ready" in line)
-            port = int(re.findall(r":(\d+)/v1", ready)[0])
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            body = chat(max_tokens=400, stream=True, temperature=2, seed=1)
-            connection.request("POST", CHAT, json.dumps(body))
-            response = connection.getresponse()
-            assert response.read(40)
-            process.send_signal(signal.SIGTERM)
-            text = response.read().decode()
-            assert text.strip().endswith("data: [DONE]")
-            connection.close()
-            rest = process.stderr.read()
-            assert process.wait(60) == 0
-            assert "Traceback" not in rest
-            assert "stopped" in rest
-        finally:
-            process.kill()
+        rest = process.stderr.read()
+        assert process.wait(60) == 0
+        assert "Traceback" not in rest
+        assert "stopped" in rest
+
+
+@pytest.mark.slow
+def test_what_is_not_finished_in_time_gets_503(
+    model: ScaleDownModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: None
+) -> None:
+    monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path / "cache"))
+    flags = ("--engine", "transformers", "--drain_seconds", "0", "--max_new_tokens", "3900")
+    with served(model, tmp_path / "student", *flags) as (process, port):
+        body = chat(max_tokens=3_900, temperature=2, seed=1)
+        stream, whole = (http.client.HTTPConnection("127.0.0.1", port, timeout=60) for _ in range(2))
+        whole.request("POST", CHAT, json.dumps(body))
+        stream.request("POST", CHAT, json.dumps({**body, "stream": True}))
+        events = stream.getresponse()
+        assert events.read(40)
+        process.send_signal(signal.SIGTERM)
+        last = events.read().decode().strip().splitlines()[-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == 503
+        response = whole.getresponse()
+        assert response.status == 503
+        assert response.headers["Retry-After"] == "1"
+        assert json.loads(response.read())["error"]["message"] == "the server is shutting down"
+        stream.close()
+        whole.close()
+        assert process.stderr is not None
+        rest = process.stderr.read()
+        assert process.wait(60) == 0
+        assert "Traceback" not in rest
 
 
 def test_port_in_use_is_reported_before_the_model_is_loaded(

@@ -169,15 +169,23 @@ class Engine:
         """Bytes of the embeddings in the cache."""
         return self._cache.size
 
+    def refuse_all(self) -> None:
+        """Refuse new requests, and fail the others now."""
+        self._drain()
+        self._fail_all(RequestError(SHUTTING_DOWN, 503))
+
     def stop(self, patience: float) -> None:
         """Refuse new requests, finish the others within `patience` seconds, and fail those that are left."""
-        with self._changed:
-            self._draining = True
-            self._changed.notify()
+        self._drain()
         self._thread.join(patience)
         self._closed = True
         self._generation.close()
         self._fail_all(RequestError(SHUTTING_DOWN, 503))
+
+    def _drain(self) -> None:
+        with self._changed:
+            self._draining = True
+            self._changed.notify()
 
     # The engine's thread.
 
