@@ -35,6 +35,7 @@ SHUTTING_DOWN: Final = "the server is shutting down"
 _FAILED: Final = "the model failed on this request"
 _FAILURES: Final = 3  # consecutive failures of the model after which the engine gives up
 _TRY_AGAIN: Final = 100  # answers, after which a larger batch than the last that fitted is tried
+_CHECK_SECONDS: Final = 1.0  # between two checks of an idle engine
 _POSITIONS: Final = 1 << 13  # of prompts in one prefill, padding included: bounds memory
 
 
@@ -202,12 +203,15 @@ class Engine:
     def _run(self) -> None:
         while not (self.failed or self._closed):
             with self._changed:
-                if not self._waiting and not self._rows:
-                    if self._draining:
-                        return
-                    self._changed.wait()
-                    continue
+                idle = not self._waiting and not self._rows
+                if idle and self._draining:
+                    return
+                if idle:
+                    self._changed.wait(_CHECK_SECONDS)
             try:
+                if idle:
+                    self._generation.check()
+                    continue
                 fine = self._admit()
                 if self._rows:
                     self._advance()

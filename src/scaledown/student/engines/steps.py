@@ -93,6 +93,9 @@ class StepGeneration:
             with self._model.using():
                 self._decoding.step(chosen)
 
+    def check(self) -> None:
+        """Do nothing: this process writes the answers."""
+
     def close(self) -> None:
         """Do nothing: no resources are held outside of this process."""
 
