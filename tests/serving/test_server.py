@@ -31,6 +31,7 @@ from scaledown.serving.engine import Engine
 from scaledown.serving.protocol import ChatRequest, RerankRequest
 from scaledown.serving.serve import main
 from scaledown.student.model import ScaleDownModel
+from scaledown.student.settings import ScaleDownConfig
 from tiny import pointer_student
 
 KEY = "correct horse"
@@ -394,7 +395,6 @@ def test_fields_that_ask_for_nothing_are_ignored(server: Running) -> None:
 
 def test_a_model_without_scores_ranks_nothing(models: dict[str, Path]) -> None:
     from scaledown.models.sources import resolve
-    from scaledown.student.settings import ScaleDownConfig
 
     plain = ScaleDownModel.build(
         ScaleDownConfig(num_layers=1, doc_max_length=32), resolve(str(models["causal_lm"]))
@@ -778,6 +778,21 @@ def test_what_is_not_finished_in_time_gets_503(
         rest = process.stderr.read()
         assert process.wait(60) == 0
         assert "Traceback" not in rest
+
+
+@pytest.mark.parametrize(
+    ("compressor", "flags", "message"),
+    [
+        ("pointer", ["--compression_rate", "2"], "--compression_rate 2: a pointer takes 4 to 32"),
+        ("n_layers", ["--budget", "shared"], "--budget shared: only a pointer"),
+    ],
+)
+def test_wrong_settings_are_reported_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], compressor: str, flags: list[str], message: str
+) -> None:
+    ScaleDownConfig(compressor=compressor).save_pretrained(tmp_path)  # without weights
+    assert main(["--model", str(tmp_path), "--port", "0", *flags]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_port_in_use_is_reported_before_the_model_is_loaded(

@@ -61,10 +61,12 @@ def serve(config: ServeConfig) -> int:
                 f"scaledown serve needs {error.name}: {install_command('serve')}"
             ) from error
         from scaledown.serving.engine import Engine
+        from scaledown.student.model import read_settings
 
+        settings = read_settings(source)
+        settings.check_rate(config.compression_rate or settings.compression_rate)
+        settings.check_budget(config.budget)
         model, generation, writer = _load(config, source)
-        model.config.check_rate(config.compression_rate or model.config.compression_rate)
-        model.config.check_budget(config.budget)
         name = Path(config.model).resolve().name if Path(config.model).is_dir() else config.model
         engine = Engine(model, config, generation)
         app = Server(engine, model.config, name, config, key).app()
