@@ -82,7 +82,7 @@ def test_usage_counts_positions_and_what_compression_did(engine: Engine, model: 
     assert isinstance(end, End)
     tokens = [one.stop - one.start for one in read.documents]
     embeddings = sum(-(-count // 4) for count in tokens)
-    assert end.usage == (read.prompt_length, 3, sum(tokens), embeddings, 0)
+    assert end.usage == (read.prompt_length, 3, sum(tokens), embeddings, 0, 0, 0)
     assert end.reason == "length"
     end = Asked(engine, "Why?", documents, compressed=False, max_new_tokens=3).all()[-1]
     assert isinstance(end, End)
@@ -319,8 +319,33 @@ def test_engine_that_dies_ends_all_requests(model: ScaleDownModel, monkeypatch: 
 def test_documents_that_are_cut_are_counted(engine: Engine, model: ScaleDownModel) -> None:
     end = Asked(engine, "Why?", ["very " * 200, "No."]).all()[-1]
     assert isinstance(end, End)
-    assert end.usage.cut == 1
+    assert end.usage.cut_documents == 1
     assert end.usage.document_tokens <= 2 * model.config.doc_max_length
+
+
+def test_a_query_that_is_cut_for_the_compressor_is_counted(engine: Engine) -> None:
+    cut = {}
+    for words, documents in ((1, ["No."]), (200, ["No."]), (200, [])):
+        end = Asked(engine, "why " * words, documents).all()[-1]
+        assert isinstance(end, End)
+        cut[words, len(documents)] = end.usage.cut_queries
+    assert cut == {(1, 1): 0, (200, 1): 1, (200, 0): 0}, "without documents the compressor reads nothing"
+    (scores,) = Asked(engine, "why " * 200, ["No."], ranks=True).all()
+    assert isinstance(scores, Scores)
+    assert scores.usage.cut_queries == 1
+
+
+def test_text_that_does_not_fit_is_counted(engine: Engine, model: ScaleDownModel) -> None:
+    documents = ["very " * 100] * 60
+    tokens = len(model.tokenizer(documents[0], add_special_tokens=False)["input_ids"])
+    end = Asked(engine, "Why?", documents, compressed=False).all()[-1]
+    assert isinstance(end, End)
+    read = end.usage.prompt + end.usage.cut_tokens
+    assert end.usage.cut_tokens > 0
+    assert 60 * tokens < read < 60 * tokens + 400, "all documents, what is between them, and the question"
+    end = Asked(engine, "Why?", documents[:2], compressed=False).all()[-1]
+    assert isinstance(end, End)
+    assert end.usage.cut_tokens == 0
 
 
 def test_stopped_engine_ends_all_requests(model: ScaleDownModel) -> None:

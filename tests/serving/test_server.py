@@ -132,6 +132,7 @@ def test_openais_client_gets_the_models_answers(server: Running, model: ScaleDow
         assert found.usage is not None
         assert found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens
         content = found.usage.model_extra["compression"]  # type: ignore[index]
+        assert content["cut_documents"] == content["cut_queries"] == content["cut_tokens"] == 0
         assert (content["embeddings"] > 0) == (bool(documents) and extra.get("compressed", True))
         assert content["document_tokens"] >= 4 * content["embeddings"] - 8
 
@@ -287,7 +288,19 @@ def test_a_list_is_checked_up_to_its_first_wrong_item(
 def test_log_has_the_reason_of_a_refusal(server: Running, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "scaledown")
     assert server.ask(CHAT, chat("Why?", document=["x"]))[0] == 400
-    assert "0 cut: document is not known here: did you mean documents?" in caplog.text
+    assert "tokens 0: document is not known here: did you mean documents?" in caplog.text
+
+
+def test_what_was_not_read_is_reported_and_logged(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "scaledown")
+    _, content, _ = server.ask(CHAT, chat("why " * 200, documents=["very " * 200, "No."]))
+    found = content["usage"]["compression"]
+    assert (found["cut_documents"], found["cut_queries"], found["cut_tokens"]) == (1, 1, 0)
+    assert "cut documents 1, queries 1, tokens 0" in caplog.text
+    _, content, _ = server.ask(CHAT, chat(documents=["very " * 5000], compressed=False))
+    cut = content["usage"]["compression"]["cut_tokens"]
+    assert cut > 0
+    assert f"cut documents 0, queries 0, tokens {cut}" in caplog.text
 
 
 def test_each_response_has_the_id_of_its_log_line(server: Running, caplog: pytest.LogCaptureFixture) -> None:
@@ -335,7 +348,7 @@ def test_an_unexpected_failure_is_answered_logged_and_counted(
         assert content["error"]["message"] == "the server failed on this request"
         assert "ValueError: broken" in caplog.text
         wait_for(lambda: f"request {headers['x-request-id']}: {CHAT} 500" in caplog.text)
-        assert "0 cut: the server failed on this request" in caplog.text
+        assert "tokens 0: the server failed on this request" in caplog.text
         _, metrics, _ = server.ask("/metrics", method="GET")
         assert f'scaledown_requests_total{{route="{CHAT}",status="500"}} 1.0' in metrics
 
@@ -516,7 +529,7 @@ def test_request_that_takes_too_long_gets_504(
         assert status == 200
         assert json.loads(text.strip().splitlines()[-1].removeprefix("data: "))["error"]["code"] == 504
         wait_for(lambda: server.engine.running == 0)
-        wait_for(lambda: caplog.text.count("0 cut: the answer took too long") == 2)
+        wait_for(lambda: caplog.text.count("tokens 0: the answer took too long") == 2)
 
 
 def test_an_engine_that_gave_up_ends_the_server(

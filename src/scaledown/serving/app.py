@@ -37,7 +37,10 @@ _AWAY: Final = 499  # nginx's status for a client that closed the connection
 _LEFT: Final = "the client closed the connection"
 _ID_HEADER: Final = "x-request-id"
 _ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")  # an id of a client that is accepted
-_LOGGED: Final = "request %s: %s %s %.3f s, prompt %s, answer %s, documents %s -> %s, %s cut%s"
+_LOGGED: Final = (
+    "request %s: %s %s %.3f s, prompt %s, answer %s, documents %s -> %s, "
+    "cut documents %s, queries %s, tokens %s%s"
+)
 _RETRY_SECONDS: Final = 1
 _UNBUFFERED: Final = {
     "Cache-Control": "no-cache",
@@ -404,7 +407,9 @@ def _usage(usage: Usage) -> dict[str, Any]:
         "compression": {
             "document_tokens": usage.document_tokens,
             "embeddings": usage.embeddings,
-            "cut_documents": usage.cut,
+            "cut_documents": usage.cut_documents,
+            "cut_queries": usage.cut_queries,
+            "cut_tokens": usage.cut_tokens,
         },
     }
 

@@ -86,8 +86,8 @@ class _Asked(NamedTuple):
 
     job: Job
     documents: list[Document]
-    cut: int
-    """Documents that were cut because they are longer than the model's limit."""
+    cut: tuple[int, int]
+    """Documents, and queries, that were cut because they are longer than the compressor's limit."""
 
 
 class _Made(NamedTuple):
@@ -304,13 +304,12 @@ class Engine:
             job, own = asked.job, made[asked.job]
             tokens = sum(one.stop - one.start for one in asked.documents)
             if job.ranks:
-                job.finish(Scores(own.relevance, Usage(document_tokens=tokens, cut=asked.cut)))
+                job.finish(Scores(own.relevance, Usage(0, 0, tokens, 0, *asked.cut)))
                 continue
             with _blamed(job):
-                question = self._question(asked, own)
-                usage = Usage(
-                    question.encoded.prompt_length, 0, tokens, sum(map(len, own.embeddings)), asked.cut
-                )
+                question, cut_tokens = self._question(asked, own)
+                embeddings = sum(map(len, own.embeddings))
+                usage = Usage(question.encoded.prompt_length, 0, tokens, embeddings, *asked.cut, cut_tokens)
                 begun.append((_Row(job, AnswerText(self._model.tokenizer, job.stops), usage), question))
         parts = _alike(begun)
         while parts and self._generation.can_grow:
@@ -322,12 +321,12 @@ class Engine:
             self._waiting.extendleft(row.job for part in reversed(parts) for row, _ in reversed(part))
 
     def _read(self, job: Job) -> "_Asked":
-        if not (job.compressed or job.ranks):
-            return _Asked(job, [], 0)
+        if not (job.documents and (job.compressed or job.ranks)):
+            return _Asked(job, [], (0, 0))
         reader = self._model.reader
-        before = reader.cut
+        before, before_queries = reader.cut, reader.cut_queries
         documents = reader.read(job.query, job.documents, rate=job.rate)
-        return _Asked(job, documents, reader.cut - before)
+        return _Asked(job, documents, (reader.cut - before, reader.cut_queries - before_queries))
 
     def _compressed(self, read: Sequence["_Asked"]) -> dict[Job, "_Made"]:
         """Compress the documents of each request."""
@@ -365,13 +364,15 @@ class Engine:
             asked.job: _Made([embeddings[key] for key, _ in pairs.get(asked.job, ())], []) for asked in read
         }
 
-    def _question(self, asked: "_Asked", made: "_Made") -> Question:
+    def _question(self, asked: "_Asked", made: "_Made") -> tuple[Question, int]:
+        """Return the prompt, and the number of document tokens that were left out of it."""
         reader, job = self._model.reader, asked.job
         if not asked.documents:
             fitted = reader.fit_text(job.query, job.documents, job.max_new_tokens, job.system)
             if isinstance(fitted, Rejection):
                 raise InputError(f"{fitted.reason}: shorten the question or the system message")
-            return Question(Encoded([], [fitted[0]], [], None), None)
+            ids, cut = fitted
+            return Question(Encoded([], [ids], [], None), None), cut
         laid = [Document([], 0, 0, len(own)) for own in made.embeddings]
         encoded = Encoded(laid, reader.prompt_parts(job.query, len(laid), job.system), [], None)
         if encoded.prompt_length + job.max_new_tokens > reader.context:
@@ -380,7 +381,7 @@ class Engine:
                 f"are asked for; the model takes {reader.context:,}: give fewer documents or ask for fewer "
                 "tokens"
             )
-        return Question(encoded, torch.cat(made.embeddings))
+        return Question(encoded, torch.cat(made.embeddings)), 0
 
     def _advance(self) -> None:
         """Write the next tokens of each running answer."""

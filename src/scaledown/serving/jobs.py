@@ -19,8 +19,12 @@ class Usage(NamedTuple):
     """Tokens of documents that were compressed, by the compressor's tokenizer."""
     embeddings: int = 0
     """Embeddings that replace these tokens."""
-    cut: int = 0
-    """Documents that were cut because they are longer than the model's limit."""
+    cut_documents: int = 0
+    """Documents that were cut because they are longer than the compressor's limit."""
+    cut_queries: int = 0
+    """1 if the query was cut for the compressor, else 0; the generator reads it whole."""
+    cut_tokens: int = 0
+    """Tokens of documents' text that were left out because the generator's context has no room."""
 
 
 class Piece(NamedTuple):
