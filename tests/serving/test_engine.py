@@ -246,6 +246,48 @@ def test_out_of_memory_halves_the_answers_at_once(
     engine.stop(10)
 
 
+def test_cached_embeddings_are_given_up_for_a_request(
+    engine: Engine, model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = model.answer("Who?", ["No."], max_new_tokens=6)
+    Asked(engine, "Why?", ["No."]).text()
+    prompts, room = model.prompts, engine.cached_bytes
+
+    def small(questions: Any, budget: str = "each") -> Any:
+        if engine.cached_bytes > room:
+            raise torch.OutOfMemoryError
+        return prompts(questions, budget)
+
+    monkeypatch.setattr(model, "prompts", small)
+    assert Asked(engine, "Who?", ["No."]).text() == expected
+    assert 0 < engine.cached_bytes <= room
+
+
+def test_a_step_without_memory_ends_running_answers(
+    model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(model.generator.generation_config, "eos_token_id", [])  # no answer ends by itself
+    monkeypatch.setattr(decoding.Decoding, "step", fails)
+    engine = Engine(model, ServeConfig(model="x", batch_size=16))
+    asked = [Asked(engine, "Why?", ["No."]) for _ in range(2)]
+    engine.start(lambda: None)
+    try:
+        for one in asked:
+            error = one.all()[-1]
+            assert isinstance(error, RequestError)
+            assert error.status == 503, "each may fit alone"
+        assert engine.cached_bytes
+        error = Asked(engine, "Why?", ["No."]).all()[-1]
+        assert isinstance(error, RequestError)
+        assert error.status == 413
+        assert not engine.cached_bytes
+    finally:
+        engine.stop(10)
+
+
 def test_memory_that_does_not_suffice_to_join_ends_what_was_written(
     model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

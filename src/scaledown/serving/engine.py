@@ -33,6 +33,7 @@ log = logging.getLogger("scaledown")
 
 SHUTTING_DOWN: Final = "the server is shutting down"
 _FAILED: Final = "the model failed on this request"
+_TOO_LARGE: Final = "this request does not fit into memory: ask for less"
 _FAILURES: Final = 3  # consecutive failures of the model after which the engine gives up
 _TRY_AGAIN: Final = 100  # answers, after which a larger batch than the last that fitted is tried
 _CHECK_SECONDS: Final = 1.0  # between two checks of an idle engine
@@ -63,6 +64,11 @@ class EmbeddingCache:
         if key in self._kept:
             self._kept.move_to_end(key)
         return self._kept.get(key)
+
+    def clear(self) -> None:
+        """Remove all embeddings."""
+        self._kept.clear()
+        self.size = 0
 
     def put(self, key: bytes, embeddings: torch.Tensor) -> None:
         """Keep embeddings, unless they alone are larger than the cache."""
@@ -221,16 +227,19 @@ class Engine:
                 self.failed = f"{error}: start the server again"
             except Exception as error:
                 rows = len(self._rows)
-                self._drop_rows(error)
+                self._drop_rows(error, alone=rows == 1)
                 if is_out_of_memory(error):
-                    self._allow(rows // 2)
+                    self._allow(rows // 2 or self._config.batch_size)
                 else:
                     self._count_failure()
 
-    def _drop_rows(self, error: Exception) -> None:
-        """Fail all requests whose answers are being written."""
+    def _drop_rows(self, error: Exception, *, alone: bool = False) -> None:
+        """Fail all requests whose answers are being written; `alone` if nothing else took memory."""
         failure = RequestError(_FAILED, 500)
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) and alone:
+            self._cache.clear()
+            failure = RequestError(_TOO_LARGE, 413)
+        elif is_out_of_memory(error):
             failure = RequestError("out of memory: ask for less at once, or try again", 503)
         for row in self._rows:
             row.job.finish(failure)
@@ -281,16 +290,23 @@ class Engine:
                     job.finish(RequestError(_FAILED, 500))
                 self._count_failure()
                 return False
-            if len(left) == 1 and not writing:
-                left[0].finish(RequestError("this request does not fit into memory: ask for less", 413))
-                self._allow(self._config.batch_size)
-            else:
-                with self._changed:
-                    self._waiting.extendleft(reversed(left))
-                self._allow((len(left) + len(writing)) // 2)
+            self._begin_later(left, len(writing))
         finally:
             self._admitted = []
         return True
+
+    def _begin_later(self, jobs: Sequence[Job], running: int) -> None:
+        """Queue requests again that found too little memory. One that had all of it does not fit."""
+        alone = len(jobs) == 1 and not running
+        if alone and jobs[0].had_all_memory:
+            jobs[0].finish(RequestError(_TOO_LARGE, 413))
+        else:
+            if alone:
+                self._cache.clear()
+                jobs[0].had_all_memory = True
+            with self._changed:
+                self._waiting.extendleft(reversed(jobs))
+        self._allow(self._config.batch_size if alone else (len(jobs) + running) // 2)
 
     def _begin(self, jobs: Sequence[Job]) -> None:
         read: list[_Asked] = []

@@ -74,6 +74,8 @@ class Job:
     stops: tuple[str, ...] = ()
     cancelled: bool = False
     """Set if the client no longer waits."""
+    had_all_memory: bool = False
+    """Set before it is tried again alone, with an empty cache, because memory did not suffice."""
     settled: bool = False
     """Whether its last event was sent."""
     arrived: float = field(default_factory=time.monotonic)
