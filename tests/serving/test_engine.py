@@ -19,6 +19,8 @@ from scaledown.serving.engine import EmbeddingCache, Engine
 from scaledown.serving.jobs import End, Job, Piece, Scores
 from scaledown.serving.protocol import RequestError
 from scaledown.student import decoding
+from scaledown.student.engines.base import Sampling
+from scaledown.student.engines.steps import _Chance
 from scaledown.student.model import ScaleDownModel
 from tiny import pointer_student
 
@@ -118,6 +120,19 @@ def test_chance_depends_on_the_seed_alone(engine: Engine) -> None:
     assert written(1) == written(1)
     assert len({written(seed) for seed in range(8)}) > 4
     assert len({written(seed, 1e-9) for seed in range(4)}) == 1, "the likeliest only"
+
+
+def test_chances_are_those_of_the_model_without_sorting_the_vocabulary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def sorts(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(torch.Tensor, "sort", sorts)
+    chance = _Chance(Sampling(1, temperature=0.5, seed=0))
+    drawn = [chance.draw(torch.tensor([0.0, 1.0, -9.0, 0.5])) for _ in range(2000)]
+    expected = torch.tensor([0.0, 2.0, -18.0, 1.0]).softmax(-1).tolist()
+    assert [drawn.count(token) / 2000 for token in range(4)] == pytest.approx(expected, abs=0.04)
 
 
 @pytest.mark.parametrize("extreme", [{"temperature": 1e-40}, {"temperature": 1.0, "top_p": 1e-50}])
