@@ -21,15 +21,17 @@ import openai
 import pytest
 import uvicorn
 from pydantic import ValidationError
+from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from conftest import ROOT
 from scaledown import cli
 from scaledown.config.serve import ServeConfig, api_key
 from scaledown.errors import UsageError
+from scaledown.models.sources import resolve
 from scaledown.serving.app import Server, _Stream
 from scaledown.serving.engine import Engine
 from scaledown.serving.protocol import ChatRequest, RerankRequest
-from scaledown.serving.serve import main
+from scaledown.serving.serve import _load, main
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
 from tiny import pointer_student
@@ -407,8 +409,6 @@ def test_fields_that_ask_for_nothing_are_ignored(server: Running) -> None:
 
 
 def test_a_model_without_scores_ranks_nothing(models: dict[str, Path]) -> None:
-    from scaledown.models.sources import resolve
-
     plain = ScaleDownModel.build(
         ScaleDownConfig(num_layers=1, doc_max_length=32), resolve(str(models["causal_lm"]))
     ).eval()
@@ -806,6 +806,24 @@ def test_wrong_settings_are_reported_before_the_model_is_loaded(
     ScaleDownConfig(compressor=compressor).save_pretrained(tmp_path)  # without weights
     assert main(["--model", str(tmp_path), "--port", "0", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_generator_with_a_window_is_warned_of(
+    models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, window: int | None
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(models["causal_lm"])
+    tokenizer.save_pretrained(tmp_path / "generator")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MistralConfig(
+        vocab_size=len(tokenizer), num_hidden_layers=2, sliding_window=window, eos_token_id=1, **sizes
+    )
+    MistralForCausalLM(config).save_pretrained(tmp_path / "generator")
+    settings = ScaleDownConfig(num_layers=1, doc_max_length=32)
+    folder = str(tmp_path / "student")
+    ScaleDownModel.build(settings, resolve(str(tmp_path / "generator"))).save_pretrained(folder)
+    _load(ServeConfig(model=folder, engine="transformers", device="cpu"), resolve(folder))
+    assert ("a new request waits until all running answers are complete" in caplog.text) == bool(window)
 
 
 def test_port_in_use_is_reported_before_the_model_is_loaded(

@@ -139,6 +139,7 @@ def _address_errors(config: ServeConfig) -> Iterator[None]:
 def _load(config: ServeConfig, source: ModelSource) -> tuple[Any, Any, str]:
     """Return the model, the `Generation` of its engine (None: the model's own), and the engine's name."""
     quiet_libraries()
+    from scaledown.models.openvino import keeps_positions
     from scaledown.student.engine_choice import choose_engine
     from scaledown.student.model import ScaleDownModel
 
@@ -156,6 +157,11 @@ def _load(config: ServeConfig, source: ModelSource) -> tuple[Any, Any, str]:
         asked=config.engine,
         eight_bits=config.generator_8bit,
     )
+    if generation is None and not keeps_positions(model.generator.config):
+        log.warning(
+            "the generator's attention reads a window: with --engine transformers, a new request waits until "
+            "all running answers are complete; lower --max_new_tokens, or use --engine vllm"
+        )
     return model, generation, title
 
 
