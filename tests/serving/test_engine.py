@@ -19,6 +19,8 @@ from scaledown.serving.engine import EmbeddingCache, Engine
 from scaledown.serving.jobs import End, Job, Piece, Scores
 from scaledown.serving.protocol import RequestError
 from scaledown.student import decoding
+from scaledown.student.engines.base import Sampling
+from scaledown.student.engines.steps import _Chance
 from scaledown.student.model import ScaleDownModel
 from tiny import pointer_student
 
@@ -82,7 +84,7 @@ def test_usage_counts_positions_and_what_compression_did(engine: Engine, model: 
     assert isinstance(end, End)
     tokens = [one.stop - one.start for one in read.documents]
     embeddings = sum(-(-count // 4) for count in tokens)
-    assert end.usage == (read.prompt_length, 3, sum(tokens), embeddings, 0)
+    assert end.usage == (read.prompt_length, 3, sum(tokens), embeddings, 0, 0, 0)
     assert end.reason == "length"
     end = Asked(engine, "Why?", documents, compressed=False, max_new_tokens=3).all()[-1]
     assert isinstance(end, End)
@@ -118,6 +120,19 @@ def test_chance_depends_on_the_seed_alone(engine: Engine) -> None:
     assert written(1) == written(1)
     assert len({written(seed) for seed in range(8)}) > 4
     assert len({written(seed, 1e-9) for seed in range(4)}) == 1, "the likeliest only"
+
+
+def test_chances_are_those_of_the_model_without_sorting_the_vocabulary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def sorts(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(torch.Tensor, "sort", sorts)
+    chance = _Chance(Sampling(1, temperature=0.5, seed=0))
+    drawn = [chance.draw(torch.tensor([0.0, 1.0, -9.0, 0.5])) for _ in range(2000)]
+    expected = torch.tensor([0.0, 2.0, -18.0, 1.0]).softmax(-1).tolist()
+    assert [drawn.count(token) / 2000 for token in range(4)] == pytest.approx(expected, abs=0.04)
 
 
 @pytest.mark.parametrize("extreme", [{"temperature": 1e-40}, {"temperature": 1.0, "top_p": 1e-50}])
@@ -246,6 +261,48 @@ def test_out_of_memory_halves_the_answers_at_once(
     engine.stop(10)
 
 
+def test_cached_embeddings_are_given_up_for_a_request(
+    engine: Engine, model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = model.answer("Who?", ["No."], max_new_tokens=6)
+    Asked(engine, "Why?", ["No."]).text()
+    prompts, room = model.prompts, engine.cached_bytes
+
+    def small(questions: Any, budget: str = "each") -> Any:
+        if engine.cached_bytes > room:
+            raise torch.OutOfMemoryError
+        return prompts(questions, budget)
+
+    monkeypatch.setattr(model, "prompts", small)
+    assert Asked(engine, "Who?", ["No."]).text() == expected
+    assert 0 < engine.cached_bytes <= room
+
+
+def test_a_step_without_memory_ends_running_answers(
+    model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(model.generator.generation_config, "eos_token_id", [])  # no answer ends by itself
+    monkeypatch.setattr(decoding.Decoding, "step", fails)
+    engine = Engine(model, ServeConfig(model="x", batch_size=16))
+    asked = [Asked(engine, "Why?", ["No."]) for _ in range(2)]
+    engine.start(lambda: None)
+    try:
+        for one in asked:
+            error = one.all()[-1]
+            assert isinstance(error, RequestError)
+            assert error.status == 503, "each may fit alone"
+        assert engine.cached_bytes
+        error = Asked(engine, "Why?", ["No."]).all()[-1]
+        assert isinstance(error, RequestError)
+        assert error.status == 413
+        assert not engine.cached_bytes
+    finally:
+        engine.stop(10)
+
+
 def test_memory_that_does_not_suffice_to_join_ends_what_was_written(
     model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,8 +376,33 @@ def test_engine_that_dies_ends_all_requests(model: ScaleDownModel, monkeypatch: 
 def test_documents_that_are_cut_are_counted(engine: Engine, model: ScaleDownModel) -> None:
     end = Asked(engine, "Why?", ["very " * 200, "No."]).all()[-1]
     assert isinstance(end, End)
-    assert end.usage.cut == 1
+    assert end.usage.cut_documents == 1
     assert end.usage.document_tokens <= 2 * model.config.doc_max_length
+
+
+def test_a_query_that_is_cut_for_the_compressor_is_counted(engine: Engine) -> None:
+    cut = {}
+    for words, documents in ((1, ["No."]), (200, ["No."]), (200, [])):
+        end = Asked(engine, "why " * words, documents).all()[-1]
+        assert isinstance(end, End)
+        cut[words, len(documents)] = end.usage.cut_queries
+    assert cut == {(1, 1): 0, (200, 1): 1, (200, 0): 0}, "without documents the compressor reads nothing"
+    (scores,) = Asked(engine, "why " * 200, ["No."], ranks=True).all()
+    assert isinstance(scores, Scores)
+    assert scores.usage.cut_queries == 1
+
+
+def test_text_that_does_not_fit_is_counted(engine: Engine, model: ScaleDownModel) -> None:
+    documents = ["very " * 100] * 60
+    tokens = len(model.tokenizer(documents[0], add_special_tokens=False)["input_ids"])
+    end = Asked(engine, "Why?", documents, compressed=False).all()[-1]
+    assert isinstance(end, End)
+    read = end.usage.prompt + end.usage.cut_tokens
+    assert end.usage.cut_tokens > 0
+    assert 60 * tokens < read < 60 * tokens + 400, "all documents, what is between them, and the question"
+    end = Asked(engine, "Why?", documents[:2], compressed=False).all()[-1]
+    assert isinstance(end, End)
+    assert end.usage.cut_tokens == 0
 
 
 def test_stopped_engine_ends_all_requests(model: ScaleDownModel) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,20 @@ from typing import Any
 import openai
 import pytest
 import uvicorn
+from pydantic import ValidationError
+from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from conftest import ROOT
 from scaledown import cli
 from scaledown.config.serve import ServeConfig, api_key
 from scaledown.errors import UsageError
-from scaledown.serving.app import Server
+from scaledown.models.sources import resolve
+from scaledown.serving.app import Server, _Stream
 from scaledown.serving.engine import Engine
 from scaledown.serving.protocol import ChatRequest, RerankRequest
-from scaledown.serving.serve import main
+from scaledown.serving.serve import _load, main
 from scaledown.student.model import ScaleDownModel
+from scaledown.student.settings import ScaleDownConfig
 from tiny import pointer_student
 
 KEY = "correct horse"
@@ -130,6 +134,7 @@ def test_openais_client_gets_the_models_answers(server: Running, model: ScaleDow
         assert found.usage is not None
         assert found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens
         content = found.usage.model_extra["compression"]  # type: ignore[index]
+        assert content["cut_documents"] == content["cut_queries"] == content["cut_tokens"] == 0
         assert (content["embeddings"] > 0) == (bool(documents) and extra.get("compressed", True))
         assert content["document_tokens"] >= 4 * content["embeddings"] - 8
 
@@ -264,10 +269,124 @@ def test_what_cannot_be_answered_gets_one_clear_sentence(
     assert len(content["error"]["message"]) < 400
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (ChatRequest, {"messages": [{}] * 1000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 1000}]}),
+        (ChatRequest, chat(documents=[{}] * 1000)),
+        (ChatRequest, chat(stop=[3] * 4)),
+        (RerankRequest, {"query": "Why?", "documents": [{}] * 1000}),
+    ],
+)
+def test_a_list_is_checked_up_to_its_first_wrong_item(
+    kind: type[ChatRequest | RerankRequest], fields: dict[str, Any]
+) -> None:
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate(fields)
+    assert refused.value.error_count() <= 3, "of one item, by each type that it may have"
+
+
 def test_log_has_the_reason_of_a_refusal(server: Running, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "scaledown")
     assert server.ask(CHAT, chat("Why?", document=["x"]))[0] == 400
-    assert "0 cut: document is not known here: did you mean documents?" in caplog.text
+    assert "tokens 0: document is not known here: did you mean documents?" in caplog.text
+
+
+def test_what_was_not_read_is_reported_and_logged(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "scaledown")
+    _, content, _ = server.ask(CHAT, chat("why " * 200, documents=["very " * 200, "No."]))
+    found = content["usage"]["compression"]
+    assert (found["cut_documents"], found["cut_queries"], found["cut_tokens"]) == (1, 1, 0)
+    assert "cut documents 1, queries 1, tokens 0" in caplog.text
+    _, content, _ = server.ask(CHAT, chat(documents=["very " * 5000], compressed=False))
+    cut = content["usage"]["compression"]["cut_tokens"]
+    assert cut > 0
+    assert f"cut documents 0, queries 0, tokens {cut}" in caplog.text
+
+
+def test_each_response_has_the_id_of_its_log_line(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "scaledown")
+    cases: list[tuple[str, Any, str]] = [
+        (CHAT, chat(), "POST"),
+        (CHAT, chat(stream=True), "POST"),
+        (CHAT, chat(n=2), "POST"),
+        (RERANK, {"query": "Why?", "documents": ["x"]}, "POST"),
+        ("/health", None, "GET"),
+        ("/nowhere", None, "GET"),
+    ]
+    for path, body, method in cases:
+        for given, taken in (("a.Client-1_x", True), ("x" * 65, False), ("a b", False), ("", False)):
+            caplog.clear()
+            _, content, headers = server.ask(path, body, method, {"X-Request-ID": given})
+            identity = headers["x-request-id"]
+            assert (identity == given) == taken
+            assert re.fullmatch("[A-Za-z0-9._-]{1,64}", identity)
+            if path in {CHAT, RERANK}:
+                wait_for(lambda sent=identity, route=path: f"request {sent}: {route}" in caplog.text)
+            if body and body.get("stream"):
+                assert f'"id":"chatcmpl-{identity}"' in content
+            elif "id" in content:
+                assert content["id"] in {f"chatcmpl-{identity}", f"rerank-{identity}"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_unexpected_failure_is_answered_logged_and_counted(
+    model: ScaleDownModel,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    stream: bool,
+) -> None:
+    def fails(*_: Any) -> None:
+        raise ValueError("broken")
+
+    caplog.set_level(logging.INFO, "scaledown")
+    monkeypatch.setattr("scaledown.serving.app.Metrics.first", fails)
+    with running(model) as server:
+        status, content, headers = server.ask(CHAT, chat(stream=stream))
+        assert status == (200 if stream else 500)
+        if stream:  # its first text cannot be sent
+            content = json.loads(content.strip().splitlines()[-1].removeprefix("data: "))
+        assert content["error"]["message"] == "the server failed on this request"
+        assert "ValueError: broken" in caplog.text
+        wait_for(lambda: f"request {headers['x-request-id']}: {CHAT} 500" in caplog.text)
+        assert "tokens 0: the server failed on this request" in caplog.text
+        _, metrics, _ = server.ask("/metrics", method="GET")
+        assert f'scaledown_requests_total{{route="{CHAT}",status="500"}} 1.0' in metrics
+
+
+def test_a_stream_ends_also_if_its_client_left_before_it_began() -> None:
+    begun, ended = [], []
+
+    async def events() -> AsyncIterator[bytes]:
+        begun.append(1)
+        yield b""
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def send(_: Any) -> None:
+        await asyncio.sleep(0)
+
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}}  # as uvicorn's
+    asyncio.run(_Stream(events(), lambda: ended.append(1))(scope, receive, send))
+    assert not begun
+    assert ended
+
+
+def test_a_cancelled_request_gets_503_and_is_logged(
+    server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def cancelled(*_: Any) -> None:
+        raise asyncio.CancelledError
+
+    caplog.set_level(logging.INFO, "scaledown")
+    monkeypatch.setattr("scaledown.serving.app.Server._body", cancelled)
+    status, content, headers = server.ask(CHAT, chat())
+    assert status == 503
+    assert headers["Retry-After"] == "1"
+    assert content["error"]["message"] == "the server is shutting down"
+    assert f"{CHAT} 503" in caplog.text
 
 
 def test_fields_that_ask_for_nothing_are_ignored(server: Running) -> None:
@@ -290,9 +409,6 @@ def test_fields_that_ask_for_nothing_are_ignored(server: Running) -> None:
 
 
 def test_a_model_without_scores_ranks_nothing(models: dict[str, Path]) -> None:
-    from scaledown.models.sources import resolve
-    from scaledown.student.settings import ScaleDownConfig
-
     plain = ScaleDownModel.build(
         ScaleDownConfig(num_layers=1, doc_max_length=32), resolve(str(models["causal_lm"]))
     ).eval()
@@ -352,7 +468,14 @@ def test_texts_are_logged_only_if_asked_for(model: ScaleDownModel, caplog: pytes
     for log_texts in (False, True):
         with running(model, log_texts=log_texts) as server:
             server.ask(CHAT, chat("A secret question?", documents=["A secret document."]))
+            long = "A secret text, too long. " * 500
+            status, refused, _ = server.ask(CHAT, chat(long, documents=["A tower."], compressed=False))
+        assert status == 400
+        assert "the model takes" in refused["error"]["message"]
+        assert "the model takes" in caplog.text
+        assert "secret" not in refused["error"]["message"]
         assert ("secret question" in caplog.text) == log_texts
+        assert "secret text" not in caplog.text
         assert "secret document" not in caplog.text
 
 
@@ -396,13 +519,17 @@ def test_requests_above_max_waiting_get_429(model: ScaleDownModel) -> None:
             stream.close()
 
 
-def test_request_that_takes_too_long_gets_504(model: ScaleDownModel) -> None:
+def test_request_that_takes_too_long_gets_504(
+    model: ScaleDownModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "scaledown")
     with running(model, batch_size=1, max_new_tokens=3_900, request_timeout=0.3) as server:
         assert server.ask(CHAT, chat(max_tokens=3_900, temperature=2, seed=1))[0] == 504
         status, text, _ = server.ask(CHAT, chat(max_tokens=3_900, temperature=2, seed=1, stream=True))
         assert status == 200
         assert json.loads(text.strip().splitlines()[-1].removeprefix("data: "))["error"]["code"] == 504
         wait_for(lambda: server.engine.running == 0)
+        wait_for(lambda: caplog.text.count("tokens 0: the answer took too long") == 2)
 
 
 def test_an_engine_that_gave_up_ends_the_server(
@@ -436,7 +563,8 @@ def test_metrics_tell_what_was_done(model: ScaleDownModel) -> None:
 
 @pytest.mark.parametrize("compressed", [True, False])
 def test_no_text_becomes_a_special_token(server: Running, model: ScaleDownModel, compressed: bool) -> None:
-    special = str(model.tokenizer.eos_token)
+    token = str(model.tokenizer.eos_token)
+    special = f"{token} {token[:2]}\ue000{token[2:]}"  # the second is one without the mark of the documents
     turns = [
         {"role": "system", "content": f"Be {special} brief."},
         {"role": "user", "content": f"Why {special}?"},
@@ -601,34 +729,101 @@ def test_two_thousand_requests_of_two_hundred_clients_get_their_own_answers(mode
         assert resident_mb() < before + 60
 
 
+@contextlib.contextmanager
+def served(model: ScaleDownModel, folder: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A process that serves the model, and its port."""
+    model.save_pretrained(folder)
+    words = [sys.executable, "-m", "scaledown", "serve", "--model", str(folder), "--port", "0"]
+    with subprocess.Popen([*words, "--device", "cpu", *flags], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            ready = next(line for line in iter(process.stderr.readline, "") if "ready" in line)
+            yield process, int(re.findall(r":(\d+)/v1", ready)[0])
+        finally:
+            process.kill()
+
+
 @pytest.mark.slow
 def test_sigterm_finishes_what_was_asked(
     model: ScaleDownModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> None:
     monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "student"
-    model.save_pretrained(folder)
-    words = [sys.executable, "-m", "scaledown", "serve", "--model", str(folder), "--port", "0"]
-    with subprocess.Popen([*words, "--device", "cpu"], stderr=subprocess.PIPE, text=True) as process:
+    with served(model, tmp_path / "student") as (process, port):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        body = chat(max_tokens=400, stream=True, temperature=2, seed=1)
+        connection.request("POST", CHAT, json.dumps(body))
+        response = connection.getresponse()
+        assert response.read(40)
+        process.send_signal(signal.SIGTERM)
+        text = response.read().decode()
+        assert text.strip().endswith("data: [DONE]")
+        connection.close()
         assert process.stderr is not None
-        try:
-            ready = next(line for line in iter(process.stderr.readline, "") if "ready" in line)
-            port = int(re.findall(r":(\d+)/v1", ready)[0])
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            body = chat(max_tokens=400, stream=True, temperature=2, seed=1)
-            connection.request("POST", CHAT, json.dumps(body))
-            response = connection.getresponse()
-            assert response.read(40)
-            process.send_signal(signal.SIGTERM)
-            text = response.read().decode()
-            assert text.strip().endswith("data: [DONE]")
-            connection.close()
-            rest = process.stderr.read()
-            assert process.wait(60) == 0
-            assert "Traceback" not in rest
-            assert "stopped" in rest
-        finally:
-            process.kill()
+        rest = process.stderr.read()
+        assert process.wait(60) == 0
+        assert "Traceback" not in rest
+        assert "stopped" in rest
+
+
+@pytest.mark.slow
+def test_what_is_not_finished_in_time_gets_503(
+    model: ScaleDownModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: None
+) -> None:
+    monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path / "cache"))
+    flags = ("--engine", "transformers", "--drain_seconds", "0", "--max_new_tokens", "3900")
+    with served(model, tmp_path / "student", *flags) as (process, port):
+        body = chat(max_tokens=3_900, temperature=2, seed=1)
+        stream, whole = (http.client.HTTPConnection("127.0.0.1", port, timeout=60) for _ in range(2))
+        whole.request("POST", CHAT, json.dumps(body))
+        stream.request("POST", CHAT, json.dumps({**body, "stream": True}))
+        events = stream.getresponse()
+        assert events.read(40)
+        process.send_signal(signal.SIGTERM)
+        last = events.read().decode().strip().splitlines()[-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == 503
+        response = whole.getresponse()
+        assert response.status == 503
+        assert response.headers["Retry-After"] == "1"
+        assert json.loads(response.read())["error"]["message"] == "the server is shutting down"
+        stream.close()
+        whole.close()
+        assert process.stderr is not None
+        rest = process.stderr.read()
+        assert process.wait(60) == 0
+        assert "Traceback" not in rest
+
+
+@pytest.mark.parametrize(
+    ("compressor", "flags", "message"),
+    [
+        ("pointer", ["--compression_rate", "2"], "--compression_rate 2: a pointer takes 4 to 32"),
+        ("n_layers", ["--budget", "shared"], "--budget shared: only a pointer"),
+    ],
+)
+def test_wrong_settings_are_reported_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], compressor: str, flags: list[str], message: str
+) -> None:
+    ScaleDownConfig(compressor=compressor).save_pretrained(tmp_path)  # without weights
+    assert main(["--model", str(tmp_path), "--port", "0", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_generator_with_a_window_is_warned_of(
+    models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, window: int | None
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(models["causal_lm"])
+    tokenizer.save_pretrained(tmp_path / "generator")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MistralConfig(
+        vocab_size=len(tokenizer), num_hidden_layers=2, sliding_window=window, eos_token_id=1, **sizes
+    )
+    MistralForCausalLM(config).save_pretrained(tmp_path / "generator")
+    settings = ScaleDownConfig(num_layers=1, doc_max_length=32)
+    folder = str(tmp_path / "student")
+    ScaleDownModel.build(settings, resolve(str(tmp_path / "generator"))).save_pretrained(folder)
+    _load(ServeConfig(model=folder, engine="transformers", device="cpu"), resolve(folder))
+    assert ("a new request waits until all running answers are complete" in caplog.text) == bool(window)
 
 
 def test_port_in_use_is_reported_before_the_model_is_loaded(

@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import json
+import multiprocessing
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -247,6 +249,23 @@ def test_a_prompt_that_vllm_refuses_fails_alone(engine: Engine) -> None:
     assert error.status == 500
     assert isinstance(fine.all()[-1], End)
     assert not engine.failed
+
+
+def test_vllm_that_dies_while_no_request_runs_is_noticed(
+    student: ScaleDownModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = threading.Event()
+    made = Engine(student, ServeConfig(model="x"), student.engine)
+    made.start(failed.set)
+    assert not failed.wait(1.5)
+    here, there = multiprocessing.Pipe()  # as the sentinel of a process: it can be read when the process ends
+    monkeypatch.setattr(student.engine._engine, "_sentinels", [here])
+    there.close()
+    assert failed.wait(30)
+    assert "vLLM has ended" in made.failed
+    assert "start the server again" in made.failed
+    made.stop(10)
+    here.close()
 
 
 def test_dead_vllm_ends_all_answers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

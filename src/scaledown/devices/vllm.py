@@ -22,6 +22,7 @@ _CPU_CACHE: Final = 4 << 30  # bytes of keys and values on a CPU, by default
 _CACHE_VARIABLE: Final = "VLLM_CPU_KVCACHE_SPACE"  # vLLM's variable for the same, in GiB
 _CPU_BATCH: Final = 4096  # tokens of prompts that are read together: vLLM's default
 _END_SECONDS: Final = 10.0  # to wait for a process that is asked to end
+_GONE: Final = "one of its processes is gone"
 _ENVIRONMENT: Final = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # the default is fork, which fails if CUDA is in use here
 }
@@ -122,6 +123,7 @@ class VllmEngine:
             before = set(multiprocessing.active_children())
             self._engine: Any = _unless_interrupted(make)
         self._processes = [one for one in multiprocessing.active_children() if one not in before]
+        self._sentinels = [one.sentinel for one in self._processes]
         if self._processes:
             threading.Thread(target=self._watch, name="vllm-watch", daemon=True).start()
 
@@ -155,6 +157,12 @@ class VllmEngine:
         with contextlib.suppress(Exception):
             self._engine.abort_request(keys)
 
+    def check(self) -> None:
+        """Raise `ModelError` if one of the engine's processes has ended."""
+        with _ending():
+            if multiprocessing.connection.wait(self._sentinels, 0):
+                raise ChildProcessError(_GONE)
+
     def close(self) -> None:
         """End the engine's processes, which frees the device's memory."""
         self._engine.engine_core.shutdown()
@@ -163,8 +171,8 @@ class VllmEngine:
 
     def _watch(self) -> None:
         """Make `step` fail when a process has ended; vLLM itself would wait for the process forever."""
-        multiprocessing.connection.wait([one.sentinel for one in self._processes])
-        self._engine.engine_core.outputs_queue.put_nowait(ChildProcessError("one of its processes is gone"))
+        multiprocessing.connection.wait(self._sentinels)
+        self._engine.engine_core.outputs_queue.put_nowait(ChildProcessError(_GONE))
 
 
 @contextlib.contextmanager

@@ -78,8 +78,13 @@ def can_run(config: Any) -> bool:
     return (
         kind is not None
         and "position_ids" in inspect.signature(kind.forward).parameters
-        and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+        and keeps_positions(config)
     )
+
+
+def keeps_positions(config: Any) -> bool:
+    """Whether each layer of a causal LM keeps all positions; a sliding window drops old ones."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
 
 class _Grown(Cache):  # type: ignore[misc]  # transformers has no types

@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import logging
 import math
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,11 +17,12 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from scaledown.config.serve import ServeConfig
 from scaledown.errors import UsageError, one_line
 from scaledown.records import document_text
-from scaledown.serving.engine import Engine
+from scaledown.serving.engine import SHUTTING_DOWN, Engine
 from scaledown.serving.jobs import End, Event, Job, Piece, Scores, Usage
 from scaledown.serving.metrics import Metrics
 from scaledown.serving.protocol import ChatRequest, Document, RequestError, RerankRequest, parsed
@@ -32,13 +34,30 @@ _CHAT: Final = "/v1/chat/completions"
 _RERANK: Final = "/v1/rerank"
 _OPEN: Final = "/health"  # needs no key: load balancers have none
 _AWAY: Final = 499  # nginx's status for a client that closed the connection
-_LOGGED: Final = "%s %s %.3f s, prompt %s, answer %s, documents %s -> %s, %s cut%s"
+_LEFT: Final = "the client closed the connection"
+_ID_HEADER: Final = "x-request-id"
+_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")  # an id of a client that is accepted
+_LOGGED: Final = (
+    "request %s: %s %s %.3f s, prompt %s, answer %s, documents %s -> %s, "
+    "cut documents %s, queries %s, tokens %s%s"
+)
 _RETRY_SECONDS: Final = 1
 _UNBUFFERED: Final = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }  # proxies must not wait
 _LOOK_SECONDS: Final = 0.5  # between two checks that the client is still connected
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A request as it arrived."""
+
+    request: Request
+    path: str
+    identity: str
+    """The client's X-Request-ID, else one of ours: the response and the log have it."""
+    started: float = field(default_factory=time.perf_counter)
 
 
 @dataclass
@@ -51,6 +70,23 @@ class _Waiting:
     looked: float = 0.0
     """Time of the last check that the client is still connected."""
     usage: Usage = field(default_factory=Usage)
+    status: int = _AWAY
+    """How a stream ended, and `reason`: the client has left, if nothing else is known."""
+    reason: str = _LEFT
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events. `ended` is called at their end, also if the client leaves before they begin."""
+
+    def __init__(self, events: AsyncIterator[bytes], ended: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=_UNBUFFERED)
+        self._ended = ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ended()
 
 
 class Server:
@@ -80,31 +116,28 @@ class Server:
         for method, path, route in routes:
             app.add_api_route(path, self._guarded(path, route), methods=[method])
         app.add_exception_handler(HTTPException, _not_found)
-        app.add_exception_handler(Exception, _unexpected)
         return app
 
     def _guarded(
-        self, path: str, route: Callable[[Request], Awaitable[Response]]
+        self, path: str, route: Callable[[_Call], Awaitable[Response]]
     ) -> Callable[[Request], Awaitable[Response]]:
         """Wrap a route: it checks the key, and returns errors in OpenAI's format."""
 
         async def guarded(request: Request) -> Response:
-            started, reason = time.perf_counter(), ""
+            call = _Call(request, path, _identity(request))
             try:
                 if path != _OPEN:
                     self._check_key(request)
-                return await route(request)
-            except RequestError as error:
-                status, reason = error.status, one_line(str(error))
-                response = _json(error.body(), status)
-            except ClientDisconnect:
-                status = _AWAY
-                response = Response(status_code=status)
-            if status in {429, 503}:
-                response.headers["Retry-After"] = str(_RETRY_SECONDS)
-            if status == 401:
-                response.headers["WWW-Authenticate"] = "Bearer"
-            self._done(path, status, started, Usage(), reason)
+                response = await route(call)
+            except (Exception, asyncio.CancelledError) as error:
+                failure = _failure(call, error)
+                response = _json(failure.body(), failure.status)
+                if failure.status in {429, 503}:
+                    response.headers["Retry-After"] = str(_RETRY_SECONDS)
+                if failure.status == 401:
+                    response.headers["WWW-Authenticate"] = "Bearer"
+                self._done(call, failure.status, reason=one_line(str(failure)))
+            response.headers[_ID_HEADER] = call.identity
             return response
 
         return guarded
@@ -120,47 +153,47 @@ class Server:
                 kind="authentication_error",
             )
 
-    def _done(self, path: str, status: int, started: float, usage: Usage, reason: str = "") -> None:
-        seconds = time.perf_counter() - started
-        self._metrics.done(path, status, seconds, usage)
-        if path in {_CHAT, _RERANK}:
-            log.info(_LOGGED, path, status, seconds, *usage, f": {reason}" if reason else "")
+    def _done(self, call: _Call, status: int, usage: Usage | None = None, reason: str = "") -> None:
+        seconds = time.perf_counter() - call.started
+        usage = usage or Usage()
+        self._metrics.done(call.path, status, seconds, usage)
+        if call.path in {_CHAT, _RERANK}:
+            words = f": {reason}" if reason else ""
+            log.info(_LOGGED, call.identity, call.path, status, seconds, *usage, words)
 
     # Routes.
 
-    async def _health(self, _: Request) -> Response:
+    async def _health(self, _: _Call) -> Response:
         failed = self._engine.failed
         return _json({"status": failed or "ok"}, 503 if failed else 200)
 
-    async def _metrics_text(self, _: Request) -> Response:
+    async def _metrics_text(self, _: _Call) -> Response:
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def _models(self, _: Request) -> Response:
+    async def _models(self, _: _Call) -> Response:
         model = {"id": self._name, "object": "model", "created": self._started, "owned_by": "scaledown"}
         return _json({"object": "list", "data": [model]})
 
-    async def _chat(self, request: Request) -> Response:
-        started = time.perf_counter()
-        asked = parsed(await self._body(request), ChatRequest)
-        waiting = self._submit(self._chat_job(asked))
-        identity = f"chatcmpl-{uuid.uuid4().hex}"
-        head = {"id": identity, "created": int(time.time()), "model": self._name}
+    async def _chat(self, call: _Call) -> Response:
+        asked = parsed(await self._body(call.request), ChatRequest)
+        waiting = self._submit(call, self._chat_job(asked))
+        head = {"id": f"chatcmpl-{call.identity}", "created": int(time.time()), "model": self._name}
         if asked.stream:
-            first = await self._next(request, waiting)  # an error before the first text gets its own status
+            first = await self._next(call, waiting)  # an error before the first text gets its own status
             with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-            events = self._streamed(request, waiting, first, head, started, with_usage=with_usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers=_UNBUFFERED)
+            events = self._streamed(call, waiting, first, head, with_usage=with_usage)
+            return _Stream(events, lambda: self._ended(call, waiting))
         text, reason = "", "stop"
         while True:
-            event = await self._next(request, waiting)
+            event = await self._next(call, waiting)
             if isinstance(event, Piece):
-                self._first(text, started)
+                self._first(text, call)
                 text += event.text
             elif isinstance(event, End):
                 reason, waiting.usage = event.reason, event.usage
                 break
-        self._log_texts(waiting.job, text)
-        self._done(_CHAT, 200, started, waiting.usage)
+        self._log_texts(call, waiting.job, text)
+        self._done(call, 200, waiting.usage)
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": text},
@@ -172,14 +205,7 @@ class Server:
         )
 
     async def _streamed(
-        self,
-        request: Request,
-        waiting: _Waiting,
-        event: Event,
-        head: dict[str, Any],
-        started: float,
-        *,
-        with_usage: bool,
+        self, call: _Call, waiting: _Waiting, event: Event, head: dict[str, Any], *, with_usage: bool
     ) -> AsyncIterator[bytes]:
         """Yield an answer as server-sent events; its first `event` has already arrived."""
 
@@ -188,40 +214,42 @@ class Server:
             extra = {"usage": None} if with_usage else {}
             return _event({**head, "object": "chat.completion.chunk", "choices": [choice], **extra})
 
-        status, text = _AWAY, ""
+        text = ""
         try:
             yield chunk({"role": "assistant", "content": ""})
             while not isinstance(event, End):
                 if isinstance(event, Piece):
-                    self._first(text, started)
+                    self._first(text, call)
                     text += event.text
                     yield chunk({"content": event.text})
-                event = await self._next(request, waiting)
-            waiting.usage, status = event.usage, 200
+                event = await self._next(call, waiting)
+            waiting.usage, waiting.status, waiting.reason = event.usage, 200, ""
             yield chunk({}, event.reason)
             if with_usage:
                 last = {"object": "chat.completion.chunk", "choices": [], "usage": _usage(event.usage)}
                 yield _event({**head, **last})
             yield b"data: [DONE]\n\n"
-            self._log_texts(waiting.job, text)
-        except RequestError as error:  # the response has begun, so the error is its last event
-            status = error.status
-            yield _event(error.body())
-        finally:
-            waiting.job.cancelled = True
-            self._done(_CHAT, status, started, waiting.usage)
+            self._log_texts(call, waiting.job, text)
+        except Exception as error:  # the response has begun, so the error is its last event
+            failure = _failure(call, error)
+            waiting.status, waiting.reason = failure.status, one_line(str(failure))
+            yield _event(failure.body())
 
-    async def _rerank(self, request: Request) -> Response:
-        started = time.perf_counter()
-        asked = parsed(await self._body(request), RerankRequest)
+    def _ended(self, call: _Call, waiting: _Waiting) -> None:
+        """End a stream."""
+        waiting.job.cancelled = True
+        self._done(call, waiting.status, waiting.usage, waiting.reason)
+
+    async def _rerank(self, call: _Call) -> Response:
+        asked = parsed(await self._body(call.request), RerankRequest)
         if not self._model.ranks:
             raise RequestError("this model does not rank documents: train one with --enable_reranking")
         if not asked.documents:
             raise RequestError("documents: give at least one", param="documents")
         job = self._job(asked.query.strip(), asked.documents)
         job.ranks, job.rate = True, self._model.compression_rate
-        waiting = self._submit(job)
-        event = await self._next(request, waiting)
+        waiting = self._submit(call, job)
+        event = await self._next(call, waiting)
         if not isinstance(event, Scores):
             raise RequestError("the model returned no scores", 500)
         waiting.usage = event.usage
@@ -231,10 +259,10 @@ class Server:
             | ({"document": {"text": job.documents[place]}} if asked.return_documents else {})
             for place in order[: asked.top_n]
         ]
-        self._done(_RERANK, 200, started, waiting.usage)
+        self._done(call, 200, waiting.usage)
         return _json(
             {
-                "id": f"rerank-{uuid.uuid4().hex}",
+                "id": f"rerank-{call.identity}",
                 "model": self._name,
                 "results": results,
                 "usage": {"total_tokens": event.usage.document_tokens},
@@ -303,7 +331,7 @@ class Server:
                 )
         return Job(query, texts, lambda _: None)
 
-    def _submit(self, job: Job) -> _Waiting:
+    def _submit(self, call: _Call, job: Job) -> _Waiting:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
 
@@ -311,11 +339,11 @@ class Server:
             with suppress(RuntimeError):  # the event loop has ended: no client waits any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        job.send = send
+        job.identity, job.send = call.identity, send
         self._engine.submit(job)
         return _Waiting(job, events, loop.time() + self._config.request_timeout)
 
-    async def _next(self, request: Request, waiting: _Waiting) -> Event:
+    async def _next(self, call: _Call, waiting: _Waiting) -> Event:
         """Wait for the engine's next event.
 
         Raises:
@@ -323,7 +351,7 @@ class Server:
             ClientDisconnect: The client closed the connection.
         """
         try:
-            event = await self._event(request, waiting)
+            event = await self._event(call.request, waiting)
         except BaseException:
             waiting.job.cancelled = True
             raise
@@ -343,13 +371,31 @@ class Server:
                 return await asyncio.wait_for(waiting.events.get(), min(left, _LOOK_SECONDS))
         raise RequestError("the answer took too long: ask for less, or try again", 504)
 
-    def _first(self, text: str, started: float) -> None:
+    def _first(self, text: str, call: _Call) -> None:
         if not text:
-            self._metrics.first(time.perf_counter() - started)
+            self._metrics.first(time.perf_counter() - call.started)
 
-    def _log_texts(self, job: Job, answer: str) -> None:
+    def _log_texts(self, call: _Call, job: Job, answer: str) -> None:
         if self._config.log_texts:
-            log.info("query %r, answer %r", job.query, answer)
+            log.info("request %s: query %r, answer %r", call.identity, job.query, answer)
+
+
+def _identity(request: Request) -> str:
+    """Return the client's id of a request if it is short and plain, else a new one."""
+    given = request.headers.get(_ID_HEADER, "")
+    return given if _ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _failure(call: _Call, error: BaseException) -> RequestError:
+    """Return what the client is told of an error; only the log says more."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, ClientDisconnect):
+        return RequestError(_LEFT, _AWAY)
+    if isinstance(error, asyncio.CancelledError):  # uvicorn waits no longer
+        return RequestError(SHUTTING_DOWN, 503)
+    log.error("request %s failed", call.identity, exc_info=error)
+    return RequestError("the server failed on this request", 500)
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
@@ -361,7 +407,9 @@ def _usage(usage: Usage) -> dict[str, Any]:
         "compression": {
             "document_tokens": usage.document_tokens,
             "embeddings": usage.embeddings,
-            "cut_documents": usage.cut,
+            "cut_documents": usage.cut_documents,
+            "cut_queries": usage.cut_queries,
+            "cut_tokens": usage.cut_tokens,
         },
     }
 
@@ -381,14 +429,11 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "relevance_score": score if math.isfinite(score) else None}
 
 
-async def _unexpected(_: Request, error: Exception) -> Response:
-    """An error inside the server; only the log says which."""
-    return _json(RequestError("the server failed on this request", 500).body(), 500)
-
-
-async def _not_found(_: Request, error: Exception) -> Response:
+async def _not_found(request: Request, error: Exception) -> Response:
     """Paths and methods that are not served, in OpenAI's error format."""
     status = getattr(error, "status_code", 500)
     served = f"POST {_CHAT}, POST {_RERANK}, GET /v1/models, GET /metrics, GET {_OPEN}"
     words = {404: f"there is no such path: the server has {served}", 405: "this path has another method"}
-    return _json(RequestError(words.get(status, str(error)), status).body(), status)
+    response = _json(RequestError(words.get(status, str(error)), status).body(), status)
+    response.headers[_ID_HEADER] = _identity(request)
+    return response

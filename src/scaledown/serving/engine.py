@@ -17,6 +17,7 @@ import torch
 
 from scaledown.config.serve import ServeConfig
 from scaledown.config.train import BUDGETS
+from scaledown.data.teacher.base import Rejection
 from scaledown.devices.gpus import give_back
 from scaledown.devices.halving import is_out_of_memory
 from scaledown.errors import InputError, ModelError, ScaleDownError
@@ -30,10 +31,12 @@ from scaledown.student.engines.steps import StepGeneration
 
 log = logging.getLogger("scaledown")
 
-_SHUTTING_DOWN: Final = "the server is shutting down"
+SHUTTING_DOWN: Final = "the server is shutting down"
 _FAILED: Final = "the model failed on this request"
+_TOO_LARGE: Final = "this request does not fit into memory: ask for less"
 _FAILURES: Final = 3  # consecutive failures of the model after which the engine gives up
 _TRY_AGAIN: Final = 100  # answers, after which a larger batch than the last that fitted is tried
+_CHECK_SECONDS: Final = 1.0  # between two checks of an idle engine
 _POSITIONS: Final = 1 << 13  # of prompts in one prefill, padding included: bounds memory
 
 
@@ -62,6 +65,11 @@ class EmbeddingCache:
             self._kept.move_to_end(key)
         return self._kept.get(key)
 
+    def clear(self) -> None:
+        """Remove all embeddings."""
+        self._kept.clear()
+        self.size = 0
+
     def put(self, key: bytes, embeddings: torch.Tensor) -> None:
         """Keep embeddings, unless they alone are larger than the cache."""
         if embeddings.nbytes > self._room or key in self._kept:
@@ -84,8 +92,8 @@ class _Asked(NamedTuple):
 
     job: Job
     documents: list[Document]
-    cut: int
-    """Documents that were cut because they are longer than the model's limit."""
+    cut: tuple[int, int]
+    """Documents, and queries, that were cut because they are longer than the compressor's limit."""
 
 
 class _Made(NamedTuple):
@@ -144,7 +152,7 @@ class Engine:
         """
         with self._changed:
             if self.failed or self._draining:
-                raise RequestError(self.failed or _SHUTTING_DOWN, 503)
+                raise RequestError(self.failed or SHUTTING_DOWN, 503)
             most = self._config.max_waiting + self._most_rows - len(self._rows)
             if len(self._waiting) >= most:
                 self._waiting = deque(job for job in self._waiting if not job.cancelled)
@@ -168,15 +176,23 @@ class Engine:
         """Bytes of the embeddings in the cache."""
         return self._cache.size
 
+    def refuse_all(self) -> None:
+        """Refuse new requests, and fail the others now."""
+        self._drain()
+        self._fail_all(RequestError(SHUTTING_DOWN, 503))
+
     def stop(self, patience: float) -> None:
         """Refuse new requests, finish the others within `patience` seconds, and fail those that are left."""
-        with self._changed:
-            self._draining = True
-            self._changed.notify()
+        self._drain()
         self._thread.join(patience)
         self._closed = True
         self._generation.close()
-        self._fail_all(RequestError(_SHUTTING_DOWN, 503))
+        self._fail_all(RequestError(SHUTTING_DOWN, 503))
+
+    def _drain(self) -> None:
+        with self._changed:
+            self._draining = True
+            self._changed.notify()
 
     # The engine's thread.
 
@@ -193,12 +209,15 @@ class Engine:
     def _run(self) -> None:
         while not (self.failed or self._closed):
             with self._changed:
-                if not self._waiting and not self._rows:
-                    if self._draining:
-                        return
-                    self._changed.wait()
-                    continue
+                idle = not self._waiting and not self._rows
+                if idle and self._draining:
+                    return
+                if idle:
+                    self._changed.wait(_CHECK_SECONDS)
             try:
+                if idle:
+                    self._generation.check()
+                    continue
                 fine = self._admit()
                 if self._rows:
                     self._advance()
@@ -208,16 +227,19 @@ class Engine:
                 self.failed = f"{error}: start the server again"
             except Exception as error:
                 rows = len(self._rows)
-                self._drop_rows(error)
+                self._drop_rows(error, alone=rows == 1)
                 if is_out_of_memory(error):
-                    self._allow(rows // 2)
+                    self._allow(rows // 2 or self._config.batch_size)
                 else:
                     self._count_failure()
 
-    def _drop_rows(self, error: Exception) -> None:
-        """Fail all requests whose answers are being written."""
+    def _drop_rows(self, error: Exception, *, alone: bool = False) -> None:
+        """Fail all requests whose answers are being written; `alone` if nothing else took memory."""
         failure = RequestError(_FAILED, 500)
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) and alone:
+            self._cache.clear()
+            failure = RequestError(_TOO_LARGE, 413)
+        elif is_out_of_memory(error):
             failure = RequestError("out of memory: ask for less at once, or try again", 503)
         for row in self._rows:
             row.job.finish(failure)
@@ -268,16 +290,23 @@ class Engine:
                     job.finish(RequestError(_FAILED, 500))
                 self._count_failure()
                 return False
-            if len(left) == 1 and not writing:
-                left[0].finish(RequestError("this request does not fit into memory: ask for less", 413))
-                self._allow(self._config.batch_size)
-            else:
-                with self._changed:
-                    self._waiting.extendleft(reversed(left))
-                self._allow((len(left) + len(writing)) // 2)
+            self._begin_later(left, len(writing))
         finally:
             self._admitted = []
         return True
+
+    def _begin_later(self, jobs: Sequence[Job], running: int) -> None:
+        """Queue requests again that found too little memory. One that had all of it does not fit."""
+        alone = len(jobs) == 1 and not running
+        if alone and jobs[0].had_all_memory:
+            jobs[0].finish(RequestError(_TOO_LARGE, 413))
+        else:
+            if alone:
+                self._cache.clear()
+                jobs[0].had_all_memory = True
+            with self._changed:
+                self._waiting.extendleft(reversed(jobs))
+        self._allow(self._config.batch_size if alone else (len(jobs) + running) // 2)
 
     def _begin(self, jobs: Sequence[Job]) -> None:
         read: list[_Asked] = []
@@ -291,13 +320,12 @@ class Engine:
             job, own = asked.job, made[asked.job]
             tokens = sum(one.stop - one.start for one in asked.documents)
             if job.ranks:
-                job.finish(Scores(own.relevance, Usage(document_tokens=tokens, cut=asked.cut)))
+                job.finish(Scores(own.relevance, Usage(0, 0, tokens, 0, *asked.cut)))
                 continue
             with _blamed(job):
-                question = self._question(asked, own)
-                usage = Usage(
-                    question.encoded.prompt_length, 0, tokens, sum(map(len, own.embeddings)), asked.cut
-                )
+                question, cut_tokens = self._question(asked, own)
+                embeddings = sum(map(len, own.embeddings))
+                usage = Usage(question.encoded.prompt_length, 0, tokens, embeddings, *asked.cut, cut_tokens)
                 begun.append((_Row(job, AnswerText(self._model.tokenizer, job.stops), usage), question))
         parts = _alike(begun)
         while parts and self._generation.can_grow:
@@ -309,12 +337,12 @@ class Engine:
             self._waiting.extendleft(row.job for part in reversed(parts) for row, _ in reversed(part))
 
     def _read(self, job: Job) -> "_Asked":
-        if not (job.compressed or job.ranks):
-            return _Asked(job, [], 0)
+        if not (job.documents and (job.compressed or job.ranks)):
+            return _Asked(job, [], (0, 0))
         reader = self._model.reader
-        before = reader.cut
+        before, before_queries = reader.cut, reader.cut_queries
         documents = reader.read(job.query, job.documents, rate=job.rate)
-        return _Asked(job, documents, reader.cut - before)
+        return _Asked(job, documents, (reader.cut - before, reader.cut_queries - before_queries))
 
     def _compressed(self, read: Sequence["_Asked"]) -> dict[Job, "_Made"]:
         """Compress the documents of each request."""
@@ -352,11 +380,15 @@ class Engine:
             asked.job: _Made([embeddings[key] for key, _ in pairs.get(asked.job, ())], []) for asked in read
         }
 
-    def _question(self, asked: "_Asked", made: "_Made") -> Question:
+    def _question(self, asked: "_Asked", made: "_Made") -> tuple[Question, int]:
+        """Return the prompt, and the number of document tokens that were left out of it."""
         reader, job = self._model.reader, asked.job
         if not asked.documents:
-            encoded = reader.encode_text(job.query, job.documents, job.max_new_tokens, job.system)
-            return Question(encoded, None)
+            fitted = reader.fit_text(job.query, job.documents, job.max_new_tokens, job.system)
+            if isinstance(fitted, Rejection):
+                raise InputError(f"{fitted.reason}: shorten the question or the system message")
+            ids, cut = fitted
+            return Question(Encoded([], [ids], [], None), None), cut
         laid = [Document([], 0, 0, len(own)) for own in made.embeddings]
         encoded = Encoded(laid, reader.prompt_parts(job.query, len(laid), job.system), [], None)
         if encoded.prompt_length + job.max_new_tokens > reader.context:
@@ -365,7 +397,7 @@ class Engine:
                 f"are asked for; the model takes {reader.context:,}: give fewer documents or ask for fewer "
                 "tokens"
             )
-        return Question(encoded, torch.cat(made.embeddings))
+        return Question(encoded, torch.cat(made.embeddings)), 0
 
     def _advance(self) -> None:
         """Write the next tokens of each running answer."""
@@ -374,7 +406,7 @@ class Engine:
             if row.job.cancelled or row.job.settled:
                 continue
             if isinstance(tokens, Exception):
-                log.error("a request failed", exc_info=tokens)
+                log.error("request %s failed", row.job.identity, exc_info=tokens)
                 row.job.finish(RequestError(_FAILED, 500))
             elif self._goes_on(row, tokens):
                 going.append(place)
@@ -418,7 +450,7 @@ def _blamed(job: Job) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        log.exception("a request failed")
+        log.exception("request %s failed", job.identity)
         job.finish(RequestError(_FAILED, 500))
 
 

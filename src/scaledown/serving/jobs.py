@@ -19,8 +19,12 @@ class Usage(NamedTuple):
     """Tokens of documents that were compressed, by the compressor's tokenizer."""
     embeddings: int = 0
     """Embeddings that replace these tokens."""
-    cut: int = 0
-    """Documents that were cut because they are longer than the model's limit."""
+    cut_documents: int = 0
+    """Documents that were cut because they are longer than the compressor's limit."""
+    cut_queries: int = 0
+    """1 if the query was cut for the compressor, else 0; the generator reads it whole."""
+    cut_tokens: int = 0
+    """Tokens of documents' text that were left out because the generator's context has no room."""
 
 
 class Piece(NamedTuple):
@@ -55,6 +59,8 @@ class Job:
     documents: list[str]
     send: Callable[[Event], None]
     """Called from the engine's thread."""
+    identity: str = ""
+    """Its id, for the log."""
     system: str = ""
     compressed: bool = True
     ranks: bool = False
@@ -68,6 +74,8 @@ class Job:
     stops: tuple[str, ...] = ()
     cancelled: bool = False
     """Set if the client no longer waits."""
+    had_all_memory: bool = False
+    """Set before it is tried again alone, with an empty cache, because memory did not suffice."""
     settled: bool = False
     """Whether its last event was sent."""
     arrived: float = field(default_factory=time.monotonic)

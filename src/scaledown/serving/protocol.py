@@ -35,7 +35,8 @@ class RequestError(ScaleDownError):
 class _Shape(BaseModel):
     """Unknown fields are ignored, as vLLM does; values of another type are refused, not converted.
 
-    `parsed` refuses misspelt fields of the request and of its documents.
+    `parsed` refuses misspelt fields of the request and of its documents. A list is checked only up to its
+    first wrong item (`fail_fast`): a body has room for millions.
     """
 
     model_config = ConfigDict(extra="ignore", strict=True)
@@ -57,7 +58,7 @@ class Message(_Shape):
     """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[_TextPart] | None = None
+    content: str | Annotated[list[_TextPart], Field(fail_fast=True)] | None = None
 
     @property
     def text(self) -> str:
@@ -77,9 +78,9 @@ _Stop = Annotated[str, Field(max_length=1000)]
 class ChatRequest(_Shape):
     """A body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     model: str = ""
-    documents: list[str | Document] | None = None
+    documents: Annotated[list[str | Document], Field(fail_fast=True)] | None = None
     compressed: bool = True
     compression_rate: Annotated[int, Field(ge=0)] | None = None
     budget: Literal["each", "shared"] | None = None
@@ -90,7 +91,7 @@ class ChatRequest(_Shape):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: int | None = None
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=4, fail_fast=True)] | None = None
 
     @property
     def query(self) -> str:
@@ -114,7 +115,7 @@ class RerankRequest(_Shape):
     """A body of `/v1/rerank`."""
 
     query: str
-    documents: list[str | Document]
+    documents: Annotated[list[str | Document], Field(fail_fast=True)]
     model: str = ""
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: bool = False

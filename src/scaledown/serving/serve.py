@@ -1,11 +1,13 @@
 """The command `scaledown serve`."""
 
+import asyncio
 import contextlib
 import logging
+import math
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from scaledown.command import Usage, run_cli
 from scaledown.config.serve import GROUPS, ServeConfig, api_key
@@ -15,6 +17,8 @@ from scaledown.models.sources import ModelSource, resolve
 from scaledown.models.weights import onto, quiet_libraries
 
 log = logging.getLogger("scaledown")
+
+_SENDING_SECONDS: Final = 2  # to send the errors of requests that did not finish in time
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown serve") -> int:
@@ -57,10 +61,12 @@ def serve(config: ServeConfig) -> int:
                 f"scaledown serve needs {error.name}: {install_command('serve')}"
             ) from error
         from scaledown.serving.engine import Engine
+        from scaledown.student.model import read_settings
 
+        settings = read_settings(source)
+        settings.check_rate(config.compression_rate or settings.compression_rate)
+        settings.check_budget(config.budget)
         model, generation, writer = _load(config, source)
-        model.config.check_rate(config.compression_rate or model.config.compression_rate)
-        model.config.check_budget(config.budget)
         name = Path(config.model).resolve().name if Path(config.model).is_dir() else config.model
         engine = Engine(model, config, generation)
         app = Server(engine, model.config, name, config, key).app()
@@ -68,17 +74,25 @@ def serve(config: ServeConfig) -> int:
             "log_config": None,
             "access_log": False,
             "server_header": False,
-            "timeout_graceful_shutdown": max(1, round(config.drain_seconds)),
+            # uvicorn cancels what is left then; before, the engine has failed all requests.
+            "timeout_graceful_shutdown": math.ceil(config.drain_seconds) + _SENDING_SECONDS,
         }
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
 
         class Reporting(uvicorn.Server):
-            """Reports when requests are accepted: from then on signals end the server in order."""
+            """Reports when requests are accepted: from then on signals end the server in order.
+
+            What is not finished `--drain_seconds` after a signal is failed by the engine.
+            """
 
             async def startup(self, sockets: list[socket.socket] | None = None) -> None:
                 await super().startup(sockets)
                 log.info("ready: %s at http://%s:%s/v1, by %s on %s", name, host, port, writer, model.device)
+
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                asyncio.get_running_loop().call_later(config.drain_seconds, engine.refuse_all)
+                await super().shutdown(sockets)
 
         server = Reporting(uvicorn.Config(app, **options))
         with _address_errors(config):
@@ -125,6 +139,7 @@ def _address_errors(config: ServeConfig) -> Iterator[None]:
 def _load(config: ServeConfig, source: ModelSource) -> tuple[Any, Any, str]:
     """Return the model, the `Generation` of its engine (None: the model's own), and the engine's name."""
     quiet_libraries()
+    from scaledown.models.openvino import keeps_positions
     from scaledown.student.engine_choice import choose_engine
     from scaledown.student.model import ScaleDownModel
 
@@ -142,6 +157,11 @@ def _load(config: ServeConfig, source: ModelSource) -> tuple[Any, Any, str]:
         asked=config.engine,
         eight_bits=config.generator_8bit,
     )
+    if generation is None and not keeps_positions(model.generator.config):
+        log.warning(
+            "the generator's attention reads a window: with --engine transformers, a new request waits until "
+            "all running answers are complete; lower --max_new_tokens, or use --engine vllm"
+        )
     return model, generation, title
 
 

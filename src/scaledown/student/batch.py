@@ -240,8 +240,11 @@ class _Pieces(Context):
     """The teacher's prompt, cut into pieces around documents that the generator reads as embeddings."""
 
     def spelled(self, text: str) -> str:
-        """Neutralize special tokens and the mark of the documents in a user's text."""
-        return self.spelled_apart(text).replace(_DOCUMENTS[0], "")
+        """Neutralize special tokens and the mark of the documents in a user's text.
+
+        The mark goes first: without it, the text around it may be a special token.
+        """
+        return self.spelled_apart(text.replace(_DOCUMENTS[0], ""))
 
     def around(self, prompt: Prompt, documents: int) -> list[list[int]]:
         """Return the token ids before, between and after `documents` documents, tokenized piece by piece."""
@@ -340,14 +343,23 @@ class Reader:
         Raises:
             InputError: The question alone does not fit.
         """
+        fitted = self.fit_text(query, documents, max_new_tokens, system)
+        if isinstance(fitted, Rejection):
+            raise InputError(f"query {query[:80]!r}: {fitted.reason}; shorten it")
+        return Encoded([], [fitted[0]], [], None)
+
+    def fit_text(
+        self, query: str, documents: Sequence[object], max_new_tokens: int, system: str = ""
+    ) -> tuple[list[int], int] | Rejection:
+        """Return the token ids of `encode_text`, and the number of document tokens cut to fit the context.
+
+        If the question alone does not fit, return a `Rejection`, whose reason does not quote it.
+        """
         texts = [document_text(document) for document in documents]
         template = self._config.template if texts else CLOSED_BOOK
         prompt = self._instructed(answer_prompt("", query, texts, 0.0, template), system)
         generation = Generation(max_new_tokens=max_new_tokens)
-        fitted = Context(self._config.generator_name, self._tokenizer, self.context, generation).fit(prompt)
-        if isinstance(fitted, Rejection):
-            raise InputError(f"query {query[:80]!r}: {fitted.reason}; shorten it")
-        return Encoded([], [fitted[0]], [], None)
+        return Context(self._config.generator_name, self._tokenizer, self.context, generation).fit(prompt)
 
     def read(
         self, query: str, documents: Sequence[object], answer: str = "", *, rate: int = 0

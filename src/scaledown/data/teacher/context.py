@@ -72,7 +72,7 @@ class Context:
             ids = self._ids(prompt, documents)  # not exactly the sum of its parts
         if len(ids) > self.limit:
             raise ValueError(
-                f"the prompt without documents has {len(ids):,} tokens; the teacher takes {self.limit:,}"
+                f"the prompt without documents has {len(ids):,} tokens; the model takes {self.limit:,}"
             )
         return ids, dropped
 

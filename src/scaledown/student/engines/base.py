@@ -39,5 +39,8 @@ class Generation(Protocol):
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order."""
 
+    def check(self) -> None:
+        """Raise `ModelError` if what writes the answers has ended. It takes no time."""
+
     def close(self) -> None:
         """Free what is held outside of this process."""

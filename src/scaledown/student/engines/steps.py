@@ -93,6 +93,9 @@ class StepGeneration:
             with self._model.using():
                 self._decoding.step(chosen)
 
+    def check(self) -> None:
+        """Do nothing: this process writes the answers."""
+
     def close(self) -> None:
         """Do nothing: no resources are held outside of this process."""
 
@@ -115,7 +118,10 @@ class _Chance:
         """
         scores = logits.float().cpu()
         scores = (scores - scores.max()) / max(self._sampling.temperature, _COLDEST)
-        ordered, places = scores.softmax(-1).sort(descending=True)
+        chances = scores.softmax(-1)
+        if self._sampling.top_p == 1:  # to sort a vocabulary takes longer than all the rest
+            return int(torch.multinomial(chances, 1, generator=self._random))
+        ordered, places = chances.sort(descending=True)
         before = ordered.cumsum(-1) - ordered
         ordered[1:][before[1:] >= self._sampling.top_p] = 0  # the most probable token always remains
         return int(places[torch.multinomial(ordered, 1, generator=self._random)])

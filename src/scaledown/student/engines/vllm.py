@@ -106,6 +106,10 @@ class VllmGeneration:
         self._rows = kept
         self._finished &= set(kept)
 
+    def check(self) -> None:
+        """Raise `ModelError` if vLLM has ended."""
+        self._engine.check()
+
     def close(self) -> None:
         """End vLLM."""
         self._engine.close()
