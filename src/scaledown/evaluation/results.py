@@ -252,6 +252,13 @@ _COUNTED: Final = {
     "gold_unread": "rows of --gold hold no question: passed over, the log names them",
 }
 
+_COUNTED_OF_A_SYSTEM: Final = {
+    "errors": "{} questions could not be asked and count as not answered",
+    "missing": "{} judged queries are not in the run and count as 0",
+    "contradicted": "the ranks of {} queries contradict their scores; the scores are used",
+    "tied": "{} scores are tied: the larger id comes first, as in trec_eval",
+}
+
 
 def remarks(results: Results) -> Iterator[str]:
     """Yield notes about the numbers: what was left out, what counts as wrong."""
@@ -273,13 +280,6 @@ def remarks(results: Results) -> Iterator[str]:
         yield f"intervals and p-values from {counts['articles']:,} articles are rough: use {_FEW_ARTICLES}"
     for system, own in results.systems.items():
         for name, count in own.counts.items():
-            if count and name == "errors":
-                yield f"{system}: {count:,} questions could not be asked and count as not answered"
-            elif count and name == "missing":
-                yield f"{system}: {count:,} judged queries are not in the run and count as 0"
-            elif count and name == "contradicted":
-                yield f"{system}: the ranks of {count:,} queries contradict their scores; the scores are used"
-            elif count and name == "tied":
-                yield f"{system}: {count:,} scores are tied: the larger id comes first, as in trec_eval"
-            elif count:
-                yield f"{system}: the judge gave no verdict about {count:,} answers ({name}): left out"
+            if count:
+                without = f"the judge gave no verdict about {{}} answers ({name}): left out"
+                yield f"{system}: {_COUNTED_OF_A_SYSTEM.get(name, without).format(f'{count:,}')}"
