@@ -103,6 +103,7 @@ def test_errors_are_one_line_with_their_status(capsys: pytest.CaptureFixture[str
     "error",
     [
         OSError(errno.ENOSPC, "No space left on device", "a.arrow"),
+        OSError(errno.EDQUOT, "Disk quota exceeded", "a.arrow"),
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import scaledown
+from scaledown.command import program_name
 from scaledown.config.flags import (
     Parser,
     add_flags,
@@ -108,7 +109,7 @@ def _run(words: list[str]) -> int:
         metavar="SHARE",
         help="the share to hold out (default: a tenth, at most 1,000 records)",
     )
-    split.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the articles (default: 0)")
+    split.add_argument("--seed", type=_seed, default=0, metavar="N", help="chooses the articles (default: 0)")
     add_overwrite(split)
     split.set_defaults(run=_split)
 
@@ -218,6 +219,13 @@ def _share(text: str) -> float:
     return value
 
 
+def _seed(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
 def _split(arguments: argparse.Namespace) -> int:
     from scaledown.student.split import HELD_OUT, TRAIN, split_files
 
@@ -234,10 +242,10 @@ def _split(arguments: argparse.Namespace) -> int:
     print(f"{held_out}: {_counted(len(parts.held_out), 'record', 'records')}, held out by {parts.by}")
     if parts.shared:
         print(f"{parts.shared:,} of them have a document of an article that training records have, too")
-    print(
-        f"\nnext: scaledown train --train_data {train} --output_dir model  # and the flags that prepare named"
-    )
-    print(f"then: scaledown evaluate --model model --data {held_out} --output_dir evaluation")
+    model, evaluation = (shlex.quote(str(output.parent / name)) for name in ("model", "evaluation"))
+    training = f"train --train_data {train} --output_dir {model}"
+    print(f"\nnext, with the flags that prepare named: {program_name()} {training}")
+    print(f"then: {program_name()} evaluate --model {model} --data {held_out} --output_dir {evaluation}")
     return 0
 
 

@@ -139,7 +139,7 @@ def run_command(command: Callable[[], int], *, debug: bool, resumes: bool = Fals
     except Exception as error:
         if debug:
             raise
-        if _is_full_disk(error):
+        if is_full_disk(error):
             message = f"no space left on the disk: free some{goes_on}"
         elif isinstance(error, OSError) and error.filename:
             message = f"{error.filename}: {error.strerror}: check that path and its permissions{goes_on}"
@@ -161,9 +161,13 @@ def _place(error: Exception) -> str:
     return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
-def _is_full_disk(error: Exception) -> bool:
-    """Whether a disk has no space left. Libraries in Rust, as safetensors, say so only in the message."""
-    return getattr(error, "errno", 0) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a disk has no space left, or a user's quota is used up.
+
+    Libraries in Rust, as safetensors, say so only in the message.
+    """
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", 0) in full or any(os.strerror(code) in str(error) for code in full)
 
 
 def _open_closed_streams() -> None:

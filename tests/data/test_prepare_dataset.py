@@ -215,6 +215,16 @@ def test_edited_output_is_not_changed(prepare, capsys) -> None:
     assert records(prepare.output)[0]["query"] == "mine"
 
 
+def test_edited_output_is_not_replaced_by_other_settings(prepare, capsys) -> None:
+    prepare("--top_k_retrieval", "2")
+    prepare.output.write_text(json.dumps([{"query": "mine", "documents": ["d"], "answer": "a"}]))
+    assert prepare("--top_k_retrieval", "3") == 1
+    assert f"{prepare.output} was changed after a run with other settings wrote it" in capsys.readouterr().err
+    assert records(prepare.output)[0]["query"] == "mine"
+    assert prepare("--top_k_retrieval", "3", "--overwrite") == 0
+    assert len(records(prepare.output)[0]["documents"]) == 3
+
+
 @pytest.mark.parametrize("content", ["", "garbage", "[{}]", '[{"query": "a"'])
 def test_damaged_output_is_written_again(content, prepare) -> None:
     prepare(*RERANK)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from scaledown.config.shared import Part
 from scaledown.devices import choice
 from scaledown.devices.halving import Halving
 from scaledown.errors import ModelError, OutputError, RunDirectoryError
@@ -171,6 +172,22 @@ def test_shards_made_together_are_made_once(tmp_path: Path) -> None:
     stage.complete_together(7, 3, work)
     assert groups == [range(3), range(3, 6), range(6, 7)]
     assert [stage.table(n).to_pydict()["n"] for n in range(7)] == [[0], [1], [2], [3], [40], [5], [6]]
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(0, [range(3), range(3, 5)]), (1, [range(5, 6), range(6, 9), range(9, 10)])]
+)
+def test_parts_have_the_groups_of_the_whole(number: int, expected: list[range], tmp_path: Path) -> None:
+    """So that a process without a part does not make the same shards in other groups."""
+    stage = Stage(RunDirectory(tmp_path, Part(number, 2)), "candidates", {})
+    groups = []
+
+    def work(group: range) -> list[pa.Table]:
+        groups.append(group)
+        return [table(shard) for shard in group]
+
+    stage.complete_together(10, 3, work)
+    assert groups == expected
 
 
 def test_work_after_a_stage_starts_before_that_stage_ends(tmp_path: Path) -> None:

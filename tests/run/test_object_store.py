@@ -1,6 +1,7 @@
 """Folders of object stores as two machines see them: servers of S3 and of Google's protocol, and memory."""
 
 import errno
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -119,8 +120,58 @@ def test_unmet_condition_that_s3fs_does_not_know_is_one(machine, monkeypatch) ->
         raise OSError(errno.EINVAL, "At least one of the pre-conditions did not hold")
 
     monkeypatch.setattr(two.storage._system, "put_file", refuse)
+    two.path(0).write_bytes(b"its own")
     two.storage.publish(two.path(0), once=True)
     assert two.table(0).equals(TABLE)
+
+
+@MEMORY
+def test_shard_that_a_store_refuses_for_another_reason_is_sent_without_the_condition(
+    machine, monkeypatch
+) -> None:
+    own = Stage(machine("one"), "answers", {})
+    put = own.storage._system.put_file
+
+    def refuse(path: str, url: str, **mode: str) -> None:
+        if mode:
+            raise OSError(errno.EINVAL, "Bad digest")
+        put(path, url)
+
+    monkeypatch.setattr(own.storage._system, "put_file", refuse)
+    own.write(0, TABLE)
+    assert own.path(0).exists()
+    assert Stage(machine("two"), "answers", {}).table(0).equals(TABLE)
+
+
+@MEMORY
+def test_log_may_grow_while_it_is_sent(machine, monkeypatch) -> None:
+    storage = machine("one").storage
+    path = storage.root / "log.jsonl"
+    path.write_text("first\n")
+    send = storage._send
+
+    def while_it_grows(sent: Path, *, once: bool) -> None:
+        send(sent, once=once)
+        with sent.open("a") as file:
+            file.write("next\n")
+
+    monkeypatch.setattr(storage, "_send", while_it_grows)
+    storage.publish(path)
+    assert path.read_text() == "first\nnext\n", "it is sent once"
+    assert storage.read(path) == b"first\n"
+
+
+@MEMORY
+def test_part_of_another_command_is_reported(bucket, tmp_path, caplog) -> None:
+    def entered(name: str, number: int, request: str) -> Any:
+        part = Part(number, 2)
+        return RunDirectory(storage_at(f"{bucket}/run", str(tmp_path / name)), part).claim(request)
+
+    message = "part 0/2 .* has other settings, models or inputs"
+    for request, found in (("same", False), ("other", True)):
+        caplog.clear()
+        with entered(f"one-{request}", 0, "same"), entered(f"two-{request}", 1, request):
+            assert bool(re.search(message, caplog.text)) == found
 
 
 @MEMORY

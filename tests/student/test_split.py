@@ -42,7 +42,8 @@ def test_parts_share_no_article_and_keep_all_columns(
     assert sorted(train + held, key=lambda one: int(one["query_id"][1:])) == json.loads(data.read_text())
     said = capsys.readouterr().out
     assert f"{output}/held_out.json: 12 records, held out by article\n" in said
-    assert f"next: scaledown train --train_data {output}/train.json --output_dir model" in said
+    assert f" train --train_data {output}/train.json --output_dir {output.parent}/model\n" in said
+    assert f" evaluate --model {output.parent}/model --data {output}/held_out.json" in said
     assert [path.name for path in output.parent.iterdir()] == ["split"]
 
 
@@ -77,10 +78,39 @@ def test_several_files_of_other_formats(data: Path, tmp_path: Path) -> None:
     assert held == sorted(held, key=lambda name: int(name[1:])), "in the order of the files"
 
 
+def test_connected_records_are_split_by_their_best_documents_and_it_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "data.json"
+    content = [record(number) for number in range(60)]
+    for one in content:
+        one["documents"].append("Everywhere\nText.")
+        one["reranking_scores"] = [2.0, 1.0, 0.0]
+    content[0]["documents"][1] = "A text without a title."
+    path.write_text(json.dumps(content))
+    assert main(["split", str(path), "--output_dir", str(tmp_path / "split")]) == 0
+    out, err = capsys.readouterr()
+    assert "held_out.json: 6 records, held out by best document" in out
+    assert "6 of them have a document of an article that training records have, too" in out
+    assert "1 of 180 documents have no title line" in err
+
+
+def test_default_part_of_large_data_is_limited(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scaledown.student.split.MOST", 3)
+    for flags, expected in (([], 3), (["--fraction", "0.2"], 12)):
+        output = tmp_path / f"split-{expected}"
+        assert main(["split", str(data), "--output_dir", str(output), *flags]) == 0
+        assert len(json.loads((output / "held_out.json").read_text())) == expected
+
+
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
-        ([record(0)] * 5, [], "all of them ask the same question"),
+        ([record(0)] * 5, [], "the 5 records cannot be split: records with one question stay together"),
+        ([record(0)], [], "the 1 records cannot be split"),
+        ([record(0), record(3)], ["--seed", "-1"], "-1 is negative"),
         ([record(0), record(3)], ["--fraction", "1"], "1 is not between 0 and 1"),
         ([record(0), record(3)], ["--fraction", "some"], "invalid"),
         ([{"query": "q"}, record(3)], [], "scaledown validate"),

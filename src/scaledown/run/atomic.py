@@ -1,7 +1,6 @@
 """Atomic files: a file is complete or does not exist, however the process ends."""
 
 import contextlib
-import errno
 import json
 import os
 import tempfile
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scaledown.errors import OutputError
+from scaledown.errors import OutputError, is_full_disk
 
 
 @contextlib.contextmanager
@@ -39,7 +38,7 @@ def atomic(path: Path, room: int = 0) -> Iterator[Path]:
         finally:
             os.close(directory)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if is_full_disk(error):
             needed = f"about {max(room, 1 << 20) / 1e6:,.0f} MB" if room else "some"
             raise OutputError(
                 f"no space left while writing {path}: free {needed} and run the same command again, "

@@ -190,7 +190,15 @@ class RunDirectory:
                 continue
             match other.get("part"):
                 case [number, self.part.count] if number != self.part.number:
-                    continue  # another part: expected
+                    if other.get("request") != who["request"]:  # otherwise it is expected
+                        log.warning(
+                            "%s: part %s/%s (process %s on %s) has other settings, models or inputs, so this "
+                            "run stays incomplete: give all parts the same command and the same models. If "
+                            "that part has ended, ignore this.",
+                            *(self.storage, number, self.part.count, other.get("pid")),
+                            one_line(str(other.get("host")), 80),
+                        )
+                    continue
             log.warning(
                 "%s: another process may be at work (process %s on %s, since %s)%s. A bucket does not show "
                 "whether it still is. If so, both make the same shards: stop one, or give each its --shard. "

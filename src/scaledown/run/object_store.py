@@ -25,7 +25,7 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, NamedTuple, TypeVar
 
-from scaledown.errors import OutputError, ScaleDownError
+from scaledown.errors import OutputError, ScaleDownError, is_full_disk
 from scaledown.run.atomic import atomic
 from scaledown.run.storage import Storage
 from scaledown.urls import detail, file_system, redacted, refused, state_of, status_of
@@ -151,7 +151,7 @@ class _Mirror(Storage):
             except (FileNotFoundError, FileExistsError, ScaleDownError):
                 raise
             except Exception as error:
-                if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # the disk of the mirror
+                if isinstance(error, OSError) and is_full_disk(error):  # the disk of the mirror
                     raise
                 shown, reason = self.shown(path), detail(self._url, error)
                 if advice := _final(error):
@@ -284,14 +284,17 @@ class _Mirror(Storage):
             ) from None
 
     def publish(self, path: Path, *, once: bool = False) -> None:
+        size = path.stat().st_size  # before it is sent: a log may grow meanwhile
         try:
             self._put(path, lambda: self._send(path, once=once))
         except FileExistsError:  # another process was faster, or the response to our first attempt was lost
-            self.drop(path)
-            self.refresh(path.parent)
-            return
+            if self._info(path) is not None:
+                self.drop(path)
+                self.refresh(path.parent)
+                return
+            self._put(path, lambda: self._send(path, once=False))  # the store refused it for another reason
         for last in (False, False, True):
-            size, kept = path.stat().st_size, self._note(path)
+            kept = self._note(path)
             if kept is None or kept.size >= size:
                 return
             lost = f"{self.shown(path)}: the store keeps {kept.size:,} bytes of {size:,}"
@@ -300,6 +303,7 @@ class _Mirror(Storage):
                     f"{lost}; finished work is kept: check the store, and run the same command again"
                 )
             log.warning("%s: sending it again", lost)
+            size = path.stat().st_size
             self._put(path, lambda: self._send(path, once=False))
 
     def _send(self, path: Path, *, once: bool) -> None:

@@ -19,6 +19,7 @@ from scaledown.command import Usage, run_cli
 from scaledown.config.answer import GROUPS, AnswerConfig
 from scaledown.data.input.training_files import Entry, entries, is_unicode, unanswerable
 from scaledown.data.output.writers import write_examples
+from scaledown.data.prompts import VERSION as PROMPT_VERSION
 from scaledown.devices.choice import choose_device, dtype_to_run
 from scaledown.errors import InputError, NoRoomError, OutputError, RunDirectoryError, each_or_error
 from scaledown.models.sources import ModelSource, resolve
@@ -160,45 +161,56 @@ def _answer_data(load: Callable[[], Any], source: ModelSource, engine: str, conf
         raise OutputError(
             f"another process writes --output_file {output}: wait for it, or name another file"
         ) from None
-    with held:
-        rows = max(_ROWS, config.batch_size)
-        settings = {name: getattr(config, name) for name in config.named("result")}
-        identity = {"model": source.identity(run.content_hash), "data": run.content_hash(Path(config.data))}
-        stage = Stage(run, "answers", {**settings, **identity, "engine": engine, "rows_per_shard": rows})
-        shards = count = 0
-        blocks = entries(Path(config.data))
-        try:
-            with track("answer", "answers", None) as tracker:
-                while block := list(itertools.islice(blocks, rows)):
-                    if stage.has(shards):
-                        tracker.skip(len(block))
-                    else:
-                        began = time.perf_counter()
-                        lines = [orjson.dumps(record) for record in _records(load(), block, config)]
-                        stage.write(shards, pa.table({"record": lines}), time.perf_counter() - began)
-                        tracker.advance(len(block))
-                    shards += 1
-                    count += len(block)
-        except BaseException:
-            if count:
-                kept = counted(count, "answers")
-                log.info("%s in %s are kept: the same command continues from there", kept, partial)
-            elif not any(partial.rglob("*.arrow")):  # not even of a run with other settings
-                shutil.rmtree(partial)
-            raise
-        failed = 0
+    complete = False
+    try:
+        with held:
+            answered = _write_answers(run, load, source, engine, config)
+        complete = True
+    finally:  # after the lock is released: NFS keeps a file that is open
+        if complete or not any(partial.rglob("*.arrow")):  # not even of a run with other settings
+            shutil.rmtree(partial, ignore_errors=True)
+    return answered
 
-        def answered() -> Iterator[dict[str, Any]]:
-            nonlocal failed
-            for shard in range(shards):
-                for line in stage.table(shard, check=True).column("record").to_pylist():
-                    record = orjson.loads(line)
-                    failed += "error" in record
-                    yield record
 
-        write_examples(output, answered(), _COLUMNS)
-        note_made(output, "answer")
-        shutil.rmtree(partial)
+def _write_answers(
+    run: RunDirectory, load: Callable[[], Any], source: ModelSource, engine: str, config: AnswerConfig
+) -> Answered:
+    rows = max(_ROWS, config.batch_size)
+    depends = {name: getattr(config, name) for name in config.named("result")}
+    depends |= {"model": source.identity(run.content_hash), "data": run.content_hash(Path(config.data))}
+    depends |= {"device": config.device.partition(":")[0], "engine": engine, "prompts": PROMPT_VERSION}
+    stage = Stage(run, "answers", depends | {"rows_per_shard": rows})
+    shards = count = failed = 0
+    blocks = entries(Path(config.data))
+    try:
+        with track("answer", "answers", None) as tracker:
+            while block := list(itertools.islice(blocks, rows)):
+                if stage.has(shards):
+                    tracker.skip(len(block))
+                else:
+                    began = time.perf_counter()
+                    lines = [orjson.dumps(record) for record in _records(load(), block, config)]
+                    stage.write(shards, pa.table({"record": lines}), time.perf_counter() - began)
+                    tracker.advance(len(block))
+                shards += 1
+                count += len(block)
+    except BaseException:
+        if count:
+            kept = counted(count, "answers")
+            log.info("%s in %s are kept: the same command continues from there", kept, run.path)
+        raise
+
+    def answered() -> Iterator[dict[str, Any]]:
+        nonlocal failed
+        for shard in range(shards):
+            for line in stage.table(shard, check=True).column("record").to_pylist():
+                record = orjson.loads(line)
+                failed += "error" in record
+                yield record
+
+    output = Path(config.output_file)
+    write_examples(output, answered(), _COLUMNS)
+    note_made(output, "answer")
     return Answered(count, failed)
 
 

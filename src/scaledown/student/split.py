@@ -145,7 +145,10 @@ def split_files(
     number = len(keys.questions)
     parts = split(keys, fraction or min(0.1, MOST / max(1, number)), seed)
     if not len(parts.held_out):
-        raise UsageError("the records cannot be split: all of them ask the same question")
+        raise UsageError(
+            f"the {number:,} records cannot be split: records with one question stay together, and each "
+            "question has more of them than the part to hold out: give a larger --fraction, or more records"
+        )
     columns = columns_of(files) if format_of(Path(names[0])).needs_columns else None
     with atomic_folder(output) as folder:
         folder.mkdir()

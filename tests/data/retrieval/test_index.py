@@ -1,3 +1,4 @@
+import threading
 from unittest import mock
 
 import numpy as np
@@ -261,6 +262,26 @@ def test_shards_of_version_0_6_are_searched(weights: str, step: float, tmp_path)
         for threads in (1, 4):
             found = find_exactly(stage, threads, queries, 10, no_progress)
             assert_same(found, summed_in_order(queries, vectors, 10))
+
+
+def test_thread_that_fails_stops_the_others() -> None:
+    searched = []
+    queries = sp.csr_matrix(np.ones((2, 4), np.float32))
+    table = pack(sp.csr_matrix(np.ones((3, 4), np.float32)))
+    started = threading.Event()
+
+    def slow() -> pa.Table:
+        started.wait(10)  # until the second thread has failed
+        searched.append(1)
+        return table
+
+    def damaged() -> pa.Table:
+        threading.Timer(0.2, started.set).start()
+        raise RunDirectoryError("damaged")
+
+    with pytest.raises(RunDirectoryError, match="damaged"):
+        search(queries, [slow, damaged, *[slow] * 20], [3] * 22, 2, threads=2)
+    assert len(searched) == 1
 
 
 @pytest.mark.parametrize("place", [0.1, 0.5, 0.9])

@@ -214,7 +214,8 @@ def test_the_rate_is_spaced() -> None:
     assert Rate(0).wait(0.0) == 0
 
 
-def test_the_limit_grows_by_windows_and_halves_once_a_window() -> None:
+def test_the_limit_grows_by_windows_and_halves_once_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rate_limit, "LONGEST_PAUSE", 60.0)
     server = Endpoint("u")
     tickets = [server.begin() for _ in range(8)]
     assert server.wait(0.0) == float("inf")
@@ -228,6 +229,11 @@ def test_the_limit_grows_by_windows_and_halves_once_a_window() -> None:
     for expected in (2, 1, 1):
         server.end(server.begin(), Fault("429", slow=True), 0.0)
         assert server.limit == expected
+    # Without Retry-After, a pause that grows follows, until an answer.
+    assert server.wait(0.0) == 8.0
+    server.end(server.begin(), None, 20.0)
+    server.end(server.begin(), Fault("429", slow=True), 30.0)
+    assert server.wait(30.0) == 1.0
     server.limit = rate_limit.MOST_IN_FLIGHT
     for _ in range(2 * server.limit):
         server.end(server.begin(), None, 0.0)
@@ -686,6 +692,21 @@ def test_403_after_answers_is_the_prompts_own(serve: Any) -> None:
     results = dict(one.answers(prompts(3)))
     assert isinstance(results[1], Rejection)
     assert isinstance(results[2], Answer)
+
+
+def test_server_that_refuses_everything_after_answers_ends_the_run(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that expires, or a firewall: otherwise all further prompts would be set aside."""
+    monkeypatch.setattr(servers, "LATER_REFUSALS", 5)
+    server = serve()
+    one = teacher(server)
+    assert right(dict(one.answers(prompts(2))), 2)
+    server.script = lambda _: "403"
+    with pytest.raises(ModelError, match=r"refuses every prompt with status 403 \(.*; \d+ in a row\)"):
+        list(one.answers(prompts(40)))
+    server.script = lambda number: "" if number % 5 else "403"
+    assert len(dict(one.answers(prompts(40)))) == 40, "answers between them show that it works"
 
 
 def test_an_answer_in_parts_is_put_together(serve: Any) -> None:

@@ -20,7 +20,7 @@ from scaledown.errors import InputError, ModelError, UsageError
 from scaledown.student.batch import plain_ids
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.training.origin import find_origin
-from scaledown.student.training.pretraining_data import pretraining_examples, pretraining_parts
+from scaledown.student.training.pretraining_data import _LeftOut, pretraining_examples, pretraining_parts
 from scaledown.student.training.run import train
 from scaledown.student.training.summary import summary
 from web import Server
@@ -119,12 +119,39 @@ def test_articles_of_held_out_records_are_left_out(
     everything, _ = articles()
     left, log = articles(leave_out=(str(held),))
     assert everything - left == {"House 1", "House 4"}
-    assert "--leave_out: 2 of its 3 articles were in the corpus, and are left out" in log
+    assert "--leave_out: 2 of the 6 articles that were read are left out" in log
     held.write_text(json.dumps([{"query": "Which room?", "documents": ["A text."], "answer": "red"}]))
     left, log = articles(leave_out=(str(held),))
     assert left == everything
-    assert "--leave_out: 1 of 1 documents have no title line" in log
+    assert "--leave_out: 1 documents have no title line" in log
+    most = [f"House {number}\nA room." for number in range(4)]
+    held.write_text(json.dumps([{"query": "Which room?", "documents": most, "answer": "red"}]))
+    left, log = articles(leave_out=(str(held),))
+    assert left <= {"House 4", "House 5"}
     assert "WARNING  scaledown:pretraining_data.py" in log
+    assert "4 of the 6 articles that were read are left out" in log
+    held.write_text(
+        json.dumps([{"query": "q", "documents": [f"House {n}\nA." for n in range(6)], "answer": "red"}])
+    )
+    with pytest.raises(InputError, match="no article with text after those of --leave_out"):
+        articles(leave_out=(str(held),))
+
+
+def test_long_titles_are_left_out_though_passages_shorten_them(tmp_path: Path) -> None:
+    long = [f"word{number}" for number in range(20)]
+    held = tmp_path / "held_out.json"
+
+    def has(known: int, met: int) -> bool:
+        documents = [" ".join(long[:known]) + "\nA text."]
+        held.write_text(json.dumps([{"query": "q", "documents": documents, "answer": "a"}]))
+        return _LeftOut([str(held)]).has(" ".join(long[:met]))
+
+    assert has(20, 20)
+    assert has(20, 11)
+    assert has(11, 20)
+    assert has(3, 3)
+    assert not has(3, 20)
+    assert not has(20, 3)
 
 
 def test_only_the_needed_part_of_the_corpus_is_read(setting: Setting, tmp_path: Path) -> None:

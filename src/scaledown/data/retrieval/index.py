@@ -299,11 +299,18 @@ def search(
                 searched += sizes[number] / parts
                 advance(searched / firsts[-1])
 
-    with ThreadPoolExecutor(threads) as executor:
+    def guarded(thread: int) -> Ranking:
         try:
-            found = list(executor.map(work, range(threads)))
+            return work(thread)
         except BaseException:
             failed.set()  # the other threads end after their present shard
+            raise
+
+    with ThreadPoolExecutor(threads) as executor:
+        try:
+            found = list(executor.map(guarded, range(threads)))
+        except BaseException:
+            failed.set()  # also at Ctrl-C, which only this thread gets
             raise
     return best_of(found, k)
 

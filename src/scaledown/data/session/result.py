@@ -10,6 +10,7 @@ from scaledown.data.manifest import write_manifest
 from scaledown.data.report.page import write_report
 from scaledown.data.session.enter import Session
 from scaledown.data.session.summary import Result
+from scaledown.errors import OutputError
 from scaledown.records import Example
 from scaledown.run.directory import RunDirectory
 from scaledown.run.locations import File, output_of
@@ -32,19 +33,30 @@ def earlier_or_free(session: Session, *, overwrite: bool) -> Result | None:
     if finished := earlier_result(session.run, session.request, output):
         return finished
     check_free("--output_file", output, lambda: is_ours(session.run, output), overwrite=overwrite)
-    _warn_of_replacing(session, output)
+    _check_replacing(session, output, overwrite=overwrite)
     return None
 
 
-def _warn_of_replacing(session: Session, output: File) -> None:
-    """Log that the finished output of another run in this directory is going to be replaced."""
+def _check_replacing(session: Session, output: File, *, overwrite: bool) -> None:
+    """Log that the finished output of another run in this directory is going to be replaced.
+
+    Raises `OutputError` if it was changed after that run wrote it.
+    """
     run = session.run
     manifest = run.storage.read_json(run.manifest)
     written = manifest.get("output") if isinstance(manifest, dict) else None
     if not isinstance(written, dict) or manifest.get("request") == session.request:
         return
     state = output.storage.state(output.path)
-    if state and state == written.get("state") and output.storage.address(output.path) == written["path"]:
+    if not state or output.storage.address(output.path) != written["path"]:
+        return
+    changed = state != written.get("state") and _content(run, output) != written.get("sha256")
+    if changed and not state.startswith("0 ") and not overwrite:  # an empty file may be replaced
+        raise OutputError(
+            f"--output_file {output} was changed after a run with other settings wrote it: name another, or "
+            "give --overwrite to replace it"
+        )
+    if not changed:
         log.warning(
             "%s has %s of a run with other settings, inputs or models: this run replaces it; what that run "
             "made stays in %s, so that its command, with its inputs, writes it again",

@@ -82,7 +82,7 @@ def summary(result: Result, config: PrepareConfig) -> str:
         return "\n".join([*lines, f"next: {program_name()} {_training(config, output, result.examples)}"])
     folder = output.path.parent / "split"
     splitting = shlex.join(["split", str(output), "--output_dir", str(folder)])
-    lines.append(f"next: {program_name()} {splitting}  # a part for an evaluation")
+    lines.append(f"next, to hold out a part for an evaluation: {program_name()} {splitting}")
     training = _training(config, folder / f"train{output.path.suffix}", result.examples)
     lines.append(f"then: {program_name()} {training}")
     return "\n".join(lines)

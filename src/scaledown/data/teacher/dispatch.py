@@ -276,5 +276,5 @@ class Dispatcher:
             self._servers.named(endpoint.url)
         if chat.logprobs and answer.text:
             self._servers.gave_logprobs(endpoint.url, of_answer=answer.answer_logprobs is not None)
-        self._servers.answered = True
+        self._servers.gave_answer()
         return answer

@@ -15,6 +15,8 @@ FAILURES: Final = 5
 PAUSE: Final = 5.0
 """Seconds of the first pause of a server; doubled each time, up to `LONGEST_PAUSE`."""
 LONGEST_PAUSE: Final = 60.0
+SLOW_PAUSE: Final = 1.0
+"""Seconds of the first pause at a status 429 without Retry-After; doubled each time, until an answer."""
 LONGEST_RETRY_AFTER: Final = 300.0
 LOUD_WAIT: Final = 2.0
 """Seconds of a wait above which it is shown."""
@@ -52,6 +54,7 @@ class Endpoint:
         self._good = 0
         self._failures = 0
         self._pause = 0.0
+        self._slow_pause = 0.0
         self._until = 0.0
 
     def wait(self, now: float) -> float:
@@ -77,6 +80,9 @@ class Endpoint:
             # Requests sent before the limit was halved do not count for the new limit.
             self.limit, self._good = max(1, self.limit // 2), 0
             self._sent_when_halved = self._sent
+            if not (fault.down or fault.wait):  # 429 without Retry-After: halving alone ends at one at a time
+                self._slow_pause = min(LONGEST_PAUSE, 2 * self._slow_pause or SLOW_PAUSE)
+                self._until, self.reason = max(self._until, now + self._slow_pause), fault.reason
         if fault and fault.wait:
             if fault.wait >= LOUD_WAIT and self._until <= now:
                 log.warning("%s wants %.0f s before the next request: %s", self.url, fault.wait, fault.reason)
@@ -93,6 +99,7 @@ class Endpoint:
             self.paused, self._pause, self._until = False, 0.0, now + (fault.wait if fault else 0.0)
         if fault is None:
             self._good += 1
+            self._slow_pause = 0.0
             if self._good >= self.limit:
                 self.limit, self._good = min(MOST_IN_FLIGHT, self.limit + 1), 0
 

@@ -23,6 +23,8 @@ TRIES: Final = 8
 """Of one prompt, at faults that may be its own."""
 REFUSALS: Final = 20
 """Consecutive refusals with one status, without any answer, after which the server is the cause."""
+LATER_REFUSALS: Final = 100
+"""The same after an answer: a key has expired, or a firewall has closed."""
 ALIAS: Final = 3
 """Answers under another name, and none under its own, after which a listed model is taken for an alias."""
 LOOK_TIMEOUT: Final = 10.0
@@ -61,7 +63,7 @@ class Servers:
         self.has_logprobs = False
         """Whether an answer came with the requested log probabilities."""
         self._without = 0
-        self._refused: list[str] = []
+        self._refused, self._refusals = "", 0
         # By URL: answers under other names, where the model is listed, named so, and known by another name.
         self._others: Counter[str] = Counter()
         self._lists: set[str] = set()
@@ -102,9 +104,17 @@ class Servers:
 
         Raises `ModelError` if none is answered, instead of setting all aside.
         """
-        self._refused = [*self._refused, how] if how in self._refused[-1:] else [how]
-        if len(self._refused) >= REFUSALS and not self.answered:
-            raise ModelError(f"the server {how} ({message}): fix that and run the same command again")
+        self._refusals = self._refusals + 1 if how == self._refused else 1
+        self._refused = how
+        if self._refusals >= (LATER_REFUSALS if self.answered else REFUSALS):
+            raise ModelError(
+                f"the server {how} ({message}; {self._refusals} in a row): fix that and run the same command "
+                "again"
+            )
+
+    def gave_answer(self) -> None:
+        """Record an answer: refusals before it were about single prompts."""
+        self.answered, self._refusals = True, 0
 
     def named(self, url: str) -> None:
         """Record that a server answered under the requested name."""

@@ -22,6 +22,7 @@ log = logging.getLogger("scaledown")
 
 _OUT_OF_RESOURCES: Final = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # errors that are not due to the file
 _WAIT_SECONDS: Final = 0.1
+_LONGEST_WAIT_SECONDS: Final = 2.0  # many processes that wait would otherwise burden the disk
 
 
 class StageResult(NamedTuple):
@@ -272,17 +273,22 @@ class Stage:
     ) -> bool:
         """Like `complete`, but `work` makes `at_once` consecutive shards and returns them in order."""
         mine = self._run.part.of(shards)
-        groups = [range(first, min(first + at_once, mine.stop)) for first in mine[::at_once]]
-        waited = False
-        while missing := [group for group in groups if not all(map(self._settled, group))]:
+        # Groups begin at multiples: a process without a part, which makes the same shards, has them, too.
+        firsts = range(mine.start - mine.start % at_once, mine.stop, at_once)
+        missing = [range(max(first, mine.start), min(first + at_once, mine.stop)) for first in firsts]
+        waited, pause = False, _WAIT_SECONDS
+        while missing := [group for group in missing if not all(map(self._settled, group))]:
             made = [self._make(group, shards, work) for group in missing]
-            if not any(made):
+            if any(made):
+                pause = _WAIT_SECONDS
+            else:
                 if not waited:
                     log.info(
                         "%s: waiting for another process, which makes the last %s", self.name, len(missing)
                     )
                 waited = True
-                time.sleep(_WAIT_SECONDS)
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_WAIT_SECONDS)
         self.storage.refresh(
             self.folder
         )  # see the newest shards of others: the last part to finish must see all of them
@@ -319,10 +325,15 @@ class Stage:
             else:
                 time.sleep(_WAIT_SECONDS)
         shards = len(source.finished().rows)
-        while missing := [number for number in range(shards) if not self._settled(number)]:
+        missing: Iterable[int] = range(shards)
+        pause = _WAIT_SECONDS
+        while missing := [number for number in missing if not self._settled(number)]:
             made = [make(number, shards) for number in missing]
-            if not any(made):
-                time.sleep(_WAIT_SECONDS)
+            if any(made):
+                pause = _WAIT_SECONDS
+            else:
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_WAIT_SECONDS)
         self._stand_in(shards, empty)
 
     def _settled(self, shard: int) -> bool:

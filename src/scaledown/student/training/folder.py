@@ -98,7 +98,7 @@ class Training(NamedTuple):
     data: frozenset[str] = frozenset()
     """The hashes of its files of training data."""
     read_text: bool | None = None
-    """Whether the generator was trained on documents' text, too; None if this is not known."""
+    """Whether the generator was trained on documents' text, too; None if it is frozen or nothing is known."""
 
 
 def training_of(source: ModelSource) -> Training:
@@ -108,7 +108,9 @@ def training_of(source: ModelSource) -> Training:
         return Training()
     inputs, parameters = content.get("inputs"), content.get("parameters")
     files = inputs.get("train_data") if isinstance(inputs, dict) else None
-    share = parameters.get("text_fraction") if isinstance(parameters, dict) else None
+    share = None
+    if isinstance(parameters, dict) and parameters.get("generator_training") != "frozen":
+        share = parameters.get("text_fraction")
     data = frozenset(map(str, files)) if isinstance(files, list) else frozenset[str]()
     return Training(data, None if share is None else bool(share))
 

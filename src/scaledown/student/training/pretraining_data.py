@@ -4,7 +4,6 @@ import itertools
 import logging
 import math
 from array import array
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -20,10 +19,9 @@ from scaledown.data.input.training_files import sound_records
 from scaledown.data.prompts import CONTINUE, REPEAT
 from scaledown.errors import InputError, ModelError
 from scaledown.extensions import COMPRESSORS
-from scaledown.records import Passage, full_text
+from scaledown.records import Passage, full_text, title_of
 from scaledown.student.compressor import Compressor
 from scaledown.student.labels import copied_spans
-from scaledown.student.split import Keys, key
 from scaledown.student.training.cloze import cloze_questions
 from scaledown.student.training.training_data import (
     Examples,
@@ -37,6 +35,8 @@ from scaledown.student.training.training_data import (
 
 log = logging.getLogger("scaledown")
 
+_LONG_TITLE: Final = 8
+"""Words; a title that takes more than half of a passage is shortened in it, and these are longer."""
 _MESSAGES: Final = 20  # about unusable rows; the others are counted
 
 
@@ -58,7 +58,7 @@ def pretraining_parts(config: PretrainConfig, tokenizer: Any, folder: Path) -> P
     if not tokenizer.is_fast:
         raise ModelError(f"{tokenizer.name_or_path}: has no fast tokenizer, which cutting passages needs")
     bad: list[str] = []
-    left_out = _articles_of(config.leave_out)
+    left_out = _LeftOut(config.leave_out)
     found = pretraining_examples(config, tokenizer, bad, left_out)
     records = None
     if config.train_data:
@@ -70,12 +70,8 @@ def pretraining_parts(config: PretrainConfig, tokenizer: Any, folder: Path) -> P
             found, math.ceil(config.max_steps * config.batch_size / (1 - config.eval_fraction))
         )
     examples = store_examples(found, folder)
-    if left_out:
-        number = sum(map(bool, left_out.values()))
-        write = log.info if number else log.warning
-        write(
-            "--leave_out: %s of its %s articles were in the corpus, and are left out", number, len(left_out)
-        )
+    if config.leave_out:
+        left_out.report()
     for message in bad[:_MESSAGES]:
         log.warning("%s; skipped", message)
     if len(bad) > _MESSAGES:
@@ -83,24 +79,56 @@ def pretraining_parts(config: PretrainConfig, tokenizer: Any, folder: Path) -> P
     if not len(examples):
         picks = COMPRESSORS.find(config.compressor).picks_tokens
         asked = " in which a name or a number can be hidden" if picks else ""
+        left = " after those of --leave_out" if left_out.number else ""
         raise InputError(
-            f"--corpus_path {' '.join(config.corpus_path)}: no article with text{asked}; check the file"
+            f"--corpus_path {' '.join(config.corpus_path)}: no article with text{asked}{left}; check the file"
         )
     examples.skipped = len(bad) + (records.skipped if records else 0)
     return split_parts(examples, config)
 
 
-def _articles_of(files: Sequence[str]) -> Counter[int]:
-    """Return a count of 0 for each article in records, by the key of its title."""
-    keys = Keys()
-    for record in sound_records([Path(file) for file in files]):
-        keys.add(record["query"], record["documents"], None)
-    if keys.untitled:
-        log.warning(
-            "--leave_out: %s of %s documents have no title line: their articles are not left out",
-            *(f"{keys.untitled:,}", f"{len(keys.documents):,}"),
+class _LeftOut:
+    """The articles of held-out records, by the titles of their documents."""
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self._titles: set[str] = set()
+        self._starts: set[str] = set()
+        self.number = self._read = 0
+        untitled = 0
+        for record in sound_records([Path(file) for file in files]):
+            for document in record["documents"]:
+                words = title_of(document).split()
+                untitled += not words
+                self._titles.add(" ".join(words))
+                self._starts.update(_starts(words))
+        self._titles.discard("")
+        if untitled:
+            log.warning(
+                "--leave_out: %s documents have no title line: their articles are not left out",
+                f"{untitled:,}",
+            )
+
+    def has(self, title: str) -> bool:
+        """Whether an article is left out. It is counted."""
+        words = title.split()
+        whole = " ".join(words)
+        found = whole in self._titles or whole in self._starts or not self._titles.isdisjoint(_starts(words))
+        self._read += 1
+        self.number += found
+        return found
+
+    def report(self) -> None:
+        """Log how much of the corpus was left out."""
+        write = log.warning if 2 * self.number > self._read else log.info
+        write(
+            "--leave_out: %s of the %s articles that were read are left out",
+            *(f"{self.number:,}", f"{self._read:,}"),
         )
-    return Counter(dict.fromkeys(keys.documents, 0))
+
+
+def _starts(words: Sequence[str]) -> list[str]:
+    """Return the beginnings of a long title: a passage may have only its first words."""
+    return [" ".join(words[:count]) for count in range(_LONG_TITLE, len(words))]
 
 
 def _alternating(
@@ -147,7 +175,7 @@ def _copied(example: TrainingExample) -> TrainingExample | None:
 
 
 def pretraining_examples(
-    config: PretrainConfig, tokenizer: Any, bad: list[str], left_out: Counter[int] | None = None
+    config: PretrainConfig, tokenizer: Any, bad: list[str], left_out: "_LeftOut | None" = None
 ) -> Iterator[tuple[str, TrainingExample]]:
     """Yield an example for each passage, with the passage's id.
 
@@ -159,7 +187,7 @@ def pretraining_examples(
         config: The corpus.
         tokenizer: Cuts the passages.
         bad: Receives a message for each row that is not an article.
-        left_out: The keys of the titles of articles to leave out; counts what is left out.
+        left_out: The articles to leave out; counts them.
     """
     kind: Compressor = COMPRESSORS.find(config.compressor)
     examples = _questions if kind.picks_tokens else _of_article
@@ -175,9 +203,7 @@ def pretraining_examples(
         passages = iter(cut.passages.select(Passage._fields).to_pylist())
         for count in cut.pieces:
             own = [Passage(**next(passages)) for _ in range(count)]
-            if own and left_out and (title := key(own[0].title)) in left_out:
-                left_out[title] += 1
-            else:
+            if not (own and left_out and left_out.has(own[0].title)):
                 yield from examples(own, config.seed)
             articles += 1
             if articles == config.max_corpus_size:

@@ -234,7 +234,7 @@ def _warn_of_seen_data(origin: Origin, train_data: Sequence[str]) -> None:
     if training_of(origin.source).data & set(train_data):
         log.warning(
             "the pretrained model has learned from the same --train_data, and may know the held-out "
-            "examples: their loss is too low to choose by; scaledown split keeps records apart before both"
+            "examples: their loss is too low to choose by; give --eval_data that pretraining has not read"
         )
 
 

@@ -90,13 +90,14 @@ class StudentTrainer:
         """
         if checkpoint is not None:
             self.step, self.log = checkpoints.read_state(checkpoint, self.passes)
-            checkpoints.load(checkpoint, self.passes, self.model)
-            self._saved = self.step
         if self.passes.sum(self.step) != [self.step * self.passes.ranks]:
             raise RunDirectoryError(
                 f"the processes found different checkpoints in {self._output}: it must be on a disk that all "
                 "machines share"
             )
+        if checkpoint is not None:
+            checkpoints.load(checkpoint, self.passes, self.model)
+            self._saved = self.step
         self._accelerator.init_trackers("scaledown")
         done, total = self._counts[self.step], self._counts[-1]
         with noticing_signals() as self._noticed, track("train", "examples", total, done) as self._tracker:

@@ -219,7 +219,7 @@ def load_parts(config: TrainConfig, folder: Path) -> Parts:
         if shared := examples.shared_by(held):
             log.warning(
                 "%s of %s records of --eval_data share an article or the question with training: their loss "
-                "is too low to choose by; scaledown split makes parts that do not",
+                "may be too low to choose by",
                 *(f"{shared:,}", f"{len(held):,}"),
             )
         return Parts(Subset(examples, range(len(examples))), Subset(held, range(len(held))), shared)
