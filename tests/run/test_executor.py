@@ -83,6 +83,21 @@ def test_an_error_of_the_user_ends_all(tmp_path: Path) -> None:
     assert [name[:8] for name in pool.killed] == ["worker-0"]
 
 
+def test_worker_that_is_killed_because_another_failed_counts_no_death(tmp_path: Path) -> None:
+    def at(worker: str) -> None:
+        if worker.startswith("worker-0"):
+            with pytest.raises(ValueError, match="stop"), Leases(tmp_path, worker).hold("ranked-f-000007"):
+                raise ValueError("stop")
+
+    pool = Scripted(None, Ending.failed("InputError", "no article with text"), at=at)
+    leases = Leases(tmp_path, "me")
+    with pytest.raises(InputError, match="no article"):
+        supervise(pool, "m:f", {}, 2, [leases])
+    with leases.hold("ranked-f-000007") as mine:
+        assert mine
+    assert leases.deaths("ranked-f-000007") == []
+
+
 def test_worker_with_full_gpu_stops_and_others_continue(tmp_path: Path, caplog: Any) -> None:
     full = Ending.failed("NoRoomError", "model x: out of memory while loading")
     pool = Scripted(full, WELL, WELL)

@@ -207,6 +207,9 @@ def supervise(  # noqa: PLR0917
     finally:
         for _, worker in working.values():
             worker.kill()
+        for name, _ in working.values():
+            for own in leases:
+                own.stopped(name)
 
 
 class _Clock:

@@ -156,6 +156,13 @@ class Leases:
             names.append(held.name)
         return names
 
+    def stopped(self, worker: str) -> None:
+        """Free the leases of a worker that was killed on purpose: no shard is the cause of that."""
+        for held in self.held(worker):
+            with contextlib.suppress(Timeout), FileLock(self._folder / held.name).acquire(timeout=1):
+                if held in self.held(worker):  # otherwise another worker has taken it
+                    self._note(held.name).unlink(missing_ok=True)
+
     def _bury(self, name: str, reason: str, worker: str = "") -> None:
         """Turn the note of a dead process into a record of its death. The caller holds the lock.
 
