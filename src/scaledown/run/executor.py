@@ -207,9 +207,8 @@ def supervise(  # noqa: PLR0917
     finally:
         for _, worker in working.values():
             worker.kill()
-        for name, _ in working.values():
-            for own in leases:
-                own.stopped(name)
+        for own in leases:
+            own.stopped([name for name, _ in working.values()])
 
 
 class _Clock:

@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from math import isfinite
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -156,11 +156,13 @@ class Leases:
             names.append(held.name)
         return names
 
-    def stopped(self, worker: str) -> None:
-        """Free the leases of a worker that was killed on purpose: no shard is the cause of that."""
-        for held in self.held(worker):
+    def stopped(self, workers: Collection[str]) -> None:
+        """Free the leases of workers that were killed on purpose: no shard is the cause of that."""
+        for held in self.held():
+            if held.worker not in workers:
+                continue
             with contextlib.suppress(Timeout), FileLock(self._folder / held.name).acquire(timeout=1):
-                if held in self.held(worker):  # otherwise another worker has taken it
+                if held in self.held(held.worker):  # otherwise another worker has taken it
                     self._note(held.name).unlink(missing_ok=True)
 
     def _bury(self, name: str, reason: str, worker: str = "") -> None:
