@@ -246,7 +246,7 @@ def test_site_opened_from_a_folder_is_searched_without_a_network(site: Path, bro
         *((f"{command} --help", "torch, transformers, jinja2, matplotlib") for command in _COMMANDS),
         *(
             (f"{command} --help", "numpy, torch, rich")
-            for command in ("validate", "merge", "export", "status")
+            for command in ("validate", "merge", "split", "export", "status")
         ),
         *((f"{command} --help", "numpy, pyarrow") for command in ("pretrain", "train", "serve")),
     ],

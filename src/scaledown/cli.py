@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Final
 
 import scaledown
-from scaledown.command import program_name
 from scaledown.config.flags import (
     Parser,
     add_flags,
@@ -227,6 +226,7 @@ def _seed(text: str) -> int:
 
 
 def _split(arguments: argparse.Namespace) -> int:
+    from scaledown.command import program_name
     from scaledown.student.split import HELD_OUT, TRAIN, split_files
 
     output, ending = arguments.output_dir, arguments.files[0].suffix
