@@ -22,7 +22,7 @@ fast: check
 	$(BIN)/python -m pytest --fast -n 2 -q -rfE
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20
+	$(BIN)/python -m pytest -n 3 --dist worksteal --durations=20
 	@if [ -e .venv-vllm/ready ]; then $(MAKE) test-vllm; fi
 
 VLLM_TESTS := tests/data/teacher/test_vllm_real.py tests/serving/test_vllm_engine.py tests/serving/test_vllm_serve.py
