@@ -106,7 +106,7 @@ def run(folder: Path, command: str, *flags: object) -> str:
     if process.returncode:
         print(*log.read_text().splitlines()[-3:], f"to begin anew: rm -r {folder}", sep="\n", file=sys.stderr)
         raise Stopped(process.returncode)
-    return textwrap.indent(printed.partition("\nnext:")[0].strip(), "  ")
+    return textwrap.indent(printed.partition("\nnext")[0].strip(), "  ")
 
 
 def watched(process: subprocess.Popen[str], log: Path) -> str:

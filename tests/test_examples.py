@@ -135,6 +135,7 @@ def test_demo_runs_with_small_models(
     assert Path(look).is_file()
     assert "train: " in (folder / "train.log").read_text()
     assert "INFO" not in first
+    assert len(re.findall(r"^ *next", first, re.MULTILINE)) == 1, "only at the end"
     assert not list(folder.glob("*/checkpoint-*"))
 
     def again(*_: Any) -> None:
