@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from asked import Asked
 from scaledown.config.serve import ServeConfig
 from scaledown.serving.answer_text import AnswerText
-from scaledown.serving.engine import EmbeddingCache, Engine
+from scaledown.serving.embedding_cache import EmbeddingCache
+from scaledown.serving.engine import Engine
 from scaledown.serving.jobs import End, Job, Piece, Scores
 from scaledown.serving.protocol import RequestError
 from scaledown.student import decoding

@@ -7,10 +7,9 @@ threads submit requests and receive pieces of answers by thread-safe calls.
 import contextlib
 import logging
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from scaledown.devices.gpus import give_back
 from scaledown.devices.halving import is_out_of_memory
 from scaledown.errors import InputError, ModelError, ScaleDownError
 from scaledown.serving.answer_text import AnswerText
+from scaledown.serving.embedding_cache import EmbeddingCache, key_of
 from scaledown.serving.jobs import End, Job, Piece, Scores, Usage
 from scaledown.serving.protocol import RequestError
 from scaledown.student.batch import Document, Encoded, Question
@@ -48,43 +48,6 @@ class _Row:
     text: AnswerText
     usage: Usage
     written: int = 0
-
-
-class EmbeddingCache:
-    """Embeddings of (query, document) pairs seen before; the least recently used are removed first."""
-
-    def __init__(self, gigabytes: float) -> None:
-        self._room = int(gigabytes * 1e9)
-        self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
-        self.size = 0
-        """Bytes in use."""
-
-    def get(self, key: bytes) -> torch.Tensor | None:
-        """Return the embeddings, [memory tokens, width]; None if they are not in the cache."""
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        return self._kept.get(key)
-
-    def clear(self) -> None:
-        """Remove all embeddings."""
-        self._kept.clear()
-        self.size = 0
-
-    def put(self, key: bytes, embeddings: torch.Tensor) -> None:
-        """Keep embeddings, unless they alone are larger than the cache."""
-        if embeddings.nbytes > self._room or key in self._kept:
-            return
-        self._kept[key] = embeddings.clone()  # a view would keep the whole batch in memory
-        self.size += embeddings.nbytes
-        while self.size > self._room:
-            self.size -= self._kept.popitem(last=False)[1].nbytes
-
-
-def _key(job: Job, document: str) -> bytes:
-    hashed = blake2b(f"{job.rate} {len(job.query)} ".encode(), digest_size=16)
-    hashed.update(job.query.encode())
-    hashed.update(document.encode())
-    return hashed.digest()
 
 
 class _Asked(NamedTuple):
@@ -360,7 +323,7 @@ class Engine:
         """Compress each document by itself. Embeddings that are in the cache are taken from there."""
         pairs = {
             asked.job: [
-                (_key(asked.job, text), one)
+                (key_of(asked.job, text), one)
                 for text, one in zip(asked.job.documents, asked.documents, strict=True)
             ]
             for asked in read

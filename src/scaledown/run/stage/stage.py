@@ -275,20 +275,8 @@ class Stage:
         mine = self._run.part.of(shards)
         # Groups begin at multiples: a process without a part, which makes the same shards, has them, too.
         firsts = range(mine.start - mine.start % at_once, mine.stop, at_once)
-        missing = [range(max(first, mine.start), min(first + at_once, mine.stop)) for first in firsts]
-        waited, pause = False, _WAIT_SECONDS
-        while missing := [group for group in missing if not all(map(self._settled, group))]:
-            made = [self._make(group, shards, work) for group in missing]
-            if any(made):
-                pause = _WAIT_SECONDS
-            else:
-                if not waited:
-                    log.info(
-                        "%s: waiting for another process, which makes the last %s", self.name, len(missing)
-                    )
-                waited = True
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_WAIT_SECONDS)
+        groups = [range(max(first, mine.start), min(first + at_once, mine.stop)) for first in firsts]
+        self._make_all(groups, shards, work)
         self.storage.refresh(
             self.folder
         )  # see the newest shards of others: the last part to finish must see all of them
@@ -312,29 +300,37 @@ class Stage:
             empty: Makes the shard that replaces a given-up one, from a complete shard and the number.
         """
 
-        def make(number: int, shards: int) -> bool:
-            return self._make(range(number, number + 1), shards, lambda group: [work(group.start)])
+        def alone(group: range) -> list[pa.Table]:
+            return [work(group.start)]
 
         number = 0
         while source.done() is None:
             check()
             if source.has(number):
                 if not self._settled(number):
-                    make(number, number + 1)
+                    self._make(range(number, number + 1), number + 1, alone)
                 number += 1
             else:
                 time.sleep(_WAIT_SECONDS)
         shards = len(source.finished().rows)
-        missing: Iterable[int] = range(shards)
-        pause = _WAIT_SECONDS
-        while missing := [number for number in missing if not self._settled(number)]:
-            made = [make(number, shards) for number in missing]
+        self._make_all([range(number, number + 1) for number in range(shards)], shards, alone)
+        self._stand_in(shards, empty)
+
+    def _make_all(
+        self, groups: list[range], shards: int, work: Callable[[range], Iterable[pa.Table]]
+    ) -> None:
+        """Make all groups, and wait for those that other processes make."""
+        waited, pause = False, _WAIT_SECONDS
+        while groups := [group for group in groups if not all(map(self._settled, group))]:
+            made = [self._make(group, shards, work) for group in groups]
             if any(made):
                 pause = _WAIT_SECONDS
-            else:
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_WAIT_SECONDS)
-        self._stand_in(shards, empty)
+                continue
+            if not waited:
+                log.info("%s: waiting for another process, which makes the last %s", self.name, len(groups))
+            waited = True
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_WAIT_SECONDS)
 
     def _settled(self, shard: int) -> bool:
         """Whether the shard needs no more work: it exists, or was given up."""
