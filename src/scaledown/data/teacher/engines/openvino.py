@@ -27,7 +27,7 @@ log = logging.getLogger("scaledown")
 
 _IN_FLIGHT: Final = 64  # requests in the engine: enough to keep it busy, with bounded memory
 _CACHE_GB: Final = 4  # of keys and values; requests that do not fit wait
-_TOKENS_A_STEP: Final = 256
+_TOKENS_A_STEP: Final = 1024
 
 
 def openvino_genai() -> Any:
