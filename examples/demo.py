@@ -2,13 +2,15 @@
 
     python examples/demo.py [FOLDER]
 
-It makes training data, keeps some questions apart, trains a pointer student on the others, measures what a
-question's own documents and another question's are worth to the student, and lets it answer one question.
+It makes training data, keeps some questions apart, trains a pointer student on the right answers to the
+others, measures what a question's own documents and another question's are worth to the student, and lets it
+answer one question.
 Each command is printed before it runs; what it logs goes to FOLDER/COMMAND.log. What is finished is kept:
 after Ctrl-C, run it again.
 """
 
 import importlib.util
+import json
 import os
 import shlex
 import shutil
@@ -24,6 +26,8 @@ from scaledown.devices.choice import choose_device
 from scaledown.run.atomic import read_json, write_json
 
 EXAMPLES = Path(os.path.relpath(Path(__file__).parent))
+RIGHT = EXAMPLES / "queries.jsonl"
+"""Right answers to the questions."""
 WIDTH = 100
 
 
@@ -33,9 +37,9 @@ class Size(NamedTuple):
     data: tuple[str, ...] = ("--preset", "demo")
     generator: str = "bundled:smollm2-135m"
     layers: int = 4
-    cloze_steps: int = 16
+    cloze_steps: int = 40
     cloze_batch: int = 8
-    steps: int = 4
+    steps: int = 12
     batch: int = 4
     new_tokens: int = 32
 
@@ -56,18 +60,18 @@ def main(folder: Path, size: Size) -> None:
     print("\nSplit: some questions are kept for the end")
     print(run(folder, "split", data, "--fraction", 0.25, "--output_dir", folder / "split"))
     taught, held_out = folder / "split" / "train.json", folder / "split" / "held_out.json"
-    small = ("--eval_fraction", 0, "--save_steps", 1000, "--report_to", "none", "--resume")
+    small = ("--gold", RIGHT, "--eval_fraction", 0, "--save_steps", 1000, "--report_to", "none", "--resume")
 
     print("\nPretraining: a student learns to find the names and numbers that questions leave out")
     flags = ("--compressor", "pointer", "--num_layers", size.layers, "--compression_rate", 4)
-    flags += ("--generator_model", size.generator, "--train_data", taught)
+    flags += ("--generator_model", size.generator, "--lora_dropout", 0, "--train_data", taught)
     flags += ("--corpus_path", EXAMPLES / "corpus.jsonl", "--leave_out", held_out)
     flags += ("--max_steps", size.cloze_steps, "--batch_size", size.cloze_batch)
     print(run(folder, "pretrain", *flags, *small, "--output_dir", folder / "pretrained"))
 
     print("\nTraining: it learns to answer from the tokens that it picks of the documents")
     flags = ("--pretrained_model", folder / "pretrained", "--train_data", taught)
-    flags += ("--max_steps", size.steps, "--batch_size", size.batch)
+    flags += ("--learning_rate_generator", 5e-4, "--max_steps", size.steps, "--batch_size", size.batch)
     print(run(folder, "train", *flags, *small, "--output_dir", model))
     for checkpoint in [*folder.glob("*/checkpoint-*")]:  # both runs are finished: nothing goes on from these
         shutil.rmtree(checkpoint)
@@ -75,7 +79,7 @@ def main(folder: Path, size: Size) -> None:
     found = read_json(folder / "taste.json")
     if not found or found["of"] != (model / "settings.json").stat().st_mtime_ns:
         print("\nWhat it has learned (this loads the student)", flush=True)
-        found = taste(model, read_json(held_out), size.new_tokens)
+        found = taste(model, with_right_answers(read_json(held_out)), size.new_tokens)
         write_json(folder / "taste.json", found)
     print(summary(found, size, folder))
 
@@ -129,6 +133,13 @@ def replace(line: str) -> None:
         print(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
 
 
+def with_right_answers(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records whose question has a right answer, with it instead of the teacher's."""
+    lines = map(json.loads, RIGHT.read_text(encoding="utf-8").splitlines())
+    right = {line["query"]: line["answers"][0] for line in lines if line["answers"]}
+    return [one | {"answer": right[one["query"]]} for one in records if one["query"] in right]
+
+
 def taste(model_folder: Path, held: list[dict[str, Any]], new_tokens: int) -> dict[str, Any]:
     """What the student makes of questions that it has not seen."""
     import torch
@@ -138,22 +149,24 @@ def taste(model_folder: Path, held: list[dict[str, Any]], new_tokens: int) -> di
 
     model = ScaleDownModel.from_pretrained(model_folder)
     own = [record["documents"] for record in held]
-    losses = []  # with the own documents, with another question's: nats a token of the teacher's answers
+    losses = []  # [own documents, another question's][question]: nats a token of the right answer
     for documents in (own, [*own[1:], own[0]]):
         read = [
             model.reader.encode(record["query"], texts, record["answer"])
             for record, texts in zip(held, documents, strict=True)
         ]
         with torch.no_grad():
-            losses.append(float(model(**collate(read))["answer_loss"]))
-    asked = held[len(held) // 2]
+            losses.append([float(model(**collate([one]))["answer_loss"]) for one in read])
+    gains = [others - mine for mine, others in zip(*losses, strict=True)]
+    asked = held[gains.index(max(gains))]
     query, documents = asked["query"], asked["documents"]
     read = model.reader.read(query, documents)
     return {
         "of": (model_folder / "settings.json").stat().st_mtime_ns,
         "questions": len(held),
-        "losses": losses,
+        "losses": [sum(own) / len(own) for own in losses],
         "query": query,
+        "right": asked["answer"],
         "tokens": sum(one.stop - one.start for one in read),
         "embeddings": sum(one.memory for one in read),
         "student": model.answer(query, documents, max_new_tokens=new_tokens),
@@ -176,22 +189,23 @@ def summary(found: dict[str, Any], size: Size, folder: Path) -> str:
     held_out = folder / "split" / "held_out.json"
     return f"""
 This was a taste. {learned}: a student that has learned so little
-answers badly. docs/results.md shows what longer training does.
+makes many mistakes. docs/results.md shows what longer training does.
 
-  {found["questions"]} questions were kept out of training. The student's loss over the teacher's answers
-  to them, in nats a token (less is better):
+  {found["questions"]} questions were kept out of training. The student's loss over the right answers to
+  them, in nats a token (less is better):
 
     with a question's own documents   {own:.2f}
     with another question's           {others:.2f}
 
   What the embeddings tell the generator about a question is the difference, {others - own:.2f}.
+  The question whose documents helped most:
 
-  {found["query"]} One generator, reading:
+  {found["query"]} ({found["right"]}) One generator, reading:
 
 {lines}
 
 look: {folder / "train_data.json.work" / "report.html"}
-next: {scaledown} evaluate --model {model} --data {held_out} --gold {EXAMPLES / "queries.jsonl"} \\
+next: {scaledown} evaluate --model {model} --data {held_out} --gold {RIGHT} \\
         --systems compressed uncompressed closed_book --output_dir {folder / "evaluation"}
       {scaledown} answer --model {model} --data {held_out} --output_file {folder / "answers.jsonl"}
       {scaledown} serve --model {model}

@@ -120,7 +120,7 @@ def test_demo_runs_with_small_models(
         "train",
     ]
     assert "This was a taste. 1 steps of 2 and 1 of 2 examples" in first
-    assert "answers badly" in first
+    assert "makes many mistakes" in first
     (own, others) = json.loads((folder / "taste.json").read_text())["losses"]
     assert own != others
     found = re.findall(r"question's (?:own documents)? +(\d+\.\d\d)\n", first)
@@ -128,7 +128,7 @@ def test_demo_runs_with_small_models(
     taught, held = (
         json.loads((folder / "split" / f"{name}.json").read_text()) for name in ("train", "held_out")
     )
-    assert held[len(held) // 2]["query"] in first
+    assert any(f"\n  {record['query']} (" in first for record in held)
     assert not {record["query"] for record in taught} & {record["query"] for record in held}
     assert re.search(r"--leave_out: \d+ of the \d+ articles", (folder / "pretrain.log").read_text())
     (look,) = set(re.findall(r"look: (.+)", first))  # of the data's summary, and at the end

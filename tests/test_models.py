@@ -221,7 +221,7 @@ def test_gpu_that_emulates_bfloat16_runs_in_float16_and_trains_in_float32(
         (None, torch.float32),  # a version of torch that does not say
     ],
 )
-def test_cpu_runs_in_bfloat16_if_it_multiplies_it_and_trains_in_float32(
+def test_cpu_runs_and_trains_in_bfloat16_if_it_multiplies_it(
     instructions: dict[str, bool] | None, runs: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if instructions is None:
@@ -231,4 +231,4 @@ def test_cpu_runs_in_bfloat16_if_it_multiplies_it_and_trains_in_float32(
     monkeypatch.setattr(choice, "multiplies_bfloat16", multiplies_bfloat16)  # tests replace it
     assert dtype_to_run("auto", "cpu") is runs
     assert dtype_to_run("float32", "cpu") is torch.float32
-    assert dtype_to_train("auto", "cpu") is torch.float32
+    assert dtype_to_train("auto", "cpu") is runs

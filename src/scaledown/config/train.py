@@ -201,8 +201,8 @@ class StudentConfig(Options):
     dtype: str = option(
         "auto",
         MACHINE,
-        "type of matrix products and frozen weights, trained weights are float32; auto is bfloat16 on CUDA, "
-        "float32 on its GPUs before compute capability 8 and elsewhere",
+        "type of matrix products and frozen weights, trained weights are float32; auto is bfloat16 on CUDA "
+        "and on CPUs with AVX512-BF16 or AMX, float32 on GPUs before compute capability 8 and elsewhere",
         role="result",
         choices=DTYPES,
     )

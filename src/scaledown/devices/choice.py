@@ -48,28 +48,22 @@ def choose_device(name: str) -> str:
 
 
 def dtype_to_train(name: str, device: str) -> "torch.dtype":
-    """The dtype for training. `auto` is bfloat16 on CUDA, unless the GPU emulates it, else float32."""
+    """The dtype for training. `auto` is bfloat16 on a CUDA GPU or a CPU that multiplies it, else float32."""
     import torch
 
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
-    is_fast = device.startswith("cuda") and not emulates_bfloat16(device)
+    is_fast = device.startswith(("cuda", "cpu")) and not is_slow_in_bfloat16(device)
     return torch.bfloat16 if is_fast else torch.float32
 
 
 def dtype_to_run(name: str, device: str) -> "torch.dtype":
-    """The dtype for inference.
-
-    `auto` is bfloat16 on CUDA and on a CPU that multiplies it, float16 if the GPU emulates bfloat16, else
-    float32.
-    """
+    """The dtype for inference: that for training, but `auto` is float16 if the GPU emulates bfloat16."""
     import torch
 
     if name == "auto" and emulates_bfloat16(device):
         return torch.float16
-    if name == "auto" and device == "cpu" and multiplies_bfloat16():
-        return torch.bfloat16
     return dtype_to_train(name, device)
 
 
