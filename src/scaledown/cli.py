@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import scaledown
 from scaledown.config.flags import (
@@ -25,19 +25,30 @@ from scaledown.config.shared import CleanConfig
 from scaledown.errors import UsageError, one_line, run_command
 from scaledown.extensions import OUTPUT_FORMATS
 
-# Commands with their own parser: the module, and flags that are added to the command line.
+
+class _Command(NamedTuple):
+    """A command with its own parser."""
+
+    module: str
+    help: str
+    flags: tuple[str, ...] = ()
+    """Flags that are added to the command line."""
+
+
 _COMMANDS: Final = {
-    "prepare": ("scaledown.data.prepare_dataset", ()),
-    "plan": ("scaledown.data.prepare_dataset", ("--dry_run",)),
-    "index": ("scaledown.data.build_index", ()),
-    "report": ("scaledown.data.report.page", ()),
-    "export-openvino": ("scaledown.data.teacher.export_openvino", ()),
-    "pretrain": ("scaledown.student.pretrain", ()),
-    "train": ("scaledown.student.train", ()),
-    "answer": ("scaledown.student.answer", ()),
-    "serve": ("scaledown.serving.serve", ()),
-    "evaluate": ("scaledown.evaluation.evaluate", ()),
-    "compare": ("scaledown.evaluation.compare", ()),
+    "prepare": _Command("scaledown.data.prepare_dataset", "make training data (scaledown prepare --help)"),
+    "plan": _Command(
+        "scaledown.data.prepare_dataset",
+        "estimate what prepare needs, and list what is missing",
+        ("--dry_run",),
+    ),
+    "index": _Command("scaledown.data.build_index", "make passages and vectors once, for many runs"),
+    "pretrain": _Command("scaledown.student.pretrain", "train a compressor on any text, before training"),
+    "train": _Command("scaledown.student.train", "train a compressor on training data"),
+    "answer": _Command("scaledown.student.answer", "answer a question with a trained model"),
+    "serve": _Command("scaledown.serving.serve", "serve a trained model to OpenAI clients"),
+    "evaluate": _Command("scaledown.evaluation.evaluate", "measure answers or rankings, with intervals"),
+    "compare": _Command("scaledown.evaluation.compare", "compare quality and cost of several models"),
 }
 
 
@@ -49,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:  # it imports, so that Ctrl-C during imports prints one line, too
         name = words[0].replace("_", "-") if words else ""
         if name in _COMMANDS:
-            module, flags = _COMMANDS[name]
-            status: int = import_module(module).main([*flags, *words[1:]], f"scaledown {name}")
+            own = _COMMANDS[name]
+            status: int = import_module(own.module).main([*own.flags, *words[1:]], f"scaledown {name}")
             return status
         return _run(underscored(words))
 
@@ -65,27 +76,53 @@ def _run(words: list[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"scaledown {scaledown.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
-    commands.add_parser("prepare", help="make training data (scaledown prepare --help)", add_help=False)
-    commands.add_parser("plan", help="estimate what prepare needs, and list what is missing", add_help=False)
-    commands.add_parser("index", help="make passages and vectors once, for many runs", add_help=False)
-    commands.add_parser("report", help="make a page and a dataset card for training data", add_help=False)
-    commands.add_parser("pretrain", help="train a compressor on any text, before training", add_help=False)
-    commands.add_parser("train", help="train a compressor on training data", add_help=False)
-    commands.add_parser("answer", help="answer a question with a trained model", add_help=False)
-    commands.add_parser("serve", help="serve a trained model to OpenAI clients", add_help=False)
-    commands.add_parser("evaluate", help="measure answers or rankings, with intervals", add_help=False)
-    commands.add_parser("compare", help="compare quality and cost of several models", add_help=False)
-    commands.add_parser(
-        "export-openvino", help="convert a teacher for --teacher_backend openvino", add_help=False
-    )
+    for name, own in _COMMANDS.items():
+        commands.add_parser(name, help=own.help, add_help=False)
 
-    validate = commands.add_parser("validate", help="check all records of training files")
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command.set_defaults(run=run)
+        return command
+
+    report = add("report", _report, "make a page and a dataset card for training data")
+    report.add_argument("data", type=local_path, metavar="FILE", help=".json, .jsonl or .parquet")
+    report.add_argument(
+        "--output",
+        type=local_path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="the page (default: report.html)",
+    )
+    report.add_argument(
+        "--card",
+        type=local_path,
+        metavar="FILE",
+        help="the dataset card (default: as --output, ending in .md)",
+    )
+    report.add_argument(
+        "--gold",
+        action="append",
+        type=path_or_url,
+        default=[],
+        metavar="FILE",
+        help="questions with right answers, for R@k and accuracy; may be given several times (default: the "
+        "run's queries, where they have answers)",
+    )
+    add_overwrite(report)
+
+    openvino = add(
+        "export-openvino",
+        _export_openvino,
+        "convert a teacher for --teacher_backend openvino, which its first run does otherwise",
+    )
+    openvino.add_argument("model", type=path_or_url, metavar="MODEL", help="what --teacher_model takes")
+
+    validate = add("validate", _validate, "check all records of training files")
     validate.add_argument(
         "files", nargs="+", type=local_path, metavar="FILE", help=".json, .jsonl or .parquet"
     )
-    validate.set_defaults(run=_validate)
 
-    merge = commands.add_parser("merge", help="merge training files, without repeated queries")
+    merge = add("merge", _merge, "merge training files, without repeated queries")
     merge.add_argument("files", nargs="+", type=local_path, metavar="FILE", help=".json, .jsonl or .parquet")
     merge.add_argument(
         "--output_file", required=True, type=local_path, metavar="FILE", help="the merged file to write"
@@ -97,9 +134,8 @@ def _run(words: list[str]) -> int:
     )
     add_overwrite(merge)
     add_flags(lambda _: merge, CleanConfig)
-    merge.set_defaults(run=_merge)
 
-    split = commands.add_parser("split", help="hold out a part of training files, by article")
+    split = add("split", _split, "hold out a part of training files, by article")
     split.add_argument("files", nargs="+", type=local_path, metavar="FILE", help=".json, .jsonl or .parquet")
     split.add_argument("--output_dir", required=True, type=local_path, metavar="DIR", help="a new folder")
     split.add_argument(
@@ -110,11 +146,8 @@ def _run(words: list[str]) -> int:
     )
     split.add_argument("--seed", type=_seed, default=0, metavar="N", help="chooses the articles (default: 0)")
     add_overwrite(split)
-    split.set_defaults(run=_split)
 
-    export = commands.add_parser(
-        "export", help="write training files or a model's generator for other programs"
-    )
+    export = add("export", _export, "write training files or a model's generator for other programs")
     export.add_argument(
         "files",
         nargs="+",
@@ -141,15 +174,13 @@ def _run(words: list[str]) -> int:
         "--private", action="store_true", help="make the dataset on the hub private to its organisation"
     )
     add_overwrite(export)
-    export.set_defaults(run=_export)
 
-    status = commands.add_parser("status", help="show the progress of a run, finished or not")
+    status = add("status", _status, "show the progress of a run, finished or not")
     status.add_argument(
         "path", type=path_or_url, metavar="WORK_DIR", help="directory of a run or an index, or an output"
     )
     status.add_argument("--json", action="store_true", help="print JSON, with times in seconds")
-    status.set_defaults(run=_status)
-    for command in (validate, merge, split, export, status):
+    for command in (report, openvino, validate, merge, split, export, status):
         add_log_flags(command)
 
     arguments = parser.parse_args(words)
@@ -158,6 +189,37 @@ def _run(words: list[str]) -> int:
 
     start_logging(arguments.log_level, arguments.log_format)
     return run(arguments)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from scaledown.data.report.page import summary, write_report
+    from scaledown.run.outputs import check_output, lies_in, note_made
+
+    page: Path = arguments.output
+    card: Path = arguments.card or page.with_suffix(".md")
+    if lies_in(str(page), str(card)):
+        raise UsageError(f"--output {page} and --card are one file: name two")
+    for flag, path in (("--output", page), ("--card", card)):
+        reads = (arguments.data, *arguments.gold)
+        check_output(flag, path, reads, made="report", overwrite=arguments.overwrite)
+    report = write_report(arguments.data, page, card, arguments.gold)
+    for path in (page, card):
+        note_made(path, "report")
+    print(summary(report))
+    return 0
+
+
+def _export_openvino(arguments: argparse.Namespace) -> int:
+    from scaledown.data.teacher.engines.openvino import export, is_exported
+    from scaledown.models.sources import resolve
+    from scaledown.models.weights import quiet_libraries
+
+    quiet_libraries()
+    source = resolve(arguments.model)
+    there = is_exported(source)
+    print(f"{export(source)}: {'already exists' if there else 'exported'}")
+    print(f"next: scaledown prepare --teacher_backend openvino --teacher_model {shlex.quote(source.name)} …")
+    return 0
 
 
 def _validate(arguments: argparse.Namespace) -> int:
@@ -312,7 +374,3 @@ def _export_trec(paths: Sequence[Path], output: Path, *, overwrite: bool) -> int
         print(f"{name}: {_counted(lines, 'line', 'lines')}")
     print(f"\nnext: scaledown evaluate --run {' '.join(written)} --qrels QRELS --output_dir rankings")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

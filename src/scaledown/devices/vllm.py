@@ -66,7 +66,7 @@ def _is_cpu_build() -> bool:
     return False
 
 
-def gpus_of(device: str, tensor_parallel: int, flag: str = "--tensor_parallel") -> range:
+def gpus_of(device: str, tensor_parallel: int) -> range:
     """Return the numbers of the GPUs that share a model, from `device` on; none on a CPU.
 
     Raises `ModelError` if there are too few GPUs.
@@ -78,7 +78,8 @@ def gpus_of(device: str, tensor_parallel: int, flag: str = "--tensor_parallel") 
     gpus = range(index(device), index(device) + tensor_parallel)
     if gpus.stop > (count := torch.cuda.device_count()):
         raise ModelError(
-            f"{flag} {tensor_parallel}: there are {count} GPUs, and --device {device} comes first: lower it"
+            f"--tensor_parallel {tensor_parallel}: there are {count} GPUs, and --device {device} comes "
+            "first: lower it"
         )
     return gpus
 

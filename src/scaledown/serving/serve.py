@@ -163,7 +163,3 @@ def _load(config: ServeConfig, source: ModelSource) -> tuple[Any, Any, str]:
             "all running answers are complete; lower --max_new_tokens, or use --engine vllm"
         )
     return model, generation, title
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

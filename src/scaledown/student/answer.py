@@ -291,7 +291,3 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown answer") -
         usage=usage,
         argv=argv,
     )
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -29,7 +29,3 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown pretrain")
         return summary(result, pretrained=True)
 
     return run_cli(PretrainConfig, run, shown, usage=usage, argv=argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

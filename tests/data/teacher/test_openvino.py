@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from scaledown.cli import main
 from scaledown.data.prompts import answer_prompt
-from scaledown.data.teacher import export_openvino
 from scaledown.data.teacher.base import Engine, Generation, Rejection, Setup
 from scaledown.data.teacher.engines import openvino as engine
 from scaledown.data.teacher.engines.openvino import (
@@ -237,12 +237,10 @@ def test_other_weights_are_another_export(models, tmp_path, monkeypatch) -> None
 
 
 def test_an_export_that_is_there_is_only_named(library, models, capsys) -> None:
-    assert export_openvino.main([str(models["causal_lm"])]) == 0
+    assert main(["export-openvino", str(models["causal_lm"])]) == 0
     output = capsys.readouterr().out
     assert "already exists" in output
     assert "next: scaledown prepare --teacher_backend openvino" in output
-    with pytest.raises(UsageError, match="--help"):
-        export_openvino.main([])
 
 
 needs_openvino = pytest.mark.skipif(

@@ -1,4 +1,4 @@
-"""Remembers queries and ids in about 20 bytes each; a Python set takes 80."""
+"""Queries and ids that have been met."""
 
 import hashlib
 import itertools
@@ -6,27 +6,20 @@ from collections.abc import Iterator
 from typing import Final
 
 _BYTES: Final = 12  # of a query's hash: among a billion, one chance in 10^11 that two are taken for one
-_EMPTY: Final = bytes(_BYTES)
-_FULL: Final = 0.7
-_GROWTH: Final = 1.5
-_PARTS: Final = 256  # which grow one at a time
 
 
 class Seen:
-    """The queries seen so far, without the spaces around them."""
+    """The queries seen so far, without the spaces around them; about 80 bytes each, however long they are."""
 
     def __init__(self) -> None:
-        self._parts = [_Table() for _ in range(_PARTS)]
+        self._hashes: set[bytes] = set()
 
     def add(self, query: str) -> bool:
         """Remember a query. Returns whether it is new."""
-        key = hashlib.blake2b(query.strip().encode(errors="surrogatepass"), digest_size=_BYTES).digest()
-        return self._parts[key[0] % _PARTS].add(key)
-
-    @property
-    def size(self) -> int:
-        """Its memory in bytes."""
-        return sum(len(part.places) for part in self._parts)
+        text = query.strip().encode(errors="surrogatepass")
+        before = len(self._hashes)
+        self._hashes.add(hashlib.blake2b(text, digest_size=_BYTES).digest())
+        return len(self._hashes) > before
 
 
 class Ids:
@@ -49,37 +42,3 @@ class Ids:
 def one_word(name: str) -> str:
     """Replace white space, because it separates the columns of TREC's formats."""
     return "_".join(name.split()) or "_"
-
-
-class _Table:
-    """Hashes by open addressing: one is at the place its bytes name, or at the next that was free."""
-
-    def __init__(self) -> None:
-        self.places = bytearray(16 * _BYTES)
-        self._count = 0
-
-    def add(self, key: bytes) -> bool:
-        found = self._find(key)
-        if self.places[found : found + _BYTES] == key:
-            return False
-        self.places[found : found + _BYTES] = key
-        self._count += 1
-        if self._count * _BYTES > _FULL * len(self.places):
-            self._grow()
-        return True
-
-    def _find(self, key: bytes) -> int:
-        """Return the place of a hash, or the place where it belongs."""
-        places = self.places
-        at = int.from_bytes(key[1:9]) % (len(places) // _BYTES) * _BYTES
-        while places[at : at + _BYTES] not in (key, _EMPTY):
-            at = (at + _BYTES) % len(places)
-        return at
-
-    def _grow(self) -> None:
-        old = self.places
-        self.places = bytearray(int(len(old) // _BYTES * _GROWTH) * _BYTES)
-        for at in range(0, len(old), _BYTES):
-            if (key := bytes(old[at : at + _BYTES])) != _EMPTY:
-                found = self._find(key)
-                self.places[found : found + _BYTES] = key

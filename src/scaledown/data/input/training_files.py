@@ -30,6 +30,7 @@ _OPENING_SPACE: Final = re.compile(r"[\ufeff \t\r\n]*")
 _MAX_RECORD_CHARACTERS: Final = 1 << 26
 _WRITABLE: Final = (type(None), datetime.date, datetime.time)
 _MAX_DEPTH: Final = 100  # of what is nested in a record
+_MESSAGES: Final = 100
 
 
 class Entry(NamedTuple):
@@ -293,8 +294,8 @@ class Validation(NamedTuple):
     duplicates: int
 
 
-def validate(path: Path, max_messages: int = 100) -> Validation:
-    """Check every record of a training file; at most `max_messages` messages are kept."""
+def validate(path: Path) -> Validation:
+    """Check every record of a training file; at most 100 messages are kept."""
     sound = bad = total = 0
     messages: list[str] = []
     with_scores: bool | None = None
@@ -310,7 +311,7 @@ def validate(path: Path, max_messages: int = 100) -> Validation:
             bad += 1
             total += len(found)
             place = f"{path}:{entry.line}: record {number}: "
-            messages += [place + problem for problem in found][: max_messages - len(messages)]
+            messages += [place + problem for problem in found][: _MESSAGES - len(messages)]
         else:
             sound += 1
             again += not seen.add(entry.record["query"])

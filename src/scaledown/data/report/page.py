@@ -3,14 +3,12 @@
 import contextlib
 import itertools
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from scaledown.config.flags import Parser, add_log_flags, add_overwrite, local_path, path_or_url, underscored
 from scaledown.data.input.gold import Gold, read_gold
 from scaledown.data.input.training_files import format_of
 from scaledown.data.manifest import manifest_of
@@ -18,7 +16,7 @@ from scaledown.data.report.audit import UNGROUNDED, Audit, Looked, audit, marked
 from scaledown.data.report.fidelity import fidelity, licences
 from scaledown.data.report.rerank_effect import QUERIES, Reordering, reordering
 from scaledown.data.teacher.review import content_words
-from scaledown.errors import InputError, UsageError, one_line, run_command
+from scaledown.errors import InputError, one_line
 from scaledown.report import plots
 from scaledown.report.page import (
     Block,
@@ -35,8 +33,6 @@ from scaledown.report.page import (
     markdown,
 )
 from scaledown.run.atomic import atomic
-from scaledown.run.logs import start_logging
-from scaledown.run.outputs import check_output, lies_in, note_made
 from scaledown.run.progress import counted, duration
 from scaledown.run.storage import Storage
 from scaledown.urls import is_url
@@ -374,67 +370,9 @@ def _use(data: Path) -> str:
     )
 
 
-def main(argv: Sequence[str], program: str = "scaledown report") -> int:
-    """Run the command line. Returns the exit status."""
-    words = underscored(argv)
-    parser = Parser(
-        prog=program,
-        allow_abbrev=False,
-        description="Inspect training data: counts, answers, scores, repetitions, licences, examples. Writes "
-        "one HTML page, and a dataset card beside it.",
-    )
-    add = parser.add_argument
-    add("data", type=local_path, metavar="FILE", help="training data: .json, .jsonl or .parquet")
-    add(
-        "--output",
-        type=local_path,
-        default=Path("report.html"),
-        metavar="FILE",
-        help="the page [default: report.html]",
-    )
-    add(
-        "--card",
-        type=local_path,
-        metavar="FILE",
-        help="the dataset card [default: as --output, ending in .md]",
-    )
-    add(
-        "--gold",
-        action="append",
-        type=path_or_url,
-        default=[],
-        metavar="FILE",
-        help="questions with right answers, for R@k and accuracy; may be given several times [default: the "
-        "run's queries, where they have answers]",
-    )
-    add_overwrite(parser)
-    add_log_flags(parser)
-
-    def command() -> int:
-        options = parser.parse_args(words)
-        start_logging(options.log_level, options.log_format)
-        page: Path = options.output
-        card: Path = options.card or page.with_suffix(".md")
-        if lies_in(str(page), str(card)):
-            raise UsageError(f"--output {page} and --card are one file: name two")
-        for flag, path in (("--output", page), ("--card", card)):
-            reads = (options.data, *options.gold)
-            check_output(flag, path, reads, made="report", overwrite=options.overwrite)
-        report = write_report(options.data, page, card, options.gold)
-        for path in (page, card):
-            note_made(path, "report")
-        print(_summary(report))
-        return 0
-
-    return run_command(command, debug="--debug" in words)
-
-
-def _summary(report: Report) -> str:
+def summary(report: Report) -> str:
+    """Return what `scaledown report` prints."""
     found = report.audit
     lines = [f"{found.path}: {counted(found.records, 'records')}, {found.sampled:,} read word for word"]
     tags = [f"  {found.tags[name]:>8,}  {said}" for name, said in _SAID.items() if name in found.tags]
     return "\n".join([*lines, *(["", *tags] if tags else []), "", f"look: {report.page}, {report.card}"])
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -46,16 +46,13 @@ class SpladeEncoder:
         self.halving = Halving("--batch_size")
         self._model: Any = None
         reason, parts = _from_files(source, device, dtype)
-        if parts is None:
-            self._model = _from_sentence_transformers(source, device, dtype)
-            reason, parts = _parts_of(self._model)
         self._fast: _Fast | None = None
         if parts is not None:
             reason, self._fast = _fast(parts)
         if self._fast is None:
             parts = None  # free the model before it is loaded again
             log.info("retriever: the fast SPLADE head cannot be used (%s)", reason)
-            self._model = self._model or _from_sentence_transformers(source, device, dtype)
+            self._model = _from_sentence_transformers(source, device, dtype)
 
     def documents(
         self,
@@ -323,24 +320,6 @@ def _from_sentence_transformers(source: ModelSource, device: str, dtype: str) ->
     arguments: dict[str, Any] = {"model_kwargs": {"dtype": dtype_to_run(dtype, device), **onto(device)}}
     with loading(source):
         return SparseEncoder(name, device=device, **pinned, **arguments)
-
-
-def _parts_of(model: Any) -> tuple[str, _Parts | None]:
-    """The parts of a `SparseEncoder`, as `_from_files` returns them."""
-    from sentence_transformers.sparse_encoder.modules import SpladePooling
-
-    modules = list(model)
-    if len(modules) != 2 or not isinstance(modules[1], SpladePooling):
-        return "its modules are not a masked language model and SPLADE pooling", None
-    if modules[1].pooling_strategy != "max":
-        return f"its pooling is {modules[1].pooling_strategy}", None
-    if any(model.prompts.values()) or model.max_active_dims:
-        return "it has prompts or limits the number of active terms", None
-    masked = getattr(modules[0], "auto_model", None)
-    if not hasattr(masked, "get_output_embeddings"):
-        return "its first module is not a masked language model", None
-    longest = model.max_seq_length or model.tokenizer.model_max_length
-    return "", _Parts(masked, model.tokenizer, longest, modules[1].activation_function == "log1p_relu")
 
 
 def _fast(parts: _Parts) -> tuple[str, _Fast | None]:
