@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TextIO, cast
@@ -266,19 +267,39 @@ def _score_problems(scores: Any, documents: int) -> list[str]:
     return found
 
 
-def sound_records(paths: Sequence[Path]) -> Iterator[Example]:
-    """The records of training files, documents as strings. Raises `InputError` for one that is not sound."""
-    with track("read", "records", None) as tracker:
-        for path in paths:
-            for entry in entries(path):
+def sound_records(paths: Sequence[Path], *, task: str = "read", alike: bool = False) -> Iterator[Example]:
+    """The records of training files, documents as strings.
+
+    Args:
+        paths: The files.
+        task: What the progress is called.
+        alike: Either all records must have reranking scores or none.
+
+    Raises:
+        InputError: A record is not sound, or not like the others.
+    """
+    sizes = [path.stat().st_size for path in paths]
+    with_scores: bool | None = None
+    with track(task, "records", None) as tracker:
+        for place, path in enumerate(paths):
+            for number, entry in enumerate(entries(path), 1):
                 wrong = [entry.problem] if entry.problem else problems(entry.record)
                 if wrong:
                     raise InputError(
-                        f"{path}:{entry.line}: {wrong[0]}; `scaledown validate {path}` lists all"
+                        f"{path}:{entry.line}: record {number}: {wrong[0]}; "
+                        f"`scaledown validate {shlex.quote(str(path))}` lists all"
                     )
+                has_scores = entry.record.get("reranking_scores") is not None
+                if alike and with_scores not in (None, has_scores):
+                    raise InputError(
+                        f"{path}:{entry.line}: some records have reranking_scores and some have none; "
+                        "give only files that are alike in this"
+                    )
+                with_scores = has_scores
                 documents = [document_text(document) for document in entry.record["documents"]]
                 yield cast("Example", entry.record | {"documents": documents})
                 tracker.advance()
+            tracker.advance(0, sum(sizes[: place + 1]) / (sum(sizes) or 1))
 
 
 class Validation(NamedTuple):

@@ -3,11 +3,10 @@
 import contextlib
 import itertools
 import logging
-import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 import orjson
 
@@ -16,15 +15,14 @@ from scaledown.config.prepare import PrepareConfig
 from scaledown.config.shared import CleanConfig
 from scaledown.data.cleaning.decontaminate import Cleaner, Exclusion
 from scaledown.data.input.seen import Seen
-from scaledown.data.input.training_files import check_file, entries, format_of, problems
+from scaledown.data.input.training_files import check_file, format_of, sound_records
 from scaledown.data.manifest import dtypes_of, manifest_of
 from scaledown.data.output.columns import columns_of
 from scaledown.data.output.writers import write_examples
-from scaledown.errors import InputError, UsageError
-from scaledown.records import Example, document_text
+from scaledown.errors import UsageError
+from scaledown.records import Example
 from scaledown.run.atomic import atomic
 from scaledown.run.outputs import check_output, note_made
-from scaledown.run.progress import track
 
 log = logging.getLogger("scaledown")
 
@@ -95,7 +93,7 @@ def merge(
             record_removed = stack.enter_context(temporary.open("wb")).write
 
         def kept() -> Iterator[Example]:
-            for record, why in _cleaned(_records(paths), cleaner):
+            for record, why in _cleaned(sound_records(paths, task="merge", alike=True), cleaner):
                 if why is None:
                     yield record
                 else:
@@ -108,33 +106,6 @@ def merge(
     for path in written:
         note_made(path, "merge")
     return Merged(number, counts["duplicate"], counts["contaminated"], cleaner.counts["unread"])
-
-
-def _records(paths: Sequence[Path]) -> Iterator[Example]:
-    """The records of all files, checked."""
-    with_scores: bool | None = None
-    sizes = [path.stat().st_size for path in paths]
-    with track("merge", "records", None) as tracker:
-        for place, path in enumerate(paths):
-            for number, entry in enumerate(entries(path), 1):
-                found = [entry.problem] if entry.problem else problems(entry.record)
-                if found:
-                    raise InputError(
-                        f"{path}:{entry.line}: record {number}: {found[0]}; "
-                        f"`scaledown validate {shlex.quote(str(path))}` lists all"
-                    )
-                has_scores = entry.record.get("reranking_scores") is not None
-                if with_scores is not None and has_scores != with_scores:
-                    raise InputError(
-                        f"{path}:{entry.line}: some records have reranking_scores and some have none; "
-                        "merge only files that are alike in this"
-                    )
-                with_scores = has_scores
-                record = dict(entry.record)
-                record["documents"] = [document_text(document) for document in record["documents"]]
-                yield cast("Example", record)
-                tracker.advance()
-            tracker.advance(0, sum(sizes[: place + 1]) / (sum(sizes) or 1))
 
 
 def _cleaned(records: Iterator[Example], cleaner: Cleaner) -> Iterator[tuple[Example, Exclusion | None]]:
