@@ -30,4 +30,3 @@ def test_each_gets_an_id_of_its_own() -> None:
     assert [ids.own(one) for one in given] == ["a", "b", "a#2", "a#2#2", "a#3", "x y", "x_y#2", "", "b#2"]
     assert ids.renamed == 5
     assert [ids.own("n") for _ in range(20_000)][-1] == "n#20000"
-

@@ -337,6 +337,24 @@ def test_run_that_recorded_defaults_of_settled_flags_continues(
     assert train(config).already_done
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"compressor": "bert", "num_layers": 3}, "--num_layers has no effect"),
+        ({"generator_training": "frozen", "lora_dropout": 0.0}, "--lora_dropout has no effect"),
+        ({"generator_training": "frozen"}, ""),
+    ],
+)
+def test_a_flag_without_effect_is_named(
+    settings: dict[str, Any], message: str, models: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    if "compressor" in settings:
+        settings = settings | {"compressor": str(models["modernbert"])}
+    find_origin(TrainConfig(train_data=("-",), generator_model=str(models["causal_lm"]), **settings))
+    assert message in caplog.text
+    assert bool(message) == bool(caplog.text)
+
+
 def test_settings_of_pretraining_cannot_be_changed(
     pretrained: str, data: str, tmp_path: Path, models: dict[str, Path]
 ) -> None:

@@ -1,5 +1,6 @@
 """The model that a training run starts from: separate parts, or a model from `scaledown pretrain`."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
     from scaledown.student.model import ScaleDownModel
     from scaledown.student.settings import ScaleDownConfig
+
+log = logging.getLogger("scaledown")
 
 # Flags that define a model; with a pretrained model they are already decided.
 MODEL_FLAGS: Final = tuple(name for name, about in StudentConfig.options().items() if about.settled_by)
@@ -98,6 +101,11 @@ def find_origin(config: StudentConfig) -> Origin:
         raise UsageError("--train_data: only a pointer is pretrained on records: give --compressor pointer")
     generator = resolve(config.generator_model)
     compressor = resolve(settings.compressor_name) if settings.compressor_name else None
+    defaults = _defaults(config)
+    if compressor and config.num_layers != defaults["num_layers"]:
+        log.warning("--num_layers has no effect: a compressor of its own has all its layers")
+    if config.generator_training != "lora" and config.lora_dropout != defaults["lora_dropout"]:
+        log.warning("--lora_dropout has no effect with --generator_training %s", config.generator_training)
     return Origin(settings, generator, compressor, in_4bit=config.generator_4bit)
 
 
@@ -109,7 +117,11 @@ def _pretrained(config: StudentConfig, name: str, *, reranks: bool) -> Origin:
     settings.enable_reranking |= reranks
     settings.check_reranking()
     origin = Origin(settings, source, is_pretrained=True, in_4bit=config.generator_4bit)
-    defaults = {item.name: item.default for item in fields(config)}
+    if config.generator_4bit and settings.generator_training == "full":
+        raise UsageError(
+            f"--generator_4bit: all weights of the generator of {name} are trained; leave the flag out"
+        )
+    defaults = _defaults(config)
     for flag, there in origin.settled.items():
         value = getattr(config, flag)
         if value not in {defaults[flag], there}:
@@ -117,3 +129,7 @@ def _pretrained(config: StudentConfig, name: str, *, reranks: bool) -> Origin:
                 f"--{flag} {value}: --pretrained_model {name} was made with {there}; leave the flag out"
             )
     return origin
+
+
+def _defaults(config: StudentConfig) -> dict[str, Any]:
+    return {item.name: item.default for item in fields(config)}
