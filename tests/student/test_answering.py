@@ -144,11 +144,17 @@ def test_out_of_memory_halves_the_batch(
     assert "a lower batch_size avoids this" in caplog.text
 
 
+@pytest.mark.parametrize("method", ["answer", "stream", "rerank", "compress", "prompt_embeddings"])
+def test_a_text_is_not_a_list_of_documents(model: ScaleDownModel, method: str) -> None:
+    with pytest.raises(InputError, match="put it into a list"):
+        list(getattr(model, method)("Why?", "No."))
+
+
 def test_answers_end_at_an_end_token(models: dict[str, Path]) -> None:
     model = student(models, generator_training="full").eval()
     assert model.generator.generation_config.eos_token_id == [1]
-    embedded, mask = model.prompts([model._question("Why?", ["No."], 8, compressed=True)])
-    ((first,), *_) = model._write(embedded, mask, 8)
+    asked = [model._question("Why?", ["No."], 8, compressed=True)]
+    ((_, first), *_) = model._tokens(asked, 8, "each")
     assert model.answer("Why?", ["No."], max_new_tokens=8)
     model.generator.generation_config.eos_token_id = [first]
     assert model.answer("Why?", ["No."], max_new_tokens=8) == ""

@@ -87,6 +87,8 @@ class AnswerConfig(Options):
             raise UsageError(
                 "--compression_rate and --budget have no effect with --uncompressed: leave them out"
             )
+        if self.data and self.document:
+            raise UsageError("--document belongs to --query; --data has documents of its own: leave it out")
         if self.data and not self.output_file:
             raise UsageError("--data needs --output_file FILE for the answers")
         if self.output_file:

@@ -154,6 +154,8 @@ class EvaluateConfig(EngineConfig):
             raise UsageError("give --model DIR and --data FILE, or --run FILE and --qrels FILE")
         if self.gold and self.run:
             raise UsageError("--gold is for answers: rankings are compared with --qrels")
+        if self.judge_model and self.run:
+            raise UsageError("--judge_model is for answers: rankings are compared with --qrels")
         if not self.systems or len(set(self.systems)) < len(self.systems):
             raise UsageError("--systems: name each once, and at least one")
         if self.pairwise and not self.judge_model:

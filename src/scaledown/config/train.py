@@ -291,11 +291,6 @@ class TrainConfig(StudentConfig):
         super().__post_init__()
         if not self.train_data:
             raise UsageError("no training data: give --train_data train_data.json")
-        if self.generator_training == "frozen" and self.text_fraction + self.closed_book_fraction:
-            raise UsageError(
-                "--text_fraction and --closed_book_fraction have no effect on a frozen generator: leave them "
-                "out"
-            )
         if self.text_fraction + self.closed_book_fraction > 1:
             raise UsageError("--text_fraction and --closed_book_fraction add up to more than 1: lower them")
 

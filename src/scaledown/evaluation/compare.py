@@ -279,8 +279,7 @@ def _costs(path: Path, results: Results, config: CompareConfig) -> list[Cost]:
     shape = _shape(config)
     of = [results.models["model"], batches, shape, config.cost_repeats, device, str(dtype), machine()]
     way = {name: results.parameters[name] for name in ("compression_rate", "budget")}
-    of += [way] if way["compression_rate"] else []
-    request = fingerprint({"of": of})
+    request = fingerprint({"of": [*of, way]})
     kept = read_json(path)
     if isinstance(kept, dict) and kept.get("request") == request:
         return [_cost(one) for one in kept["costs"]]

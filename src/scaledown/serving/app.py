@@ -3,7 +3,6 @@
 import asyncio
 import hmac
 import logging
-import math
 import re
 import time
 import uuid
@@ -419,14 +418,7 @@ def _event(content: dict[str, Any]) -> bytes:
 
 
 def _json(content: dict[str, Any], status: int = 200) -> Response:
-    finite = {"results": [_finite(row) for row in content["results"]]} if "results" in content else {}
-    return Response(orjson.dumps({**content, **finite}), status, media_type="application/json")
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """Replace a score that is not finite by null: JSON has no NaN."""
-    score = row["relevance_score"]
-    return {**row, "relevance_score": score if math.isfinite(score) else None}
+    return Response(orjson.dumps(content), status, media_type="application/json")
 
 
 async def _not_found(request: Request, error: Exception) -> Response:

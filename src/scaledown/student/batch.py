@@ -375,6 +375,7 @@ class Reader:
         Returns:
             A record for each document.
         """
+        check_documents(documents)
         config = self._config
         asked: list[int] = []
         if query:
@@ -428,6 +429,12 @@ class Reader:
 
     def _plain_ids(self, text: str) -> list[int]:
         return plain_ids(self._compressor, text)
+
+
+def check_documents(documents: object) -> None:
+    """Raise `InputError` if the documents of a query are one text, which is a sequence of characters."""
+    if isinstance(documents, str):
+        raise InputError("the documents of a query are a text: put it into a list")
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:

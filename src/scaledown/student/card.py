@@ -62,7 +62,11 @@ The licences of the generator, of the compressor and of the training data hold f
 """
 
 
-_TRAINED = {"lora": "trained by LoRA", "full": "trained in full", "frozen": "not trained"}
+_TRAINED = {
+    "lora": "trained by LoRA",
+    "full": "trained in full",
+    "frozen": "not trained, or its LoRA is merged",
+}
 
 
 def _is_on_hub(name: str | None) -> bool:

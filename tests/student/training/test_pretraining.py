@@ -342,7 +342,10 @@ def test_run_that_recorded_defaults_of_settled_flags_continues(
     [
         ({"compressor": "bert", "num_layers": 3}, "--num_layers has no effect"),
         ({"generator_training": "frozen", "lora_dropout": 0.0}, "--lora_dropout has no effect"),
-        ({"generator_training": "frozen"}, ""),
+        ({"generator_training": "frozen", "learning_rate_generator": 1e-3}, "--learning_rate_generator has"),
+        ({"max_steps": 3, "num_epochs": 2.0}, "--num_epochs has no effect"),
+        ({"eval_data": ("-",), "eval_fraction": 0.1}, "--eval_fraction has no effect"),
+        ({"generator_training": "frozen", "max_steps": 3, "eval_data": ("-",)}, ""),
     ],
 )
 def test_a_flag_without_effect_is_named(

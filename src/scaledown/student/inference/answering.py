@@ -7,9 +7,10 @@ from typing import Any, overload
 import torch
 
 from scaledown.errors import InputError, ModelError
-from scaledown.student.batch import Document, Encoded, Question, collate
+from scaledown.student.batch import Document, Encoded, Question, check_documents, collate
 from scaledown.student.decoding import Decoding
 from scaledown.student.engines.base import Generation, Sampling
+from scaledown.student.engines.steps import StepGeneration
 from scaledown.student.inference.compressing import (
     OWN_WAY,
     Compressing,
@@ -132,7 +133,7 @@ class Answering(Compressing):
             question = self._question(query, documents, max_new_tokens, chosen_way, compressed=compressed)
         ids: list[int] = []
         shown = ""
-        for token in self._tokens(question, max_new_tokens, budget):
+        for _, token in self._tokens([question], max_new_tokens, budget):
             if token in self.stops:
                 break
             ids.append(token)
@@ -142,16 +143,6 @@ class Answering(Compressing):
                 shown = text
         if len(text := self.tokenizer.decode(ids, skip_special_tokens=True)) > len(shown):
             yield text[len(shown) :]
-
-    def _tokens(self, question: Question, max_new_tokens: int, budget: str) -> Iterator[int]:
-        if self.engine is not None:
-            yield from (
-                token for _, token in self._by_engine(self.engine, [question], max_new_tokens, budget)
-            )
-            return
-        with self.using():
-            embedded, mask = self.prompts([question], budget)
-        yield from (token for (token,) in self._write(embedded, mask, max_new_tokens))
 
     def prompt_embeddings(
         self, query: str, documents: Documents, *, compression_rate: int = 0, budget: str = "each"
@@ -187,6 +178,7 @@ class Answering(Compressing):
         *,
         compressed: bool,
     ) -> Question:
+        check_documents(documents)
         embeddings = None
         given = [isinstance(document, torch.Tensor) for document in documents]
         if any(given):
@@ -232,13 +224,8 @@ class Answering(Compressing):
         self, questions: Sequence[Question], max_new_tokens: int, budget: str = "each"
     ) -> list[str]:
         written: list[list[int]] = [[] for _ in questions]
-        if self.engine is not None:
-            for place, token in self._by_engine(self.engine, questions, max_new_tokens, budget):
-                written[place].append(token)
-        else:
-            with self.using():
-                embedded, mask = self.prompts(questions, budget)
-            written = [list(row) for row in zip(*self._write(embedded, mask, max_new_tokens), strict=True)]
+        for place, token in self._tokens(questions, max_new_tokens, budget):
+            written[place].append(token)
         return [
             self.tokenizer.decode(
                 list(itertools.takewhile(lambda token: token not in self.stops, tokens)),
@@ -247,34 +234,13 @@ class Answering(Compressing):
             for tokens in written
         ]
 
-    def _write(self, embedded: torch.Tensor, mask: torch.Tensor, max_new_tokens: int) -> Iterator[list[int]]:
-        """Yield the most probable token of each row, step by step, until all rows have ended.
-
-        Args:
-            embedded: [batch, length, width]: prompts, padded on the left.
-            mask: [batch, length]: 0 at padding.
-            max_new_tokens: The most steps.
-        """
-        decoding, ended = Decoding(self.generator), [False] * len(mask)
-        chosen: torch.Tensor | None = None
-        for _ in range(max_new_tokens):
-            # Gradients are off within a step only: between two steps the caller's code runs.
-            with self.using():
-                if chosen is None:
-                    decoding.join(embedded, mask)
-                else:
-                    decoding.step(chosen)
-                chosen = decoding.logits.argmax(-1)  # [batch]
-            tokens: list[int] = chosen.tolist()
-            yield tokens
-            ended = [was or token in self.stops for was, token in zip(ended, tokens, strict=True)]
-            if all(ended):
-                return
-
-    def _by_engine(
-        self, engine: Generation, questions: Sequence[Question], max_new_tokens: int, budget: str
+    def _tokens(
+        self, questions: Sequence[Question], max_new_tokens: int, budget: str
     ) -> Iterator[tuple[int, int]]:
-        """Yield the tokens that the engine writes as they arrive, each with the index of its question."""
+        """Yield the tokens of all answers as they are written, each with the index of its question."""
+        # Not `or`: an engine without rows has the length 0.
+        own = StepGeneration(self, Decoding(self.generator)) if self.engine is None else self.engine
+        engine: Generation = own
         engine.join(self.compressed(questions, budget), [Sampling(max_new_tokens)] * len(questions))
         rows, left = list(range(len(questions))), [max_new_tokens] * len(questions)
         try:

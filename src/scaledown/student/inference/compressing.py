@@ -306,9 +306,6 @@ def as_lists(query: str | list[str], documents: Any) -> tuple[list[str], list[An
     queries, many = ([query], [documents]) if isinstance(query, str) else (query, documents)
     if len(queries) != len(many):
         raise InputError(f"{len(queries)} queries and documents for {len(many)}: give a list for each query")
-    for own in many:
-        if isinstance(own, str):
-            raise InputError("the documents of a query are a text: put it into a list")
     return list(queries), list(many)
 
 

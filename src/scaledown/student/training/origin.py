@@ -101,11 +101,7 @@ def find_origin(config: StudentConfig) -> Origin:
         raise UsageError("--train_data: only a pointer is pretrained on records: give --compressor pointer")
     generator = resolve(config.generator_model)
     compressor = resolve(settings.compressor_name) if settings.compressor_name else None
-    defaults = _defaults(config)
-    if compressor and config.num_layers != defaults["num_layers"]:
-        log.warning("--num_layers has no effect: a compressor of its own has all its layers")
-    if config.generator_training != "lora" and config.lora_dropout != defaults["lora_dropout"]:
-        log.warning("--lora_dropout has no effect with --generator_training %s", config.generator_training)
+    _check_effects(config, settings)
     return Origin(settings, generator, compressor, in_4bit=config.generator_4bit)
 
 
@@ -121,6 +117,7 @@ def _pretrained(config: StudentConfig, name: str, *, reranks: bool) -> Origin:
         raise UsageError(
             f"--generator_4bit: all weights of the generator of {name} are trained; leave the flag out"
         )
+    _check_effects(config, settings)
     defaults = _defaults(config)
     for flag, there in origin.settled.items():
         value = getattr(config, flag)
@@ -129,6 +126,27 @@ def _pretrained(config: StudentConfig, name: str, *, reranks: bool) -> Origin:
                 f"--{flag} {value}: --pretrained_model {name} was made with {there}; leave the flag out"
             )
     return origin
+
+
+def _check_effects(config: StudentConfig, settings: "ScaleDownConfig") -> None:
+    """Warn of flags that change nothing in this model. Raises `UsageError` where nothing would be trained."""
+    is_frozen = settings.generator_training == "frozen"
+    if is_frozen and getattr(config, "text_fraction", 0) + getattr(config, "closed_book_fraction", 0):
+        raise UsageError(
+            "--text_fraction and --closed_book_fraction have no effect on a frozen generator: leave them out"
+        )
+    trains_pointer_alone = isinstance(config, PretrainConfig) and settings.kind.picks_tokens
+    unused = {
+        "num_layers": not settings.kind.of_generator,
+        "lora_dropout": settings.generator_training != "lora",
+        "learning_rate_generator": is_frozen or trains_pointer_alone,
+        "eval_fraction": bool(getattr(config, "eval_data", ())),
+        "num_epochs": config.max_steps > 0,
+    }
+    defaults = _defaults(config)
+    for name, has_no_effect in unused.items():
+        if has_no_effect and getattr(config, name) != defaults[name]:
+            log.warning("--%s has no effect here", name)
 
 
 def _defaults(config: StudentConfig) -> dict[str, Any]:

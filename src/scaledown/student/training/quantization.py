@@ -6,6 +6,8 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
+from scaledown.errors import UsageError
+
 _KIND: Final = "nf4"
 
 
@@ -38,8 +40,18 @@ class FourBitLinear(Linear4bit):  # type: ignore[misc]  # bitsandbytes has no ty
 
 
 def quantize(generator: Any) -> None:
-    """Quantize all frozen linear layers of a generator, except its output layer, one after the other."""
+    """Quantize all frozen linear layers of a generator, except its output layer, one after the other.
+
+    Raises:
+        UsageError: It has none.
+    """
     head = generator.get_output_embeddings()
-    for name, layer in list(generator.named_modules()):
-        if type(layer) is nn.Linear and layer is not head and not layer.weight.requires_grad:
-            generator.set_submodule(name, FourBitLinear(layer))
+    linear = [
+        (name, layer)
+        for name, layer in generator.named_modules()
+        if type(layer) is nn.Linear and layer is not head and not layer.weight.requires_grad
+    ]
+    if not linear:
+        raise UsageError("--generator_4bit: the generator has no frozen linear layers; leave the flag out")
+    for name, layer in linear:
+        generator.set_submodule(name, FourBitLinear(layer))
