@@ -165,12 +165,33 @@ def generate_teacher_answers(
     endpoints: Sequence[str] = (),
     prompt: str = "paper",
 ) -> list[Example]:
-    """Answer queries whose documents are known. Returns training records, which `json.dump` can write.
+    """Answer queries whose documents are known.
 
-    Documents are strings or `{"title", "text"}` and come back as strings; `reranking_scores` are kept.
-    A record that cannot be asked (its question alone exceeds the teacher's context) or whose answer is
-    empty is left out, and a warning names it. `backend`, `endpoints` and `prompt` are as the flags
-    `--teacher_backend`, `--teacher_endpoint` and `--prompt`.
+    Args:
+        queries_with_docs: Records with `query` and `documents`, which are strings or `{"title", "text"}`;
+            `reranking_scores` are kept.
+        teacher_model: A name on the hub, a folder, a .gguf file or `bundled:NAME`.
+        max_new_tokens: The most tokens of an answer.
+        temperature: 0 is greedy decoding; otherwise answers are drawn by `seed`.
+        seed: Seed of the drawing.
+        batch_size: Prompts at a time; 0 is the default of the device.
+        load_in_8bit: Keep weights in 8 bits (extra quantization).
+        load_in_4bit: Keep weights in 4 bits (extra quantization).
+        device: `auto`, `cpu`, `cuda` or `mps`.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        backend: The engine, as `--teacher_backend`.
+        endpoints: Addresses of OpenAI-compatible servers, as `--teacher_endpoint`.
+        prompt: As `--prompt`.
+
+    Returns:
+        Training records, which `json.dump` can write, with documents as strings. A record that cannot be
+        asked (its question alone exceeds the teacher's context) or whose answer is empty is left out, and a
+        warning names it.
+
+    Raises:
+        UsageError: A setting is out of bounds, or the engine does not support it.
+        InputError: A record is not sound.
+        ModelError: The teacher cannot be loaded.
     """
     if batch_size < 0 or max_new_tokens < 1:
         raise UsageError("batch_size must not be negative, max_new_tokens at least 1")

@@ -9,8 +9,9 @@ from typing import Any, Final, NamedTuple
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 
+from scaledown.devices.halving import is_out_of_memory
 from scaledown.errors import ModelError
 from scaledown.student.batch import Encoded, collate
 from scaledown.student.model import WEIGHTS
@@ -148,7 +149,7 @@ class Passes:
             try:
                 result = work()
             except RuntimeError as error:
-                if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+                if not is_out_of_memory(error):
                     raise
                 if self.is_shared:  # no retry: the others wait for this process within the pass
                     raise self._too_large() from error
