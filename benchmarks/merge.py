@@ -93,14 +93,12 @@ def main() -> None:
                 f"{size * count / 1e6 / row['seconds']:>5,.0f} MB/s"
             )
         one, four = rows
-        alone = [row["peak"] - a_query * row["records"] for row in (one, four)]
-        worst = max(worst, alone[1] / alone[0])
+        worst = max(worst, four["peak"] / one["peak"])
     queries = GIGABYTES * 1e9 / (4 * files * size / four["records"])
     print(
         f"  {a_query:.0f} bytes a query to know it again; extrapolated to {queries / 1e6:.0f} million "
         f"queries, {GIGABYTES} GB of text: {a_query * queries / 1e9:.1f} GB"
     )
-    print("all other memory, with four times the files:")
     close("merge", worst, 1.2, lower=True)
 
 

@@ -121,14 +121,16 @@ def test_demo_runs_with_small_models(
     ]
     assert "This was a taste. 1 steps of 2 and 1 of 2 examples" in first
     assert "makes many mistakes" in first
-    (own, others) = json.loads((folder / "taste.json").read_text())["losses"]
+    found_out = json.loads((folder / "taste.json").read_text())
+    own, others = found_out["losses"]
     assert own != others
     found = re.findall(r"question's (?:own documents)? +(\d+\.\d\d)\n", first)
     assert found == [f"{own:.2f}", f"{others:.2f}"]
     taught, held = (
         json.loads((folder / "split" / f"{name}.json").read_text()) for name in ("train", "held_out")
     )
-    assert any(f"\n  {record['query']} (" in first for record in held)
+    assert found_out["query"] in {record["query"] for record in held}
+    assert f"\n  {found_out['query']} ({found_out['right']})" in first
     assert not {record["query"] for record in taught} & {record["query"] for record in held}
     assert re.search(r"--leave_out: \d+ of the \d+ articles", (folder / "pretrain.log").read_text())
     (look,) = set(re.findall(r"look: (.+)", first))  # of the data's summary, and at the end

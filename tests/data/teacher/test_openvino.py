@@ -241,6 +241,8 @@ def test_an_export_that_is_there_is_only_named(library, models, capsys) -> None:
     output = capsys.readouterr().out
     assert "already exists" in output
     assert "next: scaledown prepare --teacher_backend openvino" in output
+    assert main(["export-openvino"]) == 2
+    assert "--help" in capsys.readouterr().err
 
 
 needs_openvino = pytest.mark.skipif(

@@ -238,9 +238,9 @@ class Answering(Compressing):
         self, questions: Sequence[Question], max_new_tokens: int, budget: str
     ) -> Iterator[tuple[int, int]]:
         """Yield the tokens of all answers as they are written, each with the index of its question."""
-        # Not `or`: an engine without rows has the length 0.
-        own = StepGeneration(self, Decoding(self.generator)) if self.engine is None else self.engine
-        engine: Generation = own
+        engine: Generation | None = self.engine
+        if engine is None:
+            engine = StepGeneration(self, Decoding(self.generator))
         engine.join(self.compressed(questions, budget), [Sampling(max_new_tokens)] * len(questions))
         rows, left = list(range(len(questions))), [max_new_tokens] * len(questions)
         try:
