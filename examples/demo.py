@@ -10,7 +10,6 @@ after Ctrl-C, run it again.
 """
 
 import importlib.util
-import json
 import os
 import shlex
 import shutil
@@ -135,9 +134,11 @@ def replace(line: str) -> None:
 
 def with_right_answers(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records whose question has a right answer, with it instead of the teacher's."""
-    lines = map(json.loads, RIGHT.read_text(encoding="utf-8").splitlines())
-    right = {line["query"]: line["answers"][0] for line in lines if line["answers"]}
-    return [one | {"answer": right[one["query"]]} for one in records if one["query"] in right]
+    from scaledown.data.input.gold import read_gold
+
+    gold = read_gold([str(RIGHT)], "--gold")
+    found = ((one, gold.answers(one["query"])) for one in records)
+    return [one | {"answer": answers[0]} for one, answers in found if answers]
 
 
 def taste(model_folder: Path, held: list[dict[str, Any]], new_tokens: int) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def _pretrained(config: StudentConfig, name: str, *, reranks: bool) -> Origin:
 
 
 def _check_effects(config: StudentConfig, settings: "ScaleDownConfig") -> None:
-    """Warn of flags that change nothing in this model. Raises `UsageError` where nothing would be trained."""
+    """Warn of flags that change nothing. Raises `UsageError` for examples that would train nothing."""
     is_frozen = settings.generator_training == "frozen"
     if is_frozen and getattr(config, "text_fraction", 0) + getattr(config, "closed_book_fraction", 0):
         raise UsageError(
