@@ -16,7 +16,7 @@ from scaledown.devices import choice
 from scaledown.devices.choice import choose_device, dtype_to_run, dtype_to_train, multiplies_bfloat16
 from scaledown.errors import ModelError
 from scaledown.models.hub import hub_errors
-from scaledown.models.sources import BUNDLES, ModelSource, resolve
+from scaledown.models.sources import BUNDLES, ModelSource, kept_folder, resolve, written_once
 from scaledown.models.weights import loading, read_config_file
 from tiny import COMMIT
 
@@ -232,3 +232,29 @@ def test_cpu_runs_and_trains_in_bfloat16_if_it_multiplies_it(
     assert dtype_to_run("auto", "cpu") is runs
     assert dtype_to_run("float32", "cpu") is torch.float32
     assert dtype_to_train("auto", "cpu") is runs
+
+
+def test_cache_drops_what_was_made_from_weights_that_are_gone_or_changed(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path / "cache"))
+    models = {name: tmp_path / name for name in ("kept", "changed", "gone", "new")}
+    sources = {name: ModelSource(name, str(folder)) for name, folder in models.items()}
+    sources["hub"] = ModelSource("org/hub", "org/hub", COMMIT)
+    for folder in models.values():
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+
+    def made(name: str) -> Path:
+        folder = kept_folder("exports", sources[name], "float32")
+        return written_once(folder, sources[name], lambda temporary: temporary.mkdir())
+
+    before = {name: made(name) for name in ("kept", "changed", "gone", "hub")}
+    other_kind = written_once(kept_folder("other", sources["gone"]), sources["gone"], lambda to: to.mkdir())
+    assert all(folder.is_dir() for folder in before.values())
+    (models["changed"] / "model.safetensors").write_bytes(b"trained further")
+    shutil.rmtree(models["gone"])
+    assert made("kept") == before["kept"]
+    assert before["gone"].is_dir(), "nothing is removed where nothing is made"
+    made("new")
+    assert {name for name, folder in before.items() if folder.exists()} == {"kept", "hub"}
+    assert other_kind.is_dir()
+    assert made("changed") != before["changed"]

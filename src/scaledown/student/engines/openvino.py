@@ -198,4 +198,4 @@ def generator_graph(model: Any, source: ModelSource, *, eight_bits: bool = False
         finally:
             model.generator.to(dtype)
 
-    return written_once(folder, write) / "generator.xml"
+    return written_once(folder, source, write) / "generator.xml"

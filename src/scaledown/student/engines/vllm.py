@@ -148,4 +148,4 @@ def generator_folder(model: Any, source: ModelSource) -> Path:
         log.info("the generator is written once for vLLM: %s", folder)
         model.save_generator(temporary)
 
-    return written_once(folder, write)
+    return written_once(folder, source, write)

@@ -82,7 +82,7 @@ def export(source: ModelSource) -> Path:
         del model
         _try(source, temporary)
 
-    return written_once(folder, write)
+    return written_once(folder, source, write)
 
 
 def _try(source: ModelSource, folder: Path) -> None:
