@@ -403,6 +403,26 @@ def test_snippet_of_the_student_works(place: Path, monkeypatch: pytest.MonkeyPat
     assert out.getvalue()
 
 
+def test_snippets_of_the_api_work(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them in order, in a folder with the files, the index and the model that they name."""
+    evaluated(place, "pointer")
+    Path("pointer").rename("model")
+    articles = (place / "kilt_knowledgesource.json").read_text(encoding="utf-8").splitlines()[:2]
+    (place / "corpus.jsonl").write_text("\n".join(articles), encoding="utf-8")
+    (place / "queries.txt").write_text("What is machine learning?\n")
+    assert (
+        cli.main(["index", "--corpus_path", "corpus.jsonl", "--index_dir", "index", "--device", "cpu"]) == 0
+    )
+    snippets = [fence.text for fence in fences(ROOT / "docs" / "api.md") if fence.language == "python"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        for snippet in snippets:
+            run_python(snippet, monkeypatch)
+    assert f"1 records in {Path('train_data.json')}" in out.getvalue()
+    first, *_, last = out.getvalue().splitlines()
+    assert first.endswith("  Tides")
+    assert last.startswith("[[")  # the picked tokens of each document
+
+
 def test_snippet_of_the_index_works(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--corpus_path", str(place / "kilt_knowledgesource.json"), "--index_dir", "index"]
     assert cli.main(["index", *flags, "--device", "cpu"]) == 0

@@ -15,7 +15,8 @@ LOGIN: Final = re.compile(r"://(?:[^/?#]*@|[^/?#@:]*:(?!\d+(?:/|$))[^@?]*@)")
 HIDDEN: Final = "…"
 HIDDEN_QUERY: Final = f"?{HIDDEN}"
 # Stores in which an object appears only when it is complete.
-_STORES: Final = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
+_EXTRAS: Final = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
+_STORES: Final = (*_EXTRAS, "memory")
 # Names, in file systems' data about a file, of values that change with its content; the most reliable first.
 _STATES: Final = (
     "xet_hash",
@@ -106,9 +107,8 @@ def file_system(url: str, shown: str) -> Any:
     try:
         return fsspec.filesystem(scheme, skip_instance_cache=True)  # a cached one remembers old listings
     except ImportError as error:
-        for extra, package, schemes in (("s3", "s3fs", {"s3", "s3a"}), ("gs", "gcsfs", {"gs", "gcs"})):
-            if scheme in schemes:
-                raise MissingExtraError(f"{shown} needs {package}: {install_command(extra)}") from None
+        if extra := _EXTRAS.get(scheme):
+            raise MissingExtraError(f"{shown} needs another package: {install_command(extra)}") from None
         raise MissingExtraError(f"{shown} needs another package: {error}") from None
     except (ValueError, TypeError):  # the scheme is unknown, or it needs more than a URL
         raise InputError(

@@ -658,6 +658,16 @@ def test_the_pages_requests_are_answered(server: Running, capsys: pytest.Capture
     assert content["usage"]["compression"]["embeddings"] > 0
 
 
+def test_command_of_the_page_starts_a_server_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr("scaledown.serving.serve.serve", lambda settings: started.append(settings) or 0)
+    (start,) = [text for text in fences("bash") if "scaledown serve" in text]
+    program, *words = shlex.split(start.splitlines()[-1])
+    assert program == "scaledown"
+    assert cli.main(words) == 0
+    assert [(settings.model, settings.port) for settings in started] == [("model", 8000)]
+
+
 def test_the_page_tells_every_field() -> None:
     content = set(re.findall(r"`([a-z_]+)`", PAGE))
     assert set(ChatRequest.model_fields) | set(RerankRequest.model_fields) <= content | {

@@ -164,7 +164,9 @@ class Options:
         about: Option = item.metadata["option"]
         flag, value = f"--{item.name}", getattr(self, item.name)
         if isinstance(item.default, tuple) and (not isinstance(value, tuple) or "" in value):
-            raise UsageError(f"{flag}: expected a tuple of texts, none of them empty")
+            raise UsageError(
+                f"{flag}: expected a tuple of texts, none of them empty, like ('a.txt', 'b.txt')"
+            )
         for one in value if isinstance(value, tuple) else (value,):
             if about.choices and one not in (item.default, *about.choices):
                 raise UsageError(f"{flag} {one}: use one of {', '.join(about.choices)}")
