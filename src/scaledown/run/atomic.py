@@ -53,7 +53,11 @@ def atomic(path: Path, room: int = 0) -> Iterator[Path]:
 def atomic_folder(output: Path) -> Iterator[Path]:
     """Yield a path at which the block makes a folder. After the block it takes the place of `output`.
 
-    The path is in a temporary folder beside `output`, which is deleted with all else that is in it.
+    The path is in a temporary folder beside `output`, which is deleted with all else that is in it. If the
+    block raises an error, `output` is as before.
+
+    Args:
+        output: The folder to write. An existing folder is replaced as a whole.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.", suffix=".tmp") as folder:
@@ -70,7 +74,15 @@ def atomic_folder(output: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` atomically, indented."""
+    """Write `content` atomically, indented.
+
+    Args:
+        path: The file; its folder is made if it is not there.
+        content: JSON values.
+
+    Raises:
+        OutputError: The disk is full.
+    """
     with atomic(path) as temporary:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")  # file names may be any bytes
@@ -85,9 +97,16 @@ def read_json(path: Path) -> Any:
 
 
 def check_writable(output: Path, flag: str = "--output_file") -> None:
-    """Check before any work that `output`, the value of `flag`, can be written. Raises `OutputError`.
+    """Check before any work that an output can be written.
 
     No folder is made for it: a command that fails later leaves none behind.
+
+    Args:
+        output: The file.
+        flag: The flag that names it, for messages.
+
+    Raises:
+        OutputError: The file cannot be written, or it is a folder, a device or a pipe.
     """
     try:
         output = output.resolve() if output.is_symlink() else output

@@ -67,13 +67,28 @@ _START: Final = ".start"
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
-    """Return 16 hex digits that change when any of `settings` changes."""
+    """Compute the fingerprint of settings.
+
+    Args:
+        settings: JSON values; any other value counts as its text. The order of names does not matter.
+
+    Returns:
+        16 hex digits, of a SHA-256.
+    """
     text = json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def stage_fingerprint(name: str, settings: Mapping[str, Any]) -> str:
-    """Return the name of the folder of a stage with these settings."""
+    """Return the name of the folder of a stage with these settings.
+
+    Args:
+        name: The stage's name, one of `STAGES`.
+        settings: Everything that its shards depend on.
+
+    Returns:
+        16 hex digits. They also depend on `SCHEMA`, the version of the shards' form.
+    """
     return fingerprint({"schema": SCHEMA, "stage": name, **settings})
 
 
@@ -249,7 +264,16 @@ class RunDirectory:
         return self.quarantine / f"{folder.parent.name}-{folder.name}-{shard}{GIVEN_UP}.jsonl"
 
     def given_up(self, *, own: bool = False) -> int:
-        """Count the shards given up in the stages opened here; with `own`, only those of this part."""
+        """Count the shards that were given up in the stages opened here.
+
+        A shard that is missing only because one of its sources was given up does not count.
+
+        Args:
+            own: Count only the shards that this part gave up.
+
+        Returns:
+            The number of shards.
+        """
         count = 0
         for folder in self.opened.values():
             self.storage.refresh(folder)

@@ -53,7 +53,13 @@ def threads_here() -> int:
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], processes: int) -> Iterator[Result]:
     """Yield `map(function, items)` in order, computed by several processes a few items ahead.
 
-    `function` must be picklable, and cheap to pickle.
+    Args:
+        function: It must be picklable, and cheap to pickle: each item is sent with it.
+        items: They are read as they are needed, up to twice the number of processes ahead.
+        processes: Number of processes. With 0 or 1 the work is done in this process.
+
+    Yields:
+        The results, in the order of `items`. An error of `function` is raised here.
     """
     if processes < 2:
         yield from map(function, items)
@@ -75,16 +81,23 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], processe
 
 
 class Order(NamedTuple):
-    """An order for a worker: call `target` (`module:function`) with the settings and the worker's name."""
+    """An order for a worker: a function to call, with its arguments."""
 
     target: str
+    """The function, as `module:function`."""
     settings: Mapping[str, Any]
+    """Its first argument."""
     worker: str
+    """Its second argument, the worker's name."""
     folder: str = ""
     """The folder for relative paths; if empty, the worker's working directory."""
 
     def carry_out(self) -> None:
-        """Call the target in this process. Raises `InputError` if this machine does not have the folder."""
+        """Call the target in this process.
+
+        Raises:
+            InputError: This machine does not have the folder.
+        """
         if self.folder:
             try:
                 os.chdir(self.folder)
@@ -98,15 +111,23 @@ class Order(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """How a worker ended: without an error, with an error for the user, or killed by `reason`."""
+    """How a worker ended."""
 
     well: bool
+    """Whether it finished without an error."""
     reason: str = ""
+    """The cause of its death: a signal, or the last line of its log. Empty if it did not die."""
     error: ScaleDownError | None = None
+    """The error for the user that it ended with."""
 
     @classmethod
     def failed(cls, kind: str, message: str) -> "Ending":
-        """Create the ending with one of our errors, given by the name of its class."""
+        """Create the ending of a worker that raised one of our errors.
+
+        Args:
+            kind: The name of its class in `scaledown.errors`.
+            message: Its message.
+        """
         error: ScaleDownError = getattr(errors, kind)(message)
         return cls(well=False, error=error)
 
@@ -125,7 +146,12 @@ class Pool(Protocol):
     """The machines or processes that run workers."""
 
     def start(self, order: Order, place: int) -> Worker:
-        """Start a worker; `place` is its number, which decides its GPUs."""
+        """Start a worker.
+
+        Args:
+            order: What the worker does.
+            place: Its number, from 0, which decides its GPUs. A replacement has the same number.
+        """
 
 
 def supervise(  # noqa: PLR0917
@@ -148,8 +174,9 @@ def supervise(  # noqa: PLR0917
         count: Number of workers.
         leases: The leases of the directories that all workers share; they count the deaths of each shard.
             Without leases the workers do not share a disk: each makes a part, given by `shard` in its
-            settings. task_timeout: A worker that needs longer for a shard is killed; in seconds, 0 for no
-            limit. look: Called several times a second.
+            settings.
+        task_timeout: A worker that needs longer for a shard is killed; in seconds, 0 for no limit.
+        look: Called several times a second.
 
     Raises:
         ScaleDownError: A worker ended with this error.
@@ -239,13 +266,24 @@ class _Clock:
 
 
 class LocalPool:
-    """A pool of processes on this machine; each has its share of the cores and its own GPUs."""
+    """A pool of processes on this machine; each has its share of the cores and its own GPUs.
+
+    Args:
+        workers: Number of workers, which share the cores.
+        logs: The folder for their logs, one file for each worker.
+        gpus_each: GPUs of each worker; with 0 a worker sees the same devices as this process.
+    """
 
     def __init__(self, workers: int, logs: Path, gpus_each: int = 0) -> None:
         self._workers, self._logs, self._gpus_each = workers, logs, gpus_each
 
     def start(self, order: Order, place: int) -> "_Process":
-        """Start a process; its output goes to a file in `logs`."""
+        """Start a process; its output goes to `<worker>.log` in `logs`.
+
+        Args:
+            order: What the worker does.
+            place: Its number, from 0: worker n has the n-th group of `gpus_each` GPUs.
+        """
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // self._workers)))
         if self._gpus_each:

@@ -29,23 +29,37 @@ _ENDING: Final = ".progress"
 
 
 class Work(NamedTuple):
-    """The progress of a process in a stage, from its tracker; `rate` is in rows per second."""
+    """The progress of a process in a stage, from its tracker."""
 
     stage: str
+    """The stage's name."""
     unit: str
+    """What is counted, in the plural."""
     done: int
+    """Units done, also by earlier processes."""
     total: int | None
+    """All units of the stage; None while it is not known."""
     guess: int
+    """An estimate of the total while it is not known; 0 for none."""
     rate: float
+    """Units per second of this process."""
     shards: tuple[int, int] | None
     """The shards whose rows `in_flight` counts: the first, and the one after the last."""
     in_flight: int
+    """Units of `shards` that this process has done."""
     waiting: str = ""
     """What the process waits for; empty if it works."""
 
     @classmethod
     def parse(cls, content: Any) -> "Work | None":
-        """Read it from a progress file; None if the content is invalid or of another version."""
+        """Read it from a progress file.
+
+        Args:
+            content: The JSON value of one entry of `work`.
+
+        Returns:
+            The progress; None if the content is invalid or of another version.
+        """
         if not isinstance(content, dict) or content.keys() != set(cls._fields):
             return None
         at, numbers = content["shards"], [content[name] for name in ("done", "guess", "rate", "in_flight")]
@@ -65,19 +79,24 @@ class Work(NamedTuple):
 
 
 class Process(NamedTuple):
-    """A process in a run directory: its name, its machine, and its progress at `time`."""
+    """A process in a run directory, and its progress."""
 
     worker: str
+    """Its name if it is one of several workers, `SUPERVISOR`, or empty."""
     host: str
+    """The name of its machine."""
     pid: int
+    """Its number on this machine."""
     alive: bool | None
     """None if the file system has no locks."""
     time: float
+    """When the progress was written, in seconds since 1970; 0 if it never was."""
     run: str
     """The path of the run directory on the process' machine."""
     stages: Mapping[str, str]
     """The folders of the stages that it has opened, by name, on its machine."""
     work: tuple[Work, ...]
+    """Its progress in each stage that it works on."""
 
 
 @contextlib.contextmanager
@@ -120,7 +139,12 @@ def supervising() -> Iterator[None]:
 
 
 def write_quickly(path: Path, text: str) -> None:
-    """Write a file atomically, without waiting for the disk: only a power cut can damage it."""
+    """Write a file atomically, without waiting for the disk: only a power cut can damage it.
+
+    Args:
+        path: The file; its folder must exist.
+        text: Its content.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
@@ -130,7 +154,14 @@ def write_quickly(path: Path, text: str) -> None:
 
 
 def processes(run: Path) -> list[Process]:
-    """List the live processes of a run directory and those that were killed. Changes nothing."""
+    """List the live processes of a run directory and those that were killed. Changes nothing.
+
+    Args:
+        run: The run directory.
+
+    Raises:
+        ValueError: A progress file has a time that is not finite.
+    """
     live = run / "live"
     paths = sorted({path.with_suffix("") for path in live.glob("*") if path.suffix in {".json", _ENDING}})
     return [process for path in paths if (process := _process(path, _holds(path.with_suffix(".lock"))))]

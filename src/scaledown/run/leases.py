@@ -36,13 +36,18 @@ _DEATHS: Final = "deaths"
 
 
 class Held(NamedTuple):
-    """A lease: its name, its holder, and when it was taken, in seconds since 1970."""
+    """A lease that a process holds, or held when it died."""
 
     name: str
+    """The name of the lease."""
     worker: str
+    """The name of its holder."""
     host: str
+    """The holder's machine."""
     pid: int
+    """The holder's number on this machine."""
     since: float
+    """When it was taken or last renewed, in seconds since 1970."""
 
     @property
     def numbered(self) -> bool:
@@ -69,7 +74,12 @@ def _held(content: Any) -> Held | None:
 
 
 class Leases:
-    """The leases of a run directory, used by one of its processes."""
+    """The leases of a run directory, used by one of its processes.
+
+    Args:
+        folder: The folder of the locks.
+        worker: The name of this process in its notes.
+    """
 
     def __init__(self, folder: Path, worker: str) -> None:
         self._folder = folder
@@ -135,7 +145,11 @@ class Leases:
         write_json(self._note(name), held._asdict())
 
     def held(self, worker: str = "") -> list[Held]:
-        """List the leases of all workers, or of one worker; the worker may be dead."""
+        """List the leases of all workers, or of one worker; the worker may be dead.
+
+        Args:
+            worker: The name of the worker; empty for all.
+        """
         found = []
         for path in sorted(self._folder.glob("*.held")):
             held = _held(read_json(path))
@@ -144,7 +158,15 @@ class Leases:
         return found
 
     def died(self, worker: str, reason: str) -> list[str]:
-        """Record the death of a worker and its cause, which frees its leases. Returns their names."""
+        """Record the death of a worker and its cause, which frees its leases.
+
+        Args:
+            worker: The name of the worker.
+            reason: The cause, for messages.
+
+        Returns:
+            The names of the leases that it held, those for whole stages first.
+        """
         names = []
         for held in sorted(self.held(worker), key=lambda held: held.numbered):
             lock = FileLock(self._folder / held.name)
@@ -186,7 +208,14 @@ class Leases:
         note.unlink()
 
     def deaths(self, name: str) -> list[str]:
-        """Return the causes of death, by time, of the workers that held `name` (a pattern) in this run."""
+        """Return the causes of the deaths of workers that held a lease in this run.
+
+        Args:
+            name: The name of the lease; `*` matches any text.
+
+        Returns:
+            The causes, by time. Deaths attributed to another lease are left out.
+        """
         found = map(read_json, (self._folder / _DEATHS).glob(f"{name}.*"))
         deaths = [(death.get("time"), death.get("of")) for death in found if isinstance(death, dict)]
         known = [(at, cause) for at, cause in deaths if isinstance(at, float) and isinstance(cause, str)]

@@ -21,7 +21,15 @@ class File(NamedTuple):
 
     @classmethod
     def at(cls, name: str, cache: str = "") -> "File":
-        """Return the file with the path or URL `name`; `cache` is the folder of mirrors."""
+        """Return the file that a flag names.
+
+        Args:
+            name: A path or a URL.
+            cache: The folder of mirrors; if empty, the one in `cache_directory`.
+
+        Raises:
+            UsageError: The URL cannot be written to, or does not name a folder.
+        """
         if not is_url(name := local(name)):
             path = Path(name)
             return cls(path, Storage(path.parent))

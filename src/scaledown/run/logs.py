@@ -13,11 +13,14 @@ console: Final = Console(stderr=True)
 
 
 class LogStyle(NamedTuple):
-    """The level and the form of the log; `worker` is the name of this process if it is one of several."""
+    """The style of the log."""
 
     level: str = "info"
+    """The least level that is shown: `debug`, `info`, `warning` or `error`."""
     form: str = "text"
+    """`text` or `json`."""
     worker: str = ""
+    """The name of this process if it is one of several workers."""
 
 
 class JSONLines(logging.Formatter):
@@ -52,7 +55,13 @@ _style = LogStyle()
 
 
 def start_logging(level: str, form: str = "text", worker: str = "") -> None:
-    """Send the package's log to standard error: as JSON if `form` is `json`, else styled on a terminal."""
+    """Send the package's log to standard error.
+
+    Args:
+        level: The least level that is shown: `debug`, `info`, `warning` or `error`.
+        form: `json` for a JSON object on each line, `text` for lines of text, which are styled on a terminal.
+        worker: The name of this process if it is one of several workers; JSON has it in each line.
+    """
     global _style  # noqa: PLW0603
     _style = LogStyle(level, form, worker)
     handler: logging.Handler = logging.StreamHandler()

@@ -47,7 +47,14 @@ _TIMES: Final = ("LastModified", "mtime", "updated", "last_modified", "created")
 
 
 def mirrored(url: str, cache: Path) -> Storage:
-    """Return the folder of an object store at `url`, with its mirror below the folder `cache`."""
+    """Return the folder of an object store, with its mirror on this disk.
+
+    No request is sent before the first use.
+
+    Args:
+        url: The URL of the folder.
+        cache: The folder of all mirrors; this one's name in it is a hash of the URL without its secrets.
+    """
     return _Mirror(url.rstrip("/"), cache)
 
 

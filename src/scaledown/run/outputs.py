@@ -40,7 +40,17 @@ def check_output(
 def check_free(
     flag: str, output: File | Path, made: str | Callable[[], bool], *, overwrite: bool = False
 ) -> None:
-    """Raise `OutputError` if there is a file that no earlier run has written; a part of `check_output`."""
+    """Check that an output does not exist, or may be overwritten; a part of `check_output`.
+
+    Args:
+        flag: The flag of the output, for messages.
+        output: The file.
+        made: As for `check_output`.
+        overwrite: Replace any present file.
+
+    Raises:
+        OutputError: There is a file with content that no earlier run has written.
+    """
     output = output if isinstance(output, File) else File.at(str(output))
     state = output.storage.state(output.path)
     there = state and not state.startswith("0 ")  # an empty file may be replaced
@@ -52,7 +62,12 @@ def check_free(
 
 
 def check_folder(output: Path, reads: Iterable[Path], *, made: bool) -> None:
-    """Check before any work that a folder can be written: it is new, empty, or `made` by an earlier run.
+    """Check before any work that a folder can be written.
+
+    Args:
+        output: The folder of `--output_dir`.
+        reads: Paths of the command's inputs.
+        made: Whether an earlier run of the command wrote the present folder.
 
     Raises:
         UsageError: The folder contains an input.
@@ -67,7 +82,16 @@ def check_folder(output: Path, reads: Iterable[Path], *, made: bool) -> None:
 
 
 def check_apart(what: str, output: str, reads: Iterable[object]) -> None:
-    """Raise `UsageError` if an output is an input, or is inside a folder or URL that is an input."""
+    """Check that an output is no input, and is not inside a folder or URL that is an input.
+
+    Args:
+        what: The flag of the output, for messages.
+        output: A path or a URL; nothing is checked if it is empty.
+        reads: Paths and URLs of the command's inputs; empty ones are left out.
+
+    Raises:
+        UsageError: The output is an input, or is inside one.
+    """
     for read in filter(None, map(str, reads)):
         if not output or not lies_in(output, read):
             continue
@@ -78,7 +102,12 @@ def check_apart(what: str, output: str, reads: Iterable[object]) -> None:
 
 
 def lies_in(inner: str, outer: str) -> bool:
-    """Whether a path or URL equals another one or is inside it; links are followed."""
+    """Whether a path or URL equals another one or is inside it. Links on the disk are followed.
+
+    Args:
+        inner: A path or a URL.
+        outer: The file or folder that may contain it.
+    """
     inner, outer = local(inner), local(outer)
     if is_url(inner) or is_url(outer):
         return f"{inner.rstrip('/')}/".startswith(f"{outer.rstrip('/')}/")
@@ -87,13 +116,23 @@ def lies_in(inner: str, outer: str) -> bool:
 
 
 def note_made(output: Path, command: str) -> None:
-    """Write a note beside a command's output. It identifies the file until the file is changed."""
+    """Write a note beside a command's output. It identifies the file until the file is changed.
+
+    Args:
+        output: The file, which exists.
+        command: The name of the command; `check_output` has the same name in `made`.
+    """
     output = output.resolve()
     write_json(_note(output), _made(output, command))
 
 
 def is_made(output: Path, command: str) -> bool:
-    """Whether this command has written a file, and the file is unchanged."""
+    """Whether a command has written a file, and the file is unchanged.
+
+    Args:
+        output: The file, which exists.
+        command: The name that `note_made` got.
+    """
     output = output.resolve()
     return bool(read_json(_note(output)) == _made(output, command))
 

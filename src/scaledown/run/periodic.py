@@ -10,7 +10,12 @@ log = logging.getLogger("scaledown")
 
 @contextlib.contextmanager
 def throughout(seconds: float, action: Callable[[], None]) -> Iterator[None]:
-    """Run `action` at once, every `seconds`, and once more at the end."""
+    """Run an action at once, then regularly while the block runs, and once more at the end.
+
+    Args:
+        seconds: The time between two calls.
+        action: It runs in a thread, except for the first and the last call. Its errors are only logged.
+    """
     stop = threading.Event()
 
     def repeat() -> None:

@@ -18,7 +18,15 @@ LINE_EVERY_SECONDS: Final = 15.0
 
 
 class Tracker:
-    """Counts finished work. A `total` of None is not known."""
+    """Counts finished work, and shows it.
+
+    Args:
+        name: The name to show.
+        unit: What is counted, in the plural.
+        total: All units; None if it is not known.
+        done: Units that earlier processes have done.
+        stage: The stage, if its progress is published.
+    """
 
     def __init__(
         self, name: str, unit: str, total: int | None, done: int, stage: Stage | None = None
@@ -40,9 +48,11 @@ class Tracker:
         self._started = self._spoke = time.monotonic()
 
     def advance(self, count: int = 1, fraction: float | None = None) -> None:
-        """Add `count` units.
+        """Add finished units.
 
-        An unknown total is estimated from `fraction`, the share of the work done so far.
+        Args:
+            count: Number of units.
+            fraction: The share of the work done so far, 0 to 1. An unknown total is estimated from it.
         """
         self.done += count
         if self.total is None and fraction:
@@ -65,7 +75,14 @@ class Tracker:
             self._show()
 
     def tell(self, done: int, total: int | None, rate: float, note: str) -> None:
-        """Show the progress of all workers together."""
+        """Show the progress of all workers together.
+
+        Args:
+            done: Units that they have done.
+            total: All units; None if it is not known.
+            rate: Units per second of all of them.
+            note: Further facts to show; may be empty.
+        """
         self.done, self.total, self._rate, self.note = done, total, rate, note
         self._show()
 
@@ -151,9 +168,14 @@ def at_work() -> list[Tracker]:
 def track(
     name: str, unit: str, total: int | None, done: int = 0, stage: Stage | None = None
 ) -> Iterator[Tracker]:
-    """Show the progress of some work, of which an earlier run finished `done` units.
+    """Show the progress of some work while the block runs.
 
-    The progress of a `stage` is also published for `scaledown status`.
+    Args:
+        name: The name to show.
+        unit: What is counted, in the plural.
+        total: All units; None if it is not known.
+        done: Units that an earlier run finished.
+        stage: The stage. Its progress is also published for `scaledown status`.
     """
     with _shown(name, unit, total, done, stage) as tracker:
         if stage:
@@ -172,7 +194,7 @@ def tracked(stage: Stage, name: str, unit: str, rows: Sequence[int], each: int =
     Args:
         stage: The stage.
         name: The name to show.
-        unit: What is counted.
+        unit: What is counted, in the plural.
         rows: Rows of each shard.
         each: Units for each row.
     """

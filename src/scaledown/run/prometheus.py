@@ -42,6 +42,9 @@ def metrics(status: Status) -> str:
     """Return the status in Prometheus' text format.
 
     Each sample has a label for the run, most also the stage.
+
+    Args:
+        status: The status of a run.
     """
     run = {"run": status.path}
     lines: list[str] = []

@@ -21,7 +21,18 @@ _VARIABLES: Final = (
 
 
 class RayPool:
-    """A Ray cluster. Its nodes need this package, and access to corpus, run directory and output."""
+    """A Ray cluster. Its nodes need this package, and access to corpus, run directory and output.
+
+    Args:
+        address: The value of `--ray_address`.
+        workers: Number of workers; with 0, one for each group of `gpus_each` GPUs, or one for each node if
+            the cluster has no GPU.
+        gpus_each: GPUs of each worker; 0 if it works on a CPU.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+        UsageError: No cluster answers at the address, or no node has `gpus_each` GPUs.
+    """
 
     def __init__(self, address: str, workers: int, gpus_each: int) -> None:
         try:

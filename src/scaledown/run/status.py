@@ -2,8 +2,7 @@
 
 The rows of a stage are those in complete shards, plus those that live processes have done of incomplete
 shards. The work of a dead process on an incomplete shard does not count. In an object store live processes
-are not
-known: there only complete shards count.
+are not known: there only complete shards count.
 """
 
 import contextlib
@@ -34,15 +33,21 @@ class StageStatus(NamedTuple):
     """The status of a stage. Rows are queries or passages, see `unit`; None is not known."""
 
     name: str
+    """The stage's name, one of `STAGES`."""
     fingerprint: str
+    """The name of its folder."""
     unit: str
+    """What a row is, in the plural."""
     shards: int
+    """Complete shards."""
     shards_planned: int | None
+    """All shards that it will have."""
     rows: int
     """Rows in complete shards."""
     rows_in_progress: int
     """Rows of incomplete shards that live processes have done."""
     rows_planned: int | None
+    """All rows that it will have."""
     estimated: bool
     """Whether `rows_planned` is an estimate."""
     seconds: float
@@ -50,12 +55,17 @@ class StageStatus(NamedTuple):
     rate: float
     """Rows per second of all processes that work on it; without any, the mean of its complete shards."""
     seconds_left: float | None
+    """An estimate, while processes work on it."""
     workers: int
     """Processes that work on it."""
     deaths: int
+    """Deaths of workers at it in this run."""
     given_up: int
+    """Shards that were given up in this run."""
     quarantined: int
+    """Rows left out with a reason."""
     finished: bool
+    """Whether it has all its shards."""
     waiting: str = ""
     """What one of its processes waits for; empty if none waits."""
 
@@ -66,13 +76,18 @@ class StageStatus(NamedTuple):
 
 
 class WorkerStatus(NamedTuple):
-    """A process in the run directory: its name, its machine, its shard, and the seconds at this shard."""
+    """A process in the run directory."""
 
     worker: str
+    """Its name if it is one of several workers, `supervisor`, or empty."""
     host: str
+    """The name of its machine."""
     pid: int
+    """Its number on this machine."""
     at: str
+    """The leases that it holds: stage and shard, separated by commas. Empty if it holds none."""
     seconds_at: float | None
+    """Seconds since it took or renewed the oldest of them; None if it holds none."""
     silent_seconds: float | None
     """Seconds since its progress was last written."""
     alive: bool | None
@@ -83,13 +98,19 @@ class Status(NamedTuple):
     """The status of a run."""
 
     path: str
+    """The run directory, as a path or a URL."""
     finished: bool
+    """Whether all of its stages are finished."""
     finished_time: float | None
     """Seconds since 1970."""
     output: str
+    """The path of the output; empty while the run is unfinished."""
     examples: int | None
+    """Number of records in the output; None while the run is unfinished."""
     stages: tuple[StageStatus, ...]
+    """Its stages, in order."""
     workers: tuple[WorkerStatus, ...]
+    """Its live processes."""
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
@@ -129,9 +150,11 @@ def status_at(name: str) -> Status:
 
 
 def status_of(run: Path, *, elsewhere: bool = False) -> Status:
-    """Return the current status of the run in the directory `run`.
+    """Return the current status of a run.
 
-    With `elsewhere`, `run` is an outline of a run in an object store: its paths do not exist on this disk.
+    Args:
+        run: The run directory.
+        elsewhere: `run` is an outline of a run in an object store: its paths do not exist on this disk.
     """
     everyone = processes(run)
     living = [process for process in everyone if process.alive is not False]

@@ -22,7 +22,14 @@ def cache_directory() -> Path:
 
 
 class Storage:
-    """A folder on a disk."""
+    """A folder on a disk.
+
+    For a folder in an object store, each method that sends a request raises `OutputError` if the store
+    refuses it or cannot be reached for a minute.
+
+    Args:
+        root: The folder; the mirror of a folder in a store.
+    """
 
     in_bucket: bool = False
     """Whether it is in an object store, which has no locks."""
@@ -48,7 +55,12 @@ class Storage:
         return [entry.name for entry in self.root.iterdir()] if self.root.is_dir() else []
 
     def glob(self, folder: Path, pattern: str) -> list[Path]:
-        """The files below `folder` that match, in order."""
+        """List the files below a folder that match a pattern, in order.
+
+        Args:
+            folder: A folder in this one.
+            pattern: A path relative to `folder`; `*` matches any text without a slash.
+        """
         return sorted(folder.glob(pattern))
 
     def exists(self, path: Path) -> bool:
@@ -70,14 +82,25 @@ class Storage:
         return f"{found.st_size} {found.st_mtime_ns}"
 
     def own(self, name: str) -> str:
-        """Return the name of this process' file for the log `name`, to which all processes append.
+        """Return the name of this process' file for a log to which all processes append.
 
         An object cannot be appended to: in a store each process has its own file.
+
+        Args:
+            name: The name of the log.
         """
         return name
 
     def logs(self, folder: Path, pattern: str) -> dict[Path, list[Path]]:
-        """Return the logs in `folder` that match, each with its `owned` files, published or not."""
+        """Return the logs in a folder, each with its `owned` files, published or not.
+
+        Args:
+            folder: A folder in this one.
+            pattern: A file name in which `*` matches any text.
+
+        Returns:
+            The files of each log, by the path of the log.
+        """
         return {path: [path] for path in self.glob(folder, pattern)}
 
     def owned(self, path: Path) -> list[Path]:
@@ -88,7 +111,15 @@ class Storage:
         """Publish a log if the store has less of it."""
 
     def check_writable(self, output: Path, flag: str = "--output_file") -> None:
-        """Raise `OutputError` if `output` cannot be written. Called before any work."""
+        """Check before any work that an output can be written.
+
+        Args:
+            output: The file.
+            flag: The flag that names it, for messages.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
         check_writable(output, flag)
 
     def publish(self, path: Path, *, once: bool = False) -> None:
@@ -104,9 +135,14 @@ class Storage:
         """
 
     def fetch(self, path: Path, *, once: bool = False) -> bool:
-        """Copy the published file to this disk. Returns whether it was copied now.
+        """Copy the published file to this disk; for a folder on a disk this does nothing.
 
-        With `once` the file never changes: a copy that this process has made or checked is kept.
+        Args:
+            path: The file.
+            once: The file never changes: a copy that this process has made or checked is kept.
+
+        Returns:
+            Whether the file was copied now.
         """
         return False
 

@@ -16,16 +16,31 @@ _FINGERPRINT: Final = re.compile("[0-9a-f]{16}")
 
 
 def keep(settings: Mapping[str, Any], folder: Path) -> Path:
-    """Write the settings of a stage into its folder, and return the path."""
+    """Write the settings of a stage into its folder.
+
+    Args:
+        settings: What the stage's fingerprint is a hash of.
+        folder: The folder of the stage.
+
+    Returns:
+        The path of the file.
+    """
     path = folder / SETTINGS
     write_json(path, _as_json(settings))
     return path
 
 
 def why_new(settings: Mapping[str, Any], stage: Path) -> str:
-    """Say what differs from the earlier results in the folders below `stage`, from the nearest of them.
+    """Describe how settings differ from those of the nearest earlier results.
 
     The nearest has the fewest differences; of several it is the newest.
+
+    Args:
+        settings: The settings of a stage that is made again.
+        stage: The folder with a folder of results for each set of settings.
+
+    Returns:
+        The differences for a log line, as `batch_size is 16 (was 32), vectors changed`.
     """
     files = sorted(stage.glob(f"*/{SETTINGS}"), key=lambda file: file.stat().st_mtime, reverse=True)
     earlier = [kept for file in files if isinstance(kept := read_json(file), dict)]

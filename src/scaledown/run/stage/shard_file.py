@@ -10,7 +10,12 @@ _CHECKSUM_BYTES: Final = 4
 
 
 def write_rows(path: Path, rows: pa.Table) -> None:
-    """Write rows and their checksum; the caller makes the file appear in one step."""
+    """Write rows and their checksum.
+
+    Args:
+        path: A temporary file; the caller makes the file appear in one step.
+        rows: The rows of a shard.
+    """
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, rows.schema) as writer:
         writer.write_table(rows.combine_chunks())
     checksum = _checksum(pa.memory_map(str(path)).read_buffer())
@@ -19,9 +24,14 @@ def write_rows(path: Path, rows: pa.Table) -> None:
 
 
 def read_rows(path: Path, *, check: bool) -> pa.Table:
-    """Map the rows of a file into memory; with `check` its bytes are compared with the checksum.
+    """Map the rows of a file into memory.
 
-    Raises `ArrowException`, `OSError` or `ValueError` if it is damaged.
+    Args:
+        path: The file of a shard.
+        check: Read all its bytes, and compare them with the checksum.
+
+    Raises:
+        ArrowException, OSError, ValueError: The file is missing or damaged.
     """
     mapped = pa.memory_map(str(path)).read_buffer()
     body = mapped[: mapped.size - _CHECKSUM_BYTES]

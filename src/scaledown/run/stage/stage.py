@@ -72,8 +72,7 @@ class Stage:
             why = why_new(self.settings, stage)
             log.info("%s: made again, because %s; earlier results stay in %s", name, why, stage)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.at: range | None = None
-        """The shards that this process makes, or made last."""
+        self.at: range | None = None  # the shards that this process makes, or made last
         run.opened[name] = self.folder
 
     def path(self, shard: int) -> Path:
@@ -128,11 +127,9 @@ class Stage:
     def write(self, shard: int, content: pa.Table, seconds: float = 0.0, left: float = 0.0) -> None:
         """Write a complete shard atomically, and its time to the journal.
 
-        In an object store an existing shard is kept: if two processes make a shard, the first one counts.
-
         Args:
             shard: Its number.
-            content: Its rows.
+            content: Its rows. In an object store an existing shard is kept: the first process counts.
             seconds: The time that it took.
             left: Number of shards of this size that follow; for the message about a full disk.
         """
@@ -181,14 +178,12 @@ class Stage:
     def table(self, shard: int, *, check: bool = False) -> pa.Table:
         """Return the rows of a shard, memory-mapped.
 
-        In a store, a file that is damaged or not there yet is fetched again for some seconds.
-
         Args:
             shard: Its number.
             check: Read the whole file and compare it with its checksum.
 
         Raises:
-            RunDirectoryError: The shard is missing or damaged.
+            RunDirectoryError: The shard is missing or damaged; in a store, after some seconds of attempts.
         """
         path = self.path(shard)
         check |= self.storage.fetch(path, once=True)
@@ -255,8 +250,7 @@ class Stage:
         Args:
             shards: How many shards the stage has.
             work: Makes the shard with the given number.
-            nothing: The metadata of the empty shard that replaces a shard which was given up after repeated
-                deaths of its workers.
+            nothing: Metadata of the empty shard that replaces a shard which was given up.
 
         Returns:
             Whether this stage and its sources have all shards. The shards of other parts may be missing.
@@ -271,15 +265,20 @@ class Stage:
         *,
         nothing: Mapping[str, str] | None = None,
     ) -> bool:
-        """Like `complete`, but `work` makes `at_once` consecutive shards and returns them in order."""
+        """Like `complete`, also in its result, but several consecutive shards are made together.
+
+        Args:
+            shards: How many shards the stage has.
+            at_once: The most shards to make together.
+            work: Makes the shards with the given numbers, in order.
+            nothing: As for `complete`.
+        """
         mine = self._run.part.of(shards)
         # Groups begin at multiples: a process without a part, which makes the same shards, has them, too.
         firsts = range(mine.start - mine.start % at_once, mine.stop, at_once)
         groups = [range(max(first, mine.start), min(first + at_once, mine.stop)) for first in firsts]
         self._make_all(groups, shards, work)
-        self.storage.refresh(
-            self.folder
-        )  # see the newest shards of others: the last part to finish must see all of them
+        self.storage.refresh(self.folder)  # the last part to finish must see the shards of all parts
         self._stand_in(shards, lambda like, _: like.slice(0, 0).replace_schema_metadata(nothing))
         before = all(source.done() for source in self._sources)
         return before and all(map(self.has, range(shards)))
@@ -337,10 +336,7 @@ class Stage:
         return self.has(shard) or self.absent(shard)
 
     def _make(self, group: range, shards: int, work: Callable[[range], Iterable[pa.Table]]) -> bool:
-        """Make the shards of `group`, unless another process holds their lease.
-
-        Returns whether any shard was made or given up.
-        """
+        """Make the shards of `group` if no other process does. Return whether any was made or given up."""
         name = f"{self._key}-{group.start:06d}" + (f"-{group.stop:06d}" if len(group) > 1 else "")
         with self._run.leases.hold(name) as mine:
             if not mine:
@@ -351,10 +347,8 @@ class Stage:
             lost = {n: source.name for n in group for source in self._sources if source.absent(n)}
             for shard, source in lost.items():
                 self._mark(shard, f"given up in {source}")
-            if len(group) > 1 and (
-                deaths or any(map(self.absent, group))
-            ):  # one shard is the cause: make each alone
-                made = []
+            if len(group) > 1 and (deaths or any(map(self.absent, group))):
+                made = []  # one shard is the cause: make each alone
                 for shard in group:
                     if not self._settled(shard):
                         made.append(self._make(range(shard, shard + 1), shards, work))
@@ -413,7 +407,16 @@ class Stage:
     def lease(
         self, what: str, *, wait: bool = False, check: Callable[[], None] = lambda: None
     ) -> Iterator[bool]:
-        """Hold the lease `what` of this stage, see `Leases.hold`. Each written shard renews it."""
+        """Hold a lease of this stage while the block runs. Each shard that is written renews it.
+
+        Args:
+            what: The name of the lease in this stage.
+            wait: Wait while another process holds it; for this and the result see `Leases.hold`.
+            check: Called while waiting; it may raise an error to stop waiting.
+
+        Raises:
+            RunDirectoryError: `TRIES` workers that held it have died.
+        """
         name = f"{self._key}-{what}"
         if len(deaths := self._run.leases.deaths(name)) >= TRIES:
             raise RunDirectoryError(
@@ -442,7 +445,6 @@ class Stage:
 def together(shards: int, most: int) -> int:
     """Return how many shards to make together: at most `most`, so that 8 workers have two groups each.
 
-    It does not depend on the actual number of workers. More may start later, and all must form the same
-    groups; otherwise two workers would make the same shards.
+    It does not depend on the number of workers: more may start later, and all must form the same groups.
     """
     return max(1, min(most, shards // 16))
