@@ -155,9 +155,14 @@ def corpus_identity(home: RunDirectory, corpus: Sequence[Source]) -> str:
 
 
 def file_identity(home: RunDirectory, path: Path, files: Sequence[Path] = ()) -> str:
-    """Hash content and suffix of files, since the suffix decides how a file is read.
+    """Return a text that changes with the content of files, and with the names that decide how they are read.
 
-    The name of a text file is hashed, too, since it is the title.
+    These are the suffix and, of a text file, the name, since it is the title.
+
+    Args:
+        home: The directory that keeps the hashes.
+        path: The file or folder.
+        files: The files of a folder that are read.
     """
     kind = inner_suffix(path)
     name = path.name if kind in {".txt", ".md"} else kind
@@ -174,8 +179,6 @@ def open_index(
     beside: bool = False,
 ) -> Index:
     """Open the first part of an index; `Index.at` then gives the present state.
-
-    The settings of its stages have everything that their shards depend on.
 
     Args:
         home: The directory of the index.
@@ -262,7 +265,13 @@ def machine(config: IndexConfig) -> dict[str, str]:
 
 
 def stage_line(name: str, stage: StageResult, planned: str = "") -> str:
-    """Format a stage for a summary: its name, its time, the planned time, its counts."""
+    """Format a stage for a summary: its name, its time, the planned time, its counts.
+
+    Args:
+        name: The stage's name.
+        stage: The record of the finished stage.
+        planned: The planned time, with spaces before it; may be empty.
+    """
     counts = ", ".join(
         [counted(count, what.replace("_", " ")) for what, count in stage.counts.items() if count]
         + [f"{what} {value:.4f}" for what, value in stage.measured.items()]

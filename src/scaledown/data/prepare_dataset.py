@@ -77,10 +77,15 @@ def prepare_dataset(
         worker: The name of this process if another one started it to help. It makes shards, but no output.
 
     Returns:
-        The place of the output, and the counts of each stage.
+        The path of the output, the number of records, and the counts and seconds of each stage.
 
     Raises:
-        ScaleDownError: The message says what to do.
+        UsageError: Settings contradict each other.
+        InputError: An input cannot be used, or no query was answered.
+        ModelError: A model cannot be loaded, or does not fit into memory.
+        MissingExtraError: A setting needs an extra that is not installed.
+        OutputError: The output cannot be written.
+        RunDirectoryError: The run directory is in use with other settings, or has other things in it.
     """
     with open_session(config, repeats, overwrite=overwrite, worker=worker) as session:
         if finished := earlier_or_free(session, overwrite=overwrite):
@@ -124,7 +129,19 @@ def find_index(session: Session) -> Index:
 
 
 def collect(session: Session, index: Index, teachers: Teachers) -> Stage:
-    """Read queries from files and datasets, or let the teacher write them, into shards of queries."""
+    """Read queries from files and datasets, or let the teacher write them, into shards of queries.
+
+    Args:
+        session: The run.
+        index: The index; synthetic queries are about its passages.
+        teachers: Write synthetic queries.
+
+    Returns:
+        The finished stage of queries: columns `query_id` and `query`.
+
+    Raises:
+        InputError: There is no query, or an input cannot be used.
+    """
     config, cleaner = session.config, Cleaner(session.config)
     settings: dict[str, Any] = {
         "files": session.inputs["queries"],
@@ -146,7 +163,16 @@ def collect(session: Session, index: Index, teachers: Teachers) -> Stage:
 
 
 def write(session: Session, index: Index, teachers: Teachers) -> Stage:
-    """Let the teacher write questions about passages."""
+    """Let the teacher write questions about passages.
+
+    Args:
+        session: The run.
+        index: The index. Its missing passages are made first.
+        teachers: Load the teacher.
+
+    Returns:
+        The finished stage of questions: columns `row` of the passage, `text` and `question`.
+    """
     config = session.config
     index.cut()
     settings = {
@@ -165,7 +191,16 @@ def write(session: Session, index: Index, teachers: Teachers) -> Stage:
 
 
 def retrieve(session: Session, queries: Stage, index: Index) -> Stage:
-    """Make passages and vectors of the corpus, and find the best passages of each query."""
+    """Make passages and vectors of the corpus, and find the best passages of each query.
+
+    Args:
+        session: The run.
+        queries: The finished stage of queries.
+        index: The index. Its missing passages and vectors are made first.
+
+    Returns:
+        The stage of candidates, see `candidates_table`. Shards of other parts may be missing.
+    """
     config, device = session.config, session.device
     dtype = session.indexing.dtype
     load = partial(load_encoder, session.sources.retriever, device, dtype, config.batch_size)
@@ -196,7 +231,16 @@ def retrieve(session: Session, queries: Stage, index: Index) -> Stage:
 
 
 def rerank(session: Session, candidates: Stage, index: Index) -> Stage:
-    """Score the candidates by the reranker and sort them. Without a reranker, return them unchanged."""
+    """Score the candidates by the reranker and sort them. Without a reranker, return them unchanged.
+
+    Args:
+        session: The run.
+        candidates: The stage of candidates.
+        index: The index with the passages.
+
+    Returns:
+        The stage of ranked candidates: with the column `reranking_scores`, best first.
+    """
     source, config, device = session.sources.reranker, session.config, session.device
     if source is None:
         return candidates
@@ -228,7 +272,20 @@ class Answers(NamedTuple):
 
 
 def teach(session: Session, ranked: Stage, index: Index, teachers: Teachers) -> Answers:
-    """Let one or two teachers answer each query from its first documents."""
+    """Let one or two teachers answer each query from its first documents.
+
+    Args:
+        session: The run.
+        ranked: The stage of candidates in their final order.
+        index: The index with the passages.
+        teachers: Load the teachers.
+
+    Returns:
+        The stages of answers. The first one has second attempts at bad answers, if the settings want them.
+
+    Raises:
+        InputError: No query was answered.
+    """
     config, models = session.config, session.sources.models()
     most = engine_of(teachers.engine.backend).shards_at_once
     if config.teacher_logprobs:
@@ -272,7 +329,16 @@ def teach(session: Session, ranked: Stage, index: Index, teachers: Teachers) -> 
 
 
 def review(session: Session, answers: Answers, index: Index) -> Stage:
-    """Keep the good answers, cut truncated ones after a sentence, and add the second teacher's answers."""
+    """Keep the good answers, cut truncated ones after a sentence, and add the second teacher's answers.
+
+    Args:
+        session: The run.
+        answers: The stages of answers.
+        index: The index with the passages.
+
+    Returns:
+        The stage of answers that are kept.
+    """
     config, (first, second) = session.config, answers
     settings = {
         "review": reviewing.VERSION,
@@ -289,7 +355,16 @@ def review(session: Session, answers: Answers, index: Index) -> Stage:
 
 
 def export(session: Session, reviewed: Stage, index: Index) -> Result:
-    """Write training data, manifest and report from the reviewed answers, when all parts are finished."""
+    """Write training data, manifest and report from the reviewed answers, when all parts are finished.
+
+    Args:
+        session: The run.
+        reviewed: The stage of answers that are kept.
+        index: The index with the passages.
+
+    Returns:
+        The result; while other parts are unfinished, with the number of shards that are missing.
+    """
     if unfinished := part_result(session):
         return unfinished
     config = session.given

@@ -29,7 +29,11 @@ class Prompt(NamedTuple):
         return hashlib.sha256(json.dumps(self[1:]).encode()).hexdigest()[:16]
 
     def user(self, documents: Sequence[str]) -> str:
-        """The user turn with these documents."""
+        """Return the user turn.
+
+        Args:
+            documents: The texts of the documents; those of the prompt, perhaps shortened.
+        """
         return self.before + "\n\n".join(documents) + self.after
 
 
@@ -128,24 +132,53 @@ def load_template(name: str) -> Template:
 def answer_prompt(
     key: str, query: str, documents: Sequence[str], temperature: float, template: Template = PAPER
 ) -> Prompt:
-    """The prompt for an answer to a query from documents."""
+    """Make the prompt for an answer to a query from documents.
+
+    Args:
+        key: The name of the prompt, different for each prompt.
+        query: The question.
+        documents: The texts of the documents, best first.
+        temperature: 0 for greedy decoding.
+        template: The text around question and documents, from `load_template`.
+    """
     before, after = (part.replace(QUESTION, query) for part in template[1:])
     return Prompt(key, template.system, before, tuple(documents), after, temperature)
 
 
 def question_prompt(key: str, passage: str, temperature: float) -> Prompt:
-    """The prompt for a question about a passage."""
+    """Make the prompt for a question about a passage.
+
+    Args:
+        key: The name of the prompt, different for each prompt.
+        passage: The text of the passage, title included.
+        temperature: 0 for greedy decoding.
+    """
     return Prompt(key, QUESTION_SYSTEM, "", (passage,), QUESTION_AFTER, temperature)
 
 
 def judge_prompt(key: str, query: str, golden: Sequence[str], answer: str) -> Prompt:
-    """The prompt for a grade of an answer: 1, 0.5 or 0. Each of several golden answers is right."""
+    """Make the prompt for a grade of an answer: 1, 0.5 or 0. It is answered greedily.
+
+    Args:
+        key: The name of the prompt, different for each prompt.
+        query: The question.
+        golden: The right answers; each of them is right.
+        answer: The answer to grade.
+    """
     asked = f"Question: {query}.\nGolden answer: {' or '.join(golden)}.\nGenerated answer: {answer}."
     return Prompt(key, JUDGE_SYSTEM, JUDGE_ASKS + asked, (), "")
 
 
 def preference_prompt(key: str, query: str, golden: Sequence[str], one: str, other: str) -> Prompt:
-    """The prompt for the better of two answers: A is `one`, B is `other`, C means neither."""
+    """Make the prompt for the better of two answers: A, B, or C for neither. It is answered greedily.
+
+    Args:
+        key: The name of the prompt, different for each prompt.
+        query: The question.
+        golden: The right answers; each of them is right.
+        one: Answer A.
+        other: Answer B.
+    """
     asked = (
         f"Question: {query}\nGolden answer: {' or '.join(golden)}\nAnswer A: {one}\nAnswer B: {other}\n"
         "Better answer:"

@@ -26,7 +26,16 @@ LIKELIHOOD_PREFIX = "ql:"
 
 
 def score_once(reranker: Reranker, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
-    """Return `reranker.score(pairs)`; equal pairs are scored once."""
+    """Score pairs; equal pairs are scored once.
+
+    Args:
+        reranker: Scores the pairs.
+        pairs: Pairs of a query and a document.
+        advance: Called with the number of pairs that have been scored since the last call.
+
+    Returns:
+        A score for each pair, in their order.
+    """
     unique = list(dict.fromkeys(pairs))
     scores = dict(zip(unique, reranker.score(unique, advance), strict=True))
     advance(len(pairs) - len(unique))
@@ -34,7 +43,17 @@ def score_once(reranker: Reranker, pairs: Sequence[Pair], advance: Callable[[int
 
 
 def load_reranker(source: ModelSource, device: str, dtype: str, batch_size: int) -> Reranker:
-    """Load the model of `--reranker_model`. With `ql:` in front of its name, it scores query likelihood."""
+    """Load the model of `--reranker_model`. With `ql:` in front of its name, it scores query likelihood.
+
+    Args:
+        source: The model, from `resolve_reranker`.
+        device: cpu, cuda, cuda:N or mps.
+        dtype: auto, float32, bfloat16 or float16.
+        batch_size: Pairs scored at once.
+
+    Raises:
+        ModelError: The model cannot be loaded, or gives several scores for a pair.
+    """
     likelihood = source.name.startswith(LIKELIHOOD_PREFIX)
     log.info("reranker: %s, %s", source.name, "query likelihood" if likelihood else "cross-encoder")
     kind = QueryLikelihoodReranker if likelihood else CrossEncoderReranker
@@ -47,14 +66,24 @@ def resolve_reranker(name: str) -> ModelSource:
 
 
 def scaled(score: float, scale: str) -> float:
-    """Return a score on the scale `raw` (unchanged) or `sigmoid` (the logistic function, 0..1)."""
+    """Convert a raw score to a scale.
+
+    Args:
+        score: The reranker's raw score.
+        scale: `raw` leaves it unchanged; `sigmoid` applies the logistic function, which gives 0 to 1.
+    """
     if scale == "raw":
         return score
     return 1 / (1 + math.exp(-score)) if score >= 0 else math.exp(score) / (1 + math.exp(score))
 
 
 def best_first(scores: Sequence[float], top_k: int) -> list[int]:
-    """Return the positions of the `top_k` highest scores, best first; equal scores keep their order."""
+    """Return the positions of the highest scores, best first; equal scores keep their order.
+
+    Args:
+        scores: The scores of the documents of a query.
+        top_k: The most positions to return.
+    """
     return sorted(range(len(scores)), key=lambda i: -scores[i])[:top_k]
 
 
@@ -126,8 +155,15 @@ def rerank(
 ) -> None:
     """Score the candidates of each shard and sort them, best first.
 
-    All are kept, so that a run with another `--top_k_reranking` does not score them again. The table gets the
-    column `reranking_scores`, list<float32>: raw scores.
+    All are kept, so that a run with another `--top_k_reranking` does not score them again.
+
+    Args:
+        stage: The stage of ranked candidates: columns as those of candidates, and `reranking_scores`,
+            list<float32>, raw scores.
+        candidates: The stage of candidates.
+        passages: The stage of passages.
+        load: Loads the reranker; called for each shard.
+        per_query: Candidates of a query, for the progress.
     """
     if stage.done():
         return

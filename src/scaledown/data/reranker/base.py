@@ -21,10 +21,20 @@ class Reranker(Protocol):
     """Scores pairs: a higher score is more relevant. Scores are logits or mean log-probabilities."""
 
     name: str
+    """The model's name, for messages."""
     halving: Halving
+    """Halves batches that run out of memory; a run records how often."""
 
     def score(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
-        """Return one score for each pair, in their order."""
+        """Score pairs.
+
+        Args:
+            pairs: Pairs of a query and a document.
+            advance: Called with the number of pairs that have been scored since the last call.
+
+        Returns:
+            One score for each pair, in their order.
+        """
 
 
 def scores_of(  # noqa: PLR0917
@@ -36,7 +46,23 @@ def scores_of(  # noqa: PLR0917
     advance: Callable[[int], None],
     at_once: int = 1,
 ) -> list[float]:
-    """Return the scores of all pairs, in their order; each index is in one batch. See `Halving.each`."""
+    """Score pairs in batches, for an implementation of `Reranker.score`.
+
+    Args:
+        reranker: Has the name for messages, and halves batches that run out of memory.
+        batches: Indices of pairs; each index is in one batch.
+        launch: Starts to compute a batch.
+        read: Waits for what `launch` returned, and returns its scores [batch].
+        device: cpu, cuda, cuda:N or mps.
+        advance: Called with the number of pairs in each finished batch.
+        at_once: Batches computed at the same time on a CPU, see `Halving.each`.
+
+    Returns:
+        The scores of all pairs, in their order.
+
+    Raises:
+        ModelError: A score is not finite, or one pair alone does not fit into memory.
+    """
     found: dict[int, float] = {}
     with contextlib.closing(reranker.halving.each(batches, launch, read, device, at_once)) as scored:
         for batch, made in scored:

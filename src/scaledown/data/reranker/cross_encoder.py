@@ -34,6 +34,15 @@ class CrossEncoderReranker:
 
     An ordinary sequence classifier is loaded without sentence-transformers, whose import is slow. Then each
     text is tokenised once, in a thread beside the model.
+
+    Args:
+        source: The model.
+        device: cpu, cuda, cuda:N or mps.
+        dtype: auto, float32, bfloat16 or float16.
+        batch_size: Pairs scored at once.
+
+    Raises:
+        ModelError: The model cannot be loaded, or gives several scores for a pair.
     """
 
     def __init__(self, source: ModelSource, device: str, dtype: str, batch_size: int) -> None:

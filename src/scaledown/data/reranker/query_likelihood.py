@@ -54,6 +54,15 @@ class QueryLikelihoodReranker:
     It works with any causal LM and needs no training for relevance. Questions about the same passage follow
     it in one row, so that the passage is read once; a mask hides the questions from each other. A model that
     does not support such a mask reads the passage again for each question.
+
+    Args:
+        source: The model.
+        device: cpu, cuda, cuda:N or mps.
+        dtype: auto, float32, bfloat16 or float16.
+        batch_size: Pairs scored at once.
+
+    Raises:
+        ModelError: The model cannot be loaded.
     """
 
     def __init__(self, source: ModelSource, device: str, dtype: str, batch_size: int) -> None:

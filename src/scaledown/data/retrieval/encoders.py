@@ -24,18 +24,47 @@ class Encoder(Protocol):
     """Turns texts into vectors whose inner product is their similarity."""
 
     halving: Halving
+    """Halves batches that run out of memory; a run records how often."""
 
     def documents(
         self, texts: Sequence[str], advance: Advance, tokens: Sequence[Array] | None = None
     ) -> Vectors:
-        """Vectors of documents [texts, dimensions]; `tokens` are their token ids, if they are known."""
+        """Encode documents.
+
+        Args:
+            texts: The texts, title included.
+            advance: Called with the number of texts that have been encoded since the last call.
+            tokens: The ids of each text in the model's own tokenizer, without special tokens; None if they
+                are not known. An encoder may ignore them.
+
+        Returns:
+            Vectors [texts, dimensions]: CSR if the kind `is_sparse`, else a float32 array.
+        """
 
     def queries(self, texts: Sequence[str], advance: Advance) -> Vectors:
-        """Vectors of queries [texts, dimensions]."""
+        """Encode queries.
+
+        Args:
+            texts: The texts of the queries.
+            advance: Called with the number of texts that have been encoded since the last call.
+
+        Returns:
+            Vectors [texts, dimensions] of the same type and width as those of documents.
+        """
 
 
 class DenseEncoder:
-    """A sentence-transformers bi-encoder with cosine or inner-product similarity."""
+    """A sentence-transformers bi-encoder with cosine or inner-product similarity.
+
+    Args:
+        source: The model.
+        device: cpu, cuda, cuda:N or mps.
+        dtype: auto, float32, bfloat16 or float16.
+        batch_size: Texts encoded at once.
+
+    Raises:
+        ModelError: The model cannot be loaded, or has another similarity.
+    """
 
     def __init__(self, source: ModelSource, device: str, dtype: str, batch_size: int) -> None:
         from sentence_transformers import SentenceTransformer
@@ -57,11 +86,28 @@ class DenseEncoder:
     def documents(
         self, texts: Sequence[str], advance: Advance, tokens: Sequence[Array] | None = None
     ) -> Array:
-        """Vectors of documents, float32 [texts, dimensions]. The model tokenises them itself."""
+        """Encode documents. Vectors are normalized if the model's similarity is cosine.
+
+        Args:
+            texts: The texts, title included.
+            advance: Called with the number of texts in each finished batch.
+            tokens: Not used: the model tokenises the texts itself.
+
+        Returns:
+            float32 [texts, dimensions].
+        """
         return self._encode(self._model.encode_document, texts, advance)
 
     def queries(self, texts: Sequence[str], advance: Advance) -> Array:
-        """Vectors of queries, float32 [texts, dimensions]."""
+        """Encode queries. Vectors are normalized if the model's similarity is cosine.
+
+        Args:
+            texts: The texts of the queries.
+            advance: Called with the number of texts in each finished batch.
+
+        Returns:
+            float32 [texts, dimensions].
+        """
         return self._encode(self._model.encode_query, texts, advance)
 
     def _encode(self, encode: Callable[..., Any], texts: Sequence[str], advance: Advance) -> Array:
@@ -97,7 +143,17 @@ class RetrieverKind(NamedTuple):
 
 
 def kind_of(source: ModelSource) -> str:
-    """The name of a model's kind: the last in the table that takes it. Raises `ModelError` if none does."""
+    """Find the kind of a retriever: the last entry of `RETRIEVER_KINDS` that accepts the model.
+
+    Args:
+        source: The model; its files are read, and it is not loaded.
+
+    Returns:
+        The name of the entry.
+
+    Raises:
+        ModelError: No kind accepts the model.
+    """
     for name in reversed(list(RETRIEVER_KINDS)):
         kind: RetrieverKind = RETRIEVER_KINDS[name]
         if kind.takes(source):
@@ -112,7 +168,17 @@ def is_sparse(source: ModelSource) -> bool:
 
 
 def load_encoder(source: ModelSource, device: str, dtype: str, batch_size: int) -> Encoder:
-    """Load the encoder of `--retriever_model`, as the model's kind does it."""
+    """Load the encoder of `--retriever_model`, by the model's kind.
+
+    Args:
+        source: The model.
+        device: cpu, cuda, cuda:N or mps.
+        dtype: auto, float32, bfloat16 or float16.
+        batch_size: Texts encoded at once.
+
+    Raises:
+        ModelError: No kind accepts the model, or it cannot be loaded.
+    """
     name = kind_of(source)
     kind: RetrieverKind = RETRIEVER_KINDS[name]
     log.info("retriever: %s, %s", source.name, name)

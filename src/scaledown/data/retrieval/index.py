@@ -37,10 +37,18 @@ log = logging.getLogger(__name__)
 
 
 def pack(vectors: Vectors, weights: str = "float16") -> pa.Table:
-    """Vectors [n, dimensions] as a shard: lists of terms and weights, or rows of float32 for dense ones.
+    """Pack vectors as a shard: lists of terms and weights, or rows of float32 for dense vectors.
 
-    With `weights="uint8"` a weight is rounded to one of 255 equal steps up to the shard's largest weight;
-    postings whose weight becomes 0 are left out. Raises `ModelError` for values that are not finite.
+    Args:
+        vectors: [n, dimensions], sparse or dense.
+        weights: The type of sparse weights: float16, float32 or uint8. For uint8 a weight is rounded to one
+            of 255 equal steps up to the shard's largest weight; postings whose weight becomes 0 are left out.
+
+    Returns:
+        A table with n rows.
+
+    Raises:
+        ModelError: A value is not finite.
     """
     check_finite(vectors)
     if not sp.issparse(vectors):
@@ -113,7 +121,12 @@ def _inverted(rows: sp.csr_matrix) -> _Block:
 
 
 def nothing(like: pa.Table, count: int) -> pa.Table:
-    """A shard of `count` vectors that are all zero, with the schema of `like`."""
+    """Return a shard of vectors that are all zero.
+
+    Args:
+        like: A shard with the same schema.
+        count: Number of vectors.
+    """
     column = like.schema.field(0).type
     if isinstance(column, pa.FixedSizeListType):
         return pack(np.zeros((count, column.list_size), np.float32))
@@ -333,7 +346,15 @@ def _nothing(queries: int, k: int) -> Ranking:
 
 
 def best_of(rankings: Sequence[Ranking], k: int) -> Ranking:
-    """The `k` best of several rankings of the same queries; ties in passage order."""
+    """Return the best passages of several rankings of the same queries; ties in passage order.
+
+    Args:
+        rankings: Rankings [queries, any number]. A row -1 stands for no passage.
+        k: Passages for each query.
+
+    Returns:
+        [queries, k], or fewer columns if the rankings have fewer together.
+    """
     rows = np.concatenate([ranking.rows for ranking in rankings], axis=1)
     scores = np.concatenate([ranking.scores for ranking in rankings], axis=1)
     order = np.lexsort((rows, -scores), axis=1)[:, :k]

@@ -60,7 +60,15 @@ class IndexState(NamedTuple):
 
     @classmethod
     def read(cls, storage: Storage, path: Path) -> "IndexState | None":
-        """The state in a file; None if the file is missing or another version wrote it."""
+        """Read the state of an index from a file.
+
+        Args:
+            storage: The storage of the file.
+            path: The file.
+
+        Returns:
+            The state; None if the file is missing or another version wrote it.
+        """
         content = storage.read_json(path)
         if not isinstance(content, dict) or content.keys() != set(cls._fields):
             return None
@@ -87,7 +95,16 @@ def states(storage: Storage) -> list[IndexState]:
 
 
 def dtype_of(indexes: Sequence[IndexState], device: str) -> str:
-    """The dtype in which indexes were encoded on this kind of device; empty if none or several."""
+    """Return the dtype in which indexes were encoded on one kind of device.
+
+    Args:
+        indexes: The states of the indexes.
+        device: cpu, cuda, cuda:N or mps; the number does not matter.
+
+    Returns:
+        float32, bfloat16 or float16; empty if no index was encoded on this kind of device, or in several
+        dtypes.
+    """
     made = [index.first[1] for index in indexes]
     kind = device.partition(":")[0]
     found = {str(own.get("dtype")).removeprefix("torch.") for own in made if own.get("device") == kind}
@@ -151,7 +168,16 @@ def _removed_stage(run: RunDirectory, name: str) -> Stage:
 
 
 def open_stage(run: RunDirectory, name: str, settings: Mapping[str, Any]) -> Stage:
-    """Open a stage of an index by its settings, whether it has one part or several."""
+    """Open a stage of an index by its settings, whether it has one part or several.
+
+    Args:
+        run: The directory of the index.
+        name: `passages` or `vectors`.
+        settings: The settings of the stage, from `IndexState`.
+
+    Raises:
+        RunDirectoryError: The index has several parts, and one of them is unfinished.
+    """
     return (Joined if "parts" in settings else Stage)(run, name, settings)
 
 
@@ -166,7 +192,15 @@ def removed_rows(stage: Stage) -> Array:
 
 
 def kept_rows(places: Sequence[int], removed: Array) -> list[int]:
-    """The rows of passages, given their positions among the passages that were not removed."""
+    """Convert positions among the passages that were not removed to rows of passages.
+
+    Args:
+        places: Positions, counted without the removed rows.
+        removed: Rows that were removed, int64, ascending.
+
+    Returns:
+        The row of each position.
+    """
     kept_before = removed - np.arange(len(removed))
     rows = np.asarray(places, np.int64)
     found: list[int] = (rows + np.searchsorted(kept_before, rows, side="right")).tolist()
@@ -174,7 +208,15 @@ def kept_rows(places: Sequence[int], removed: Array) -> list[int]:
 
 
 def began_with(run: RunDirectory, present: IndexState) -> IndexState:
-    """The state of the index that a run uses: the one it began with; for a new run, the `present` one."""
+    """Return the state of the index that a run uses; for a new run this is written into the run directory.
+
+    Args:
+        run: The run directory.
+        present: The present state of the index.
+
+    Returns:
+        The state that the run began with; `present` for a new run.
+    """
     path = run.path / FILE
     began = IndexState.read(run.storage, path)
     if began and began.base == present.base:
@@ -184,7 +226,12 @@ def began_with(run: RunDirectory, present: IndexState) -> IndexState:
 
 
 def warn_about_changes(run: RunDirectory, home: RunDirectory) -> None:
-    """Log a warning if the index in `home` has changed since `run` began."""
+    """Log a warning if an index has changed since a run began.
+
+    Args:
+        run: The run directory.
+        home: The directory of the index.
+    """
     began = IndexState.read(run.storage, run.path / FILE)
     present = began and IndexState.read(home.storage, state_file(home.path, began.base))
     if began and present and present != began:

@@ -56,7 +56,7 @@ class DenseRetriever:
     def retrieve(
         self, queries: Sequence[str], corpus: Sequence[DocumentDict], top_k: int = 5
     ) -> list[list[RetrievedDict]]:
-        """The best documents for each query, best first; ties in corpus order.
+        """Find the best documents for each query, best first; ties in corpus order.
 
         Args:
             queries: The texts of the queries.
@@ -68,6 +68,8 @@ class DenseRetriever:
 
         Raises:
             UsageError: `top_k` is below 1, or `queries` is one string.
+            InputError: A document has no text.
+            ModelError: The model gave vectors that are not numbers, or a text alone does not fit into memory.
         """
         _check(queries, top_k)
         if not corpus or not queries:
@@ -162,7 +164,7 @@ class IndexRetriever:
         return self._count
 
     def retrieve(self, queries: Sequence[str], top_k: int = 5) -> list[list[RetrievedDict]]:
-        """The best passages for each query, best first; ties in the order of the index.
+        """Find the best passages for each query, best first; ties in the order of the index.
 
         Of several passages with the same text, only the first is returned.
 
@@ -175,6 +177,8 @@ class IndexRetriever:
 
         Raises:
             UsageError: `top_k` is below 1, or `queries` is one string.
+            ModelError: The model gave vectors that are not numbers, or a query does not fit into memory.
+            RunDirectoryError: A shard of the index is missing or damaged.
         """
         _check(queries, top_k)
         if not queries:

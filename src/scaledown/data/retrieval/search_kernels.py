@@ -24,7 +24,13 @@ _MOST_TERMS: Final = 128  # of a query that has bounds; for more of them the ste
 
 @njit(nogil=True, cache=True)
 def look_up(table: Array, codes: Array, found: Array) -> None:
-    """Write `table[codes]` to `found`, in a fifth of NumPy's time."""
+    """Write `table[codes]` to `found`, in a fifth of NumPy's time.
+
+    Args:
+        table: The value of each code, float32 [codes of the type].
+        codes: uint8 or uint16 [n].
+        found: Receives the values, float32 [n].
+    """
     for place in range(len(codes)):
         found[place] = table[codes[place]]
 

@@ -82,7 +82,13 @@ class _Group(NamedTuple):
 
 
 class SeismicIndex:
-    """The Seismic indexes of a stage of sparse vectors: one for each group, made once in `home`."""
+    """The Seismic indexes of a stage of sparse vectors, one for each group of shards.
+
+    Args:
+        home: The directory in which the indexes are made, once.
+        vectors: The finished stage of vectors.
+        memory: The memory for searching, in GB; half of it limits the size of a group.
+    """
 
     def __init__(self, home: RunDirectory, vectors: Stage, memory: float) -> None:
         self._groups = list(_groups(home, vectors, memory))
@@ -137,10 +143,16 @@ class SeismicIndex:
         group.stage.storage.publish(group.path, once=True)
 
     def search(self, queries: sp.csr_matrix, k: int, care: Care) -> Ranking:
-        """Search for the `k` best passages of each query, approximately.
+        """Search for the best passages of each query, approximately.
 
-        If fewer passages were found, the rows at the end are -1. The last row is also -1 if removed passages
-        may have pushed out one of the best `k`.
+        Args:
+            queries: Vectors [queries, dimensions].
+            k: Passages for each query.
+            care: How carefully to search, one of `CARES`.
+
+        Returns:
+            A ranking [queries, k]. If fewer passages were found, the rows at the end are -1. The last row is
+            also -1 if removed passages may have pushed out one of the best `k`.
         """
         count = queries.shape[0]
         best = Ranking(np.empty((count, 0), np.int64), np.empty((count, 0), np.float32))
@@ -226,7 +238,15 @@ def _ranking(answers: Sequence[Sequence[tuple[str, float, str]]], queries: int, 
 
 
 def recall(found: Ranking, exact: Ranking) -> float:
-    """Recall@k: the share of the exact top k that was found, averaged over queries."""
+    """Compute recall@k: the share of the exact top k that was found, averaged over queries.
+
+    Args:
+        found: The ranking to measure, [queries, k].
+        exact: The exact ranking, [queries, k].
+
+    Returns:
+        0 to 1.
+    """
     pairs: Iterator[tuple[Array, Array]] = zip(found.rows, exact.rows, strict=True)
     return float(np.mean([len(np.intersect1d(own, best)) / len(best) for own, best in pairs]))
 

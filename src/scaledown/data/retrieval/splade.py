@@ -39,6 +39,12 @@ class SpladeEncoder:
     If the head is a linear layer over the vocabulary with max pooling, our own head computes it. Otherwise
     sentence-transformers does, and the log has the reason. Only then is sentence-transformers imported,
     because the import takes longer than everything else here.
+
+    Args:
+        source: The model.
+        device: cpu, cuda, cuda:N or mps.
+        dtype: auto, float32, bfloat16 or float16.
+        batch_size: Texts encoded at once.
     """
 
     def __init__(self, source: ModelSource, device: str, dtype: str, batch_size: int) -> None:
@@ -60,13 +66,36 @@ class SpladeEncoder:
         advance: Callable[[int], None],
         tokens: Sequence[np.ndarray[Any, Any]] | None = None,
     ) -> sp.csr_matrix:
-        """Vectors of documents, float32 [texts, vocabulary]; `tokens` are their token ids, if known."""
+        """Encode documents.
+
+        Args:
+            texts: The texts, title included. Tokens beyond the model's limit are not read.
+            advance: Called with the number of texts in each finished batch.
+            tokens: The token ids of each text, without special tokens; None if they are not known.
+
+        Returns:
+            CSR float32 [texts, vocabulary].
+
+        Raises:
+            ModelError: The states are too large for float16, or a text alone does not fit into memory.
+        """
         if self._fast:
             return self._encode_fast(texts, advance, tokens)
         return self._encode(self._model.encode_document, texts, advance)
 
     def queries(self, texts: Sequence[str], advance: Callable[[int], None]) -> sp.csr_matrix:
-        """Vectors of queries, float32 [texts, vocabulary]."""
+        """Encode queries.
+
+        Args:
+            texts: The texts of the queries.
+            advance: Called with the number of texts in each finished batch.
+
+        Returns:
+            CSR float32 [texts, vocabulary].
+
+        Raises:
+            ModelError: The states are too large for float16, or a text alone does not fit into memory.
+        """
         if self._fast:
             return self._encode_fast(texts, advance, None)
         return self._encode(self._model.encode_query, texts, advance)
@@ -223,6 +252,15 @@ def max_logits_tiled(
 
     It is fastest if texts are sorted by length, because a few texts are cut to the longest of them. The
     padding that remains is replaced by the first token, which does not change the maximum.
+
+    Args:
+        hidden: As for `max_logits`, also the others.
+        length: [batch].
+        weight: [vocabulary, width].
+        bias: [vocabulary], or None.
+
+    Returns:
+        Maxima, float32 [batch, vocabulary].
     """
     import torch
 
@@ -385,5 +423,10 @@ def by_length(texts: Sequence[Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 
 def in_batches(order: np.ndarray[Any, np.dtype[np.int64]], size: int) -> list[list[int]]:
-    """The places in `order`, so many at a time."""
+    """Cut an order of texts into batches.
+
+    Args:
+        order: Positions of texts, int64 [texts].
+        size: The most positions in a batch.
+    """
     return [order[start : start + size].tolist() for start in range(0, len(order), size)]

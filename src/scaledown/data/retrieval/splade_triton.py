@@ -70,7 +70,22 @@ def kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0917
     REST: tl.constexpr,  # noqa: N803
     WIDTH: tl.constexpr,  # noqa: N803
 ):
-    """`result[text, terms] = max over tokens (hidden[text] @ weight[terms].T)`, for a text and some terms."""
+    """`result[text, terms] = max over tokens (hidden[text] @ weight[terms].T)`, for a text and some terms.
+
+    Args:
+        hidden: Hidden states [batch, longest, width].
+        length: Tokens of each text, int32 [batch].
+        weight: The decoder's weight [vocabulary, width].
+        result: Receives the maxima, float32 [batch, vocabulary].
+        batch: Number of texts.
+        longest: Tokens of the longest text.
+        width: Width of a hidden state.
+        vocabulary: Number of terms.
+        TERMS: Terms in a tile.
+        TOKENS: Tokens in a tile.
+        REST: Tokens in a tile at the end of a text.
+        WIDTH: Columns of the hidden state in a tile.
+    """
     program = tl.program_id(0).to(tl.int64)
     text = program % batch  # neighbouring programs share a tile of the weights, so it comes from the cache
     terms = (program // batch) * TERMS + tl.arange(0, TERMS)
@@ -90,7 +105,17 @@ def kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0917
 def max_logits_fused(
     hidden: torch.Tensor, length: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """The CUDA kernel of `max_logits`, with the same arguments and result."""
+    """`max_logits` by the CUDA kernel.
+
+    Args:
+        hidden: [batch, longest, width], on a CUDA device.
+        length: [batch].
+        weight: [vocabulary, width].
+        bias: [vocabulary], or None.
+
+    Returns:
+        Maxima, float32 [batch, vocabulary].
+    """
     batch, longest, width = hidden.shape
     vocabulary = len(weight)
     result = torch.empty(batch, vocabulary, dtype=torch.float32, device=hidden.device)

@@ -272,7 +272,18 @@ def distinct(
 def find_exactly(
     vectors: Stage, threads: int, encoded: Vectors, top_k: int, advance: Callable[[float], None]
 ) -> Ranking:
-    """Search the finished vectors of an index exactly; see `search`."""
+    """Search the finished vectors of an index exactly.
+
+    Args:
+        vectors: The stage of vectors. Removed rows and shards that were given up are not found.
+        threads: As for `search`.
+        encoded: Vectors of queries [queries, dimensions].
+        top_k: Passages for each query.
+        advance: Called with the share of all passages searched so far, 0 to 1.
+
+    Returns:
+        [queries, min(top_k, passages that can be found)].
+    """
     rows = vectors.finished().rows
     shards = [
         None if vectors.absent(shard) else functools.partial(vectors.table, shard, check=True)
@@ -351,10 +362,15 @@ class SearchPlan(NamedTuple):
 
     @classmethod
     def of(cls, vectors: Stage, config: PrepareConfig, shards: int) -> "SearchPlan":
-        """Plan a search of `shards` shards of queries.
+        """Plan a search.
 
         Half of the memory is for vectors (a shard for each thread, or a Seismic index), the other half for
         queries and their results.
+
+        Args:
+            vectors: The finished stage of vectors.
+            config: The run's settings.
+            shards: Number of shards of queries to search.
         """
         half = config.search_memory * 1e9 / 2
         rows = vectors.finished().rows
@@ -376,7 +392,15 @@ class SearchPlan(NamedTuple):
 
 
 def candidates_table(queries: pa.Table, found: Sequence[Candidates]) -> pa.Table:
-    """The candidates of a shard: columns query_id, query, rows list<int64>, scores list<float32>."""
+    """Make the shard of candidates.
+
+    Args:
+        queries: The shard of queries: columns query_id and query.
+        found: The candidates of each query.
+
+    Returns:
+        Columns query_id, query, rows list<int64>, scores list<float32>.
+    """
     table = pa.table(
         {
             "query_id": queries.column("query_id"),

@@ -40,7 +40,13 @@ class AnswerLog:
 
     @classmethod
     def of(cls, stage: Stage, shards: range, flush_seconds: float) -> "AnswerLog":
-        """Return the log of one shard, or of several that are asked together: `000000-000016.part.jsonl`."""
+        """Return the log of one shard, or of several that are asked together: `000000-000016.part.jsonl`.
+
+        Args:
+            stage: The stage of answers.
+            shards: The numbers of the shards.
+            flush_seconds: Seconds after which an answer is on the disk at the latest.
+        """
         last = f"-{shards.stop:06d}" if len(shards) > 1 else ""
         return cls(stage.folder / f"{shards.start:06d}{last}{_ENDING}", flush_seconds, stage.storage)
 
@@ -52,7 +58,16 @@ class AnswerLog:
 
     @classmethod
     def others(cls, stage: Stage, shards: range, prompts: Sequence[Prompt]) -> dict[int, Answer]:
-        """Return the answers to these prompts in logs of other groups that share some of these shards."""
+        """Return logged answers of other groups that share some shards with a group.
+
+        Args:
+            stage: The stage of answers.
+            shards: The numbers of the group's shards.
+            prompts: The prompts of the group.
+
+        Returns:
+            Answers to these prompts, by place in `prompts`. They are found by the hash of the prompt.
+        """
         places: dict[str, list[int]] = {}
         for place, prompt in enumerate(prompts):
             places.setdefault(prompt.digest, []).append(place)
@@ -70,7 +85,14 @@ class AnswerLog:
         return range(int(first), int(stop or int(first) + 1))
 
     def read(self, prompts: Sequence[Prompt]) -> dict[int, Answer]:
-        """Return the logged answers to these prompts, by place."""
+        """Return the logged answers to prompts.
+
+        Args:
+            prompts: The prompts of the log's shards, in order.
+
+        Returns:
+            Answers by place in `prompts`; only those whose prompt has not changed.
+        """
 
         def places(place: int, digest: str) -> list[int]:
             return [place] if 0 <= place < len(prompts) and digest == prompts[place].digest else []
@@ -148,7 +170,16 @@ class Writer:
         self._write = write
 
     def add(self, place: int, prompt: Prompt, answer: Answer) -> None:
-        """Keep an answer."""
+        """Append an answer.
+
+        Args:
+            place: The place of its prompt in the log's shards.
+            prompt: The prompt.
+            answer: The answer.
+
+        Raises:
+            OSError, OutputError: An earlier answer could not be written to the disk or published.
+        """
         usual = Answer._field_defaults
         own = {name: value for name, value in answer._asdict().items() if (name, value) not in usual.items()}
         record = {"place": place, "prompt_hash": prompt.digest, **own}

@@ -35,6 +35,11 @@ _WRITERS: Final = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "ForConditio
 def check_teacher(source: ModelSource, *, load_in_8bit: bool, load_in_4bit: bool) -> None:
     """Check before any work, without loading it, that a model can write answers.
 
+    Args:
+        source: The model; without a location, as on a server, it is not checked.
+        load_in_8bit: Whether it is loaded with weights in 8 bits.
+        load_in_4bit: Whether it is loaded with weights in 4 bits.
+
     Raises:
         ModelError: The model is not a causal LM.
         MissingExtraError: Weights in 8 or 4 bits need an extra that is not installed.
@@ -56,7 +61,14 @@ def check_teacher(source: ModelSource, *, load_in_8bit: bool, load_in_4bit: bool
 
 
 def engine_of(backend: str) -> TeacherEngine:
-    """Return the engine of `--teacher_backend` by name. Raises `UsageError` if there is no such engine."""
+    """Return an engine.
+
+    Args:
+        backend: The value of `--teacher_backend`, but not `auto`.
+
+    Raises:
+        UsageError: There is no such engine, or it cannot be imported.
+    """
     if backend not in TEACHER_ENGINES:
         raise UsageError(f"--teacher_backend {backend}: use auto, {', '.join(TEACHER_ENGINES)}")
     engine: TeacherEngine = TEACHER_ENGINES[backend]
@@ -69,12 +81,29 @@ def is_served(engine: Engine) -> bool:
 
 
 def find_teacher(name: str, engine: Engine) -> ModelSource:
-    """Find the teacher's weights; for a server only its name. Raises `ModelError` or `UsageError`."""
+    """Find the teacher's weights; for a server only its name.
+
+    Args:
+        name: The value of `--teacher_model`.
+        engine: The choice of the engine.
+
+    Raises:
+        ModelError: There is no such model.
+        UsageError: There is no such engine.
+    """
     return ModelSource(name, "") if is_served(engine) else resolve(name)
 
 
 def check_options(engine: Engine, generation: Generation) -> None:
-    """Raise `UsageError` if the engine does not support the settings."""
+    """Check that an engine supports the settings.
+
+    Args:
+        engine: The choice of the engine. For `auto`, one engine must support all settings.
+        generation: How the teacher decodes.
+
+    Raises:
+        UsageError: The engine does not support them.
+    """
     if engine.backend == AUTO and not _able(engine, generation):
         raise UsageError(
             "no --teacher_backend has all that is asked of --teacher_endpoint, --teacher_lora, "
@@ -109,9 +138,19 @@ def _able(engine: Engine, generation: Generation) -> dict[str, TeacherEngine]:
 
 
 def choose_backend(engine: Engine, source: ModelSource, device: str, generation: Generation) -> str:
-    """Return the name of the engine. `auto` takes the last that supports the settings and suits the device.
+    """Choose the engine. `auto` chooses the last one that supports the settings and suits the device.
 
-    Raises `UsageError` if the named engine does not support the settings.
+    Args:
+        engine: The choice of the engine.
+        source: The teacher's weights.
+        device: cpu, cuda, cuda:N or mps.
+        generation: How the teacher decodes.
+
+    Returns:
+        The name of an entry of `TEACHER_ENGINES`.
+
+    Raises:
+        UsageError: The named engine does not support the settings; for `auto`, none does.
     """
     check_options(engine, generation)
     if engine.backend != AUTO:
@@ -122,7 +161,17 @@ def choose_backend(engine: Engine, source: ModelSource, device: str, generation:
 
 
 def preflight(engine: Engine, source: ModelSource, device: str, generation: Generation) -> None:
-    """Check before any work that the engine can load the teacher here. Raises `ScaleDownError`."""
+    """Check before any work that the engine can load the teacher here.
+
+    Args:
+        engine: The choice of the engine, not `auto`.
+        source: The teacher's weights.
+        device: cpu, cuda, cuda:N or mps.
+        generation: How the teacher decodes.
+
+    Raises:
+        ScaleDownError: It cannot, for example because a library is missing or a server does not answer.
+    """
     engine_of(engine.backend).preflight(Setup(source, device, generation, engine))
 
 
@@ -136,7 +185,18 @@ def load_teacher(  # noqa: PLR0917
 ) -> Teacher:
     """Load the teacher of `--teacher_model`, on the engine that `choose_backend` returns.
 
-    `spent_tokens` are the tokens of `--max_total_tokens` that earlier runs with the same settings used.
+    Args:
+        source: The teacher's weights.
+        device: cpu, cuda, cuda:N or mps.
+        dtype: auto, float32, bfloat16 or float16.
+        generation: How it decodes.
+        engine: The choice of the engine.
+        spent_tokens: Tokens of `--max_total_tokens` that earlier runs with the same settings used.
+
+    Raises:
+        UsageError: The engine does not support the settings.
+        ModelError: The model cannot be loaded, or is not a causal LM.
+        MissingExtraError: The engine or the quantisation needs an extra that is not installed.
     """
     backend = choose_backend(engine, source, device, generation)
     own = engine_of(backend)

@@ -14,11 +14,17 @@ from scaledown.records import Answer
 
 
 class Generation(NamedTuple):
-    """How a teacher is loaded and decodes; `seed` is used for prompts with a temperature."""
+    """How a teacher is loaded and decodes."""
 
     max_new_tokens: int = PrepareConfig.max_new_tokens
+    """The most tokens of an answer."""
     seed: int = 0
+    """The seed for prompts with a temperature, see `seed_of`."""
     batch_size: int = PrepareConfig.teacher_batch_size
+    """Prompts answered at once; 0 is the default of the device.
+
+    Engines with their own scheduler ignore it.
+    """
     load_in_8bit: bool = False
     load_in_4bit: bool = False
     document_tokens: int = 0
@@ -54,7 +60,15 @@ class Generation(NamedTuple):
 
 
 def seed_of(seed: int, key: str) -> int:
-    """Return a seed for one prompt, below 2^31, so that its answer does not depend on other prompts."""
+    """Return a seed for one prompt, so that its answer does not depend on other prompts.
+
+    Args:
+        seed: The value of `--seed`.
+        key: The key of the prompt.
+
+    Returns:
+        0 to 2^31 - 1.
+    """
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:4], "little") >> 1
 
 
@@ -62,12 +76,19 @@ class Engine(NamedTuple):
     """The choice of an engine, and settings that only one engine needs."""
 
     backend: str = PrepareConfig.teacher_backend
+    """`auto`, or the name of an entry of `TEACHER_ENGINES`."""
     endpoints: tuple[str, ...] = ()
+    """URLs of OpenAI-compatible servers."""
     max_total_tokens: int = 0
+    """The most tokens of all prompts and answers; 0 is no limit."""
     max_requests_per_minute: int = 0
+    """The most requests to all servers together; 0 is no limit."""
     request_timeout: float = PrepareConfig.request_timeout
+    """Seconds after which a request without a reply is given up."""
     lora: str = ""
+    """The folder of a LoRA adapter; empty for none."""
     tensor_parallel: int = 1
+    """GPUs that share the model."""
     memory: float = 0.0
     """The share of GPU memory that vLLM uses; 0 is all free memory."""
 
@@ -96,14 +117,26 @@ class Teacher(Protocol):
     """Answers prompts."""
 
     halving: Halving
+    """Halves batches that run out of memory; a run records how often."""
 
     def answers(
         self, prompts: Sequence[Prompt], have: Collection[int] = ()
     ) -> Iterator[tuple[int, Answer | Rejection]]:
-        """Yield places in `prompts` with their answers, as these finish, in any order.
+        """Yield answers as they finish, in any order.
 
-        Places in `have` are answered already: an engine answers them again only if it must, to produce equal
-        bytes. The caller stores each answer before it requests the next, and may stop at any time.
+        The caller stores each answer before it requests the next, and may stop at any time.
+
+        Args:
+            prompts: The prompts.
+            have: Places in `prompts` that are answered already. An engine answers them again only if it must,
+                to produce equal bytes.
+
+        Yields:
+            A place in `prompts` with its answer, or with a rejection: the query then goes to the quarantine.
+            Every place outside `have` must occur.
+
+        Raises:
+            ModelError: The engine cannot continue.
         """
 
 
@@ -115,8 +148,11 @@ class Setup(NamedTuple):
     device: str
     """cpu, cuda, cuda:N or mps."""
     generation: Generation
+    """How it decodes."""
     engine: Engine
+    """The values of the flags for engines."""
     dtype: str = "auto"
+    """auto, float32, bfloat16 or float16."""
     spent_tokens: int = 0
     """Tokens of `--max_total_tokens` that earlier runs with the same settings used."""
 
@@ -162,9 +198,15 @@ class TeacherEngine(NamedTuple):
     """The Python distribution that it needs; a run's manifest records its version."""
 
     def dtype(self, asked: str, kept: str) -> str:
-        """Return the dtype for `load`: what all processes of a run keep, if equal bytes depend on it.
+        """Choose the dtype for `load`.
 
-        Other engines get what the user asked: they understand `auto` by the model and the device.
+        Args:
+            asked: The value of `--dtype`.
+            kept: The dtype that all processes of the run use.
+
+        Returns:
+            `kept` if the engine is deterministic, since equal bytes depend on it. Otherwise `asked`: the
+            engine itself decides what `auto` means, by the model and the device.
         """
         return kept if self.deterministic else asked
 
@@ -172,9 +214,18 @@ class TeacherEngine(NamedTuple):
 def answers_of(
     teacher: Teacher, prompts: Sequence[Prompt], have: Collection[int] = ()
 ) -> Iterator[tuple[int, Answer | Rejection]]:
-    """Yield what `teacher.answers` yields.
+    """Yield the answers of a teacher, and check that they are complete.
 
-    Raises `ModelError` if that is no answer to one of the prompts, or if a prompt outside `have` has none.
+    Args:
+        teacher: The teacher.
+        prompts: The prompts.
+        have: Places in `prompts` that are answered already.
+
+    Yields:
+        A place in `prompts` with its answer or rejection.
+
+    Raises:
+        ModelError: The teacher yielded something else, or a prompt outside `have` has no answer.
     """
     name = type(teacher).__name__
     left = set(range(len(prompts))) - set(have)
@@ -197,7 +248,19 @@ def answers_of(
 def answer_all(
     teacher: Teacher, prompts: Sequence[Prompt], advance: Callable[[int], None] = lambda _: None
 ) -> list[Answer | Rejection]:
-    """Return an answer or a rejection for each prompt, in order."""
+    """Answer prompts.
+
+    Args:
+        teacher: The teacher.
+        prompts: The prompts.
+        advance: Called with 1 at each answer or rejection.
+
+    Returns:
+        An answer or a rejection for each prompt, in order.
+
+    Raises:
+        ModelError: The teacher cannot continue, or left out a prompt.
+    """
     results: dict[int, Answer | Rejection] = {}
     for place, answer in answers_of(teacher, prompts):
         results[place] = answer

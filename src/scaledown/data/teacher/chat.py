@@ -95,15 +95,24 @@ class Draft:
 
 
 class Reply(NamedTuple):
-    """The result of a completion, the model that it names, and its tokens."""
+    """The result of a completion."""
 
     result: Answer | Rejection | Fault
+    """The answer, or the reason why there is none."""
     model: str
+    """The model that the reply names."""
     tokens: int
+    """Tokens of prompt and reply."""
 
 
 class Chat:
-    """Requests to one model, adapted to what its servers refuse. `secret` is removed from all messages."""
+    """Requests to one model, adapted to what its servers refuse.
+
+    Args:
+        model: The name of the model on the servers.
+        generation: How it decodes.
+        secret: The key; it is removed from all messages. May be empty.
+    """
 
     def __init__(self, model: str, generation: Generation, secret: str) -> None:
         self.model = model
@@ -143,9 +152,17 @@ class Chat:
         return body
 
     def adapts(self, body: dict[str, Any], draft: Draft, response: httpx2.Response) -> bool:
-        """Adapt to a refused request. Returns whether to send it again.
+        """Adapt to a refused request.
 
         Features that the server does not support are left out of all later requests.
+
+        Args:
+            body: The body of the refused request.
+            draft: The prompt; it is shortened if it was too long.
+            response: The server's reply.
+
+        Returns:
+            Whether to send it again.
 
         Raises:
             ModelError: `--temperature` must be changed.
@@ -180,10 +197,21 @@ class Chat:
         return status in {400, 413, 422} and bool(_TOO_LONG.search(text)) and draft.shorten()
 
     def read(self, draft: Draft, response: httpx2.Response) -> Reply:
-        """What is in a reply. Whatever else is odd in it, an answer is one.
+        """Read a reply.
 
-        Log probabilities of other tokens than the answer's, such as a model's thoughts, are left out. Raises
-        `NoLogprobsError` for an answer without those that were asked for, `ValueError` for any other reply.
+        Log probabilities of tokens outside the answer, such as a model's thoughts, are left out.
+
+        Args:
+            draft: The prompt as it was sent.
+            response: The reply.
+
+        Returns:
+            The answer, a rejection if the server or the model refuses one, or a fault if the server ended the
+            answer early.
+
+        Raises:
+            NoLogprobsError: An answer has no log probabilities, though they were requested.
+            ValueError: The reply is not a chat completion.
         """
         try:
             reply = response.json()

@@ -13,9 +13,16 @@ _SEPARATOR_TOKENS: Final = (
 
 
 class Context:
-    """What a teacher is shown: at most `limit` tokens, from the Hugging Face `tokenizer` of the model.
+    """Turns prompts into token ids that fit the context of a model.
 
-    Raises `ModelError` where the answer alone fills the context of `tokens` (prompt and answer together).
+    Args:
+        name: The model's name, for messages.
+        tokenizer: The model's Hugging Face tokenizer.
+        tokens: The model's limit of prompt and answer together, see `context_tokens`.
+        generation: Its `context` may lower the limit, and its `document_tokens` limit each document.
+
+    Raises:
+        ModelError: Less than 32 tokens are left for a prompt.
     """
 
     def __init__(self, name: str, tokenizer: Any, tokens: int, generation: Generation) -> None:
@@ -33,11 +40,17 @@ class Context:
         self._folds_system = self._template_refuses_system()
 
     def fit(self, prompt: Prompt) -> tuple[list[int], int] | Rejection:
-        """Return the token ids of the prompt, and the number of document tokens cut to fit the context.
+        """Turn a prompt into token ids that fit the context.
 
         Each document is cut to `generation.document_tokens` first. Then the lowest-ranked documents lose
-        their ends; question and instruction stay whole. A prompt that is too long even without documents,
-        or that the chat template refuses, gives a `Rejection`.
+        their ends; question and instruction stay whole.
+
+        Args:
+            prompt: The prompt.
+
+        Returns:
+            The token ids, at most `limit`, and the number of document tokens that were cut. A `Rejection` if
+            the prompt is too long even without documents, or the chat template refuses it.
         """
         from jinja2 import TemplateError
 
@@ -125,7 +138,12 @@ class Context:
 
 
 def context_tokens(config: Any, tokenizer: Any) -> int:
-    """Return the most tokens of prompt and answer together that the model accepts."""
+    """Return the most tokens of prompt and answer together that a model accepts.
+
+    Args:
+        config: The model's Hugging Face config.
+        tokenizer: Its tokenizer, which may have a lower limit.
+    """
     text_config = config.get_text_config()
     limits = [
         int(limit)

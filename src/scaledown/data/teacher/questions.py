@@ -43,10 +43,17 @@ LATER_TEMPERATURE: Final = 0.8
 
 
 def as_question(text: str, passage: str) -> str | None:
-    """Find the question in a teacher's text; None if there is no question that is clear by itself.
+    """Find the question in a teacher's text.
 
     It asks something, in 3 to 40 words, does not speak of the text, and has at least half of its longer
     words from the passage.
+
+    Args:
+        text: What the teacher wrote.
+        passage: The text of the passage.
+
+    Returns:
+        The first such question; None if there is none.
     """
     known = set(re.findall(r"\w+", passage.lower()))
     for line in text.splitlines():
@@ -72,6 +79,15 @@ def write_questions(
     """Let the teacher write questions about sampled passages until there are enough different ones.
 
     Each pass asks once about each sampled passage: greedily first, then sampled at 0.8.
+
+    Args:
+        stage: The stage of questions, see `questions_about`.
+        passages: The finished stage of passages.
+        load: Loads the teacher; called for each shard that is missing.
+        config: The run's settings.
+
+    Raises:
+        InputError: The teacher wrote no usable question.
     """
     if stage.done():
         return
@@ -119,7 +135,16 @@ def questions_about(
     passages: PassageTable | Sequence[Passage],
     answer: Callable[[Sequence[Prompt]], list[Answer | Rejection]],
 ) -> pa.Table:
-    """Let the teacher write about passages; each turn is the number of a pass and the passage's row."""
+    """Let the teacher write about passages, one question for each turn.
+
+    Args:
+        turns: The number of a pass, from 0, and the row of a passage. Later passes are sampled.
+        passages: The passages, by row.
+        answer: Answers prompts, in order.
+
+    Returns:
+        Columns row int64, text, and question, which is null if the text has no usable question.
+    """
     prompts = []
     for number, row in turns:
         passage = passages[row]

@@ -74,7 +74,13 @@ class Endpoint:
         self.running -= 1
 
     def end(self, ticket: int, fault: Fault | None, now: float) -> None:
-        """Count a request that ended, and adapt limit and pause to its result."""
+        """Count a request that ended, and adapt limit and pause to its result.
+
+        Args:
+            ticket: The number that `begin` returned for it.
+            fault: Its failure; None for an answer.
+            now: Seconds, by the monotonic clock.
+        """
         self.running -= 1
         if fault and fault.slow and ticket > self._sent_when_halved:
             # Requests sent before the limit was halved do not count for the new limit.
@@ -104,7 +110,12 @@ class Endpoint:
                 self.limit, self._good = min(MOST_IN_FLIGHT, self.limit + 1), 0
 
     def leave_out(self, reason: str, now: float) -> None:
-        """Begin a pause."""
+        """Begin a pause, in which no request is sent to the server.
+
+        Args:
+            reason: The reason, for the log.
+            now: Seconds, by the monotonic clock.
+        """
         self.paused = True
         self._pause = min(LONGEST_PAUSE, 2 * self._pause or PAUSE)
         self._until = max(self._until, now + self._pause)
@@ -131,7 +142,15 @@ class Rate:
 
 
 def retry_after(value: str, most: float = LONGEST_RETRY_AFTER) -> float:
-    """Return the seconds of a `Retry-After` header (a number or a date), at most `most`; 0 without one."""
+    """Return the seconds of a `Retry-After` header.
+
+    Args:
+        value: The header, a number or a date; may be empty.
+        most: The largest result.
+
+    Returns:
+        Seconds; 0 if the header is missing, invalid or in the past.
+    """
     try:
         seconds = float(value)
     except ValueError:

@@ -65,9 +65,14 @@ class Review(NamedTuple):
 
 
 def review(text: str, finish_reason: str, query: str, documents: Iterable[str], *, cut: bool) -> Review:
-    """Review an answer to `query` from `documents`.
+    """Review an answer.
 
-    With `cut`, a truncated answer is cut after a sentence.
+    Args:
+        text: The answer.
+        finish_reason: As in `Answer`; `length` means truncated.
+        query: The question.
+        documents: The texts of its documents.
+        cut: Cut a truncated answer after its last sentence.
     """
     if cut and finish_reason == "length":
         text = whole_sentences(text)
@@ -90,7 +95,15 @@ def sentences(text: str) -> list[str]:
 
 
 def problem(text: str, query: str) -> str:
-    """Return why an answer is useless: `empty`, `refusal`, `echo` of the question; or an empty text."""
+    """Find out why an answer is useless.
+
+    Args:
+        text: The answer.
+        query: The question.
+
+    Returns:
+        `empty`, `refusal`, `echo` if it repeats the question or the prompt, or an empty text if it is useful.
+    """
     if not text.strip():
         return "empty"
     if _REFUSAL.match(text.strip().replace("\u2019", "'")):
@@ -106,7 +119,15 @@ def problem(text: str, query: str) -> str:
 
 
 def groundedness(text: str, documents: Iterable[str]) -> float:
-    """Return the share of the content words of `text` that occur in `documents`, 0 to 1."""
+    """Return the share of an answer's content words that occur in its documents.
+
+    Args:
+        text: The answer.
+        documents: The texts of its documents.
+
+    Returns:
+        0 to 1; 1 if the answer has no content words.
+    """
     words = content_words(text)
     there = set().union(*map(content_words, documents))
     return sum(word in there for word in words) / len(words) if words else 1.0

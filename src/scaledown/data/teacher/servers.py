@@ -35,7 +35,19 @@ GATEWAY: Final = frozenset({502, 503, 504, 529})
 class Servers:
     """One or more OpenAI-compatible servers of one model, which share the load.
 
-    The key comes from `OPENAI_API_KEY`. Raises `ModelError` where no server answers, or one lacks the model.
+    The key comes from `OPENAI_API_KEY`.
+
+    Args:
+        model: The name of the model on the servers.
+        endpoints: URLs of the servers, for example `http://host:8000/v1`.
+        generation: How the model decodes.
+        max_total_tokens: The most tokens of all prompts and answers; 0 is no limit.
+        max_requests_per_minute: To all servers together; 0 is no limit.
+        request_timeout: Seconds.
+        spent_tokens: Tokens of `max_total_tokens` that earlier runs used.
+
+    Raises:
+        ModelError: No server answers, or one of them does not have the model or refuses the key.
     """
 
     def __init__(
@@ -102,7 +114,12 @@ class Servers:
     def refused(self, how: str, message: str) -> None:
         """Count a prompt without an answer.
 
-        Raises `ModelError` if none is answered, instead of setting all aside.
+        Args:
+            how: What the server did, for example its status; refusals of one kind are counted together.
+            message: The server's message.
+
+        Raises:
+            ModelError: There were too many refusals of this kind without an answer between them.
         """
         self._refusals = self._refusals + 1 if how == self._refused else 1
         self._refused = how
@@ -121,8 +138,17 @@ class Servers:
         self._named.add(url)
 
     def takes(self, url: str, model: str) -> bool:
-        """Whether to take an answer under another name: where the server lists the wanted one, and has not
-        answered under that. Raises `ModelError` where no server ever does, nor lists it.
+        """Decide whether to accept an answer under another model name.
+
+        It is accepted if the server lists the requested model, has not answered under this name, and has
+        answered under other names `ALIAS` times.
+
+        Args:
+            url: The server.
+            model: The name in the reply.
+
+        Raises:
+            ModelError: No answer was accepted so far, after `TRIES` answers under other names.
         """
         if url in self._aliased:
             return True
@@ -142,7 +168,15 @@ class Servers:
         return False
 
     def gave_logprobs(self, url: str, *, of_answer: bool) -> None:
-        """Count an answer's log probabilities. Raises `ModelError` if they always belong to other tokens."""
+        """Record whether an answer came with usable log probabilities.
+
+        Args:
+            url: The server.
+            of_answer: Whether they belong to the answer's own tokens.
+
+        Raises:
+            ModelError: None of the first `TRIES` answers had usable ones.
+        """
         self.has_logprobs |= of_answer
         self._without += not of_answer
         if self._without >= TRIES and not self.has_logprobs:

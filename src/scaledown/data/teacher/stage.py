@@ -34,10 +34,15 @@ class Teaching(NamedTuple):
     """Settings for asking the teacher."""
 
     documents_per_query: int
+    """The most documents in a prompt."""
     temperature: float = 0.0
+    """0 is greedy decoding."""
     template: Template = PAPER
+    """The text around question and documents."""
     shards_at_once: int = 1
+    """Shards whose prompts are sent together."""
     flush_seconds: float = PrepareConfig.flush_seconds
+    """Seconds after which an answer is on the disk at the latest."""
     prices: tuple[float, float] = (0.0, 0.0)
     """Prices of a million prompt tokens and of a million answer tokens."""
     logprobs: bool = False
@@ -49,8 +54,14 @@ def teach(
 ) -> None:
     """Let the teacher answer each shard of queries from their first documents.
 
-    Adds the columns of `Answer` and prompt_hash. Answers are logged to disk as they arrive. Queries that
-    could not be answered go to the quarantine.
+    Answers are logged to disk as they arrive. Queries that could not be answered go to the quarantine.
+
+    Args:
+        stage: The stage of answers: columns as those of `ranked`, those of `Answer`, and prompt_hash.
+        ranked: The stage of queries with their candidates, best first.
+        passages: The stage of passages.
+        load: Loads the teacher; called for each group of shards.
+        teaching: How the teacher is asked.
 
     Raises:
         InputError: No query was answered.
@@ -110,6 +121,13 @@ def retry(
     """Ask again, with sampling, for answers that have a problem (see `review.problem`).
 
     A second answer without a problem replaces the first.
+
+    Args:
+        stage: The stage of answers after this; columns as those of `answers`.
+        answers: The stage of first answers.
+        passages: The stage of passages.
+        load: Loads the teacher; called for each group of shards that has such answers.
+        teaching: How the teacher is asked.
     """
     if stage.done():
         return
@@ -266,7 +284,15 @@ def _answered(
 
 
 def with_heard(table: pa.Table, answers: Iterable[Answer]) -> pa.Table:
-    """Add to a shard's metadata how many answers had thoughts removed, or came under another model name."""
+    """Count answers that had thoughts, and answers under another model name.
+
+    Args:
+        table: The shard.
+        answers: Its answers.
+
+    Returns:
+        The shard, with the counts in its metadata.
+    """
     counts: collections.Counter[str] = collections.Counter()
     for answer in answers:
         counts["freed_of_thoughts"] += bool(answer.left_out)
@@ -276,7 +302,12 @@ def with_heard(table: pa.Table, answers: Iterable[Answer]) -> pa.Table:
 
 
 def heard_counts(stage: Stage, shards: int) -> dict[str, int]:
-    """Return the counts of `with_heard` in all shards of a stage."""
+    """Return the counts of `with_heard` in all shards of a stage.
+
+    Args:
+        stage: The stage, with all its shards.
+        shards: Number of its shards.
+    """
     counts: collections.Counter[str] = collections.Counter()
     for shard in range(shards):
         metadata = stage.table(shard).schema.metadata or {}  # a given-up shard has none

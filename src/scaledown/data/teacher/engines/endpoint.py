@@ -26,11 +26,21 @@ class EndpointTeacher(Servers):
     def answers(
         self, prompts: Sequence[Prompt], have: Collection[int] = ()
     ) -> Iterator[tuple[int, Answer | Rejection]]:
-        """Yield answers as they arrive. Places in `have` are not asked again: their answers are paid for.
+        """Yield answers as they arrive.
 
-        Documents of a prompt that is too long lose their ends from the last one on; `dropped_tokens` are the
-        characters dropped // 4. Raises `ModelError` once the tokens are used up or no server is left; what
-        is in flight then is waited for and given first.
+        Documents of a prompt that is too long lose their ends, from the last one on. `dropped_tokens` is then
+        the number of dropped characters divided by 4.
+
+        Args:
+            prompts: The prompts.
+            have: Places that are answered already. They are not asked again, since each request costs money.
+
+        Yields:
+            A place in `prompts` with its answer or rejection.
+
+        Raises:
+            ModelError: The tokens are used up or no server is left. Requests that run are waited for first,
+                and their answers are yielded.
         """
         todo = [number for number in range(len(prompts)) if number not in have]
         if not todo:

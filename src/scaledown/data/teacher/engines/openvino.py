@@ -163,6 +163,13 @@ class OpenVINOTeacher:
         """Yield answers as they finish.
 
         A prompt that the engine fails on is a `Rejection`; others continue.
+
+        Args:
+            prompts: The prompts.
+            have: Places that are answered already; they are not answered again.
+
+        Yields:
+            A place in `prompts` with its answer or rejection.
         """
         waiting = iter([place for place in range(len(prompts)) if place not in have])
         asked: list[_Asked] = []

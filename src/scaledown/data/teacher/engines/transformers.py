@@ -74,7 +74,16 @@ class TransformersTeacher:
     ) -> Iterator[tuple[int, Answer | Rejection]]:
         """Yield answers batch by batch.
 
-        Batches do not depend on `have`, so that equal runs have equal bytes.
+        Args:
+            prompts: The prompts.
+            have: Places that are answered already. Batches do not depend on them, so that equal runs have
+                equal bytes; only a batch that has no other prompts is left out.
+
+        Yields:
+            A place in `prompts` with its answer or rejection, also for places in `have`.
+
+        Raises:
+            NoRoomError: One prompt alone does not fit into memory.
         """
         inputs: dict[int, tuple[list[int], int]] = {}
         for number, prompt in enumerate(prompts):

@@ -70,7 +70,8 @@ class VllmTeacher:
     def _start(self, longest: int) -> None:
         """Start the engine for prompts of this many tokens: its cache must have room for the longest prompt.
 
-        Some more are taken, up to what the model reads, so that it need not begin again for the next.
+        The limit is rounded up, at most to the model's limit, so that a slightly longer prompt needs no
+        restart.
         """
         self.close()
         most, new = self._context.limit, self._generation.max_new_tokens
@@ -96,7 +97,17 @@ class VllmTeacher:
     ) -> Iterator[tuple[int, Answer | Rejection]]:
         """Yield answers as they finish. A prompt that the engine refuses is a `Rejection`; others continue.
 
-        Prompts that are longer than the engine was started for come last, once it has begun again.
+        Prompts that are longer than the engine was started for come last, after a restart.
+
+        Args:
+            prompts: The prompts.
+            have: Places that are answered already; they are not answered again.
+
+        Yields:
+            A place in `prompts` with its answer or rejection.
+
+        Raises:
+            ModelError: The engine failed.
         """
         places = (place for place in range(len(prompts)) if place not in have)
         fitted: Iterator[tuple[int, Fitted | Rejection]] = (
