@@ -149,7 +149,15 @@ def for_part(logprobs: Logprobs, answer: str) -> Logprobs | None:
 
 
 def problem(value: Any, answer: str) -> str:  # noqa: PLR0911 (one for each check)
-    """Why `value` cannot be the `answer_logprobs` of `answer`; "" if it can."""
+    """Find out why a value cannot be the `answer_logprobs` of an answer.
+
+    Args:
+        value: The value, as read from a training file; None is allowed.
+        answer: The answer.
+
+    Returns:
+        The reason; empty if it can.
+    """
     if value is None:
         return ""
     if not isinstance(value, dict) or not value.keys() <= set(ARROW.names):

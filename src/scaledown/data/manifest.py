@@ -30,13 +30,19 @@ class Sources(NamedTuple):
     """The inputs and models of a run, found but not loaded."""
 
     retriever: ModelSource
+    """The model of `--retriever_model`."""
     reranker: ModelSource | None
+    """The model of `--reranker_model`; None if the run does not rerank."""
     teacher: ModelSource
+    """The model of `--teacher_model`; without a location if it is on a server."""
     second_teacher: ModelSource | None
+    """The same for `--second_teacher_model`; None if there is none."""
     corpus: list[Source]
     """Empty if the index replaces the corpus."""
     queries: list[Source]
+    """Files of queries, and the dataset if it is a local path."""
     evaluation: list[Source]
+    """Files of `--decontaminate`."""
     passed_over: dict[str, dict[str, str]]
     """For each flag, the files of folders that are not read, with the reason."""
     guessed: dict[str, dict[str, str]]
@@ -59,7 +65,21 @@ def write_manifest(  # noqa: PLR0917
     stages: Mapping[str, tuple[Stage, StageResult]],
     output: Mapping[str, Any],
 ) -> None:
-    """Write the manifest of a finished run; it is the last file that a run writes."""
+    """Write the manifest of a finished run; it is the last file that a run writes.
+
+    Args:
+        run: The run directory.
+        config: The settings as the user gave them.
+        sources: The inputs and models.
+        request: The fingerprint of settings, models and inputs.
+        models: The identity of each model, by its role.
+        inputs: The identity of each input, by its role.
+        stages: Each stage and its record, by name.
+        output: `path`, `examples`, `documents`, `sha256` and `state` of the training data.
+
+    Raises:
+        OutputError: The disk is full, or the store refuses the file.
+    """
     content = {
         "schema": SCHEMA,
         "version": scaledown.__version__,
@@ -88,9 +108,15 @@ def write_manifest(  # noqa: PLR0917
 
 
 def manifest_of(path: Path) -> tuple[dict[str, Any], Storage] | None:
-    """Find the manifest of the run that made `path`, and its run directory.
+    """Find the manifest of the run that made a file, and its run directory.
 
-    The run directory is `<path>.work`, or a folder beside `path` whose manifest has `path` as its output.
+    The run directory is `<path>.work`, or a folder beside the file whose manifest has the file as its output.
+
+    Args:
+        path: The training data.
+
+    Returns:
+        The manifest and the run directory; None if there is none.
     """
     own = Path(f"{path}.work") / "manifest.json"
     for place in (own, *sorted(path.resolve().parent.glob("*/manifest.json"))):
@@ -106,9 +132,13 @@ def manifest_of(path: Path) -> tuple[dict[str, Any], Storage] | None:
 
 
 def repeatable(config: PrepareConfig, sources: Sources) -> dict[str, Any]:
-    """Settings that repeat the run from any folder: with full paths and pinned revisions.
+    """Return settings that repeat the run from any folder: with full paths and pinned revisions.
 
     Secrets in URLs are removed, so such a URL must be given again beside `--config`.
+
+    Args:
+        config: The settings as the user gave them.
+        sources: The models, with their revisions.
     """
     settings = {name: _full(getattr(config, name), about) for name, about in config.options().items()}
     if config.prompt in TEMPLATES:
@@ -130,7 +160,13 @@ def _full(value: Any, about: Option) -> Any:
 
 
 def warn_about_differences(repeats: Path, identities: Mapping[str, str], inputs: Mapping[str, Any]) -> None:
-    """Log a warning with the models and inputs that differ from the manifest `repeats`."""
+    """Log a warning with the models and inputs that differ from those of an earlier run.
+
+    Args:
+        repeats: The manifest of the earlier run.
+        identities: The identity of each model, by its role.
+        inputs: The identity of each input, by its role.
+    """
     manifest = read_json(repeats)
     before = manifest if isinstance(manifest, dict) else {}
     then = {**(before.get("models") or {}), **(before.get("inputs") or {})}
@@ -141,7 +177,12 @@ def warn_about_differences(repeats: Path, identities: Mapping[str, str], inputs:
 
 
 def warn_about_dtype(repeats: Path, machine: Mapping[str, str]) -> None:
-    """Log a warning if the run of the manifest `repeats` had another dtype on the same kind of device."""
+    """Log a warning if an earlier run had another dtype on the same kind of device.
+
+    Args:
+        repeats: The manifest of the earlier run.
+        machine: `device` (its kind) and `dtype` of this run.
+    """
     manifest = read_json(repeats)
     then = dtypes_of(manifest if isinstance(manifest, dict) else {}).get(machine["device"])
     if then and then != machine["dtype"]:

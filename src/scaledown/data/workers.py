@@ -64,7 +64,13 @@ def share(config: IndexConfig, target: str, runs: Sequence[RunDirectory], gpus_e
 
 
 def settings_of(kind: type[Config], settings: Mapping[str, Any], worker: str) -> Config:
-    """Restore a worker's config from its settings, and log as the process that started it does."""
+    """Restore a worker's config from its settings, and log as the process that started it does.
+
+    Args:
+        kind: The class of the config.
+        settings: The settings of an `Order`: `config`, `log`, and `shard` if the worker makes a part.
+        worker: The worker's name.
+    """
     start_logging(**{**settings["log"], "worker": worker})
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in settings["config"].items()
@@ -73,7 +79,20 @@ def settings_of(kind: type[Config], settings: Mapping[str, Any], worker: str) ->
 
 
 def pool_of(config: IndexConfig, run: RunDirectory, gpus_each: int = 0) -> tuple[Pool, int]:
-    """Return the pool that `config` selects, and its number of workers; see `share` for `gpus_each`."""
+    """Choose the pool of workers.
+
+    Args:
+        config: The settings.
+        run: The run directory, which has the workers' logs.
+        gpus_each: GPUs of a worker; 0: as many as share a teacher.
+
+    Returns:
+        The pool, and its number of workers.
+
+    Raises:
+        UsageError: There are too few GPUs, or settings contradict each other.
+        MissingExtraError: Ray is not installed.
+    """
     together = _gpus_each(config)
     each = gpus_each or together
     asked = config.workers * together // each
@@ -102,7 +121,12 @@ def pool_of(config: IndexConfig, run: RunDirectory, gpus_each: int = 0) -> tuple
 
 
 def gpu_workers(config: IndexConfig, gpus_each: int = 0) -> int:
-    """Return the number of workers by the GPUs of this machine, at least 1; see `share` for `gpus_each`."""
+    """Return the number of workers by the GPUs of this machine, at least 1.
+
+    Args:
+        config: The settings.
+        gpus_each: GPUs of a worker; 0: as many as share a teacher.
+    """
     together = _gpus_each(config)
     each = gpus_each or together
     seen, asked = gpus_here(config.device) // each, config.workers * together // each

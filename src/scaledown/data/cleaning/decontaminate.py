@@ -31,7 +31,11 @@ Exclusion = dict[str, Any]
 
 
 class Cleaner:
-    """Decides which queries and answers are left out. It reads evaluation files when it needs them."""
+    """Decides which queries and answers are left out. It reads evaluation files when it needs them.
+
+    Args:
+        config: Which evaluation files there are, and what is left out.
+    """
 
     def __init__(self, config: CleanConfig) -> None:
         self._config = config
@@ -51,9 +55,18 @@ class Cleaner:
             )
 
     def queries(self, texts: Sequence[str]) -> list[Exclusion | None]:
-        """Why each query is left out; None for one that is kept.
+        """Find the queries that are left out.
 
         Give each query once, in order: with `--deduplicate`, the cleaner remembers the queries that it kept.
+
+        Args:
+            texts: The queries that follow those of earlier calls.
+
+        Returns:
+            For each query why it is left out, or None if it is kept.
+
+        Raises:
+            InputError: An evaluation file cannot be read, or has no question.
         """
         excluded: list[Exclusion | None] = [None] * len(texts)
         if self._config.decontaminate:
@@ -73,10 +86,17 @@ class Cleaner:
         return excluded
 
     def answer(self, text: str, documents: Sequence[str]) -> Exclusion | None:
-        """Why a record with this answer is left out; None if it is kept.
+        """Find out whether a record with this answer is left out.
 
         A record is left out if its answer contains the right answer of an evaluation question, and one of its
         documents shares eight consecutive words with a passage of the same question.
+
+        Args:
+            text: The answer.
+            documents: The texts of the record's documents, without titles.
+
+        Returns:
+            Why it is left out; None if it is kept.
         """
         if not self._config.decontaminate_answers:
             return None

@@ -10,7 +10,15 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 @njit(nogil=True, cache=True)
 def jaccard(left: Array, right: Array) -> float:
-    """Jaccard similarity of two sets, given as sorted arrays that are not empty and have no duplicates."""
+    """Compute the Jaccard similarity of two sets.
+
+    Args:
+        left: Ascending, without duplicates, not empty, uint64.
+        right: The same.
+
+    Returns:
+        0 to 1.
+    """
     one = other = common = 0
     while one < len(left) and other < len(right):
         if left[one] == right[other]:

@@ -26,10 +26,12 @@ _BLOCK: Final = 1024
 
 
 class Found(NamedTuple):
-    """The number of the most similar known question, and its similarity, 0..1."""
+    """The most similar known question."""
 
     number: int
+    """Its number, from 0, in the order in which questions were added."""
     similarity: float
+    """The Jaccard similarity, 0 to 1."""
 
 
 class Questions:

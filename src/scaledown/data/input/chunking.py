@@ -83,12 +83,14 @@ class _Span(NamedTuple):
 
 
 class Chunker:
-    """Cuts articles into passages and tokenises them.
+    """Cuts articles into passages and tokenises them. No text is lost, and no passage spans articles.
 
-    With `mode="tokens"`, title and text of a passage have at most `limit` tokens together; passages end
-    at sentence ends where the text has them, begin with a paragraph where they can, keep a heading with what
-    follows it, and never span articles. No text is lost. `paragraph` and `article` take those whole, and
-    `tokenizer` may be None, which leaves the ids empty.
+    Args:
+        tokenizer: Counts tokens; None leaves the ids empty, if `mode` is not `tokens`.
+        mode: `tokens`, `paragraph` or `article`. With `tokens` passages end at the end of a sentence if
+            possible, begin with a paragraph if possible, and keep a heading with the text after it. The
+            others make a passage of each paragraph or article.
+        limit: With `tokens`, the most tokens of title and text of a passage together.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, mode: str, limit: int) -> None:
@@ -100,7 +102,14 @@ class Chunker:
         self._exact = False  # whether the ids of a passage's parts are those of the passage
 
     def passages(self, articles: Sequence[Article]) -> list[list[tuple[Passage, Ids]]]:
-        """The passages of each article in reading order, with their token ids."""
+        """Cut articles.
+
+        Args:
+            articles: The articles.
+
+        Returns:
+            For each article its passages in reading order, with their token ids, title included.
+        """
         self._exact = self._words is not None and self._mode == "tokens"
         if self._mode == "tokens":
             titles = [self._carried_title(article.title) for article in articles]

@@ -46,13 +46,18 @@ def sample_corpus() -> Path:
 
 
 def parse_article(record: dict[str, Any], fallback_id: str, column: str = "") -> Article:
-    """Read an article from a record of any supported shape; its text is in `column` if that is given.
+    """Read an article from a record of any supported shape.
 
     KILT's `text` is a list of paragraphs whose first is the title; `facebook/kilt_wikipedia` has
-    `text.paragraph`; other corpora have `text` as a string, its paragraphs on lines of their own.
+    `text.paragraph`; other corpora have `text` as a string with a paragraph on each line.
+
+    Args:
+        record: A record from `parse`.
+        fallback_id: The id of an article whose record has none.
+        column: The column of the text; if empty, it is found by its name.
 
     Raises:
-        ValueError: with the reason why the record is no article.
+        ValueError: The record is not an article; the message has the reason.
     """
     doc_id = values.id_of(record, tables.DOCUMENT_IDS) or fallback_id
     given = values.value_of(record, tables.TITLE_KEYS)
@@ -85,12 +90,16 @@ def parse_block(paragraph: str) -> Block:
 
 
 class Cut(NamedTuple):
-    """A batch of rows as passages: those of each article are `pieces` rows of the table."""
+    """A batch of rows, cut into passages."""
 
     passages: pa.Table
+    """Columns as in `Passage`, and tokens: lists of token ids."""
     pieces: list[int]
+    """Number of passages of each article; together the rows of the table."""
     rejected: list[tuple[files.Row, str]]
+    """Rows without an article, each with the reason."""
     rows: int
+    """Number of rows in the batch."""
 
 
 def build_passages(
@@ -102,9 +111,19 @@ def build_passages(
 ) -> None:
     """Cut the corpus into shards of about `passages_per_shard` passages, each of whole articles.
 
-    Rows are parsed, cut and tokenised by a process a core. Continues after the last whole shard.
-    `check` is called between batches and may raise, to stop. Raises `InputError` for a corpus that cannot
-    be used.
+    Several processes parse, cut and tokenise rows, at most one for each core. Continues after the last
+    complete shard.
+
+    Args:
+        stage: The stage of passages.
+        config: The settings.
+        corpus: Files and folders, in order.
+        retriever: The model whose tokenizer counts tokens.
+        check: Called between batches; it may raise an error to stop the work.
+
+    Raises:
+        InputError: The corpus has no article with text, or too many malformed rows.
+        ModelError: The model has no fast tokenizer.
     """
     if done := stage.done():
         files.Intake("the corpus", config.max_bad_fraction, done.counts["lines"], done.counts["bad"]).close()
@@ -265,10 +284,10 @@ def cut_rows(
     """Parse rows and cut their articles into passages.
 
     Args:
-        rows: as `tables.rows` gives them.
-        chunker: what cuts.
-        folders: those that the corpus was given as; an article without an id has its path within one.
-        text_column: the column of the text, if it is named.
+        rows: Rows from `tables.rows`.
+        chunker: Cuts articles.
+        folders: The folders of the corpus; an article without an id is named by its path in one of them.
+        text_column: The column of the text; if empty, it is found by its name.
     """
     articles: list[Article] = []
     rejected: list[tuple[files.Row, str]] = []
@@ -304,7 +323,15 @@ def _name(folders: Sequence[str], row: files.Row) -> str:
 
 
 def load_tokenizer(source: ModelSource, config: IndexConfig) -> Tokenizer:
-    """The retriever's tokenizer, without truncation or padding."""
+    """Load the retriever's tokenizer, without truncation or padding.
+
+    Args:
+        source: The model.
+        config: The settings. There is a warning if `passage_tokens` is above the model's limit.
+
+    Raises:
+        ModelError: The tokenizer cannot be loaded, or is not a fast one.
+    """
     from transformers import AutoTokenizer
 
     name, pinned = loadable(source)
@@ -334,7 +361,11 @@ def plain(tokenizer: Any) -> Tokenizer:
 
 
 class PassageTable:
-    """The passages of a finished stage by row number, memory-mapped: reading touches only what is asked."""
+    """The passages of a finished stage by row number. Shards are memory-mapped when a row of them is read.
+
+    Args:
+        stage: The finished stage of passages, or the joined one of an index.
+    """
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
@@ -345,7 +376,14 @@ class PassageTable:
         return int(self._ends[-1])
 
     def same(self, rows: "np.ndarray[Any, Any]") -> dict[int, int]:
-        """For each of `rows`, return the first row among them with the same text and title."""
+        """Find passages with the same text and title.
+
+        Args:
+            rows: Ascending row numbers, int64.
+
+        Returns:
+            For each of `rows`, the first row among them with the same text and title.
+        """
         first: dict[str, int] = {}
         found = {}
         shards = np.searchsorted(self._ends, rows, side="right")

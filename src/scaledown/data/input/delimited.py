@@ -24,8 +24,11 @@ class Dialect(NamedTuple):
     """How a line is split into columns. Without a quote character, quotes are text, as in TREC's TSV."""
 
     delimiter: str
+    """One character."""
     quote: str = ""
+    """The quote character; empty for a text without quoting."""
     escape: str = ""
+    """The character before a quote in a quoted cell; empty if such quotes are doubled."""
     quoted: frozenset[int] = frozenset()
     """Columns that stand in quotes throughout, in a text without quoting, as DPR's passages do."""
 
@@ -38,9 +41,14 @@ class Dialect(NamedTuple):
         return [unquoted(cell, always=place in self.quoted) for place, cell in cells]
 
     def reader(self, lines: Iterable[str], *, spaces: bool = False) -> "Iterator[list[str]]":
-        """The records in some lines, without the spaces in front of their fields unless asked for.
+        """Read the records in some lines.
 
-        Raises `csv.Error` on the way for a quote that is not closed.
+        Args:
+            lines: The lines with their ends.
+            spaces: Keep the spaces before a field. Tabs as delimiters keep them always.
+
+        Returns:
+            The fields of each record. The iterator raises `csv.Error` at a quote that is not closed.
         """
         csv.field_size_limit(_MOST_CHARACTERS)
         return csv.reader(
@@ -77,9 +85,14 @@ def _width(records: Sequence[Sequence[str]]) -> int:
 
 
 def samples(text: str, *, whole: bool) -> dict[str, Sample]:
-    """What the first lines of a file are with each delimiter, in the dialect that fits best.
+    """Read the first lines of a file with each delimiter, in the dialect that fits best.
 
-    Unless the text is the `whole` file, its last record is left out: it may be cut.
+    Args:
+        text: The first lines.
+        whole: Whether the text is the whole file. Otherwise its last record may be cut, and is left out.
+
+    Returns:
+        The records by delimiter.
     """
     lines = [line.lstrip("\ufeff") for line in _lines(text)]
     return {delimiter: _best(lines, delimiter, whole=whole) for delimiter in (*DELIMITERS, _NONE)}
@@ -203,9 +216,18 @@ def _unquoted(text: str, delimiter: str, *, whole: bool) -> Sample:
 def records(
     lines: Iterable[tuple[int, str]], dialect: Dialect
 ) -> Iterator[tuple[int, str, list[str] | csv.Error]]:
-    """Records with the number and text of the line they begin on, from numbered lines with their ends.
+    """Read records in a dialect with quoting.
 
-    Where a quote is not closed, only its line is lost: those read in search of the end are read again.
+    If a quote is not closed, only its line is lost: the lines that were searched for the closing quote are
+    read again.
+
+    Args:
+        lines: Numbered lines with their ends.
+        dialect: The dialect.
+
+    Yields:
+        Number and text of the line on which a record begins, and its fields; an error if its quote is not
+        closed.
     """
     left = iter(lines)
     again: deque[tuple[int, str]] = deque()
@@ -233,9 +255,11 @@ def records(
 
 
 def unquoted(cell: str, *, always: bool) -> str:
-    """A cell of a table without quoting; one that was quoted nevertheless, for the quotes in it, as meant.
+    """Return a cell of a table without quoting. Quotes around it are removed if it has doubled quotes inside.
 
-    With `always`, also one whose quotes have no such reason.
+    Args:
+        cell: The cell.
+        always: Remove quotes around the cell also if there are no doubled quotes inside it.
     """
     if cell[:1] == '"' and (always or '""' in cell[1:-1]) and _QUOTED.fullmatch(cell):
         return cell[1:-1].replace('""', '"')

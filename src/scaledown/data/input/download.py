@@ -22,10 +22,17 @@ _PIECE_BYTES: Final = 1 << 22
 
 
 def fetched(name: str, flag: str) -> Path:
-    """The file that a path or URL names, which `flag` gave; one behind a URL lies in the cache.
+    """Return the file of training data at a path or URL; a file at a URL is downloaded into the cache.
 
-    It is fetched again when its server names another size, ETag or time, or does not tell them. Raises
-    `InputError` where it cannot be read.
+    It is downloaded again when its server reports another size, ETag or time, or reports none of them.
+
+    Args:
+        name: A path or a URL.
+        flag: The flag that gave it, for messages.
+
+    Raises:
+        InputError: The file cannot be read, or is not training data by its suffix.
+        OutputError: The cache cannot be written.
     """
     if not is_url(name):
         check_exists(name, flag)

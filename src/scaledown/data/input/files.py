@@ -24,19 +24,27 @@ Source = Path | Remote
 
 
 class Row(NamedTuple):
-    """One row as read: `content` is a line of bytes, or a record with values that may still be bytes.
-
-    `problem` says why it cannot be parsed, where reading showed that already.
-    """
+    """A row as it was read."""
 
     source: str
+    """The file, for messages."""
     line: int
+    """The number of its line or record, from 1."""
     content: bytes | dict[str, Any]
+    """A line of bytes, or a record whose values may still be bytes."""
     problem: str = ""
+    """Why it cannot be parsed, if this was found while it was read."""
 
 
 class Intake:
-    """Counts the rows of an input, keeps the rejected ones, and stops when too many are bad."""
+    """Counts the rows of an input, keeps the rejected ones, and raises an error if too many are bad.
+
+    Args:
+        name: What the rows are, for messages.
+        max_bad_fraction: The largest share of bad rows, 0 to 1.
+        rows: Rows that an earlier run has read.
+        bad: Rows that an earlier run has rejected.
+    """
 
     def __init__(self, name: str, max_bad_fraction: float, rows: int = 0, bad: int = 0) -> None:
         self.name = name
@@ -47,7 +55,12 @@ class Intake:
         self._max_bad_fraction = max_bad_fraction
 
     def reject(self, row: Row, reason: str) -> None:
-        """Put `row` into quarantine, with the reason."""
+        """Count a bad row, and keep it for the quarantine.
+
+        Args:
+            row: The row.
+            reason: Why it cannot be used.
+        """
         self.bad += 1
         content = row.content
         text = content.decode("utf-8", "backslashreplace") if isinstance(content, bytes) else repr(content)
@@ -83,7 +96,15 @@ def inner_suffix(source: Source | PurePath) -> str:
 
 
 def locate(name: str, what: str) -> Source:
-    """Return the file or folder at a path or URL. Raises `InputError` if it has no input."""
+    """Find the file or folder at a path or URL.
+
+    Args:
+        name: A path or a URL.
+        what: The flag that gave it, for messages. It also decides which files of a folder are read.
+
+    Raises:
+        InputError: There is no such file, it is a stream, or the folder has no file that is read.
+    """
     check_stream(name, what)
     if not is_url(local(name)):
         path = Path(local(name))
@@ -103,7 +124,15 @@ def locate(name: str, what: str) -> Source:
 
 
 def check_stream(name: str, what: str) -> None:
-    """Raise `InputError` for a name whose content can be read only once, such as a pipe."""
+    """Check that a name is not a stream whose content can be read only once, such as a pipe.
+
+    Args:
+        name: A path.
+        what: The flag that gave it, for messages.
+
+    Raises:
+        InputError: It is a stream.
+    """
     if name == "-" or name.startswith(("/dev/", "/proc/self/fd/")):
         raise _read_once(f"{what} {name}".strip())
 
@@ -116,12 +145,31 @@ def _read_once(shown: str) -> InputError:
 
 
 def sources(source: Source, what: str) -> Sequence[Source]:
-    """Return the files of a located input, sorted."""
+    """Return the files of an input.
+
+    Args:
+        source: A file or folder from `locate`.
+        what: The flag that gave it.
+
+    Returns:
+        The files that are read, sorted.
+
+    Raises:
+        InputError: A local file or folder has no input any more.
+    """
     return source.files or [source] if isinstance(source, Remote) else input_files(source, what)
 
 
 def every(given: Sequence[Source], what: str) -> list[Source]:
-    """Return the files of all located inputs, in the given order, each once."""
+    """Return the files of several inputs.
+
+    Args:
+        given: Files and folders from `locate`.
+        what: The flag that gave them.
+
+    Returns:
+        The files in the given order, each once.
+    """
     return list(dict.fromkeys(file for source in given for file in sources(source, what)))
 
 
@@ -131,7 +179,18 @@ def folders_of(given: Sequence[Source]) -> tuple[str, ...]:
 
 
 def input_files(path: Path, what: str) -> list[Path]:
-    """The files behind a local file or folder, sorted. Raises `InputError` when there are none."""
+    """Return the files of a local file or folder.
+
+    Args:
+        path: The file or folder.
+        what: The flag that gave it.
+
+    Returns:
+        The files that are read, sorted.
+
+    Raises:
+        InputError: There are none, or a name is not valid Unicode.
+    """
     check_exists(str(path), what)
     try:
         str(path).encode()
@@ -147,7 +206,15 @@ def input_files(path: Path, what: str) -> list[Path]:
 
 
 def passed_over(source: Source, what: str) -> dict[str, str]:
-    """Return the files of a folder that are not read, with the reasons; empty for a file."""
+    """Return the files of a folder that are not read.
+
+    Args:
+        source: A file or folder from `locate`.
+        what: The flag that gave it.
+
+    Returns:
+        The reason for each file, by its path in the folder; empty for a file.
+    """
     if isinstance(source, Remote):
         return dict(source.passed_over)
     return folders.listed(source, what).passed_over if source.is_dir() else {}
@@ -158,7 +225,11 @@ def _no_data(folder: Source, what: str) -> NoReturn:
 
 
 class Meter:
-    """Measures the progress of reading `paths` one after the other."""
+    """Measures the progress of reading files one after the other.
+
+    Args:
+        paths: The files.
+    """
 
     def __init__(self, paths: Sequence[Source]) -> None:
         self.paths = paths
@@ -171,7 +242,12 @@ class Meter:
         self._share: Callable[[], float] = float
 
     def watch(self, path: Source, share: Callable[[], float]) -> None:
-        """From now on `path` is read, and `share` tells how much of it was, 0..1."""
+        """Begin to measure a file. It is called by the reader of the file.
+
+        Args:
+            path: The file.
+            share: Returns the share of it that has been read, 0 to 1.
+        """
         if path != self._path:
             self._before += self._size
         self._path, self._size, self._share = path, self._sizes[path], share
@@ -187,9 +263,17 @@ def size_of(source: Source) -> int:
 
 
 def open_stream(path: Source, meter: Meter | None = None) -> io.BufferedReader:
-    """The bytes of a file, decompressed when its first bytes say so; its first `HEAD_BYTES` can be peeked at.
+    """Open a file for reading; it is decompressed if its first bytes are those of gzip, bzip2 or zstd.
 
-    Raises `InputError` for what cannot be read or is no data.
+    Args:
+        path: The file.
+        meter: Receives the progress.
+
+    Returns:
+        The bytes. The first `HEAD_BYTES` can be peeked at.
+
+    Raises:
+        InputError: The file cannot be read, or its first bytes show that it is not data.
     """
     raw: Any
     try:
@@ -273,7 +357,13 @@ def is_compressed(stream: io.BufferedReader) -> bool:
 
 
 def damaged(path: Source, line: int, error: OSError) -> InputError:
-    """The error for compressed data that ends early or is broken behind a line."""
+    """Make the error for compressed data that ends early or is damaged.
+
+    Args:
+        path: The file.
+        line: The last line that could be read.
+        error: The error of the library.
+    """
     return InputError(
         f"{path}: the compressed data is cut short or damaged after line {line:,} ({error}); "
         + ("put a whole file there" if isinstance(path, Remote) else "fetch the file again")
@@ -281,7 +371,18 @@ def damaged(path: Source, line: int, error: OSError) -> InputError:
 
 
 def lines(path: Source, meter: Meter | None = None) -> Iterator[tuple[int, bytes]]:
-    """Numbered non-blank lines, without the white space around them; as `raw_lines` otherwise."""
+    """Yield the lines of a file that are not blank, without white space around them.
+
+    Args:
+        path: The file.
+        meter: Receives the progress.
+
+    Yields:
+        The number of a line, from 1, and the line.
+
+    Raises:
+        InputError: As for `open_stream` and `raw_lines`.
+    """
     with open_stream(path, meter) as stream:
         for number, line in raw_lines(path, stream):
             if stripped := line.strip():
@@ -289,11 +390,20 @@ def lines(path: Source, meter: Meter | None = None) -> Iterator[tuple[int, bytes
 
 
 def raw_lines(path: Source, stream: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines with the white space around them, and without a byte order mark in front.
+    """Yield the lines of a file with the white space around them.
 
-    A line ends with a line feed; in a file that has none at its start but carriage returns, with those.
-    Raises `InputError` for compressed data that ends early, a line that does not end, and NUL bytes in the
-    place of text.
+    A line ends with a line feed; if the start of the file has carriage returns and no line feeds, it ends
+    with a carriage return. Byte order marks at the start of a line are removed.
+
+    Args:
+        path: The file, for messages.
+        stream: Its bytes, from `open_stream`.
+
+    Yields:
+        The number of a line, from 1, and the line.
+
+    Raises:
+        InputError: Compressed data ends early, a line is too long, or a line has only NUL bytes.
     """
     number = 0
     rest = b""

@@ -115,12 +115,24 @@ def _unmarked(head: bytes) -> bytes:
 
 
 def local_name(source: Path | Remote) -> tuple[Path, str]:
-    """What a file is called on this machine, once it was fetched, and the words for doing that."""
+    """Return the name of a file after its download, and the words for the download in a message.
+
+    Args:
+        source: A local file, or a file at a URL. For a local file the words are empty.
+    """
     return (Path(source.path.name), "fetch it and ") if isinstance(source, Remote) else (source, "")
 
 
 def check(source: Path | Remote, head: bytes) -> None:
-    """Raise `InputError`, with the next step, if first bytes or content type show that it is not data."""
+    """Check by the first bytes and the content type that a file is data.
+
+    Args:
+        source: The file.
+        head: Its first bytes, decompressed.
+
+    Raises:
+        InputError: It is something else, for example a web page; the message has the next step.
+    """
     path, fetch = local_name(source)
     quoted = shlex.quote(str(path))
     if head and not head.strip(b"\0"):

@@ -51,7 +51,16 @@ def inner_suffix(path: PurePath) -> str:
 
 
 def chosen(names: Iterable[PurePath], what: str) -> Folder:
-    """Return the data files of a folder, in order, for the flag `what`."""
+    """Choose the data files of a folder.
+
+    Args:
+        names: Paths of all its files, relative to the folder.
+        what: The flag that gave the folder. For `--corpus_path` and `--queries_file` the folders of BEIR are
+            known.
+
+    Returns:
+        The files that are read, sorted, and the others.
+    """
     files: list[PurePath] = []
     passed_over: dict[str, str] = {}
     for name in sorted(names):
@@ -118,9 +127,14 @@ def _is_about(path: PurePath, *, texts_only: bool) -> bool:
 
 
 def listed(folder: Path, what: str) -> Folder:
-    """Return the data of a local folder. Links are followed; each file or folder is read once.
+    """List the data files of a local folder. Links are followed; each file or folder is read once.
 
-    Raises `InputError` for a link that leads nowhere, or what cannot be looked into.
+    Args:
+        folder: The folder.
+        what: The flag that gave it.
+
+    Raises:
+        InputError: A link leads nowhere, or a folder cannot be listed.
     """
     names: list[PurePath] = []
     passed_over: dict[str, str] = {}
@@ -155,19 +169,35 @@ def listed(folder: Path, what: str) -> Folder:
 
 
 def passed_over_line(flag: str, files: Mapping[str, str]) -> str:
-    """Return the summary's line about files that are not read."""
+    """Return the summary's line about files that are not read.
+
+    Args:
+        flag: The flag that gave the folder.
+        files: The reason for each file.
+    """
     named = [one_line(f"{name} ({reason})") for name, reason in itertools.islice(files.items(), _SUMMED)]
     return f"passed over: {len(files):,} of {flag}: {', '.join(named + ['…'] * (len(files) > _SUMMED))}"
 
 
 def guessed_line(flag: str, files: Mapping[str, str]) -> str:
-    """Return the summary's line about files whose columns were found from their content."""
+    """Return the summary's line about files whose columns were found from their content.
+
+    Args:
+        flag: The flag that gave the files.
+        files: For each file, how it is read.
+    """
     named = [one_line(f"{name}: {how}") for name, how in itertools.islice(files.items(), _SUMMED)]
     return f"read by its content, {flag}: {'; '.join(named + ['…'] * (len(files) > _SUMMED))}"
 
 
 def tell(what: str, folder: object, passed_over: dict[str, str]) -> None:
-    """Log the files of a folder that are not read, once."""
+    """Log the files of a folder that are not read; equal calls log once.
+
+    Args:
+        what: The flag that gave the folder.
+        folder: The folder.
+        passed_over: The reason for each file.
+    """
     _tell(f"{what} {folder}", tuple(passed_over.items()))
 
 

@@ -47,12 +47,16 @@ _WHOLE: Final = re.compile(r"(-?\d+)\.0")
 
 
 class GoldQuestion(NamedTuple):
-    """A question, its right answers, and passages that contain them; empty if the file has none."""
+    """A question with its right answers."""
 
     query_id: str
+    """Its id in the file; empty if it has none."""
     query: str
+    """The question."""
     answers: tuple[str, ...] = ()
+    """Right answers; each of them is right. Empty if the file has none."""
     passages: tuple[str, ...] = ()
+    """Passages that contain an answer. Empty if the file has none."""
 
 
 class Gold(NamedTuple):
@@ -64,19 +68,30 @@ class Gold(NamedTuple):
     `gold_passed_over`, `gold_guessed`; no zeros."""
 
     def answers(self, query: str) -> tuple[str, ...]:
-        """Return the right answers to a query, found by its words; empty if there are none."""
+        """Return the right answers to a query; empty if there are none.
+
+        Args:
+            query: The text of the query. It is compared by its words.
+        """
         return self.by_query.get(question_key(query), ())
 
 
 def gold_questions(
     name: str, flag: str, counts: Counter[str] | None = None, *, tell: bool = True
 ) -> Iterator[GoldQuestion]:
-    """Yield the questions of a file or folder, local or at a URL, in any format of known data sets.
+    """Yield the questions of a file or folder, in the formats of known data sets.
 
-    JSON lines, a JSON list, Parquet, CSV; plain text and `qid<TAB>query` have questions only. `flag` named
-    it. Rows without a question go to the log if `tell`. `counts` has their number as `unread`, those of files
-    that are `passed_over`, and that are read by their content alone as `guessed`. Raises `InputError` where
-    there is no question.
+    These are JSON lines, a JSON list, Parquet and CSV. Plain text and `qid<TAB>query` have questions only.
+
+    Args:
+        name: A path or a URL.
+        flag: The flag that gave it, for messages.
+        counts: Receives the number of rows without a question as `unread`, of files of a folder that are not
+            read as `passed_over`, and of files read by their content alone as `guessed`.
+        tell: Log rows without a question.
+
+    Raises:
+        InputError: There is no question, or a file cannot be read.
     """
     found = bad = 0
     located = files.locate(name, flag)
@@ -108,7 +123,13 @@ def gold_questions(
 def read_gold(names: Iterable[str], flag: str, *, needed: bool = True) -> Gold:
     """Read the right answers of some files; a repeated question gets all its answers.
 
-    Raises `InputError` for a file that holds none, if they are `needed`.
+    Args:
+        names: Paths and URLs.
+        flag: The flag that gave them, for messages.
+        needed: Each file must have right answers. Otherwise nothing is logged about its questions.
+
+    Raises:
+        InputError: A file has no question; or it has no answers, if they are `needed`.
     """
     gold, counts = Gold({}), Counter[str]()
     for name in names:

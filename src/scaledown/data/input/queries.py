@@ -33,9 +33,14 @@ UNREAD: Final = "evaluation_rows_unread"
 
 
 def query_files(config: PrepareConfig, *, fetch: bool = True) -> list[files.Source]:
-    """The files that queries are read from, MS MARCO's fetched if need be. Raises `InputError`.
+    """Return the files from which queries are read.
 
-    Without `fetch`, MS MARCO's are left out.
+    Args:
+        config: The run's settings.
+        fetch: Download MS MARCO's queries if they are wanted; otherwise their file is left out.
+
+    Raises:
+        InputError: A file does not exist, or the download fails.
     """
     flag = "--queries_file"
     paths = [path for name in config.queries_file for path in files.sources(files.locate(name, flag), flag)]
@@ -47,7 +52,17 @@ def query_files(config: PrepareConfig, *, fetch: bool = True) -> list[files.Sour
 
 
 def ms_marco(url: str) -> Path:
-    """MS MARCO's dev queries (`queries.dev.small.tsv`, 6,980 lines), downloaded once and checked."""
+    """Download MS MARCO's dev queries (`queries.dev.small.tsv`, 6,980 lines) once, and check them.
+
+    Args:
+        url: The address of the file.
+
+    Returns:
+        The file in the cache.
+
+    Raises:
+        InputError: The download fails, or the file is not this one.
+    """
     import requests
 
     path = cache_directory() / "msmarco" / "queries.dev.small.tsv"
@@ -95,10 +110,19 @@ def collect_queries(
     left_out: LeftOut | None = None,
     unread: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
-    """Read all queries into shards of `queries_per_shard`. Raises `InputError` where there are none.
+    """Read all queries into shards of `queries_per_shard`.
 
-    What is `left_out` goes to the quarantine and is counted by its `problem`. `unread` has, once queries were
-    compared, how many rows of evaluation files hold no question.
+    Args:
+        stage: The stage of queries: columns `query_id` and `query`.
+        config: The run's settings.
+        synthetic: The stage of questions that the teacher wrote; None to read files and datasets.
+        left_out: Returns for each query why it is left out, or None if it is kept. Queries that are left out
+            go to the quarantine and are counted by their `problem`.
+        unread: Has the number of rows of evaluation files without a question as `unread`, after `left_out`
+            was called.
+
+    Raises:
+        InputError: There is no query, all are left out, or there are too many malformed rows.
     """
     if done := stage.done():
         rows_read = sum(done.counts.get(name, 0) for name in ("queries", "bad", *_COUNTED.values()))
@@ -166,7 +190,16 @@ def _kept(queries: Iterator[Query], left_out: LeftOut, stage: Stage, counts: Cou
 
 
 def from_files(config: PrepareConfig, intake: files.Intake, *, fetch: bool = True) -> Iterator[Query]:
-    """Queries of the local files and, with `fetch`, of MS MARCO."""
+    """Yield the queries of the run's files.
+
+    Args:
+        config: The run's settings.
+        intake: Counts rows, and receives malformed ones.
+        fetch: Download MS MARCO's queries if they are wanted.
+
+    Raises:
+        InputError: A file cannot be read.
+    """
     for path in query_files(config, fetch=fetch):
         yield from _from_records(
             tables.rows(path, tables.QUERIES, config.query_column), config.query_column, intake
@@ -202,7 +235,15 @@ def _query(record: dict[str, Any], column: str) -> Query:
 
 
 def from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query]:
-    """Yield the queries of the dataset given by `--query_dataset`."""
+    """Yield the queries of the dataset given by `--query_dataset`.
+
+    Args:
+        config: The run's settings. Nothing is yielded if `query_dataset` is empty or a file.
+        intake: Counts rows, and receives malformed ones.
+
+    Raises:
+        InputError: The dataset cannot be read, or does not have the split or the column.
+    """
     if not config.query_dataset or Path(config.query_dataset).is_file():
         return
     name, source, revision = named(config.query_dataset)

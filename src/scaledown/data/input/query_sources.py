@@ -18,29 +18,49 @@ class QuerySource(Protocol):
         """The column of the question; dots reach into records. Empty: it is found by its name."""
 
     def load(self, split: str, revision: str) -> Iterable[Mapping[str, Any]]:
-        """The records of a split, in the same order each time; they are read one by one.
+        """Load the records of a split, in the same order each time; they are read one by one.
 
         Args:
             split: The value of `--query_split`.
-            revision: What follows an @ in `--query_dataset`, or nothing.
+            revision: The text after an @ in `--query_dataset`; empty if there is none.
 
         Returns:
-            A record for each question. Of one of the `datasets` library only the needed columns are read.
+            A record for each question. If it is a dataset of the `datasets` library, only the needed columns
+            are read.
         """
 
     def size(self, split: str, revision: str) -> int | None:
-        """How many records a split has; None where only reading them can tell."""
+        """Return the number of records in a split.
+
+        Args:
+            split: The value of `--query_split`.
+            revision: The text after an @ in `--query_dataset`; empty if there is none.
+
+        Returns:
+            The number; None if it is known only after reading.
+        """
 
 
 class HubDataset(NamedTuple):
     """A dataset of the hub, or a local one in any layout that `datasets` reads."""
 
     repository: str
+    """The name on the hub, as `organisation/name`, or a folder."""
     configuration: str | None = None
+    """The name of the dataset's configuration; None for its default."""
     column: str = ""
+    """The column of the question; dots reach into records. If empty, it is found by its name."""
 
     def load(self, split: str, revision: str) -> Any:
-        """The split as `datasets` has it, streamed unless it was saved by `save_to_disk`."""
+        """Load a split with `datasets`. It is streamed, unless `save_to_disk` wrote the dataset.
+
+        Args:
+            split: The name of the split.
+            revision: A revision on the hub; empty for the newest.
+
+        Raises:
+            InputError: A dataset on disk does not have the split.
+        """
         import datasets
 
         datasets.disable_progress_bars()
@@ -58,7 +78,12 @@ class HubDataset(NamedTuple):
         )
 
     def size(self, split: str, revision: str) -> int | None:
-        """What the hub says of it."""
+        """Return the number of records that the hub reports for a split; None if it reports none.
+
+        Args:
+            split: The name of the split.
+            revision: A revision on the hub; empty for the newest.
+        """
         import datasets
 
         with hub_errors(self.repository, "dataset"):
@@ -80,17 +105,22 @@ PISCO: Final = HubDataset("maxoul/pisco_finetuning_data")
 
 
 class Named(NamedTuple):
-    """What a value of `--query_dataset` means."""
+    """A value of `--query_dataset`."""
 
     name: str
+    """The name without revision."""
     source: QuerySource
+    """The dataset."""
     revision: str
+    """The text after an @; empty if there is none."""
 
 
 def named(dataset: str) -> Named:
-    """A local path, an entry of `QUERY_SOURCES` or a dataset of the hub.
+    """Find the dataset that a value of `--query_dataset` names.
 
-    A revision follows the last two after an @.
+    Args:
+        dataset: A local path, the name of an entry of `QUERY_SOURCES`, or a dataset of the hub. An @ and a
+            revision may follow the last two.
     """
     if Path(dataset).exists():
         return Named(dataset, HubDataset(dataset), "")

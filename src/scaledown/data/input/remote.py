@@ -91,7 +91,15 @@ def _warn_once(label: str) -> None:
 
 
 def find(url: str, what: str) -> Remote:
-    """Return the file or folder at `url`, given by the flag `what`. Raises `InputError` if there is none."""
+    """Find the file or folder at a URL.
+
+    Args:
+        url: The URL.
+        what: The flag that gave it, for messages.
+
+    Raises:
+        InputError: There is none, it cannot be reached, or the URL was stored without its secrets.
+    """
     label = redacted(url)
     if url == label and (url.endswith(HIDDEN_QUERY) or f"://{HIDDEN}@" in url):
         raise InputError(

@@ -39,7 +39,15 @@ _LABEL: Final = re.compile(r"\s*(number|topic|title|description|narrative|domain
 
 
 def json_rows(path: Source, stream: io.BufferedReader) -> Iterator[Row]:
-    """JSON lines, not parsed yet. Raises `InputError` for one JSON array, and for values of several lines."""
+    """Yield the lines of a file of JSON lines, which are not parsed yet.
+
+    Args:
+        path: The file.
+        stream: Its bytes, from `open_stream`.
+
+    Raises:
+        InputError: The file is one JSON array, or has a JSON value on several lines.
+    """
     first = True
     for number, line in files.raw_lines(path, stream):
         if stripped := line.strip():
@@ -62,7 +70,13 @@ def json_rows(path: Source, stream: io.BufferedReader) -> Iterator[Row]:
 
 
 def line_rows(path: Source, stream: io.BufferedReader, name: str) -> Iterator[Row]:
-    """The lines of a text that are not blank, each as the column `name`."""
+    """Yield the lines of a text that are not blank.
+
+    Args:
+        path: The file.
+        stream: Its bytes, from `open_stream`.
+        name: The column of the records that has the line.
+    """
     for number, line in files.raw_lines(path, stream):
         for part in line.split(b"\r"):  # of files with other line ends that were joined
             if stripped := part.strip():
@@ -70,7 +84,15 @@ def line_rows(path: Source, stream: io.BufferedReader, name: str) -> Iterator[Ro
 
 
 def article(path: Source, stream: io.BufferedReader) -> Iterator[Row]:
-    """A text as one row, with the name of its file as the title."""
+    """Yield a text as one row, with the name of its file as the title.
+
+    Args:
+        path: The file.
+        stream: Its bytes, from `open_stream`.
+
+    Raises:
+        InputError: Compressed data is damaged.
+    """
     try:
         text = stream.read()
     except OSError as error:
@@ -80,14 +102,25 @@ def article(path: Source, stream: io.BufferedReader) -> Iterator[Row]:
 
 
 class Batches(NamedTuple):
-    """A file of columns: their names, and how to read some of them; one name may be there twice."""
+    """A file of columns."""
 
     names: list[str]
+    """The names of its columns; a name may occur twice."""
     read: Callable[[Sequence[str]], Iterator[Row]]
+    """Yields its rows, with the columns that are given."""
 
 
 def batches(path: Source, kind: str, meter: Meter | None) -> Batches:
-    """A Parquet or Arrow file, opened. Raises `InputError` where it is not whole."""
+    """Open a Parquet or Arrow file.
+
+    Args:
+        path: The file.
+        kind: `first_bytes.PARQUET` or `ARROW`.
+        meter: Receives the progress.
+
+    Raises:
+        InputError: The file is not complete.
+    """
     return (_parquet if kind == first_bytes.PARQUET else _arrow)(path, meter)
 
 
@@ -167,7 +200,19 @@ class Columns(NamedTuple):
 def delimited_rows(
     path: Source, stream: io.BufferedReader, dialect: Dialect, columns: Columns
 ) -> Iterator[Row]:
-    """The rows of a delimited text behind its header, with the cells of some columns."""
+    """Yield the rows of a delimited text after its header.
+
+    A row with the wrong number of columns or a quote that is not closed has a `problem`.
+
+    Args:
+        path: The file.
+        stream: Its bytes, from `open_stream`.
+        dialect: The dialect.
+        columns: The columns that are read.
+
+    Raises:
+        InputError: The header cannot be read, or the file has lines with only NUL bytes.
+    """
     found = _plain_records(path, stream, dialect) if not dialect.quote else _quoted(path, stream, dialect)
     least = columns.width if not dialect.quote else columns.names[columns.needed] + 1
     first = True
@@ -223,7 +268,12 @@ def _quoted(
 
 
 def topic_rows(path: Source, stream: io.BufferedReader) -> Iterator[Row]:
-    """TREC topics, old (`<num> Number: 301`) or XML (`<topic number="1">`): a column for each tag."""
+    """Yield TREC topics, old (`<num> Number: 301`) or XML (`<topic number="1">`), with a column for each tag.
+
+    Args:
+        path: The file.
+        stream: Its bytes, from `open_stream`.
+    """
     topic: list[str] = []
     begun = 0
     for number, raw in files.raw_lines(path, stream):
@@ -253,9 +303,15 @@ def _topic(path: Source, number: int, lines: Sequence[str]) -> Row:
 
 
 def parse(row: Row) -> dict[str, Any]:
-    """Return the record of a row, its names in lower case unless two would become one.
+    """Return the record of a row.
 
-    Whole numbers keep all their digits. Raises `ValueError` with the reason if the row is malformed.
+    Names are in lower case, unless two names would become one. Whole numbers keep all their digits.
+
+    Args:
+        row: The row.
+
+    Raises:
+        ValueError: The row is malformed; the message has the reason.
     """
     if row.problem:
         raise ValueError(row.problem)

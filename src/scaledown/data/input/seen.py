@@ -31,7 +31,14 @@ class Ids:
         self._next: dict[str, Iterator[int]] = {}
 
     def own(self, given: str) -> str:
-        """The id that was given; with `#2`, `#3` … where others came before that have it."""
+        """Return an id that was not returned before.
+
+        Args:
+            given: The wanted id.
+
+        Returns:
+            The wanted id; with `#2`, `#3` … if it was returned before.
+        """
         found = given
         while not self._seen.add(one_word(found)):
             found = f"{given}#{next(self._next.setdefault(given, itertools.count(2)))}"

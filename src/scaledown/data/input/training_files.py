@@ -35,11 +35,14 @@ _MESSAGES: Final = 100
 
 
 class Entry(NamedTuple):
-    """A record of a training file with the line it begins on, or the problem that keeps it from being one."""
+    """A record of a training file."""
 
     line: int
+    """The line on which it begins, from 1; in Parquet the number of the record."""
     record: Any
+    """The record; None if there is a problem."""
     problem: str = ""
+    """Why it cannot be read; empty if it can."""
 
 
 class OutputFormat(NamedTuple):
@@ -63,9 +66,13 @@ def format_of(path: Path) -> OutputFormat:
 
 
 def entries(path: Path) -> Iterator[Entry]:
-    """Yield the records of a training file one at a time, so that the file may be of any size.
+    """Yield the records of a training file one by one. The file may be of any size.
 
-    Raises `InputError` where the file is missing or of another kind.
+    Args:
+        path: The file; its suffix decides the format.
+
+    Raises:
+        InputError: The file is missing, is of another kind, or cannot be read.
     """
     check_file(path)
     yield from format_of(path).read(path)
@@ -90,7 +97,14 @@ def read_json(path: Path) -> Iterator[Entry]:
 
 
 def check_file(path: Path) -> None:
-    """Raise `InputError` where a training file is missing or of another kind."""
+    """Check that a file can be training data, by its suffix.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: It is missing, a folder or a stream, or has another suffix.
+    """
     files.check_stream(str(path), "")
     if not path.is_file():
         problem = (
@@ -189,7 +203,14 @@ def _json_entries(file: TextIO) -> Iterator[Entry]:
 
 
 def problems(record: Any) -> list[str]:
-    """Return every reason why `record` is not a training record in the guide's format."""
+    """Find every reason why a value is not a training record in the guide's format.
+
+    Args:
+        record: The value, as read from a training file.
+
+    Returns:
+        The reasons; empty for a valid record.
+    """
     if not isinstance(record, dict):
         return [f"is {type(record).__name__}, expected an object with query, documents and answer"]
     found = [
@@ -268,15 +289,15 @@ def _score_problems(scores: Any, documents: int) -> list[str]:
 
 
 def sound_records(paths: Sequence[Path], *, task: str = "read", alike: bool = False) -> Iterator[Example]:
-    """The records of training files, documents as strings.
+    """Yield the records of training files, with documents as strings.
 
     Args:
-        paths: The files.
-        task: What the progress is called.
+        paths: The files, in order.
+        task: The name of the work, for the progress.
         alike: Either all records must have reranking scores or none.
 
     Raises:
-        InputError: A record is not sound, or not like the others.
+        InputError: A record is not valid, or it is not `alike`.
     """
     sizes = [path.stat().st_size for path in paths]
     with_scores: bool | None = None
@@ -303,20 +324,29 @@ def sound_records(paths: Sequence[Path], *, task: str = "read", alike: bool = Fa
 
 
 class Validation(NamedTuple):
-    """What validation found: sound records, bad ones, and `file:line: record n: problem` for each problem.
-
-    `duplicates` counts the sound records whose query an earlier one has; that is no problem.
-    """
+    """The result of a validation."""
 
     records: int
+    """Valid records."""
     messages: list[str]
+    """`file:line: record n: problem` for each problem, 100 at most."""
     bad_records: int
+    """Records with a problem."""
     problems: int
+    """Number of problems."""
     duplicates: int
+    """Valid records whose query an earlier one has; that is no problem."""
 
 
 def validate(path: Path) -> Validation:
-    """Check every record of a training file; at most 100 messages are kept."""
+    """Check every record of a training file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: The file is missing, is of another kind, or cannot be read.
+    """
     sound = bad = total = 0
     messages: list[str] = []
     with_scores: bool | None = None

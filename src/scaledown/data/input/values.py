@@ -18,7 +18,15 @@ def is_full(value: Any) -> bool:
 
 
 def value_of(record: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    """Return the first non-empty value under some names; else an empty one; else None."""
+    """Return the first value under some names that is not empty.
+
+    Args:
+        record: The record.
+        keys: The names, the most likely first.
+
+    Returns:
+        The value; if all are empty, an empty one, or None.
+    """
     there = None
     for key in keys:
         value = record.get(key)
@@ -30,7 +38,12 @@ def value_of(record: Mapping[str, Any], keys: Sequence[str]) -> Any:
 
 
 def column_of(record: Mapping[str, Any], column: str) -> Any:
-    """The value under the name of a flag, in any case; dots reach into records."""
+    """Return the value of the column that a flag gives; None if there is none.
+
+    Args:
+        record: The record.
+        column: The name, in any case; dots reach into records.
+    """
     for name in (column, column.lower()):
         if name in record:
             return record[name]
@@ -46,7 +59,15 @@ def has(record: Mapping[str, Any], column: str) -> bool:
 
 
 def as_text(value: Any) -> str | None:
-    """A text, or a number as one writes it: 12 also of 12.0, as a table has it; None for anything else."""
+    """Convert a value to a text.
+
+    Args:
+        value: A text, bytes or a number. A whole number in a float, as tables have it, is written without
+            `.0`.
+
+    Returns:
+        The text; None for any other value.
+    """
     if isinstance(value, str):
         return value
     if isinstance(value, bool):
@@ -61,7 +82,15 @@ def as_text(value: Any) -> str | None:
 
 
 def id_of(record: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """Return the id of a record; empty if it has none. Raises `ValueError` if it is not a text or number."""
+    """Return the id of a record; empty if it has none.
+
+    Args:
+        record: The record.
+        keys: The names of columns with ids, the most likely first.
+
+    Raises:
+        ValueError: The id is not a text or number.
+    """
     value = value_of(record, keys)
     if not is_full(value):
         return ""

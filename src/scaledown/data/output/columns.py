@@ -41,7 +41,14 @@ class Columns:
         self._others: dict[str, pa.DataType] = {}
 
     def add(self, record: Mapping[str, Any]) -> str:
-        """Add the columns of a record. Returns the first conflict with earlier records, "" for none."""
+        """Add the columns of a record.
+
+        Args:
+            record: The record.
+
+        Returns:
+            The first conflict with earlier records; empty if there is none.
+        """
         for name, value in record.items():
             if name in _NEEDED:
                 continue
@@ -79,7 +86,14 @@ def _joined(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
 
 
 def columns_of(paths: Sequence[Path]) -> pa.Schema:
-    """The columns of all records of training files. Raises `InputError` for a conflict between records."""
+    """Return the columns of all records of training files.
+
+    Args:
+        paths: The files.
+
+    Raises:
+        InputError: Two records have values that one column cannot hold.
+    """
     columns = Columns()
     with track("columns", "records", None) as tracker:
         for path in paths:

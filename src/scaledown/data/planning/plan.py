@@ -50,23 +50,33 @@ _ON_GPUS: Final = {"vectors": 1, "ranked": 1, "synthetic": 0, "answers": 0}
 
 
 class StagePlan(NamedTuple):
-    """The plan of a stage. None is not known. `disk` and `memory` (peak) are in bytes."""
+    """The plan of a stage. None is not known."""
 
     name: str
+    """The stage's name, or `output`."""
     rows: int | None
+    """Number of rows."""
     shards: int | None
+    """Number of shards."""
     disk: int | None
+    """Bytes on disk."""
     memory: int | None
+    """The peak of memory, in bytes."""
     seconds: float | None
+    """Time of all processes of the run together."""
 
 
 class Plan(NamedTuple):
-    """What a run will need on `device`, by stage, and what is missing for it."""
+    """The resources that a run will need, by stage."""
 
     stages: list[StagePlan]
+    """The stages, in order."""
     missing: list[str]
+    """Models and devices that the run lacks here."""
     sampled: str
+    """The rows that the plan is based on, in words."""
     device: str
+    """The device of the run."""
 
 
 class Queries(NamedTuple):
@@ -78,7 +88,11 @@ class Queries(NamedTuple):
 
 
 def make_plan(config: PrepareConfig, corpus: Sequence[files.Source]) -> Plan:  # noqa: PLR0915
-    """Plan a run over a corpus, or without a corpus over an existing index. Missing models are listed.
+    """Plan a run. Models are tried on a sample for some seconds; missing models are listed.
+
+    Args:
+        config: The run's settings.
+        corpus: The files and folders of the corpus; empty for a run over an existing index.
 
     Raises:
         InputError: An input is one that a run would refuse.
@@ -306,7 +320,16 @@ def _size(count: int) -> str:
 
 
 def keep(plan: Plan, config: PrepareConfig) -> None:
-    """Write the plan into the run directory, where the run's summary reads it."""
+    """Write the plan into the run directory, for the run's summary.
+
+    Args:
+        plan: The plan.
+        config: The settings of the run.
+
+    Raises:
+        RunDirectoryError: The folder has other things in it.
+        OutputError: It cannot be written.
+    """
     run = RunDirectory(run_of(config))
     content = plan._asdict() | {"stages": [stage._asdict() for stage in plan.stages]}
     write_json(run.path / "plan.json", {"command": _command(config), **content})
@@ -331,7 +354,12 @@ def _command(config: PrepareConfig) -> str:
 
 
 def compared(planned: Mapping[str, float], stages: Mapping[str, StageResult]) -> str:
-    """Compare planned and actual seconds, in a sentence; stages without a plan do not count."""
+    """Compare planned and actual seconds, in a sentence; stages without a plan do not count.
+
+    Args:
+        planned: Planned seconds, by stage.
+        stages: The records of the finished stages.
+    """
     both = planned.keys() & stages.keys()
     expected = total_seconds({name: planned[name] for name in both})
     took = total_seconds({name: stages[name].seconds for name in both})

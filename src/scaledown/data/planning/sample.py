@@ -27,15 +27,16 @@ _BYTES_A_PLACE: Final = 1 << 17
 
 
 class Sample(NamedTuple):
-    """Rows from the whole corpus, cut into passages by one process in `seconds`.
-
-    The corpus is `whole` times as large.
-    """
+    """Rows from the whole corpus, cut into passages."""
 
     cut: Cut
+    """The passages."""
     whole: float
+    """The size of the corpus divided by the size of the sample."""
     seconds: float
+    """The time of one process for cutting them."""
     of: str = "corpus"
+    """`corpus` or `index`, for messages."""
 
 
 def sample_index(config: PrepareConfig) -> Sample:
@@ -58,7 +59,16 @@ def sample_index(config: PrepareConfig) -> Sample:
 
 
 def sample_corpus(config: PrepareConfig, corpus: Sequence[files.Source], tokenizer: Tokenizer) -> Sample:
-    """Cut a sample of rows from the whole corpus into passages. Raises `InputError` if a run would."""
+    """Cut a sample of rows from the whole corpus into passages.
+
+    Args:
+        config: The run's settings.
+        corpus: The files and folders of the corpus.
+        tokenizer: The retriever's tokenizer.
+
+    Raises:
+        InputError: The sample has no article with text, or too many malformed rows.
+    """
     read = functools.partial(tables.rows, meaning=tables.CORPUS, column=config.text_column)
     rows, whole = _sample_rows(files.every(corpus, "--corpus_path"), config.max_corpus_size, read)
     chunker = Chunker(tokenizer, config.passages, config.passage_tokens)

@@ -72,7 +72,12 @@ class Trials(NamedTuple):
         return pa.table([[f"q{n}" for n in range(len(self.texts))], self.texts], schema=SCHEMA)
 
     def candidates(self, top_k: int, *, ranked: bool = False) -> pa.Table:
-        """Return a table of candidates, as in a shard."""
+        """Return a table of candidates, as in a shard. All scores are 0.
+
+        Args:
+            top_k: Candidates of each query.
+            ranked: Add the reranker's scores.
+        """
         nothing = np.zeros(top_k)
         table = candidates_table(self.queries(), [Candidates(nothing, nothing)] * len(self.texts))
         return table.append_column("reranking_scores", table.column("scores")) if ranked else table
@@ -92,7 +97,15 @@ class Trials(NamedTuple):
         return pa.concat_tables(made) if made else None, cost
 
     def vectors(self, shards: int) -> tuple[pa.Table | None, Cost, Cost]:
-        """Encode sampled passages and search them. The second cost is for a query and one passage."""
+        """Encode sampled passages and search them.
+
+        Args:
+            shards: Number of shards of vectors in the run.
+
+        Returns:
+            A shard of vectors, or None if the model is missing; the cost of encoding a passage; the cost of
+            searching one passage for a query.
+        """
         config, rows = self.config, self._by_length()
 
         def load(device: str) -> Encoder:

@@ -94,9 +94,16 @@ class Audit(NamedTuple):
 
 
 def audit(path: Path, gold: Gold | None = None, *, sample: int = SAMPLE, seed: int = 0) -> Audit:
-    """Look at the records of a training file. Raises `InputError` where there are none.
+    """Check the records of a training file.
 
-    `gold` has right answers. Up to `sample` records, drawn by `seed`, are read word for word.
+    Args:
+        path: The file.
+        gold: Right answers, if they are known.
+        sample: The most records that are checked in detail; a smaller number if they are long.
+        seed: Draws the sample.
+
+    Raises:
+        InputError: The file has no valid record, or cannot be read.
     """
     chosen: list[dict[str, Any]] = []
     draw = random.Random(seed)  # noqa: S311 (no secret)
@@ -190,7 +197,15 @@ def _first(found: Iterable[float]) -> int:
 
 
 def recall(places: Sequence[int], depth: int) -> list[float]:
-    """Return R@1 to R@depth: the share of queries whose first k documents contain a right answer."""
+    """Compute R@1 to R@depth: the share of queries whose first k documents contain a right answer.
+
+    Args:
+        places: For each query, the place of the first document with a right answer, from 1; 0 for none.
+        depth: The largest k.
+
+    Returns:
+        [depth], 0 to 1.
+    """
     found = np.asarray(places)
     return [float(((found > 0) & (found <= k)).mean()) for k in range(1, depth + 1)]
 
@@ -259,7 +274,16 @@ def _shown(looked: Sequence[Looked]) -> list[Looked]:
 
 
 def marked(text: str, phrases: Sequence[str], words: Iterable[str]) -> list[Piece]:
-    """Split a text into parts. `phrases` are marked; if none occurs, `words` are marked, in any case."""
+    """Split a text into marked and other parts.
+
+    Args:
+        text: The text.
+        phrases: Phrases to mark, in any case.
+        words: Words to mark, in any case, if no phrase occurs.
+
+    Returns:
+        The parts, which together are the text.
+    """
     for wanted in (sorted(filter(None, phrases), key=len, reverse=True), sorted(set(words))):
         if wanted:
             pattern = re.compile(f"({'|'.join(map(_bounded, wanted))})", re.IGNORECASE)

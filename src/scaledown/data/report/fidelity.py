@@ -12,27 +12,40 @@ from scaledown.models.sources import BUNDLES
 
 
 class Setting(NamedTuple):
-    """A line of the comparison; `same` is None if the two cannot be compared."""
+    """A line of the comparison."""
 
     name: str
+    """The setting."""
     paper: str
+    """Its value in the paper."""
     here: str
+    """Its value in the run."""
     same: bool | None
+    """Whether the two are equal; None if they cannot be compared."""
 
 
 class Licence(NamedTuple):
     """The permitted uses of a model or corpus, by its licence."""
 
     part: str
+    """Its role in the run."""
     name: str
+    """Its name, without folders of this machine."""
     revision: str
+    """Its revision or hash, shortened."""
     licence: str
+    """The name of the licence, or `UNKNOWN`."""
     allows: str
+    """What the licence allows, in a few words."""
 
 
 # OSCAR, arXiv 2504.07109, sections 3 and 4.
 def fidelity(manifest: Mapping[str, Any]) -> list[Setting]:
-    """Compare every setting of the paper's data with the run of this manifest."""
+    """Compare every setting of the paper's data with those of a run.
+
+    Args:
+        manifest: The manifest of the run.
+    """
     used = manifest["parameters"]
     stages = manifest.get("stages") or {}
     count = {name: (stage.get("counts") or {}) for name, stage in stages.items()}
@@ -209,7 +222,14 @@ def licences(manifest: Mapping[str, Any]) -> list[Licence]:
 
 
 def licence_of(model: str) -> str:
-    """Return a model's licence by its wheel, its card in the local cache or folder, or the list above."""
+    """Find a model's licence: by its wheel, its card in the local cache or folder, or the list above.
+
+    Args:
+        model: The name, as in `--retriever_model`. Nothing is downloaded.
+
+    Returns:
+        The name of the licence, or `UNKNOWN`.
+    """
     name, _, revision = model.partition("@")
     if name.startswith("bundled:") and (bundle := BUNDLES.get(name.removeprefix("bundled:"))):
         try:

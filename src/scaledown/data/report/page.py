@@ -55,11 +55,14 @@ _SAID: Final = {
 
 
 class Report(NamedTuple):
-    """The files that were written, and the findings."""
+    """A report that was written."""
 
     page: Path
+    """The page."""
     card: Path
+    """The dataset card."""
     audit: Audit
+    """The findings."""
 
 
 def write_report(
@@ -73,11 +76,17 @@ def write_report(
 ) -> Report:
     """Write the page and the card of a training file, with facts about its run if the run directory exists.
 
-    `origin` is the file that the run made, where `data` is a copy; `work` is the run directory, where it is
-    known.
+    Args:
+        data: The training file.
+        page: The page to write.
+        card: The dataset card to write.
+        gold: Files with right answers. Without any, those in the run's own query files are used.
+        origin: The file that the run made, if `data` is a copy of it.
+        work: The run directory; None to search for it beside the file.
 
-    `gold` are files with right answers; without any, those of the run's own queries serve where they have
-    some. Raises `InputError` for data that cannot be read, `OutputError` where writing fails.
+    Raises:
+        InputError: The data or a file with right answers cannot be read.
+        OutputError: The disk is full.
     """
     manifest: dict[str, Any] = {}
     if work:

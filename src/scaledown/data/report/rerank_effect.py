@@ -33,7 +33,16 @@ class Reordering(NamedTuple):
 
 
 def reordering(manifest: Mapping[str, Any], work: Storage, gold: Gold | None = None) -> Reordering | None:
-    """Compute what reranking changed; None if the run has no reranker, or its stages are deleted."""
+    """Compute what reranking changed in a run.
+
+    Args:
+        manifest: The manifest of the run.
+        work: The run directory.
+        gold: Right answers, if they are known.
+
+    Returns:
+        The changes; None if the run has no reranker, or its stages are deleted.
+    """
     stages = finished_stages(manifest, work, ("candidates", "ranked", "passages"))
     if stages is None:
         return None
@@ -76,7 +85,16 @@ def _place(rows: list[int], texts: PassageTable, right: tuple[str, ...]) -> int:
 
 
 def finished_stages(manifest: Mapping[str, Any], work: Storage, names: Sequence[str]) -> list[Stage] | None:
-    """Open stages of a run by the manifest in its directory `work`, if all of them exist."""
+    """Open stages of a finished run.
+
+    Args:
+        manifest: The manifest of the run.
+        work: The run directory.
+        names: The names of the stages.
+
+    Returns:
+        The stages, in the order of `names`; None if one of them does not exist.
+    """
     recorded = manifest.get("stages") or {}
     parameters = manifest.get("parameters") or {}
     index, cache = parameters.get("index_dir"), parameters.get("cache_dir") or ""

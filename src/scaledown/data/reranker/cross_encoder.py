@@ -75,7 +75,15 @@ class CrossEncoderReranker:
             self._tokens.forget()
 
     def score(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
-        """Return the logit of each pair."""
+        """Return the logit of each pair, see `Reranker.score`.
+
+        Args:
+            pairs: Pairs of a query and a document.
+            advance: Called with the number of pairs in each finished batch.
+
+        Raises:
+            ModelError: A logit is not finite, or one pair alone does not fit into memory.
+        """
         import torch
 
         tokens = self._tokens

@@ -56,7 +56,11 @@ class PairTokens:
             }
 
     def length(self, pair: Sequence[str]) -> int:
-        """Return how many tokens `features` keeps of two texts, without those of the template."""
+        """Return how many tokens `features` keeps of two texts, without those of the template.
+
+        Args:
+            pair: Two texts that `read` has tokenised.
+        """
         length: int = min(sum(self._texts[text].length for text in pair), self._room)
         return length
 
@@ -65,9 +69,14 @@ class PairTokens:
         self._texts.clear()
 
     def features(self, pairs: Sequence[Sequence[str]]) -> dict[str, "torch.Tensor"]:
-        """Return the model's input for pairs of texts that `read` has tokenised.
+        """Make the model's input for pairs of texts.
 
-        Each tensor is [pairs, longest pair], padded on the right.
+        Args:
+            pairs: Pairs of texts that `read` has tokenised.
+
+        Returns:
+            `input_ids`, `attention_mask` and, if the model has them, `token_type_ids`: int64 [pairs, longest
+            pair], padded on the right.
         """
         import torch
 

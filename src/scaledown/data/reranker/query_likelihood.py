@@ -93,7 +93,18 @@ class QueryLikelihoodReranker:
         return dict(zip(unique, found.get("input_ids", ()), strict=True))
 
     def score(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
-        """Return the mean log-probability of each pair's question; at most 0."""
+        """Return the mean log-probability of each pair's question, see `Reranker.score`.
+
+        Args:
+            pairs: Pairs of a query and a document.
+            advance: Called with the number of pairs in each finished batch.
+
+        Returns:
+            Natural logarithms, at most 0.
+
+        Raises:
+            ModelError: A value is not finite, or one pair alone does not fit into memory.
+        """
         questions = self._ids(f" {pair.query.strip()}" for pair in pairs)
         passages = self._ids((LIKELIHOOD_BEFORE + pair.document for pair in pairs), special=True)
         prompts: dict[tuple[str, int], list[int]] = {}  # by passage and the number of its tokens that fit

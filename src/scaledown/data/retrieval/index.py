@@ -148,7 +148,14 @@ def check_finite(vectors: Vectors) -> None:
 
 
 def unpack(shard: pa.Table) -> Vectors:
-    """The inverse of `pack`, in float32."""
+    """Return the vectors of a shard; the inverse of `pack`.
+
+    Args:
+        shard: A shard of vectors, also of earlier versions.
+
+    Returns:
+        float32 [n, dimensions]: CSR for sparse vectors, else an array.
+    """
     if "dense" in shard.column_names:
         column = shard.column("dense").combine_chunks()
         return column.flatten().to_numpy().reshape(len(column), column.type.list_size)

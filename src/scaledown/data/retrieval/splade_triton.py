@@ -21,7 +21,13 @@ OPTIONS: Final = {"enable_fp_fusion": True}  # of the compiler: fused multiply-a
 
 @triton.jit
 def whole(real, TOKENS, REST):  # type: ignore[no-untyped-def]  # noqa: N803
-    """The number of tokens that tiles of `TOKENS` cover; at most two tiles of `REST` cover the others."""
+    """Return the number of tokens that tiles of `TOKENS` cover; at most two tiles of `REST` cover the others.
+
+    Args:
+        real: Tokens of the text.
+        TOKENS: Tokens in a tile.
+        REST: Tokens in a tile at the end of a text.
+    """
     return (real + TOKENS - 1 - 2 * REST) // TOKENS * TOKENS
 
 

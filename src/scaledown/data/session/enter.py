@@ -36,6 +36,7 @@ class Session:
     """A run that this process works on, alone or with others."""
 
     run: RunDirectory
+    """The run directory."""
     given: PrepareConfig
     """The settings as the user gave them."""
     request: str
@@ -43,8 +44,11 @@ class Session:
     home: RunDirectory
     """The run directory of passages and vectors."""
     sources: Sources
+    """The inputs and models."""
     identities: dict[str, str]
+    """The identity of each model, by its role."""
     inputs: dict[str, Any]
+    """The identity of each input, by its role."""
     worker: str = ""
     """The name of this process if another process started it as a worker."""
     repeats: Path | None = None
@@ -83,7 +87,13 @@ class Session:
         return {"clean": CLEAN_VERSION, "evaluation": self.inputs.get("evaluation")}
 
     def stage(self, name: str, settings: Mapping[str, Any], sources: Sequence[Stage] = ()) -> Stage:
-        """Open a stage of the run. Its `settings` must have everything that its shards depend on."""
+        """Open a stage of the run.
+
+        Args:
+            name: Its name, one of `STAGES`.
+            settings: Everything that its shards depend on.
+            sources: The stages that it is made from, see `Stage`.
+        """
         stage = self.stages[name] = Stage(self.run, name, settings, sources)
         return stage
 
@@ -119,7 +129,11 @@ class Session:
             self.stages.update(whole.stages)
 
     def given_up(self, *, own: bool = False) -> int:
-        """Count the shards given up because every worker that tried them died; `own`: only of this part."""
+        """Count the shards that were given up, because each worker that tried them died.
+
+        Args:
+            own: Count only the shards that this part gave up.
+        """
         homes = [self.run] if self.home is self.run else [self.run, self.home]
         return sum(home.given_up(own=own) for home in homes)
 
@@ -130,8 +144,18 @@ def open_session(
 ) -> Iterator[Session]:
     """Find all inputs, and register in the run directory as one of its live processes.
 
-    Unless this is a `worker`, metrics are written until the session ends; `overwrite` allows to replace what
-    is no metrics file.
+    Args:
+        config: The settings as the user gave them.
+        repeats: The manifest of a run to be repeated.
+        overwrite: Whether the metrics file may replace a file that is not a metrics file.
+        worker: The name of this process if another one started it to help. A worker writes no metrics.
+
+    Yields:
+        The session. It ends with the block.
+
+    Raises:
+        ScaleDownError: An input, a model or the output cannot be used, or the run directory is in use with
+            other settings.
     """
     with contextlib.ExitStack() as stack:
         if not worker:

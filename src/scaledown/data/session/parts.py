@@ -11,7 +11,15 @@ from scaledown.run.directory import RunDirectory
 def is_indexed(
     config: PrepareConfig, sources: Sources, run: RunDirectory, home: RunDirectory, retriever: str
 ) -> bool:
-    """Whether the index is finished."""
+    """Whether the index is finished.
+
+    Args:
+        config: The settings of the run.
+        sources: The inputs and models.
+        run: The run directory.
+        home: The directory of the index.
+        retriever: The identity of the retriever.
+    """
     if not home.storage.glob(home.path, "vectors/*/done.json"):
         return False
     settings = settled(config, home, choose_device(config.device), home if sources.corpus else run)
@@ -20,10 +28,19 @@ def is_indexed(
 
 
 def check_parts(config: PrepareConfig, run: RunDirectory, home: RunDirectory, *, indexed: bool) -> None:
-    """Raise `UsageError` if machines that share a bucket would all make the same shards.
+    """Check that machines that share a bucket would not make the same shards.
 
-    A bucket has no leases. Who makes a shard follows from the part of the queries, so what is not made by
-    parts must be there before: the index, and questions that a teacher writes.
+    A bucket has no leases, so the part of the queries decides which process makes a shard. Results that are
+    not made by parts must exist before: the index, and questions that a teacher writes.
+
+    Args:
+        config: The settings of the run.
+        run: The run directory.
+        home: The directory of the index.
+        indexed: Whether the index is finished.
+
+    Raises:
+        UsageError: They would make the same shards.
     """
     if not (config.shard or config.executor == "ray"):
         return

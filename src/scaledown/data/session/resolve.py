@@ -30,7 +30,14 @@ _REMOTE_FILES: Final = 20  # checked in advance; each takes a request
 
 
 def find(config: PrepareConfig) -> Sources:
-    """Find inputs and models. A missing one is an error here, before any work."""
+    """Find inputs and models. A missing one is an error here, before any work.
+
+    Args:
+        config: The settings of the run.
+
+    Raises:
+        ScaleDownError: An input or a model cannot be used, or settings contradict each other.
+    """
     corpus, queries = find_inputs(config)
     if not config.reranks and config.reranker_model != PrepareConfig.reranker_model:
         log.warning("--reranker_model is not used: add --enable_reranking or --top_k_reranking")
@@ -103,7 +110,19 @@ def _looked_at(files: Sequence[Source]) -> Sequence[Source]:
 
 
 def find_inputs(config: PrepareConfig, *, fetch: bool = True) -> tuple[list[Source], list[Source]]:
-    """Return the corpus, if it is read, and the query files; MS MARCO's are downloaded only with `fetch`."""
+    """Find the corpus and the files of queries, and check that no output is among them.
+
+    Args:
+        config: The settings of the run.
+        fetch: Download MS MARCO's queries if they are wanted; otherwise their file is left out.
+
+    Returns:
+        The corpus, which is empty if an index replaces it, and the files of queries.
+
+    Raises:
+        InputError: An input does not exist or cannot be read.
+        UsageError: An output is an input, or is inside one.
+    """
     corpus = find_corpus(config)
     output, run = config.output_file, config.work_dir or f"{config.output_file}.work"
     written = {"--output_file": output, "the run directory": run}

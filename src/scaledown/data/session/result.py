@@ -24,8 +24,15 @@ log = logging.getLogger("scaledown")
 def earlier_or_free(session: Session, *, overwrite: bool) -> Result | None:
     """Return the result of an earlier run if it is finished; otherwise check that the output may be written.
 
-    Raises `OutputError` where something is in its place that no run of this directory made, unless
-    `overwrite` allows to replace it.
+    Args:
+        session: The run.
+        overwrite: Replace any present file.
+
+    Returns:
+        The earlier result; None if there is work to do.
+
+    Raises:
+        OutputError: The present file was not made by a run of this directory, or was changed after it.
     """
     if session.worker:
         return None
@@ -82,7 +89,13 @@ def write_output(
 ) -> Result:
     """Write the training data, then the manifest and the report, unless another process has just done so.
 
-    `write` writes records to a path and gives their number.
+    Args:
+        session: The run, with all stages finished.
+        records: The training records.
+        write: Writes records to a path, and returns their number.
+
+    Raises:
+        OutputError: The output cannot be written.
     """
     output, run = output_of(session.given), session.run
     stages, given_up = session.stages, session.given_up()
@@ -138,7 +151,16 @@ def report_of(run: RunDirectory, output: File) -> None:
 
 
 def earlier_result(run: RunDirectory, request: str, output: File) -> Result | None:
-    """Return the result of an earlier run with these settings, if its output is unchanged."""
+    """Find the result of an earlier run with the same settings, models and inputs.
+
+    Args:
+        run: The run directory.
+        request: The fingerprint of settings, models and inputs.
+        output: The training data.
+
+    Returns:
+        The result; None if there is none, its output is missing or damaged, or shards were given up.
+    """
     manifest = run.storage.read_json(run.manifest)
     if not isinstance(manifest, dict) or manifest.get("request") != request:
         return None

@@ -30,16 +30,21 @@ _SPLIT: Final = 10
 
 
 class Result(NamedTuple):
-    """A finished run: its output, its number of records, the counts of each stage, what was set aside.
-
-    For an output at a URL, `output` is the path in the mirror; it exists if this machine wrote or read it.
-    """
+    """The result of a run."""
 
     output: Path
+    """The training data.
+
+    For an output at a URL it is the path in the mirror, which exists if this machine wrote or read it.
+    """
     examples: int
+    """Number of its records."""
     stages: dict[str, StageResult]
+    """The record of each finished stage, by name."""
     quarantined: int
+    """Malformed lines, and queries that the teacher could not answer."""
     already_done: bool = False
+    """Whether an earlier run made all of it."""
     given_up: int = 0
     """Shards given up after repeated deaths of workers."""
     documents: Sequence[int] = ()

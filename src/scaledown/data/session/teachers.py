@@ -12,23 +12,47 @@ from scaledown.run.atomic import write_json
 
 
 class Teachers(NamedTuple):
-    """How teachers are loaded and asked: what their answers depend on is in `settings`."""
+    """How the teachers of a run are loaded and asked."""
 
     engine: Engine
+    """The engine, with its backend chosen."""
     generation: Generation
+    """How a teacher decodes."""
     template: Template
+    """The text around question and documents."""
     device: str
+    """Cpu, cuda, cuda:N or mps."""
     dtype: str
+    """The dtype for loading a model."""
     settings: dict[str, Any]
+    """Everything that answers depend on, except for the model."""
 
     def load(self, model: ModelSource, spent_tokens: int = 0, logprobs: int = 0) -> Teacher:
-        """A teacher that gives so many log probabilities with each answer token."""
+        """Load a teacher.
+
+        Args:
+            model: Its weights.
+            spent_tokens: Tokens of `--max_total_tokens` that earlier runs with the same settings used.
+            logprobs: Number of log probabilities for each answer token; 0 is none.
+
+        Raises:
+            ModelError: The model cannot be loaded.
+        """
         generation = self.generation._replace(logprobs=logprobs)
         return load_teacher(model, self.device, self.dtype, generation, self.engine, spent_tokens)
 
 
 def find_teachers(session: Session) -> Teachers:
-    """With the engine that is best here, if the settings leave it open. Servers are tried before any work."""
+    """Choose the engine, if the settings leave it open, and check that it can load the teachers.
+
+    Servers are asked before any work, unless there are answers already.
+
+    Args:
+        session: The run.
+
+    Raises:
+        ScaleDownError: The engine does not support the settings, or cannot load a teacher here.
+    """
     config, sources, run = session.config, session.sources, session.run
     engine, generation = Engine.of(config), Generation.of(config)
     engine = engine._replace(backend=_keep_backend(session, engine, generation))

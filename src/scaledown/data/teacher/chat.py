@@ -130,7 +130,14 @@ class Chat:
         return Draft(prompt, self._generation.document_tokens)
 
     def body(self, draft: Draft) -> dict[str, Any]:
-        """Return the body of the request."""
+        """Make the body of a request.
+
+        Args:
+            draft: The prompt as it is sent.
+
+        Returns:
+            JSON values, without features that the servers refused before.
+        """
         prompt = draft.prompt
         system, user = prompt.system, prompt.user(draft.documents)
         if system and self._folds_system:

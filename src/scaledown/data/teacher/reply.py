@@ -71,12 +71,12 @@ def heard(answer: Answer, generation: Generation, *, thought: bool = False) -> A
     """Return the answer in a reply, with the log probabilities of its remaining tokens.
 
     Args:
-        answer: The reply as it came.
-        generation: As it was asked for.
-        thought: Whether the model's thoughts came beside it.
+        answer: The whole reply.
+        generation: The settings of the request, for messages.
+        thought: Whether the server sent the model's thoughts beside the reply.
 
     Returns:
-        The answer; a `Rejection` where the reply was nothing but thoughts or markers.
+        The answer; a `Rejection` if the reply has only thoughts or markers.
     """
     text = spoken(answer.text)
     if not text and (answer.text or thought or answer.finish_reason == "length"):

@@ -108,7 +108,15 @@ class Servers:
         return "" if known else self.chat.error_text(response) or f"status {status}"
 
     def refuse_key(self, url: str, status: int) -> NoReturn:
-        """Raise an error for a wrong or missing key: no prompt can be answered."""
+        """Raise an error for a wrong or missing key: no prompt can be answered.
+
+        Args:
+            url: The server.
+            status: The status of its reply.
+
+        Raises:
+            ModelError: Always.
+        """
         raise ModelError(f"--teacher_endpoint {url} answers {status}: set {KEY} to a key that it accepts")
 
     def refused(self, how: str, message: str) -> None:
@@ -183,7 +191,15 @@ class Servers:
             self.refuse_logprobs(url, "gives those of other tokens than the answer's")
 
     def refuse_logprobs(self, url: str, why: str) -> NoReturn:
-        """Raise an error for a server without usable log probabilities: no answer would have them."""
+        """Raise an error for a server without usable log probabilities: no answer would have them.
+
+        Args:
+            url: The server.
+            why: What the server does, as the rest of a sentence.
+
+        Raises:
+            ModelError: Always.
+        """
         raise ModelError(
             f"--teacher_logprobs {self.chat.logprobs}: {url} {why}: lower it or leave it out, or use a "
             "server or an engine (--teacher_backend transformers, vllm) that gives them"

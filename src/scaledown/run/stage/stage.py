@@ -26,7 +26,7 @@ _LONGEST_WAIT_SECONDS: Final = 2.0  # many processes that wait would otherwise b
 
 
 class StageResult(NamedTuple):
-    """The record of a finished stage; `rows` has an entry for each shard."""
+    """The record of a finished stage: rows of each shard, counts by name, seconds, measured values."""
 
     rows: list[int]
     counts: dict[str, int]

@@ -18,7 +18,21 @@ def columns_of(
     column: str,
     names: Sequence[str] = (),
 ) -> dict[str, str]:
-    """Find the column of each part in some records. Raises `InputError` if none has the main part."""
+    """Find the column of each part in some records.
+
+    Args:
+        shown: The file or data set, for messages.
+        records: The first records, with names in lower case.
+        meaning: The parts.
+        column: The column of the main part; if empty, it is found by its name.
+        names: The names of all columns, for messages; if empty, those of the records.
+
+    Returns:
+        The name of the column, by the part.
+
+    Raises:
+        InputError: No record has the main part, or several columns may be it.
+    """
     found: dict[str, str] = {}
     for part, keys in meaning.parts.items():
         if part == meaning.main and column:
@@ -39,7 +53,17 @@ def columns_of(
 
 
 def check_rivals(shown: str, records: Sequence[Mapping[str, Any]], meaning: Meaning, key: str) -> None:
-    """Refuse `text` as the question if another column may be the question: it may be a corpus."""
+    """Refuse a column as the question if another one may be the question: the file may be a corpus.
+
+    Args:
+        shown: The file or data set, for messages.
+        records: The first records, with names in lower case.
+        meaning: The parts; its `rivals` has the names in question.
+        key: The column of the main part.
+
+    Raises:
+        InputError: Another column may be the question.
+    """
     every = meaning.rivals.get(key, ())
     rivals = [name for name in every if any(is_full(record.get(name)) for record in records)]
     if rivals:
@@ -50,7 +74,17 @@ def check_rivals(shown: str, records: Sequence[Mapping[str, Any]], meaning: Mean
 
 
 def check_doubled(shown: str, names: Sequence[str], meaning: Meaning, column: str) -> None:
-    """Refuse a column name that occurs several times, if a part is read from it."""
+    """Refuse a column name that occurs several times, if a part is read from it.
+
+    Args:
+        shown: The file or data set, for messages.
+        names: The names of all columns.
+        meaning: The parts.
+        column: The column of the main part, if a flag gives it; else empty.
+
+    Raises:
+        InputError: A part has two columns of this name.
+    """
     for part, keys in meaning.parts.items():
         if part in meaning.unread:
             continue
@@ -66,7 +100,14 @@ def check_doubled(shown: str, names: Sequence[str], meaning: Meaning, column: st
 
 
 def no_main(shown: str, names: Sequence[str], meaning: Meaning, column: str) -> InputError:
-    """Return the error for a table without the main part, with the columns that it has."""
+    """Make the error for a table without the main part.
+
+    Args:
+        shown: The file or data set, for messages.
+        names: The names of its columns.
+        meaning: The parts.
+        column: The column of the main part, if a flag gives it; else empty.
+    """
     wanted = repr(column) if column else " or ".join(meaning.parts[meaning.main])
     return InputError(
         f"{shown}: no {meaning.main} under {wanted}; the columns are {_listed(names)}: "
@@ -86,7 +127,15 @@ def _way(meaning: Meaning, column: str, part: str) -> str:
 
 
 def places_of(column: str, names: Sequence[str]) -> list[int]:
-    """Return the index of the column that a flag gives by name, in any case, or by number from 1."""
+    """Find the column that a flag gives.
+
+    Args:
+        column: A name, in any case, or a number from 1.
+        names: The names of the columns.
+
+    Returns:
+        Indices of the columns with this name; empty if there is none.
+    """
     exact = [place for place, name in enumerate(names) if name == column]
     found = exact or [place for place, name in enumerate(names) if name.lower() == column.lower()]
     if not found and (number := number_of(column)) and number <= len(names):

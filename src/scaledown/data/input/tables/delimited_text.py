@@ -30,7 +30,24 @@ def read_delimited(  # noqa: PLR0917
     whole: bool,
     above: int,
 ) -> Table | None:
-    """Read a text as CSV or TSV if its ending, a header or tabs say so; else return None."""
+    """Read a text as CSV or TSV, if its suffix, a header or tabs show that it is a table.
+
+    Args:
+        source: The file.
+        stream: Its bytes, from `open_stream`.
+        text: Its first lines, without the line that names the delimiter.
+        suffix: The suffix of the format, with its dot.
+        meaning: The parts.
+        column: The column of the main part; if empty, it is found.
+        whole: Whether `text` is the whole file.
+        above: Lines at the start that are not in `text`.
+
+    Returns:
+        The table; None if the text is not a table.
+
+    Raises:
+        InputError: The columns of a table cannot be found.
+    """
     is_table = suffix in folders.TABLES
     found = delimited.samples(text, whole=whole)
     if not is_table and not _looks_like_a_table(found, meaning, column):
@@ -69,7 +86,13 @@ def read_delimited(  # noqa: PLR0917
 
 
 def may_be_a_table(text: str, meaning: Meaning, column: str) -> bool:
-    """Whether the text may be a table: its first line has a tab, or a name of the main part."""
+    """Whether the text may be a table: its first line has a tab, or a name of the main part.
+
+    Args:
+        text: The first lines of a file.
+        meaning: The parts.
+        column: The column of the main part, if a flag gives it; else empty.
+    """
     first = first_line(text)
     main = {*meaning.parts[meaning.main], *([column.lower()] if column else [])}
     cells = (cell for delimiter in delimited.DELIMITERS for cell in first.split(delimiter))
@@ -91,7 +114,16 @@ def _check_above(source: Source, found: Mapping[str, Sample], meaning: Meaning) 
 
 
 def check_first_line(source: Source, text: str, meaning: Meaning) -> None:
-    """Raise `InputError` if the first line names columns that the other lines do not have."""
+    """Check that the first line does not name columns that the other lines do not have.
+
+    Args:
+        source: The file, for messages.
+        text: Its first lines.
+        meaning: The parts.
+
+    Raises:
+        InputError: It names such columns.
+    """
     first = first_line(text)
     sure = set(meaning.parts[meaning.main]) - set(meaning.rivals)
     for delimiter, called in delimited.DELIMITERS.items():

@@ -30,9 +30,16 @@ _SAMPLE_ROWS: Final = 200
 
 
 def rows(source: Source, meaning: Meaning, column: str = "", meter: Meter | None = None) -> Iterator[Row]:
-    """The rows of a file, with the columns that have a meaning; `column` is what `meaning.flag` names.
+    """Yield the rows of a file, with the columns that have a meaning. The log has one line about each file.
 
-    Raises `InputError` if the file has no known format, or if it is not clear what its columns are.
+    Args:
+        source: The file.
+        meaning: The parts that are read: `CORPUS`, `QUERIES` or `GOLD`.
+        column: The column of the main part, from the flag `meaning.flag`; if empty, it is found.
+        meter: Receives the progress.
+
+    Raises:
+        InputError: The file has no known format, or it is not clear what its columns are.
     """
     with files.open_stream(source, meter) as stream:
         table = _table(source, stream, meaning, column, meter)
@@ -42,13 +49,29 @@ def rows(source: Source, meaning: Meaning, column: str = "", meter: Meter | None
 
 
 def version_of(sources: Iterable[Source]) -> dict[str, int]:
-    """Return the version of the reader, on which rows depend besides the files; None for JSON lines."""
+    """Return the version of the reader of tables, for the settings of a stage: rows depend on it.
+
+    Args:
+        sources: The files.
+
+    Returns:
+        The version, as `{"tables": number}`; empty if no file is CSV or TSV by its suffix.
+    """
     tables = any(files.inner_suffix(source) in folders.TABLES for source in sources)
     return {"tables": VERSION} if tables else {}
 
 
 def reading(source: Source, meaning: Meaning, column: str = "") -> Reading:
-    """Find how a file is read. Raises `InputError` like `rows`."""
+    """Find how a file is read.
+
+    Args:
+        source: The file.
+        meaning: The parts that are read: `CORPUS`, `QUERIES` or `GOLD`.
+        column: The column of the main part; if empty, it is found.
+
+    Raises:
+        InputError: The file has no known format, or it is not clear what its columns are.
+    """
     with files.open_stream(source) as stream:
         return _table(source, stream, meaning, column, None).reading
 
@@ -175,7 +198,17 @@ def _topics(source: Source, stream: Any, meaning: Meaning, column: str) -> Table
 
 
 def of_records(name: str, given: Iterator[Row], meaning: Meaning, column: str) -> Iterator[Row]:
-    """Yield the records of the data set `name`; the first ones show which columns it has."""
+    """Yield the records of a data set; the first ones show which columns it has.
+
+    Args:
+        name: The data set, for messages.
+        given: Its rows.
+        meaning: The parts that are read.
+        column: The column of the main part; if empty, it is found.
+
+    Raises:
+        InputError: It has no column of the main part.
+    """
     first = list(itertools.islice(given, _SAMPLE_ROWS))
     seen = [row.content for row in first if isinstance(row.content, dict)]
     lower = [{str(key).lower(): value for key, value in record.items()} for record in seen]

@@ -31,11 +31,14 @@ def may_be_names(records: Sequence[Sequence[str]]) -> bool:
 
 
 def main_column(cells: Sequence[Sequence[str]], main: str) -> int | None:
-    """The column of a corpus's `text` or of a `question`; None where its cells do not show it.
+    """Find the column of a corpus's `text` or of a `question`.
 
     Args:
-        cells: of each column, those that are not empty.
+        cells: Of each column, the cells that are not empty.
         main: `text` or `question`.
+
+    Returns:
+        The index of the column; None if the cells do not show it.
     """
     likely = [
         place
@@ -96,7 +99,16 @@ def _answers(cells: Sequence[Sequence[str]], main: int) -> int | None:
 
 
 def places(cells: Sequence[Sequence[str]], main: int, parts: Collection[str]) -> dict[str, int]:
-    """Return the index of each other part that can be recognised, given the index of the main part."""
+    """Find the columns of the other parts, given the column of the main part.
+
+    Args:
+        cells: Of each column, the cells that are not empty.
+        main: The index of the main part.
+        parts: The parts; with `text` the table is a corpus, else it has questions.
+
+    Returns:
+        The index of each part that was found, also of the main part.
+    """
     found = {}
     codes = [place for place in range(main) if _is_code(cells[place])]
     ids = [place for place in codes if _differ(cells[place])]

@@ -55,6 +55,9 @@ def is_exported(source: ModelSource) -> bool:
 def export(source: ModelSource) -> Path:
     """Return the folder of the exported model, with weights at 8 bits; the first call makes it.
 
+    Args:
+        source: The model.
+
     Raises:
         MissingExtraError: OpenVINO is not installed.
         ModelError: The model cannot be loaded, or OpenVINO cannot compute it.
