@@ -24,7 +24,7 @@ def supervised(config: IndexConfig) -> bool:
 
 
 def share_teachers(config: IndexConfig) -> bool:
-    """Whether several GPUs share each teacher. Before it is asked, each of them can be a worker's own."""
+    """Whether several GPUs share each teacher. Before the teacher is loaded, each can have its own worker."""
     least = 2 if config.executor == "local" else 1  # the others are on other nodes
     return _gpus_each(config) > 1 and gpus_here(config.device) >= least
 

@@ -29,7 +29,7 @@ from scaledown.run.leases import TRIES, Leases
 
 log = logging.getLogger("scaledown")
 
-_IDLE_SECONDS: Final = 30  # after this time without work, processes of `in_order` end, if theirs was killed
+_IDLE_SECONDS: Final = 30  # if this process is killed, processes of `in_order` end after this time
 _LOOK_SECONDS: Final = 0.2
 _EVERY_SECONDS: Final = 1.0
 _LONG_SECONDS: Final = 600.0  # a worker that lived longer did not fail at its start

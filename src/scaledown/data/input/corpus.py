@@ -180,7 +180,7 @@ def _shards(  # noqa: PLR0917
     ids: Ids,
     check: Callable[[], None],
 ) -> Iterator[tuple[pa.Table, dict[str, int], list[dict[str, Any]]]]:
-    """Passages of each shard, the counts after it, and rows rejected; an empty table passes those on."""
+    """Yield the passages of each shard, the counts after it, and rejected rows; a table may be empty."""
     intake = files.Intake("the corpus", config.max_bad_fraction, counts["lines"], counts["bad"])
     articles, empty, total = counts["articles"], counts["empty"], counts["passages"]
     before = counts.get(RENAMED, 0) - ids.renamed
@@ -240,7 +240,7 @@ def _shards(  # noqa: PLR0917
 
 
 def _with_own_ids(table: pa.Table, pieces: list[int], ids: Ids) -> pa.Table:
-    """The passages of articles, of which no two have one id."""
+    """Return the passages of articles, with an id of its own for each article."""
     given = table.column("doc_id").to_pylist()
     places = [place for place, count in zip(np.cumsum([0, *pieces]), pieces, strict=False) if count]
     own = [ids.own(given[place]) for place in places]
@@ -262,7 +262,7 @@ def cutting_processes(size: int) -> int:
 
 @dataclass(frozen=True)
 class _Cutter:
-    """What cutting a batch of rows needs, small enough to send along; the chunker is made once a process."""
+    """Cuts batches of rows. It is small, since it is sent with each batch; each process makes one chunker."""
 
     tokenizer: Path
     config: IndexConfig
@@ -353,7 +353,7 @@ def load_tokenizer(source: ModelSource, config: IndexConfig) -> Tokenizer:
 
 
 def plain(tokenizer: Any) -> Tokenizer:
-    """What a fast tokenizer wraps, without truncation or padding."""
+    """Return the tokenizer inside a fast one, without truncation or padding."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()

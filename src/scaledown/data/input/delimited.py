@@ -17,7 +17,7 @@ _QUOTED: Final = re.compile(r'"(?:[^"]|"")*"')
 _NUMBER: Final = re.compile(r"\s*[-+]?[\d.,]*\d\s*")
 _CLOSED: Final = r'(?:^|{delimiter} *)"(?:[^"]|"")*"(?= *(?:{delimiter}|[\r\n]|\Z))'
 DECLARED: Final = re.compile(r"\"?sep=([\t,;|])\"?[ \t,;|]*(?:\r\n?|\n)", re.IGNORECASE)
-"""The line in which Excel says how the columns are parted; it is no row."""
+"""The line in which Excel names the delimiter; it is not a row."""
 
 
 class Dialect(NamedTuple):
@@ -30,13 +30,13 @@ class Dialect(NamedTuple):
     escape: str = ""
     """The character before a quote in a quoted cell; empty if such quotes are doubled."""
     quoted: frozenset[int] = frozenset()
-    """Columns that stand in quotes throughout, in a text without quoting, as DPR's passages do."""
+    """Indices of columns whose cells are all in quotes, in a text without quoting, as in DPR's passages."""
 
     def __str__(self) -> str:
         return f"{DELIMITERS[self.delimiter]}-separated" if self.delimiter in DELIMITERS else "one column"
 
     def split(self, line: str) -> list[str]:
-        """The cells of a line without quoting; of `quoted` columns without their quotes."""
+        """Split a line of a text without quoting. Cells of `quoted` columns lose their quotes."""
         cells = enumerate(line.split(self.delimiter))
         return [unquoted(cell, always=place in self.quoted) for place, cell in cells]
 
@@ -45,7 +45,7 @@ class Dialect(NamedTuple):
 
         Args:
             lines: The lines with their ends.
-            spaces: Keep the spaces before a field. Tabs as delimiters keep them always.
+            spaces: Keep the spaces before a field; with tabs as the delimiter they are always kept.
 
         Returns:
             The fields of each record. The iterator raises `csv.Error` at a quote that is not closed.
@@ -106,9 +106,9 @@ def _lines(text: str) -> list[str]:
 def _best(lines: Sequence[str], delimiter: str, *, whole: bool) -> Sample:
     """The sample in the dialect that fits.
 
-    A dialect is sure when it would write what it reads, character by character, and uses its quotes. Else TSV
-    has no quoting, unless its lines only make sense with it, and other text doubles quotes, as Python and
-    Excel do, or puts a backslash before them, as MySQL and pandas' `escapechar` do.
+    A dialect is certain if the records, written in it, give the same text, and if this needs its quotes.
+    Otherwise TSV has no quoting, unless its columns are regular only with it. Other text has doubled quotes,
+    as Python and Excel write them, or a backslash before quotes, as MySQL and pandas' `escapechar` do.
     """
     kinds = [Dialect(delimiter, quote, escape) for escape in ("", "\\") for quote in "\"'"]
     found = [_sample(lines, kind, whole=whole) for kind in kinds]

@@ -104,6 +104,7 @@ def locate(name: str, what: str) -> Source:
 
     Raises:
         InputError: There is no such file, it is a stream, or the folder has no file that is read.
+        MissingExtraError: The URL needs a package that is not installed.
     """
     check_stream(name, what)
     if not is_url(local(name)):
@@ -313,7 +314,7 @@ def _decompressor(raw: Any, kind: str) -> Any:
 
 
 class _Filled(io.RawIOBase):
-    """Fills each buffer as far as there are bytes; whatever is wrong with compressed data is an `OSError`."""
+    """Fills each buffer, unless the data ends. Any error in compressed data is raised as `OSError`."""
 
     def __init__(self, raw: Any, inner: Any, kind: str) -> None:
         self._raw, self._inner, self.compression = raw, inner, kind
@@ -431,7 +432,7 @@ def raw_lines(path: Source, stream: io.BufferedReader) -> Iterator[tuple[int, by
 
 
 def _cleaned(path: Source, number: int, line: bytes) -> bytes:
-    """A line without the marks in front, of which files that were joined have one each."""
+    """Remove the byte order marks before a line; each of several files that were joined may have one."""
     if line and not line.strip(b"\0"):
         raise InputError(
             f"{path}: holds NUL bytes alone from line {number:,} on: a download or copy that did not finish; "

@@ -165,7 +165,7 @@ def check(source: Path | Remote, head: bytes) -> None:
 
 
 def _encoding(head: bytes) -> str:
-    """UTF-32 or UTF-16, by the mark at the start; without one, Latin text shows by its NULs."""
+    """Detect UTF-32 or UTF-16 by the byte order mark; without one, by the NUL bytes of Latin text."""
     if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         return "UTF-32"
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):

@@ -100,7 +100,7 @@ def _ms_marco_problem(path: Path) -> str:
 
 
 LeftOut = Callable[[Sequence[str]], Sequence[dict[str, Any] | None]]
-"""Says of each of some queries, as they come, why it is left out, or None where it stays."""
+"""Returns for each query why it is left out, or None if it is kept. Gets the queries in order."""
 
 
 def collect_queries(
@@ -242,7 +242,8 @@ def from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query]
         intake: Counts rows, and receives malformed ones.
 
     Raises:
-        InputError: The dataset cannot be read, or does not have the split or the column.
+        InputError: A local dataset does not have the split, or there is no column of the question.
+        ModelError: The dataset cannot be found or read.
     """
     if not config.query_dataset or Path(config.query_dataset).is_file():
         return

@@ -99,6 +99,7 @@ def find(url: str, what: str) -> Remote:
 
     Raises:
         InputError: There is none, it cannot be reached, or the URL was stored without its secrets.
+        MissingExtraError: The URL needs a package that is not installed.
     """
     label = redacted(url)
     if url == label and (url.endswith(HIDDEN_QUERY) or f"://{HIDDEN}@" in url):

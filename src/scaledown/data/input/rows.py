@@ -1,6 +1,6 @@
 """The rows of one file in each format: JSON lines, Parquet, Arrow, delimited text, TREC topics, plain text.
 
-What the columns mean is no matter here. A malformed row keeps its line number and the reason.
+This module does not interpret columns. A malformed row keeps its line number and the reason.
 """
 
 import csv
@@ -64,7 +64,7 @@ def json_rows(path: Source, stream: io.BufferedReader) -> Iterator[Row]:
                     f"{(way + 'convert it').capitalize()} with `jq -c '{program}' {array} > {result}`"
                 )
             first = False
-            for part in stripped.split(b"\r"):  # of files with other line ends that were joined
+            for part in stripped.split(b"\r"):  # files with different line ends were joined
                 if part.strip():
                     yield Row(str(path), number, part.strip())
 
@@ -78,7 +78,7 @@ def line_rows(path: Source, stream: io.BufferedReader, name: str) -> Iterator[Ro
         name: The column of the records that has the line.
     """
     for number, line in files.raw_lines(path, stream):
-        for part in line.split(b"\r"):  # of files with other line ends that were joined
+        for part in line.split(b"\r"):  # files with different line ends were joined
             if stripped := part.strip():
                 yield Row(str(path), number, {name: stripped})
 
@@ -242,7 +242,7 @@ def delimited_rows(
 def _plain_records(
     path: Source, stream: io.BufferedReader, dialect: Dialect
 ) -> Iterator[tuple[int, str, list[str]]]:
-    """The records of a text without quoting: one a line."""
+    """The records of a text without quoting: one on each line."""
     for number, raw in files.raw_lines(path, stream):
         line = raw.rstrip(b"\r").decode("utf-8", "surrogateescape")
         if line.strip():
@@ -345,7 +345,7 @@ def _loaded(content: bytes) -> Any:
         return orjson.loads(content)
     except orjson.JSONDecodeError as error:
         if _NOT_FINITE.search(content) and not _SURROGATE.search(content):
-            try:  # as Python and pandas write a number that is none; another column may have it
+            try:  # as Python and pandas write NaN; it may be in a column that is not read
                 return json.loads(content)
             except (ValueError, RecursionError):
                 pass

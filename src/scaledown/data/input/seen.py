@@ -23,7 +23,7 @@ class Seen:
 
 
 class Ids:
-    """Gives each query or article an id that no other has, also as one word, as TREC's formats need it."""
+    """Gives each query or article a unique id. It stays unique as one word, as TREC's formats need it."""
 
     def __init__(self) -> None:
         self.renamed = 0

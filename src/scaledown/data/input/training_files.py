@@ -49,10 +49,13 @@ class OutputFormat(NamedTuple):
     """An entry of `OUTPUT_FORMATS`: how training data is written to a file, and read again."""
 
     write: Callable[[Path, Iterable[Mapping[str, Any]], pa.Schema | None], int]
-    """Writes records to a new file, one by one, and gives their number. The schema is that of all records, or
-    None where only the records show it. Raises `OutputError` for what the format cannot hold."""
+    """Writes records to a new file, one by one, and returns their number.
+
+    Its arguments are the path, the records, and the schema of all records, or None if it is not known. It
+    raises `OutputError` for values that the format cannot hold.
+    """
     read: Callable[[Path], Iterator[Entry]]
-    """The records of such a file, one by one. Raises `InputError` where it cannot be read."""
+    """Yields the records of such a file, one by one. Raises `InputError` if it cannot be read."""
     needs_columns: bool = False
     """Whether the columns of all records must be known before the first is written."""
     builder: str = "json"
@@ -60,7 +63,7 @@ class OutputFormat(NamedTuple):
 
 
 def format_of(path: Path) -> OutputFormat:
-    """The format that the ending of a file names, which must be one of `OUTPUT_FORMATS`."""
+    """Return the format of a file by its suffix, which must be one of `OUTPUT_FORMATS`."""
     found: OutputFormat = OUTPUT_FORMATS[path.suffix.removeprefix(".")]
     return found
 
@@ -128,35 +131,35 @@ def read_parquet(path: Path) -> Iterator[Entry]:
 
 
 class _Window:
-    """A piece of a text that comes in bit by bit, and a place in it."""
+    """A part of a text that is read in pieces, and a position in it."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
         self.text, self.at, self.line, self.ended = "", 0, 1, False
 
     def left(self) -> int:
-        """Characters from the place to the end of the piece."""
+        """Return the number of characters after the position."""
         return len(self.text) - self.at
 
     def begin_here(self, more: int = 0) -> None:
-        """Let the piece begin at the place, with so many more characters at its end, if there are."""
+        """Drop the text before the position, and read up to `more` characters."""
         read = self._file.read(more) if more else ""
         self.ended = self.ended or (more > 0 and not read)
         self.text, self.at = self.text[self.at :] + read, 0
 
     def skip(self, until: int) -> None:
-        """Go to another place, and count its lines."""
+        """Move to the position `until`, and count the lines before it."""
         self.line += self.text.count("\n", self.at, until)
         self.at = until
 
     def skip_space(self, space: re.Pattern[str]) -> None:
-        """Go to where the space ends."""
+        """Move to the end of the white space."""
         if found := space.match(self.text, self.at):
             self.skip(found.end())
 
 
 def _json_entries(file: TextIO) -> Iterator[Entry]:
-    """The elements of a JSON list, decoded one by one as the text comes in."""
+    """The elements of a JSON list, decoded one by one while the text is read."""
     decoder = json.JSONDecoder()
     window = _Window(file)
     window.begin_here(_CHUNK_CHARACTERS)
@@ -191,7 +194,8 @@ def _json_entries(file: TextIO) -> Iterator[Entry]:
                 if whole and not window.at:
                     yield Entry(window.line, None, f"invalid JSON: {error}")
                     return
-                # Doubled, so that a long record is not decoded often; or the error's place is the record's.
+                # The part is doubled, so that a long record is decoded few times. At the end, the error gets
+                # its position in the record.
                 window.begin_here(0 if whole else max(window.left(), _CHUNK_CHARACTERS))
                 continue
             if end == len(window.text) and not window.ended:

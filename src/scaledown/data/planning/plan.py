@@ -46,7 +46,7 @@ _SHOWN_AS: Final = {
     "output": "records",
 }
 _ON_GPUS: Final = {"vectors": 1, "ranked": 1, "synthetic": 0, "answers": 0}
-"""Stages on a device, and of how many GPUs a worker makes them; 0: as many as share the teacher."""
+"""Stages on a GPU, and the GPUs of a worker that makes them; 0: as many as share the teacher."""
 
 
 class StagePlan(NamedTuple):
@@ -63,7 +63,7 @@ class StagePlan(NamedTuple):
     memory: int | None
     """The peak of memory, in bytes."""
     seconds: float | None
-    """Time of all processes of the run together."""
+    """Planned time, in seconds."""
 
 
 class Plan(NamedTuple):
@@ -88,7 +88,7 @@ class Queries(NamedTuple):
 
 
 def make_plan(config: PrepareConfig, corpus: Sequence[files.Source]) -> Plan:  # noqa: PLR0915
-    """Plan a run. Models are tried on a sample for some seconds; missing models are listed.
+    """Plan a run. Each model is tried on a sample for some seconds; missing models are listed.
 
     Args:
         config: The run's settings.

@@ -27,8 +27,8 @@ Vectors: TypeAlias = sp.csr_matrix | Array
 
 _NONE: Final[Array] = np.empty(0, np.int64)
 _BLOCK: Final = 4096  # passages; their scores fit into the processor's first-level cache
-# A term of a block becomes a row of weights, which is added without looking up passages, if one of so many
-# passages has it and so many queries use it. The rows of a block take at most 5 MB.
+# A term of a block becomes a row of weights, which is added without looking up passages, if at least one in
+# `_ROW_SHARE` passages has it and `_ROW_USES` queries use it. The rows of a block take at most 5 MB.
 _ROW_SHARE: Final = 8
 _ROW_USES: Final = 4
 _ROWS: Final = 256

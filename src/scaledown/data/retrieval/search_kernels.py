@@ -18,7 +18,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 _STRIDE: Final = 64  # passages that are compared at once
 _FEW: Final = 8  # passages of a block that are scored one by one; for more of them all are scored
-_STEPS: Final = 257  # so many times the largest 8-bit weight is the largest 16-bit integer
+_STEPS: Final = 257  # the largest 16-bit integer divided by the largest 8-bit weight
 _MOST_TERMS: Final = 128  # of a query that has bounds; for more of them the steps would be too rough
 
 

@@ -102,8 +102,8 @@ class Session:
 
         Args:
             work: The function that they call, `module:function`.
-            ask: The same for workers that make queries only, those that the teacher writes among them.
-            find: The same for workers that stop before the teacher answers. Where several GPUs share the
+            ask: The same for workers that make only queries, also those that the teacher writes.
+            find: The same for workers that stop before the teacher answers. If several GPUs share the
                 teacher, each of them works alone until then.
         """
         if self.worker:

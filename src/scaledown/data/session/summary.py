@@ -24,9 +24,9 @@ from scaledown.run.stage import StageResult
 from scaledown.urls import is_url
 
 _FEW: Final = 10_000
-"""Examples: from 3,520 the paper's compressor learned nothing that shows in answers (docs/results.md)."""
+"""Examples. With 3,520 the paper's compressor learned nothing that shows in answers (docs/results.md)."""
 _SPLIT: Final = 10
-"""Examples from which a part of them is worth holding out."""
+"""Number of examples from which it is worth holding out a part."""
 
 
 class Result(NamedTuple):
@@ -128,7 +128,7 @@ def _missing(result: Result, config: PrepareConfig) -> Iterator[str]:
 
 
 def failure(result: Result, config: PrepareConfig) -> str | None:
-    """Why a run that has a summary failed, if it did."""
+    """Return why a run that has a summary failed; None if it did not."""
     run = run_of(config)
     if result.given_up:
         lacking = f"part {config.shard}" if result.missing else result.output

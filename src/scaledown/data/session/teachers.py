@@ -79,9 +79,9 @@ def find_teachers(session: Session) -> Teachers:
 
 
 def _keep_backend(session: Session, engine: Engine, generation: Generation) -> str:
-    """The engine that `auto` chose when this run began, else the best one; both teachers must fit it.
+    """Return the engine that `auto` chose when this run began; for a new run, the best one for both teachers.
 
-    One that was installed or exported in between would begin the answers again.
+    Another engine, for example one that was installed since, would make all answers again.
     """
     run, sources, device = session.run, session.sources, session.device
     path = run.path / "engine.json"

@@ -18,7 +18,7 @@ from scaledown.records import Answer, Logprobs
 log = logging.getLogger("scaledown")
 
 SHORTENINGS: Final = 12
-"""Of one prompt, each by a third of its documents, before it is asked without any."""
+"""How often a prompt is shortened, each time by a third of its documents, before all are removed."""
 
 _CHARACTERS_A_TOKEN: Final = 4
 _TOO_LONG: Final = re.compile(

@@ -81,7 +81,7 @@ def heard(answer: Answer, generation: Generation, *, thought: bool = False) -> A
     text = spoken(answer.text)
     if not text and (answer.text or thought or answer.finish_reason == "length"):
         if answer.finish_reason == "length":
-            number = f" {answer.answer_tokens:,}" * bool(answer.answer_tokens)  # not every server tells
+            number = f" {answer.answer_tokens:,}" * bool(answer.answer_tokens)  # not in each reply
             return Rejection(
                 f"all{number} tokens of the reply went into reasoning: {generation.if_cut_short}"
             )

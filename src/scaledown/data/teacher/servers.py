@@ -20,13 +20,13 @@ log = logging.getLogger("scaledown")
 KEY: Final = "OPENAI_API_KEY"
 
 TRIES: Final = 8
-"""Of one prompt, at faults that may be its own."""
+"""Attempts for one prompt, at faults that it may cause itself."""
 REFUSALS: Final = 20
 """Consecutive refusals with one status, without any answer, after which the server is the cause."""
 LATER_REFUSALS: Final = 100
 """The same after an answer: a key has expired, or a firewall has closed."""
 ALIAS: Final = 3
-"""Answers under another name, and none under its own, after which a listed model is taken for an alias."""
+"""Answers under another name, and none under its own, after which a listed name counts as an alias."""
 LOOK_TIMEOUT: Final = 10.0
 GATEWAY: Final = frozenset({502, 503, 504, 529})
 """Statuses of a gateway whose server does not respond."""
@@ -76,7 +76,7 @@ class Servers:
         """Whether an answer came with the requested log probabilities."""
         self._without = 0
         self._refused, self._refusals = "", 0
-        # By URL: answers under other names, where the model is listed, named so, and known by another name.
+        # By URL: answers under other names; servers that list the model, use its name, use another name.
         self._others: Counter[str] = Counter()
         self._lists: set[str] = set()
         self._named: set[str] = set()

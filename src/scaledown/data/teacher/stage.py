@@ -27,7 +27,7 @@ _AGAIN_TEMPERATURE: Final = 0.7
 _KINDS: Final = {"text": pa.large_string(), "finish_reason": pa.large_string(), "answer_logprobs": ARROW}
 """Types of the columns of `Answer` that are not counts."""
 _HEARD: Final = {"left_out", "model"}
-"""What of `Answer` is counted and no column."""
+"""Fields of `Answer` that are counted and have no column."""
 
 
 class Teaching(NamedTuple):

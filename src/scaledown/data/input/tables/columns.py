@@ -83,7 +83,7 @@ def check_doubled(shown: str, names: Sequence[str], meaning: Meaning, column: st
         column: The column of the main part, if a flag gives it; else empty.
 
     Raises:
-        InputError: A part has two columns of this name.
+        InputError: A part is read from a column whose name occurs several times.
     """
     for part, keys in meaning.parts.items():
         if part in meaning.unread:

@@ -55,7 +55,7 @@ class TransformersTeacher:
         stops = stops if isinstance(stops, list) else [stops]
         # A chat model's turn may end with a token that only its tokenizer calls the end.
         self._stops = sorted({stop for stop in [*stops, self._tokenizer.eos_token_id] if stop is not None})
-        # Greedy, whatever decoding the model's authors prefer; only the stop tokens are theirs.
+        # Greedy, also if the model's own config samples; only its stop tokens are kept.
         model.generation_config = GenerationConfig(
             do_sample=False,
             max_new_tokens=generation.max_new_tokens,
