@@ -283,6 +283,7 @@ class IndexResult(NamedTuple):
     """The counts and the size of a finished index."""
 
     stages: dict[str, StageResult]
+    """The records of `passages` and `vectors`."""
     size: int
     """Bytes on disk."""
     given_up: int

@@ -17,9 +17,13 @@ class Prompt(NamedTuple):
     key: str
     """The name of the prompt. It seeds sampling, and reports have it."""
     system: str
+    """The system turn; may be empty."""
     before: str
+    """The text of the user turn before the documents."""
     documents: tuple[str, ...]
+    """The texts of the documents, best first; may be empty."""
     after: str
+    """The text of the user turn after the documents."""
     temperature: float = 0.0
     """0 means greedy decoding; above 0, sampling is seeded by `key`."""
 
@@ -42,11 +46,14 @@ DOCUMENTS: Final = "{documents}"
 
 
 class Template(NamedTuple):
-    """A prompt for questions about documents: the system turn, and the user turn around the documents."""
+    """A prompt for questions about documents; `QUESTION` stands for the question."""
 
     system: str
+    """The system turn; may be empty."""
     before: str
+    """The text of the user turn before the documents."""
     after: str
+    """The text of the user turn after the documents."""
 
 
 # OSCAR, arXiv 2504.07109, figure 14 (the prompt of BERGEN, arXiv 2407.01102).

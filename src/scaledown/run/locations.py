@@ -11,10 +11,12 @@ from scaledown.urls import check_store, is_url, local
 
 
 class File(NamedTuple):
-    """The file that a flag names: its path on this disk, and the storage it belongs to."""
+    """The file that a flag names."""
 
     path: Path
+    """Its path on this disk; for a file in a store, the path in the mirror."""
     storage: Storage
+    """The folder that it is in."""
 
     def __str__(self) -> str:
         return self.storage.shown(self.path)

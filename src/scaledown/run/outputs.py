@@ -82,7 +82,7 @@ def check_folder(output: Path, reads: Iterable[Path], *, made: bool) -> None:
 
 
 def check_apart(what: str, output: str, reads: Iterable[object]) -> None:
-    """Check that an output is no input, and is not inside a folder or URL that is an input.
+    """Check that an output is not an input, and is not inside a folder or URL that is an input.
 
     Args:
         what: The flag of the output, for messages.

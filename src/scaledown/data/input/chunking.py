@@ -74,7 +74,7 @@ class Piece(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """A sentence, part of one, or a heading: where it stands in the article, and its token ids."""
+    """A sentence, part of one, or a heading: its position in the article, and its token ids."""
 
     block: int
     start: int
@@ -140,7 +140,7 @@ class Chunker:
         return [encoding.ids for encoding in encoded]
 
     def _carried_title(self, title: str) -> str:
-        """The title, shortened where it would take more than half of the passage."""
+        """The title, shortened if it would take more than half of the passage."""
         words = title.split()
         while words and len(self._ids([" ".join(words)])[0]) > self._limit // 2:
             words = words[: max(1, len(words) * 3 // 4)] if len(words) > 1 else []
@@ -219,9 +219,9 @@ class Chunker:
         return parts
 
     def _tokenised(self, titles: list[str], packed: list[list[Piece]]) -> list[list[Piece]]:
-        """The pieces with the ids of their whole text; any that is too long after all is halved.
+        """Return the pieces with the ids of their whole text; a piece that is still too long is halved.
 
-        Tokens can merge or part differently once the text is cut, where they cross white space.
+        If tokens can cross white space, the text of a piece may have other tokens than its parts.
         """
         texts = [
             full_text(t, piece.text) for t, pieces in zip(titles, packed, strict=True) for piece in pieces

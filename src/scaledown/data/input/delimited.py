@@ -67,7 +67,9 @@ class Sample(NamedTuple):
     """The first records of a file, read in a dialect."""
 
     dialect: Dialect
+    """The dialect."""
     records: list[list[str]]
+    """The fields of each record."""
     regular: float
     """The share of records that have as many fields as most, 0..1; 0 where a quote is not closed."""
     unclosed: int = 0

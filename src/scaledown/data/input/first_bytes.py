@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes: how it is compressed, its format, or why it holds no data."""
+"""Finds by its first bytes what a file is: its compression, its format, or why it is not data."""
 
 import re
 import shlex
@@ -27,7 +27,7 @@ _FORMATS: Final = (
     (rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<(?!top[ >])[\w-]+[^>]*>\s*)?<top(ic)?[\s>]", TOPICS),
 )
 _UNPACK: Final = "unpack it (`{command} {name}`) and give what was in it"
-# What holds no data that is read, by its first bytes, and what to do about it.
+# Files that are not data, by their first bytes, and the next step for the user.
 _OTHER: Final = (
     (rb".{257}ustar", "a tar archive", _UNPACK.replace("{command}", "tar -xf")),
     (

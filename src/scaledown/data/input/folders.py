@@ -38,9 +38,10 @@ _SUMMED: Final = 5  # files in a summary
 
 
 class Folder(NamedTuple):
-    """What a folder contains."""
+    """The content of a folder."""
 
     files: list[PurePath]
+    """The files that are read, relative to the folder, sorted."""
     passed_over: dict[str, str]
     """The reason for each file and folder that is skipped."""
 

@@ -63,6 +63,7 @@ class Gold(NamedTuple):
     """Right answers by normalized query; not by id, because data sets use the same ids."""
 
     by_query: dict[str, tuple[str, ...]]
+    """The right answers to each query, by `question_key` of its text."""
     counts: Mapping[str, int] = MappingProxyType({})
     """Facts about the files: `gold_came_again`, `gold_without_answer`, `gold_unread`,
     `gold_passed_over`, `gold_guessed`; no zeros."""

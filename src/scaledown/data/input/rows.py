@@ -185,16 +185,18 @@ def _not_whole(path: Source, kind: str, error: Exception) -> InputError:
 
 
 class Columns(NamedTuple):
-    """Which columns of a delimited text are read."""
+    """The columns of a delimited text that are read."""
 
     names: Mapping[str, int]
     """Names in the records, and the places of their columns."""
     needed: str
     """The name of the column that each row must have."""
     width: int
+    """Number of columns."""
     header: Sequence[str] | None
+    """The cells of the header; None if there is none."""
     above: int = 0
-    """Lines above the header that are no rows."""
+    """Lines above the header that are not rows."""
 
 
 def delimited_rows(

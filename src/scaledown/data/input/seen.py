@@ -1,4 +1,4 @@
-"""Queries and ids that have been met."""
+"""Remembers queries and ids, to find repeated ones."""
 
 import hashlib
 import itertools

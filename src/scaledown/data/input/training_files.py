@@ -30,7 +30,7 @@ _SPACE: Final = re.compile(r"[ \t\r\n]*")
 _OPENING_SPACE: Final = re.compile(r"[\ufeff \t\r\n]*")
 _MAX_RECORD_CHARACTERS: Final = 1 << 26
 _WRITABLE: Final = (type(None), datetime.date, datetime.time)
-_MAX_DEPTH: Final = 100  # of what is nested in a record
+_MAX_DEPTH: Final = 100  # of nested values in a record
 _MESSAGES: Final = 100
 
 
@@ -270,7 +270,7 @@ def _unwritable(value: Any, depth: int = 0) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written: it holds no half of a surrogate pair."""
+    """Whether a text can be written: it has no half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -37,14 +37,18 @@ class Spread(NamedTuple):
     """Statistics of lengths, in words."""
 
     name: str
+    """`queries`, `documents` or `answers`."""
     least: int
+    """The minimum."""
     low: float
     """The 5th percentile."""
     median: float
     high: float
     """The 95th percentile."""
     most: int
+    """The maximum."""
     counts: list[int]
+    """The values of a histogram."""
     edges: list[float]
     """Edges of a histogram up to the 99th percentile; one more than counts."""
 
@@ -53,7 +57,9 @@ class Looked(NamedTuple):
     """A record of the sample, and the findings about it."""
 
     record: dict[str, Any]
+    """The record, with documents as strings."""
     tags: tuple[str, ...]
+    """The names of the findings, for example `truncated`."""
     right: tuple[str, ...]
     """Right answers; empty if they are not known."""
 
@@ -62,6 +68,7 @@ class Frequent(NamedTuple):
     """A document that occurs in the records of many queries."""
 
     queries: int
+    """Number of records with it."""
     text: str
     """Empty if no record of the sample has it."""
 
@@ -70,16 +77,25 @@ class Audit(NamedTuple):
     """The findings about a file of training data. `places` count from 1; 0 means nowhere."""
 
     path: Path
+    """The file."""
     records: int
+    """Number of valid records, also those with an empty answer."""
     bad: int
+    """Number of unusable records."""
     messages: list[str]
     """Reasons and line numbers of the first unusable records."""
     repeated_queries: int
+    """Records whose query an earlier one has."""
     documents: int
+    """Number of documents in all records."""
     different_documents: int
+    """The same, without repeated ones."""
     frequent: list[Frequent]
+    """The documents in the most records."""
     sampled: int
+    """Number of records in the sample."""
     spreads: list[Spread]
+    """Lengths of queries, documents and answers in the sample."""
     tags: dict[str, int]
     """Number of records of the sample with each tag."""
     scores: list[list[float]]
@@ -91,6 +107,7 @@ class Audit(NamedTuple):
     finish_known: bool
     """Whether the file says which answers were cut at their limit."""
     shown: list[Looked]
+    """Examples to browse, those with findings first."""
 
 
 def audit(path: Path, gold: Gold | None = None, *, sample: int = SAMPLE, seed: int = 0) -> Audit:

@@ -21,6 +21,7 @@ class Reordering(NamedTuple):
     """Effects of reranking on the first queries of a run. Places count from 1; lists are indexed by place."""
 
     queries: int
+    """Number of queries."""
     firsts: list[int]
     """For each place, how often the passage that is now first was there before reranking."""
     before: list[float]
@@ -30,6 +31,7 @@ class Reordering(NamedTuple):
     gold_before: list[int]
     """For each query with known answers, the place of the first passage with an answer; 0 means nowhere."""
     gold_after: list[int]
+    """The same after reranking."""
 
 
 def reordering(manifest: Mapping[str, Any], work: Storage, gold: Gold | None = None) -> Reordering | None:

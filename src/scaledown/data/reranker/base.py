@@ -11,10 +11,12 @@ from scaledown.errors import ModelError
 
 
 class Pair(NamedTuple):
-    """A query and the text of a document, title included."""
+    """A query and a document."""
 
     query: str
+    """The text of the query."""
     document: str
+    """The text of the document, title included."""
 
 
 class Reranker(Protocol):

@@ -1,9 +1,10 @@
 """Vectors on disk and exact top-k over them.
 
 Sparse vectors are stored inverted, in blocks of consecutive passages: for each term of a block the passages
-that have it, with their weights in float16, 8 bits or float32. Search is exact over what is stored; ties go
-to the earlier passage. Sparse scores do not depend on the sharding, but for 8-bit weights, whose step is a
-shard's; dense ones do in their last bits, because a matrix product does.
+that have it, with their weights in float16, 8 bits or float32. Search is exact over the stored
+weights; ties go to the earlier passage. Sparse scores do not depend on the sharding, except with 8-bit
+weights, whose step depends on the shard. The last bits of dense scores depend on it, because those of a
+matrix product depend on its shape.
 """
 
 import functools
@@ -227,7 +228,7 @@ def _table(kind: "np.dtype[Any]", step: bytes) -> Array:
 def _blocks(shard: pa.Table, numbers: range, room: _Room) -> Iterator[tuple[int, _Block]]:
     """Some blocks of a sparse shard, with float32 weights, each with its first passage.
 
-    One is valid until the next is asked for.
+    A block is valid until the next one is taken.
     """
     size = _shape(shard)[2]
     if "weights" in shard.column_names:
@@ -251,10 +252,12 @@ def _blocks(shard: pa.Table, numbers: range, room: _Room) -> Iterator[tuple[int,
 
 
 class Ranking(NamedTuple):
-    """Top-k of a block of queries, best first: rows of passages int64 and scores float32 [queries, k]."""
+    """The best passages of each query, best first."""
 
     rows: Array
+    """Rows of passages, int64 [queries, k]."""
     scores: Array
+    """Inner products, float32 [queries, k]."""
 
 
 def search(

@@ -243,11 +243,14 @@ def warn_about_changes(run: RunDirectory, home: RunDirectory) -> None:
 
 
 class Part(NamedTuple):
-    """The finished stages of one corpus; `source` is the path or URL that the user gave."""
+    """The finished stages of one corpus."""
 
     source: str
+    """The path or URL that the user gave."""
     passages: Stage
+    """The stage of passages."""
     vectors: Stage
+    """The stage of their vectors."""
 
 
 def change(home: RunDirectory, base: Stage, remove: Collection[str], add: Sequence[Part]) -> IndexState:

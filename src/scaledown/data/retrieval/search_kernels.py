@@ -276,7 +276,7 @@ def _above(values: Array, lowest: Any, found: Array) -> int:
 
 @njit(nogil=True, cache=True)
 def _take(sums: Array, places: Array, first: int, rows: Array, scores: Array) -> None:
-    """Put some passages of the block, whose row is `first` and more, into the top-k of a query."""
+    """Put passages of a block into the top-k of a query; the first row of the block is `first`."""
     last = len(scores) - 1
     lowest = scores[last]
     for number in range(len(places)):

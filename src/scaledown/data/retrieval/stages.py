@@ -42,7 +42,7 @@ Find: TypeAlias = Callable[[Vectors, int, Callable[[float], None]], Ranking]
 
 _QUERIES_AT_ONCE: Final = 8192
 _DENSE_QUERIES_AT_ONCE: Final = 4096  # the last bits of dense scores depend on it
-# Queries of which a large index is searched at once at least: reading it takes as long as searching 600.
+# The fewest queries in a search of a large index: reading it takes as long as a search of 600 queries.
 _QUERIES_AT_LEAST: Final = 1024
 _LARGE: Final = 100_000  # passages
 _COMPARED: Final = 256  # queries whose candidates' texts are compared at once
@@ -217,7 +217,9 @@ class Candidates(NamedTuple):
     """The passages found for a query, best first."""
 
     rows: Array
+    """Rows of passages, int64 [passages]."""
     scores: Array
+    """Their scores, float32 [passages]."""
     collapsed: int = 0
     """The number of passages left out because a better one has the same text."""
 
@@ -355,10 +357,12 @@ def _sample(queries: Stage, load: Callable[[], Encoder]) -> Vectors:
 
 
 class SearchPlan(NamedTuple):
-    """Threads, and shards of queries searched together, chosen so that search fits `--search_memory`."""
+    """How many threads search, and for how many queries, so that search fits `--search_memory`."""
 
     threads: int
+    """Number of threads."""
     shards_at_once: int
+    """Shards of queries searched together."""
 
     @classmethod
     def of(cls, vectors: Stage, config: PrepareConfig, shards: int) -> "SearchPlan":

@@ -26,7 +26,9 @@ class Generation(NamedTuple):
     Engines with their own scheduler ignore it.
     """
     load_in_8bit: bool = False
+    """Whether weights are loaded in 8 bits."""
     load_in_4bit: bool = False
+    """Whether weights are loaded in 4 bits."""
     document_tokens: int = 0
     """Tokens of each document in the prompt; 0 is all."""
     context: int = 0
@@ -108,9 +110,10 @@ class Engine(NamedTuple):
 
 
 class Rejection(NamedTuple):
-    """A prompt that could not be answered, and the reason."""
+    """A prompt that could not be answered."""
 
     reason: str
+    """The reason, for the quarantine."""
 
 
 class Teacher(Protocol):

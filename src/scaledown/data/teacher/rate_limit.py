@@ -26,6 +26,7 @@ class Fault(NamedTuple):
     """The failure of one request."""
 
     reason: str
+    """The reason, for messages."""
     down: bool = False
     """The server seems to be down: counts towards a pause."""
     slow: bool = False

@@ -55,10 +55,12 @@ STOP_WORDS: Final = frozenset(
 
 
 class Review(NamedTuple):
-    """The review of an answer; `problem` is empty, or `empty`, `refusal` or `echo`."""
+    """The review of an answer."""
 
     text: str
+    """The answer, perhaps cut."""
     problem: str
+    """`empty`, `refusal`, `echo`, or an empty text if there is none."""
     groundedness: float
     """Share of the answer's content words that occur in its documents (after K-Precision, Adlakha et al.
     2023, arXiv 2307.16877, here without function words); 1 if it has no content words."""

@@ -41,11 +41,12 @@ MANY_KEYS: Final = ("data", "paragraphs", "qas", "questions")
 
 
 class Meaning(NamedTuple):
-    """The parts that a command reads from a table, each with the names that its column may have."""
+    """The parts that a command reads from a table."""
 
     main: str
     """The part that each row must have."""
     parts: Mapping[str, tuple[str, ...]]
+    """The names that the column of each part may have, in lower case, the most likely first."""
     flag: str
     """The flag that names the column of the main part; empty if there is none."""
     rivals: Mapping[str, tuple[str, ...]] = MappingProxyType({})
@@ -85,6 +86,7 @@ class Reading(NamedTuple):
     """How a file is read."""
 
     format: str
+    """The format in words; empty for an article or an empty file."""
     columns: Mapping[str, str]
     """The column of each part, by the part."""
     header: bool | None

@@ -134,7 +134,16 @@ class _Asked(NamedTuple):
 
 
 class OpenVINOTeacher:
-    """A causal LM in OpenVINO's engine, which schedules prompts itself."""
+    """A causal LM in OpenVINO's engine, which schedules prompts itself.
+
+    Args:
+        source: The model. It is exported to the cache once, see `export`.
+        generation: How it decodes.
+
+    Raises:
+        MissingExtraError: OpenVINO GenAI is not installed.
+        ModelError: The model cannot be loaded, or OpenVINO cannot run it.
+    """
 
     def __init__(self, source: ModelSource, generation: Generation) -> None:
         library = openvino_genai()

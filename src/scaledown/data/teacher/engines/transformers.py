@@ -33,7 +33,17 @@ class _Written(NamedTuple):
 
 
 class TransformersTeacher:
-    """A causal LM that answers prompts in batches of similar length. Decodes as `generation` says."""
+    """A causal LM that answers prompts in batches of similar length.
+
+    Args:
+        source: The model.
+        device: cpu, cuda, cuda:N or mps.
+        dtype: auto, float32, bfloat16 or float16.
+        generation: How it decodes.
+
+    Raises:
+        ModelError: The model cannot be loaded, or its context is too small for `max_new_tokens`.
+    """
 
     def __init__(self, source: ModelSource, device: str, dtype: str, generation: Generation) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig

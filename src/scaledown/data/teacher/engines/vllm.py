@@ -27,7 +27,24 @@ _WAITING: Final = 2048  # requests in the engine: enough to keep it busy, with b
 
 
 class VllmTeacher:
-    """A causal LM in vLLM's engine, which schedules prompts itself. It loads quantised checkpoints too."""
+    """A causal LM in vLLM's engine, which schedules prompts itself. It loads quantised checkpoints too.
+
+    The engine starts when the first prompt is asked.
+
+    Args:
+        source: The model.
+        device: cpu, cuda or cuda:N.
+        dtype: auto, float32, bfloat16 or float16.
+        generation: How it decodes.
+        lora: The folder of a LoRA adapter; empty for none.
+        tensor_parallel: Number of GPUs that share the model.
+        memory: The share of the device's memory that the engine may use, see `VllmEngine`.
+
+    Raises:
+        MissingExtraError: vLLM is not installed.
+        ModelError: vLLM is built for another kind of device, there are too few GPUs, or the model's tokenizer
+            cannot be loaded.
+    """
 
     def __init__(
         self,
