@@ -72,7 +72,7 @@ class Plan(NamedTuple):
     stages: list[StagePlan]
     """The stages, in order."""
     missing: list[str]
-    """Models and devices that the run lacks here."""
+    """Models, disk space and devices that the run lacks here."""
     sampled: str
     """The rows that the plan is based on, in words."""
     device: str

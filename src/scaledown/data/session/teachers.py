@@ -21,11 +21,11 @@ class Teachers(NamedTuple):
     template: Template
     """The text around question and documents."""
     device: str
-    """Cpu, cuda, cuda:N or mps."""
+    """cpu, cuda, cuda:N or mps."""
     dtype: str
     """The dtype for loading a model."""
     settings: dict[str, Any]
-    """Everything that answers depend on, except for the model."""
+    """Settings that answers depend on, without model, documents and temperature."""
 
     def load(self, model: ModelSource, spent_tokens: int = 0, logprobs: int = 0) -> Teacher:
         """Load a teacher.
