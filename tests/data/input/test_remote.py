@@ -348,7 +348,9 @@ def test_a_host_that_is_not_found(monkeypatch) -> None:
 def test_a_store_without_its_package_names_the_extra(scheme: str, package: str, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, scheme, raising=False)  # another test's
-    with pytest.raises(MissingExtraError, match=re.escape(f"needs another package: {install_command(scheme)}")):
+    with pytest.raises(
+        MissingExtraError, match=re.escape(f"needs another package: {install_command(scheme)}")
+    ):
         files.locate(f"{scheme}://bucket/c.jsonl", "--corpus_path")
 
 
