@@ -37,6 +37,7 @@ class Tokens(NamedTuple):
     """A document in the generator's tokens, cut at the model's `doc_max_length`."""
 
     text: str
+    """The whole text of the document."""
     ids: list[int]
     """[tokens]."""
     spans: list[tuple[int, int]]
@@ -97,7 +98,12 @@ def answer(
 
 
 def tokenised(model: "ScaleDownModel", document: str) -> Tokens:
-    """Tokenize a document for the generator, cut at the same length as for the compressor."""
+    """Tokenize a document for the generator, cut at the same length as for the compressor.
+
+    Args:
+        model: Its tokenizer and `doc_max_length` are used.
+        document: The text.
+    """
     read = model.tokenizer(
         document,
         add_special_tokens=False,
@@ -110,17 +116,39 @@ def tokenised(model: "ScaleDownModel", document: str) -> Tokens:
 
 
 def memory_tokens(model: "ScaleDownModel", document: Tokens, rate: int) -> int:
-    """Return how many memory tokens compression has for a document at a rate; 0 is the model's own rate."""
+    """Return how many memory tokens compression has for a document.
+
+    Args:
+        model: Its settings are used.
+        document: The document's tokens.
+        rate: Document tokens for each memory token; 0 is the model's own rate.
+    """
     return model.config.memory_tokens_of(len(document.ids), rate or model.config.compression_rate)
 
 
 def best(weights: Sequence[float], count: int) -> list[int]:
-    """Return the indices of the `count` highest weights, ascending; equal weights: the first index wins."""
+    """Choose the highest weights. Of equal weights the first is chosen.
+
+    Args:
+        weights: [tokens].
+        count: Number of weights to choose; all if there are fewer.
+
+    Returns:
+        Indices, ascending.
+    """
     return sorted(sorted(range(len(weights)), key=lambda place: -weights[place])[:count])
 
 
 def weighing(system: str, config: EvaluateConfig) -> Weigh:
-    """Return the function that weighs tokens for one of `READERS`."""
+    """Return the function that weighs tokens for a baseline.
+
+    Args:
+        system: One of `READERS`.
+        config: `seed` for `random`; for `keywords` its model, device and dtype.
+
+    Raises:
+        ModelError: The model for `keywords` cannot be loaded.
+    """
     if system == "first":
         return lambda _, documents: [[-float(place) for place in range(len(one.ids))] for one in documents]
     if system == "random":
@@ -129,7 +157,16 @@ def weighing(system: str, config: EvaluateConfig) -> Weigh:
 
 
 def random_weights(seed: int, query: str, documents: Sequence[Tokens]) -> list[list[float]]:
-    """Draw weights that depend on the seed and the query alone."""
+    """Draw weights that depend on the seed and the query alone.
+
+    Args:
+        seed: The seed of the evaluation.
+        query: The question.
+        documents: The tokens of its documents.
+
+    Returns:
+        [documents][tokens], from 0 to 1.
+    """
     random = Random(f"{seed} {query}")  # noqa: S311
     return [[random.random() for _ in one.ids] for one in documents]
 
@@ -162,21 +199,39 @@ class Keywords:
 
 
 def echo(model: "ScaleDownModel", query: str, documents: Sequence[str], *, rate: int, budget: str) -> str:
-    """Return the tokens that a pointer picks in all documents, as text.
+    """Answer with the tokens that a pointer picks in all documents.
+
+    Args:
+        model: A pointer.
+        query: The question.
+        documents: The texts of its documents.
+        rate: Document tokens for each picked token; 0 is the model's own rate.
+        budget: `each` or `shared`, see `ScaleDownModel.point`.
+
+    Returns:
+        The tokens as text; empty if nothing is picked.
 
     Raises:
-        UsageError: The model is not a pointer.
+        UsageError: The model is not a pointer, or does not support the rate or the budget.
     """
     found = model.point(query, documents, compression_rate=rate, budget=budget)
     return " ".join(filter(None, (text_of(model, own.ids, own.picked) for own in found)))
 
 
 def echo_span(model: "ScaleDownModel", query: str, documents: Sequence[str]) -> str:
-    """Return the most probable token of all documents with its neighbours, as text.
+    """Answer with the most probable token of all documents and its neighbours.
 
     Probabilities are a softmax of a pointer's scores over all tokens of the documents. The span grows by its
     more probable neighbour, up to 8 tokens, while that neighbour has at least a quarter of the probability of
     the first token.
+
+    Args:
+        model: A pointer.
+        query: The question.
+        documents: The texts of its documents.
+
+    Returns:
+        The span as text; empty if the documents have no tokens.
 
     Raises:
         UsageError: The model is not a pointer.
@@ -199,7 +254,13 @@ def echo_span(model: "ScaleDownModel", query: str, documents: Sequence[str]) -> 
 
 
 def text_of(model: "ScaleDownModel", ids: Sequence[int], places: Iterable[int]) -> str:
-    """Decode some tokens of a document: adjacent tokens together, others joined by a space."""
+    """Decode some tokens of a document: adjacent tokens together, others joined by a space.
+
+    Args:
+        model: Its tokenizer is used.
+        ids: [tokens] of the document.
+        places: Indices in `ids`, ascending.
+    """
     runs = itertools.groupby(enumerate(places), lambda pair: pair[1] - pair[0])
     texts = (model.tokenizer.decode([ids[place] for _, place in run]).strip() for _, run in runs)
     return " ".join(filter(None, texts))

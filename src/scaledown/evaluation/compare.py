@@ -322,7 +322,15 @@ def _write(output: Path, comparison: Comparison) -> None:
 
 
 def numbers(comparison: Comparison) -> str:
-    """Return CSV with a line for each number: run, model, system, measure, value, interval, questions."""
+    """Return all numbers of a comparison as CSV.
+
+    Args:
+        comparison: Its runs and their costs.
+
+    Returns:
+        A line of headings and a line for each number: run, settings of the model, system, batch, measure,
+        value, ends of the 95% interval (of the quartiles for seconds), number of questions.
+    """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     made = ("compressor", "num_layers", "compression_rate", "memory_tokens", "enable_reranking")
@@ -349,7 +357,12 @@ def numbers(comparison: Comparison) -> str:
 
 
 def summary(comparison: Comparison, config: CompareConfig) -> str:
-    """Return what the finished command prints: a line for each run, and the path of the page."""
+    """Return what the finished command prints: a line for each run, and the path of the page.
+
+    Args:
+        comparison: The result of `compare`.
+        config: The settings of the command.
+    """
     from scaledown.evaluation.pages import quality_rows
 
     columns, rows = quality_rows(comparison)

@@ -48,17 +48,24 @@ class Seconds(NamedTuple):
 
     @classmethod
     def of(cls, seconds: Sequence[float], queries: int) -> "Seconds":
-        """Compute the seconds of a query from the seconds of whole batches of `queries`."""
+        """Compute the seconds of one query.
+
+        Args:
+            seconds: Seconds of each repetition of a whole batch; at least one.
+            queries: Number of queries in the batch.
+        """
         each = [value / queries for value in seconds]
         low, _, high = statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else each * 3
         return cls(statistics.median(each), low, high)
 
 
 class Cost(NamedTuple):
-    """Costs of one query in a batch of `batch`. Without compression, its FLOPs and seconds are 0."""
+    """Costs of one query in a batch. Without compression, the FLOPs and seconds of compression are 0."""
 
     system: str
+    """`compressed` or `uncompressed`."""
     batch: int
+    """Number of queries in the batch."""
     compression_flops: float
     generation_flops: float
     compression: Seconds
@@ -174,7 +181,16 @@ def _of_batch(
 
 
 def inputs(model: "ScaleDownModel", batch: int, shape: Shape) -> tuple[list[str], list[list[str]]]:
-    """Make `batch` queries with documents, of words that are one token each."""
+    """Make queries with documents, of words that are one token each. They are the same in each call.
+
+    Args:
+        model: Its tokenizer is used.
+        batch: Number of queries.
+        shape: Lengths, in words.
+
+    Returns:
+        The queries, and for each query its documents.
+    """
     import torch
 
     words = one_token_words(model.tokenizer)
@@ -202,7 +218,14 @@ def one_token_words(tokenizer: Any) -> list[str]:
 
 
 def flops(call: Callable[[], object]) -> float:
-    """Count the FLOPs of matrix products and attention in a call, by torch: a multiply-add is two."""
+    """Count the FLOPs of matrix products and attention in a call, by torch.
+
+    Args:
+        call: Is called once.
+
+    Returns:
+        Floating-point operations; a multiply-add is two.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -398,7 +398,12 @@ def _evaluate_rankings(config: EvaluateConfig, run: RunDirectory, known: dict[st
 
 
 def summary(results: Results, config: EvaluateConfig) -> str:
-    """Return what the finished command prints: measures with intervals, problems, the next command."""
+    """Return what the finished command prints: measures with intervals, problems, the next command.
+
+    Args:
+        results: The result of `evaluate`.
+        config: The settings of the command.
+    """
     output, counts = config.output_dir, results.counts
     if results.kind == "rankings":
         lines = [f"{output}: {counts['queries']:,} judged queries"]

@@ -56,6 +56,9 @@ def grade(reply: str) -> float | None:
 
     A grade is `number: name` as the prompt asks, the only number, or a name alone.
 
+    Args:
+        reply: The judge's reply to `judge_prompt`.
+
     Returns:
         0, 0.5 or 1; None if the reply has no grade, or names of other grades too.
     """
@@ -87,16 +90,20 @@ def preference(there: str, back: str) -> float | None:
 
 
 class Judging(NamedTuple):
-    """How the judge is loaded and asked. `settings` holds everything that its verdicts depend on."""
+    """How the judge is loaded and asked."""
 
     load: Callable[[int], Teacher]
     """Loads the judge; the argument is the number of tokens spent on it before."""
     device: str
+    """`cpu`, `cuda`, `cuda:N` or `mps`."""
     at_once: int
     """Shards whose prompts are sent together."""
     settings: dict[str, Any]
+    """Everything that its verdicts depend on."""
     flush_seconds: float
+    """Seconds after which replies are written to disk at the latest."""
     prices: tuple[float, float]
+    """Prices of a million tokens of prompts, and of replies, to show the cost."""
 
     @classmethod
     def of(
@@ -106,9 +113,18 @@ class Judging(NamedTuple):
         identities: Mapping[str, str],
         machine: Mapping[str, str],
     ) -> "Judging":
-        """Create it from the settings, and from the device and dtype of the evaluation.
+        """Create it from the settings of an evaluation.
 
-        Raises `ModelError` if the server or the model cannot be reached.
+        Args:
+            config: The settings.
+            source: The judge; without a location it is behind a server.
+            identities: The exact weights of the `judge`, and of its `lora` adapter if it has one.
+            machine: Device and dtype of the evaluation.
+
+        Raises:
+            MissingExtraError: The engine of the judge is not installed.
+            ModelError: The server or the model cannot be reached, or the engine cannot run the model.
+            UsageError: The engine does not support one of the settings.
         """
         device = choose_device(config.device)
         size = EngineConfig.batch_for("teacher_batch_size", config.teacher_batch_size, device)
@@ -279,6 +295,14 @@ def _table(
 
 
 def read(stage: Stage, shard: int) -> list[float | None]:
-    """Return the verdicts of one shard; None for replies without a verdict."""
+    """Return the verdicts of one shard.
+
+    Args:
+        stage: A finished stage of verdicts.
+        shard: The number of the shard.
+
+    Returns:
+        A verdict from 0 to 1 for each question; None for replies without a verdict.
+    """
     verdicts: list[float | None] = stage.table(shard).column("verdict").to_pylist()
     return verdicts

@@ -35,7 +35,12 @@ _HOW: Final = (
 
 
 def evaluation_page(results: Results, answers: Path) -> Page:
-    """Make the page of one evaluation; `answers` is the path of its `answers.jsonl`."""
+    """Make the page of one evaluation.
+
+    Args:
+        results: The results, of kind `answers`.
+        answers: The path of its `answers.jsonl`; the first `SHOWN` questions are on the page.
+    """
     model = results.model
     whose = "gold answers" if results.right_answers == "gold" else "the teacher's answers taken as right"
     lead = (
@@ -72,7 +77,10 @@ def _measures(results: Results) -> Table:
 
 
 def _apart(results: Results) -> list[Block]:
-    """Measures for questions whose documents hold a right answer, and for others; none if all are alike."""
+    """Measures for questions whose documents hold a right answer, and for the others.
+
+    There are none if all questions are of one kind.
+    """
     rows = held_rows(results)
     if not rows:
         return []
@@ -143,7 +151,14 @@ def comparison_page(comparison: Comparison) -> Page:
 
 
 def quality_rows(comparison: Comparison) -> tuple[Sequence[str], list[list[Cell]]]:
-    """Return columns and rows, a row for each run and baseline: quality, and how much cheaper than text."""
+    """Return the table of quality, and of how much cheaper compressed documents are than text.
+
+    Args:
+        comparison: Its baselines come first.
+
+    Returns:
+        The columns, and a row for each baseline of each run and for each run.
+    """
     batches = sorted({cost.batch for run in comparison.runs for cost in run.costs})
     columns = ["run", "compressor", "rate", "accuracy", "F1", f"accuracy against {comparison.reference}"]
     columns += ["fewer FLOPs", *(f"faster, batch {batch}" for batch in batches)]

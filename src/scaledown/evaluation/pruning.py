@@ -18,7 +18,9 @@ class Sentence(NamedTuple):
     """A sentence of a document. It is scored with the document's title, and kept without it."""
 
     document: int
+    """Index of the document."""
     title: str
+    """The title of the document; empty if it has none."""
     text: str
 
 
@@ -40,10 +42,16 @@ def split(documents: Sequence[str]) -> list[Sentence]:
 
 
 def keep(found: Sequence[Sentence], scores: Sequence[float], budget: int, tokens: Tokens) -> list[str]:
-    """Keep the best sentences that fit into `budget` tokens together.
+    """Keep the best sentences that fit into a number of tokens.
 
     Sentences are tried from the best to the worst; each that still fits is kept. If none fits, the beginning
     of the best one is kept.
+
+    Args:
+        found: The sentences of all documents, in reading order.
+        scores: The relevance of each sentence.
+        budget: The most tokens of all kept sentences together.
+        tokens: The generator's tokenizer.
 
     Returns:
         One text for each document that has kept sentences; sentences are in reading order.

@@ -35,7 +35,9 @@ class Question(NamedTuple):
 
     query: str
     documents: list[str]
+    """Texts; a title is on the first line."""
     right: list[str]
+    """Right answers, at least one."""
     article: str
     """The title of the first document, or the question itself. Questions on the same article are similar."""
     scores: list[float] | None
@@ -122,5 +124,10 @@ def _scores(given: object, documents: int) -> list[float] | None:
 
 
 def read(stage: Stage, shard: int) -> list[Question]:
-    """Return the questions of one shard."""
+    """Return the questions of one shard.
+
+    Args:
+        stage: A stage that `collect` has filled.
+        shard: The number of the shard.
+    """
     return [Question(**record) for record in stage.table(shard).to_pylist()]

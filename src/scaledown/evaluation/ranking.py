@@ -178,7 +178,17 @@ def _number(text: str, where: str, form: _Form, *, whole: bool) -> float:
 
 
 def parse_measures(names: Sequence[str]) -> list[Any]:
-    """Parse the names in `--measures`. Raises `UsageError` for a name that ir_measures does not know."""
+    """Parse the names in `--measures`.
+
+    Args:
+        names: Names as ir_measures writes them: `nDCG@10`, `R@20`, `RR@10`, `AP`.
+
+    Returns:
+        Measures of ir_measures.
+
+    Raises:
+        UsageError: ir_measures does not know a name.
+    """
     import ir_measures
 
     found = []
@@ -196,6 +206,11 @@ def per_query(
     run: Scores, qrels: dict[str, dict[str, int]], measures: Sequence[Any]
 ) -> dict[str, list[float]]:
     """Compute each measure for each query.
+
+    Args:
+        run: The scores of the retrieved documents.
+        qrels: The relevance of judged documents.
+        measures: The result of `parse_measures`.
 
     Returns:
         By the measure's name, a value for each query of `qrels` in its order; 0 if the run lacks the query.
@@ -238,7 +253,13 @@ def _untied(run: Scores, qrels: Mapping[str, Mapping[str, int]]) -> tuple[dict[s
 def write_queries(
     path: Path, queries: Sequence[str], values: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> None:
-    """Write a line for each query, with every measure of every run."""
+    """Write a line for each query, with every measure of every run.
+
+    Args:
+        path: The file; it appears in one step.
+        queries: The ids of the queries.
+        values: By run and measure, a value for each query, in the order of `queries`.
+    """
     with atomic(path) as temporary, temporary.open("wb") as file:
         for place, query in enumerate(queries):
             runs = {run: {name: own[place] for name, own in found.items()} for run, found in values.items()}

@@ -48,6 +48,7 @@ class Results(NamedTuple):
     request: str
     """Fingerprint of settings, models and inputs."""
     parameters: dict[str, Any]
+    """The settings of the command."""
     inputs: dict[str, Any]
     """Hashes of the input files."""
     models: dict[str, str]
@@ -58,7 +59,9 @@ class Results(NamedTuple):
     """The source of right answers: `gold`, `teacher`, or `qrels`."""
     counts: dict[str, int]
     baseline: str
+    """The system, or the run, that the others are compared with."""
     systems: dict[str, SystemResult]
+    """The results of each system; for rankings of each run."""
     files: dict[str, str]
     """Hashes of the other files in the output folder, by name."""
 
@@ -70,6 +73,7 @@ class Run(NamedTuple):
     folder: Path
     results: Results
     costs: list[Cost]
+    """Two for each measured size of batch: compressed and uncompressed; empty if costs were not measured."""
     differences: dict[str, Difference]
     """Differences of its compressed answers to the reference, by measure; empty for the reference itself."""
 
@@ -85,7 +89,12 @@ class Run(NamedTuple):
         return found
 
     def cost(self, system: str, batch: int) -> Cost | None:
-        """Return the cost of a query of a system in batches of this size; None if it was not measured."""
+        """Return the cost of a query; None if it was not measured.
+
+        Args:
+            system: `compressed` or `uncompressed`.
+            batch: Number of queries in a batch.
+        """
         return next((one for one in self.costs if (one.system, one.batch) == (system, batch)), None)
 
 
@@ -96,7 +105,9 @@ class Comparison(NamedTuple):
     reference: str
     """The system of the first run that the others are compared with."""
     machine: str
+    """The machine that costs were measured on."""
     shape: Shape
+    """The sizes of a timed query."""
     batches: list[int]
     """Requested sizes of batches; a run has no costs for those that did not fit into memory."""
 
@@ -157,7 +168,12 @@ def _chosen(
 
 
 def write_results(folder: Path, results: Results) -> None:
-    """Write `results.json`."""
+    """Write `results.json`.
+
+    Args:
+        folder: An existing folder.
+        results: The results.
+    """
     content = results._asdict()
     content["systems"] = {
         name: {
@@ -173,7 +189,14 @@ def write_results(folder: Path, results: Results) -> None:
 
 
 def read_results(folder: Path) -> Results:
-    """Read `results.json` of a folder. Raises `InputError` if `scaledown evaluate` has not written it."""
+    """Read the results in a folder.
+
+    Args:
+        folder: The `--output_dir` of `scaledown evaluate`.
+
+    Raises:
+        InputError: The folder has no `results.json` of this version.
+    """
     content = read_json(folder / FILE)
     try:
         if content["schema"] != SCHEMA:
@@ -213,7 +236,10 @@ def table(results: Results) -> str:
 
 
 def held_table(results: Results) -> str:
-    """Return a text table: accuracy for questions whose documents hold a right answer, and for the others."""
+    """Return a text table: accuracy for questions whose documents hold a right answer, and for the others.
+
+    It is empty if all questions are of one kind.
+    """
     rows = [row for row in held_rows(results) if row[0] == _MAIN]
     if not rows:
         return ""

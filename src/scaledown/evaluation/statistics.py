@@ -15,7 +15,10 @@ _AT_ONCE: Final = 1 << 22  # numbers in memory at a time
 
 
 class Estimate(NamedTuple):
-    """A mean over `n` questions and its 95% interval; `low` and `high` are None for a single group."""
+    """A mean over `n` questions and its 95% interval, in the unit of the values.
+
+    `low` and `high` are None if there are fewer than two groups.
+    """
 
     mean: float
     low: float | None
@@ -30,7 +33,10 @@ class Estimate(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A mean of paired differences over `n` questions, its 95% interval, and a two-sided p-value."""
+    """A mean of paired differences over `n` questions, its 95% interval, and a two-sided p-value.
+
+    `low` and `high` are None and the p-value is 1 if there are fewer than two groups.
+    """
 
     mean: float
     low: float | None
@@ -88,6 +94,15 @@ def difference(
     The p-value is that of a paired randomisation test (Fisher 1935; for retrieval Smucker et al. 2007). The
     test swaps the two systems group by group; the p-value is the share of swaps with a difference at least as
     large as the observed one. All swaps are tried if there are few, otherwise 9,999 random ones.
+
+    Args:
+        one: A value for each question, higher is better.
+        other: The value of the other system for each question, in the same order.
+        groups: The group of each question; without it each question is a group.
+        seed: Seed of the resampling and of the swaps.
+
+    Returns:
+        The mean of `one - other`, with interval and p-value; the mean is NaN if there are no values.
     """
     pairs = np.asarray(one, np.float64) - np.asarray(other, np.float64)
     found = estimate(pairs.tolist(), groups, seed=seed)

@@ -100,6 +100,14 @@ def answer(
 
 
 def read(stage: Stage, shard: int) -> list[str]:
-    """Return the answers of one shard, in the order of its questions."""
+    """Return the answers of one shard.
+
+    Args:
+        stage: A stage that `answer` has filled.
+        shard: The number of the shard.
+
+    Returns:
+        The answers in the order of the shard's questions; empty for a question that could not be asked.
+    """
     answers: list[str] = stage.table(shard).column("answer").to_pylist()
     return answers

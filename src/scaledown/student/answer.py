@@ -104,7 +104,7 @@ def _is_file(text: str) -> bool:
 
 
 def _loader(source: ModelSource, config: AnswerConfig) -> tuple[Callable[[], Any], str, AnswerConfig]:
-    """Return what loads the model with its engine, the engine, and settings with what `auto` and 0 mean."""
+    """Return a function that loads the model, the engine's name, and settings without automatic values."""
     from scaledown.student.engine_choice import choose_engine
     from scaledown.student.model import ScaleDownModel
 
@@ -125,7 +125,7 @@ def _loader(source: ModelSource, config: AnswerConfig) -> tuple[Callable[[], Any
 
 
 def _way(config: AnswerConfig) -> dict[str, Any]:
-    """Return the options that say how the model reads documents."""
+    """Return the arguments of `answer` and `stream` that decide how documents are read."""
     return {
         "compressed": not config.uncompressed,
         "compression_rate": config.compression_rate,
@@ -268,7 +268,15 @@ def _answers(model: Any, records: list[dict[str, Any]], config: AnswerConfig) ->
 
 
 def summary(result: Answered, config: AnswerConfig) -> str:
-    """Return what the finished command prints about the file of answers; empty without a file."""
+    """Return what the finished command prints about the file of answers.
+
+    Args:
+        result: The result of `answer`.
+        config: The settings of the command.
+
+    Returns:
+        One line; empty without a file.
+    """
     if not config.output_file:
         return ""
     errors = f", {result.failed:,} with an error instead of an answer" if result.failed else ""

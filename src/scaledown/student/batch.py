@@ -119,12 +119,9 @@ def collate(examples: Sequence[Encoded], *, one_group: bool = False) -> Batch:
     """Make one batch of examples.
 
     Args:
-        examples: The examples.
+        examples: One or more examples.
         one_group: Whether all documents are one group, as processes need that share a model: each must run
             the compressor as often as the others. Without documents the group has one that stands in.
-
-    Returns:
-        The batch.
     """
     length = max(example.prompt_length + len(example.answer_ids) for example in examples)
     ids = torch.zeros(len(examples), length, dtype=torch.long)  # [batch, length]
@@ -203,9 +200,8 @@ def _grouped(documents: Sequence[Document]) -> Group:
 def _partition(lengths: Sequence[int], kept: Sequence[int], most_tokens: int) -> list[list[int]]:
     """Sort the indices of `lengths` by length and cut them into parts of the least total cost.
 
-    `kept` are the lengths that must fit into `most_tokens`, with those of a part padded to the longest.
-
-    The cost is the number of tokens with padding, plus a fixed cost for each part. The best cuts are found by
+    `kept` are the lengths that must fit into `most_tokens`, with those of a part padded to the longest. The
+    cost is the number of tokens with padding, plus a fixed cost for each part. The best cuts are found by
     dynamic programming: `best[n]` is the least cost of the documents before the n-th possible cut.
     """
     order = sorted(range(len(lengths)), key=lambda place: lengths[place])
@@ -240,10 +236,7 @@ class _Pieces(Context):
     """The teacher's prompt, cut into pieces around documents that the generator reads as embeddings."""
 
     def spelled(self, text: str) -> str:
-        """Neutralize special tokens and the mark of the documents in a user's text.
-
-        The mark goes first: without it, the text around it may be a special token.
-        """
+        """Remove the mark of the documents, then neutralize special tokens: the mark may have split one."""
         return self.spelled_apart(text.replace(_DOCUMENTS[0], ""))
 
     def around(self, prompt: Prompt, documents: int) -> list[list[int]]:
@@ -326,22 +319,25 @@ class Reader:
         )
 
     def prompt_parts(self, query: str, documents: int, system: str = "") -> list[list[int]]:
-        """Return the generator's prompt around `documents` documents that are already embeddings.
+        """Return the generator's prompt around documents that are already embeddings.
 
-        A `system` message replaces the template's.
+        Args:
+            query: The question.
+            documents: Number of documents, at least 1.
+            system: Replaces the system message of the template; empty keeps it.
+
+        Returns:
+            Token ids before, between and after the documents: one list more than there are documents.
         """
         return self._pieces.around(self._instructed(self._prompt(query), system), documents)
 
     def encode_text(
         self, query: str, documents: Sequence[object], max_new_tokens: int, system: str = ""
     ) -> Encoded:
-        """Encode a prompt as plain text, as the teacher reads it: with the documents' text, or without any.
-
-        If the documents do not fit into the context, their ends are cut, from the last document on. A
-        `system` message replaces the template's.
+        """Encode a prompt with the documents' text, as the teacher reads it. Arguments as for `fit_text`.
 
         Raises:
-            InputError: The question alone does not fit.
+            InputError: The question alone does not fit into the context, or a document is of another type.
         """
         fitted = self.fit_text(query, documents, max_new_tokens, system)
         if isinstance(fitted, Rejection):
@@ -351,9 +347,17 @@ class Reader:
     def fit_text(
         self, query: str, documents: Sequence[object], max_new_tokens: int, system: str = ""
     ) -> tuple[list[int], int] | Rejection:
-        """Return the token ids of `encode_text`, and the number of document tokens cut to fit the context.
+        """Tokenize a prompt with the documents' text; if it is too long, the last documents are cut.
 
-        If the question alone does not fit, return a `Rejection`, whose reason does not quote it.
+        Args:
+            query: The question.
+            documents: Strings or `{"title", "text"}`; without any, the prompt has no documents.
+            max_new_tokens: Tokens of the context that are left free for the answer.
+            system: Replaces the system message of the template; empty keeps it.
+
+        Returns:
+            The token ids and the number of document tokens that were cut. If the question alone does not fit,
+            a `Rejection`, whose reason does not quote the question.
         """
         texts = [document_text(document) for document in documents]
         template = self._config.template if texts else CLOSED_BOOK

@@ -62,23 +62,40 @@ class Compressor:
     learn in pretraining to repeat and to continue text."""
 
     def add_parts(self, model: Any) -> None:
-        """Add weights to a model, as attributes. `from_pretrained` or `start` sets their values."""
+        """Add weights to a model, as attributes. `from_pretrained` or `start` sets their values.
+
+        Args:
+            model: The `ScaleDownModel`; its `generator`, `compressor` and `config` are set.
+        """
 
     def start(self, model: Any, tokenizer: Any) -> None:
-        """Set the initial values of a model for training. `tokenizer` is the generator's."""
+        """Set the initial values of the kind's weights, for training.
+
+        Args:
+            model: The `ScaleDownModel`, with pretrained weights in `generator` and `compressor`.
+            tokenizer: The generator's tokenizer.
+        """
 
     def loaded(self, model: Any) -> None:
-        """Correct what loading from a folder has changed in a model."""
+        """Correct what loading from a folder has changed in a model.
+
+        Args:
+            model: The `ScaleDownModel`; all weights are loaded, its tokenizers are not set yet.
+        """
 
     def choose_pretrained(self, model: Any) -> None:
-        """Turn off the gradients of weights that are trained later but not in pretraining."""
+        """Turn off the gradients of weights that are trained later but not in pretraining.
+
+        Args:
+            model: The `ScaleDownModel`, before pretraining.
+        """
 
     def loss(self, compressed: Compressed, copied: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor | None:
         """Compute an additional loss, besides the one on answers.
 
         Args:
             compressed: The result of `compress`.
-            copied: [documents, tokens]: 1 for tokens that the answer copies.
+            copied: [documents, longest document] float32: 1 for tokens that the answer copies, else 0.
             sizes: Number of documents of each question.
 
         Returns:
@@ -97,11 +114,22 @@ class Compressor:
 
         Returns:
             [documents, memory tokens, width].
+
+        Raises:
+            NotImplementedError: The kind defines `compress` instead.
         """
         raise NotImplementedError
 
     def embed(self, model: Any, states: torch.Tensor) -> Compressed:
-        """Turn the `states` of all documents, in order, into embeddings for the generator."""
+        """Turn the `states` of all documents into embeddings for the generator.
+
+        Args:
+            model: The `ScaleDownModel`.
+            states: [documents, memory tokens, width], in the order of the documents' `places`.
+
+        Returns:
+            The embeddings. Here they are the states themselves, without relevance.
+        """
         return Compressed(states.flatten(0, 1), [states.shape[1]] * len(states), None)
 
     def compress(self, model: Any, groups: Sequence[Any], shared: Sequence[int]) -> Compressed:
@@ -129,5 +157,12 @@ def nothing(model: Any) -> Compressed:
 
 
 def in_order(groups: Sequence[Any]) -> torch.Tensor:
-    """Return the permutation that sorts the documents of all groups, concatenated, by their `places`."""
+    """Return the permutation that sorts the documents of all groups, concatenated, by their `places`.
+
+    Args:
+        groups: One or more groups.
+
+    Returns:
+        [documents] int64: indices into the concatenated groups.
+    """
     return torch.cat([group["places"] for group in groups]).argsort()

@@ -69,7 +69,11 @@ class Decoding:
         self._cache, self._mask, self._places, self.logits = cache, mask, places, logits
 
     def step(self, tokens: torch.Tensor) -> None:
-        """Feed each row its next token, [rows]."""
+        """Compute the scores of each row's token after the next one.
+
+        Args:
+            tokens: [rows]: the next token of each row.
+        """
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self), 1)], 1)
         self._places = self._places + 1
         self.logits, self._cache = self._forward(

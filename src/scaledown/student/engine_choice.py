@@ -112,7 +112,14 @@ ENGINES: Final = {
 def choose_engine(name: str, device: str, source: ModelSource, *, eight_bits: bool = False) -> StudentEngine:
     """Return the engine of that name; for `auto` the first that suits the device and the model.
 
-    With `eight_bits`, only engines that can round weights to 8 bits are considered.
+    Args:
+        name: A name in `ENGINES`, or `auto`.
+        device: `cpu`, `cuda`, `cuda:N` or `mps`.
+        source: The model.
+        eight_bits: Whether the engine must be able to round the generator's weights to 8 bits.
+
+    Returns:
+        The engine; it is not started.
 
     Raises:
         MissingExtraError: The named engine is not installed.

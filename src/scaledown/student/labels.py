@@ -50,6 +50,13 @@ def occurrences(document: str, answer: str) -> list[Span]:
 
     An answer that is yes, no, a single letter, or has only function words is not searched for: such words
     occur in many documents by chance.
+
+    Args:
+        document: The document's text.
+        answer: The answer; a final full stop does not count.
+
+    Returns:
+        The places of the answer, in order.
     """
     text = answer.strip().strip(".").strip()
     if not _content(text):

@@ -106,7 +106,13 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         self._set_trained()
 
     def save_generator(self, folder: Path) -> None:
-        """Write the generator alone as an ordinary causal LM, with its tokenizer; LoRA is merged first."""
+        """Write the generator alone as an ordinary causal LM, with its tokenizer.
+
+        LoRA is merged first, see `merge_lora`.
+
+        Args:
+            folder: Created if it does not exist.
+        """
         if self.config.generator_training == "lora":
             self.merge_lora()
         self.generator.save_pretrained(folder)
@@ -199,16 +205,31 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         return embeddings
 
     def compress_ids(self, groups: Sequence[Group], shared: Sequence[int] = ()) -> Compressed:
-        """Compress documents.
+        """Compress tokenized documents.
 
-        `shared` has the number of documents of each question, if these share a budget.
+        Args:
+            groups: Groups of documents of similar length, see `batch.group`.
+            shared: Number of documents of each question, if these share their memory tokens; else empty.
+
+        Returns:
+            All documents in the order of their `places`.
         """
         return self.config.kind.compress(self, groups, shared)
 
     def embed(
         self, ids: torch.Tensor, is_memory: torch.Tensor, embeddings: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return the generator's input, [batch, length, width]: tokens; `embeddings` where `is_memory`."""
+        """Return the generator's input: embeddings of tokens and of compressed documents.
+
+        Args:
+            ids: [batch, length]: the generator's tokens.
+            is_memory: [batch, length] bool: positions of the documents' embeddings.
+            embeddings: [memory tokens of all documents, width], in the order of these positions; None if
+                there are none.
+
+        Returns:
+            [batch, length, width].
+        """
         embedded: torch.Tensor = self.generator.get_input_embeddings()(ids)
         if embeddings is None:
             return embedded
@@ -224,7 +245,21 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         copied: torch.Tensor | None = None,
         sizes: torch.Tensor | None = None,
     ) -> Output:
-        """Compute the losses of a `Batch`; see there for the shapes."""
+        """Compute the losses of a batch that `collate` made; `Batch` says more about each tensor.
+
+        Args:
+            groups: The documents of all examples, in groups of similar length.
+            ids: [batch, length]: prompt and answer. With a length of 0 there is no loss on answers.
+            is_memory: [batch, length] bool: positions of the documents' embeddings.
+            labels: [batch, length]: the answer's tokens, -100 at other positions.
+            scores: [documents]: the teacher's scores, NaN if unknown; None for no loss on relevance.
+            copied: [documents, longest document]: 1 for tokens that the answer copies, else 0; None for no
+                loss on these tokens.
+            sizes: [batch]: number of documents of each example; needed with `copied`.
+
+        Returns:
+            The losses, scalars.
+        """
         compressed = self.compress_ids(groups)
         zero = torch.zeros((), device=ids.device)
         losses = dict.fromkeys(WEIGHTS, zero)
@@ -257,7 +292,13 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         )
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **keywords: Any) -> None:
-        """Write weights (safetensors), configuration, tokenizers, stop tokens and model card to a folder."""
+        """Write weights (safetensors), configuration, tokenizers, stop tokens and model card to a folder.
+
+        Args:
+            save_directory: The folder; created if it does not exist.
+            is_main_process: Of several processes that train one model, only the main one writes files.
+            keywords: As in transformers: `state_dict`, `max_shard_size`, ...
+        """
         super().save_pretrained(save_directory, is_main_process=is_main_process, **keywords)
         if not is_main_process:
             return
@@ -313,9 +354,23 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         create_pr: bool = False,
         commit_message: str = "Upload ScaleDownModel",
     ) -> str:
-        """Save to a repository of the hub, which is created if it does not exist. Returns its address.
+        """Save to a repository of the hub, which is created if it does not exist.
 
         Unlike the method of transformers, this one keeps the model card that `save_pretrained` writes.
+
+        Args:
+            repo_id: `org/name`, or `name` for a repository of the user.
+            private: Whether a new repository is private; None is the default of the organisation or user.
+            token: The token of the hub; None is the one of the login.
+            revision: The branch; None is `main`.
+            create_pr: Whether to open a pull request instead of writing to the branch.
+            commit_message: The first line of the commit's message.
+
+        Returns:
+            The address of the upload on the hub.
+
+        Raises:
+            ModelError: The hub cannot be reached or refuses the upload.
         """
         from huggingface_hub import HfApi
 
@@ -350,7 +405,17 @@ class _Embeddings(nn.Module):
 
 
 def read_settings(source: ModelSource) -> ScaleDownConfig:
-    """Read the settings of a saved model. Raises `ModelError` if it is not a ScaleDown model."""
+    """Read the settings of a saved model.
+
+    Args:
+        source: The model; its weights are not read.
+
+    Returns:
+        The settings, checked.
+
+    Raises:
+        ModelError: They cannot be read, or it is not a ScaleDown model.
+    """
     settings = read_config_file(source, "config.json") or {}
     if settings.get("model_type") != ScaleDownConfig.model_type:
         raise ModelError(
@@ -363,7 +428,18 @@ def read_settings(source: ModelSource) -> ScaleDownConfig:
 
 
 def load_tokenizer(source: ModelSource, folder: str = "") -> Any:
-    """Load the tokenizer of a model, or the one in its subfolder `folder`. Raises `ModelError`."""
+    """Load the tokenizer of a model.
+
+    Args:
+        source: The model.
+        folder: The subfolder that has the tokenizer; empty for the model's own folder.
+
+    Returns:
+        A tokenizer of transformers.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
     name, pinned = loadable(source)
     with loading(source):
         return AutoTokenizer.from_pretrained(name, **pinned, subfolder=folder)

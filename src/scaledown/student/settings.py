@@ -27,6 +27,7 @@ class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers h
     generator: dict[str, Any] | None = None
     """The generator's own configuration."""
     generator_name: str = ""
+    """The name that the generator was loaded by: of the hub, a folder or a file."""
     compressor: str = "n_layers"
     """A name in `COMPRESSORS`, or the name of any encoder or decoder."""
     compressor_config: dict[str, Any] | None = None
@@ -43,15 +44,23 @@ class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers h
     mapping_width: int = 8096
     """Hidden units of the mapping from a separate compressor to the generator."""
     enable_reranking: bool = False
+    """Whether the model has a reranking head. A pointer ranks without one."""
     generator_training: str = "lora"
+    """What is trained of the generator: `lora`, `full` or `frozen`."""
     generator_4bit: bool = False
     """Whether the generator's frozen weights had 4 bits in training; the saved weights have these values."""
     lora_rank: int = 16
+    """Rank of LoRA's matrices; at least 1."""
     lora_alpha: int = 32
+    """LoRA's scale: its product is multiplied by `lora_alpha / lora_rank`."""
     lora_dropout: float = 0.1
+    """Dropout before LoRA's matrices in training, 0 to 1."""
     system: str = PAPER.system
+    """The system message of the generator's prompt."""
     before: str = PAPER.before
+    """The text before the documents."""
     after: str = PAPER.after
+    """The text after the documents; this text or the one before has a place for the question."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -98,7 +107,14 @@ class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers h
         return self.enable_reranking or self.kind.ranks
 
     def check_rate(self, rate: int) -> None:
-        """Raise `UsageError` if the model cannot compress at `rate` document tokens for each memory token."""
+        """Raise an error if the model cannot compress at a rate.
+
+        Args:
+            rate: Document tokens for each memory token.
+
+        Raises:
+            UsageError: A pointer does not take this rate, or the rate is not the one that the model has.
+        """
         rates = self.kind.rates
         if not rates:
             if rate != self.compression_rate:
@@ -113,14 +129,29 @@ class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers h
             )
 
     def check_budget(self, budget: str) -> None:
-        """Raise `UsageError` if the model does not support this budget of memory tokens."""
+        """Raise an error if the model does not support a budget of memory tokens.
+
+        Args:
+            budget: `each` or `shared`.
+
+        Raises:
+            UsageError: The budget is unknown, or it is `shared` and the model is not a pointer.
+        """
         if budget not in BUDGETS:
             raise UsageError(f"--budget {budget}: use {' or '.join(BUDGETS)}")
         if budget == "shared" and not self.kind.rates:
             raise UsageError("--budget shared: only a pointer shares memory tokens; use each")
 
     def memory_tokens_of(self, tokens: int, rate: int) -> int:
-        """Return how many memory tokens a document of `tokens` tokens has at `rate`; a pointer may have 0."""
+        """Return the number of memory tokens of a document.
+
+        Args:
+            tokens: Length of the document, in tokens of the compressor.
+            rate: Document tokens for each memory token; only a pointer uses it.
+
+        Returns:
+            For a pointer `tokens / rate`, rounded up, so 0 for an empty document; else `memory_tokens`.
+        """
         return math.ceil(tokens / rate) if self.kind.rates else self.memory_tokens
 
     @property
@@ -135,7 +166,14 @@ class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers h
 
     @staticmethod
     def architecture(settings: dict[str, Any] | None) -> Any:
-        """Return the transformers configuration that `generator` or `compressor_config` describes."""
+        """Return the transformers configuration that saved settings describe.
+
+        Args:
+            settings: `generator` or `compressor_config`.
+
+        Raises:
+            ModelError: The settings are None.
+        """
         if settings is None:
             raise ModelError(
                 "the configuration of the generator or the compressor is missing: make the model with "

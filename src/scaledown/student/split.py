@@ -44,7 +44,13 @@ class Keys:
         """Documents without a title: their articles are not known."""
 
     def add(self, name: str, documents: Sequence[str], scores: Sequence[float] | None) -> None:
-        """Add a record; `name` is the same for records that ask the same `question`."""
+        """Add a record.
+
+        Args:
+            name: The result of `question`, equal for records that ask the same question.
+            documents: Texts, at least one; a title is on the first line.
+            scores: The relevance of each document, if known.
+        """
         titles = [title_of(document) for document in documents]
         own = [key(title or text) for title, text in zip(titles, documents, strict=True)]
         self.untitled += titles.count("")
@@ -71,22 +77,35 @@ def key(text: str) -> int:
 
 
 class Split(NamedTuple):
-    """Rows to train on and rows held out, both ascending.
+    """Rows to train on and rows held out.
 
     Examples that share an article or the question are on the same side. If this connects nearly all examples,
     only those that share the article of their best document, or the question, are kept together; if this
-    fails too, only those that share the question. `shared` is the number of held-out examples that share an
-    article with the training rows.
+    fails too, only those that share the question.
     """
 
     train: np.ndarray
+    """[examples to train on] int64, ascending."""
     held_out: np.ndarray
+    """[held-out examples] int64, ascending; empty if the examples cannot be split."""
     by: str
+    """What examples on the same side share: `article`, `best document` or `question`; `nothing` without a
+    split."""
     shared: int
+    """Number of held-out examples that share an article with the training rows."""
 
 
 def split(keys: Keys, fraction: float, seed: int) -> Split:
-    """Hold out about `fraction` of the records, at least one if possible."""
+    """Hold out about a fraction of the records, at least one if possible.
+
+    Args:
+        keys: The hashes of all records.
+        fraction: Share of the records to hold out, 0 to 1. 0 holds out nothing.
+        seed: Decides which records are held out.
+
+    Returns:
+        The rows of both sides. Nothing is held out if fewer than half of the wanted records can be.
+    """
     count = len(keys.questions)
     everything, nothing = np.arange(count), np.arange(0)
     if not fraction or count < 2:

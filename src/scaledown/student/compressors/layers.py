@@ -18,8 +18,14 @@ _FINAL_NORMS: Final = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 def new_compressor(config: ScaleDownConfig) -> Any:
     """Create a compressor with the shapes that `config` describes; its weights are loaded later.
 
+    Args:
+        config: With the configuration of the generator, or of a separate compressor.
+
+    Returns:
+        A model of transformers without a head.
+
     Raises:
-        ModelError: The architecture is not known or cannot be cut after a layer.
+        ModelError: A configuration is missing, or the architecture cannot be cut after a layer.
         UsageError: The generator has fewer than `config.num_layers` layers.
     """
     from transformers import AutoModel
@@ -52,7 +58,19 @@ def new_compressor(config: ScaleDownConfig) -> Any:
 
 
 def first_layers(config: ScaleDownConfig, generator: Any) -> Any:
-    """Copy the generator's embeddings and first `config.num_layers` layers."""
+    """Copy the generator's embeddings and first `config.num_layers` layers.
+
+    Args:
+        config: With the generator's configuration.
+        generator: A causal LM of transformers.
+
+    Returns:
+        The compressor, with the generator's device and dtype.
+
+    Raises:
+        ModelError: The architecture cannot be cut after a layer.
+        UsageError: The generator has fewer layers.
+    """
     with generator.device:
         compressor = new_compressor(config)
     weights = generator.get_decoder().state_dict()
@@ -65,8 +83,17 @@ def load_compressor(
 ) -> Any:
     """Load a pretrained encoder or decoder.
 
+    Args:
+        config: Its lengths of query, document and memory tokens must fit into the context of the model.
+        source: The model.
+        dtype: Of the weights.
+        device: `cpu`, `cuda`, `cuda:N` or `mps`.
+
+    Returns:
+        The model without its pooling layer.
+
     Raises:
-        ModelError: The model is neither an encoder nor a decoder, or its context is too short.
+        ModelError: It cannot be loaded, is neither an encoder nor a decoder, or its context is too short.
     """
     from transformers import AutoModel
 
@@ -94,8 +121,15 @@ def load_compressor(
 def mapping(config: ScaleDownConfig, width: int, generator_width: int) -> nn.Module:
     """Create the map from a separate compressor's states to the generator's embeddings.
 
-    It has two linear layers and a ReLU (arXiv 2504.07109, section 3), and maps [..., width] to
-    [..., generator_width].
+    It has two linear layers and a ReLU (arXiv 2504.07109, section 3).
+
+    Args:
+        config: `mapping_width` is the number of hidden units.
+        width: Width of the compressor's states.
+        generator_width: Width of the generator's embeddings.
+
+    Returns:
+        A module that maps [..., width] to [..., generator_width].
     """
     return nn.Sequential(
         nn.Linear(width, config.mapping_width),
@@ -137,7 +171,12 @@ def compress(
 
 
 def with_extra(embedded: torch.Tensor, lengths: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
-    """Insert extra tokens [k, width] after the last token of each row of `embedded`, before its padding.
+    """Insert extra tokens after the last token of each row, before its padding.
+
+    Args:
+        embedded: [documents, length, width], padded on the right.
+        lengths: [documents]: number of tokens without padding.
+        extra: [k, width].
 
     Returns:
         [documents, length + k, width].
@@ -148,7 +187,16 @@ def with_extra(embedded: torch.Tensor, lengths: torch.Tensor, extra: torch.Tenso
 
 
 def states_of_extra(states: torch.Tensor, lengths: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the states of the `count` tokens after the last token of each row, [documents, count, width]."""
+    """Return the states of the tokens that `with_extra` inserted.
+
+    Args:
+        states: [documents, length + count, width].
+        lengths: [documents]: number of tokens before the inserted ones.
+        count: Number of inserted tokens.
+
+    Returns:
+        [documents, count, width].
+    """
     return states.gather(1, _after(lengths, count, states.shape[-1]))
 
 
@@ -158,7 +206,15 @@ def _after(lengths: torch.Tensor, count: int, width: int) -> torch.Tensor:
 
 
 def token_like(compressor: Any, count: int) -> torch.Tensor:
-    """Draw embeddings [count, width] for new tokens, with the mean and deviation of the vocabulary's."""
+    """Draw embeddings for new tokens, with the mean and deviation of the vocabulary's.
+
+    Args:
+        compressor: The model that has the vocabulary.
+        count: Number of new tokens.
+
+    Returns:
+        [count, width] float32, on the compressor's device.
+    """
     weight: torch.Tensor = compressor.get_input_embeddings().weight.detach().float()  # [vocabulary, width]
     return weight.mean(0) + weight.std(0) * torch.randn(count, weight.shape[1], device=weight.device)
 

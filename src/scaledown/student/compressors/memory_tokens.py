@@ -47,8 +47,12 @@ class MemoryTokens(Compressor):
     def states(self, model: Any, group: Group) -> torch.Tensor:
         """Compute the states of the memory tokens and of the reranking token after them.
 
+        Args:
+            model: The `ScaleDownModel`.
+            group: Queries and documents of similar length.
+
         Returns:
-            [documents, tokens, width].
+            [documents, tokens, width]: the memory tokens, then the reranking token if the model has a head.
         """
         extra = model.memory
         if model.config.enable_reranking:
@@ -60,7 +64,15 @@ class MemoryTokens(Compressor):
         return layers.compress(model.compressor, extra, ids, lengths, causal=self.of_generator)
 
     def embed(self, model: Any, states: torch.Tensor) -> Compressed:
-        """Compute embeddings from the memory tokens' states, and relevance if the model has a head."""
+        """Compute embeddings from the memory tokens' states, and relevance if the model has a head.
+
+        Args:
+            model: The `ScaleDownModel`.
+            states: The result of `states` for all documents, in their order.
+
+        Returns:
+            `memory_tokens` embeddings of each document, and relevance, [documents], or None.
+        """
         memory = states[:, : model.config.memory_tokens]
         embeddings = memory if self.of_generator else model.mapping(memory)
         relevance = model.score(states[:, -1])[:, 0] if model.config.enable_reranking else None

@@ -160,12 +160,30 @@ class PicksTokens(Compressor):
         model.pointer.carry.requires_grad_(requires_grad=False)
 
     def loss(self, compressed: Compressed, copied: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor | None:
-        """Return the cross-entropy on the tokens that answers copy, see `pointer_loss`."""
+        """Compute the cross-entropy on the tokens that answers copy, see `pointer_loss`.
+
+        Args:
+            compressed: The result of `compress`.
+            copied: [documents, longest document]: 1 for tokens that the answer copies, else 0.
+            sizes: Number of documents of each question.
+
+        Returns:
+            The sum over questions, a scalar; None if there are no documents.
+        """
         scores = compressed.token_scores
         return None if scores is None else pointer_loss(scores, copied, sizes)
 
     def compress(self, model: Any, groups: Sequence[Group], shared: Sequence[int]) -> Compressed:
-        """Compress documents by picking tokens. The relevance of a document is its best token's score."""
+        """Compress documents by picking tokens.
+
+        Args:
+            model: The `ScaleDownModel`.
+            groups: Groups of documents of similar length.
+            shared: Number of documents of each question, if these share their memory tokens; else empty.
+
+        Returns:
+            All documents in the order of their `places`. A document's relevance is its best token's score.
+        """
         if not groups:
             return nothing(model)
         scored = [_score(model, group) for group in groups]
@@ -235,7 +253,14 @@ def matches(words: torch.Tensor, starts: torch.Tensor, places: torch.Tensor) -> 
 
 
 def normed(states: torch.Tensor) -> torch.Tensor:
-    """Scale states [..., width] to a root mean square of 1; deep layers' are far larger than embeddings."""
+    """Scale states to a root mean square of 1: those of deep layers are far larger than embeddings.
+
+    Args:
+        states: [..., width], of any dtype.
+
+    Returns:
+        [..., width] float32.
+    """
     wide = states.float()
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
 
@@ -271,7 +296,7 @@ def choose(scores: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor) ->
         lengths: [documents]: number of tokens without padding.
 
     Returns:
-        A mask, [documents, tokens]. Of tokens that are equally good the earlier is chosen.
+        A bool mask, [documents, tokens]. Of tokens that are equally good the earlier is chosen.
     """
     inside = torch.arange(scores.shape[1], device=scores.device) < lengths[:, None]
     order = with_neighbours(scores, inside).argsort(dim=1, descending=True, stable=True)
@@ -284,9 +309,16 @@ def choose(scores: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor) ->
 def share(
     scores: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor, sizes: Sequence[int]
 ) -> torch.Tensor:
-    """Like `choose`, but the documents of a question share the sum of their counts.
+    """Choose tokens like `choose`, but the documents of a question share the sum of their counts.
 
-    `sizes` has the number of documents of each question.
+    Args:
+        scores: [documents, tokens].
+        counts: [documents]: each document's part of its question's number of tokens.
+        lengths: [documents]: number of tokens without padding.
+        sizes: Number of documents of each question.
+
+    Returns:
+        A bool mask, [documents, tokens].
     """
     inside = torch.arange(scores.shape[1], device=scores.device) < lengths[:, None]
     likely = with_neighbours(scores, inside)
@@ -331,9 +363,16 @@ def pointer_loss(scores: torch.Tensor, targets: torch.Tensor, sizes: Sequence[in
 
 
 def same_words(tokenizer: Any, vocabulary: int) -> list[int]:
-    """Return a number for each token. Tokens of one word share it, whatever their case, space or plural s.
+    """Number the words of a vocabulary: tokens of the same word get the same number.
 
-    Special tokens, punctuation and white space have `NO_WORD`.
+    Differences in case, in spaces around the word and in a plural s do not count.
+
+    Args:
+        tokenizer: The generator's tokenizer.
+        vocabulary: Number of rows of the generator's embeddings; it may be above the tokenizer's size.
+
+    Returns:
+        A number for each token; `NO_WORD` for special tokens, punctuation and white space.
     """
     numbers: dict[str, int] = {}
     special = set(tokenizer.all_special_ids)

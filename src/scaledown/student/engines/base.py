@@ -10,9 +10,11 @@ class Sampling(NamedTuple):
     """How the tokens of one answer are chosen."""
 
     max_new_tokens: int
+    """The most tokens of the answer, at least 1."""
     temperature: float = 0.0
     """0 takes the most probable token each time."""
     top_p: float = 1.0
+    """Tokens are drawn from the most probable ones with this sum of probabilities; above 0, at most 1."""
     seed: int | None = None
     """None draws another answer each time."""
 
@@ -31,16 +33,28 @@ class Generation(Protocol):
         """Whether rows may join now."""
 
     def join(self, questions: Sequence[Question], samplings: Sequence[Sampling]) -> None:
-        """Begin answers, which become the last rows."""
+        """Begin answers, which become the last rows.
+
+        Args:
+            questions: The prompts.
+            samplings: For each question, how its tokens are chosen.
+
+        Raises:
+            ModelError: The process that writes the answers has ended.
+        """
 
     def tokens(self) -> list[Sequence[int] | Exception]:
         """Return for each row its next tokens, possibly none, or the error that ended it."""
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keep only these rows, in this order."""
+        """Keep some rows, and end the others.
+
+        Args:
+            rows: Indices of the rows to keep, in their new order.
+        """
 
     def check(self) -> None:
-        """Raise `ModelError` if what writes the answers has ended. It takes no time."""
+        """Raise `ModelError` if the process that writes the answers has ended. It takes no time."""
 
     def close(self) -> None:
-        """Free what is held outside of this process."""
+        """Free what is held outside of this process, for example a process of vLLM."""

@@ -43,7 +43,7 @@ class OpenVINOGeneration(StepGeneration):
 
 
 class OpenVINODecoding:
-    """What `Decoding` does, by OpenVINO. Keys and values stay in the engine between steps."""
+    """A `RowDecoding` by OpenVINO. Keys and values stay in the engine between steps."""
 
     def __init__(self, graph: Path, embeddings: nn.Embedding, dtype: torch.dtype) -> None:
         """Load the graph.
@@ -85,9 +85,13 @@ class OpenVINODecoding:
         return True
 
     def join(self, embedded: torch.Tensor, mask: torch.Tensor) -> None:
-        """Read prompts, which become the last rows; see `Decoding.join`.
+        """Read prompts, which become the last rows.
 
-        After an error while prompts are read all earlier rows remain, otherwise none.
+        After an error while prompts are read all earlier rows remain; after any other error no rows are left.
+
+        Args:
+            embedded: [rows, length, width], padded on the left.
+            mask: [rows, length], 0 at padding.
         """
         new = mask.numpy()
         places = (new.cumsum(1) - 1).clip(min=0)
@@ -174,6 +178,14 @@ def _widened(mask: np.ndarray, length: int) -> np.ndarray:
 
 def generator_graph(model: Any, source: ModelSource, *, eight_bits: bool = False) -> Path:
     """Return the file of the generator's graph in the cache; the first call writes it, with LoRA merged.
+
+    Args:
+        model: A `ScaleDownModel` in float32 or bfloat16, on a CPU.
+        source: Where the model comes from.
+        eight_bits: Whether to round the generator's weights to 8 bits.
+
+    Returns:
+        The path of `generator.xml`.
 
     Raises:
         MissingExtraError: OpenVINO is not installed.

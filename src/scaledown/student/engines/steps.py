@@ -13,7 +13,7 @@ _COLDEST: Final = 1e-4  # lowest temperature: here only the most probable token 
 
 
 class RowDecoding(Protocol):
-    """What computes the scores of next tokens: `Decoding` by transformers, or another with its methods."""
+    """Computes the scores of next tokens: `Decoding` by transformers, or another class with its methods."""
 
     logits: torch.Tensor
     """[rows, vocabulary]: the scores of each row's next token."""
@@ -26,13 +26,26 @@ class RowDecoding(Protocol):
         """Whether rows may join now."""
 
     def join(self, embedded: torch.Tensor, mask: torch.Tensor) -> None:
-        """Read prompts, [rows, length, width] with their mask [rows, length], which become the last rows."""
+        """Read prompts, which become the last rows.
+
+        Args:
+            embedded: [rows, length, width], padded on the left.
+            mask: [rows, length], 0 at padding.
+        """
 
     def step(self, tokens: torch.Tensor) -> None:
-        """Feed each row its next token, [rows]."""
+        """Compute the scores of each row's token after the next one.
+
+        Args:
+            tokens: [rows]: the next token of each row.
+        """
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keep only these rows, in this order."""
+        """Keep some rows, and remove the others.
+
+        Args:
+            rows: Indices of the rows to keep, in their new order.
+        """
 
 
 class StepGeneration:

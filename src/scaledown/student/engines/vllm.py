@@ -84,7 +84,7 @@ class VllmGeneration:
                 self._refused[key] = error
 
     def tokens(self) -> list[Sequence[int] | Exception]:
-        """Return the next tokens of each row, after one step of vLLM, which may bring none for any row."""
+        """Let vLLM do one step, and return the new tokens of each row; a row may have none."""
         found: dict[str, Sequence[int] | Exception] = {}
         if not self._refused:
             for output in self._engine.step():
@@ -141,7 +141,12 @@ class VllmGeneration:
 
 
 def generator_folder(model: Any, source: ModelSource) -> Path:
-    """Return the folder of the model's generator in the cache; the first call writes it, with LoRA merged."""
+    """Return the folder of the model's generator in the cache; the first call writes it, with LoRA merged.
+
+    Args:
+        model: A `ScaleDownModel`.
+        source: Where the model comes from.
+    """
     folder = kept_folder("generators", source, str(model.dtype))
 
     def write(temporary: Path) -> None:

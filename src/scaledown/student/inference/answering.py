@@ -92,8 +92,10 @@ class Answering(Compressing):
             The answer, or a list of answers.
 
         Raises:
-            InputError: A prompt does not fit into the generator's context.
-            UsageError: The model does not support the rate or the budget.
+            InputError: A prompt does not fit into the generator's context, a document is of another type, or
+                embeddings are of another model.
+            UsageError: The model does not support the rate or the budget, or a number is below 1.
+            ModelError: The engine fails; `NoRoomError` if not even one query fits into memory.
         """
         queries, many = as_lists(query, documents)
         check_positive(max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -126,7 +128,26 @@ class Answering(Compressing):
         compression_rate: int = 0,
         budget: str = "each",
     ) -> Iterator[str]:
-        """Yield the answer piece by piece. The pieces, joined and stripped, are the result of `answer`."""
+        """Yield the answer piece by piece. The pieces, joined and stripped, are the result of `answer`.
+
+        Args:
+            query: The question.
+            documents: Strings, `{"title", "text"}`, or embeddings from `compress`; may be empty.
+            max_new_tokens: The most tokens of the answer.
+            compressed: Whether documents are compressed; otherwise the generator reads their text.
+            compression_rate: For a pointer, document tokens for each memory token, 4 to 32; 0 is its own
+                rate.
+            budget: For a pointer, `each` or `shared`.
+
+        Yields:
+            The next piece of text. Errors are raised when the first piece is requested.
+
+        Raises:
+            InputError: The prompt does not fit into the generator's context, or a document is of another
+                type.
+            UsageError: The model does not support the rate or the budget, or `max_new_tokens` is below 1.
+            ModelError: The engine fails.
+        """
         check_positive(max_new_tokens=max_new_tokens)
         chosen_way = self._compression(compression_rate, budget)
         with self.reading():
@@ -270,7 +291,15 @@ class Answering(Compressing):
         return stops
 
     def compressed(self, questions: Sequence[Question], budget: str = "each") -> list[Question]:
-        """Compress the documents of all questions together. Returns the questions with their embeddings."""
+        """Compress the documents of all questions together.
+
+        Args:
+            questions: Questions; those with embeddings, or without documents, stay as they are.
+            budget: For a pointer, `each` or `shared`.
+
+        Returns:
+            The questions with their embeddings, in order.
+        """
         new = [question.encoded.documents for question in questions if _is_new(question)]
         found = iter(self.compress_read(new, budget) if new else [])
         made: list[Question] = []
@@ -287,8 +316,15 @@ class Answering(Compressing):
     def prompts(
         self, questions: Sequence[Question], budget: str = "each"
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return embeddings of prompts, [batch, length, width], padded on the left; and the mask of tokens,
-        [batch, length].
+        """Return embeddings of whole prompts, for the generator.
+
+        Args:
+            questions: Questions; documents that are not compressed yet are compressed here.
+            budget: For a pointer, `each` or `shared`.
+
+        Returns:
+            Embeddings [batch, length, width], padded on the left, and their mask [batch, length], 0 at
+            padding; both on the model's device.
         """
         questions = self.compressed(questions, budget)
         device = self.device

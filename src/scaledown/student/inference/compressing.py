@@ -44,11 +44,12 @@ class Pointed(NamedTuple):
 
 
 class StandIns(NamedTuple):
-    """The compressed documents of one query."""
+    """The embeddings of one query's documents, which stand in for their text."""
 
     embeddings: torch.Tensor
     """[memory tokens of all documents, width]."""
     counts: list[int]
+    """Memory tokens of each document."""
     relevance: torch.Tensor | None
 
 
@@ -104,11 +105,19 @@ class Compressing:
             query: The question, or a list of questions.
             documents: Strings or `{"title", "text"}`; for a list of questions, a list of these for each.
             batch_size: Queries whose documents are compressed at a time; halved if memory does not suffice.
-            compression_rate: For a pointer, document tokens for each memory token; 0 is its own rate.
-            budget: For a pointer, `each` or `shared`.
+            compression_rate: For a pointer, document tokens for each memory token, 4 to 32; 0 is its own
+                rate.
+            budget: For a pointer, `each` or `shared`: whether the documents of a question share their memory
+                tokens.
 
         Returns:
             For each document [memory tokens, generator width]; for a list of questions, a list of such lists.
+
+        Raises:
+            InputError: A document is of another type, or there are not as many lists of documents as
+                questions.
+            UsageError: The model does not support the rate or the budget, or `batch_size` is below 1.
+            NoRoomError: The documents of one query do not fit into memory.
         """
         chosen_way = self._compression(compression_rate, budget)
         found = [
@@ -130,13 +139,23 @@ class Compressing:
     def rerank(
         self, query: str | list[str], documents: Any, *, batch_size: int = 8
     ) -> list[float] | list[list[float]]:
-        """Compute the relevance of each document to the query; higher is better.
+        """Compute the relevance of each document to the query.
 
-        With a reranking head it is on the scale of the training data's scores. With a pointer it is the score
-        of a document's best token.
+        Args:
+            query: The question, or a list of questions.
+            documents: Strings or `{"title", "text"}`; for a list of questions, a list of these for each.
+            batch_size: Queries whose documents are read at a time; halved if memory does not suffice.
+
+        Returns:
+            A number for each document, higher is better; for a list of questions, a list of such lists. With
+            a reranking head it is on the scale of the training data's scores. With a pointer it is the score
+            of a document's best token.
 
         Raises:
-            UsageError: The model has no reranking head and is not a pointer.
+            InputError: A document is of another type, or there are not as many lists of documents as
+                questions.
+            UsageError: The model has no reranking head and is not a pointer, or `batch_size` is below 1.
+            NoRoomError: The documents of one query do not fit into memory.
         """
         if not self.config.ranks:
             raise UsageError("this model has no reranking head: train one with --enable_reranking")
@@ -155,7 +174,26 @@ class Compressing:
         compression_rate: int = 0,
         budget: str = "each",
     ) -> list[tuple[list[torch.Tensor], list[float]]]:
-        """Return the results of `compress` and `rerank` for each query; documents are read only once."""
+        """Return the results of `compress` and `rerank` for each query; documents are read only once.
+
+        Args:
+            query: The questions.
+            documents: For each question, strings or `{"title", "text"}`.
+            batch_size: Queries whose documents are read at a time; halved if memory does not suffice.
+            compression_rate: For a pointer, document tokens for each memory token, 4 to 32; 0 is its own
+                rate.
+            budget: For a pointer, `each` or `shared`.
+
+        Returns:
+            For each question its documents' embeddings, each [memory tokens, generator width], and their
+            relevance, which is empty if the model does not rank documents.
+
+        Raises:
+            InputError: A document is of another type, or there are not as many lists of documents as
+                questions.
+            UsageError: The model does not support the rate or the budget, or `batch_size` is below 1.
+            NoRoomError: The documents of one query do not fit into memory.
+        """
         chosen_way = self._compression(compression_rate, budget)
         return [
             (
@@ -168,10 +206,20 @@ class Compressing:
     def pick(
         self, query: str, documents: Sequence[object], *, compression_rate: int = 0, budget: str = "each"
     ) -> list[list[str]]:
-        """Return the tokens of each document that a pointer picks for the query, as text, in order.
+        """Return the tokens of each document that a pointer picks for the query, as text.
+
+        Args:
+            query: The question.
+            documents: Strings or `{"title", "text"}`.
+            compression_rate: Document tokens for each picked token, 4 to 32; 0 is the model's own rate.
+            budget: `each` or `shared`, see `point`.
+
+        Returns:
+            For each document the texts of its picked tokens, in their order in the document.
 
         Raises:
-            UsageError: The model is not a pointer.
+            InputError: A document is of another type.
+            UsageError: The model is not a pointer, or does not support the rate or the budget.
         """
         found = self.point(query, documents, compression_rate=compression_rate, budget=budget)
         return [[self.tokenizer.decode([own.ids[place]]) for place in own.picked] for own in found]
@@ -192,6 +240,7 @@ class Compressing:
             A record for each document, in the order of `documents`.
 
         Raises:
+            InputError: A document is of another type.
             UsageError: The model is not a pointer, or does not support the rate or the budget.
         """
         if not self.config.kind.picks_tokens:
@@ -239,7 +288,15 @@ class Compressing:
         ]
 
     def compress_read(self, read: Sequence[list[Document]], budget: str) -> list[StandIns]:
-        """Compress the documents of several queries, which are already tokenized, together."""
+        """Compress the tokenized documents of several queries together.
+
+        Args:
+            read: For each query the result of `Reader.read`.
+            budget: `each` or `shared`; only a pointer supports `shared`.
+
+        Returns:
+            A record for each query.
+        """
         sizes = [len(documents) for documents in read]
         with self.using():
             documents = [one for documents in read for one in documents]
@@ -302,7 +359,15 @@ class Compressing:
 
 
 def as_lists(query: str | list[str], documents: Any) -> tuple[list[str], list[Any]]:
-    """Return lists of queries and of their documents. Raises `InputError` if their lengths differ."""
+    """Return lists of queries and of their documents.
+
+    Args:
+        query: A question, or a list of questions.
+        documents: The documents of the question, or a list of documents for each question.
+
+    Raises:
+        InputError: The numbers of questions and of lists of documents differ.
+    """
     queries, many = ([query], [documents]) if isinstance(query, str) else (query, documents)
     if len(queries) != len(many):
         raise InputError(f"{len(queries)} queries and documents for {len(many)}: give a list for each query")

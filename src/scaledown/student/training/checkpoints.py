@@ -32,12 +32,22 @@ _EARLIER: Final = "trainer_state.json"  # up to version 0.6
 
 
 def checkpoint_folder(output: Path, step: int) -> Path:
-    """Return the folder of a checkpoint."""
+    """Return the folder of the checkpoint after `step` steps, whether or not it exists."""
     return output / f"checkpoint-{step}"
 
 
 def newest_checkpoint(output: Path) -> Path | None:
-    """Find the newest complete checkpoint. Raises `RunDirectoryError` if all are of an earlier version."""
+    """Find the newest complete checkpoint.
+
+    Args:
+        output: The output folder of a run.
+
+    Returns:
+        The folder; None if there is none.
+
+    Raises:
+        RunDirectoryError: All checkpoints are of version 0.6.
+    """
     steps = sorted(_steps(output), reverse=True)
     whole = [place for step in steps if read_json((place := checkpoint_folder(output, step)) / _STATE)]
     earlier = [place for step in steps if ((place := checkpoint_folder(output, step)) / _EARLIER).exists()]
@@ -55,20 +65,41 @@ def _steps(output: Path) -> list[int]:
 
 
 def delete_old(output: Path, newest: int, best: int) -> None:
-    """Keep `CHECKPOINTS` checkpoints, among them those of steps `newest` and `best`; delete the others."""
+    """Keep `CHECKPOINTS` checkpoints, and delete the others.
+
+    Args:
+        output: The output folder of the run.
+        newest: The checkpoint of this step is kept.
+        best: The checkpoint of this step is kept too; 0 if there is none. Otherwise later ones are kept.
+    """
     for step in sorted(_steps(output), key=lambda step: (step == newest, step == best, step))[:-CHECKPOINTS]:
         shutil.rmtree(checkpoint_folder(output, step), ignore_errors=True)
 
 
 def write_state(folder: Path, passes: Passes, step: int, log: Log) -> None:
-    """Write `training.json`, which makes a checkpoint complete."""
+    """Write `training.json`, which makes a checkpoint complete.
+
+    Args:
+        folder: The checkpoint.
+        passes: Its micro batch, and in float16 the scale of its losses, are stored.
+        step: Number of finished steps.
+        log: All values logged so far.
+    """
     scaler = passes.accelerator.scaler  # scales losses in float16
     state = {"step": step, "micro_batch": passes.micro_batch, "scaler": scaler and scaler.state_dict()}
     write_json(folder / _STATE, state | {"log": log})
 
 
 def read_state(folder: Path, passes: Passes) -> tuple[int, Log]:
-    """Return the step and the log, and set the micro batch to the size that fitted before."""
+    """Read `training.json`, and restore the micro batch and in float16 the scale of the losses.
+
+    Args:
+        folder: A complete checkpoint.
+        passes: Its micro batch becomes the stored one, unless its own is smaller.
+
+    Returns:
+        The number of finished steps, and the log.
+    """
     state = read_json(folder / _STATE)
     passes.micro_batch = min(passes.micro_batch, state["micro_batch"])
     if passes.accelerator.scaler is not None:
@@ -77,7 +108,13 @@ def read_state(folder: Path, passes: Passes) -> tuple[int, Log]:
 
 
 def save(folder: Path, passes: Passes, model: Any) -> None:
-    """Write everything of a checkpoint except `training.json`. All processes must call it."""
+    """Write everything of a checkpoint except `training.json`. All processes must call it.
+
+    Args:
+        folder: The checkpoint; created if it does not exist.
+        passes: Optimizer and processes.
+        model: The `ScaleDownModel`.
+    """
     accelerator = passes.accelerator
     folder.mkdir(parents=True, exist_ok=True)
     save_model(folder, passes, model)
@@ -90,7 +127,17 @@ def save(folder: Path, passes: Passes, model: Any) -> None:
 
 
 def load(folder: Path, passes: Passes, model: Any) -> None:
-    """Read what `save` wrote. Raises `ModelError` if it is of another model or another way of sharing."""
+    """Read what `save` wrote. All processes must call it.
+
+    Args:
+        folder: A complete checkpoint.
+        passes: Its optimizer and the states of random numbers are restored.
+        model: The `ScaleDownModel`; its weights are replaced.
+
+    Raises:
+        ModelError: The checkpoint is of another model, or only one of the two runs has processes that share a
+            model.
+    """
     if passes.is_shared != (folder / _SHARDS).exists():
         how = "each had" if passes.is_shared else "shared"
         raise ModelError(
@@ -107,14 +154,25 @@ def load(folder: Path, passes: Passes, model: Any) -> None:
 
 
 def save_model(folder: Path, passes: Passes, model: Any) -> None:
-    """Write the model alone, as `from_pretrained` reads it."""
+    """Write the model alone, as `from_pretrained` reads it. All processes must call it.
+
+    Args:
+        folder: Created if it does not exist.
+        passes: Gathers the weights if processes share the model.
+        model: The `ScaleDownModel`.
+    """
     weights = passes.accelerator.get_state_dict(passes.model) if passes.is_shared else None
     if passes.accelerator.is_main_process:
         model.save_pretrained(folder, state_dict=weights)
 
 
 def copy_model(folder: Path, output: Path) -> None:
-    """Copy the model of a checkpoint, without the other state."""
+    """Copy the model of a checkpoint, without the other state.
+
+    Args:
+        folder: The checkpoint.
+        output: Where to copy to; may exist.
+    """
     others = shutil.ignore_patterns(_STATE, _OPTIMIZER, _random_file("*"), _SHARDS)
     shutil.copytree(folder, output, ignore=others, dirs_exist_ok=True)
 

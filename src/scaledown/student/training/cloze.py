@@ -26,13 +26,23 @@ class Cloze(NamedTuple):
     """A question and its answer."""
 
     query: str
+    """`ASK`, then words of a sentence with a `GAP`."""
     answer: str
+    """The words of the gap."""
 
 
 def cloze_questions(text: str, random: Random, title: str = "") -> Iterator[Cloze]:
-    """Yield at most one question for each sentence of `text`; its answer occurs only once in text and title.
+    """Yield at most one question for each sentence of a text.
 
     The question is a window of words around the gap: real questions are shorter than whole sentences.
+
+    Args:
+        text: Sentences of 6 to 40 words become questions.
+        random: Chooses the gap and the width of the window.
+        title: The title of the text.
+
+    Yields:
+        A question whose answer occurs only once in text and title, ignoring case.
     """
     whole = f"{title}\n{text}".lower()
     for sentence in sentences(text):

@@ -43,7 +43,14 @@ _FREE: Final = frozenset(
 
 @contextmanager
 def alone(home: RunDirectory) -> Iterator[None]:
-    """Lock the folder against a second run. The processes of one run share the lock."""
+    """Lock the folder against a second run inside the block. The processes of one run share the lock.
+
+    Args:
+        home: The folder with the lock, inside the output folder.
+
+    Raises:
+        RunDirectoryError: Another run holds the lock.
+    """
     lock = FileLock(home.path / ".lock")
     if is_first():
         try:
@@ -93,7 +100,7 @@ def _inputs(config: Config, home: RunDirectory) -> dict[str, Any]:
 
 
 class Training(NamedTuple):
-    """What the record in a model's folder tells about its training."""
+    """The data and the kind of examples that a model was trained on, from the record in its folder."""
 
     data: frozenset[str] = frozenset()
     """The hashes of its files of training data."""
@@ -102,7 +109,14 @@ class Training(NamedTuple):
 
 
 def training_of(source: ModelSource) -> Training:
-    """Read the record of the run that made a model; it says nothing if there is none."""
+    """Read the record of the run that made a model.
+
+    Args:
+        source: The model.
+
+    Returns:
+        What the record says; the defaults of `Training` if there is no record in its folder.
+    """
     content = read_json(Path(source.location) / SETTINGS_FILE) if source.location else None
     if not isinstance(content, dict):
         return Training()

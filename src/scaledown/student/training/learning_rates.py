@@ -11,6 +11,14 @@ def parameter_groups(model: Any, generator_rate: float, compressor_rate: float) 
     Only matrices have weight decay. Norms, biases and the embeddings of memory and reranking tokens have
     none: pulling them to zero does not regularise the model. Parts with their own learning rate
     (`Compressor.part_rates`) have none either; the name of such a group is the last word of the part.
+
+    Args:
+        model: The `ScaleDownModel`; weights that are not trained are left out.
+        generator_rate: Learning rate of the generator.
+        compressor_rate: Learning rate of everything else, except for `part_rates`.
+
+    Returns:
+        Groups for an optimizer of torch: `name`, `lr`, `weight_decay` and `params`.
     """
     groups: dict[tuple[str, bool], list[Any]] = {}
     parts = model.config.kind.part_rates

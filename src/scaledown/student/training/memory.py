@@ -16,6 +16,7 @@ class Memory(NamedTuple):
     trained: int
     """Trained weights, in float32."""
     gradients: int
+    """Gradients of the trained weights, in float32."""
     moments: int
     """AdamW's two moments of each trained weight, in float32 or 8 bits."""
 
@@ -26,7 +27,15 @@ class Memory(NamedTuple):
 
 
 def memory_of(model: Any, optimizer: str = "adamw") -> Memory:
-    """Compute the memory of training with an `--optimizer`. Tied weights count once."""
+    """Compute the memory of training. Tied weights count once.
+
+    Args:
+        model: The `ScaleDownModel`, with its trained weights in float32.
+        optimizer: The value of `--optimizer`: `adamw`, or `adamw8bit` for moments in 8 bits.
+
+    Returns:
+        Bytes of each part.
+    """
     sizes, moments = {True: 0, False: 0}, 0
     for parameter in model.parameters():
         sizes[parameter.requires_grad] += parameter.numel() * parameter.element_size()

@@ -43,7 +43,14 @@ class Origin(NamedTuple):
         return {flag: there[flag] for flag in MODEL_FLAGS} if self.is_pretrained else {}
 
     def identity(self, content_hash: Callable[[Path], str]) -> dict[str, str]:
-        """Return what identifies the exact weights of each part."""
+        """Return the identities of the exact weights of each part.
+
+        Args:
+            content_hash: Returns the hash of a file or folder.
+
+        Returns:
+            By the name of the flag, a commit or a hash; for a compressor made of the generator, its name.
+        """
         weights = self.source.identity(content_hash)
         if self.is_pretrained:
             return {"pretrained_model": weights}
@@ -59,7 +66,19 @@ class Origin(NamedTuple):
         return load_tokenizer(self.compressor or self.source)
 
     def load(self, dtype: "torch.dtype", device: str) -> "ScaleDownModel":
-        """Load or build the model, in its state before training. Raises `ModelError`."""
+        """Load or build the model, in its state before training.
+
+        Args:
+            dtype: Of the weights.
+            device: `cpu`, `cuda`, `cuda:N` or `mps`.
+
+        Returns:
+            The `ScaleDownModel`; with `in_4bit`, frozen linear layers of the generator are in 4 bits.
+
+        Raises:
+            ModelError: A part cannot be loaded, or the parts do not fit together.
+            UsageError: The generator has nothing to keep in 4 bits, or fewer layers than the settings need.
+        """
         from scaledown.student.model import ScaleDownModel
 
         if self.is_pretrained:
@@ -81,7 +100,18 @@ class Origin(NamedTuple):
 
 
 def find_origin(config: StudentConfig) -> Origin:
-    """Find the models of a run. Raises `ModelError` or `UsageError`."""
+    """Find the models of a run, without loading them.
+
+    Args:
+        config: The settings of `scaledown train` or `scaledown pretrain`.
+
+    Returns:
+        The models and the settings of the model to train.
+
+    Raises:
+        ModelError: A model cannot be found, or the pretrained one is not a ScaleDown model.
+        UsageError: Flags contradict each other or the pretrained model.
+    """
     from scaledown.student.settings import ScaleDownConfig
 
     reranks = getattr(config, "enable_reranking", False)

@@ -23,11 +23,12 @@ SHARED: Final = frozenset({DistributedType.FSDP, DistributedType.DEEPSPEED})
 
 
 class Size(NamedTuple):
-    """The numbers that losses are divided by."""
+    """The numbers that losses are divided by. They are floats because they are summed over processes."""
 
     tokens: float
     """Tokens of the answers."""
     examples: float
+    """Number of examples."""
 
 
 class Passes:
@@ -86,10 +87,11 @@ class Passes:
                 trial has no effect on the step: random numbers are reset, and the order is the same.
 
         Returns:
-            The losses over all processes.
+            The losses over all processes, by name.
 
         Raises:
-            ModelError: Not even one example fits into memory.
+            ModelError: Not even one example fits into memory, or processes that share a model have too little
+                memory for a micro batch.
         """
         self.model.train()
         examples = sorted(examples, key=_length)  # micro batches of similar length need less padding
@@ -131,7 +133,9 @@ class Passes:
         return {name: total / counts.get(name, number) for name, total in zip(WEIGHTS, totals, strict=True)}
 
     def sum(self, *values: float) -> list[float]:
-        """Each value summed over all processes."""
+        """Return each value summed over all processes. All processes must call it with the same number of
+        values.
+        """
         if self.ranks == 1:
             return list(values)
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -225,7 +229,14 @@ class Passes:
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the states of the random number generators that a pass uses."""
+    """Return the states of the random number generators that a pass uses.
+
+    Args:
+        device: The device of the model.
+
+    Returns:
+        By the type of the device, bytes as torch gives them; always with `cpu`.
+    """
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         states[device.type] = torch.get_device_module(device).get_rng_state()
@@ -233,7 +244,12 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_random_state(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Restore an earlier `random_state`; the state of another kind of device is ignored."""
+    """Restore the states of the random number generators.
+
+    Args:
+        states: The result of `random_state`; the state of another kind of device is ignored.
+        device: The device of the model.
+    """
     torch.set_rng_state(states["cpu"])
     if device.type != "cpu" and device.type in states:
         torch.get_device_module(device).set_rng_state(states[device.type])

@@ -42,6 +42,9 @@ class FourBitLinear(Linear4bit):  # type: ignore[misc]  # bitsandbytes has no ty
 def quantize(generator: Any) -> None:
     """Quantize all frozen linear layers of a generator, except its output layer, one after the other.
 
+    Args:
+        generator: A causal LM of transformers; its layers are replaced in place.
+
     Raises:
         UsageError: It has none.
     """

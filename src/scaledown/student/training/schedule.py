@@ -14,18 +14,26 @@ Log = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Schedule:
-    """The schedule of `steps` steps.
-
-    `patience` evaluations without improvement end the run, 0 is no limit.
-    """
+    """The steps of a training run, and when it evaluates, saves and stops."""
 
     steps: int
+    """Number of steps."""
     eval_steps: int = 0
+    """Steps between evaluations; 0 for `EVALUATIONS` evaluations in the run."""
     save_steps: int = 0
+    """Steps between checkpoints; 0 for one at each evaluation."""
     patience: int = 0
+    """Evaluations without improvement that end the run; 0 for no limit."""
 
     def rate(self, step: int) -> float:
-        """Return the factor of the learning rate in a step: linear warm-up, then linear decay to 0."""
+        """Return the factor of the learning rate in a step: linear warm-up, then linear decay to 0.
+
+        Args:
+            step: Number of finished steps, from 0 to `steps`.
+
+        Returns:
+            0 to 1.
+        """
         warm_up = int(WARM_UP * self.steps)  # 0 in a very short run
         if step < warm_up:
             return step / warm_up
@@ -40,7 +48,12 @@ class Schedule:
         return step > 0 and (step == self.steps or step % (self.save_steps or self._eval_steps) == 0)
 
     def is_finished(self, step: int, log: Log) -> bool:
-        """Whether all steps are done, or the last `patience` evaluations brought no improvement."""
+        """Whether all steps are done, or the last `patience` evaluations brought no improvement.
+
+        Args:
+            step: Number of finished steps.
+            log: All values logged so far.
+        """
         losses = [entry["step"] for entry in evaluations(log)]
         in_vain = len(losses) - 1 - losses.index(best(log)["step"]) if losses else 0
         return step >= self.steps or 0 < self.patience <= in_vain

@@ -34,7 +34,19 @@ _PRECISIONS: Final = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 def make_trainer(
     model: Any, config: StudentConfig, train: Subset, held: Subset | None, device: str
 ) -> StudentTrainer:
-    """Make a trainer with the paper's schedule, in this process or as one of those that torchrun started."""
+    """Make a trainer with the paper's schedule, in this process or as one of those that torchrun started.
+
+    Args:
+        model: The `ScaleDownModel`; its trained weights become float32.
+        config: The settings of the run.
+        train: The examples to train on.
+        held: The held-out examples; at most `EVALUATED` of them are evaluated. None if there are none.
+        device: `cpu`, `cuda`, `cuda:N` or `mps`.
+
+    Raises:
+        UsageError: Processes would share a model that cannot be shared.
+        MissingExtraError: The package of `--report_to` is not installed.
+    """
     recomputes = _make_ready(model, config)
     if device == "cpu" and dtype_to_train(config.dtype, device) is torch.bfloat16:
         use_matrix_products(model.generator, model.compressor)
@@ -140,7 +152,17 @@ def _optimizer(model: Any, config: StudentConfig, device: str) -> torch.optim.Op
 
 
 def reporters(name: str) -> list[str]:
-    """Return the reporters that `--report_to` names. Raises `MissingExtraError` if one is not installed."""
+    """Return the reporters that `--report_to` names.
+
+    Args:
+        name: `auto`, `none` or the name of a reporter, which is the name of its package.
+
+    Returns:
+        Names for Accelerate's `log_with`; for `auto` TensorBoard if it is installed.
+
+    Raises:
+        MissingExtraError: The named reporter is not installed.
+    """
     if name == "none":
         return []
     installed = importlib.util.find_spec("tensorboard" if name == "auto" else name) is not None

@@ -13,7 +13,12 @@ _FEW: Final = 50
 
 
 def summary(result: Trained, *, pretrained: bool = False) -> str:
-    """Return what the finished command prints: data, losses, speed, the next command."""
+    """Return what the finished command prints: data, losses, speed, the next command.
+
+    Args:
+        result: The result of `train`.
+        pretrained: Whether the command was `scaledown pretrain`.
+    """
     lines = ["nothing to do: this run is finished"] if result.already_done else []
     early = f" of {result.planned_steps:,}, stopped early" if result.steps < result.planned_steps else ""
     lines += [

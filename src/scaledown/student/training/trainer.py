@@ -83,10 +83,18 @@ class StudentTrainer:
         self._tracker: Tracker | None = None
 
     def run(self, checkpoint: Path | None) -> None:
-        """Train, from `checkpoint` if there is one.
+        """Train until the schedule ends.
 
         After Ctrl-C or SIGTERM, a checkpoint of the last complete step is written and the signal is raised
         again.
+
+        Args:
+            checkpoint: The folder of a complete checkpoint to continue from; None to begin.
+
+        Raises:
+            ModelError: A loss is not finite, too little memory for one example, or the checkpoint is of
+                another model.
+            RunDirectoryError: Processes on several machines found different checkpoints.
         """
         if checkpoint is not None:
             self.step, self.log = checkpoints.read_state(checkpoint, self.passes)
@@ -178,7 +186,11 @@ class StudentTrainer:
         return losses.get(0), losses.get(self._kept())
 
     def save(self, folder: Path) -> None:
-        """Write the resulting model: with early stopping the best one, otherwise the last."""
+        """Write the resulting model: with early stopping the best one, otherwise the last.
+
+        Args:
+            folder: Created if it does not exist.
+        """
         if self.schedule.patience and evaluations(self.log) and not self._best:
             log.warning(
                 "no evaluation had a lower held-out loss than the one before training, so the last model is "

@@ -42,6 +42,7 @@ class TrainingExample(NamedTuple):
     documents: list[str]
     answer: str
     scores: list[float] | None
+    """Relevance of each document by the teacher's reranker; None if the data has none."""
 
 
 class Examples:
@@ -82,7 +83,12 @@ class Examples:
         return self._keys.shared_by(others._keys)
 
     def split(self, fraction: float, seed: int) -> Split:
-        """Hold out about `fraction` of the examples, at least one if possible; see `Split`."""
+        """Hold out about a fraction of the examples, at least one if possible; see `Split`.
+
+        Args:
+            fraction: Share of the examples to hold out, 0 to 1. 0 holds out nothing.
+            seed: Decides which examples are held out.
+        """
         return split(self._keys, fraction, seed)
 
 
@@ -167,9 +173,17 @@ def named(example: TrainingExample) -> tuple[str, TrainingExample]:
 
 
 def store_examples(found: Iterable[tuple[str, TrainingExample]], folder: Path) -> Examples:
-    """Store examples on disk. Examples with equal keys are never on both sides of a split.
+    """Store examples on disk.
 
-    The file is in `folder` but has no name, so that it is deleted when the process ends.
+    The file has no name in the folder, so that it is deleted when the process ends.
+
+    Args:
+        found: Examples with their keys, see `named`. Examples with equal keys are never on both sides of a
+            split.
+        folder: Must have room for all examples.
+
+    Returns:
+        The examples, in the same order.
     """
     keys = Keys()
     path = (
@@ -198,6 +212,7 @@ class Subset(NamedTuple):
 
     examples: Examples
     rows: Sequence[int]
+    """Indices of the examples, ascending."""
 
 
 class Parts(NamedTuple):
@@ -210,7 +225,19 @@ class Parts(NamedTuple):
 
 
 def load_parts(config: TrainConfig, folder: Path) -> Parts:
-    """Read the training data as examples. They are in a file in `folder` until the process ends."""
+    """Read the training data as examples, and choose those to hold out.
+
+    Args:
+        config: Files, and the settings for held-out examples.
+        folder: The examples are in a file in this folder until the process ends.
+
+    Returns:
+        The examples to train on and the held-out ones.
+
+    Raises:
+        InputError: A file cannot be read, or has no usable record.
+        UsageError: No record has scores, and they are needed.
+    """
     gold = read_gold(config.gold, "--gold") if config.gold else None
     read = functools.partial(read_examples, folder=folder, needs_scores=config.enable_reranking, gold=gold)
     examples = read(config.train_data)
@@ -227,7 +254,12 @@ def load_parts(config: TrainConfig, folder: Path) -> Parts:
 
 
 def split_parts(examples: Examples, config: StudentConfig) -> Parts:
-    """Hold out `config.eval_fraction` of the examples."""
+    """Hold out `config.eval_fraction` of the examples, and warn about what they share with the others.
+
+    Args:
+        examples: All examples.
+        config: `eval_fraction` and `seed` are used.
+    """
     split = examples.split(config.eval_fraction, config.seed)
     if config.eval_fraction and not len(split.held_out):
         log.warning("nothing is held out: all records ask the same question")
@@ -248,7 +280,16 @@ def split_parts(examples: Examples, config: StudentConfig) -> Parts:
 
 
 def training_order(rows: np.ndarray, examples: int, seed: int) -> np.ndarray:
-    """Return the rows in the order of training, `examples` in all; each pass has its own random order."""
+    """Return the rows in the order of training. Each pass over the rows has its own random order.
+
+    Args:
+        rows: [rows]: the examples to train on.
+        examples: Number of examples of the whole training, all passes together.
+        seed: Seed of the orders.
+
+    Returns:
+        [examples].
+    """
     passes = [
         np.random.default_rng([seed, number]).permutation(rows) for number in range(-(-examples // len(rows)))
     ]
@@ -256,9 +297,16 @@ def training_order(rows: np.ndarray, examples: int, seed: int) -> np.ndarray:
 
 
 def shares(order: np.ndarray, batch_size: int, rank: int, ranks: int) -> list[list[int]]:
-    """Return for each step the rows of process `rank` of `ranks`.
+    """Divide the rows of each step among processes.
 
-    In a smaller last step there may be none.
+    Args:
+        order: [examples]: the result of `training_order`.
+        batch_size: Examples of a step, all processes together.
+        rank: The number of this process, from 0.
+        ranks: Number of processes.
+
+    Returns:
+        For each step the rows of this process. In a smaller last step there may be none.
     """
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     return [batch[rank::ranks].tolist() for batch in batches]
@@ -270,6 +318,7 @@ class Lengths(NamedTuple):
     number: int
     """Number of documents."""
     longest: int
+    """Length of the longest document, before it is cut."""
     most: int
     """99% of the documents have at most this length."""
     cut: int
@@ -277,9 +326,12 @@ class Lengths(NamedTuple):
 
 
 def measure_documents(examples: Sequence[Examples], tokenizer: Any, limit: int) -> Lengths:
-    """Measure documents with the compressor's `tokenizer`.
+    """Measure the lengths of all documents.
 
-    Those above `limit` count as cut; 0 is no limit.
+    Args:
+        examples: One or more sets of examples.
+        tokenizer: The compressor's tokenizer.
+        limit: Longer documents count as cut, in tokens; 0 is no limit.
     """
     total = sum(part.document_count for part in examples)
     lengths = array("l")
