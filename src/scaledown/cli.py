@@ -53,7 +53,14 @@ _COMMANDS: Final = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status."""
+    """Run the command line.
+
+    Args:
+        argv: The arguments without the program's name; None for those of this process.
+
+    Returns:
+        The exit status, see `run_command`.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     resumes = words[:1] in (["prepare"], ["index"], ["evaluate"], ["compare"])
 

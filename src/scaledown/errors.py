@@ -70,9 +70,16 @@ class RunDirectoryError(ScaleDownError):
 def each_or_error(
     work: Callable[[Sequence[Item]], list[Done]], items: Sequence[Item]
 ) -> list[Done | InputError]:
-    """Return `work(items)`, with an error in the place of each item that failed.
+    """Do work on items, with an error in the place of each item that fails.
 
     If a call fails, it is repeated with each half of the items.
+
+    Args:
+        work: Returns a result for each item; an `InputError` says that one of them cannot be used.
+        items: The items; may be empty.
+
+    Returns:
+        A result or an error for each item, in order.
     """
     if not items:
         return []
@@ -86,7 +93,11 @@ def each_or_error(
 
 
 def install_command(extra: str) -> str:
-    """The command that installs the packages of an extra, from the metadata of this installation."""
+    """Return the command that installs the packages of an extra, from the metadata of this installation.
+
+    Args:
+        extra: The extra's name in `pyproject.toml`.
+    """
     try:
         needed = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
@@ -99,7 +110,12 @@ def install_command(extra: str) -> str:
 
 
 def one_line(text: str, width: int = 1000) -> str:
-    """Text on one line without control characters, so that data cannot control a terminal."""
+    """Return text on one line without control characters, so that data cannot control a terminal.
+
+    Args:
+        text: Any text.
+        width: The most characters; a longer text ends with an ellipsis.
+    """
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= width else text[: width - 1] + "…"
 
@@ -153,7 +169,7 @@ def run_command(command: Callable[[], int], *, debug: bool, resumes: bool = Fals
 def _place(error: Exception) -> str:
     """Return `file:line` of the innermost line of this package that the error came through.
 
-    A run of days need not be repeated with --debug to learn this.
+    It is in the message, so that a run of days need not be repeated with --debug.
     """
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)]
@@ -164,7 +180,7 @@ def _place(error: Exception) -> str:
 def is_full_disk(error: BaseException) -> bool:
     """Whether a disk has no space left, or a user's quota is used up.
 
-    Libraries in Rust, as safetensors, say so only in the message.
+    Libraries in Rust, as safetensors, name the cause only in the message.
     """
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", 0) in full or any(os.strerror(code) in str(error) for code in full)
@@ -187,7 +203,11 @@ def _open_closed_streams() -> None:
 
 
 def tell(last_word: str) -> None:
-    """Write a last message to standard error; with a structured log, as its last line."""
+    """Write a last message to standard error; with a structured log, as its last line.
+
+    Args:
+        last_word: The message; `error: ` at its beginning is left out of a structured log.
+    """
     log = logging.getLogger("scaledown")
     if any(getattr(handler.formatter, "structured", False) for handler in log.handlers):
         log.error("%s", last_word.removeprefix("error: "))

@@ -54,7 +54,14 @@ class Table(Mapping[str, Any]):
         return _loaded(self._own.get(name) or self.outside[name], self.declares)
 
     def find(self, name: str) -> Any:
-        """Import the entry with this name, or `otherwise` if there is none."""
+        """Import the entry with this name, or `otherwise` if there is none.
+
+        Args:
+            name: The name of an entry, or any other text.
+
+        Raises:
+            UsageError: The entry cannot be imported, or it is not an instance of `declares`.
+        """
         if name in self:
             return self[name]
         return _loaded(EntryPoint(name, self._otherwise, self.group), self.declares)

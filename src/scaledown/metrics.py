@@ -8,20 +8,41 @@ from scaledown.text import normalized, tokens
 
 
 def accuracy(answer: str, right: Sequence[str]) -> float:
-    """1 if a right answer is a substring of the answer, both normalized (arXiv 2504.07109, section 4)."""
+    """Whether a right answer is a substring of the answer, both normalized (arXiv 2504.07109, section 4).
+
+    Args:
+        answer: The answer to measure.
+        right: The right answers; one that is empty after normalization does not count.
+
+    Returns:
+        1 or 0.
+    """
     text = normalized(answer)
     golds = filter(None, map(normalized, right))  # an empty one would be in every answer
     return float(any(gold in text for gold in golds))
 
 
 def has_answer(document: str, right: Sequence[str]) -> bool:
-    """Whether a document has a right answer, in whole words, both normalized."""
+    """Whether a document has a right answer, in whole words, both normalized.
+
+    Args:
+        document: The document's text.
+        right: The right answers.
+    """
     text = f" {' '.join(tokens(document))} "
     return any(f" {' '.join(gold)} " in text for gold in filter(None, map(tokens, right)))
 
 
 def exact_match(answer: str, right: Sequence[str]) -> float:
-    """1 if the answer is a right answer, both normalized, as in SQuAD (Rajpurkar et al. 2016)."""
+    """Whether the answer is a right answer, both normalized, as in SQuAD (Rajpurkar et al. 2016).
+
+    Args:
+        answer: The answer to measure.
+        right: The right answers.
+
+    Returns:
+        1 or 0.
+    """
     return float(normalized(answer) in map(normalized, right))
 
 
@@ -29,6 +50,13 @@ def f1(answer: str, right: Sequence[str]) -> float:
     """Harmonic mean of precision and recall over words, as in SQuAD (Rajpurkar et al. 2016).
 
     In Chinese, Japanese, Thai and other scripts without spaces between words, characters are compared.
+
+    Args:
+        answer: The answer to measure.
+        right: The right answers; the best value counts.
+
+    Returns:
+        0 to 1; 0 without right answers.
     """
     return max((_f1(tokens(answer), tokens(one)) for one in right), default=0.0)
 
@@ -44,6 +72,13 @@ def rouge_l(answer: str, right: Sequence[str]) -> float:
     """ROUGE-L (Lin 2004): F-measure of the longest common subsequence of words, without stemming.
 
     For ASCII text it equals Google's rouge_score. Words of other scripts count, too.
+
+    Args:
+        answer: The answer to measure.
+        right: The right answers; the best value counts.
+
+    Returns:
+        0 to 1; 0 without right answers.
     """
     return max((_rouge_l(_words(answer), _words(one)) for one in right), default=0.0)
 

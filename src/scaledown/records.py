@@ -9,16 +9,19 @@ _TITLE_CHARACTERS: Final = 200  # a longer first line is not a title
 
 
 class Query(NamedTuple):
-    """A query, with its id in its source, or its line number if it has no id."""
+    """A question to answer."""
 
     query_id: str
+    """Unique among the queries of a run: the id in the source, or `q` and the number of the query, from 1."""
     text: str
+    """The question."""
 
 
 class Block(NamedTuple):
     """A paragraph, list item or heading of an article."""
 
     text: str
+    """The paragraph on one line, or the item or heading."""
     is_heading: bool = False
 
 
@@ -26,17 +29,23 @@ class Article(NamedTuple):
     """An entry of a corpus: its paragraphs, list items and headings, in reading order."""
 
     doc_id: str
+    """Unique in the corpus."""
     title: str
+    """Empty if the article has none."""
     blocks: tuple[Block, ...]
 
 
 class Passage(NamedTuple):
-    """A part of an article, the unit of retrieval. `passage_id` is `<doc_id>_<n>`."""
+    """A part of an article, the unit of retrieval."""
 
     passage_id: str
+    """`<doc_id>_<n>`; n counts the passages of the article."""
     doc_id: str
+    """The article that the passage is a part of."""
     title: str
+    """The article's title; empty if it has none."""
     text: str
+    """The passage without the title."""
 
 
 class Logprobs(TypedDict):
@@ -59,69 +68,103 @@ class Logprobs(TypedDict):
 
 
 class Answer(NamedTuple):
-    """A teacher's answer. `finish_reason` is `stop`, or `length` if the answer reached the limit of tokens.
-
-    Other finish reasons of a server are kept.
-    """
+    """A teacher's answer."""
 
     text: str
+    """The answer alone."""
     finish_reason: str
+    """`stop`, or `length` if the answer reached the limit of tokens. Other reasons of a server are kept."""
     prompt_tokens: int
+    """Tokens of the prompt."""
     answer_tokens: int
+    """Tokens that the teacher wrote."""
     dropped_tokens: int
     """Document tokens left out so that the prompt fits the teacher's context."""
     answer_logprobs: Logprobs | None = None
     """None if they were not requested, or if the engine did not return them."""
     left_out: int = 0
-    """The number of characters of thoughts and chat markers around the answer, which are not part of it."""
+    """Characters of thoughts and chat markers around the answer, which are not part of it."""
     model: str = ""
-    """The model that the server says it used, if this is not the requested name."""
+    """The model that answered by the server's own account, if this is not the requested name."""
 
 
 class DocumentDict(TypedDict):
     """A document of the guide's Python API."""
 
     id: NotRequired[str]
+    """The document's id, if it has one."""
     title: NotRequired[str]
+    """Empty or absent if the document has none."""
     text: str
+    """The document without the title."""
 
 
 class RetrievedDict(DocumentDict):
     """A document returned by a retriever."""
 
     score: float
+    """Similarity to the query, the inner product of their vectors; higher is better."""
 
 
 class QueryWithDocuments(TypedDict):
-    """A query and its documents, as strings or as `{"title", "text"}`."""
+    """A query and its documents."""
 
     query: str
+    """The question."""
     documents: list[str] | list[DocumentDict]
+    """The documents, best first: strings, or `{"title", "text"}`."""
     reranking_scores: NotRequired[list[float]]
+    """[documents]: relevance by the reranker; higher is better."""
 
 
 class Example(TypedDict):
     """A training record, exactly in the format of the guide."""
 
     query: str
+    """The question."""
     documents: list[str]
+    """The documents that the teacher has read, best first. A title is on the first line."""
     answer: str
+    """The teacher's answer."""
     reranking_scores: NotRequired[list[float]]
+    """[documents]: relevance by the reranker; higher is better."""
 
 
 def full_text(title: str, text: str) -> str:
-    """A passage as all models read it and the output has it: the title on its own line, then the text."""
+    """Return a passage as all models read it and the output has it: the title on its own line, then the text.
+
+    Args:
+        title: The title; empty if there is none.
+        text: The passage without the title.
+    """
     return f"{title}\n{text}" if title else text
 
 
 def title_of(text: str) -> str:
-    """The title in a text that `full_text` wrote; "" if it has none."""
+    """Return the title of a document.
+
+    Args:
+        text: The result of `full_text`.
+
+    Returns:
+        The first line if another line follows and it has at most 200 characters; else empty.
+    """
     first, _, rest = text.partition("\n")
     return first if rest and len(first) <= _TITLE_CHARACTERS else ""
 
 
 def document_text(document: object) -> str:
-    """The text of a document given as a string or as `{"title", "text"}`. Raises `InputError`."""
+    """Return the text of a document.
+
+    Args:
+        document: A string, or a dictionary with `text` and, if it has one, `title`.
+
+    Returns:
+        The string itself; for a dictionary the result of `full_text`.
+
+    Raises:
+        InputError: The document is something else.
+    """
     if isinstance(document, str):
         return document
     if not isinstance(document, Mapping) or not isinstance(document.get("text"), str):
@@ -130,7 +173,15 @@ def document_text(document: object) -> str:
 
 
 def check_records(records: Sequence[QueryWithDocuments]) -> None:
-    """Raise `InputError` for the first record without a query or with documents of an unknown form."""
+    """Check that all records have a query and documents.
+
+    Args:
+        records: The records that a user gives.
+
+    Raises:
+        InputError: A record has no query, or documents of an unknown form; the message has its number, from
+            1.
+    """
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
             raise InputError(f"record {number}: is {type(record).__name__}, expected a dictionary")

@@ -41,12 +41,12 @@ _punctuation: Final = _Punctuation()
 
 
 def writable(text: str) -> str:
-    """Replace halves of surrogate pairs, which JSON can have but UTF-8 cannot."""
+    """Replace halves of surrogate pairs, which JSON can have but UTF-8 cannot, by question marks."""
     return text.encode(errors="replace").decode()
 
 
 def folded(text: str) -> str:
-    """One form for case, composed and full-width letters, and the dashes before numbers.
+    """Return one form for case, composed and full-width letters, and the dashes before numbers.
 
     All comparisons of questions and answers use it first.
     """
@@ -64,12 +64,16 @@ def normalized(text: str) -> str:
 
 
 def tokens(text: str) -> list[str]:
-    """The words of a normalized text; its characters in scripts without spaces between words."""
+    """Return the words of a normalized text; its characters in scripts without spaces between words.
+
+    Args:
+        text: Any text; `normalized` is applied here.
+    """
     return _TOKEN.findall(normalized(text))
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in any language, without case, punctuation, accents and English articles.
+    """Return the words of a text in any language, without case, punctuation, accents and English articles.
 
     Operators and units of numbers are words: 3 < 4 is not 3 > 4. A text without words is split at spaces.
     """
@@ -92,5 +96,5 @@ def has_content(text: str) -> bool:
 
 
 def question_key(text: str) -> str:
-    """The words of a question in their order. Equal questions have the same key."""
+    """Return the words of a question in their order. Equal questions have the same key."""
     return " ".join(words(text))

@@ -38,7 +38,7 @@ def is_url(text: str) -> bool:
 
 
 def local(name: str) -> str:
-    """The path of a URL like `file:///data/a%20b`; any other name is returned unchanged."""
+    """Return the path of a URL like `file:///data/a%20b`; any other name is returned unchanged."""
     scheme, separator, rest = name.partition("://")
     if not separator or scheme.lower() not in {"file", "local"} or not rest:
         return name
@@ -46,13 +46,25 @@ def local(name: str) -> str:
 
 
 def check_exists(name: str, what: str) -> None:
-    """Raise `InputError` if a local path does not exist; URLs are not checked. `what` is its flag."""
+    """Check that a local path exists. URLs are not checked.
+
+    Args:
+        name: A path or URL.
+        what: The flag that it was given for, for the message; may be empty.
+
+    Raises:
+        InputError: The path does not exist.
+    """
     if not is_url(local(name)) and not Path(local(name)).exists():
         raise InputError(f"{what} {name}: there is no such file; check the path".lstrip())
 
 
 def check_store(name: str) -> None:
-    """Raise `UsageError` for a URL at which no run, index or output can be written."""
+    """Check that a run, an index or an output can be written to a URL. Local paths are not checked.
+
+    Raises:
+        UsageError: It is a URL of another kind, or without a bucket and a folder.
+    """
     scheme, _, rest = name.partition("://")
     scheme = scheme.lower()
     if not is_url(name) or (scheme in {"file", "local"} and rest):
@@ -86,7 +98,7 @@ def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_query(source: str) -> str:
-    """A redacted URL without the sign for its query; any other text is returned unchanged."""
+    """Remove the sign for a removed query from a redacted URL; any other text is returned unchanged."""
     return source.removesuffix(HIDDEN_QUERY)
 
 
@@ -117,7 +129,14 @@ def file_system(url: str, shown: str) -> Any:
 
 
 def state_of(info: Mapping[str, Any]) -> str:
-    """Return a text that changes with a file, from a server's data about it; "" if there is none."""
+    """Return a text that changes when a file changes.
+
+    Args:
+        info: A server's or file system's data about the file.
+
+    Returns:
+        A hash, a version or a time; empty if the data has none.
+    """
     found = next((info[name] for name in _STATES if info.get(name)), "")
     return str(found.timestamp() if isinstance(found, datetime) else found)  # listings may have either
 
@@ -135,9 +154,13 @@ def refused(error: Exception) -> bool:
 
 
 def detail(url: str, error: Exception) -> str:
-    """Describe an error in one line, without secrets. If `url` has secrets, only the error's type is shown.
+    """Describe an error in one line, without secrets.
 
     Queries of other URLs, to which a server may have redirected, are removed too.
+
+    Args:
+        url: The URL that was opened. If it has secrets, only the error's type is shown.
+        error: The error.
     """
     kind = type(error).__name__
     message = re.sub(r"\?[^\s'\")>]+", HIDDEN_QUERY, str(error))

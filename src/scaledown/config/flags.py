@@ -62,7 +62,14 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(*arguments, **settings)
 
     def error(self, message: str) -> NoReturn:
-        """Raise `UsageError` with one line, instead of printing the whole usage."""
+        """Raise an error with one line, instead of printing the whole usage.
+
+        Args:
+            message: The message of argparse.
+
+        Raises:
+            UsageError: Always.
+        """
         raise UsageError(f"{message}{self._meant(message)} (see {self.prog} --help)")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -86,10 +93,16 @@ class Parser(argparse.ArgumentParser):
 def command_parser(
     program: str, config: type[Options], needed: str, description: str, order: Sequence[str] = GROUPS
 ) -> Parser:
-    """A parser with a flag for each field of the dataclass `config`, and those that commands share.
+    """Make a parser with a flag for each setting of a command, and the flags that commands share.
 
-    Absent flags stay absent from the result. `needed` are the flags that the usage shows; the help is grouped
-    in the given `order`.
+    A flag that is not given is absent from the result.
+
+    Args:
+        program: The name of the command in the help.
+        config: The dataclass of its settings.
+        needed: The flags in the usage line.
+        description: The text at the beginning of the help.
+        order: The groups of the help, in their order; `config` may have fields in these groups only.
     """
     parser = Parser(
         prog=program,
@@ -142,7 +155,7 @@ def add_log_flags(group: argparse._ActionsContainer) -> None:
 
 
 def add_overwrite(group: argparse._ActionsContainer) -> None:
-    """Add the flag that all commands share which write files."""
+    """Add the flag `--overwrite`, which all commands have that write files."""
     group.add_argument(
         "--overwrite",
         action="store_true",
@@ -151,7 +164,12 @@ def add_overwrite(group: argparse._ActionsContainer) -> None:
 
 
 def add_flags(group: Callable[[str], argparse._ActionsContainer], config: type[Options]) -> None:
-    """Add a flag for each field of the dataclass `config`, to the group of that name."""
+    """Add a flag for each field of a dataclass.
+
+    Args:
+        group: Returns the group of flags for the name of a group.
+        config: The dataclass.
+    """
     hints = typing.get_type_hints(config)
     for item in dataclasses.fields(config):  # type: ignore[arg-type]  # a dataclass, like all that inherit
         about: Option = item.metadata["option"]
@@ -194,7 +212,12 @@ def _shown_default(default: Any, about: Option) -> str:
 
 
 def underscored(argv: Sequence[str]) -> list[str]:
-    """`--top-k-retrieval=5` -> `--top_k_retrieval=5`: both spellings of every flag are one."""
+    """Return arguments with the underscored spelling of flags: `--top-k-retrieval=5` as
+    `--top_k_retrieval=5`.
+
+    Args:
+        argv: The arguments; those after `--` are values and stay as they are.
+    """
     result: list[str] = []
     words = iter(argv)
     for word in words:
@@ -209,9 +232,18 @@ def underscored(argv: Sequence[str]) -> list[str]:
 
 
 def from_flags(given: Mapping[str, Any], config: type[Config]) -> Config:
-    """Build the settings from parsed flags.
+    """Build the settings of a command from its flags.
 
-    Raises `UsageError` for contradictions, `InputError` for a `--config` file that cannot be read.
+    Args:
+        given: The values of the flags that were given, by name; also `config` and `preset`.
+        config: The dataclass of the settings.
+
+    Returns:
+        The settings; a leading ~ in paths is expanded.
+
+    Raises:
+        UsageError: A value is not allowed, or settings contradict each other.
+        InputError: The `--config` file cannot be read.
     """
     flags = dict(given)
     about = config.options()
@@ -251,21 +283,41 @@ def _frozen(value: Any) -> Any:
 
 
 def local_path(text: str) -> Path:
-    """Convert the value of a flag for a local path. Raises `ArgumentTypeError` for a URL."""
+    """Convert the value of a flag for a local path.
+
+    Raises:
+        ArgumentTypeError: It is a URL, or empty.
+    """
     if is_url(local(text)):
         raise argparse.ArgumentTypeError("is a URL: fetch the file and give its path")
     return Path(path_or_url(text))
 
 
 def path_or_url(text: str) -> str:
-    """Convert the value of a flag for a path, URL or model name; a leading ~ is expanded."""
+    """Convert the value of a flag for a path, URL or model name; a leading ~ is expanded.
+
+    Raises:
+        ArgumentTypeError: It is empty.
+    """
     if not text:
         raise argparse.ArgumentTypeError("is empty: name a file")
     return text if is_url(text := local(text)) else str(Path(_expanded(text)))
 
 
 def read_settings(path: Path, config: type[Options]) -> dict[str, Any]:
-    """Read settings from a JSON file: a flat object, or a manifest with `parameters`."""
+    """Read settings from a JSON file.
+
+    Args:
+        path: A flat object of settings, or a manifest, whose settings are in `parameters`.
+        config: The dataclass of the settings. For an index, settings of `scaledown prepare` are allowed, too.
+
+    Returns:
+        The settings that `config` has, by name.
+
+    Raises:
+        InputError: The file cannot be read as an object.
+        UsageError: A setting is unknown, or its value has another type.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -105,7 +105,16 @@ class IndexConfig(WorkersConfig):
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> Self:
-        """Return the settings of `--preset NAME` that this command has, overridden by `settings`."""
+        """Return the settings of a preset.
+
+        Args:
+            name: `guide`, `oscar` or `demo`. Settings of the preset that this command does not have are left
+                out.
+            settings: Settings that replace those of the preset.
+
+        Raises:
+            UsageError: There is no such preset, or a setting is not allowed.
+        """
         if name not in PRESETS:
             raise UsageError(f"--preset {name}: use one of {', '.join(PRESETS)}")
         own = {item.name for item in fields(cls)}

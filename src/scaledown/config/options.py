@@ -190,12 +190,22 @@ class Options:
 
     @classmethod
     def batch_for(cls, name: str, given: int, device: str) -> int:
-        """Return the batch size: the `given` one, or for 0 the one that suits the `device`."""
+        """Return the size of batches on a device.
+
+        Args:
+            name: The setting.
+            given: Its value; 0 is the automatic value for the device.
+            device: `cpu`, `cuda`, `cuda:N` or `mps`.
+        """
         on_cpu, on_cuda = cls.options()[name].automatic or (given, given)
         return given or (on_cuda if device.startswith("cuda") else on_cpu)
 
     def sized(self, device: str) -> Self:
-        """Return the settings with batch sizes that suit the `device`, where they are 0."""
+        """Return the settings with automatic sizes of batches replaced by their values.
+
+        Args:
+            device: `cpu`, `cuda`, `cuda:N` or `mps`.
+        """
         sizes = {
             name: self.batch_for(name, getattr(self, name), device)
             for name, about in self.options().items()
@@ -224,7 +234,15 @@ OUTPUT_SUFFIXES: Final = tuple(f".{name}" for name in OUTPUT_FORMATS)
 
 
 def check_ending(flag: str, output: str | Path) -> None:
-    """Raise `UsageError` if the suffix of an output is not one of the formats."""
+    """Check that the suffix of an output is one of the formats.
+
+    Args:
+        flag: The flag that names the output, for the message.
+        output: The file.
+
+    Raises:
+        UsageError: It is not.
+    """
     if Path(output).suffix not in OUTPUT_SUFFIXES:
         raise UsageError(
             f"{flag} {output}: the ending chooses the format; use one of {', '.join(OUTPUT_SUFFIXES)}"

@@ -131,9 +131,16 @@ class ServeConfig(Options):
 
 
 def api_key(config: ServeConfig) -> str:
-    """Return the key that clients must send, from the environment; empty if no key is needed.
+    """Return the key that clients must send.
 
-    Raises `UsageError` if other machines could send requests without a key.
+    Args:
+        config: The host, and whether a server without a key is allowed.
+
+    Returns:
+        The value of the environment variable `KEY_VARIABLE`; empty if no key is needed.
+
+    Raises:
+        UsageError: Other machines could send requests without a key, or the variable is empty or has spaces.
     """
     key = os.environ.get(KEY_VARIABLE, "")
     if key != key.strip() or (KEY_VARIABLE in os.environ and not key):

@@ -39,7 +39,11 @@ class Part:
     count: int
 
     def of(self, shards: int) -> range:
-        """Return its shards of `shards` shards; the sizes of parts differ by at most one."""
+        """Return the shards of this part. The sizes of parts differ by at most one.
+
+        Args:
+            shards: Number of shards of all parts together.
+        """
         return range(shards * self.number // self.count, shards * (self.number + 1) // self.count)
 
 
@@ -97,7 +101,11 @@ class WorkersConfig(Options):
             )
 
     def of_worker(self, workers: int) -> dict[str, Any]:
-        """Return the changed settings for one of `workers` workers, which starts no workers itself."""
+        """Return the settings that differ for a worker, which starts no workers itself.
+
+        Args:
+            workers: Number of workers.
+        """
         return {item.name: item.default for item in fields(WorkersConfig)} | {"workers": workers}
 
 

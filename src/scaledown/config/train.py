@@ -235,7 +235,11 @@ class StudentConfig(Options):
         return "--optimizer adamw8bit" if self.optimizer == "adamw8bit" else ""
 
     def compressor_rate(self, default: float) -> float:
-        """Return the learning rate of the compressor; `default` is the rate of its kind."""
+        """Return the learning rate of the compressor.
+
+        Args:
+            default: The rate of the kind of compressor, used without `--learning_rate_compressor`.
+        """
         return self.learning_rate_compressor or default
 
 

@@ -24,6 +24,9 @@ def choose_device(name: str) -> str:
         name: cpu, cuda, cuda:N, mps, or auto for the best one. Under torchrun, `auto` and `cuda` are the GPU
             of this process.
 
+    Returns:
+        `cpu`, `cuda`, `cuda:N` or `mps`.
+
     Raises:
         ModelError: This machine has no such device.
     """
@@ -48,7 +51,13 @@ def choose_device(name: str) -> str:
 
 
 def dtype_to_train(name: str, device: str) -> "torch.dtype":
-    """The dtype for training. `auto` is bfloat16 on a CUDA GPU or a CPU that multiplies it, else float32."""
+    """Return the dtype for training.
+
+    Args:
+        name: `auto`, `float32`, `bfloat16` or `float16`. `auto` is bfloat16 on a CUDA GPU or a CPU with
+            instructions for it, else float32.
+        device: `cpu`, `cuda`, `cuda:N` or `mps`.
+    """
     import torch
 
     if name != "auto":
@@ -59,7 +68,12 @@ def dtype_to_train(name: str, device: str) -> "torch.dtype":
 
 
 def dtype_to_run(name: str, device: str) -> "torch.dtype":
-    """The dtype for inference: that for training, but `auto` is float16 if the GPU emulates bfloat16."""
+    """Return the dtype for inference.
+
+    Args:
+        name: As for `dtype_to_train`, but `auto` is float16 on a GPU that emulates bfloat16.
+        device: `cpu`, `cuda`, `cuda:N` or `mps`.
+    """
     import torch
 
     if name == "auto" and emulates_bfloat16(device):
@@ -82,7 +96,7 @@ def has_amx() -> bool:
 
 
 def _capabilities() -> dict[str, Any]:
-    """What this processor can do, by torch's names. Not every version that we accept knows it."""
+    """Return the instructions of this processor, by torch's names; empty if this torch does not list them."""
     import torch
 
     found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()

@@ -20,7 +20,7 @@ def index(device: str) -> int:
 
 
 def only(environment: Mapping[str, str], numbers: Iterable[int]) -> dict[str, str]:
-    """Return the environment variables that show a process only these GPUs.
+    """Return the environment variables with which a process sees only some GPUs.
 
     Args:
         environment: The environment, which may already show only some GPUs, by index, UUID or MIG name. Their
@@ -41,6 +41,12 @@ def free_share(numbers: Iterable[int]) -> float:
     """Return the share of GPU memory that a new process may use: the free memory of each GPU, less 1 GiB.
 
     The process needs about 1 GiB itself before it measures its memory.
+
+    Args:
+        numbers: The GPUs, as torch numbers them.
+
+    Returns:
+        0 to 0.92; the smallest share, if there are several GPUs.
     """
     import torch
 

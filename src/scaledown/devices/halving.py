@@ -33,16 +33,30 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class Halving:
-    """Runs batches. A batch that runs out of memory is halved until its parts fit; `count` counts this."""
+    """Runs batches. A batch that runs out of memory is halved until its parts fit.
+
+    `count` is the number of times that a batch was halved.
+
+    Args:
+        flag: The flag or argument that sets the size of batches, for messages.
+    """
 
     def __init__(self, flag: str) -> None:
         self.flag = flag
         self.count = 0
 
     def __call__(self, work: Callable[[Sequence[Item]], Done], batch: Sequence[Item]) -> list[Done]:
-        """Return the results of `work` for the batch or its parts, in order.
+        """Run a batch, or its parts if it does not fit into memory.
 
-        Raises `NoRoomError` if one item alone does not fit.
+        Args:
+            work: Computes the result of a batch. It may be called again with parts of the batch.
+            batch: At least one item.
+
+        Returns:
+            The results of `work` for the batch or its parts, in order.
+
+        Raises:
+            NoRoomError: One item alone does not fit.
         """
         try:
             return [work(batch)]
@@ -70,7 +84,7 @@ class Halving:
         device: str,
         at_once: int = 1,
     ) -> Generator[tuple[Sequence[Item], list[Done]], None, None]:
-        """Yield the batches, each with what a call gives for it, in order.
+        """Yield the batches, each with its results, in order.
 
         On CUDA the next batch is launched before one is read back. On a CPU several batches are computed at
         the same time, with an equal share of torch's threads each: many threads for one product wait for each
@@ -80,10 +94,13 @@ class Halving:
         Args:
             batches: May be made while earlier ones are computed.
             launch: Starts to compute a batch.
-            read: Waits for what was launched, and fetches it.
+            read: Waits for a launched batch, and fetches its result.
             device: The device that computes.
             at_once: For a CPU: the number of batches, if several threads may call `launch` at the same time.
                 Tokenizers must not.
+
+        Yields:
+            A batch and the results of its parts; there is one part unless the batch was halved.
 
         Raises:
             NoRoomError: Even one item does not fit.
@@ -133,7 +150,7 @@ class Halving:
 
 
 def batches_at_once(device: str) -> int:
-    """How many batches `Halving.each` computes at the same time on a CPU; 1 on other devices."""
+    """Return how many batches `Halving.each` computes at the same time on a CPU; 1 on other devices."""
     if device != "cpu":
         return 1
     import torch

@@ -23,7 +23,13 @@ def is_installed() -> bool:
 
 
 def openvino(need: str) -> Any:
-    """Import the library; `need` is named in the message.
+    """Import the library.
+
+    Args:
+        need: What needs it, for the message.
+
+    Returns:
+        The module `openvino`.
 
     Raises:
         MissingExtraError: It is not installed, or cannot be imported.
@@ -55,7 +61,11 @@ class SignalStack(ctypes.Structure):
     _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
 
     def exchange(self, new: "SignalStack | None" = None) -> None:
-        """Store the current signal stack here, and set `new`."""
+        """Store the current signal stack here, and set another one. Does nothing on other systems than Linux.
+
+        Args:
+            new: The stack to set; None leaves the current one.
+        """
         if sys.platform == "linux":
             ctypes.CDLL(None).sigaltstack(ctypes.byref(new) if new else None, ctypes.byref(self))
 

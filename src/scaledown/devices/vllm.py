@@ -34,7 +34,11 @@ _DEFAULTS: Final = {
 
 
 def check_vllm(device: str, flag: str) -> None:
-    """Raise unless vLLM is installed and built for `device`; `flag` is named in the message.
+    """Check that vLLM is installed and built for a device.
+
+    Args:
+        device: `cpu`, `cuda`, `cuda:N` or `mps`.
+        flag: The flag that needs vLLM, for the message.
 
     Raises:
         MissingExtraError: vLLM is not installed.
@@ -67,9 +71,17 @@ def _is_cpu_build() -> bool:
 
 
 def gpus_of(device: str, tensor_parallel: int) -> range:
-    """Return the numbers of the GPUs that share a model, from `device` on; none on a CPU.
+    """Return the numbers of the GPUs that share a model.
 
-    Raises `ModelError` if there are too few GPUs.
+    Args:
+        device: `cpu`, `cuda` or `cuda:N`; N is the first GPU.
+        tensor_parallel: Number of GPUs.
+
+    Returns:
+        Consecutive numbers; none on a CPU.
+
+    Raises:
+        ModelError: There are too few GPUs.
     """
     import torch
 
@@ -136,6 +148,12 @@ class VllmEngine:
     def add(self, key: str, prompt: Any, sampling: Any, **options: Any) -> None:
         """Request an answer.
 
+        Args:
+            key: The id of the request, which its outputs have.
+            prompt: A prompt of vLLM: text, token ids or embeddings.
+            sampling: vLLM's `SamplingParams`.
+            options: Other arguments of vLLM's `add_request`.
+
         Raises:
             ValueError: vLLM refuses the prompt.
             ModelError: The engine has ended.
@@ -154,7 +172,11 @@ class VllmEngine:
         return outputs
 
     def abort(self, keys: list[str]) -> None:
-        """Cancel requests; does nothing if the engine has ended."""
+        """Cancel requests; does nothing if the engine has ended.
+
+        Args:
+            keys: The ids of the requests.
+        """
         with contextlib.suppress(Exception):
             self._engine.abort_request(keys)
 

@@ -386,7 +386,15 @@ def summary(comparison: Comparison, config: CompareConfig) -> str:
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown compare") -> int:
-    """Run the command line. Returns the exit status."""
+    """Run the command line.
+
+    Args:
+        argv: The arguments after the command's name; None for those of this process.
+        program: The name of the command in its help.
+
+    Returns:
+        The exit status, see `run_command`.
+    """
     usage = Usage(
         program,
         "RUN... --data FILE",

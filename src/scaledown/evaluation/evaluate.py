@@ -425,7 +425,15 @@ def summary(results: Results, config: EvaluateConfig) -> str:
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown evaluate") -> int:
-    """Run the command line. Returns the exit status."""
+    """Run the command line.
+
+    Args:
+        argv: The arguments after the command's name; None for those of this process.
+        program: The name of the command in its help.
+
+    Returns:
+        The exit status, see `run_command`.
+    """
     usage = Usage(
         program,
         "--model DIR --data FILE | --run FILE --qrels FILE",

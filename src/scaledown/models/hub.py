@@ -8,7 +8,7 @@ from scaledown.errors import ModelError, NoRoomError, ScaleDownError
 
 
 def reach_hub() -> None:
-    """Raise an error if the hub cannot be reached; its libraries try for 30 s, with many messages."""
+    """Raise an error if the hub cannot be reached. Its libraries would try for 30 s, with many messages."""
     from huggingface_hub import constants, get_session
 
     if not constants.HF_HUB_OFFLINE:
@@ -17,7 +17,16 @@ def reach_hub() -> None:
 
 @contextlib.contextmanager
 def hub_errors(name: str, kind: str = "model") -> Iterator[None]:
-    """Turn any error while `name` is found or loaded into a `ModelError` that says what to do."""
+    """Turn any error in the block into a `ModelError` whose message ends with the next step.
+
+    Args:
+        name: The model or dataset that is found or loaded in the block.
+        kind: `model` or `dataset`, for the message.
+
+    Raises:
+        ModelError: The block raised an error that is not a `ScaleDownError`.
+        NoRoomError: A device has too little memory.
+    """
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
 
     try:

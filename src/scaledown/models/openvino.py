@@ -59,7 +59,18 @@ def write_graph(model: Any, file: Path, *, reads: str, eight_bits: bool = False)
 
 
 def compiled(graph: Any, dtype: torch.dtype) -> Any:
-    """Compile a graph, or the file of one, to compute in float32 or bfloat16."""
+    """Compile a graph for this machine's CPU.
+
+    Args:
+        graph: A graph of OpenVINO, or the file of one.
+        dtype: The precision of the computation, float32 or bfloat16.
+
+    Returns:
+        OpenVINO's compiled model.
+
+    Raises:
+        MissingExtraError: OpenVINO is not installed.
+    """
     precision = PRECISIONS[dtype]
     settings = {
         "INFERENCE_PRECISION_HINT": precision,
@@ -73,7 +84,11 @@ def compiled(graph: Any, dtype: torch.dtype) -> Any:
 
 
 def can_run(config: Any) -> bool:
-    """Whether a causal LM with this configuration takes positions, and keeps all of them in every layer."""
+    """Whether a causal LM takes positions, and keeps all of them in every layer, as a graph needs.
+
+    Args:
+        config: The model's configuration, of transformers.
+    """
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return (
         kind is not None
@@ -167,7 +182,7 @@ def _traced(library: Any, model: Any, name: str) -> tuple[Any, list[str], list[s
 def _example_cache(model: Any) -> list[torch.Tensor]:
     """Return keys and values of each layer for two rows of two tokens, [2, heads, 2, size].
 
-    Raises `ModelError` if `can_run` says no.
+    Raises `ModelError` if `can_run` is false.
     """
     if not can_run(model.config):
         raise ModelError(

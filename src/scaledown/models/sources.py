@@ -37,18 +37,26 @@ BUNDLES: Final = {
 
 
 class ModelSource(NamedTuple):
-    """A model that was found. `revision` is a commit of the hub, None for local files.
-
-    A model without a location is behind a server.
-    """
+    """A model that was found."""
 
     name: str
+    """The name by which it was found."""
     location: str
+    """A folder, or a repository of the hub; empty for a model behind a server."""
     revision: str | None = None
+    """A commit of the hub; None for local files."""
     gguf_file: str | None = None
+    """The name of the GGUF file in the folder or repository; None for ordinary weights."""
 
     def identity(self, content_hash: Callable[[Path], str]) -> str:
-        """A name for the exact weights: a commit, or a hash of the local files."""
+        """Return a name for the exact weights.
+
+        Args:
+            content_hash: Returns the hash of a file or folder.
+
+        Returns:
+            `commit:HASH`; `sha256:HASH` for local files; `served:NAME` for a model behind a server.
+        """
         if not self.location:
             return f"served:{self.name}"
         if self.revision:
@@ -58,7 +66,17 @@ class ModelSource(NamedTuple):
 
 
 def resolve(name: str) -> ModelSource:
-    """Find the model `name`, without loading it. Raises `ModelError`."""
+    """Find a model, without loading it.
+
+    Args:
+        name: A name as in the module's docstring.
+
+    Returns:
+        The model. Of one on the hub, a small file is downloaded if it is not in the cache.
+
+    Raises:
+        ModelError: There is no such model, it is gated, or the hub cannot be reached.
+    """
     if name.startswith("bundled:"):
         return _bundled(name)
     path = Path(name).expanduser()

@@ -19,7 +19,14 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns when anoth
 
 @contextlib.contextmanager
 def loading(source: ModelSource) -> Iterator[None]:
-    """Wrap the loading of a model: errors as in `hub_errors`, and a warning if its weights are pickles."""
+    """Wrap the loading of a model: errors as in `hub_errors`, and a warning if its weights are pickles.
+
+    Args:
+        source: The model that is loaded in the block.
+
+    Raises:
+        ModelError: The block raised an error.
+    """
     with hub_errors(source.name):
         yield
     if source.revision is None:
@@ -40,12 +47,28 @@ def _is_cached(source: ModelSource, *names: str) -> bool:
 
 
 def onto(device: str) -> dict[str, Any]:
-    """Arguments of `from_pretrained` to read weights directly to a device: the host may have less memory."""
+    """Return arguments of `from_pretrained` to read weights directly to a device.
+
+    Otherwise the weights are read to the host, which may have less memory.
+
+    Args:
+        device: `cpu`, `cuda`, `cuda:N` or `mps`.
+    """
     return {} if device == "cpu" else {"device_map": {"": device}}
 
 
 def loadable(source: ModelSource) -> tuple[str, dict[str, Any]]:
-    """Arguments of `from_pretrained`: a name or folder, the revision, and no code from the model."""
+    """Return arguments of `from_pretrained` for a model. Code that comes with the model is never run.
+
+    Args:
+        source: The model. GGUF weights are converted at the first call, to a folder in the cache.
+
+    Returns:
+        The first argument, a folder or a name on the hub; and the named arguments.
+
+    Raises:
+        ModelError: GGUF weights cannot be converted.
+    """
     quiet_libraries()
     if source.gguf_file:
         return str(_converted(source)), {"trust_remote_code": False}
@@ -89,7 +112,18 @@ def _convert(source: ModelSource, folder: Path) -> None:
 
 
 def read_config_file(source: ModelSource, file_name: str) -> Any:
-    """A JSON file of the model (`config.json`, `modules.json`), or None if there is none."""
+    """Read a JSON file of a model.
+
+    Args:
+        source: The model.
+        file_name: The file's name in the model's folder or repository, for example `config.json`.
+
+    Returns:
+        The content; None if there is no such file.
+
+    Raises:
+        ModelError: The file cannot be downloaded.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -107,7 +141,7 @@ def read_config_file(source: ModelSource, file_name: str) -> Any:
 
 
 def quiet_libraries() -> None:
-    """Switch off the progress bars and the advice of libraries, since we show our own progress."""
+    """Turn off the progress bars and the advice of libraries, since we show our own progress."""
     import transformers.utils.logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

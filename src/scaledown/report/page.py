@@ -91,7 +91,11 @@ class Page(NamedTuple):
 
 
 def html(page: Page) -> str:
-    """Return the page as one HTML file that loads no script, style, font or picture from elsewhere."""
+    """Return the page as one HTML file that loads no script, style, font or picture from elsewhere.
+
+    Args:
+        page: The page; all texts in it are escaped.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -117,7 +121,11 @@ def html(page: Page) -> str:
 
 
 def markdown(page: Page) -> str:
-    """Return the page as Markdown for a README: plots as tables if they have few rows, no examples."""
+    """Return the page as Markdown for a README.
+
+    Args:
+        page: The page. Plots become tables if they have few rows, else they are left out, as are examples.
+    """
     parts = [f"# {_escaped(page.title)}", _escaped(page.lead)]
     for section in page.sections:
         blocks = [text for block in section.blocks if (text := _markdown(block))]

@@ -48,17 +48,28 @@ _STYLE: Final = {
 
 
 class Point(NamedTuple):
-    """A named point in a plane; `low` and `high` are the interval of y, NaN if it is not known."""
+    """A named point in a plane."""
 
     name: str
     x: float
     y: float
     low: float = float("nan")
+    """The lower end of the interval of y; NaN if it is not known."""
     high: float = float("nan")
+    """The upper end of the interval of y; NaN if it is not known."""
 
 
 def bars(names: Sequence[str], values: Sequence[float], y: str) -> str:
-    """Draw a bar for each name, with its value above."""
+    """Draw a bar for each name, with its value above.
+
+    Args:
+        names: The labels of the bars.
+        values: Their heights.
+        y: The label of the y axis.
+
+    Returns:
+        SVG.
+    """
     with _figure() as (axes, drawn):
         found = axes.bar(range(len(names)), values, color=SERIES[0])
         axes.bar_label(found, [f"{value:,.4g}" for value in values], padding=2, fontsize=8)
@@ -73,7 +84,17 @@ def bars(names: Sequence[str], values: Sequence[float], y: str) -> str:
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int], x: str, y: str) -> str:
-    """Draw counts between consecutive edges; there is one more edge than counts."""
+    """Draw a histogram.
+
+    Args:
+        edges: The edges of the bins, ascending; one more than there are counts.
+        counts: The number of values in each bin.
+        x: The label of the x axis.
+        y: The label of the y axis.
+
+    Returns:
+        SVG.
+    """
     with _figure() as (axes, drawn):
         widths = [high - low for low, high in itertools.pairwise(edges)]
         axes.bar(edges[:-1], counts, width=widths, align="edge", color=SERIES[0], linewidth=0)
@@ -84,7 +105,17 @@ def histogram(edges: Sequence[float], counts: Sequence[int], x: str, y: str) -> 
 
 
 def curves(lines: Mapping[str, Sequence[float]], xs: Sequence[float], x: str, y: str) -> str:
-    """Draw a line for each name over the same `xs`."""
+    """Draw lines over the same positions.
+
+    Args:
+        lines: The values of each line, by its name in the legend.
+        xs: The positions of the values.
+        x: The label of the x axis.
+        y: The label of the y axis.
+
+    Returns:
+        SVG.
+    """
     with _figure() as (axes, drawn):
         for number, (name, values) in enumerate(lines.items()):
             axes.plot(xs, values, marker=_MARKERS[number % len(_MARKERS)], markersize=4, label=_short(name))
@@ -96,7 +127,16 @@ def curves(lines: Mapping[str, Sequence[float]], xs: Sequence[float], x: str, y:
 
 
 def intervals(names: Sequence[str], values: Sequence[tuple[float, float, float]], x: str) -> str:
-    """Draw an interval for each name; `values` has (mean, low, high)."""
+    """Draw an interval for each name, the first on top.
+
+    Args:
+        names: The labels of the intervals.
+        values: For each name (mean, low, high).
+        x: The label of the x axis.
+
+    Returns:
+        SVG.
+    """
     with _figure() as (axes, drawn):
         places = range(len(names), 0, -1)  # the first on top
         means = [mean for mean, _, _ in values]
@@ -110,7 +150,18 @@ def intervals(names: Sequence[str], values: Sequence[tuple[float, float, float]]
 
 
 def plane(points: Mapping[str, Sequence[Point]], x: str, y: str, *, logarithmic: bool = False) -> str:
-    """Draw named points in a plane, with error bars, and a colour and a marker for each series."""
+    """Draw named points in a plane, with a colour and a marker for each series.
+
+    Args:
+        points: The points of each series, by its name in the legend. A series has error bars if all its
+            points have intervals.
+        x: The label of the x axis.
+        y: The label of the y axis.
+        logarithmic: Whether the x axis is logarithmic.
+
+    Returns:
+        SVG.
+    """
     with _figure() as (axes, drawn):
         names = []
         for number, (name, series) in enumerate(points.items()):

@@ -5,7 +5,14 @@ from typing import Any
 
 
 class AnswerText:
-    """Decodes tokens as they arrive, and holds back text that may be the beginning of a stop text."""
+    """Decodes tokens as they arrive, and holds back text that may be the beginning of a stop text.
+
+    `stopped` is true once a stop text has occurred.
+
+    Args:
+        tokenizer: The generator's tokenizer.
+        stops: Texts that end the answer; they are not part of it.
+    """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
         self._tokenizer = tokenizer
@@ -19,7 +26,14 @@ class AnswerText:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """Add a token. Returns the text that is now final; it may be empty."""
+        """Add a token.
+
+        Args:
+            token: The next token of the answer, not an end token.
+
+        Returns:
+            The text that is now final; it may be empty.
+        """
         self._ids.append(token)
         return self._settled(self._new_text())
 

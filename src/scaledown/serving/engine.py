@@ -103,7 +103,7 @@ class Engine:
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self, on_failure: Callable[[], None]) -> None:
-        """Start the engine's thread. `on_failure` is called if the engine gives up."""
+        """Start the engine's thread, which calls `on_failure` if the engine gives up."""
         self._on_failure = on_failure
         self._thread.start()
 

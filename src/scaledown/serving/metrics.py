@@ -50,7 +50,14 @@ class Metrics:
         self._first.observe(seconds)
 
     def done(self, route: str, status: int, seconds: float, usage: Usage) -> None:
-        """Record a request that has ended."""
+        """Record a request that has ended.
+
+        Args:
+            route: The path of the request.
+            status: Its HTTP status.
+            seconds: From its arrival to its end.
+            usage: Its tokens and embeddings; zeros if it failed.
+        """
         self._requests.labels(route, str(status)).inc()
         self._whole.labels(route).observe(seconds)
         self._positions.labels("prompt").inc(usage.prompt)

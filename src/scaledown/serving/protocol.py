@@ -12,7 +12,14 @@ from scaledown.errors import ScaleDownError, one_line
 
 
 class RequestError(ScaleDownError):
-    """A request that was refused or failed, with its HTTP status."""
+    """A request that was refused or failed.
+
+    Args:
+        message: The reason, for the client.
+        status: The HTTP status.
+        param: The field of the request that is wrong, for example `documents.0`; empty if it is none.
+        kind: The kind of error in OpenAI's format; without it, it follows from the status.
+    """
 
     def __init__(self, message: str, status: int = 400, *, param: str = "", kind: str = "") -> None:
         super().__init__(message)

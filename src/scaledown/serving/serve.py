@@ -22,7 +22,15 @@ _SENDING_SECONDS: Final = 2  # to send the errors of requests that did not finis
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown serve") -> int:
-    """Run the command line. Returns the exit status."""
+    """Run the command line.
+
+    Args:
+        argv: The arguments after the command's name; None for those of this process.
+        program: The name of the command in its help.
+
+    Returns:
+        The exit status, see `run_command`.
+    """
     usage = Usage(
         program,
         "--model DIR",
@@ -41,6 +49,9 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown serve") ->
 
 def serve(config: ServeConfig) -> int:
     """Serve until SIGTERM or Ctrl-C.
+
+    Args:
+        config: The settings; the key of clients is read from the environment, see `api_key`.
 
     Returns:
         The exit status: 1 if the model failed several times in a row, else 0.
@@ -108,7 +119,14 @@ def serve(config: ServeConfig) -> int:
 
 
 def listen(config: ServeConfig) -> socket.socket:
-    """Bind a socket to `--host` and `--port`. Raises `UsageError` if the address cannot be used."""
+    """Bind a socket to `--host` and `--port`. Connections are accepted later.
+
+    Args:
+        config: With the host and the port; port 0 is any free one.
+
+    Raises:
+        UsageError: The address cannot be used.
+    """
     listener = None
     try:
         with _address_errors(config):

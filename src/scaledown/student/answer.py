@@ -284,7 +284,15 @@ def summary(result: Answered, config: AnswerConfig) -> str:
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown answer") -> int:
-    """Run the command line. Returns the exit status."""
+    """Run the command line.
+
+    Args:
+        argv: The arguments after the command's name; None for those of this process.
+        program: The name of the command in its help.
+
+    Returns:
+        The exit status, see `run_command`.
+    """
     usage = Usage(
         program,
         "--model DIR --query TEXT | --data FILE --output_file FILE",

@@ -8,7 +8,15 @@ from scaledown.config.train import GROUPS, TrainConfig
 
 
 def main(argv: Sequence[str] | None = None, program: str = "scaledown train") -> int:
-    """Run the command line. Returns the exit status."""
+    """Run the command line.
+
+    Args:
+        argv: The arguments after the command's name; None for those of this process.
+        program: The name of the command in its help.
+
+    Returns:
+        The exit status, see `run_command`.
+    """
     usage = Usage(
         program,
         "--train_data FILE",
