@@ -21,9 +21,11 @@ class Usage(NamedTuple):
     """The help of a command, except its flags."""
 
     program: str
+    """The name of the command, as in `scaledown train`."""
     needed: str
     """The flags in the usage line."""
     description: str
+    """The text at the beginning of the help."""
     groups: Sequence[str] = GROUPS
     """The groups of the help, in their order."""
 

@@ -114,7 +114,7 @@ RETRIEVER_KINDS: Final = Table(
         "splade": "scaledown.data.retrieval.encoders:SPLADE",
     },
 )
-"""Kinds of `--retriever_model`. A model is of the last kind that takes it."""
+"""Kinds of `--retriever_model`. A model is of the last kind that accepts it."""
 
 TEACHER_ENGINES: Final = Table(
     "teacher_engines",

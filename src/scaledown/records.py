@@ -21,7 +21,7 @@ class Block(NamedTuple):
     """A paragraph, list item or heading of an article."""
 
     text: str
-    """The paragraph on one line, or the item or heading."""
+    """The words of the block, without marks for its kind."""
     is_heading: bool = False
 
 
@@ -75,9 +75,9 @@ class Answer(NamedTuple):
     finish_reason: str
     """`stop`, or `length` if the answer reached the limit of tokens. Other reasons of a server are kept."""
     prompt_tokens: int
-    """Tokens of the prompt."""
+    """Tokens of the prompt; estimated by the length if a server does not report them."""
     answer_tokens: int
-    """Tokens that the teacher wrote."""
+    """Tokens that the teacher wrote; estimated by the length if a server does not report them."""
     dropped_tokens: int
     """Document tokens left out so that the prompt fits the teacher's context."""
     answer_logprobs: Logprobs | None = None
@@ -123,7 +123,7 @@ class Example(TypedDict):
     query: str
     """The question."""
     documents: list[str]
-    """The documents that the teacher has read, best first. A title is on the first line."""
+    """The documents that the teacher was given, best first. A title is on the first line."""
     answer: str
     """The teacher's answer."""
     reranking_scores: NotRequired[list[float]]

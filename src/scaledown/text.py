@@ -8,7 +8,7 @@ from typing import Final
 # Scripts without spaces between words (Thai to Myanmar, Khmer, Japanese, Chinese): each character is a word.
 UNSPACED: Final = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 MINUS: Final = "\u2212"
-"""The sign of a number in the result of `folded`, whichever dash it was. It is not punctuation."""
+"""The sign of a number in the result of `folded`, for every kind of dash. It is not punctuation."""
 
 _SIGN: Final = re.compile(r"(?<![\w)\]-])[-\u2010-\u2013](?=\.?\d)")
 _RAISED: Final = re.compile(r"(?<=\d)(?=[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2079\u2150-\u215e])")

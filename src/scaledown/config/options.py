@@ -28,7 +28,7 @@ ROLES: Final[tuple[Role, ...]] = get_args(Role)
 
 
 class Range(NamedTuple):
-    """The allowed values of a number, which must be finite."""
+    """The allowed values of a number, which must be finite. `above` and `below` are exclusive."""
 
     at_least: float = -math.inf
     at_most: float = math.inf

@@ -88,8 +88,7 @@ class Halving:
 
         On CUDA the next batch is launched before one is read back. On a CPU several batches are computed at
         the same time, with an equal share of torch's threads each: many threads for one product wait for each
-        other. A batch for which there is no room beside others is done again alone, and halved only if that
-        fails, too.
+        other. A batch that does not fit beside others is run again alone, and halved only if that fails, too.
 
         Args:
             batches: May be made while earlier ones are computed.

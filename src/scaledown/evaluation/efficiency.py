@@ -27,8 +27,11 @@ class Shape(NamedTuple):
 
     query_tokens: int = 128
     documents: int = 10
+    """Number of documents."""
     document_tokens: int = 128
+    """Tokens of each document."""
     new_tokens: int = 32
+    """Tokens of the answer."""
 
 
 AS_THE_PAPER: Final = Shape()
@@ -67,7 +70,9 @@ class Cost(NamedTuple):
     batch: int
     """Number of queries in the batch."""
     compression_flops: float
+    """Floating-point operations; a multiply-add is two."""
     generation_flops: float
+    """Of the generator, for the prompt and the answer."""
     compression: Seconds
     generation: Seconds
     peak_bytes: int | None

@@ -77,8 +77,11 @@ class Sources(NamedTuple):
 
     model: ModelSource
     reranker: ModelSource | None
+    """For the system `pruned`; None without it."""
     keyword_model: ModelSource | None
+    """For the system `keywords`; None without it."""
     judge: ModelSource | None
+    """None if answers are not judged."""
 
 
 def evaluate(config: EvaluateConfig, *, overwrite: bool = False) -> Results:

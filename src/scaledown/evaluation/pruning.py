@@ -28,7 +28,9 @@ class Tokens(NamedTuple):
     """The generator's tokenizer."""
 
     encode: Callable[[str], list[int]]
+    """Returns the token ids of a text, without special tokens."""
     decode: Callable[[list[int]], str]
+    """Returns the text of token ids."""
 
 
 def split(documents: Sequence[str]) -> list[Sentence]:

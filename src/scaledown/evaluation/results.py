@@ -58,6 +58,7 @@ class Results(NamedTuple):
     right_answers: str
     """The source of right answers: `gold`, `teacher`, or `qrels`."""
     counts: dict[str, int]
+    """Numbers of questions, of articles, and of records and queries with problems, by name."""
     baseline: str
     """The system, or the run, that the others are compared with."""
     systems: dict[str, SystemResult]
@@ -70,8 +71,12 @@ class Run(NamedTuple):
     """A model with its results and costs."""
 
     name: str
+    """The last part of the folder, or more of it if names would be equal; ends in `-Nx` for one of several
+    rates."""
     folder: Path
+    """The folder of the model."""
     results: Results
+    """The results of its evaluation."""
     costs: list[Cost]
     """Two for each measured size of batch: compressed and uncompressed; empty if costs were not measured."""
     differences: dict[str, Difference]

@@ -32,7 +32,7 @@ def write_graph(model: Any, file: Path, *, reads: str, eight_bits: bool = False)
     Args:
         model: A causal LM of transformers, in float32, on a CPU. In the graph of one in bfloat16, OpenVINO
             merges fewer steps.
-        file: Where to write: `….xml`; the weights come beside it.
+        file: The file to write, `….xml`; the weights are written beside it.
         reads: `ids` or `embeddings`. With `embeddings`, only the last position has logits.
         eight_bits: After the check, round each row of each matrix to 256 values.
 
@@ -50,7 +50,7 @@ def write_graph(model: Any, file: Path, *, reads: str, eight_bits: bool = False)
         library.save_model(graph, file, compress_to_fp16=False)
     except ModelError:
         raise
-    except Exception as error:  # of many kinds, by what the architecture does
+    except Exception as error:  # its kind depends on the architecture
         first = next(iter(str(error).strip().splitlines()), "")
         raise ModelError(
             f"OpenVINO cannot run a {type(model).__name__} ({type(error).__name__}: {first}): use the engine "

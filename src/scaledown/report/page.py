@@ -26,8 +26,10 @@ class Table(NamedTuple):
     """Rows of cells. Numbers are aligned right; None is shown as a dash."""
 
     caption: str
+    """May be empty."""
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+    """Each has as many cells as there are columns."""
 
 
 class Plot(NamedTuple):
@@ -87,6 +89,7 @@ class Page(NamedTuple):
 
     title: str
     lead: str
+    """The paragraph below the title."""
     sections: Sequence[Section]
 
 

@@ -70,7 +70,7 @@ class _Waiting:
     """Time of the last check that the client is still connected."""
     usage: Usage = field(default_factory=Usage)
     status: int = _AWAY
-    """How a stream ended, and `reason`: the client has left, if nothing else is known."""
+    """The HTTP status of a stream at its end; until it has another end, that of a client that has left."""
     reason: str = _LEFT
 
 
@@ -386,7 +386,7 @@ def _identity(request: Request) -> str:
 
 
 def _failure(call: _Call, error: BaseException) -> RequestError:
-    """Return what the client is told of an error; only the log says more."""
+    """Return the error that the client gets; only the log has the details."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, ClientDisconnect):

@@ -55,7 +55,7 @@ def key_of(job: Job, document: str) -> bytes:
     """Return the key of a document for a request: query, document and rate decide the embeddings.
 
     Args:
-        job: The request, with its rate set.
+        job: The request; its query and its rate count.
         document: The document's text.
 
     Returns:

@@ -197,7 +197,7 @@ class Engine:
                     self._count_failure()
 
     def _drop_rows(self, error: Exception, *, alone: bool = False) -> None:
-        """Fail all requests whose answers are being written; `alone` if nothing else took memory."""
+        """Fail all requests whose answers are being written; `alone` if there is only one such request."""
         failure = RequestError(_FAILED, 500)
         if is_out_of_memory(error) and alone:
             self._cache.clear()
@@ -259,7 +259,7 @@ class Engine:
         return True
 
     def _begin_later(self, jobs: Sequence[Job], running: int) -> None:
-        """Queue requests again that found too little memory. One that had all of it does not fit."""
+        """Queue requests again that found too little memory. One that had all memory to itself is refused."""
         alone = len(jobs) == 1 and not running
         if alone and jobs[0].had_all_memory:
             jobs[0].finish(RequestError(_TOO_LARGE, 413))
@@ -402,7 +402,7 @@ class Engine:
 
 @contextlib.contextmanager
 def _blamed(job: Job) -> Iterator[None]:
-    """An error inside this block ends this request alone.
+    """End only this request if there is an error in the block.
 
     Running out of memory is raised to the caller, since other requests may hold more of the memory.
     """

@@ -71,7 +71,7 @@ class Job:
     ranks: bool = False
     """Whether the request asks for the documents' relevance instead of an answer."""
     rate: int = 0
-    """Document tokens for each memory token."""
+    """Document tokens for each memory token; 0 is the model's own rate."""
     budget: str = "each"
     """`each` or `shared`, see `ScaleDownModel.answer`."""
     max_new_tokens: int = 128

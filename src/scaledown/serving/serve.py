@@ -85,7 +85,7 @@ def serve(config: ServeConfig) -> int:
             "log_config": None,
             "access_log": False,
             "server_header": False,
-            # uvicorn cancels what is left then; before, the engine has failed all requests.
+            # After this uvicorn cancels what is left; the engine has failed all requests before.
             "timeout_graceful_shutdown": math.ceil(config.drain_seconds) + _SENDING_SECONDS,
         }
         host, port = listener.getsockname()[:2]

@@ -50,6 +50,7 @@ class Answered(NamedTuple):
     """Counts of a file of answers; 0 if the answer went to standard output."""
 
     records: int = 0
+    """Records with an answer or an error."""
     failed: int = 0
     """Records with an `error` instead of an answer."""
 
@@ -235,7 +236,7 @@ def _answers(model: Any, records: list[dict[str, Any]], config: AnswerConfig) ->
     def answers(part: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         try:
             return written(part)
-        except NoRoomError as error:  # one long record must not end the whole file, each time again
+        except NoRoomError as error:  # otherwise one long record would end the whole file, each time
             raise InputError(str(error)) from error
 
     def written(part: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

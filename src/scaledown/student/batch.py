@@ -18,8 +18,7 @@ SEPARATOR: Final = "\n\n"  # between documents, as in `Prompt.user`
 
 # Marks the place of the documents while the chat template is applied. It is removed from texts of users.
 _DOCUMENTS: Final = "\ue000documents\ue000"
-# The fixed cost of a forward pass, in tokens that take as long: higher on a GPU, lower on two CPU cores.
-FIXED_TOKENS: Final = 128
+FIXED_TOKENS: Final = 128  # tokens that take as long as a pass itself; more on a GPU, fewer on two CPU cores
 PASS_TOKENS: Final = 1 << 15  # in one forward pass of the compressor, at most: bounds its memory
 CPU_PASS_TOKENS: Final = 1 << 12  # more do not fit into a CPU's caches
 
@@ -48,8 +47,7 @@ class Encoded(NamedTuple):
 
     documents: list[Document]
     prompt_parts: list[list[int]]
-    """The generator's tokens before, between and after the documents: one part more than there are documents.
-    Empty in the pretraining of a pointer."""
+    """The generator's tokens before, between and after the documents; empty in a pointer's pretraining."""
     answer_ids: list[int]
     """The answer's tokens with the end token; empty before it is written."""
     scores: list[float] | None
@@ -302,9 +300,6 @@ class Reader:
             scores: The teacher's relevance of each document, if known.
             rate: Document tokens for each memory token; 0 is the model's own rate.
 
-        Returns:
-            The example.
-
         Raises:
             InputError: There are no documents, or a document is of another type.
         """
@@ -334,7 +329,13 @@ class Reader:
     def encode_text(
         self, query: str, documents: Sequence[object], max_new_tokens: int, system: str = ""
     ) -> Encoded:
-        """Encode a prompt with the documents' text, as the teacher reads it. Arguments as for `fit_text`.
+        """Encode a prompt with the documents' text, as the teacher reads it.
+
+        Args:
+            query: The question.
+            documents: Strings or `{"title", "text"}`; without any, the prompt has no documents.
+            max_new_tokens: Tokens of the context that are left free for the answer.
+            system: Replaces the system message of the template; empty keeps it.
 
         Raises:
             InputError: The question alone does not fit into the context, or a document is of another type.
@@ -356,8 +357,8 @@ class Reader:
             system: Replaces the system message of the template; empty keeps it.
 
         Returns:
-            The token ids and the number of document tokens that were cut. If the question alone does not fit,
-            a `Rejection`, whose reason does not quote the question.
+            Token ids and the number of document tokens cut; if the question alone does not fit, a
+            `Rejection`.
         """
         texts = [document_text(document) for document in documents]
         template = self._config.template if texts else CLOSED_BOOK

@@ -44,8 +44,8 @@ class Compressor:
     parts have no weight decay."""
     reads_queries_once: bool = False
     """Whether `states` and `compress` support groups with `queries`: these are already read, and
-    `states_after_queries` of `student/compressors/queries.py` goes on from them. Only for causal compressors.
-    A subclass that reads `ids` by itself sets it to False."""
+    `states_after_queries` of `student/compressors/queries.py` continues with the documents. Only for causal
+    compressors. A subclass that reads `ids` by itself sets it to False."""
     float32_parts: tuple[str, ...] = ()
     """Parts that stay in float32 for any dtype of the model."""
     rates: tuple[int, ...] = ()

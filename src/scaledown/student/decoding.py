@@ -88,7 +88,7 @@ class Decoding:
         chosen = torch.tensor(list(rows), device=self._mask.device)
         self._mask, self._places = self._mask[chosen], self._places[chosen]
         self.logits = self.logits[chosen]
-        self._cache.reorder_cache(chosen)  # the one way that all kinds of layers have
+        self._cache.reorder_cache(chosen)  # the only method that all kinds of layers have
         unused = int(self._mask.any(0).int().argmax())  # columns that only removed rows used
         if unused and self.can_grow:
             self._mask = self._mask[:, unused:]

@@ -32,7 +32,7 @@ class StudentEngine(NamedTuple):
     has_8bit: bool = False
     """Whether it can round the generator's weights to 8 bits."""
     is_optional: bool = False
-    """Whether `auto` uses the model's own generator if this engine cannot run it; the model still has it."""
+    """Whether `auto` uses the model's own generator if this engine cannot run the model."""
 
     def start(
         self,

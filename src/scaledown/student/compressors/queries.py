@@ -1,8 +1,8 @@
 """Read each query once for all its documents, with a causal compressor.
 
 A query stands before each of its documents, and causal attention does not look ahead. So the keys and values
-of its tokens are the same for all of its documents. They are computed once, and the compressor goes on from
-them with each document's own tokens. This is for compression without gradients; training reads query and
+of its tokens are the same for all of its documents. They are computed once, and the compressor continues
+with each document's own tokens. This is for compression without gradients; training reads query and
 document together.
 """
 
@@ -116,7 +116,7 @@ def _read(compressor: Any, queries: Sequence[Sequence[int]], longest: int, devic
 
 
 def _goes_on(compressor: Any, positions: int) -> bool:
-    """Whether the compressor has and takes so many positions, and its layers keep all keys and values.
+    """Whether the compressor takes `position_ids`, has enough positions, and keeps all keys and values.
 
     A sliding window drops old ones, and layers without attention keep other states.
     """

@@ -125,7 +125,7 @@ class OpenVINODecoding:
         joined = self._openvino.Tensor(
             new.element_type, self._openvino.Shape([kept + count, heads, length, size])
         )
-        # NumPy has no bfloat16 and takes it for float16; to copy and to write zeros this is the same.
+        # NumPy has no bfloat16 and reads it as float16. Copies and zeros are the same in both.
         for part, content in (
             (joined.data[:kept], old.data[self._rows, :, unused:]),
             (joined.data[kept:], new.data),

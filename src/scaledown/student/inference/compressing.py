@@ -51,6 +51,7 @@ class StandIns(NamedTuple):
     counts: list[int]
     """Memory tokens of each document."""
     relevance: torch.Tensor | None
+    """[documents]: relevance to the query; None if the model does not rank documents."""
 
 
 class Compressing:

@@ -48,7 +48,8 @@ class EncodedExamples:
 
 
 class Batches(NamedTuple):
-    """Examples, and the indices of each batch."""
+    """Examples in batches."""
 
     examples: EncodedExamples
     places: list[list[int]]
+    """For each batch the indices of its examples; may be empty."""

@@ -164,7 +164,7 @@ def recall(
         return identity
     defaults = {
         item.name: item.default for item in fields(kind)
-    }  # of flags that a run of before did not have
+    }  # of flags that the earlier run did not have
     compared = [
         {
             **{

@@ -33,6 +33,7 @@ class Origin(NamedTuple):
     compressor: ModelSource | None = None
     """The compressor, if it is a separate model."""
     is_pretrained: bool = False
+    """Whether the run starts from a model of `scaledown pretrain`."""
     in_4bit: bool = False
     """Whether the generator's frozen weights are kept in 4 bits."""
 

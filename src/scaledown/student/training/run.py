@@ -55,25 +55,37 @@ class Trained(NamedTuple):
     """A finished run."""
 
     output: str
+    """The folder of the model."""
     examples: int
+    """Number of examples to train on."""
     skipped: int
     """Records that could not be used."""
     held_out: int
+    """Number of held-out examples."""
     shared: int
     """Held-out examples that share an article with the training examples."""
     doc_max_length: int
+    """Longest document of the model, in tokens of the compressor."""
     documents: Lengths
+    """Lengths of the documents, in tokens of the compressor."""
     steps: int
+    """Steps done; with early stopping they may be fewer than planned."""
     planned_steps: int
+    """Steps of the schedule."""
     batch_size: int
+    """Examples of a step."""
     loss_before: float
     """Mean over the first 5% of the steps."""
     loss: float
     """Mean over the last 5%."""
     held_out_before: float | None
+    """Held-out loss before training; None if it was not evaluated."""
     held_out_loss: float | None
+    """Held-out loss of the resulting model; None if it was not evaluated."""
     seconds_per_step: float
+    """The median; 0 if no step was done."""
     already_done: bool = False
+    """Whether the run was finished before, so that nothing was done."""
 
 
 def train(config: Config, *, overwrite: bool = False, command: str = "") -> Trained:
@@ -83,7 +95,7 @@ def train(config: Config, *, overwrite: bool = False, command: str = "") -> Trai
         config: The settings. A `PretrainConfig` trains on passages. With `resume` the run continues from its
             newest checkpoint. A finished run is not repeated.
         overwrite: Replace files in the output folder that no training has written.
-        command: The command of `scaledown` that makes the same run, if another one has called this.
+        command: The command of `scaledown` that makes the same run, if another command has called this.
 
     Returns:
         Sizes, losses and speed of the finished run.

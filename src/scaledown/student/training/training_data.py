@@ -48,7 +48,7 @@ class TrainingExample(NamedTuple):
 class Examples:
     """Training examples in order. They are on disk and are read one by one.
 
-    `skipped` is the number of unusable records.
+    `skipped` is the number of records that could not be used.
     """
 
     def __init__(self, content: pa.RecordBatchFileReader, keys: Keys) -> None:
@@ -220,6 +220,7 @@ class Parts(NamedTuple):
 
     train: Subset
     held_out: Subset | None
+    """None if nothing is held out."""
     shared: int
     """Held-out examples that share an article with the training examples."""
 
