@@ -85,7 +85,7 @@ class Answer(NamedTuple):
     left_out: int = 0
     """Characters of thoughts and chat markers around the answer, which are not part of it."""
     model: str = ""
-    """The model that answered by the server's own account, if this is not the requested name."""
+    """The name of the model in the server's reply, if it is not the requested name; else empty."""
 
 
 class DocumentDict(TypedDict):

@@ -15,7 +15,7 @@ from scaledown.extensions import OUTPUT_FORMATS
 from scaledown.urls import check_exists, check_store, is_url
 
 Role = Literal["result", "input", "model", "place", "operation", "report"]
-"""What a setting decides. It follows whether two runs in one directory must have the same value.
+"""The effect of a setting. It decides whether two runs in one directory must have the same value.
 
 - `result`: what is made. Part of a run's identity.
 - `input`: the data that is read, a path or URL. Compared by its content.

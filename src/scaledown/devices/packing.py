@@ -19,7 +19,7 @@ depend on their number. In bfloat16, torch's own products are oneDNN's, too.
 
 
 def pack_linear_layers(model: Any, example: dict[str, "torch.Tensor"]) -> bool:
-    """Reorder the weights of a model's linear layers once, so that no product has to.
+    """Reorder the weights of a model's linear layers once, instead of in each product.
 
     A GELU that follows a layer becomes a part of its product. The model can then only be run: the plain
     weights of these layers are gone. It stays as it is on other devices, on processors that are not x86, and

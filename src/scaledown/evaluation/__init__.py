@@ -1,1 +1,1 @@
-"""How good answers and rankings are, and how sure one can be of that."""
+"""Measures of answers and rankings, with confidence intervals and tests."""

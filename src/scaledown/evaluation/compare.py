@@ -196,7 +196,7 @@ def _training(name: str, config: TrainConfig) -> str:
 
 
 def _check(names: Sequence[str], settings: Sequence[TrainConfig | None], config: CompareConfig) -> None:
-    """Check before any training what would fail after it. Raises `ScaleDownError`."""
+    """Check before any training what would otherwise fail after it. Raises `ScaleDownError`."""
     from scaledown.student.model import read_settings as read_model
 
     check_file(fetched(config.data, "--data"))

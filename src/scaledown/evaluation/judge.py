@@ -44,7 +44,7 @@ _LABEL_ALONE: Final = re.compile(
 )
 _BOTH: Final = re.compile(rf"\W*(0\.5|0|1)\s*:\s*{_LABEL.pattern}(?!\s*,\s*\d)", re.IGNORECASE)
 _NUMBER: Final = re.compile(r"-?(?:\d+(?:[.,]\d+)*|\.\d+)")
-_LETTER: Final = re.compile(  # the letter alone, or as the better one: in "A better answer is B" not the A
+_LETTER: Final = re.compile(  # the letter alone, or named as better: B in "A better answer is B"
     r"\W*(?:(?:the )?(?:better )?(?:answer|verdict|choice)\W+(?:is\W+)?)?([ABC])"
     r"(?=\W*$|[.,:;)*\n]| is (?:the )?better\b)",
     re.IGNORECASE,

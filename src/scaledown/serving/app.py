@@ -35,7 +35,7 @@ _OPEN: Final = "/health"  # needs no key: load balancers have none
 _AWAY: Final = 499  # nginx's status for a client that closed the connection
 _LEFT: Final = "the client closed the connection"
 _ID_HEADER: Final = "x-request-id"
-_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")  # an id of a client that is accepted
+_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")  # ids of clients that are accepted
 _LOGGED: Final = (
     "request %s: %s %s %.3f s, prompt %s, answer %s, documents %s -> %s, "
     "cut documents %s, queries %s, tokens %s%s"

@@ -1,1 +1,1 @@
-"""The student: a compressor of documents and a generator that reads what it leaves of them."""
+"""The student: a compressor of documents, and a generator that reads the compressed documents."""

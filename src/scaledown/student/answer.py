@@ -168,7 +168,7 @@ def _answer_data(load: Callable[[], Any], source: ModelSource, engine: str, conf
             answered = _write_answers(run, load, source, engine, config)
         complete = True
     finally:  # after the lock is released: NFS keeps a file that is open
-        if complete or not any(partial.rglob("*.arrow")):  # not even of a run with other settings
+        if complete or not any(partial.rglob("*.arrow")):  # also none of a run with other settings
             shutil.rmtree(partial, ignore_errors=True)
     return answered
 

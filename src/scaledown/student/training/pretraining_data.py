@@ -37,7 +37,7 @@ log = logging.getLogger("scaledown")
 
 _LONG_TITLE: Final = 8
 """Words; a title that takes more than half of a passage is shortened in it, and these are longer."""
-_MESSAGES: Final = 20  # about unusable rows; the others are counted
+_MESSAGES: Final = 20  # messages about unusable rows; the others are counted
 
 
 def pretraining_parts(config: PretrainConfig, tokenizer: Any, folder: Path) -> Parts:

@@ -126,7 +126,7 @@ class StudentTrainer:
             raise KeyboardInterrupt
 
     def _loop(self) -> None:
-        while True:  # a resumed run first does what was due when it stopped
+        while True:  # a resumed run first makes the evaluation and checkpoint that were due
             if self._held_out and self._owes_evaluation():
                 self._evaluate(self._held_out)
             is_best = self.schedule.patience > 0 and self.step == best(self.log)["step"] > 0
