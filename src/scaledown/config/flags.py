@@ -212,8 +212,7 @@ def _shown_default(default: Any, about: Option) -> str:
 
 
 def underscored(argv: Sequence[str]) -> list[str]:
-    """Return arguments with the underscored spelling of flags: `--top-k-retrieval=5` as
-    `--top_k_retrieval=5`.
+    """Return arguments with underscores in the names of flags: `--top-k=5` becomes `--top_k=5`.
 
     Args:
         argv: The arguments; those after `--` are values and stay as they are.

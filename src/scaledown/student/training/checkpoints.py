@@ -70,7 +70,7 @@ def delete_old(output: Path, newest: int, best: int) -> None:
     Args:
         output: The output folder of the run.
         newest: The checkpoint of this step is kept.
-        best: The checkpoint of this step is kept too; 0 if there is none. Otherwise later ones are kept.
+        best: The checkpoint of this step is kept too. 0 if there is none: only the newest ones are kept.
     """
     for step in sorted(_steps(output), key=lambda step: (step == newest, step == best, step))[:-CHECKPOINTS]:
         shutil.rmtree(checkpoint_folder(output, step), ignore_errors=True)

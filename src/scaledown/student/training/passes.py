@@ -133,9 +133,7 @@ class Passes:
         return {name: total / counts.get(name, number) for name, total in zip(WEIGHTS, totals, strict=True)}
 
     def sum(self, *values: float) -> list[float]:
-        """Return each value summed over all processes. All processes must call it with the same number of
-        values.
-        """
+        """Return the sum of each value over all processes, which must call it together."""
         if self.ranks == 1:
             return list(values)
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)
