@@ -55,12 +55,12 @@ def serve(layers: int, writes_with: str) -> None:
     from scaledown.config.serve import ServeConfig
     from scaledown.devices.choice import dtype_to_run
     from scaledown.evaluation.efficiency import one_token_words
+    from scaledown.extensions import STUDENT_ENGINES
     from scaledown.models.sources import resolve
     from scaledown.models.weights import quiet_libraries
     from scaledown.serving.app import Server
     from scaledown.serving.engine import Engine
     from scaledown.serving.serve import listen
-    from scaledown.student.engine_choice import ENGINES
     from scaledown.student.model import ScaleDownModel
     from scaledown.student.settings import ScaleDownConfig
 
@@ -70,7 +70,7 @@ def serve(layers: int, writes_with: str) -> None:
     model = ScaleDownModel.build(settings, resolve(GENERATOR), dtype=dtype_to_run(fast_dtype(), "cpu")).eval()
     model.merge_lora()
     model.generator.generation_config.eos_token_id = []  # no answer ends early
-    chosen, source = ENGINES[writes_with], resolve(GENERATOR)
+    chosen, source = STUDENT_ENGINES[writes_with], resolve(GENERATOR)
     generation, _ = chosen.start(model, source, "cpu", config.batch_size, asked=writes_with)
     engine = Engine(model, config, generation)
     app = Server(engine, model.config, "student", config, "").app()

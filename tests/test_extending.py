@@ -20,9 +20,11 @@ from scaledown import extensions
 from scaledown.data.teacher.api import choose_backend, engine_of
 from scaledown.data.teacher.base import Engine, Generation
 from scaledown.errors import ModelError, UsageError
-from scaledown.extensions import COMPRESSORS, MEASURES, TEACHER_ENGINES, Table
-from scaledown.models.sources import ModelSource
+from scaledown.extensions import COMPRESSORS, MEASURES, STUDENT_ENGINES, TEACHER_ENGINES, Table
+from scaledown.models.sources import ModelSource, resolve
+from scaledown.student.engine_choice import choose_engine
 from scaledown.student.model import ScaleDownModel
+from scaledown.student.settings import ScaleDownConfig
 from shell import commands, fences
 
 PAGE = ROOT / "docs" / "extending.md"
@@ -67,7 +69,7 @@ def run(words: list[str], place: Path, site: Path) -> str:
 
 def test_code_of_each_extension_is_short() -> None:
     code = [fence for fence in fences(PAGE) if fence.language == "python"]
-    assert len(code) == len(TABLES) == 6
+    assert len(code) == len(TABLES) == 7
     for fence in code:
         assert len([line for line in fence.text.splitlines() if line.strip()]) < MOST_LINES
 
@@ -86,13 +88,14 @@ def test_code_of_the_page_adds_one_extension_of_each_kind(
             *("--generator_model", "generator", "--num_layers", "1", "--doc_max_length", "64"),
             *("--max_steps", "2", "--batch_size", "2", "--device", "cpu", "--report_to", "none"),
         ],
+        "answer": ["--max_new_tokens", "4", "--device", "cpu"],
         "evaluate": ["--max_new_tokens", "4", "--device", "cpu"],
     }
     printed = {}
     for fence in fences(PAGE):
         for words in commands(fence.text) if fence.language == "bash" else []:
             printed[words[1]] = run([*words, *flags[words[1]]], tmp_path, site)
-    assert list(printed) == ["prepare", "train", "evaluate"]
+    assert list(printed) == ["prepare", "train", "answer", "evaluate"]
 
     with gzip.open(tmp_path / "train_data.gz") as file:
         records = [orjson.loads(line) for line in file]
@@ -124,7 +127,7 @@ def test_entries_are_instances_of_the_class_of_their_table(table: Table) -> None
 
 def test_no_other_code_compares_names_of_entries() -> None:
     """Differences between engines and compressors are fields of their entries."""
-    names = {*TEACHER_ENGINES, *COMPRESSORS}
+    names = {*TEACHER_ENGINES, *STUDENT_ENGINES, *COMPRESSORS}
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Compare):
@@ -144,6 +147,25 @@ def test_entry_of_another_package_is_found_without_import(
     assert [*MEASURES] == ["accuracy", "EM", "F1", "ROUGE-L", "recall"]
     assert "extras.recall" not in sys.modules
     assert MEASURES["recall"]("the Eiffel tower", ["Eiffel Tower", "Paris"]) == 1.0
+
+
+def test_engine_of_another_package_writes_answers(
+    site: Path, monkeypatch: pytest.MonkeyPatch, models: dict[str, Path]
+) -> None:
+    monkeypatch.syspath_prepend(site)
+    source = resolve(str(models["causal_lm"]))
+    model = ScaleDownModel.build(ScaleDownConfig(num_layers=1), source).eval()
+    expected = model.answer("Why?", [], max_new_tokens=8)
+    assert choose_engine("auto", "mps", source).title == "transformers"
+    generation, title = choose_engine("one_line", "cpu", source).start(
+        model, source, "cpu", 8, asked="one_line"
+    )
+    assert title == "one line"
+    model.engine = generation
+    generation._breaks = set()
+    assert model.answer("Why?", [], max_new_tokens=8) == expected
+    generation._breaks = set(model.tokenizer.get_vocab().values())
+    assert model.answer("Why?", [], max_new_tokens=8) == ""
 
 
 @pytest.mark.parametrize(

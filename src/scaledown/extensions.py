@@ -153,6 +153,17 @@ COMPRESSORS: Final = Table(
 )
 """Kinds of `--compressor`. Any other name is the model of a separate encoder or decoder."""
 
+STUDENT_ENGINES: Final = Table(
+    "student_engines",
+    "scaledown.student.engines.base:StudentEngine",
+    {
+        "transformers": "scaledown.student.engines.transformers:ENGINE",
+        "openvino": "scaledown.student.engines.openvino:ENGINE",
+        "vllm": "scaledown.student.engines.vllm:ENGINE",
+    },
+)
+"""Engines that write a student's answers, by `--engine`. `auto` uses the last one that suits."""
+
 MEASURES: Final = Table(
     "measures",
     "collections.abc:Callable",

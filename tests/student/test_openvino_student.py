@@ -22,10 +22,11 @@ from scaledown.cli import main
 from scaledown.devices import openvino as devices
 from scaledown.devices.halving import is_out_of_memory
 from scaledown.errors import MissingExtraError, ModelError, UsageError, install_command
+from scaledown.extensions import STUDENT_ENGINES
 from scaledown.models.openvino import write_graph
 from scaledown.models.sources import resolve
 from scaledown.student.decoding import Decoding
-from scaledown.student.engine_choice import ENGINES, choose_engine
+from scaledown.student.engine_choice import choose_engine
 from scaledown.student.engines import openvino as engine
 from scaledown.student.engines.base import Sampling
 from scaledown.student.engines.openvino import OpenVINODecoding, OpenVINOGeneration
@@ -222,7 +223,7 @@ def test_auto_answers_without_an_engine_that_cannot_run_the_generator(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     student = ScaleDownModel.from_pretrained(folder, dtype=torch.float16)
-    chosen = ENGINES["openvino"]
+    chosen = STUDENT_ENGINES["openvino"]
     start = functools.partial(chosen.start, student, resolve(str(folder)), "cpu", 8)
     assert start(asked="auto") == (None, "transformers")
     assert "not in torch.float16" in caplog.text
@@ -311,14 +312,14 @@ def test_choice_of_engine_by_model_and_device(
     folder: Path, windowed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("scaledown.devices.vllm.importlib.util.find_spec", lambda _: None)
-    monkeypatch.setattr("scaledown.student.engine_choice.is_installed", lambda: True)
-    assert choose_engine("auto", "cpu", resolve(str(folder))) is ENGINES["openvino"]
-    assert choose_engine("auto", "cuda", resolve(str(folder))) is ENGINES["transformers"]
-    assert choose_engine("auto", "cpu", resolve(str(windowed))) is ENGINES["transformers"]
+    monkeypatch.setattr("scaledown.student.engines.openvino.is_installed", lambda: True)
+    assert choose_engine("auto", "cpu", resolve(str(folder))) is STUDENT_ENGINES["openvino"]
+    assert choose_engine("auto", "cuda", resolve(str(folder))) is STUDENT_ENGINES["transformers"]
+    assert choose_engine("auto", "cpu", resolve(str(windowed))) is STUDENT_ENGINES["transformers"]
     with pytest.raises(UsageError, match="runs on a CPU only"):
         choose_engine("openvino", "cuda", resolve(str(folder)))
-    monkeypatch.setattr("scaledown.student.engine_choice.is_installed", lambda: False)
-    assert choose_engine("auto", "cpu", resolve(str(folder))) is ENGINES["transformers"]
+    monkeypatch.setattr("scaledown.student.engines.openvino.is_installed", lambda: False)
+    assert choose_engine("auto", "cpu", resolve(str(folder))) is STUDENT_ENGINES["transformers"]
 
 
 def test_weights_of_8_bits_are_another_graph_and_need_openvino(
@@ -332,7 +333,7 @@ def test_weights_of_8_bits_are_another_graph_and_need_openvino(
     assert sizes[0] < 0.5 * sizes[1]
     assert main([*words, "--engine", "transformers", "--generator_8bit"]) == 2
     assert "use --engine openvino" in capsys.readouterr().err
-    monkeypatch.setattr("scaledown.student.engine_choice.is_installed", lambda: False)
+    monkeypatch.setattr("scaledown.student.engines.openvino.is_installed", lambda: False)
     assert main([*words, "--generator_8bit"]) == 2
     assert install_command("openvino") in capsys.readouterr().err
 

@@ -19,11 +19,12 @@ from conftest import ROOT
 from scaledown.cli import main
 from scaledown.config.serve import ServeConfig
 from scaledown.errors import MissingExtraError, ModelError, OutputError
+from scaledown.extensions import STUDENT_ENGINES
 from scaledown.models.sources import resolve
 from scaledown.serving.engine import Engine
 from scaledown.serving.jobs import End, Piece
 from scaledown.serving.protocol import RequestError
-from scaledown.student.engine_choice import ENGINES, choose_engine
+from scaledown.student.engine_choice import choose_engine
 from scaledown.student.engines.vllm import VllmGeneration
 from scaledown.student.export import export_generator
 from scaledown.student.model import ScaleDownModel
@@ -298,14 +299,14 @@ def test_choice_of_engine_by_device(
     monkeypatch: pytest.MonkeyPatch, library: type[Library], folder: Path
 ) -> None:
     source = resolve(str(folder))
-    assert choose_engine("auto", "cpu", source) is ENGINES["vllm"]
+    assert choose_engine("auto", "cpu", source) is STUDENT_ENGINES["vllm"]
     for name, device in (("auto", "cuda"), ("transformers", "cpu")):
-        assert choose_engine(name, device, source) is ENGINES["transformers"]
+        assert choose_engine(name, device, source) is STUDENT_ENGINES["transformers"]
     with pytest.raises(ModelError, match="--engine vllm on --device cuda"):
         choose_engine("vllm", "cuda", source)
     monkeypatch.delitem(sys.modules, "vllm")
     if importlib.util.find_spec("vllm") is None:
-        assert choose_engine("auto", "cpu", source) is not ENGINES["vllm"]
+        assert choose_engine("auto", "cpu", source) is not STUDENT_ENGINES["vllm"]
         with pytest.raises(MissingExtraError, match="--engine vllm needs vLLM"):
             choose_engine("vllm", "cpu", source)
 

@@ -10,13 +10,13 @@ from scaledown.config.shared import (
     DTYPES,
     ENDPOINT,
     ENGINE,
-    ENGINE_CHOICES,
     MACHINE,
     OUTPUT,
     EngineConfig,
 )
 from scaledown.config.train import BUDGETS
 from scaledown.errors import UsageError
+from scaledown.extensions import STUDENT_ENGINES
 
 MODEL: Final = "answers of a model"
 RANKINGS: Final = "or rankings"
@@ -143,7 +143,7 @@ class EvaluateConfig(EngineConfig):
         MACHINE,
         "engine that writes the answers of all systems",
         role="result",
-        choices=ENGINE_CHOICES,
+        choices=tuple(STUDENT_ENGINES),
         only_with="engine",
     )
 

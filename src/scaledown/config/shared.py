@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from scaledown.config.options import SHARE, Options, Range, option
 from scaledown.errors import UsageError
-from scaledown.extensions import TEACHER_ENGINES
+from scaledown.extensions import STUDENT_ENGINES, TEACHER_ENGINES
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 AUTO_DTYPE: Final = (
@@ -15,12 +15,11 @@ AUTO_DTYPE: Final = (
     "8, else float32"
 )
 BACKENDS: Final = ("auto", *TEACHER_ENGINES)
-ENGINES: Final = ("auto", "vllm", "openvino", "transformers")
+ENGINES: Final = ("auto", *STUDENT_ENGINES)
 ENGINES_HELP: Final = (
     "engine that writes the answers; auto: vllm if it is installed for the device, else on a CPU openvino if "
     "it is installed and can run the generator, else transformers"
 )
-ENGINE_CHOICES: Final = tuple(name for name in ENGINES if name != "auto")
 EXECUTORS: Final = ("local", "ray")
 DUPLICATES: Final = ("exact", "near")
 CLEANING: Final = "cleaning (docs/cleaning.md)"

@@ -132,9 +132,9 @@ def compare(names: Sequence[str], config: CompareConfig, *, overwrite: bool = Fa
 
 def _sized(config: CompareConfig, folders: Sequence[str]) -> CompareConfig:
     """Replace lengths of 0 by the paper's, or by the longest that each model compresses."""
-    from scaledown.student.model import read_settings as read_model
+    from scaledown.student.settings import ScaleDownConfig
 
-    models = [read_model(resolve(folder)) for folder in folders]
+    models = [ScaleDownConfig.read(resolve(folder)) for folder in folders]
     return replace(
         config,
         cost_document_tokens=config.cost_document_tokens
@@ -156,10 +156,10 @@ class _Way(NamedTuple):
 
 def _ways(names: Sequence[str], folders: Sequence[str], config: CompareConfig) -> Iterator[_Way]:
     """Yield each model once, and a pointer once for each of `--compression_rates`."""
-    from scaledown.student.model import read_settings as read_model
+    from scaledown.student.settings import ScaleDownConfig
 
     for name, folder in zip(names, folders, strict=True):
-        rates = read_model(resolve(folder)).kind.rates
+        rates = ScaleDownConfig.read(resolve(folder)).kind.rates
         budget = config.budget if rates else "each"
         if not rates or not config.compression_rates:
             yield _Way(name, folder, 0, budget)
@@ -197,7 +197,7 @@ def _training(name: str, config: TrainConfig) -> str:
 
 def _check(names: Sequence[str], settings: Sequence[TrainConfig | None], config: CompareConfig) -> None:
     """Check before any training what would otherwise fail after it. Raises `ScaleDownError`."""
-    from scaledown.student.model import read_settings as read_model
+    from scaledown.student.settings import ScaleDownConfig
 
     check_file(fetched(config.data, "--data"))
     if config.gold:
@@ -205,7 +205,7 @@ def _check(names: Sequence[str], settings: Sequence[TrainConfig | None], config:
     if "pruned" in config.baselines:
         resolve_reranker(config.pruning_reranker)
     trained = [name for name, own in zip(names, settings, strict=True) if own is None]
-    models = {name: read_model(resolve(name)) for name in trained}
+    models = {name: ScaleDownConfig.read(resolve(name)) for name in trained}
     for name, model in models.items():
         _check_shape(name, model, _shape(config))
         for rate in config.compression_rates if model.kind.rates else ():

@@ -215,9 +215,10 @@ def _evaluate_model(
     """Make questions, answers of each system, verdicts, scores and means; each step is a stage."""
     quiet_libraries()
     from scaledown.student.engine_choice import choose_engine
-    from scaledown.student.model import ScaleDownModel, read_settings
+    from scaledown.student.model import ScaleDownModel
+    from scaledown.student.settings import ScaleDownConfig
 
-    settings = read_settings(sources.model)
+    settings = ScaleDownConfig.read(sources.model)
     rate = config.compression_rate or settings.compression_rate
     settings.check_rate(rate)
     settings.check_budget(config.budget)

@@ -72,9 +72,9 @@ def serve(config: ServeConfig) -> int:
                 f"scaledown serve needs {error.name}: {install_command('serve')}"
             ) from error
         from scaledown.serving.engine import Engine
-        from scaledown.student.model import read_settings
+        from scaledown.student.settings import ScaleDownConfig
 
-        settings = read_settings(source)
+        settings = ScaleDownConfig.read(source)
         settings.check_rate(config.compression_rate or settings.compression_rate)
         settings.check_budget(config.budget)
         model, generation, writer = _load(config, source)

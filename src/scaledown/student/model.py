@@ -21,7 +21,7 @@ from scaledown.data.teacher.context import context_tokens
 from scaledown.errors import ModelError
 from scaledown.models.hub import hub_errors
 from scaledown.models.sources import ModelSource, resolve
-from scaledown.models.weights import loadable, loading, onto, read_config_file
+from scaledown.models.weights import loadable, loading, onto
 from scaledown.student.batch import IGNORED, Group, Reader
 from scaledown.student.card import model_card
 from scaledown.student.compressor import Compressed
@@ -328,7 +328,7 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
             name = f"{name}@{revision}"
         source = resolve(str(name))
         location, pinned = loadable(source)
-        read_settings(source)
+        ScaleDownConfig.read(source)
         with loading(source):
             model, info = super().from_pretrained(
                 location, *arguments, **keywords, revision=pinned["revision"], output_loading_info=True
@@ -402,29 +402,6 @@ class _Embeddings(nn.Module):
         """Return the token embeddings."""
         embeddings: nn.Embedding = self.embeddings
         return embeddings
-
-
-def read_settings(source: ModelSource) -> ScaleDownConfig:
-    """Read the settings of a saved model.
-
-    Args:
-        source: The model; its weights are not read.
-
-    Returns:
-        The settings, checked.
-
-    Raises:
-        ModelError: They cannot be read, or it is not a ScaleDown model.
-    """
-    settings = read_config_file(source, "config.json") or {}
-    if settings.get("model_type") != ScaleDownConfig.model_type:
-        raise ModelError(
-            f"{source.name} is not a ScaleDown model: make one of it with python train.py --generator_model "
-            f"{source.name}"
-        )
-    with loading(source):
-        found: ScaleDownConfig = ScaleDownConfig.from_dict(settings)
-    return found
 
 
 def load_tokenizer(source: ModelSource, folder: str = "") -> Any:

@@ -9,6 +9,8 @@ from scaledown.config.train import BUDGETS, GENERATOR_TRAINING
 from scaledown.data.prompts import PAPER, QUESTION, Template
 from scaledown.errors import ModelError, UsageError
 from scaledown.extensions import COMPRESSORS
+from scaledown.models.sources import ModelSource
+from scaledown.models.weights import loading, read_config_file
 from scaledown.student.compressor import Compressor
 
 LOWEST_RATE: Final = 4
@@ -61,6 +63,26 @@ class ScaleDownConfig(PretrainedConfig):  # type: ignore[misc]  # transformers h
     """The text before the documents."""
     after: str = PAPER.after
     """The text after the documents; this text or the one before has a place for the question."""
+
+    @classmethod
+    def read(cls, source: ModelSource) -> "ScaleDownConfig":
+        """Read the settings of a saved model.
+
+        Args:
+            source: The model; its weights are not read.
+
+        Raises:
+            ModelError: They cannot be read, or it is not a ScaleDown model.
+        """
+        settings = read_config_file(source, "config.json") or {}
+        if settings.get("model_type") != cls.model_type:
+            raise ModelError(
+                f"{source.name} is not a ScaleDown model: make one of it with python train.py "
+                f"--generator_model {source.name}"
+            )
+        with loading(source):
+            found: ScaleDownConfig = cls.from_dict(settings)
+        return found
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

@@ -3,17 +3,19 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import nn
 
-from scaledown.devices.openvino import GRAPH, crashes_in_bfloat16, openvino
-from scaledown.errors import ModelError
-from scaledown.models.openvino import PRECISIONS, compiled, write_graph
+from scaledown.devices.openvino import GRAPH, crashes_in_bfloat16, is_installed, openvino
+from scaledown.errors import ModelError, UsageError
+from scaledown.models.openvino import PRECISIONS, can_run, compiled, write_graph
 from scaledown.models.sources import ModelSource, kept_folder, written_once
+from scaledown.student.engines.base import StudentEngine
 from scaledown.student.engines.steps import StepGeneration
+from scaledown.student.settings import ScaleDownConfig
 
 log = logging.getLogger("scaledown")
 
@@ -211,3 +213,26 @@ def generator_graph(model: Any, source: ModelSource, *, eight_bits: bool = False
             model.generator.to(dtype)
 
     return written_once(folder, source, write) / "generator.xml"
+
+
+def _suits(device: str, source: ModelSource) -> bool:
+    if device != "cpu" or not is_installed():
+        return False
+    settings = ScaleDownConfig.read(source)
+    return can_run(settings.architecture(settings.generator))
+
+
+def _check(device: str) -> None:
+    openvino("--engine openvino")
+    if device != "cpu":
+        raise UsageError(f"--engine openvino --device {device}: it runs on a CPU only: give --device cpu")
+
+
+ENGINE: Final = StudentEngine(
+    "OpenVINO",
+    generation=OpenVINOGeneration,
+    suits=_suits,
+    check=_check,
+    has_8bit=True,
+    is_optional=True,
+)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from scaledown.devices.gpus import give_back
-from scaledown.devices.vllm import VllmEngine
+from scaledown.devices.vllm import VllmEngine, check_vllm, runs_on
 from scaledown.models.sources import ModelSource, kept_folder, written_once
 from scaledown.models.weights import loading
 from scaledown.student.batch import Question
-from scaledown.student.engines.base import Sampling
+from scaledown.student.engines.base import Sampling, StudentEngine
 
 log = logging.getLogger("scaledown")
 
@@ -154,3 +154,12 @@ def generator_folder(model: Any, source: ModelSource) -> Path:
         model.save_generator(temporary)
 
     return written_once(folder, source, write)
+
+
+ENGINE: Final = StudentEngine(
+    "vLLM",
+    generation=VllmGeneration,
+    suits=lambda device, source: runs_on(device),
+    check=lambda device: check_vllm(device, "--engine vllm"),
+    batch=256,
+)

@@ -137,10 +137,10 @@ def find_origin(config: StudentConfig) -> Origin:
 
 
 def _pretrained(config: StudentConfig, name: str, *, reranks: bool) -> Origin:
-    from scaledown.student.model import read_settings
+    from scaledown.student.settings import ScaleDownConfig
 
     source = resolve(name)
-    settings = read_settings(source)
+    settings = ScaleDownConfig.read(source)
     settings.enable_reranking |= reranks
     settings.check_reranking()
     origin = Origin(settings, source, is_pretrained=True, in_4bit=config.generator_4bit)
