@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 from collections import defaultdict
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -85,3 +86,15 @@ def test_packages_have_few_modules_and_no_cycles(package: str) -> None:
         depth[room] = 1 + max((depth[name] for name in own[room]), default=0)
     assert len(own) <= MOST_ROOMS
     assert max(depth.values(), default=0) <= DEEPEST
+
+
+def test_modules_that_contributing_names_exist() -> None:
+    """Its table of packages, and its table of the modules of 0.6.0."""
+    page = (SOURCE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
+    packages = {*(path.name for path in (SOURCE / "scaledown").iterdir())}
+    named = [name for row in rows for cell in row for name in re.findall(r"`([\w/]+/(?:\w+\.py)?)`", cell)]
+    named = [name for name in named if name.partition("/")[0] in packages]
+    assert len(named) > 60
+    for name in named:
+        assert (SOURCE / "scaledown" / name).exists(), name
