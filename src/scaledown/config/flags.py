@@ -149,7 +149,7 @@ def add_log_flags(group: argparse._ActionsContainer) -> None:
         "--log_format",
         choices=("text", "json"),
         default="text" if shown else argparse.SUPPRESS,
-        help="how it is logged: for people, or a JSON object a line, without bars [default: text]",
+        help="format of the log: text, or json: one object per line and no progress bars [default: text]",
     )
     group.add_argument("--debug", action="store_true", help="show tracebacks [default: off]")
 
