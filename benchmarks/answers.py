@@ -15,7 +15,7 @@ from scaledown.config.prepare import PrepareConfig
 from scaledown.data.output.writers import examples, write_examples
 from scaledown.data.prompts import Prompt
 from scaledown.data.teacher.review import review_answers
-from scaledown.data.teacher.stage import Teaching, teach
+from scaledown.data.teacher.stage import Teaching, answer_queries
 from scaledown.devices.halving import Halving
 from scaledown.records import Answer
 from scaledown.run.directory import RunDirectory
@@ -71,7 +71,7 @@ def measure(queries: int) -> None:
         asked, documents = ranked(run, queries), passages(run)
         started = time.perf_counter()
         answers, reviewed = Stage(run, "answers", {}), Stage(run, "reviewed", {})
-        teach(answers, asked, documents, Ready, Teaching(DOCUMENTS, shards_at_once=16))
+        answer_queries(answers, asked, documents, Ready, Teaching(DOCUMENTS, shards_at_once=16))
         config = PrepareConfig(queries_file=("q",), output_file=str(output))
         review_answers(reviewed, answers, None, documents, config)
         count = write_examples(output, examples(reviewed, documents, None))

@@ -14,7 +14,7 @@ from pathlib import Path
 from common import arguments, close, machine, verdict
 
 from scaledown.data.prompts import Prompt
-from scaledown.data.teacher.base import Generation, Rejection
+from scaledown.data.teacher.base import Rejection, TeacherSettings
 from scaledown.data.teacher.engines.endpoint import EndpointTeacher
 from scaledown.errors import one_line
 
@@ -35,7 +35,7 @@ def faults(count: int) -> tuple[int, bool]:
         for number in range(count)
     ]
     started = time.perf_counter()
-    teacher = EndpointTeacher(server.model, [server.url], Generation(), request_timeout=1.0)
+    teacher = EndpointTeacher(server.model, [server.url], TeacherSettings(), request_timeout=1.0)
     results = dict(teacher.answers(prompts))
     seconds = time.perf_counter() - started
     server.stop()

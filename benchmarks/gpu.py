@@ -40,12 +40,12 @@ from scaledown.data.reranker.api import load_reranker
 from scaledown.data.reranker.base import Pair
 from scaledown.data.retrieval.encoders import load_encoder
 from scaledown.data.retrieval.splade import max_logits, max_logits_tiled
-from scaledown.data.teacher.base import Generation, Rejection, answer_all
+from scaledown.data.teacher.base import Rejection, TeacherSettings, answer_all
 from scaledown.data.teacher.engines.transformers import TransformersTeacher
 from scaledown.devices.choice import choose_device, dtype_to_run, dtype_to_train
 from scaledown.devices.gpus import GIB, OnDevice, give_back, index
 from scaledown.errors import ModelError
-from scaledown.evaluation.efficiency import COMPRESSED, UNCOMPRESSED, Shape, costs, machine
+from scaledown.evaluation.efficiency import COMPRESSED, UNCOMPRESSED, Shape, costs, describe_machine
 from scaledown.models.sources import resolve
 from scaledown.models.weights import loadable
 from scaledown.student.model import ScaleDownModel
@@ -198,7 +198,7 @@ def text(number: int, words: int) -> str:
 def of_device(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
     device = choose_device(scale.device)
     found = float(torch.ones(2, device=device).sum())
-    yield Check("device", f"computes on {scale.device}", machine(), found == 2)
+    yield Check("device", f"computes on {scale.device}", describe_machine(), found == 2)
     dtype = dtype_to_run("auto", device)
     code = f"import torch; print(torch.ones(2, device={device!r}).sum().item())"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -331,7 +331,7 @@ def of_teacher(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
         kinds |= {" in 8 bits": {"load_in_8bit": True}, " in 4 bits": {"load_in_4bit": True}}
     for kind, bits in kinds.items():
         for batch in scale.batches[:2]:
-            generation = Generation(scale.new_tokens, batch_size=batch, **bits)
+            generation = TeacherSettings(scale.new_tokens, batch_size=batch, **bits)
             teacher = OnDevice(
                 "the teacher",
                 scale.device,
@@ -372,7 +372,7 @@ def of_capped_memory(scale: Scale, models: dict[str, Path]) -> Iterator[Check]:
     told = "nothing"
     with at_most(GIB, scale.device):
         try:
-            TransformersTeacher(source, scale.device, "auto", Generation())
+            TransformersTeacher(source, scale.device, "auto", TeacherSettings())
         except ModelError as error:
             told = str(error)
     yield Check("a teacher that does not fit", "a hint", told[-90:], "--teacher_4bit" in told)
@@ -743,7 +743,11 @@ def main() -> int:
         return 1
     started = time.perf_counter()
     rows = run(REAL, [known[name] for name in options.checks])
-    content = {"machine": machine(), "chosen": options.checks, "checks": [row._asdict() for row in rows]}
+    content = {
+        "machine": describe_machine(),
+        "chosen": options.checks,
+        "checks": [row._asdict() for row in rows],
+    }
     Path(options.json).write_text(json.dumps(content, indent=1) + "\n")
     short = sum(not row.met for row in rows)
     minutes = (time.perf_counter() - started) / 60

@@ -26,7 +26,15 @@ import scipy.sparse as sp
 from common import SHARED, fast_dtype, machine, parser
 
 from scaledown.config.evaluate import EvaluateConfig
-from scaledown.evaluation.baselines import ECHOES, READERS, best, memory_tokens, text_of, tokenised, weighing
+from scaledown.evaluation.baselines import (
+    ECHOES,
+    READERS,
+    highest,
+    memory_tokens,
+    text_of,
+    tokenised,
+    weighing,
+)
 from scaledown.evaluation.statistics import difference, estimate
 from scaledown.metrics import accuracy, exact_match, f1
 from scaledown.student.compressors.pointer import RATES as POINTER_RATES
@@ -259,7 +267,7 @@ def with_picks(
         if random.random() < share:
             read = [tokenised(loaded, text) for text in record["documents"]]
             kept = [
-                best(weights, memory_tokens(loaded, one, chosen))
+                highest(weights, memory_tokens(loaded, one, chosen))
                 for one, weights in zip(read, weigh(record["query"], read), strict=True)
             ]
             texts = [text_of(loaded, one.ids, places) for one, places in zip(read, kept, strict=True)]

@@ -38,7 +38,7 @@ from common import (
 )
 
 from scaledown.data.retrieval.index import pack, search
-from scaledown.data.retrieval.seismic import CARES, SeismicIndex, recall
+from scaledown.data.retrieval.seismic import CARES, SeismicIndex, recall_of_search
 from scaledown.run.directory import RunDirectory
 from scaledown.run.stage import Stage
 
@@ -224,7 +224,7 @@ def main() -> None:
         exact = [_seconds(lambda: ours(stage, queries)) for _ in range(3)]
         best = ours(stage, queries)
         for care in CARES:  # as the command does: the least care that is enough
-            found = recall(index.search(queries, TOP, care), best)
+            found = recall_of_search(index.search(queries, TOP, care), best)
             if found >= 0.99:
                 break
         loading = _seconds(

@@ -24,7 +24,7 @@ from search import resampled, stored
 
 from scaledown.data.retrieval.encoders import load_encoder
 from scaledown.data.retrieval.index import Ranking, search
-from scaledown.data.retrieval.seismic import CARES, SeismicIndex, recall
+from scaledown.data.retrieval.seismic import CARES, SeismicIndex, recall_of_search
 from scaledown.models.sources import resolve
 from scaledown.run.directory import RunDirectory
 from scaledown.run.stage import Stage
@@ -77,7 +77,7 @@ class BMP:
 def careful(index: SeismicIndex, queries: sp.csr_matrix, exact: Ranking) -> Callable[..., Ranking]:
     """Seismic's fastest setting with a recall of 0.99, as `--search approximate` finds it."""
     for care in CARES:
-        if recall(index.search(queries, TOP, care), exact) >= 0.99:
+        if recall_of_search(index.search(queries, TOP, care), exact) >= 0.99:
             break
     print(f"  Seismic: query_cut {care.query_cut}, heap_factor {care.heap_factor}")
     return partial(index.search, k=TOP, care=care)
@@ -140,7 +140,7 @@ def main() -> None:
             for name, (seconds, found) in timed.items():
                 print(
                     f"  {passages:,} passages, {count:,} queries, {name}: {count / seconds:,.0f} queries/s, "
-                    f"overlap {recall(found, timed['exact'].result):.3f}",
+                    f"overlap {recall_of_search(found, timed['exact'].result):.3f}",
                     flush=True,
                 )
             against = timed["BMP alpha 1.0"].seconds / timed["exact"].seconds

@@ -24,7 +24,7 @@ from scaledown.data.retrieval import SPLADERetriever
 from scaledown.devices.cpu_attention import use_matrix_products
 from scaledown.models.sources import resolve
 from scaledown.models.weights import quiet_libraries
-from scaledown.student.batch import IGNORED, Batch, Document, Encoded, Group, collate, group
+from scaledown.student.batch import IGNORED, Batch, Encoded, EncodedDocument, Group, collate, group
 from scaledown.student.model import ScaleDownModel, load_tokenizer
 from scaledown.student.settings import ScaleDownConfig
 from scaledown.student.training.setup import make_trainer
@@ -66,7 +66,7 @@ def one_group(documents: list[list[int]], longest: int) -> list[Group]:
     for row, own in enumerate(documents):
         ids[row, : len(own)] = torch.tensor(own)
     lengths = torch.tensor([len(own) for own in documents])
-    (alone,) = group([Document([0], 0, 1, 1)] * len(documents))
+    (alone,) = group([EncodedDocument([0], 0, 1, 1)] * len(documents))
     return [{**alone, "ids": ids, "lengths": lengths}]
 
 

@@ -18,8 +18,8 @@ from common import SHARED, close, machine, parser, verdict
 
 from scaledown.data.prompts import Prompt, answer_prompt
 from scaledown.data.retrieval import SPLADERetriever
-from scaledown.data.teacher.base import Generation, Teacher
-from scaledown.data.teacher.engines.openvino import OpenVINOTeacher, export
+from scaledown.data.teacher.base import Teacher, TeacherSettings
+from scaledown.data.teacher.engines.openvino import OpenVINOTeacher, export_teacher
 from scaledown.data.teacher.engines.transformers import TransformersTeacher
 from scaledown.errors import install_command
 from scaledown.metrics import accuracy
@@ -96,9 +96,11 @@ def main() -> None:
     prompts, gold = [prompts[n] for n in chosen], [gold[n] for n in chosen]
     if options.vllm:
         from scaledown.data.teacher.api import load_teacher
-        from scaledown.data.teacher.base import Engine
+        from scaledown.data.teacher.base import EngineSettings
 
-        teacher = load_teacher(source, "cpu", DTYPE, Generation(NEW_TOKENS), Engine(backend="vllm"))
+        teacher = load_teacher(
+            source, "cpu", DTYPE, TeacherSettings(NEW_TOKENS), EngineSettings(backend="vllm")
+        )
         _, answers = run("vllm", teacher, prompts)
         teacher.close()  # type: ignore[attr-defined]
         print(json.dumps(answers))
@@ -110,7 +112,7 @@ def main() -> None:
     )
 
     def transformers(batch: int) -> Teacher:
-        return TransformersTeacher(source, "cpu", DTYPE, Generation(NEW_TOKENS, batch_size=batch))
+        return TransformersTeacher(source, "cpu", DTYPE, TeacherSettings(NEW_TOKENS, batch_size=batch))
 
     base, _ = run("transformers, batch 1", transformers(1), some)
     batched, answers = run(f"transformers, batch {BATCH}", transformers(BATCH), prompts)
@@ -125,8 +127,8 @@ def main() -> None:
     if importlib.util.find_spec("openvino_genai") is None:
         print(f"  not measured: openvino ({install_command('openvino')}); accuracy {theirs.mean():.3f}")
         close("teachers", ratio, 1.4)
-    export(source)
-    teacher = OpenVINOTeacher(source, Generation(NEW_TOKENS))
+    export_teacher(source)
+    teacher = OpenVINOTeacher(source, TeacherSettings(NEW_TOKENS))
     rate, answers = run("openvino", teacher, prompts)
     ours = right(answers, gold)
     draws = np.random.default_rng(0).integers(0, len(gold), (RESAMPLES, len(gold)))

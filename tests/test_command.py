@@ -11,12 +11,12 @@ import pytest
 from safetensors import SafetensorError
 
 from scaledown.cli import main
-from scaledown.command import Usage, run_cli
+from scaledown.command import CommandHelp, run_cli
 from scaledown.config.options import Options, Range, option
 from scaledown.config.shared import OUTPUT
 from scaledown.errors import InputError, run_command
 
-USAGE = Usage("test", "--number N", "Count.", (OUTPUT,))
+USAGE = CommandHelp("test", "--number N", "Count.", (OUTPUT,))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,7 @@ def test_long_texts_and_passes_without_gradients_are_left_to_torch(monkeypatch: 
     assert asked == [257, 5, 5, 5, 5]
 
 
-@pytest.mark.parametrize(("dtype", "name"), [("bfloat16", attention._NAME), ("float32", "sdpa")])
+@pytest.mark.parametrize(("dtype", "name"), [("bfloat16", attention._ATTENTION_NAME), ("float32", "sdpa")])
 def test_training_in_bfloat16_on_a_cpu_uses_them(
     dtype: str, name: str, models: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:

@@ -18,7 +18,7 @@ import tiny
 from conftest import ROOT
 from scaledown import extensions
 from scaledown.data.teacher.api import choose_backend, engine_of
-from scaledown.data.teacher.base import Engine, Generation
+from scaledown.data.teacher.base import EngineSettings, TeacherSettings
 from scaledown.errors import ModelError, UsageError
 from scaledown.extensions import COMPRESSORS, MEASURES, STUDENT_ENGINES, TEACHER_ENGINES, Table
 from scaledown.models.sources import ModelSource, resolve
@@ -200,16 +200,16 @@ def test_own_entry_is_used_before_one_with_the_same_name(
 @pytest.mark.parametrize(
     ("engine", "generation", "message"),
     [
-        (Engine("endpoint"), Generation(load_in_8bit=True), "a server loads its model itself"),
-        (Engine("vllm"), Generation(load_in_4bit=True), "name a quantised checkpoint"),
-        (Engine("transformers", lora="adapter"), Generation(), "merge it into the model first"),
-        (Engine("vllm", ("http://localhost/v1",)), Generation(), "exclude each other"),
-        (Engine("nothing"), Generation(), "use auto, transformers, vllm, openvino, endpoint"),
-        (Engine(lora="adapter"), Generation(load_in_8bit=True), "leave some out"),
+        (EngineSettings("endpoint"), TeacherSettings(load_in_8bit=True), "a server loads its model itself"),
+        (EngineSettings("vllm"), TeacherSettings(load_in_4bit=True), "name a quantised checkpoint"),
+        (EngineSettings("transformers", lora="adapter"), TeacherSettings(), "merge it into the model first"),
+        (EngineSettings("vllm", ("http://localhost/v1",)), TeacherSettings(), "exclude each other"),
+        (EngineSettings("nothing"), TeacherSettings(), "use auto, transformers, vllm, openvino, endpoint"),
+        (EngineSettings(lora="adapter"), TeacherSettings(load_in_8bit=True), "leave some out"),
     ],
 )
 def test_settings_that_an_engine_does_not_support_are_refused(
-    engine: Engine, generation: Generation, message: str
+    engine: EngineSettings, generation: TeacherSettings, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
         choose_backend(engine, ModelSource("a/b", "a/b"), "cpu", generation)
@@ -218,19 +218,19 @@ def test_settings_that_an_engine_does_not_support_are_refused(
 @pytest.mark.parametrize(
     ("engine", "device", "chosen"),
     [
-        (Engine(), "cpu", "transformers"),
-        (Engine(endpoints=("http://localhost/v1",)), "cpu", "endpoint"),
-        (Engine(lora="adapter"), "cuda", "vllm"),
-        (Engine("openvino"), "cpu", "openvino"),
+        (EngineSettings(), "cpu", "transformers"),
+        (EngineSettings(endpoints=("http://localhost/v1",)), "cpu", "endpoint"),
+        (EngineSettings(lora="adapter"), "cuda", "vllm"),
+        (EngineSettings("openvino"), "cpu", "openvino"),
     ],
 )
 def test_auto_selects_an_engine_that_suits(
-    engine: Engine, device: str, chosen: str, monkeypatch: pytest.MonkeyPatch
+    engine: EngineSettings, device: str, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import importlib.util
 
     find = importlib.util.find_spec
     absent: dict[str, Any] = {"vllm": None, "openvino_genai": None}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: absent.get(name, name) and find(name))
-    assert choose_backend(engine, ModelSource("a/b", "a/b"), device, Generation()) == chosen
+    assert choose_backend(engine, ModelSource("a/b", "a/b"), device, TeacherSettings()) == chosen
     assert chosen in TEACHER_ENGINES

@@ -19,7 +19,7 @@ from scaledown.data.reranker.query_likelihood import QueryLikelihoodReranker
 from scaledown.data.retrieval import splade
 from scaledown.data.retrieval.encoders import DenseEncoder
 from scaledown.data.retrieval.splade import SpladeEncoder, _from_sentence_transformers
-from scaledown.data.teacher.base import Generation
+from scaledown.data.teacher.base import TeacherSettings
 from scaledown.data.teacher.engines.transformers import TransformersTeacher
 from scaledown.devices.gpus import GIB, OnDevice
 from scaledown.devices.halving import Halving
@@ -135,7 +135,7 @@ def settings() -> ScaleDownConfig:
 LOADERS = {
     "teacher": (
         "causal_lm",
-        lambda source, device: TransformersTeacher(source, device, "bfloat16", Generation()),
+        lambda source, device: TransformersTeacher(source, device, "bfloat16", TeacherSettings()),
     ),
     "encoder": ("splade", lambda source, device: SpladeEncoder(source, device, "bfloat16", 4)),
     "sparse encoder": (

@@ -22,6 +22,13 @@ LAYERS = [
 ]
 MOST_ROOMS = 17
 DEEPEST = 8
+REPEATED = {
+    *("log", "main", "GROUPS"),  # of a module, a command, its help
+    *("ENGINE", "_load", "_preflight", "_suits"),  # of an engine
+    *("Item", "Result", "Done"),  # type variables
+    *("_MESSAGES", "_TOLERANCE", "_EVERY_SECONDS"),  # the limit of a reader, of a check, of a loop
+}
+"""Names that several modules may define."""
 PACKAGES = sorted(
     ".".join(path.relative_to(SOURCE).parent.parts) for path in (SOURCE / "scaledown").rglob("__init__.py")
 )
@@ -98,3 +105,15 @@ def test_modules_that_contributing_names_exist() -> None:
     assert len(named) > 60
     for name in named:
         assert (SOURCE / "scaledown" / name).exists(), name
+
+
+def test_a_name_is_defined_in_one_module() -> None:
+    where = defaultdict(set)
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                where[node.name].add(path.relative_to(SOURCE))
+            for target in node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]:
+                if isinstance(target, ast.Name) and not target.id.startswith("__"):
+                    where[target.id].add(path.relative_to(SOURCE))
+    assert {name for name, paths in where.items() if len(paths) > 1} == REPEATED

@@ -18,7 +18,7 @@ from scaledown.data.reranker import add_reranking_scores
 from scaledown.data.retrieval import SPLADERetriever
 from scaledown.data.teacher import generate_teacher_answers
 from scaledown.data.teacher.api import load_teacher
-from scaledown.data.teacher.base import Generation
+from scaledown.data.teacher.base import TeacherSettings
 from scaledown.models.sources import resolve
 
 
@@ -79,7 +79,7 @@ def test_long_prompt_keeps_instruction_and_question(tmp_path) -> None:
         resolve(str(tiny.causal_lm(tmp_path / "m", positions=2048))),
         "cpu",
         "float32",
-        Generation(max_new_tokens=8),
+        TeacherSettings(max_new_tokens=8),
     )
     prompt = answer_prompt("1", "What is the question at the end?", ["word " * 900] * 5, 0.0)
     ids, dropped = teacher._context.fit(prompt)  # type: ignore[attr-defined]

@@ -199,7 +199,7 @@ def _run(words: list[str]) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from scaledown.data.report.page import summary, write_report
+    from scaledown.data.report.page import report_summary, write_report
     from scaledown.run.outputs import check_output, lies_in, note_made
 
     page: Path = arguments.output
@@ -212,19 +212,19 @@ def _report(arguments: argparse.Namespace) -> int:
     report = write_report(arguments.data, page, card, arguments.gold)
     for path in (page, card):
         note_made(path, "report")
-    print(summary(report))
+    print(report_summary(report))
     return 0
 
 
 def _export_openvino(arguments: argparse.Namespace) -> int:
-    from scaledown.data.teacher.engines.openvino import export, is_exported
+    from scaledown.data.teacher.engines.openvino import export_teacher, is_exported
     from scaledown.models.sources import resolve
     from scaledown.models.weights import quiet_libraries
 
     quiet_libraries()
     source = resolve(arguments.model)
     there = is_exported(source)
-    print(f"{export(source)}: {'already exists' if there else 'exported'}")
+    print(f"{export_teacher(source)}: {'already exists' if there else 'exported'}")
     print(f"next: scaledown prepare --teacher_backend openvino --teacher_model {shlex.quote(source.name)} …")
     return 0
 
@@ -242,13 +242,13 @@ def _validate(arguments: argparse.Namespace) -> int:
         failed |= bool(result.problems)
         verdict = f"{result.bad_records:,} with problems" if result.problems else "all sound"
         if result.duplicates:
-            repeated = _counted(result.duplicates, "repeated query", "repeated queries")
+            repeated = _count_of(result.duplicates, "repeated query", "repeated queries")
             verdict += f", {repeated} (merge leaves them out)"
-        print(f"{path}: {_counted(result.records + result.bad_records, 'record', 'records')}, {verdict}")
+        print(f"{path}: {_count_of(result.records + result.bad_records, 'record', 'records')}, {verdict}")
     return 1 if failed else 0
 
 
-def _counted(number: int, one: str, many: str) -> str:
+def _count_of(number: int, one: str, many: str) -> str:
     return f"{number:,} {one if number == 1 else many}"
 
 
@@ -266,14 +266,14 @@ def _merge(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     text = (
-        f"{output}: {_counted(merged.records, 'record', 'records')} from "
-        f"{_counted(len(arguments.files), 'file', 'files')}, "
-        f"{_counted(merged.duplicates, 'repeated query', 'repeated queries')} left out"
+        f"{output}: {_count_of(merged.records, 'record', 'records')} from "
+        f"{_count_of(len(arguments.files), 'file', 'files')}, "
+        f"{_count_of(merged.duplicates, 'repeated query', 'repeated queries')} left out"
     )
     if cleaning.decontaminate:
-        text += f", {_counted(merged.contaminated, 'record', 'records')} of evaluation sets left out"
+        text += f", {_count_of(merged.contaminated, 'record', 'records')} of evaluation sets left out"
     if merged.unread:
-        text += f", {_counted(merged.unread, 'row', 'rows')} of evaluation sets without a question skipped"
+        text += f", {_count_of(merged.unread, 'row', 'rows')} of evaluation sets without a question skipped"
     if cleaning != CleanConfig():
         text += f"\nrecords left out, each with its match: {removed_file(output)}"
     print(text)
@@ -307,8 +307,8 @@ def _split(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     train, held_out = (shlex.quote(f"{output / name}{ending}") for name in (TRAIN, HELD_OUT))
-    print(f"{train}: {_counted(len(parts.train), 'record', 'records')}")
-    print(f"{held_out}: {_counted(len(parts.held_out), 'record', 'records')}, held out by {parts.by}")
+    print(f"{train}: {_count_of(len(parts.train), 'record', 'records')}")
+    print(f"{held_out}: {_count_of(len(parts.held_out), 'record', 'records')}, held out by {parts.by}")
     if parts.shared:
         print(f"{parts.shared:,} of them have a document of an article that training records have, too")
     model, evaluation = (shlex.quote(str(output.parent / name)) for name in ("model", "evaluation"))
@@ -319,11 +319,11 @@ def _split(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from scaledown.run.overview import table
+    from scaledown.run.overview import status_table
     from scaledown.run.status import status_at
 
     status = status_at(arguments.path)
-    print(json.dumps(status.as_json(), indent=2) if arguments.json else table(status))
+    print(json.dumps(status.as_json(), indent=2) if arguments.json else status_table(status))
     return 0
 
 
@@ -359,7 +359,7 @@ def _export(arguments: argparse.Namespace) -> int:
         if arguments.push_to_hub:
             address = push(output, arguments.push_to_hub, private=arguments.private)
             following = f'datasets.load_dataset("{arguments.push_to_hub}"); dataset: {address}'
-    print(f"{output}: {_counted(count, 'record', 'records')}\n\nnext: {following}")
+    print(f"{output}: {_count_of(count, 'record', 'records')}\n\nnext: {following}")
     return 0
 
 
@@ -378,6 +378,6 @@ def _export_trec(paths: Sequence[Path], output: Path, *, overwrite: bool) -> int
         raise UsageError("--format trec takes one file: give the output of one run")
     written = export_trec(paths[0], output, overwrite=overwrite)
     for name, lines in written.items():
-        print(f"{name}: {_counted(lines, 'line', 'lines')}")
+        print(f"{name}: {_count_of(lines, 'line', 'lines')}")
     print(f"\nnext: scaledown evaluate --run {' '.join(written)} --qrels QRELS --output_dir rankings")
     return 0

@@ -7,17 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from scaledown.config.flags import Parser, command_parser, from_flags, underscored
-from scaledown.config.options import Options
+from scaledown.config.flags import Config, Parser, command_parser, from_flags, underscored
 from scaledown.config.prepare import GROUPS
-from scaledown.errors import run_command, tell
+from scaledown.errors import print_last_message, run_command
 from scaledown.run.logs import start_logging
 
-Config = TypeVar("Config", bound=Options)
 Result = TypeVar("Result")
 
 
-class Usage(NamedTuple):
+class CommandHelp(NamedTuple):
     """The help of a command, except its flags."""
 
     program: str
@@ -35,7 +33,7 @@ def run_cli(
     run: Callable[..., Result],
     summary: Callable[[Result, Config], str],
     *,
-    usage: Usage,
+    usage: CommandHelp,
     argv: Sequence[str] | None = None,
     failure: Callable[[Result, Config], str | None] = lambda _result, _config: None,
     resumes: bool = False,
@@ -80,7 +78,7 @@ def run_cli(
             print(text)
         reason = failure(result, given)
         if reason:
-            tell(f"error: {reason}")
+            print_last_message(f"error: {reason}")
         return 0 if reason is None else 1
 
     return run_command(command, debug="--debug" in words, resumes=resumes)

@@ -145,12 +145,12 @@ def run_command(command: Callable[[], int], *, debug: bool, resumes: bool = Fals
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt as error:
-        tell("interrupted" + goes_on)
+        print_last_message("interrupted" + goes_on)
         return 143 if isinstance(error, _Terminated) else 130
     except ScaleDownError as error:
         if debug:
             raise
-        tell(f"error: {one_line(str(error))}")
+        print_last_message(f"error: {one_line(str(error))}")
         return error.exit_status
     except Exception as error:
         if debug:
@@ -160,13 +160,13 @@ def run_command(command: Callable[[], int], *, debug: bool, resumes: bool = Fals
         elif isinstance(error, OSError) and error.filename:
             message = f"{error.filename}: {error.strerror}: check that path and its permissions{goes_on}"
         else:
-            where = f"in {_place(error)}; --debug shows more"
+            where = f"in {_code_place(error)}; --debug shows more"
             message = f"{type(error).__name__}: {error} (unexpected, {where}{goes_on})"
-        tell(f"error: {one_line(message)}")
+        print_last_message(f"error: {one_line(message)}")
         return 1
 
 
-def _place(error: Exception) -> str:
+def _code_place(error: Exception) -> str:
     """Return `file:line` of the innermost line of this package that the error came through.
 
     It is in the message, so that a run of days need not be repeated with --debug.
@@ -202,7 +202,7 @@ def _open_closed_streams() -> None:
         sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
-def tell(last_word: str) -> None:
+def print_last_message(last_word: str) -> None:
     """Write a last message to standard error; with a structured log, as its last line.
 
     Args:

@@ -180,9 +180,9 @@ OUTPUT_FORMATS: Final = Table(
     "output_formats",
     "scaledown.data.input.training_files:OutputFormat",
     {
-        "json": "scaledown.data.output.writers:JSON",
-        "jsonl": "scaledown.data.output.writers:JSONL",
-        "parquet": "scaledown.data.output.writers:PARQUET",
+        "json": "scaledown.data.output.writers:JSON_FORMAT",
+        "jsonl": "scaledown.data.output.writers:JSONL_FORMAT",
+        "parquet": "scaledown.data.output.writers:PARQUET_FORMAT",
     },
 )
 """Formats of training data, by the suffix of the file without its dot."""

@@ -80,10 +80,10 @@ def rouge_l(answer: str, right: Sequence[str]) -> float:
     Returns:
         0 to 1; 0 without right answers.
     """
-    return max((_rouge_l(_words(answer), _words(one)) for one in right), default=0.0)
+    return max((_rouge_l(_answer_words(answer), _answer_words(one)) for one in right), default=0.0)
 
 
-def _words(text: str) -> list[str]:
+def _answer_words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.lower())
 
 

@@ -1,5 +1,6 @@
 """Normalises texts for comparison: one form for different spellings, words, the key of a question."""
 
+import hashlib
 import re
 import string
 import unicodedata
@@ -98,3 +99,9 @@ def has_content(text: str) -> bool:
 def question_key(text: str) -> str:
     """Return the words of a question in their order. Equal questions have the same key."""
     return " ".join(words(text))
+
+
+def text_hash(text: str) -> int:
+    """Return a hash of a text, 64 bits, the same in every process. Half a surrogate pair is allowed."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")

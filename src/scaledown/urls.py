@@ -1,5 +1,6 @@
 """URLs: removes their secrets, opens their file systems, describes errors of servers."""
 
+import ipaddress
 import re
 from collections.abc import Mapping
 from datetime import datetime
@@ -141,7 +142,7 @@ def state_of(info: Mapping[str, Any]) -> str:
     return str(found.timestamp() if isinstance(found, datetime) else found)  # listings may have either
 
 
-def status_of(error: Exception) -> Any:
+def http_status(error: Exception) -> Any:
     """Return the HTTP status of an error, if it has one."""
     answer = getattr(error, "response", None)
     return getattr(answer, "status_code", None)
@@ -149,7 +150,7 @@ def status_of(error: Exception) -> Any:
 
 def refused(error: Exception) -> bool:
     """Whether an error means that access is denied, or that no login was found."""
-    denied = isinstance(error, PermissionError) or status_of(error) in {401, 403}
+    denied = isinstance(error, PermissionError) or http_status(error) in {401, 403}
     return denied or type(error).__name__ == "NoCredentialsError"
 
 
@@ -165,3 +166,11 @@ def detail(url: str, error: Exception) -> str:
     kind = type(error).__name__
     message = re.sub(r"\?[^\s'\")>]+", HIDDEN_QUERY, str(error))
     return f"{kind}: {one_line(message, 200)}" if redacted(url) == url else kind
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's own, which no other machine reaches."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -16,7 +16,7 @@ from scaledown.data.logprobs import for_answer, from_ids, from_server
 from scaledown.data.manifest import compared_settings
 from scaledown.data.prompts import answer_prompt
 from scaledown.data.teacher.api import check_options, choose_backend, load_teacher
-from scaledown.data.teacher.base import Engine, Generation, answer_all
+from scaledown.data.teacher.base import EngineSettings, TeacherSettings, answer_all
 from scaledown.devices.halving import Halving
 from scaledown.errors import UsageError
 from scaledown.models.sources import resolve
@@ -25,7 +25,7 @@ from scaledown.records import Answer, Logprobs
 
 def teacher(path: Path, **generation: Any) -> Any:
     settings = {"max_new_tokens": 8, "logprobs": 5} | generation
-    return load_teacher(resolve(str(path)), "cpu", "float32", Generation(**settings))
+    return load_teacher(resolve(str(path)), "cpu", "float32", TeacherSettings(**settings))
 
 
 def prompts(count: int, temperature: float = 0.0) -> list[Any]:
@@ -65,7 +65,7 @@ def test_values_equal_a_forward_pass_over_the_whole_text(models) -> None:
         assert torch.tensor(found["top_logprobs"]).allclose(values, atol=2e-4)
         assert [row[0] for row in found["top_ids"]] == found["token_ids"], "greedy takes the likeliest"
         assert "".join(found["tokens"]).strip() == answer.text
-        assert not own.problem(found, answer.text)
+        assert not own.logprobs_problem(found, answer.text)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
@@ -176,7 +176,7 @@ def test_server_tokens_are_decoded_from_their_bytes() -> None:
 )
 def test_invalid_logprobs_column_is_reported(change: dict[str, Any], message: str) -> None:
     value = logprobs_of("Two words") | change
-    found = own.problem(value, "Two words")
+    found = own.logprobs_problem(value, "Two words")
     assert message in found
     assert bool(message) == bool(found)
     record = {"query": "q", "documents": ["d"], "answer": "Two words", "answer_logprobs": value}
@@ -229,7 +229,7 @@ def test_run_writes_logprobs_of_the_teacher(ending: str, prepare, tmp_path) -> N
     assert len(found) == 4
     for record in found:
         assert set(record) == {"query", "documents", "answer", "answer_logprobs"}
-        assert not own.problem(record["answer_logprobs"], record["answer"])
+        assert not own.logprobs_problem(record["answer_logprobs"], record["answer"])
         assert {len(row) for row in record["answer_logprobs"]["top_ids"]} == {2}
     assert not validate(output).problems
     kind = "parquet" if ending == ".parquet" else "json"
@@ -398,7 +398,7 @@ def test_number_of_logprobs_out_of_range_is_refused(flags: dict[str, Any], messa
 
 def test_engine_without_logprobs_is_refused() -> None:
     with pytest.raises(UsageError, match="openvino gives none: use one of transformers, vllm, endpoint"):
-        check_options(Engine("openvino"), Generation(logprobs=5))
+        check_options(EngineSettings("openvino"), TeacherSettings(logprobs=5))
 
 
 def test_auto_takes_an_engine_with_logprobs(models, monkeypatch) -> None:
@@ -409,5 +409,5 @@ def test_auto_takes_an_engine_with_logprobs(models, monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
     monkeypatch.setattr(module, "is_exported", lambda _: True)
     source = resolve(str(models["causal_lm"]))
-    assert choose_backend(Engine(), source, "cpu", Generation()) == "openvino"
-    assert choose_backend(Engine(), source, "cpu", Generation(logprobs=5)) == "transformers"
+    assert choose_backend(EngineSettings(), source, "cpu", TeacherSettings()) == "openvino"
+    assert choose_backend(EngineSettings(), source, "cpu", TeacherSettings(logprobs=5)) == "transformers"

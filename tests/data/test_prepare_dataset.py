@@ -24,7 +24,7 @@ from scaledown.data.manifest import compared_settings
 from scaledown.data.reranker.api import load_reranker, resolve_reranker
 from scaledown.data.reranker.base import Pair
 from scaledown.data.session import enter
-from scaledown.data.session.summary import Result, _training, summary
+from scaledown.data.session.summary import PrepareResult, _training_command, run_summary
 from scaledown.devices import choice
 from scaledown.devices.halving import Halving
 from scaledown.errors import install_command
@@ -990,7 +990,7 @@ def test_run_keeps_the_dtype_that_its_first_processor_chose(
 )
 def test_next_command_trains_a_pointer_on_few_examples(examples: int, ending: str) -> None:
     config = PrepareConfig(queries_file=("q.txt",), output_file="t.json", enable_reranking=True)
-    assert _training(config, Path("split/train.json"), examples).endswith(ending)
+    assert _training_command(config, Path("split/train.json"), examples).endswith(ending)
 
 
 @pytest.mark.parametrize(("examples", "splits"), [(9, False), (10, True)])
@@ -999,7 +999,7 @@ def test_summary_names_the_split_before_the_training(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = PrepareConfig(queries_file=("q.txt",), output_file="t.jsonl")
-    *_, split, train = summary(Result(Path("t.jsonl"), examples, {}, 0), config).splitlines()
+    *_, split, train = run_summary(PrepareResult(Path("t.jsonl"), examples, {}, 0), config).splitlines()
     data = "split/train.jsonl" if splits else "t.jsonl"
     assert f"train --train_data {data} --output_dir model" in train
     assert train.startswith("then: " if splits else "next: ")

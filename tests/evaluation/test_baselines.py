@@ -12,11 +12,11 @@ import torch
 
 from scaledown.cli import main
 from scaledown.config.evaluate import SYSTEMS, EvaluateConfig
-from scaledown.data.prompts import VERSION as PROMPT_VERSION
+from scaledown.data.prompts import PROMPT_VERSION
 from scaledown.evaluation import baselines, systems
 from scaledown.evaluation.results import read_results
 from scaledown.models.sources import resolve
-from scaledown.run.directory import SCHEMA, fingerprint
+from scaledown.run.directory import RUN_LAYOUT, fingerprint
 from scaledown.student.compressors.pointer import with_neighbours
 from scaledown.student.inference.compressing import Pointed
 from scaledown.student.model import ScaleDownModel
@@ -125,14 +125,14 @@ def test_a_pointers_scores_rank_the_documents(
 def answered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The systems that had to answer, in their order."""
     asked: list[str] = []
-    answer = systems.answer
+    answer = systems.answer_shards
 
     def noted(stage: Any, *rest: Any) -> None:
         if not stage.done():
             asked.append(stage.name)
         answer(stage, *rest)
 
-    monkeypatch.setattr(systems, "answer", noted)
+    monkeypatch.setattr(systems, "answer_shards", noted)
     return asked
 
 
@@ -210,7 +210,7 @@ def test_stages_of_other_models_keep_their_fingerprints(
     }
     for system in ("compressed", "uncompressed", "closed_book", "pruned"):
         depends = {"sentences": only["sentences"]} if system == "pruned" else {}
-        expected = fingerprint({"schema": SCHEMA, "stage": system, **settings, **depends})
+        expected = fingerprint({"schema": RUN_LAYOUT, "stage": system, **settings, **depends})
         assert [folder.name for folder in (work / system).iterdir()] == [expected]
 
 
@@ -275,7 +275,9 @@ def test_the_generator_reads_as_many_tokens_as_compression_takes(
     queries = [record["query"] for record in RECORDS]
     documents = [[*record["documents"], "Tiny."] for record in RECORDS]
     weigh = baselines.weighing(system, config)
-    written = baselines.answer(system, model, queries, documents, weigh=lambda: weigh, config=config)
+    written = baselines.answer_by_baseline(
+        system, model, queries, documents, weigh=lambda: weigh, config=config
+    )
     assert len(written) == 3
     words = model.get_input_embeddings().weight
     for query, own, embeddings in zip(queries, documents, read[0][0], strict=True):
@@ -296,7 +298,7 @@ def test_long_documents_are_reported_once(
     model = ScaleDownModel.from_pretrained(str(pointer))
     queries, documents = ["Where?", "When?"], [["A tower in a town. " * 50], ["A bridge in a city. " * 50]]
     for _ in range(2):
-        baselines.answer(system, model, queries, documents, weigh=pytest.fail, config=CONFIG)
+        baselines.answer_by_baseline(system, model, queries, documents, weigh=pytest.fail, config=CONFIG)
     assert [message.partition(";")[0] for message in caplog.messages] == [
         f"documents cut to {model.config.doc_max_length} tokens, the most that this model compresses: 2"
     ] * 2
@@ -312,7 +314,9 @@ def test_picked_tokens_give_the_same_answer_as_their_embeddings(pointer: Path) -
         scores = [torch.tensor([own.scores]) for own in model.point(query, [one.text for one in read])]
         return [with_neighbours(own, own > -torch.inf)[0].tolist() for own in scores]
 
-    (found,) = baselines.answer("first", model, [query], [documents], weigh=lambda: weigh, config=CONFIG)
+    (found,) = baselines.answer_by_baseline(
+        "first", model, [query], [documents], weigh=lambda: weigh, config=CONFIG
+    )
     assert found == model.answer(query, documents, max_new_tokens=6)
     assert found != model.answer(query, documents, max_new_tokens=6, compressed=False)
 
@@ -322,14 +326,14 @@ def test_another_generator_reads_the_tokens_as_text(student: Path, read: list[An
     model = ScaleDownModel.from_pretrained(str(student))
     query, documents = RECORDS[0]["query"], [*RECORDS[0]["documents"], "Tiny."]
     weigh = baselines.weighing(system, CONFIG)
-    baselines.answer(system, model, [query], [documents], weigh=lambda: weigh, config=CONFIG)
+    baselines.answer_by_baseline(system, model, [query], [documents], weigh=lambda: weigh, config=CONFIG)
     (((texts,), compressed),) = read
     assert not compressed
     assert len(texts) == 3
     assert texts[2] == "Tiny.", "it has fewer tokens than memory tokens"
     for text, document in zip(texts, documents, strict=True):
         tokens = baselines.tokenised(model, document)
-        kept = baselines.best(weigh(query, [tokens])[0], model.config.memory_tokens)
+        kept = baselines.highest(weigh(query, [tokens])[0], model.config.memory_tokens)
         assert len(kept) == min(6, len(tokens.ids))
         if system == "first":
             assert text == model.tokenizer.decode(tokens.ids[:6]).strip()
@@ -357,18 +361,18 @@ def test_keywords_weigh_as_the_query_does(pointer: Path) -> None:
 
 
 def test_ties_go_to_the_earlier_token_and_nothing_comes_last() -> None:
-    assert baselines.best([0.0, 2.0, 0.0, 1.0, 2.0], 1) == [1]
-    assert baselines.best([0.0, 2.0, 0.0, 1.0, 2.0], 4) == [0, 1, 3, 4]
-    assert baselines.best([0.0, 0.0], 5) == [0, 1]
-    assert baselines.best([], 1) == []
+    assert baselines.highest([0.0, 2.0, 0.0, 1.0, 2.0], 1) == [1]
+    assert baselines.highest([0.0, 2.0, 0.0, 1.0, 2.0], 4) == [0, 1, 3, 4]
+    assert baselines.highest([0.0, 0.0], 5) == [0, 1]
+    assert baselines.highest([], 1) == []
 
 
 def test_random_tokens_are_those_of_the_seed_and_the_question() -> None:
-    document = baselines.Tokens("", list(range(40)), [])
+    document = baselines.DocumentTokens("", list(range(40)), [])
 
     def kept(seed: int, query: str) -> list[int]:
         (weights,) = baselines.weighing("random", replace(CONFIG, seed=seed))(query, [document])
-        return baselines.best(weights, 5)
+        return baselines.highest(weights, 5)
 
     assert kept(1, "Why?") == kept(1, "Why?")
     assert len({tuple(kept(seed, query)) for seed in (1, 2) for query in ("Why?", "Who?")}) == 4

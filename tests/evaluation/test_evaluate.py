@@ -325,9 +325,11 @@ def test_killed_midway_the_same_command_continues(
     assert subprocess.run(words, env=environment, capture_output=True, check=False).returncode == -9
     assert not (output / "results.json").exists()
     answered = []
-    answer = systems.answer
+    answer = systems.answer_shards
     monkeypatch.setattr(
-        systems, "answer", lambda stage, *rest: (answered.append(bool(stage.done())), answer(stage, *rest))[1]
+        systems,
+        "answer_shards",
+        lambda stage, *rest: (answered.append(bool(stage.done())), answer(stage, *rest))[1],
     )
     assert main([*repeated, "--output_dir", str(output)]) == 0
     assert answered == [True, True, False, False]

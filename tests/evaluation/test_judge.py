@@ -119,7 +119,7 @@ def test_replies_to_shards_that_were_asked_together_are_not_paid_again(tmp_path:
     judge._judge(
         stage, asked, inquiry, lambda: teacher, judge.Judging(lambda _: teacher, "cpu", 3, {}, 60.0, (0, 0))
     )
-    assert [judge.read(stage, shard) for shard in range(3)] == [[1.0], [0.0], [0.5]]
+    assert [judge.read_verdicts(stage, shard) for shard in range(3)] == [[1.0], [0.0], [0.5]]
     assert AnswerLog.every(stage) == []
     assert stage.finished().counts == {
         **{"verdicts": 3, "no_verdict": 0},

@@ -2,14 +2,14 @@
 
 import pytest
 
-from scaledown.evaluation.pruning import Sentence, Tokens, keep, split
+from scaledown.evaluation.pruning import Sentence, TokenCodec, keep_best, split_sentences
 
 # A token a word.
-WORDS = Tokens(lambda text: [hash(word) for word in text.split()], lambda ids: " ".join("w" for _ in ids))
+WORDS = TokenCodec(lambda text: [hash(word) for word in text.split()], lambda ids: " ".join("w" for _ in ids))
 
 
 def test_documents_are_split_into_sentences_beneath_their_title() -> None:
-    found = split(["Tides\nThe moon pulls. Dr. Ada said so!\nAnd more", "no title", ""])
+    found = split_sentences(["Tides\nThe moon pulls. Dr. Ada said so!\nAnd more", "no title", ""])
     assert found == [
         Sentence(0, "Tides", "The moon pulls."),
         Sentence(0, "Tides", "Dr. Ada said so!"),
@@ -38,12 +38,14 @@ SENTENCES = [
     ],
 )
 def test_best_sentences_that_fit_are_kept_in_order(budget: int, expected: list[str]) -> None:
-    kept = keep(SENTENCES, [0.1, 0.5, 0.9, 0.3], budget, WORDS)
+    kept = keep_best(SENTENCES, [0.1, 0.5, 0.9, 0.3], budget, WORDS)
     assert kept == expected
     assert sum(len(text.split()) for text in kept) <= budget
 
 
 def test_best_sentence_is_cut_if_none_fits() -> None:
-    letters = Tokens(lambda text: [ord(c) for c in text], lambda ids: "".join(map(chr, ids)))
-    assert keep([Sentence(0, "", "abcdef"), Sentence(0, "", "ghijkl")], [0.0, 1.0], 4, letters) == ["ghij"]
-    assert keep([], [], 4, letters) == []
+    letters = TokenCodec(lambda text: [ord(c) for c in text], lambda ids: "".join(map(chr, ids)))
+    assert keep_best([Sentence(0, "", "abcdef"), Sentence(0, "", "ghijkl")], [0.0, 1.0], 4, letters) == [
+        "ghij"
+    ]
+    assert keep_best([], [], 4, letters) == []

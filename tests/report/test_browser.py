@@ -9,7 +9,18 @@ import pytest
 
 from scaledown.data.report.page import write_report
 from scaledown.report import plots
-from scaledown.report.page import Example, Examples, Field, Note, Page, Piece, Plot, Section, Table, html
+from scaledown.report.page import (
+    Field,
+    MarkedText,
+    Note,
+    Page,
+    PageExample,
+    PageExamples,
+    PageTable,
+    Plot,
+    Section,
+    html,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.plots]
 
@@ -18,21 +29,29 @@ HOSTILE = "</script><script>window.hit=1</script><img src=x onerror='window.hit=
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    table = Table("Counts", ("what", HOSTILE), [(HOSTILE, 1), ("b", 2)])
+    table = PageTable("Counts", ("what", HOSTILE), [(HOSTILE, 1), ("b", 2)])
     drawn = Plot("A plot", plots.bars([HOSTILE, "b"], [1, 2], "n"), table)
     examples = [
-        Example(
+        PageExample(
             f"Question {n} about {'honey' if n % 2 else 'tides'}",
             ("right",) if n % 4 else ("wrong",),
-            [Field("document", [Piece("The "), Piece("Moon", marked=True), Piece(f" pulls {n}.")])],
+            [
+                Field(
+                    "document",
+                    [MarkedText("The "), MarkedText("Moon", marked=True), MarkedText(f" pulls {n}.")],
+                )
+            ],
         )
         for n in range(12)
     ]
-    examples.append(Example(HOSTILE, (HOSTILE,), [Field(HOSTILE, [Piece(HOSTILE, marked=True)])]))
+    examples.append(PageExample(HOSTILE, (HOSTILE,), [Field(HOSTILE, [MarkedText(HOSTILE, marked=True)])]))
     content = Page(
         "Report",
         "Lead.",
-        [Section("Plots", [Note(HOSTILE), table, drawn]), Section("Examples", [Examples("Look.", examples)])],
+        [
+            Section("Plots", [Note(HOSTILE), table, drawn]),
+            Section("Examples", [PageExamples("Look.", examples)]),
+        ],
     )
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(html(content), encoding="utf-8")

@@ -7,15 +7,15 @@ import pytest
 
 from scaledown.report import plots
 from scaledown.report.page import (
-    Example,
-    Examples,
     Field,
+    MarkedText,
     Note,
     Page,
-    Piece,
+    PageExample,
+    PageExamples,
+    PageTable,
     Plot,
     Section,
-    Table,
     cell,
     html,
     markdown,
@@ -29,10 +29,10 @@ HOSTILE = (
 
 
 def page(text: str) -> Page:
-    table = Table(text, (text, "n"), [(text, 3), ("b", None)])
+    table = PageTable(text, (text, "n"), [(text, 3), ("b", None)])
     drawn = plots.bars([text, "b"], [1, 2.5], "n")
-    example = Example(text, (text,), [Field(text, [Piece(text), Piece(text, marked=True)])])
-    blocks = (Note(text), table, Plot(text, drawn, table), Examples(text, [example]))
+    example = PageExample(text, (text,), [Field(text, [MarkedText(text), MarkedText(text, marked=True)])])
+    blocks = (Note(text), table, Plot(text, drawn, table), PageExamples(text, [example]))
     return Page(text, text, [Section(text, blocks)])
 
 
@@ -101,9 +101,9 @@ def test_markdown_keeps_text_as_text() -> None:
 
 
 def test_markdown_leaves_out_plots_and_examples() -> None:
-    long = Table("", ("x", "n"), [(str(n), n) for n in range(40)])
+    long = PageTable("", ("x", "n"), [(str(n), n) for n in range(40)])
     content = Page(
-        "t", "lead", [Section("s", [Plot("curve", "<svg/>", long)]), Section("e", [Examples("x", [])])]
+        "t", "lead", [Section("s", [Plot("curve", "<svg/>", long)]), Section("e", [PageExamples("x", [])])]
     )
     assert markdown(content) == "# t\n\nlead\n"
 

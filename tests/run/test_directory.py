@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from scaledown.config.shared import Part
+from scaledown.config.shared import QueryPart
 from scaledown.devices import choice
 from scaledown.devices.halving import Halving
 from scaledown.errors import ModelError, OutputError, RunDirectoryError
@@ -179,7 +179,7 @@ def test_shards_made_together_are_made_once(tmp_path: Path) -> None:
 )
 def test_parts_have_the_groups_of_the_whole(number: int, expected: list[range], tmp_path: Path) -> None:
     """So that a process without a part does not make the same shards in other groups."""
-    stage = Stage(RunDirectory(tmp_path, Part(number, 2)), "candidates", {})
+    stage = Stage(RunDirectory(tmp_path, QueryPart(number, 2)), "candidates", {})
     groups = []
 
     def work(group: range) -> list[pa.Table]:

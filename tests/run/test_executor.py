@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from scaledown.config.prepare import PrepareConfig
-from scaledown.config.shared import Part
+from scaledown.config.shared import QueryPart
 from scaledown.data import workers
 from scaledown.devices.gpus import only
 from scaledown.errors import InputError, NoRoomError, RunDirectoryError, UsageError
@@ -137,7 +137,7 @@ def test_workers_receive_their_number(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(workers, "supervise", supervise)
     monkeypatch.setattr(workers, "gpus_here", lambda _: 8)
     config = PrepareConfig(queries_file=("q.txt",), output_file="o.json")
-    workers.share(config, "m:f", [RunDirectory(tmp_path / "run")])
+    workers.share_work(config, "m:f", [RunDirectory(tmp_path / "run")])
     assert content["workers"] == 8
 
 
@@ -169,7 +169,7 @@ def test_too_few_gpus_for_a_teacher_are_an_error_before_any_work(tmp_path: Path,
     monkeypatch.setattr(workers, "gpus_here", lambda _: 2)
     config = PrepareConfig(queries_file=("q.txt",), output_file="o.json", tensor_parallel=4)
     with pytest.raises(UsageError, match="are 2 GPUs, .*needs 4 for each worker: lower it"):
-        workers.share(config, "m:f", [RunDirectory(tmp_path / "run")], gpus_each=1)
+        workers.share_work(config, "m:f", [RunDirectory(tmp_path / "run")], gpus_each=1)
 
 
 def test_workers_that_die_without_a_shard_end_the_run(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_workers_without_a_shared_disk_make_a_part_each() -> None:
 
 
 def test_workers_without_a_shared_disk_that_die_again_and_again_end_the_run(monkeypatch) -> None:
-    monkeypatch.setattr(executor, "_LONG_SECONDS", 0)  # however long they lived
+    monkeypatch.setattr(executor, "_LONG_LIFE_SECONDS", 0)  # however long they lived
     pool = Scripted(*[Ending(well=False, reason="exit status 1")] * 9)
     with pytest.raises(RunDirectoryError, match="3 workers died, the last of exit status 1; finished work"):
         supervise(pool, "m:f", {}, 1, [])
@@ -204,10 +204,10 @@ def test_only_workers_of_ray_in_a_bucket_share_no_disk(tmp_path: Path, monkeypat
     bucket = RunDirectory(storage_at("memory://workers/run", str(tmp_path / "cache")))
     config = PrepareConfig(queries_file=("q.txt",), output_file="o.json")
     for executor_name, run in (("local", disk), ("local", bucket), ("ray", disk), ("ray", bucket)):
-        workers.share(replace(config, executor=executor_name), "m:f", [run])
+        workers.share_work(replace(config, executor=executor_name), "m:f", [run])
     assert leases == [1, 1, 1, 0]
     with pytest.raises(UsageError, match="--task_timeout: in a bucket"):
-        workers.share(replace(config, executor="ray", task_timeout=9.0), "m:f", [bucket])
+        workers.share_work(replace(config, executor="ray", task_timeout=9.0), "m:f", [bucket])
 
 
 def test_worker_takes_its_part_from_the_order() -> None:
@@ -310,7 +310,7 @@ def test_lease_of_dead_worker_is_taken_over_and_death_is_counted(tmp_path: Path)
 
 @pytest.mark.parametrize(("shards", "count"), [(7, 3), (2, 5), (8, 8), (1, 1), (0, 2)])
 def test_parts_are_disjoint_and_complete(shards: int, count: int) -> None:
-    parts = [Part(number, count).of(shards) for number in range(count)]
+    parts = [QueryPart(number, count).of(shards) for number in range(count)]
     assert [shard for part in parts for shard in part] == list(range(shards))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -394,7 +394,7 @@ def test_shard_made_from_a_given_up_shard_is_made_again(tmp_path: Path) -> None:
     mark = stage.folder / "000000.absent.json"
     content = json.loads(mark.read_text())
     mark.write_text(json.dumps(content | {"part": [1, 2]}))
-    with RunDirectory(run.path, Part(0, 2)).claim("a part"):
+    with RunDirectory(run.path, QueryPart(0, 2)).claim("a part"):
         assert stage.has(0), "a part leaves what another part gave up"
     mark.write_text(json.dumps(content))
     with run.claim("again"):
@@ -418,7 +418,7 @@ def test_one_shard_of_a_group_is_to_blame(tmp_path: Path) -> None:
 
 
 def test_a_part_that_lost_all_of_its_shards_leaves_the_rest_to_others(tmp_path: Path) -> None:
-    first, second = (RunDirectory(tmp_path / "run", Part(number, 2)) for number in range(2))
+    first, second = (RunDirectory(tmp_path / "run", QueryPart(number, 2)) for number in range(2))
     source, stage = Stage(first, "ranked", {}), Stage(first, "answers", {})
     died_of(first, source, 0)
     assert not source.complete(2, lambda n: pa.table({"n": [n]}))
@@ -596,7 +596,7 @@ def test_token_limit_with_several_workers_is_refused(tmp_path: Path) -> None:
     limits = {"teacher_endpoint": ("http://localhost/v1",), "max_total_tokens": 5, "workers": 2}
     config = PrepareConfig(queries_file=("q.txt",), output_file="o.json", **limits)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="--max_total_tokens applies to one process"):
-        workers.share(config, "m:f", [RunDirectory(tmp_path / "run")])
+        workers.share_work(config, "m:f", [RunDirectory(tmp_path / "run")])
 
 
 def test_killed_worker_ends_its_child_processes(tmp_path: Path) -> None:

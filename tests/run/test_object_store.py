@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from scaledown.config.shared import Part
+from scaledown.config.shared import QueryPart
 from scaledown.data.prompts import answer_prompt
 from scaledown.data.teacher import answer_log
 from scaledown.data.teacher.answer_log import AnswerLog
@@ -164,7 +164,7 @@ def test_log_may_grow_while_it_is_sent(machine, monkeypatch) -> None:
 @MEMORY
 def test_part_of_another_command_is_reported(bucket, tmp_path, caplog) -> None:
     def entered(name: str, number: int, request: str) -> Any:
-        part = Part(number, 2)
+        part = QueryPart(number, 2)
         return RunDirectory(storage_at(f"{bucket}/run", str(tmp_path / name)), part).claim(request)
 
     message = "part 0/2 .* has other settings, models or inputs"
@@ -418,14 +418,18 @@ def test_command_after_one_that_failed_is_warned_on_another_machine(machine, cap
 
 @MEMORY
 def test_workers_and_parts_are_not_warned_of_each_other(bucket, tmp_path, caplog) -> None:
-    def entered(name: str, part: Part, worker: str = "") -> Any:
+    def entered(name: str, part: QueryPart, worker: str = "") -> Any:
         return RunDirectory(storage_at(f"{bucket}/run", str(tmp_path / name)), part, worker).claim("same")
 
-    with entered("one", Part(0, 2)), entered("two", Part(1, 2)), entered("three", Part(1, 2), "worker-0"):
+    with (
+        entered("one", QueryPart(0, 2)),
+        entered("two", QueryPart(1, 2)),
+        entered("three", QueryPart(1, 2), "worker-0"),
+    ):
         assert "another process" not in caplog.text
-        with entered("four", Part(0, 1)):
+        with entered("four", QueryPart(0, 1)):
             assert caplog.text.count("another process may be at work") == 2
-        with entered("five", Part(1, 2)):
+        with entered("five", QueryPart(1, 2)):
             assert caplog.text.count("another process may be at work") == 3
 
 

@@ -313,7 +313,7 @@ def test_memory_that_does_not_suffice_to_join_ends_what_was_written(
     try:
         first = Asked(engine, "Why?", ["No."], max_new_tokens=3_900, temperature=5.0, seed=0)
         assert isinstance(first.events.get(timeout=30), Piece)
-        widened, calls = decoding._widened, []
+        widened, calls = decoding._padded_rows, []
 
         def fails(*arguments: Any) -> Any:
             calls.append(1)
@@ -321,7 +321,7 @@ def test_memory_that_does_not_suffice_to_join_ends_what_was_written(
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
             return widened(*arguments)
 
-        monkeypatch.setattr(decoding, "_widened", fails)
+        monkeypatch.setattr(decoding, "_padded_rows", fails)
         second = Asked(engine, "Why?", ["No."])
         assert second.text() == model.answer("Why?", ["No."], max_new_tokens=6)
         error = first.all()[-1]

@@ -31,7 +31,7 @@ from scaledown.models.sources import resolve
 from scaledown.serving.app import Server, _Stream
 from scaledown.serving.engine import Engine
 from scaledown.serving.protocol import ChatRequest, RerankRequest
-from scaledown.serving.serve import _load, main
+from scaledown.serving.serve import _load_model, main
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
 from tiny import pointer_student
@@ -832,7 +832,7 @@ def test_a_generator_with_a_window_is_warned_of(
     settings = ScaleDownConfig(num_layers=1, doc_max_length=32)
     folder = str(tmp_path / "student")
     ScaleDownModel.build(settings, resolve(str(tmp_path / "generator"))).save_pretrained(folder)
-    _load(ServeConfig(model=folder, engine="transformers", device="cpu"), resolve(folder))
+    _load_model(ServeConfig(model=folder, engine="transformers", device="cpu"), resolve(folder))
     assert ("a new request waits until all running answers are complete" in caplog.text) == bool(window)
 
 

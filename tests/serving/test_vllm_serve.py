@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 from scaledown.cli import main
 from scaledown.data.prompts import answer_prompt
-from scaledown.data.teacher.base import Generation, Rejection, answer_all
+from scaledown.data.teacher.base import Rejection, TeacherSettings, answer_all
 from scaledown.data.teacher.engines.endpoint import EndpointTeacher
 from scaledown.models.sources import resolve
 from scaledown.student.model import ScaleDownModel
@@ -75,7 +75,7 @@ def server(student: Path) -> Iterator[tuple[str, str]]:
 
 def test_an_endpoint_answers_as_a_teacher(server: tuple[str, str]) -> None:
     url, model = server
-    teacher = EndpointTeacher(model, [url], Generation(max_new_tokens=16, logprobs=2))
+    teacher = EndpointTeacher(model, [url], TeacherSettings(max_new_tokens=16, logprobs=2))
     document = "Penicillin\nAlexander Fleming discovered penicillin in 1928."
     questions = ["Who discovered penicillin?", "When was penicillin discovered?"]
     prompts = [answer_prompt(str(n), text, [document], 0.0) for n, text in enumerate(questions)]

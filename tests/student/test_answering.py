@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from scaledown.data.prompts import answer_prompt
-from scaledown.data.teacher.base import Generation, answer_all
+from scaledown.data.teacher.base import TeacherSettings, answer_all
 from scaledown.data.teacher.engines.transformers import TransformersTeacher
 from scaledown.errors import InputError, ModelError, UsageError
 from scaledown.models.sources import resolve
@@ -58,7 +58,7 @@ def test_answers_in_a_batch_equal_single_answers(model: ScaleDownModel, compress
 
 def test_text_is_answered_as_the_teacher_does(model: ScaleDownModel, models: dict[str, Path]) -> None:
     """Before training, the generator is the model it was made of."""
-    generation = Generation(max_new_tokens=12)
+    generation = TeacherSettings(max_new_tokens=12)
     teacher = TransformersTeacher(resolve(str(models["causal_lm"])), "cpu", "float32", generation)
     documents = [["Tides come and go twice a day.", "Tides\nThe moon causes the tides."], *DOCUMENTS[1:]]
     prompts = [answer_prompt("", *pair, 0.0) for pair in zip(QUERIES, documents, strict=True)]

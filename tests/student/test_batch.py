@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from scaledown.data.prompts import GUIDE, PAPER, Template, answer_prompt
-from scaledown.data.teacher.base import Generation
+from scaledown.data.teacher.base import TeacherSettings
 from scaledown.data.teacher.context import Context
 from scaledown.errors import InputError, UsageError
-from scaledown.student.batch import FIXED_TOKENS, Document, Encoded, Reader, collate, group
+from scaledown.student.batch import FIXED_TOKENS, Encoded, EncodedDocument, Reader, collate, group
 from scaledown.student.settings import ScaleDownConfig
 
 
@@ -62,7 +62,7 @@ def test_the_prompt_is_the_teachers(models: dict[str, Path], kind: str, template
         )
     )
     prompt = answer_prompt("", query, documents, 0.0, template)
-    whole = Context("teacher", tokenizer, 4096, Generation()).fit(prompt)
+    whole = Context("teacher", tokenizer, 4096, TeacherSettings()).fit(prompt)
     assert text == tokenizer.decode(whole[0])
 
 
@@ -131,8 +131,8 @@ def test_a_batch_has_everything_in_its_place() -> None:
     assert first.prompt_length == 8
 
 
-def read(ids: list[int], memory: int = 2) -> Document:
-    return Document(ids, 0, len(ids), memory)
+def read(ids: list[int], memory: int = 2) -> EncodedDocument:
+    return EncodedDocument(ids, 0, len(ids), memory)
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=9))

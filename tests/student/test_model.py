@@ -17,7 +17,7 @@ from transformers import (
 import tiny
 from scaledown.errors import ModelError, UsageError
 from scaledown.models.sources import resolve
-from scaledown.student.batch import Batch, Document, Encoded, collate, group
+from scaledown.student.batch import Batch, Encoded, EncodedDocument, collate, group
 from scaledown.student.compressors import layers
 from scaledown.student.model import ScaleDownModel, load_tokenizer
 from scaledown.student.settings import ScaleDownConfig
@@ -125,7 +125,7 @@ def test_padding_never_reaches_a_memory_token(build: Any, kind: str) -> None:
         torch.testing.assert_close(alone.embeddings, apart[place], rtol=1e-5, atol=1e-5)
 
 
-def slow_states(model: ScaleDownModel, document: Document) -> torch.Tensor:
+def slow_states(model: ScaleDownModel, document: EncodedDocument) -> torch.Tensor:
     """States of memory and reranking tokens of one document."""
     embedded = model.compressor.get_input_embeddings()(torch.tensor(document.ids))
     embedded = torch.cat([embedded, model.memory, model.rerank_token[None]])

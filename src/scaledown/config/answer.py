@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from scaledown.config.options import Options, Range, check_ending, option
-from scaledown.config.shared import AUTO_DTYPE, DTYPES, ENGINES, ENGINES_HELP, MACHINE, OUTPUT
+from scaledown.config.shared import AUTO_DTYPE, DTYPES, ENGINES, ENGINES_HELP, MACHINE, MODEL, OUTPUT
 from scaledown.config.train import BUDGETS
 from scaledown.errors import UsageError
 
 QUESTIONS: Final = "questions"
-MODEL: Final = "model"
 GROUPS: Final = (QUESTIONS, MODEL, OUTPUT, MACHINE)
 
 

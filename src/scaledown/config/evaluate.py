@@ -9,19 +9,19 @@ from scaledown.config.shared import (
     AUTO_DTYPE,
     DTYPES,
     ENDPOINT,
-    ENGINE,
     MACHINE,
     OUTPUT,
+    TEACHER_ENGINE,
     EngineConfig,
 )
 from scaledown.config.train import BUDGETS
 from scaledown.errors import UsageError
 from scaledown.extensions import STUDENT_ENGINES
 
-MODEL: Final = "answers of a model"
+MODEL_ANSWERS: Final = "answers of a model"
 RANKINGS: Final = "or rankings"
 JUDGE: Final = "judge, run as a teacher is"
-GROUPS: Final = (MODEL, RANKINGS, JUDGE, ENGINE, ENDPOINT, OUTPUT, MACHINE)
+GROUPS: Final = (MODEL_ANSWERS, RANKINGS, JUDGE, TEACHER_ENGINE, ENDPOINT, OUTPUT, MACHINE)
 
 DEFAULT_SYSTEMS: Final = ("compressed", "uncompressed", "closed_book", "pruned")
 """The systems that `scaledown evaluate` compares by default."""
@@ -34,11 +34,11 @@ class EvaluateConfig(EngineConfig):
     """Settings of `scaledown evaluate`."""
 
     model: str = option(
-        "", MODEL, "folder of a trained model, or a name on the hub", role="model", metavar="DIR"
+        "", MODEL_ANSWERS, "folder of a trained model, or a name on the hub", role="model", metavar="DIR"
     )
     data: str = option(
         "",
-        MODEL,
+        MODEL_ANSWERS,
         "held-out questions with documents, as scaledown prepare writes them: .json, .jsonl or .parquet; "
         "also a URL",
         role="input",
@@ -46,7 +46,7 @@ class EvaluateConfig(EngineConfig):
     )
     gold: tuple[str, ...] = option(
         (),
-        MODEL,
+        MODEL_ANSWERS,
         "right answers, in any shape that data sets have, found by the question's words; without it, the "
         "teacher's answers in --data are taken as right",
         role="input",
@@ -54,7 +54,7 @@ class EvaluateConfig(EngineConfig):
     )
     systems: tuple[str, ...] = option(
         DEFAULT_SYSTEMS,
-        MODEL,
+        MODEL_ANSWERS,
         "systems that answer: the model (compressed); its generator with the documents' text (uncompressed), "
         "without documents (closed_book), with sentences that a reranker keeps, in as many tokens as there "
         "are memory tokens (pruned), or with as many of each document's tokens: the first, those with the "
@@ -65,16 +65,16 @@ class EvaluateConfig(EngineConfig):
     )
     pruning_reranker: str = option(
         PrepareConfig.reranker_model,
-        MODEL,
+        MODEL_ANSWERS,
         "reranker for pruned: a cross-encoder, or ql:NAME for query likelihood under a causal LM",
         role="model",
     )
     keyword_model: str = option(
-        PrepareConfig.retriever_model, MODEL, "SPLADE model for keywords", role="model"
+        PrepareConfig.retriever_model, MODEL_ANSWERS, "SPLADE model for keywords", role="model"
     )
     compression_rate: int = option(
         0,
-        MODEL,
+        MODEL_ANSWERS,
         "for a pointer: 4 to 32 document tokens for one memory token; pruned and the other baselines read as "
         "many tokens; 0: the model's own",
         "tokens",
@@ -83,18 +83,20 @@ class EvaluateConfig(EngineConfig):
     )
     budget: str = option(
         "each",
-        MODEL,
+        MODEL_ANSWERS,
         "for a pointer: each document has memory tokens by its length, or the documents of a question share "
         "theirs by score",
         role="result",
         choices=BUDGETS,
     )
     num_examples: int = option(
-        0, MODEL, "take only the first N questions", "questions", role="result", within=Range(0)
+        0, MODEL_ANSWERS, "take only the first N questions", "questions", role="result", within=Range(0)
     )
-    max_new_tokens: int = option(128, MODEL, "longest answer", "tokens", role="result", within=Range(1))
+    max_new_tokens: int = option(
+        128, MODEL_ANSWERS, "longest answer", "tokens", role="result", within=Range(1)
+    )
     batch_size: int = option(
-        8, MODEL, "questions answered at once", "questions", role="result", within=Range(1)
+        8, MODEL_ANSWERS, "questions answered at once", "questions", role="result", within=Range(1)
     )
     run: tuple[str, ...] = option(
         (),

@@ -26,7 +26,7 @@ Config = TypeVar("Config", bound=Options)
 
 _METAVARS: Final = {int: "N", float: "X"}
 """Names of number values in the help."""
-_CLOSE: Final = 0.75  # similarity of a misspelt word, as `difflib` measures it
+_SIMILAR: Final = 0.75  # similarity of a misspelt word, as `difflib` measures it
 
 
 class _Once(argparse.Action):
@@ -77,7 +77,7 @@ class Parser(argparse.ArgumentParser):
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
-            close = difflib.get_close_matches(str(value), map(str, action.choices or ()), 1, _CLOSE)
+            close = difflib.get_close_matches(str(value), map(str, action.choices or ()), 1, _SIMILAR)
             error.message += f": did you mean {close[0]}?" if close else ""
             raise
 
@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
         _, _, words = message.partition("unrecognized arguments: ")
         flags = [word.partition("=")[0] for word in words.split() if word.startswith("--")]
         known = [name for name in self._option_string_actions if name.startswith("--")]
-        close = [name for flag in flags for name in difflib.get_close_matches(flag, known, 1, _CLOSE)]
+        close = [name for flag in flags for name in difflib.get_close_matches(flag, known, 1, _SIMILAR)]
         return f": did you mean {' and '.join(close)}?" if close else ""
 
 

@@ -8,10 +8,10 @@ from scaledown.config.presets import PRESETS
 from scaledown.config.shared import AUTO_DTYPE, DTYPES, MACHINE, OUTPUT, WorkersConfig
 from scaledown.errors import UsageError
 
-WEIGHTS: Final = ("float16", "uint8", "float32")
+INDEX_WEIGHTS: Final = ("float16", "uint8", "float32")
 PASSAGE_MODES: Final = ("tokens", "paragraph", "article")
 
-CORPUS: Final = "corpus and passages"
+CORPUS_GROUP: Final = "corpus and passages"
 RETRIEVAL: Final = "retrieval"
 
 
@@ -21,7 +21,7 @@ class IndexConfig(WorkersConfig):
 
     corpus_path: tuple[str, ...] = option(
         (),
-        CORPUS,
+        CORPUS_GROUP,
         "KILT JSON lines, JSONL / Parquet / Arrow / CSV / TSV with id, title, text, or a folder of such or "
         "of text files; plain, gzip, zstd or bzip2; also a URL (https://, s3://), read as a stream; may be "
         "given several times; without it, the index in --index_dir, or else the sample corpus",
@@ -30,7 +30,7 @@ class IndexConfig(WorkersConfig):
     )
     text_column: str = option(
         "",
-        CORPUS,
+        CORPUS_GROUP,
         "column that holds the text; dots reach into records; a number is the place of a column without a "
         "name; without it, found by its name or its content",
         role="result",
@@ -39,7 +39,7 @@ class IndexConfig(WorkersConfig):
     )
     max_corpus_size: int = option(
         0,
-        CORPUS,
+        CORPUS_GROUP,
         "read only this many articles from the start",
         "articles",
         role="result",
@@ -47,11 +47,11 @@ class IndexConfig(WorkersConfig):
         in_records=True,
     )
     passages: str = option(
-        "tokens", CORPUS, "what a passage is", role="result", choices=PASSAGE_MODES, in_records=True
+        "tokens", CORPUS_GROUP, "what a passage is", role="result", choices=PASSAGE_MODES, in_records=True
     )
     passage_tokens: int = option(
         128,
-        CORPUS,
+        CORPUS_GROUP,
         "longest passage, title included, by the retriever's tokenizer",
         "tokens",
         role="result",
@@ -60,7 +60,7 @@ class IndexConfig(WorkersConfig):
     )
     max_bad_fraction: float = option(
         0.05,
-        CORPUS,
+        CORPUS_GROUP,
         "stop if more than this share of the input lines is malformed",
         role="result",
         within=SHARE,
@@ -75,7 +75,11 @@ class IndexConfig(WorkersConfig):
         0, RETRIEVAL, "texts encoded at once", "texts", role="result", automatic=(32, 256), within=Range(0)
     )
     weights: str = option(
-        "float16", RETRIEVAL, "how the weights of sparse vectors are stored", role="result", choices=WEIGHTS
+        "float16",
+        RETRIEVAL,
+        "how the weights of sparse vectors are stored",
+        role="result",
+        choices=INDEX_WEIGHTS,
     )
     index_dir: str = option(
         "",
@@ -127,7 +131,7 @@ class IndexCommandConfig(IndexConfig):
 
     add: tuple[str, ...] = option(
         (),
-        CORPUS,
+        CORPUS_GROUP,
         "add the articles of these files to the index in --index_dir, with its other settings; an article "
         "replaces one with the same id",
         role="input",
@@ -135,7 +139,7 @@ class IndexCommandConfig(IndexConfig):
     )
     remove: tuple[str, ...] = option(
         (),
-        CORPUS,
+        CORPUS_GROUP,
         "first remove these articles from the index: ids, or files with an id on each line",
         role="input",
         metavar="ID",

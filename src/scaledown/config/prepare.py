@@ -7,18 +7,18 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from scaledown.config.index import CORPUS, RETRIEVAL, IndexConfig
+from scaledown.config.index import CORPUS_GROUP, RETRIEVAL, IndexConfig
 from scaledown.config.options import SHARE, Range, check_ending, option
 from scaledown.config.shared import (
     CLEANING,
     ENDPOINT,
-    ENGINE,
     MACHINE,
     OUTPUT,
+    TEACHER_ENGINE,
     WORKERS,
     CleanConfig,
     EngineConfig,
-    Part,
+    QueryPart,
 )
 from scaledown.errors import UsageError
 from scaledown.extensions import QUERY_SOURCES
@@ -43,12 +43,22 @@ COLUMNS: Final = (
 MOST_LOGPROBS: Final = 20
 
 
-QUERIES: Final = "queries (one source, or several of the first three)"
+QUERY_SOURCE: Final = "queries (one source, or several of the first three)"
 RERANKING: Final = "reranking (off unless one of the first two is given)"
 TEACHER: Final = "teacher"
-ANSWERS: Final = "answers"
+TEACHER_ANSWERS: Final = "answers"
 GROUPS: Final = (
-    *(QUERIES, CLEANING, CORPUS, RETRIEVAL, RERANKING, TEACHER, ENGINE, ENDPOINT, ANSWERS),
+    *(
+        QUERY_SOURCE,
+        CLEANING,
+        CORPUS_GROUP,
+        RETRIEVAL,
+        RERANKING,
+        TEACHER,
+        TEACHER_ENGINE,
+        ENDPOINT,
+        TEACHER_ANSWERS,
+    ),
     *(OUTPUT, MACHINE, WORKERS),
 )
 
@@ -59,18 +69,18 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
 
     queries_file: tuple[str, ...] = option(
         (),
-        QUERIES,
+        QUERY_SOURCE,
         "text (one query a line), TSV, CSV, JSONL, Parquet, Arrow or TREC topics; a path or URL; may be "
         "given several times",
         role="input",
         metavar="FILE",
     )
     download_ms_marco: bool = option(
-        False, QUERIES, "use the 6,980 MS MARCO dev queries, downloaded once", role="result"
+        False, QUERY_SOURCE, "use the 6,980 MS MARCO dev queries, downloaded once", role="result"
     )
     query_dataset: str = option(
         "",
-        QUERIES,
+        QUERY_SOURCE,
         f"{', '.join(QUERY_SOURCES)}, or any dataset of the hub or a local path",
         role="result",
         path=True,
@@ -78,7 +88,7 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
     )
     num_synthetic_queries: int = option(
         0,
-        QUERIES,
+        QUERY_SOURCE,
         "let the teacher write this many questions about sampled passages",
         "queries",
         role="result",
@@ -86,15 +96,17 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
     )
     query_column: str = option(
         "",
-        QUERIES,
+        QUERY_SOURCE,
         "column that holds the query in a table or a dataset; dots reach into records (question.text); a "
         "number is the place of a column without a name; without it, found by its name or its content",
         role="result",
         metavar="NAME",
     )
-    query_split: str = option("train", QUERIES, "split of --query_dataset", role="result", metavar="NAME")
+    query_split: str = option(
+        "train", QUERY_SOURCE, "split of --query_dataset", role="result", metavar="NAME"
+    )
     ms_marco_url: str = option(
-        MS_MARCO_URL, QUERIES, "where --download_ms_marco downloads from", role="result", metavar="URL"
+        MS_MARCO_URL, QUERY_SOURCE, "where --download_ms_marco downloads from", role="result", metavar="URL"
     )
     search: str = option(
         "exact",
@@ -196,7 +208,7 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
     )
     truncated_answers: str = option(
         "cut",
-        ANSWERS,
+        TEACHER_ANSWERS,
         "what to do with an answer that reached --max_new_tokens: cut it after its last whole sentence, or "
         "keep it",
         role="result",
@@ -205,7 +217,7 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
     )
     bad_answers: str = option(
         "keep",
-        ANSWERS,
+        TEACHER_ANSWERS,
         "what to do with refusals and echoes of the prompt: keep them, drop them, or ask once more and then "
         "drop them",
         role="result",
@@ -214,18 +226,21 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
     )
     min_groundedness: float = option(
         0.0,
-        ANSWERS,
+        TEACHER_ANSWERS,
         "drop an answer if less than this share of its content words occurs in its documents",
         role="result",
         within=SHARE,
         in_records=True,
     )
     second_teacher_model: str = option(
-        "", ANSWERS, "a second teacher that also answers; the report shows how much both agree", role="model"
+        "",
+        TEACHER_ANSWERS,
+        "a second teacher that also answers; the report shows how much both agree",
+        role="model",
     )
     teacher_logprobs: int = option(
         0,
-        ANSWERS,
+        TEACHER_ANSWERS,
         "for each token of the answer, write the log probabilities of the teacher's K most probable tokens, "
         "as answer_logprobs (docs/formats.md); up to 20; for transformers, vllm and servers that support it; "
         "0: none",
@@ -236,7 +251,7 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
     )
     columns: tuple[str, ...] = option(
         (),
-        ANSWERS,
+        TEACHER_ANSWERS,
         f"also write: {', '.join(COLUMNS)}; may be given several times",
         role="result",
         choices=COLUMNS,
@@ -320,7 +335,7 @@ class PrepareConfig(IndexConfig, CleanConfig, EngineConfig):
         return self.top_k_reranking or min(5, self.top_k_retrieval)
 
     @property
-    def part(self) -> Part:
+    def part(self) -> QueryPart:
         """The part that `--shard` names; without it, the whole."""
         number, _, count = (self.shard or "0/1").partition("/")
-        return Part(int(number), int(count))
+        return QueryPart(int(number), int(count))

@@ -1,16 +1,15 @@
 """Settings of `scaledown serve`. The text of each field is its `--help`."""
 
-import ipaddress
 import os
 from dataclasses import dataclass
 from typing import Final
 
 from scaledown.config.options import Options, Range, option
-from scaledown.config.shared import AUTO_DTYPE, DTYPES, ENGINES, ENGINES_HELP, MACHINE, OUTPUT
+from scaledown.config.shared import AUTO_DTYPE, DTYPES, ENGINES, ENGINES_HELP, MACHINE, MODEL, OUTPUT
 from scaledown.config.train import BUDGETS
 from scaledown.errors import UsageError
+from scaledown.urls import is_loopback
 
-MODEL: Final = "model"
 NETWORK: Final = "network"
 LIMITS: Final = "limits of a request"
 GROUPS: Final = (MODEL, NETWORK, LIMITS, OUTPUT, MACHINE)
@@ -145,16 +144,9 @@ def api_key(config: ServeConfig) -> str:
     key = os.environ.get(KEY_VARIABLE, "")
     if key != key.strip() or (KEY_VARIABLE in os.environ and not key):
         raise UsageError(f"{KEY_VARIABLE} is empty or has spaces around it: set it to the key, or unset it")
-    if not key and not config.insecure and not _is_loopback(config.host):
+    if not key and not config.insecure and not is_loopback(config.host):
         raise UsageError(
             f"--host {config.host}: other machines could send requests without a key; set {KEY_VARIABLE}, or "
             "give --insecure"
         )
     return key
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

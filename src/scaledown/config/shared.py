@@ -22,8 +22,10 @@ ENGINES_HELP: Final = (
 )
 EXECUTORS: Final = ("local", "ray")
 DUPLICATES: Final = ("exact", "near")
+AUTO: Final = "auto"
+MODEL: Final = "model"
 CLEANING: Final = "cleaning (docs/cleaning.md)"
-ENGINE: Final = "what runs the teacher"
+TEACHER_ENGINE: Final = "what runs the teacher"
 ENDPOINT: Final = "teacher behind an OpenAI-compatible server"
 OUTPUT: Final = "output and run"
 MACHINE: Final = "machine"
@@ -31,7 +33,7 @@ WORKERS: Final = "workers (docs/scaling.md)"
 
 
 @dataclass(frozen=True)
-class Part:
+class QueryPart:
     """The part of the queries that this process makes: part `number`, counted from 0, of `count` parts."""
 
     number: int
@@ -46,7 +48,7 @@ class Part:
         return range(shards * self.number // self.count, shards * (self.number + 1) // self.count)
 
 
-WHOLE: Final = Part(0, 1)
+WHOLE: Final = QueryPart(0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,17 +148,31 @@ class EngineConfig(Options):
     """The engine of a teacher or a judge."""
 
     teacher_8bit: bool = option(
-        False, ENGINE, "load the teacher in 8 bits (extra: quantization)", role="result", in_records=True
+        False,
+        TEACHER_ENGINE,
+        "load the teacher in 8 bits (extra: quantization)",
+        role="result",
+        in_records=True,
     )
     teacher_4bit: bool = option(
-        False, ENGINE, "load the teacher in 4 bits (extra: quantization)", role="result", in_records=True
+        False,
+        TEACHER_ENGINE,
+        "load the teacher in 4 bits (extra: quantization)",
+        role="result",
+        in_records=True,
     )
     teacher_batch_size: int = option(
-        0, ENGINE, "prompts answered at once", "prompts", role="result", automatic=(8, 32), within=Range(0)
+        0,
+        TEACHER_ENGINE,
+        "prompts answered at once",
+        "prompts",
+        role="result",
+        automatic=(8, 32),
+        within=Range(0),
     )
     teacher_backend: str = option(
         "auto",
-        ENGINE,
+        TEACHER_ENGINE,
         "engine that runs the teacher; auto: endpoint with --teacher_endpoint, vllm on CUDA if it is "
         "installed, on a CPU openvino if it is installed and the teacher is already exported, or vllm if it "
         "is installed, else transformers",
@@ -165,28 +181,28 @@ class EngineConfig(Options):
     )
     teacher_context: int = option(
         0,
-        ENGINE,
+        TEACHER_ENGINE,
         "longest prompt and answer together; 0: as long as the teacher allows",
         "tokens",
         role="result",
         within=Range(0),
     )
     teacher_lora: str = option(
-        "", ENGINE, "folder of a LoRA adapter, for vllm", role="result", path=True, metavar="DIR"
+        "", TEACHER_ENGINE, "folder of a LoRA adapter, for vllm", role="result", path=True, metavar="DIR"
     )
     tensor_parallel: int = option(
-        1, ENGINE, "GPUs that share the teacher, for vllm", "GPUs", role="result", within=Range(1)
+        1, TEACHER_ENGINE, "GPUs that share the teacher, for vllm", "GPUs", role="result", within=Range(1)
     )
     teacher_memory: float = option(
         0.0,
-        ENGINE,
+        TEACHER_ENGINE,
         "share of the GPU's memory that vllm uses; 0: all that is free",
         role="operation",
         within=SHARE,
     )
     flush_seconds: float = option(
         5.0,
-        ENGINE,
+        TEACHER_ENGINE,
         "write answers to disk at least this often",
         "seconds",
         role="operation",

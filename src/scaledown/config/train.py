@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from scaledown.config.options import SHARE, Options, Range, check_output_dir, option
-from scaledown.config.shared import DTYPES, MACHINE, OUTPUT
+from scaledown.config.shared import DTYPES, MACHINE, MODEL, OUTPUT
 from scaledown.errors import UsageError
 from scaledown.extensions import COMPRESSORS
 
@@ -16,7 +16,6 @@ OPTIMIZERS: Final = ("adamw", "adamw8bit")
 REPORTERS: Final = ("auto", "none", "tensorboard", "wandb", "trackio")
 
 DATA: Final = "data"
-MODEL: Final = "model"
 TRAINING: Final = "training"
 GROUPS: Final = (DATA, MODEL, TRAINING, OUTPUT, MACHINE)
 

@@ -5,19 +5,19 @@
 
 import logging
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
-from scaledown.command import Usage, program_name, run_cli
+from scaledown.command import CommandHelp, program_name, run_cli
 from scaledown.config.index import IndexCommandConfig, IndexConfig
 from scaledown.data.input import tables
-from scaledown.data.input.corpus import build_passages, sample_corpus
+from scaledown.data.input.corpus import build_passages, bundled_corpus
 from scaledown.data.input.files import (
     Source,
     every,
-    inner_suffix,
+    format_suffix,
     input_files,
     locate,
     passed_over,
@@ -27,9 +27,9 @@ from scaledown.data.input.folders import guessed_line, passed_over_line
 from scaledown.data.input.remote import Remote
 from scaledown.data.retrieval.encoders import Encoder, is_sparse, load_encoder
 from scaledown.data.retrieval.parts import (
+    IndexPart,
     IndexState,
     Joined,
-    Part,
     change,
     dtype_of,
     only_state,
@@ -39,7 +39,7 @@ from scaledown.data.retrieval.parts import (
 )
 from scaledown.data.retrieval.seismic import SeismicIndex
 from scaledown.data.retrieval.stages import encode_passages
-from scaledown.data.workers import settings_of, share, supervised
+from scaledown.data.workers import AnyIndexConfig, settings_of, share_work, supervised
 from scaledown.devices.choice import choose_device, dtype_to_run, same_bits
 from scaledown.devices.gpus import OnDevice
 from scaledown.errors import InputError, UsageError
@@ -55,9 +55,8 @@ from scaledown.urls import redacted
 
 log = logging.getLogger("scaledown")
 
-Config = TypeVar("Config", bound=IndexConfig)
 
-WORK: Final = "scaledown.data.build_index:work"
+WORK_ON_INDEX: Final = "scaledown.data.build_index:work_on_index"
 """The function that workers call."""
 
 
@@ -136,7 +135,7 @@ def find_corpus(config: IndexConfig) -> list[Source]:
         if config.index_dir and states(index_of(config)):
             return []
         log.info("no --corpus_path: using the sample corpus of 60 short articles")
-    return [locate(name, "--corpus_path") for name in config.corpus_path or (str(sample_corpus()),)]
+    return [locate(name, "--corpus_path") for name in config.corpus_path or (str(bundled_corpus()),)]
 
 
 def corpus_identity(home: RunDirectory, corpus: Sequence[Source]) -> str:
@@ -164,7 +163,7 @@ def file_identity(home: RunDirectory, path: Path, files: Sequence[Path] = ()) ->
         path: The file or folder.
         files: The files of a folder that are read.
     """
-    kind = inner_suffix(path)
+    kind = format_suffix(path)
     name = path.name if kind in {".txt", ".md"} else kind
     return f"{name if path.is_file() else ''}:{home.content_hash(path, files)}"
 
@@ -221,7 +220,7 @@ def open_index(
         },
         beside=beside,
     )
-    settings = {"passages": passages.fingerprint, **encoding, **machine(config)}
+    settings = {"passages": passages.fingerprint, **encoding, **machine_settings(config)}
     vectors = Stage(home, "vectors", settings, beside=beside)
     return Index(home, passages, vectors, config, corpus, retriever)
 
@@ -243,7 +242,7 @@ def _check_same(
         raise UsageError(f"--{name} {value}: {there} --{name} {made.get(name)}: give the same")
 
 
-def settled(config: Config, home: RunDirectory, device: str, keeper: RunDirectory) -> Config:
+def settled(config: AnyIndexConfig, home: RunDirectory, device: str, keeper: RunDirectory) -> AnyIndexConfig:
     """Return the settings with batch sizes and a dtype for the device.
 
     Args:
@@ -258,7 +257,7 @@ def settled(config: Config, home: RunDirectory, device: str, keeper: RunDirector
     return replace(sized, dtype=made or keeper.dtype(config.dtype, device))
 
 
-def machine(config: IndexConfig) -> dict[str, str]:
+def machine_settings(config: IndexConfig) -> dict[str, str]:
     """Return device kind and dtype, which influence the last bits of a model's output."""
     device = choose_device(config.device)
     return {"device": device.partition(":")[0], "dtype": str(dtype_to_run(config.dtype, device))}
@@ -309,7 +308,7 @@ def _filled(
     return index
 
 
-def work(settings: Mapping[str, Any], worker: str) -> None:
+def work_on_index(settings: Mapping[str, Any], worker: str) -> None:
     """Work as a worker: make shards of the index, together with others."""
     config = settings_of(IndexConfig, settings, worker)
     home = RunDirectory(index_of(config), worker=worker)
@@ -359,29 +358,28 @@ def build_index(config: IndexConfig, *, overwrite: bool = False) -> IndexResult:
         given_up = 0
         for own, corpus in zip([first, *added], corpora, strict=True):
             if supervised(own):
-                share(own, WORK, [home])
+                share_work(own, WORK_ON_INDEX, [home])
             parts.append(_filled(home, own, corpus, beside=bool(parts)))
             given_up += home.given_up()
         index, *others = parts
         index.record()
         if (add or remove) and not given_up:
-            named = [Part(name, own.passages, own.vectors) for name, own in zip(add, others, strict=True)]
-            change(home, index.vectors, ids, named)
+            new = [IndexPart(name, own.passages, own.vectors) for name, own in zip(add, others, strict=True)]
+            change(home, index.vectors, ids, new)
         index = index.at(index.present())
     stages: dict[str, Any] = {"passages": index.passages, "vectors": index.vectors}
     return IndexResult(
         {name: stage.finished() for name, stage in stages.items()},
         sum(home.storage.size(file) for stage in stages.values() for file in stage.files()),
         given_up,
-        tuple(
-            _notes(config.text_column, zip(("--corpus_path", *("--add" for _ in add)), corpora, strict=True))
-        ),
+        tuple(_notes(config.text_column, corpora)),
     )
 
 
-def _notes(column: str, given: Iterable[tuple[str, Sequence[Source]]]) -> Iterator[str]:
+def _notes(column: str, corpora: Sequence[Sequence[Source]]) -> Iterator[str]:
     """Lines for the summary: files that were not read, and files whose format was found by their content."""
-    for flag, corpus in given:
+    for number, corpus in enumerate(corpora):
+        flag = "--add" if number else "--corpus_path"
         for source in corpus:
             if over := passed_over(source, "--corpus_path"):
                 yield passed_over_line(flag, {f"{source}/{name}": why for name, why in over.items()})
@@ -391,7 +389,7 @@ def _notes(column: str, given: Iterable[tuple[str, Sequence[Source]]]) -> Iterat
                 yield guessed_line(flag, guessed)
 
 
-def summary(result: IndexResult, config: IndexConfig) -> str:
+def index_summary(result: IndexResult, config: IndexConfig) -> str:
     """The text that the finished command prints: size, counts and seconds of each stage, the next command."""
     lines = [f"{index_of(config)}: {result.size / 1e6:,.1f} MB", ""]
     lines += [stage_line(name, stage) for name, stage in result.stages.items()]
@@ -407,7 +405,7 @@ def summary(result: IndexResult, config: IndexConfig) -> str:
     return "\n".join(lines)
 
 
-def failure(result: IndexResult, config: IndexConfig) -> str | None:
+def index_failure(result: IndexResult, config: IndexConfig) -> str | None:
     """Why the command failed although there is a summary; None if it did not fail."""
     if not result.given_up:
         return None
@@ -438,12 +436,18 @@ def _ids(given: Sequence[str]) -> set[str]:
 
 def main(argv: Sequence[str], program: str = "scaledown index") -> int:
     """Run the command line. Returns the exit status."""
-    usage = Usage(
+    usage = CommandHelp(
         program,
         "--corpus_path PATH --index_dir DIR",
         "Make passages and their vectors once, for many runs. The same command again continues an "
         "interrupted run.",
     )
     return run_cli(
-        IndexCommandConfig, build_index, summary, failure=failure, usage=usage, argv=argv, resumes=True
+        IndexCommandConfig,
+        build_index,
+        index_summary,
+        failure=index_failure,
+        usage=usage,
+        argv=argv,
+        resumes=True,
     )

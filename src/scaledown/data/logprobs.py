@@ -10,7 +10,7 @@ import pyarrow as pa
 from scaledown.records import Logprobs
 from scaledown.text import writable
 
-ARROW: Final = pa.struct(
+LOGPROBS_TYPE: Final = pa.struct(
     {
         "tokens": pa.list_(pa.string()),
         "token_ids": pa.list_(pa.int32()),
@@ -22,13 +22,13 @@ ARROW: Final = pa.struct(
 """`Logprobs` in shards and Parquet."""
 
 _LEAST: Final = -9999.0  # vLLM's value for a probability of 0, whose logarithm is not finite
-_DIGITS: Final = 4  # bfloat16 has three; more digits would only make JSON twice as large
+_SIGNIFICANT_DIGITS: Final = 4  # bfloat16 has three; more digits would only make JSON twice as large
 _HALF_CHARACTER: Final = "\ufffd"  # a tokenizer decodes the first bytes of a character to this
 
 
 def rounded(logprob: float) -> float:
     """Round a log probability for storage: from -9999 to 0, with four decimals."""
-    return round(min(logprob, 0.0) if logprob > _LEAST else _LEAST, _DIGITS)
+    return round(min(logprob, 0.0) if logprob > _LEAST else _LEAST, _SIGNIFICANT_DIGITS)
 
 
 def from_ids(
@@ -50,7 +50,7 @@ def from_ids(
     """
     count = len(token_ids)
     return {
-        "tokens": _texts(tokenizer, token_ids),
+        "tokens": _token_texts(tokenizer, token_ids),
         "token_ids": list(token_ids),
         "top_tokens": None,
         "top_ids": [list(row) for row in top_ids[:count]],
@@ -58,7 +58,7 @@ def from_ids(
     }
 
 
-def _texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+def _token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
     """The text that each token adds to the tokens before it; joined, these are the whole text."""
     if not token_ids:
         return []
@@ -127,7 +127,7 @@ def for_answer(logprobs: Logprobs, answer: str) -> Logprobs | None:
 
 def _at(logprobs: Logprobs, tokens: slice) -> Logprobs:
     """Log probabilities of some of the tokens."""
-    lists = ((name, logprobs[name]) for name in ARROW.names)  # type: ignore[literal-required]
+    lists = ((name, logprobs[name]) for name in LOGPROBS_TYPE.names)  # type: ignore[literal-required]
     return {name: rows and rows[tokens] for name, rows in lists}  # type: ignore[return-value]
 
 
@@ -148,7 +148,7 @@ def for_part(logprobs: Logprobs, answer: str) -> Logprobs | None:
     return None
 
 
-def problem(value: Any, answer: str) -> str:  # noqa: PLR0911 (one for each check)
+def logprobs_problem(value: Any, answer: str) -> str:  # noqa: PLR0911 (one for each check)
     """Find out why a value cannot be the `answer_logprobs` of an answer.
 
     Args:
@@ -160,17 +160,17 @@ def problem(value: Any, answer: str) -> str:  # noqa: PLR0911 (one for each chec
     """
     if value is None:
         return ""
-    if not isinstance(value, dict) or not value.keys() <= set(ARROW.names):
-        return f"is not an object of {', '.join(ARROW.names)}"
-    lists: dict[str, Any] = {name: value.get(name) for name in ARROW.names}
+    if not isinstance(value, dict) or not value.keys() <= set(LOGPROBS_TYPE.names):
+        return f"is not an object of {', '.join(LOGPROBS_TYPE.names)}"
+    lists: dict[str, Any] = {name: value.get(name) for name in LOGPROBS_TYPE.names}
     tokens, top_logprobs = lists["tokens"], lists["top_logprobs"]
-    if not _is_list(tokens, _is_text) or not _is_table(top_logprobs, _is_logprob):
+    if not _is_list_of(tokens, _is_text) or not _is_table(top_logprobs, _is_logprob):
         return f"lacks tokens as texts or top_logprobs as lists of numbers from {_LEAST:.0f} to 0"
     if "".join(tokens).strip() != answer.strip():
         return "is of another text: its tokens, joined, are not the answer"
     if not all(len(rows) == len(tokens) for rows in lists.values() if isinstance(rows, list)):
         return "has lists of different lengths"
-    if lists["token_ids"] is not None and not _is_list(lists["token_ids"], _is_id):
+    if lists["token_ids"] is not None and not _is_list_of(lists["token_ids"], _is_id):
         return "token_ids is not a list of ids"
     for name, check in (("top_ids", _is_id), ("top_tokens", _is_text)):
         if (rows := lists[name]) is not None and not (
@@ -181,10 +181,10 @@ def problem(value: Any, answer: str) -> str:  # noqa: PLR0911 (one for each chec
 
 
 def _is_table(value: Any, check: Callable[[Any], bool]) -> bool:
-    return _is_list(value, lambda row: _is_list(row, check))
+    return _is_list_of(value, lambda row: _is_list_of(row, check))
 
 
-def _is_list(value: Any, check: Callable[[Any], bool]) -> bool:
+def _is_list_of(value: Any, check: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and all(map(check, value))
 
 

@@ -18,7 +18,7 @@ from scaledown.data.reranker.api import LIKELIHOOD_PREFIX
 from scaledown.extensions import TEACHER_ENGINES
 from scaledown.models.sources import ModelSource
 from scaledown.run.atomic import read_json, write_json
-from scaledown.run.directory import SCHEMA, RunDirectory
+from scaledown.run.directory import RUN_LAYOUT, RunDirectory
 from scaledown.run.stage import Stage, StageResult
 from scaledown.run.storage import Storage
 from scaledown.urls import is_url, redacted
@@ -81,7 +81,7 @@ def write_manifest(  # noqa: PLR0917
         OutputError: The disk is full, or the store refuses the file.
     """
     content = {
-        "schema": SCHEMA,
+        "schema": RUN_LAYOUT,
         "version": scaledown.__version__,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "request": request,

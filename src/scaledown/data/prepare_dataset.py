@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from scaledown.command import Usage, program_name, run_cli
+from scaledown.command import CommandHelp, program_name, run_cli
 from scaledown.config.flags import Parser, underscored
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.build_index import Index, open_index
@@ -31,9 +31,8 @@ from scaledown.data.cleaning.decontaminate import Cleaner
 from scaledown.data.input import tables
 from scaledown.data.input.queries import collect_queries
 from scaledown.data.output.writers import examples, write_examples
-from scaledown.data.planning.plan import Plan, keep, make_plan, report
-from scaledown.data.prompts import VERSION as PROMPT_VERSION
-from scaledown.data.prompts import load_template
+from scaledown.data.planning.plan import Plan, keep_plan, make_plan, report
+from scaledown.data.prompts import PROMPT_VERSION, load_template
 from scaledown.data.reranker import api as reranker
 from scaledown.data.reranker.query_likelihood import SCORING
 from scaledown.data.retrieval import stages as retrieval
@@ -42,7 +41,7 @@ from scaledown.data.retrieval.parts import began_with
 from scaledown.data.session.enter import Session, open_session
 from scaledown.data.session.resolve import find_inputs
 from scaledown.data.session.result import earlier_or_free, is_ours, part_result, write_output
-from scaledown.data.session.summary import Result, failure, summary
+from scaledown.data.session.summary import PrepareResult, run_failure, run_summary
 from scaledown.data.session.teachers import Teachers, find_teachers
 from scaledown.data.teacher import review as reviewing
 from scaledown.data.teacher import stage as teaching
@@ -67,7 +66,7 @@ _WITH_LOGPROBS_AT_ONCE: Final = 4  # shards; answers with log probabilities need
 
 def prepare_dataset(
     config: PrepareConfig, repeats: Path | None = None, *, overwrite: bool = False, worker: str = ""
-) -> Result:
+) -> PrepareResult:
     """Make training data, or continue an interrupted run.
 
     Args:
@@ -222,7 +221,7 @@ def retrieve(session: Session, queries: Stage, index: Index) -> Stage:
             # The result depends on how many shards are searched together, and memory decides their number.
             settings["search_memory"] = config.search_memory
         candidates = session.stage("candidates", settings, [queries])
-        retrieval.retrieve(
+        retrieval.rank_passages(
             *(candidates, queries, index.passages, index.vectors, encoder),
             config=config,
             approximate=index.approximate,
@@ -260,7 +259,7 @@ def rerank(session: Session, candidates: Stage, index: Index) -> Stage:
     load = partial(reranker.load_reranker, source, device, config.dtype, config.reranker_batch_size)
     per_query = min(config.top_k_retrieval, retrieval.searched(index.vectors))
     with OnDevice("the reranker", device, load) as loaded:
-        reranker.rerank(ranked, candidates, index.passages, loaded, per_query)
+        reranker.rerank_candidates(ranked, candidates, index.passages, loaded, per_query)
     return ranked
 
 
@@ -320,9 +319,15 @@ def teach(session: Session, ranked: Stage, index: Index, teachers: Teachers) -> 
             return teachers.load(model, spent, logprobs)
 
         with OnDevice(f"the teacher {model.name}", session.device, load) as teacher:
-            teaching.teach(stage, ranked, index.passages, teacher, asking._replace(logprobs=bool(logprobs)))
+            teaching.answer_queries(
+                stage, ranked, index.passages, teacher, asking._replace(logprobs=bool(logprobs))
+            )
             if name == "answers" and config.bad_answers == "retry":
-                sampled = {"answers": stage.fingerprint, "seed": config.seed, "review": reviewing.VERSION}
+                sampled = {
+                    "answers": stage.fingerprint,
+                    "seed": config.seed,
+                    "review": reviewing.REVIEW_VERSION,
+                }
                 made[name] = session.stage("retried", sampled, [stage])
                 teaching.retry(made[name], stage, index.passages, teacher, asking)
     return Answers(made["answers"], made.get("second"))
@@ -341,7 +346,7 @@ def review(session: Session, answers: Answers, index: Index) -> Stage:
     """
     config, (first, second) = session.config, answers
     settings = {
-        "review": reviewing.VERSION,
+        "review": reviewing.REVIEW_VERSION,
         "answers": first.fingerprint,
         "second": second.fingerprint if second else None,
         "truncated": config.truncated_answers,
@@ -354,7 +359,7 @@ def review(session: Session, answers: Answers, index: Index) -> Stage:
     return reviewed
 
 
-def export(session: Session, reviewed: Stage, index: Index) -> Result:
+def export(session: Session, reviewed: Stage, index: Index) -> PrepareResult:
     """Write training data, manifest and report from the reviewed answers, when all parts are finished.
 
     Args:
@@ -393,14 +398,14 @@ def plan_dataset(config: PrepareConfig, *, overwrite: bool = False) -> Plan:
     check_free("--output_file", output, ours, overwrite=overwrite)
     load_template(config.prompt)
     plan = make_plan(config, corpus)
-    keep(plan, config)
+    keep_plan(plan, config)
     return plan
 
 
 def main(argv: Sequence[str] | None = None, program: str = "python -m scaledown.data.prepare_dataset") -> int:
     """Run the command line. Returns the exit status."""
     words = underscored(sys.argv[1:] if argv is None else argv)
-    usage = Usage(
+    usage = CommandHelp(
         program,
         "--queries_file FILE --output_file FILE",
         "Make OSCAR training data: retrieve, rerank, let a teacher answer. The same command again continues "
@@ -419,8 +424,8 @@ def main(argv: Sequence[str] | None = None, program: str = "python -m scaledown.
     return run_cli(
         PrepareConfig,
         prepare_dataset,
-        summary,
-        failure=failure,
+        run_summary,
+        failure=run_failure,
         usage=usage,
         argv=words,
         add=_add_dry_run,

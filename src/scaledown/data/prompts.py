@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from scaledown.errors import InputError, UsageError
 
-VERSION: Final = 1
+PROMPT_VERSION: Final = 1
 
 
 class Prompt(NamedTuple):

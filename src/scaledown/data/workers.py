@@ -14,7 +14,7 @@ from scaledown.run.heartbeat import supervising
 from scaledown.run.logs import start_logging, style
 from scaledown.run.overview import Overview
 
-Config = TypeVar("Config", bound=IndexConfig)
+AnyIndexConfig = TypeVar("AnyIndexConfig", bound=IndexConfig)
 
 
 def supervised(config: IndexConfig) -> bool:
@@ -29,7 +29,7 @@ def share_teachers(config: IndexConfig) -> bool:
     return _gpus_each(config) > 1 and gpus_here(config.device) >= least
 
 
-def share(config: IndexConfig, target: str, runs: Sequence[RunDirectory], gpus_each: int = 0) -> None:
+def share_work(config: IndexConfig, target: str, runs: Sequence[RunDirectory], gpus_each: int = 0) -> None:
     """Let workers call `target` until all work is done.
 
     If the run is in an object store and the workers are on Ray, they share no disk. Each then makes a part of
@@ -63,7 +63,7 @@ def share(config: IndexConfig, target: str, runs: Sequence[RunDirectory], gpus_e
         supervise(pool, target, settings, count, leases, config.task_timeout, overview.look)
 
 
-def settings_of(kind: type[Config], settings: Mapping[str, Any], worker: str) -> Config:
+def settings_of(kind: type[AnyIndexConfig], settings: Mapping[str, Any], worker: str) -> AnyIndexConfig:
     """Restore a worker's config from its settings, and log as the process that started it does.
 
     Args:

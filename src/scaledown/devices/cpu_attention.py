@@ -7,16 +7,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
-_NAME: Final = "scaledown_cpu"
-_LONGEST: Final = 256  # tokens; the scores of longer texts need much memory, and the gain is small
+_ATTENTION_NAME: Final = "scaledown_cpu"
+_LONGEST_TEXT: Final = 256  # tokens; the scores of longer texts need much memory, and the gain is small
 
 
 def use_matrix_products(*models: Any) -> None:
     """Compute the attention of these models by `attention`."""
-    AttentionInterface.register(_NAME, attention)
-    AttentionMaskInterface.register(_NAME, eager_mask)
+    AttentionInterface.register(_ATTENTION_NAME, attention)
+    AttentionMaskInterface.register(_ATTENTION_NAME, eager_mask)
     for model in models:
-        model.set_attn_implementation(_NAME)
+        model.set_attn_implementation(_ATTENTION_NAME)
 
 
 def attention(  # noqa: PLR0917  # the signature is that of transformers
@@ -47,7 +47,7 @@ def attention(  # noqa: PLR0917  # the signature is that of transformers
         [batch, tokens, heads, width], and None in place of the probabilities.
     """
     special = dropout or any(others.get(name) is not None for name in ("softcap", "position_bias"))
-    if attention_mask is None or special or not query.requires_grad or key.shape[2] > _LONGEST:
+    if attention_mask is None or special or not query.requires_grad or key.shape[2] > _LONGEST_TEXT:
         found: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )

@@ -13,7 +13,7 @@ from scaledown.errors import NoRoomError
 
 log = logging.getLogger("scaledown")
 
-_AT_ONCE: Final = 8
+_BATCHES_AT_ONCE: Final = 8
 """Batches computed at the same time on a CPU: each needs memory, and a share of Python's lock."""
 
 Item = TypeVar("Item")
@@ -154,7 +154,7 @@ def batches_at_once(device: str) -> int:
         return 1
     import torch
 
-    return min(_AT_ONCE, torch.get_num_threads())
+    return min(_BATCHES_AT_ONCE, torch.get_num_threads())
 
 
 @contextlib.contextmanager

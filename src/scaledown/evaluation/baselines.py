@@ -33,7 +33,7 @@ _LONGEST_SPAN: Final = 8  # tokens
 _LEAST_SHARE: Final = 1 / 4  # of the best token's probability
 
 
-class Tokens(NamedTuple):
+class DocumentTokens(NamedTuple):
     """A document in the generator's tokens, cut at the model's `doc_max_length`."""
 
     text: str
@@ -44,11 +44,11 @@ class Tokens(NamedTuple):
     """[tokens]: first character and end of each token in `text`."""
 
 
-Weigh = Callable[[str, Sequence[Tokens]], list[list[float]]]
+Weigh = Callable[[str, Sequence[DocumentTokens]], list[list[float]]]
 """Weighs the tokens of a query's documents, [documents][tokens]; those with the highest weights are read."""
 
 
-def answer(
+def answer_by_baseline(
     system: str,
     model: "ScaleDownModel",
     queries: list[str],
@@ -83,7 +83,7 @@ def answer(
     read = [[tokenised(model, document) for document in own] for own in documents]
     kept = [
         [
-            best(weights, memory_tokens(model, one, config.compression_rate))
+            highest(weights, memory_tokens(model, one, config.compression_rate))
             for one, weights in zip(own, weigh()(query, own), strict=True)
         ]
         for query, own in zip(queries, read, strict=True)
@@ -97,7 +97,7 @@ def answer(
     return model.answer(queries, texts, compressed=False, **size)
 
 
-def tokenised(model: "ScaleDownModel", document: str) -> Tokens:
+def tokenised(model: "ScaleDownModel", document: str) -> DocumentTokens:
     """Tokenize a document for the generator, cut at the same length as for the compressor.
 
     Args:
@@ -112,10 +112,10 @@ def tokenised(model: "ScaleDownModel", document: str) -> Tokens:
         verbose=False,
     )
     longest = model.config.doc_max_length
-    return Tokens(document, read["input_ids"][:longest], read["offset_mapping"][:longest])
+    return DocumentTokens(document, read["input_ids"][:longest], read["offset_mapping"][:longest])
 
 
-def memory_tokens(model: "ScaleDownModel", document: Tokens, rate: int) -> int:
+def memory_tokens(model: "ScaleDownModel", document: DocumentTokens, rate: int) -> int:
     """Return how many memory tokens compression has for a document.
 
     Args:
@@ -126,7 +126,7 @@ def memory_tokens(model: "ScaleDownModel", document: Tokens, rate: int) -> int:
     return model.config.memory_tokens_of(len(document.ids), rate or model.config.compression_rate)
 
 
-def best(weights: Sequence[float], count: int) -> list[int]:
+def highest(weights: Sequence[float], count: int) -> list[int]:
     """Choose the highest weights. Of equal weights the first is chosen.
 
     Args:
@@ -156,7 +156,7 @@ def weighing(system: str, config: EvaluateConfig) -> Weigh:
     return Keywords(resolve(config.keyword_model), choose_device(config.device), config.dtype)
 
 
-def random_weights(seed: int, query: str, documents: Sequence[Tokens]) -> list[list[float]]:
+def random_weights(seed: int, query: str, documents: Sequence[DocumentTokens]) -> list[list[float]]:
     """Draw weights that depend on the seed and the query alone.
 
     Args:
@@ -183,7 +183,7 @@ class Keywords:
         self._encoder = load_encoder(source, device, dtype, batch_size=1)
         self._tokenizer = load_tokenizer(source)
 
-    def __call__(self, query: str, documents: Sequence[Tokens]) -> list[list[float]]:
+    def __call__(self, query: str, documents: Sequence[DocumentTokens]) -> list[list[float]]:
         """Return weights, [documents][tokens]; 0 for word-pieces that the query's vector does not have."""
         vector = sp.csr_matrix(self._encoder.queries([query], lambda _: None)).toarray()[0]  # [vocabulary]
         found = []

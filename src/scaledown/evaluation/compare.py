@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import orjson
 
-from scaledown.command import Usage, program_name, run_cli
+from scaledown.command import CommandHelp, program_name, run_cli
 from scaledown.config.compare import GROUPS, CompareConfig
 from scaledown.config.evaluate import EvaluateConfig
 from scaledown.config.flags import Parser, from_flags, path_or_url, read_settings
@@ -26,9 +26,9 @@ from scaledown.devices.choice import choose_device, dtype_to_run
 from scaledown.devices.gpus import OnDevice
 from scaledown.errors import InputError, UsageError
 from scaledown.evaluation.baselines import ECHOES, OF_A_RATE
-from scaledown.evaluation.efficiency import AS_THE_PAPER, Cost, Seconds, Shape, costs, machine
-from scaledown.evaluation.evaluate import ANSWERS, WORK, evaluate
+from scaledown.evaluation.efficiency import AS_THE_PAPER, Cost, Seconds, Shape, costs, describe_machine
 from scaledown.evaluation.results import Comparison, Results, Run
+from scaledown.evaluation.run import ANSWERS_FILE, WORK_FOLDER, evaluate
 from scaledown.evaluation.statistics import Difference, difference
 from scaledown.extensions import MEASURES
 from scaledown.models.sources import resolve
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("scaledown")
 
-PAGE: Final = "comparison.html"
-TABLE: Final = "comparison.md"
-NUMBERS: Final = "comparison.csv"
+PAGE_FILE: Final = "comparison.html"
+TABLE_FILE: Final = "comparison.md"
+NUMBERS_FILE: Final = "comparison.csv"
 _EVALUATIONS: Final = "evaluations"  # a folder in the output
 
 
@@ -77,20 +77,20 @@ def compare(names: Sequence[str], config: CompareConfig, *, overwrite: bool = Fa
     quiet_libraries()
     output = Path(config.output_dir)
     reads = (config.data, *config.gold, *(name for name in names if name.endswith(".json")))
-    for name in (PAGE, TABLE, NUMBERS):
+    for name in (PAGE_FILE, TABLE_FILE, NUMBERS_FILE):
         ours = (output / _EVALUATIONS).is_dir
         check_output("--output_dir", output / name, reads, made=ours, overwrite=overwrite)
     short = _names(names)
     settings = [_settings(Path(name), output) if name.endswith(".json") else None for name in names]
-    _check(names, settings, config)
+    _check_runs(names, settings, config)
     folders = [
-        str(train(own, command=_training(name, own)).output) if own else name
+        str(train(own, command=_train_command(name, own)).output) if own else name
         for name, own in zip(names, settings, strict=True)
     ]
     config = _sized(config, folders)
     runs: list[Run] = []
     ways = list(_ways(short, folders, config))
-    first = RunDirectory(output / _EVALUATIONS / ways[0].name / WORK)
+    first = RunDirectory(output / _EVALUATIONS / ways[0].name / WORK_FOLDER)
     config = replace(config, dtype=first.dtype(config.dtype, choose_device(config.device)))  # one for all
     for name, folder, rate, budget in ways:
         log.info("compare: %s", name)
@@ -120,13 +120,13 @@ def compare(names: Sequence[str], config: CompareConfig, *, overwrite: bool = Fa
         measured = _costs(output / "costs" / f"{name}.json", results, config)
         runs.append(Run(name, Path(folder), results, measured, {}))
     reference = runs[0].results.baseline
-    answered = [_answered(output / _EVALUATIONS / run.name / ANSWERS) for run in runs]
+    answered = [_read_scores(output / _EVALUATIONS / run.name / ANSWERS_FILE) for run in runs]
     for run, own in zip(runs, answered, strict=True):
         if run is not runs[0] or reference != "compressed":
-            run.differences.update(_differences(own, answered[0], reference, config.seed))
+            run.differences.update(_paired_differences(own, answered[0], reference, config.seed))
     batches = sorted({int(size) for size in config.cost_batches})
-    comparison = Comparison(runs, reference, machine(), _shape(config), batches)
-    _write(output, comparison)
+    comparison = Comparison(runs, reference, describe_machine(), _shape(config), batches)
+    _write_comparison(output, comparison)
     return comparison
 
 
@@ -190,12 +190,12 @@ def _settings(path: Path, output: Path) -> TrainConfig:
     return from_flags({"config": str(path), "output_dir": str(folder), "resume": True}, TrainConfig)
 
 
-def _training(name: str, config: TrainConfig) -> str:
+def _train_command(name: str, config: TrainConfig) -> str:
     """Return the command that makes the training run of a file of settings."""
     return shlex.join(["train", "--config", name, "--output_dir", config.output_dir, "--resume"])
 
 
-def _check(names: Sequence[str], settings: Sequence[TrainConfig | None], config: CompareConfig) -> None:
+def _check_runs(names: Sequence[str], settings: Sequence[TrainConfig | None], config: CompareConfig) -> None:
     """Check before any training what would otherwise fail after it. Raises `ScaleDownError`."""
     from scaledown.student.settings import ScaleDownConfig
 
@@ -239,7 +239,7 @@ def _check_shape(name: str, model: "ScaleDownConfig", shape: Shape) -> None:
             )
 
 
-class _Answered(NamedTuple):
+class _AnswerScores(NamedTuple):
     """The scores of all answers, by system and question."""
 
     queries: list[str]
@@ -247,8 +247,8 @@ class _Answered(NamedTuple):
     scores: dict[str, list[dict[str, Any]]]
 
 
-def _answered(path: Path) -> _Answered:
-    found = _Answered([], [], {})
+def _read_scores(path: Path) -> _AnswerScores:
+    found = _AnswerScores([], [], {})
     with path.open("rb") as file:
         for record in map(orjson.loads, file):
             found.queries.append(record["query"])
@@ -258,7 +258,9 @@ def _answered(path: Path) -> _Answered:
     return found
 
 
-def _differences(own: _Answered, first: _Answered, reference: str, seed: int) -> dict[str, Difference]:
+def _paired_differences(
+    own: _AnswerScores, first: _AnswerScores, reference: str, seed: int
+) -> dict[str, Difference]:
     """Return paired differences for the measures that every answer has; empty if the questions differ."""
     if own.queries != first.queries:
         return {}
@@ -277,7 +279,15 @@ def _costs(path: Path, results: Results, config: CompareConfig) -> list[Cost]:
     device = choose_device(config.device)
     dtype = dtype_to_run(config.dtype, device)
     shape = _shape(config)
-    of = [results.models["model"], batches, shape, config.cost_repeats, device, str(dtype), machine()]
+    of = [
+        results.models["model"],
+        batches,
+        shape,
+        config.cost_repeats,
+        device,
+        str(dtype),
+        describe_machine(),
+    ]
     way = {name: results.parameters[name] for name in ("compression_rate", "budget")}
     request = fingerprint({"of": [*of, way]})
     kept = read_json(path)
@@ -292,7 +302,10 @@ def _costs(path: Path, results: Results, config: CompareConfig) -> list[Cost]:
     _check_room(model(), shape)
     measured = costs(model(), batches, shape=shape, repeats=config.cost_repeats, **way)
     model.release()
-    write_json(path, {"request": request, "machine": machine(), "costs": [one._asdict() for one in measured]})
+    write_json(
+        path,
+        {"request": request, "machine": describe_machine(), "costs": [one._asdict() for one in measured]},
+    )
     return measured
 
 
@@ -311,12 +324,16 @@ def _check_room(model: Any, shape: Shape) -> None:
         )
 
 
-def _write(output: Path, comparison: Comparison) -> None:
+def _write_comparison(output: Path, comparison: Comparison) -> None:
     from scaledown.evaluation.pages import comparison_page
     from scaledown.report.page import html, markdown
 
     page = comparison_page(comparison)
-    for name, text in ((PAGE, html(page)), (TABLE, markdown(page)), (NUMBERS, numbers(comparison))):
+    for name, text in (
+        (PAGE_FILE, html(page)),
+        (TABLE_FILE, markdown(page)),
+        (NUMBERS_FILE, numbers(comparison)),
+    ):
         with atomic(output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
@@ -356,7 +373,7 @@ def numbers(comparison: Comparison) -> str:
     return file.getvalue()
 
 
-def summary(comparison: Comparison, config: CompareConfig) -> str:
+def comparison_summary(comparison: Comparison, config: CompareConfig) -> str:
     """Return what the finished command prints: a line for each run, and the path of the page.
 
     Args:
@@ -379,7 +396,7 @@ def summary(comparison: Comparison, config: CompareConfig) -> str:
             "",
             *lines,
             "",
-            f"look: {output}/{PAGE}, {output}/{TABLE}, {output}/{NUMBERS}",
+            f"look: {output}/{PAGE_FILE}, {output}/{TABLE_FILE}, {output}/{NUMBERS_FILE}",
             f"next: {program_name()} serve --model {comparison.runs[0].folder}",
         ]
     )
@@ -395,14 +412,16 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown compare") 
     Returns:
         The exit status, see `run_command`.
     """
-    usage = Usage(
+    usage = CommandHelp(
         program,
         "RUN... --data FILE",
         "Compare models by the quality and the cost of their answers. To continue an interrupted comparison, "
         "run the same command again.",
         GROUPS,
     )
-    return run_cli(CompareConfig, _compare, summary, usage=usage, argv=argv, add=_add_runs, resumes=True)
+    return run_cli(
+        CompareConfig, _compare, comparison_summary, usage=usage, argv=argv, add=_add_runs, resumes=True
+    )
 
 
 def _add_runs(parser: Parser) -> None:

@@ -253,7 +253,7 @@ def flops(call: Callable[[], object]) -> float:
     return float(counter.get_total_flops())
 
 
-def machine() -> str:
+def describe_machine() -> str:
     """Describe processor or GPU, cores and versions; every figure is reported with this."""
     import torch
 

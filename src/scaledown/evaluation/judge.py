@@ -13,10 +13,10 @@ import pyarrow as pa
 from scaledown.config.evaluate import EvaluateConfig
 from scaledown.config.shared import EngineConfig
 from scaledown.data.prompts import JUDGE_VERSION, Prompt, judge_prompt, preference_prompt
-from scaledown.data.teacher.answer_log import AnswerLog, ask
+from scaledown.data.teacher.answer_log import AnswerLog, answer_prompts
 from scaledown.data.teacher.api import choose_backend, engine_of, load_teacher, preflight
-from scaledown.data.teacher.base import Engine, Generation, Rejection, Teacher
-from scaledown.data.teacher.stage import Meter, heard_counts, spent_tokens, with_heard
+from scaledown.data.teacher.base import EngineSettings, Rejection, Teacher, TeacherSettings
+from scaledown.data.teacher.stage import AnswerMeter, heard_counts, spent_tokens, with_heard
 from scaledown.devices.choice import choose_device
 from scaledown.devices.gpus import OnDevice
 from scaledown.evaluation import questions, systems
@@ -38,12 +38,12 @@ _LABELS: Final = {
     "correct": 1.0,
     "partially correct": 0.5,
 }  # the prompt's names of the grades; other names are 0
-_LABEL: Final = re.compile(r"\b(partially correct|incorrect|not correct|correct|wrong)\b", re.IGNORECASE)
+_VERDICT: Final = re.compile(r"\b(partially correct|incorrect|not correct|correct|wrong)\b", re.IGNORECASE)
 _LABEL_ALONE: Final = re.compile(
-    rf"\W*(?:(?:the )?(?:answer|grade|verdict)\W+(?:is\W+)?)?{_LABEL.pattern}\W*", re.IGNORECASE
+    rf"\W*(?:(?:the )?(?:answer|grade|verdict)\W+(?:is\W+)?)?{_VERDICT.pattern}\W*", re.IGNORECASE
 )
-_BOTH: Final = re.compile(rf"\W*(0\.5|0|1)\s*:\s*{_LABEL.pattern}(?!\s*,\s*\d)", re.IGNORECASE)
-_NUMBER: Final = re.compile(r"-?(?:\d+(?:[.,]\d+)*|\.\d+)")
+_BOTH: Final = re.compile(rf"\W*(0\.5|0|1)\s*:\s*{_VERDICT.pattern}(?!\s*,\s*\d)", re.IGNORECASE)
+_GRADE: Final = re.compile(r"-?(?:\d+(?:[.,]\d+)*|\.\d+)")
 _LETTER: Final = re.compile(  # the letter alone, or named as better: B in "A better answer is B"
     r"\W*(?:(?:the )?(?:better )?(?:answer|verdict|choice)\W+(?:is\W+)?)?([ABC])"
     r"(?=\W*$|[.,:;)*\n]| is (?:the )?better\b)",
@@ -62,13 +62,13 @@ def grade(reply: str) -> float | None:
     Returns:
         0, 0.5 or 1; None if the reply has no grade, or names of other grades too.
     """
-    numbers = set(_NUMBER.findall(reply))
+    numbers = set(_GRADE.findall(reply))
     if both := _BOTH.match(reply):
         numbers = {both[1]}
     elif not numbers and (alone := _LABEL_ALONE.fullmatch(reply)):
         return _LABELS.get(alone[1].lower(), 0.0)
     found = _GRADES.get(numbers.pop()) if len(numbers) == 1 else None
-    named = {_LABELS.get(name.lower(), 0.0) for name in _LABEL.findall(reply)}
+    named = {_LABELS.get(name.lower(), 0.0) for name in _VERDICT.findall(reply)}
     return found if named <= {found} else None
 
 
@@ -128,7 +128,7 @@ class Judging(NamedTuple):
         """
         device = choose_device(config.device)
         size = EngineConfig.batch_for("teacher_batch_size", config.teacher_batch_size, device)
-        generation = Generation(
+        generation = TeacherSettings(
             NEW_TOKENS,
             batch_size=size,
             load_in_8bit=config.teacher_8bit,
@@ -136,7 +136,7 @@ class Judging(NamedTuple):
             context=config.teacher_context,
             if_cut_short=f"a verdict has {NEW_TOKENS}, so take a --judge_model that does not reason",
         )
-        engine = Engine.of(config)
+        engine = EngineSettings.of(config)
         engine = engine._replace(backend=choose_backend(engine, source, device, generation))
         own = engine_of(engine.backend)
         settings = {
@@ -205,7 +205,7 @@ def _grading(asked: Stage, answers: Stage) -> _Inquiry:
     """Grade answers. An empty answer has grade 0."""
 
     def prompts(shard: int) -> list[list[Prompt]]:
-        pairs = zip(questions.read(asked, shard), systems.read(answers, shard), strict=True)
+        pairs = zip(questions.read_questions(asked, shard), systems.read_answers(answers, shard), strict=True)
         return [
             [judge_prompt(f"{shard}:{row}", question.query, question.right, answer)] if answer else []
             for row, (question, answer) in enumerate(pairs)
@@ -218,9 +218,11 @@ def _comparing(asked: Stage, answers: Stage, others: Stage) -> _Inquiry:
     """Compare the answers of two systems. Equal answers are a tie."""
 
     def prompts(shard: int) -> list[list[Prompt]]:
-        own, other = systems.read(answers, shard), systems.read(others, shard)
+        own, other = systems.read_answers(answers, shard), systems.read_answers(others, shard)
         found: list[list[Prompt]] = []
-        for row, (question, *both) in enumerate(zip(questions.read(asked, shard), own, other, strict=True)):
+        for row, (question, *both) in enumerate(
+            zip(questions.read_questions(asked, shard), own, other, strict=True)
+        ):
             there, back = (
                 preference_prompt(f"{shard}:{row}:{way}", question.query, question.right, *pair)
                 for way, pair in (("there", both), ("back", both[::-1]))
@@ -239,7 +241,7 @@ def _judge(
         return
     rows = asked.finished().rows
     with tracked(stage, stage.name, "replies", rows, inquiry.replies) as tracker:
-        meter = Meter(tracker, judging.prices)
+        meter = AnswerMeter(tracker, judging.prices)
 
         def work(group: range) -> Iterator[pa.Table]:
             wanted = [inquiry.prompts(shard) for shard in group]
@@ -252,10 +254,10 @@ def _judge(
             if prompts:
                 teacher = load()
                 with stage.noting(group.start, lambda: teacher.halving.count):
-                    replies = iter(ask(teacher, prompts, log, meter.add, others))
+                    replies = iter(answer_prompts(teacher, prompts, log, meter.add, others))
             for shard, lists in zip(group, wanted, strict=True):
                 given = [[next(replies) for _ in own] for own in lists]
-                yield _table(stage, shard, given, inquiry.verdict)
+                yield _verdicts_of_shard(stage, shard, given, inquiry.verdict)
             log.remove()
 
         stage.complete_together(len(rows), judging.at_once, work)
@@ -266,7 +268,7 @@ def _judge(
     stage.finish(rows, counts | heard_counts(stage, len(rows)))
 
 
-def _table(
+def _verdicts_of_shard(
     stage: Stage,
     shard: int,
     given: Sequence[Sequence[Answer | Rejection]],
@@ -294,7 +296,7 @@ def _table(
     return with_heard(table, (reply for own in given for reply in own if isinstance(reply, Answer)))
 
 
-def read(stage: Stage, shard: int) -> list[float | None]:
+def read_verdicts(stage: Stage, shard: int) -> list[float | None]:
     """Return the verdicts of one shard.
 
     Args:

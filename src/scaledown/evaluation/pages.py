@@ -14,20 +14,20 @@ from scaledown.evaluation.scoring import LENGTH
 from scaledown.evaluation.statistics import Estimate
 from scaledown.report import plots
 from scaledown.report.page import (
-    Block,
     Cell,
-    Example,
-    Examples,
     Field,
+    MarkedText,
     Note,
     Page,
-    Piece,
+    PageBlock,
+    PageExample,
+    PageExamples,
+    PageTable,
     Plot,
     Section,
-    Table,
 )
 
-SHOWN: Final = 200  # questions to browse
+SHOWN_QUESTIONS: Final = 200  # questions to browse
 _QUALITY: Final = "accuracy"
 _HOW: Final = (
     "Intervals are 95% by bootstrap over articles, p-values those of a two-sided paired randomisation test."
@@ -39,7 +39,7 @@ def evaluation_page(results: Results, answers: Path) -> Page:
 
     Args:
         results: The results, of kind `answers`.
-        answers: The path of its `answers.jsonl`; the first `SHOWN` questions are on the page.
+        answers: The path of its `answers.jsonl`; the first `SHOWN_QUESTIONS` questions are on the page.
     """
     model = results.model
     whose = "gold answers" if results.right_answers == "gold" else "the teacher's answers taken as right"
@@ -53,13 +53,13 @@ def evaluation_page(results: Results, answers: Path) -> Page:
             "Quality",
             [*_quality_plots(results), _measures(results), *_apart(results), *map(Note, remarks(results))],
         ),
-        Section("Answers", [_answers(answers, list(results.systems))]),
-        Section("Model", [Table("", ("setting", "value"), made)]),
+        Section("Answers", [_answer_examples(answers, list(results.systems))]),
+        Section("Model", [PageTable("", ("setting", "value"), made)]),
     ]
     return Page(f"Evaluation of {Path(str(model.get('name', ''))).name}", lead, sections)
 
 
-def _measures(results: Results) -> Table:
+def _measures(results: Results) -> PageTable:
     rows = [
         (
             measure,
@@ -68,15 +68,15 @@ def _measures(results: Results) -> Table:
             str(own.differences.get(measure, "")),
             own.measures[measure].n,
         )
-        for measure in _named(results)
+        for measure in _measure_names(results)
         for system, own in results.systems.items()
         if measure in own.measures
     ]
     columns = ("measure", "system", "mean [95% interval]", f"against {results.baseline}", "questions")
-    return Table("Every measure of every system", columns, rows)
+    return PageTable("Every measure of every system", columns, rows)
 
 
-def _apart(results: Results) -> list[Block]:
+def _apart(results: Results) -> list[PageBlock]:
     """Measures for questions whose documents hold a right answer, and for the others.
 
     There are none if all questions are of one kind.
@@ -86,16 +86,16 @@ def _apart(results: Results) -> list[Block]:
         return []
     held, questions = results.counts["held"], results.counts["questions"]
     columns = ("measure", "system", f"held: {held:,} questions", f"not held: {questions - held:,}")
-    return [Table("Questions whose documents hold a right answer, and the others", columns, rows)]
+    return [PageTable("Questions whose documents hold a right answer, and the others", columns, rows)]
 
 
-def _named(results: Results) -> list[str]:
+def _measure_names(results: Results) -> list[str]:
     return list(dict.fromkeys(name for own in results.systems.values() for name in own.measures))
 
 
-def _quality_plots(results: Results) -> list[Block]:
-    found: list[Block] = []
-    for measure in _named(results):
+def _quality_plots(results: Results) -> list[PageBlock]:
+    found: list[PageBlock] = []
+    for measure in _measure_names(results):
         if measure == LENGTH:
             continue
         own = {
@@ -103,7 +103,7 @@ def _quality_plots(results: Results) -> list[Block]:
         }
         drawn = plots.intervals(list(own), [_bounds(one) for one in own.values()], measure)
         rows = [(name, one.mean, one.low, one.high, one.n) for name, one in own.items()]
-        table = Table("", ("system", "mean", "low", "high", "questions"), rows)
+        table = PageTable("", ("system", "mean", "low", "high", "questions"), rows)
         found.append(Plot(f"{measure} of each system", drawn, table))
     return found
 
@@ -113,19 +113,19 @@ def _bounds(one: Estimate) -> tuple[float, float, float]:
     return one.mean, low, high
 
 
-def _answers(path: Path, systems: Sequence[str]) -> Examples:
+def _answer_examples(path: Path, systems: Sequence[str]) -> PageExamples:
     examples = []
     with path.open("rb") as file:
-        for record in map(orjson.loads, itertools.islice(file, SHOWN)):
+        for record in map(orjson.loads, itertools.islice(file, SHOWN_QUESTIONS)):
             own = record["answers"]
             right = {name for name in systems if own[name].get(_QUALITY)}
             tags = [f"{name} {'right' if name in right else 'wrong'}" for name in systems]
             if "compressed" in right and len(right) == 1:
                 tags.append("only compressed right")
-            fields = [Field("right answers", [Piece(" / ".join(record["gold"]))])]
-            fields += [Field(name, [Piece(own[name]["answer"] or "(none)")]) for name in systems]
-            examples.append(Example(record["query"], tags, fields))
-    return Examples(f"The first {len(examples):,} questions with the answers of each system", examples)
+            fields = [Field("right answers", [MarkedText(" / ".join(record["gold"]))])]
+            fields += [Field(name, [MarkedText(own[name]["answer"] or "(none)")]) for name in systems]
+            examples.append(PageExample(record["query"], tags, fields))
+    return PageExamples(f"The first {len(examples):,} questions with the answers of each system", examples)
 
 
 def comparison_page(comparison: Comparison) -> Page:
@@ -142,7 +142,7 @@ def comparison_page(comparison: Comparison) -> Page:
     )
     columns, rows = quality_rows(comparison)
     sections = [
-        Section("Quality and cost", [*_against_cost(comparison), Table("Each run", columns, rows)]),
+        Section("Quality and cost", [*_against_cost(comparison), PageTable("Each run", columns, rows)]),
         Section("What changes quality", [*_against_settings(comparison)]),
         Section("Cost", [_cost_table(comparison), *_cost_notes(comparison)]),
         Section("All measures", [_all_measures(comparison), *map(Note, remarks(first))]),
@@ -195,9 +195,9 @@ def _compressor(run: Run) -> str:
     return f"{made}, reranking" if model["enable_reranking"] else made
 
 
-def _against_cost(comparison: Comparison) -> list[Block]:
+def _against_cost(comparison: Comparison) -> list[PageBlock]:
     """Figure 1 of the paper: a point for each run, and for answers from the text."""
-    found: list[Block] = []
+    found: list[PageBlock] = []
     batches = sorted({cost.batch for run in comparison.runs for cost in run.costs})
     costs = [("FLOPs of a query", "flops", batches[0], 1e9, "GFLOPs")] if batches else []
     costs += [(f"time of a query, batches of {b}", "seconds", b, 1e-3, "milliseconds") for b in batches]
@@ -215,15 +215,15 @@ def _against_cost(comparison: Comparison) -> list[Block]:
                 point = plots.Point(label, getattr(cost, what) / unit, mean, low, high)
                 series.setdefault(group, []).append(point)
                 rows.append((label, group, point.x, mean, low, high))
-        table = Table("", ("run", "kind", name, _QUALITY, "low", "high"), rows)
+        table = PageTable("", ("run", "kind", name, _QUALITY, "low", "high"), rows)
         drawn = plots.plane(series, name, _QUALITY, logarithmic=True)
         found.append(Plot(f"{_QUALITY.capitalize()} against {title}", drawn, table))
     return found
 
 
-def _against_settings(comparison: Comparison) -> list[Block]:
+def _against_settings(comparison: Comparison) -> list[PageBlock]:
     """Figures 3 and 12 of the paper: quality by compression rate and by layers, if the runs differ in it."""
-    found: list[Block] = []
+    found: list[PageBlock] = []
     for setting, title in (
         ("compression_rate", "compression rate"),
         ("num_layers", "layers of the compressor"),
@@ -246,13 +246,13 @@ def _against_settings(comparison: Comparison) -> list[Block]:
             continue
         ordered = {name: sorted(points, key=lambda point: point.x) for name, points in series.items()}
         rows = [(p.name, name, p.x, p.y, p.low, p.high) for name, points in ordered.items() for p in points]
-        table = Table("", ("run", "kind", title, _QUALITY, "low", "high"), rows)
+        table = PageTable("", ("run", "kind", title, _QUALITY, "low", "high"), rows)
         drawn = plots.plane(ordered, title, _QUALITY, logarithmic=setting == "compression_rate")
         found.append(Plot(f"{_QUALITY.capitalize()} by {title}", drawn, table))
     return found
 
 
-def _cost_table(comparison: Comparison) -> Table:
+def _cost_table(comparison: Comparison) -> PageTable:
     """The table of costs, as the paper's table 5."""
     columns = (
         *("run", "reads", "batch", "GFLOPs: compression", "generation", "sum"),
@@ -266,7 +266,7 @@ def _cost_table(comparison: Comparison) -> Table:
             times = (_milliseconds(one.compression), _milliseconds(one.generation), one.seconds * 1e3)
             reads = "embeddings" if one.system == COMPRESSED else "text"
             rows.append((run.name, reads, one.batch, *flops, *times, peak))
-    return Table("A query's cost, medians over repetitions", columns, rows)
+    return PageTable("A query's cost, medians over repetitions", columns, rows)
 
 
 def _milliseconds(one: Seconds) -> str:
@@ -274,7 +274,7 @@ def _milliseconds(one: Seconds) -> str:
     return f"{median:,.1f} [{low:,.1f}, {high:,.1f}]" if median else "–"
 
 
-def _cost_notes(comparison: Comparison) -> list[Block]:
+def _cost_notes(comparison: Comparison) -> list[PageBlock]:
     left_out = [
         Note(
             f"{run.name} in batches of {', '.join(map(str, missing))}: left out, because a whole batch "
@@ -292,11 +292,11 @@ def _cost_notes(comparison: Comparison) -> list[Block]:
     ]
 
 
-def _all_measures(comparison: Comparison) -> Table:
+def _all_measures(comparison: Comparison) -> PageTable:
     rows = [
         (run.name, system, measure, str(found), found.n)
         for run in comparison.runs
         for system, own in run.results.systems.items()
         for measure, found in own.measures.items()
     ]
-    return Table("", ("run", "system", "measure", "mean [95% interval]", "questions"), rows)
+    return PageTable("", ("run", "system", "measure", "mean [95% interval]", "questions"), rows)

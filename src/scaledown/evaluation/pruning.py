@@ -24,7 +24,7 @@ class Sentence(NamedTuple):
     text: str
 
 
-class Tokens(NamedTuple):
+class TokenCodec(NamedTuple):
     """The generator's tokenizer."""
 
     encode: Callable[[str], list[int]]
@@ -33,7 +33,7 @@ class Tokens(NamedTuple):
     """Returns the text of token ids."""
 
 
-def split(documents: Sequence[str]) -> list[Sentence]:
+def split_sentences(documents: Sequence[str]) -> list[Sentence]:
     """Split all documents into sentences, in reading order, without titles."""
     return [
         Sentence(number, title, text)
@@ -43,7 +43,9 @@ def split(documents: Sequence[str]) -> list[Sentence]:
     ]
 
 
-def keep(found: Sequence[Sentence], scores: Sequence[float], budget: int, tokens: Tokens) -> list[str]:
+def keep_best(
+    found: Sequence[Sentence], scores: Sequence[float], budget: int, tokens: TokenCodec
+) -> list[str]:
     """Keep the best sentences that fit into a number of tokens.
 
     Sentences are tried from the best to the worst; each that still fits is kept. If none fits, the beginning
@@ -62,17 +64,17 @@ def keep(found: Sequence[Sentence], scores: Sequence[float], budget: int, tokens
     chosen: list[int] = []
     for place in order:
         tried = sorted([*chosen, place])
-        if sum(len(tokens.encode(text)) for text in _texts([found[one] for one in tried])) <= budget:
+        if sum(len(tokens.encode(text)) for text in _joined_texts([found[one] for one in tried])) <= budget:
             chosen = tried
     if chosen or not order:
-        return _texts([found[place] for place in chosen])
+        return _joined_texts([found[place] for place in chosen])
     ids = tokens.encode(found[order[0]].text)[:budget]
     while ids and len(tokens.encode(tokens.decode(ids).strip())) > budget:  # a cut word may need more tokens
         ids.pop()
     return [text] if (text := tokens.decode(ids).strip()) else []
 
 
-def _texts(kept: Sequence[Sentence]) -> list[str]:
+def _joined_texts(kept: Sequence[Sentence]) -> list[str]:
     documents: dict[int, list[str]] = {}
     for sentence in kept:
         documents.setdefault(sentence.document, []).append(sentence.text)
@@ -83,7 +85,7 @@ def prune(
     stage: Stage,
     asked: Stage,
     load: Callable[[], Reranker],
-    tokens: Tokens,
+    tokens: TokenCodec,
     memory: Callable[[str], int],
 ) -> None:
     """Prune the documents of each question to as many tokens as compression has for all of them.
@@ -101,8 +103,8 @@ def prune(
     with tracked(stage, "prune", "questions", rows) as tracker:
 
         def work(shard: int) -> pa.Table:
-            own = questions.read(asked, shard)
-            found = [split(question.documents) for question in own]
+            own = questions.read_questions(asked, shard)
+            found = [split_sentences(question.documents) for question in own]
             pairs = [
                 Pair(question.query, full_text(sentence.title, sentence.text))
                 for question, sentences_ in zip(own, found, strict=True)
@@ -113,7 +115,7 @@ def prune(
                 scores = iter(score_once(reranker, pairs, lambda _: None))
             budgets = [sum(map(memory, question.documents)) for question in own]
             kept = [
-                keep(sentences_, [next(scores) for _ in sentences_], budget, tokens)
+                keep_best(sentences_, [next(scores) for _ in sentences_], budget, tokens)
                 for budget, sentences_ in zip(budgets, found, strict=True)
             ]
             tracker.advance(len(own))

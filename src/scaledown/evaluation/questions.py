@@ -19,7 +19,7 @@ from scaledown.run.stage import Stage
 log = logging.getLogger("scaledown")
 
 _MESSAGES: Final = 5  # about unusable records; the others are counted
-_SCHEMA: Final = pa.schema(
+_QUESTION_COLUMNS: Final = pa.schema(
     {
         "query": pa.large_string(),
         "documents": pa.list_(pa.large_string()),
@@ -44,7 +44,7 @@ class Question(NamedTuple):
     """Relevance of each document by the teacher's reranker; None if the data has no scores."""
 
 
-def collect(
+def collect_questions(
     stage: Stage, data: Path, load_gold: Callable[[], Gold] | None, *, limit: int, rows_per_shard: int
 ) -> None:
     """Keep the records of `data` that have a right answer.
@@ -66,12 +66,12 @@ def collect(
             return
         counts = {"records": 0, "unusable": 0, "without_right_answer": 0}
         gold = load_gold() if load_gold else None
-        source = _questions(data, gold, limit, counts)
+        source = _usable_questions(data, gold, limit, counts)
         rows: list[int] = []
         started = time.perf_counter()
         while block := list(itertools.islice(source, rows_per_shard)):
             columns = [list(column) for column in zip(*block, strict=True)]
-            stage.write(len(rows), pa.table(columns, schema=_SCHEMA), time.perf_counter() - started)
+            stage.write(len(rows), pa.table(columns, schema=_QUESTION_COLUMNS), time.perf_counter() - started)
             rows.append(len(block))
             started = time.perf_counter()
         if not counts["records"]:
@@ -86,7 +86,9 @@ def collect(
         stage.finish(rows, {"questions": sum(rows), **counts, **(gold.counts if gold else {})})
 
 
-def _questions(data: Path, gold: Gold | None, limit: int, counts: dict[str, int]) -> Iterator[Question]:
+def _usable_questions(
+    data: Path, gold: Gold | None, limit: int, counts: dict[str, int]
+) -> Iterator[Question]:
     for entry in itertools.islice(entries(data), limit or None):
         counts["records"] += 1
         record = entry.record
@@ -123,11 +125,11 @@ def _scores(given: object, documents: int) -> list[float] | None:
     return [float(score) for score in given] if valid else None
 
 
-def read(stage: Stage, shard: int) -> list[Question]:
+def read_questions(stage: Stage, shard: int) -> list[Question]:
     """Return the questions of one shard.
 
     Args:
-        stage: A stage that `collect` has filled.
+        stage: A stage that `collect_questions` has filled.
         shard: The number of the shard.
     """
     return [Question(**record) for record in stage.table(shard).to_pylist()]

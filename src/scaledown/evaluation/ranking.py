@@ -21,7 +21,7 @@ log = logging.getLogger("scaledown")
 _MOST_RELEVANCE: Final = 10_000  # trec_eval counts each grade: larger grades need much memory
 _HEADINGS: Final = frozenset({"score", "relevance", "rel", "grade", "label", "judgment", "judgement", "rank"})
 
-Scores = dict[str, dict[str, float]]
+RunScores = dict[str, dict[str, float]]
 """By query, then by document."""
 
 
@@ -43,7 +43,7 @@ _QRELS: Final = (  # TREC's and BEIR's
 )
 
 
-def read_run(path: Path, counts: Counter[str] | None = None) -> Scores:
+def read_run(path: Path, counts: Counter[str] | None = None) -> RunScores:
     """Read the scores of a TREC run, or of a run that has only ranks.
 
     If a run has scores, its ranks are ignored, as in trec_eval.
@@ -59,10 +59,10 @@ def read_run(path: Path, counts: Counter[str] | None = None) -> Scores:
     Raises:
         InputError: A line is not valid; the message names the file and the line.
     """
-    found: Scores = {}
+    found: RunScores = {}
     ranks: dict[str, list[tuple[float, float]]] = {}
     form = _RUNS[0]
-    for where, form, fields in _rows(path, "--run", _RUNS):
+    for where, form, fields in _ranking_rows(path, "--run", _RUNS):
         value = _number(fields[form.value], where, form, whole=form is not _RUNS[0])
         score = value if form is _RUNS[0] else -value
         query, document = fields[0], fields[form.document]
@@ -111,7 +111,7 @@ def read_qrels(path: Path, counts: Counter[str] | None = None) -> dict[str, dict
     """
     found: dict[str, dict[str, int]] = {}
     below = 0
-    for where, form, fields in _rows(path, "--qrels", _QRELS):
+    for where, form, fields in _ranking_rows(path, "--qrels", _QRELS):
         value = _number(fields[form.value], where, form, whole=True)
         if value > _MOST_RELEVANCE:
             raise InputError(f"{where}: relevance {value:g} is above {_MOST_RELEVANCE:,}: use small grades")
@@ -127,7 +127,7 @@ def read_qrels(path: Path, counts: Counter[str] | None = None) -> dict[str, dict
     return found
 
 
-def _rows(path: Path, flag: str, forms: Sequence[_Form]) -> Iterator[tuple[str, _Form, list[str]]]:
+def _ranking_rows(path: Path, flag: str, forms: Sequence[_Form]) -> Iterator[tuple[str, _Form, list[str]]]:
     """Yield the place, the form and the fields of each line; a line of headings is skipped."""
     check_exists(str(path), flag)
     form = None
@@ -203,7 +203,7 @@ def parse_measures(names: Sequence[str]) -> list[Any]:
 
 
 def per_query(
-    run: Scores, qrels: dict[str, dict[str, int]], measures: Sequence[Any]
+    run: RunScores, qrels: dict[str, dict[str, int]], measures: Sequence[Any]
 ) -> dict[str, list[float]]:
     """Compute each measure for each query.
 
@@ -233,13 +233,15 @@ def per_query(
     return found
 
 
-def _untied(run: Scores, qrels: Mapping[str, Mapping[str, int]]) -> tuple[dict[str, dict[str, int]], Scores]:
+def _untied(
+    run: RunScores, qrels: Mapping[str, Mapping[str, int]]
+) -> tuple[dict[str, dict[str, int]], RunScores]:
     """Replace ids by numbers and scores by ranks, so that all measures use the same order.
 
     Documents of equal score are ordered by id, the larger id first, as in trec_eval.
     """
     judged: dict[str, dict[str, int]] = {}
-    ranked: Scores = {}
+    ranked: RunScores = {}
     for number, (query, relevant) in enumerate(qrels.items()):
         scores = run.get(query, {})
         order = sorted(sorted(scores, reverse=True), key=lambda document: -scores[document])

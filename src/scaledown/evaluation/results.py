@@ -18,8 +18,8 @@ from scaledown.run.progress import track
 if TYPE_CHECKING:
     from scaledown.student.compressor import Compressor
 
-SCHEMA: Final = 2
-FILE: Final = "results.json"
+RESULTS_LAYOUT: Final = 2
+RESULTS_FILE: Final = "results.json"
 
 _MAIN: Final = "accuracy"
 _FEW_ARTICLES: Final = 20  # with fewer, the bootstrap's intervals are too narrow
@@ -153,20 +153,20 @@ def conclude(
                 here = [place for place, value in enumerate(own) if not math.isnan(value)]
                 both = [place for place in here if not math.isnan(other[place])]
                 if here:
-                    result.measures[measure] = estimate(*_chosen(here, own, groups), seed=seed)
+                    result.measures[measure] = estimate(*_values_at(here, own, groups), seed=seed)
                 for found_there, wanted in ((result.held, True), (result.not_held, False)):
                     if part := [place for place in here if held and held[place] == wanted]:
-                        found_there[measure] = estimate(*_chosen(part, own, groups), seed=seed)
+                        found_there[measure] = estimate(*_values_at(part, own, groups), seed=seed)
                 if both and system != baseline and measure != LENGTH:
-                    left, grouped = _chosen(both, own, groups)
-                    right, _ = _chosen(both, other, None)
+                    left, grouped = _values_at(both, own, groups)
+                    right, _ = _values_at(both, other, None)
                     result.differences[measure] = difference(left, right, grouped, seed=seed)
                 tracker.advance()
             found[system] = result
     return found
 
 
-def _chosen(
+def _values_at(
     places: Sequence[int], values: Sequence[float], groups: Sequence[Hashable] | None
 ) -> tuple[list[float], Sequence[Hashable] | None]:
     return [values[place] for place in places], groups and [groups[place] for place in places]
@@ -190,7 +190,9 @@ def write_results(folder: Path, results: Results) -> None:
         }
         for name, system in results.systems.items()
     }
-    write_json(folder / FILE, {"schema": SCHEMA, "scaledown": scaledown.__version__, **content})
+    write_json(
+        folder / RESULTS_FILE, {"schema": RESULTS_LAYOUT, "scaledown": scaledown.__version__, **content}
+    )
 
 
 def read_results(folder: Path) -> Results:
@@ -202,10 +204,10 @@ def read_results(folder: Path) -> Results:
     Raises:
         InputError: The folder has no `results.json` of this version.
     """
-    content = read_json(folder / FILE)
+    content = read_json(folder / RESULTS_FILE)
     try:
-        if content["schema"] != SCHEMA:
-            raise InputError(f"{folder / FILE} is of another version: run scaledown evaluate again")
+        if content["schema"] != RESULTS_LAYOUT:
+            raise InputError(f"{folder / RESULTS_FILE} is of another version: run scaledown evaluate again")
         systems = {
             name: SystemResult(
                 {measure: Estimate(**own) for measure, own in system["measures"].items()},
@@ -219,10 +221,12 @@ def read_results(folder: Path) -> Results:
         fields = {name: content[name] for name in Results._fields}
         return Results(**fields | {"systems": systems})
     except (TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{folder} holds no {FILE} of scaledown evaluate: name its --output_dir") from error
+        raise InputError(
+            f"{folder} holds no {RESULTS_FILE} of scaledown evaluate: name its --output_dir"
+        ) from error
 
 
-def table(results: Results) -> str:
+def results_table(results: Results) -> str:
     """Return a text table: measures of each system with 95% intervals, differences, p-values."""
     width = max(map(len, results.systems)) + 2
     names = list(dict.fromkeys(name for own in results.systems.values() for name in own.measures))
@@ -274,7 +278,7 @@ def held_rows(results: Results) -> list[tuple[str, str, str, str]]:
     ]
 
 
-_COUNTED: Final = {
+_COUNT_NAMES: Final = {
     "trained_on": "questions are training data of this model: their results do not hold for other questions",
     "below_0": "judgements below 0 count as 0, as in trec_eval",
     "gold_came_again": "questions of --gold come again: all their answers count",
@@ -304,7 +308,7 @@ def remarks(results: Results) -> Iterator[str]:
         )
     if counts.get("unusable"):
         yield f"{counts['unusable']:,} of {counts['records']:,} records cannot be asked: left out"
-    for name, said in _COUNTED.items():
+    for name, said in _COUNT_NAMES.items():
         if count := counts.get(name):
             yield f"{count:,} {said}"
     if counts.get("articles", _FEW_ARTICLES) < _FEW_ARTICLES:

@@ -26,7 +26,7 @@ ORDER: Final = "R@1 order"
 
 This measure and the next two have no value for a question of which no document holds a right answer.
 """
-MODEL: Final = "R@1 model"
+BY_MODEL: Final = "R@1 model"
 """The same for the document that the model scores highest."""
 SUM: Final = "R@1 sum"
 """The same for the highest sum of the model's and the data's scores, each standardised in its question."""
@@ -68,7 +68,7 @@ def score(
             for name in (
                 *measures,
                 *verdicts.get(system, ()),
-                *((TAU, ORDER, MODEL, SUM) if reranks[system] else ()),
+                *((TAU, ORDER, BY_MODEL, SUM) if reranks[system] else ()),
                 LENGTH,
             )
         }
@@ -81,7 +81,7 @@ def score(
         temporary.open("wb") as file,
     ):
         for shard in range(len(rows)):
-            batch = questions.read(asked, shard)
+            batch = questions.read_questions(asked, shard)
             shown: list[dict[str, Any]] = [{} for _ in batch]  # by system, for the file
             holding = [
                 [has_answer(document, question.right) for document in question.documents]
@@ -89,7 +89,8 @@ def score(
             ]
             for system, stage in answers.items():
                 judged = {
-                    name: judge.read(verdict, shard) for name, verdict in verdicts.get(system, {}).items()
+                    name: judge.read_verdicts(verdict, shard)
+                    for name, verdict in verdicts.get(system, {}).items()
                 }
                 for row, given in enumerate(stage.table(shard).to_pylist()):
                     scores: dict[str, float | None] = {
@@ -135,11 +136,11 @@ def _first_of_each_order(
     A value is None if there is no such order, or if no document holds a right answer.
     """
     if own is None or not any(holding):
-        return dict.fromkeys((ORDER, MODEL, SUM))
+        return dict.fromkeys((ORDER, BY_MODEL, SUM))
     both = (
         None if given is None else [sum(pair) for pair in zip(_standard(own), _standard(given), strict=True)]
     )
-    orders = {ORDER: [0.0] * len(holding), MODEL: own, SUM: both}  # ties go to the earlier document
+    orders = {ORDER: [0.0] * len(holding), BY_MODEL: own, SUM: both}  # ties go to the earlier document
     return {
         name: None if scores is None else float(holding[max(range(len(scores)), key=scores.__getitem__)])
         for name, scores in orders.items()

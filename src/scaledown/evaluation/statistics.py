@@ -11,7 +11,7 @@ import numpy as np
 
 CONFIDENCE: Final = 0.95
 RESAMPLES: Final = 9_999
-_AT_ONCE: Final = 1 << 22  # numbers in memory at a time
+_MOST_NUMBERS: Final = 1 << 22  # numbers in memory at a time
 
 
 class Estimate(NamedTuple):
@@ -75,7 +75,7 @@ def estimate(values: Sequence[float], groups: Sequence[Hashable] | None = None, 
         paired=True,
         confidence_level=CONFIDENCE,
         n_resamples=RESAMPLES,
-        batch=max(1, _AT_ONCE // len(sums)),
+        batch=max(1, _MOST_NUMBERS // len(sums)),
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
@@ -117,7 +117,7 @@ def difference(
         permutation_type="samples",
         vectorized=True,
         n_resamples=RESAMPLES,
-        batch=max(1, _AT_ONCE // len(sums)),
+        batch=max(1, _MOST_NUMBERS // len(sums)),
         rng=np.random.default_rng(seed),
     ).pvalue
     return Difference(*found[:3], float(p_value), found.n)

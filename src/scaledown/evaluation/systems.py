@@ -13,7 +13,7 @@ from scaledown.evaluation import baselines, questions
 from scaledown.run.progress import tracked
 from scaledown.run.stage import Stage
 
-_SCHEMA: Final = pa.schema(
+_ANSWER_COLUMNS: Final = pa.schema(
     {"answer": pa.large_string(), "error": pa.large_string(), "scores": pa.list_(pa.float64())}
 )
 
@@ -26,7 +26,7 @@ class _Answered(NamedTuple):
     scores: list[float] | None
 
 
-def answer(
+def answer_shards(
     stage: Stage, asked: Stage, pruned: Stage | None, load: Callable[[], Any], config: EvaluateConfig
 ) -> None:
     """Answer each shard of questions by one system; `stage` has the system's name.
@@ -53,7 +53,7 @@ def answer(
     with tracked(stage, stage.name, "answers", rows) as tracker:
 
         def work(shard: int) -> pa.Table:
-            own = questions.read(asked, shard)
+            own = questions.read_questions(asked, shard)
             documents: list[list[str]] = [question.documents for question in own]
             if stage.name == "closed_book":
                 documents = [[] for _ in own]
@@ -65,7 +65,9 @@ def answer(
                 asked_of = [own[place].query for place in places]
                 given = [documents[place] for place in places]
                 if stage.name in {*baselines.READERS, *baselines.ECHOES}:
-                    written = baselines.answer(stage.name, model, asked_of, given, weigh=weigh, config=config)
+                    written = baselines.answer_by_baseline(
+                        stage.name, model, asked_of, given, weigh=weigh, config=config
+                    )
                 else:
                     written = model.answer(
                         asked_of,
@@ -87,7 +89,7 @@ def answer(
                     for one in each_or_error(answers, range(len(own)))
                 ]
             tracker.advance(len(own))
-            return pa.Table.from_pylist([one._asdict() for one in found], _SCHEMA)
+            return pa.Table.from_pylist([one._asdict() for one in found], _ANSWER_COLUMNS)
 
         stage.complete(len(rows), work)
     weigh.release()
@@ -99,11 +101,11 @@ def answer(
     stage.finish(rows, {"answers": sum(rows) - errors, "errors": errors, "reranked": reranked})
 
 
-def read(stage: Stage, shard: int) -> list[str]:
+def read_answers(stage: Stage, shard: int) -> list[str]:
     """Return the answers of one shard.
 
     Args:
-        stage: A stage that `answer` has filled.
+        stage: A stage that `answer_by_baseline` has filled.
         shard: The number of the shard.
 
     Returns:

@@ -25,7 +25,7 @@ _SETTINGS: Final = {
     "tokenizer.ggml.unknown_token_id": "unk_token_id",
     "tokenizer.ggml.padding_token_id": "pad_token_id",
 }
-_WHOLE: Final = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_WHOLE_TENSORS: Final = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER: Final = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -65,7 +65,7 @@ def convert_llama(file: Path, folder: Path) -> bool:
 
     reader = Reader(file)
     fields = reader.fields
-    names = {tensor.name: _name(tensor.name) for tensor in reader.tensors}
+    names = {tensor.name: _tensor_name(tensor.name) for tensor in reader.tensors}
     kinds = [fields[key].contents() for key in ("general.architecture", "tokenizer.ggml.model")]
     unknown = [key for key in fields if key.startswith("llama.") and key not in _SETTINGS]
     if kinds != ["llama", "gpt2"] or unknown or None in names.values():
@@ -92,13 +92,13 @@ def convert_llama(file: Path, folder: Path) -> bool:
     return True
 
 
-def _name(name: str) -> str | None:
+def _tensor_name(name: str) -> str | None:
     """The name of a tensor in transformers; None for an unknown tensor."""
     if not name.endswith(".weight"):
         return None
     block, *rest = name.removesuffix(".weight").split(".")
     if block != "blk" or len(rest) != 2:
-        own = None if rest else _WHOLE.get(block)
+        own = None if rest else _WHOLE_TENSORS.get(block)
         return own and f"{own}.weight"
     number, part = rest
     return f"model.layers.{number}.{_LAYER[part]}.weight" if part in _LAYER else None

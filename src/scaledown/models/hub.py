@@ -46,7 +46,7 @@ def hub_errors(name: str, kind: str = "model") -> Iterator[None]:
                 f"{kind} {name} is gated: accept its licence on its page at huggingface.co, "
                 "then log in with `hf auth login` or set HF_TOKEN"
             ) from error
-        if any(isinstance(cause, HfHubHTTPError) and _status(cause) in {401, 404} for cause in causes):
+        if any(isinstance(cause, HfHubHTTPError) and _http_status(cause) in {401, 404} for cause in causes):
             raise ModelError(
                 f"{kind} {name} is not on the hub, or is private: check the spelling, or log in with "
                 "`hf auth login`"
@@ -83,7 +83,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _status(error: BaseException) -> int | None:
+def _http_status(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 

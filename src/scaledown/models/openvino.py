@@ -17,7 +17,7 @@ from scaledown.errors import ModelError
 
 PRECISIONS: Final = {torch.float32: "f32", torch.bfloat16: "bf16"}
 """OpenVINO's names of the precisions in which a graph can be computed."""
-_HIDDEN: Final = torch.finfo(torch.bfloat16).min  # added to the scores of positions that are not read
+_UNREAD_SCORE: Final = torch.finfo(torch.bfloat16).min  # added to the scores of positions that are not read
 _TOLERANCE: Final = 1e-3  # of scores: the root mean square error, in their standard deviations
 CANNOT: Final = "its attention does not keep all positions, or it takes no positions"
 
@@ -44,7 +44,7 @@ def write_graph(model: Any, file: Path, *, reads: str, eight_bits: bool = False)
     name = {"ids": "input_ids", "embeddings": "inputs_embeds"}[reads]
     try:
         graph = _with_state(*_traced(library, model.eval(), name), library)
-        _check(model, graph, name)
+        _check_graph(model, graph, name)
         if eight_bits:
             _round(graph, library)
         library.save_model(graph, file, compress_to_fp16=False)
@@ -142,7 +142,7 @@ class _Step(nn.Module):
         # Padding reads itself: without any key its scores would not be numbers.
         visible = ((key <= query) & (mask[:, None] > 0)) | (key == query)
         # With a mask of truth values OpenVINO reads a long prompt several times as slowly.
-        hidden = torch.where(visible, 0.0, _HIDDEN)
+        hidden = torch.where(visible, 0.0, _UNREAD_SCORE)
         given: dict[str, Any] = {self.name: read}
         if self.name == "inputs_embeds":
             given = {self.name: read, "logits_to_keep": 1}
@@ -257,7 +257,7 @@ def _round(graph: Any, library: Any) -> None:
     graph.validate_nodes_and_infer_types()
 
 
-def _check(model: Any, graph: Any, name: str) -> None:
+def _check_graph(model: Any, graph: Any, name: str) -> None:
     """Raise `ModelError` unless the graph computes what the model does: for two prompts, one of them padded,
     and a step in which the rows change places.
     """

@@ -185,14 +185,14 @@ def _states(source: ModelSource) -> list[str]:
     """The state of each local file of a model."""
     folder = Path(source.location).resolve()
     files = [folder / source.gguf_file] if source.gguf_file else sorted(folder.iterdir())
-    return [_state(file) for file in files if file.is_file()]
+    return [_file_state(file) for file in files if file.is_file()]
 
 
-def _state(file: Path) -> str:
+def _file_state(file: Path) -> str:
     stat = file.stat()
     return f"{file}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
 def _is_outdated(state: str) -> bool:
     file = Path(state.rsplit(":", 2)[0])
-    return not file.is_file() or _state(file) != state
+    return not file.is_file() or _file_state(file) != state

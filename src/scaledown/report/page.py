@@ -22,7 +22,7 @@ class Note(NamedTuple):
     text: str
 
 
-class Table(NamedTuple):
+class PageTable(NamedTuple):
     """Rows of cells. Numbers are aligned right; None is shown as a dash."""
 
     caption: str
@@ -37,10 +37,10 @@ class Plot(NamedTuple):
 
     caption: str
     svg: str
-    table: Table
+    table: PageTable
 
 
-class Piece(NamedTuple):
+class MarkedText(NamedTuple):
     """A part of a text, marked or not."""
 
     text: str
@@ -51,10 +51,10 @@ class Field(NamedTuple):
     """A labelled text of an example."""
 
     label: str
-    pieces: Sequence[Piece]
+    pieces: Sequence[MarkedText]
 
 
-class Example(NamedTuple):
+class PageExample(NamedTuple):
     """An example, which readers search by its words and filter by its tags."""
 
     title: str
@@ -62,11 +62,11 @@ class Example(NamedTuple):
     fields: Sequence[Field]
 
 
-class Examples(NamedTuple):
+class PageExamples(NamedTuple):
     """Examples to search and filter."""
 
     caption: str
-    examples: Sequence[Example]
+    examples: Sequence[PageExample]
 
     @property
     def tags(self) -> list[str]:
@@ -74,14 +74,14 @@ class Examples(NamedTuple):
         return sorted({tag for example in self.examples for tag in example.tags})
 
 
-Block = Note | Table | Plot | Examples
+PageBlock = Note | PageTable | Plot | PageExamples
 
 
 class Section(NamedTuple):
     """A heading and the blocks below it."""
 
     heading: str
-    blocks: Sequence[Block]
+    blocks: Sequence[PageBlock]
 
 
 class Page(NamedTuple):
@@ -129,11 +129,11 @@ def markdown(page: Page) -> str:
     Args:
         page: The page. Plots become tables if they have few rows, else they are left out, as are examples.
     """
-    parts = [f"# {_escaped(page.title)}", _escaped(page.lead)]
+    parts = [f"# {_escaped_markdown(page.title)}", _escaped_markdown(page.lead)]
     for section in page.sections:
         blocks = [text for block in section.blocks if (text := _markdown(block))]
         if blocks:
-            parts += [f"## {_escaped(section.heading)}", *blocks]
+            parts += [f"## {_escaped_markdown(section.heading)}", *blocks]
     return "\n\n".join(parts) + "\n"
 
 
@@ -148,26 +148,29 @@ def cell(value: Cell) -> str:
     return f"{value:,.4g}"
 
 
-def _markdown(block: Block) -> str:
+def _markdown(block: PageBlock) -> str:
     if isinstance(block, Note):
-        return _escaped(block.text)
+        return _escaped_markdown(block.text)
     if isinstance(block, Plot):
         block = block.table._replace(caption=block.caption)
         if len(block.rows) > _CARD_ROWS:
             return ""
-    if isinstance(block, Examples) or not block.rows:
+    if isinstance(block, PageExamples) or not block.rows:
         return ""
     numeric = [
         all(isinstance(row[place], int | float | None) for row in block.rows)
         for place in range(len(block.columns))
     ]
-    lines = [list(map(_escaped, block.columns)), ["--:" if is_number else ":--" for is_number in numeric]]
-    rows = [[_escaped(cell(value)) for value in row] for row in block.rows]
+    lines = [
+        list(map(_escaped_markdown, block.columns)),
+        ["--:" if is_number else ":--" for is_number in numeric],
+    ]
+    rows = [[_escaped_markdown(cell(value)) for value in row] for row in block.rows]
     table = "\n".join("| " + " | ".join(row) + " |" for row in [*lines, *rows])
-    return f"{_escaped(block.caption)}\n\n{table}" if block.caption else table
+    return f"{_escaped_markdown(block.caption)}\n\n{table}" if block.caption else table
 
 
-def _escaped(text: str) -> str:
+def _escaped_markdown(text: str) -> str:
     """Return the text on one line, with the special characters of Markdown and HTML escaped."""
     return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))
 

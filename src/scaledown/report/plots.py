@@ -74,7 +74,7 @@ def bars(names: Sequence[str], values: Sequence[float], y: str) -> str:
         found = axes.bar(range(len(names)), values, color=SERIES[0])
         axes.bar_label(found, [f"{value:,.4g}" for value in values], padding=2, fontsize=8)
         slanted = sum(map(len, names)) > 40
-        names = list(map(_short, names))
+        names = list(map(_shortened, names))
         axes.set_xticks(range(len(names)), names, rotation=30 * slanted, ha="right" if slanted else "center")
         axes.set_ylabel(y)
         axes.grid(visible=False, axis="x")
@@ -118,7 +118,9 @@ def curves(lines: Mapping[str, Sequence[float]], xs: Sequence[float], x: str, y:
     """
     with _figure() as (axes, drawn):
         for number, (name, values) in enumerate(lines.items()):
-            axes.plot(xs, values, marker=_MARKERS[number % len(_MARKERS)], markersize=4, label=_short(name))
+            axes.plot(
+                xs, values, marker=_MARKERS[number % len(_MARKERS)], markersize=4, label=_shortened(name)
+            )
         axes.set(xlabel=x, ylabel=y)
         axes.locator_params("x", integer=all(value == int(value) for value in xs))
         if len(lines) > 1:
@@ -142,7 +144,7 @@ def intervals(names: Sequence[str], values: Sequence[tuple[float, float, float]]
         means = [mean for mean, _, _ in values]
         spread = [[mean - low for mean, low, _ in values], [high - mean for mean, _, high in values]]
         axes.errorbar(means, places, xerr=spread, fmt="o", color=SERIES[0], capsize=3)
-        axes.set_yticks(places, list(map(_short, names)))
+        axes.set_yticks(places, list(map(_shortened, names)))
         axes.set_ylim(0.4, len(names) + 0.6)
         axes.set_xlabel(x)
         axes.grid(visible=False, axis="y")
@@ -174,12 +176,12 @@ def plane(points: Mapping[str, Sequence[Point]], x: str, y: str, *, logarithmic:
                 color=SERIES[number % len(SERIES)],
                 capsize=2,
                 elinewidth=0.8,
-                label=_short(name),
+                label=_shortened(name),
             )
             for point in series:
                 place: dict[str, Any] = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 7.5}
                 place["annotation_clip"] = False  # otherwise a name at the edge has no extent
-                names.append(axes.annotate(_short(point.name), (point.x, point.y), **place))
+                names.append(axes.annotate(_shortened(point.name), (point.x, point.y), **place))
         axes.set(xlabel=x, ylabel=y)
         if logarithmic:
             _make_logarithmic(axes, [point.x for series in points.values() for point in series])
@@ -238,7 +240,7 @@ def _figure() -> Iterator[tuple["Axes", list[str]]]:
     drawn.append(_for_a_page(file.getvalue()))
 
 
-def _short(name: str) -> str:
+def _shortened(name: str) -> str:
     return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…"
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +123,9 @@ def check_writable(output: Path, flag: str = "--output_file") -> None:
         probe.unlink()
     except OSError as error:
         raise OutputError(f"{flag} {output} cannot be written ({error.strerror}): choose another") from error
+
+
+def as_json(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a JSON file with this content gives back. A value that JSON has not is its text."""
+    read: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    return read

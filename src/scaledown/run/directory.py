@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import socket
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any, Final
 from filelock import FileLock, Timeout
 
 from scaledown.config.evaluate import SYSTEMS
-from scaledown.config.shared import WHOLE, Part
+from scaledown.config.shared import WHOLE, QueryPart
 from scaledown.devices.choice import dtype_to_run, is_slow_in_bfloat16
 from scaledown.errors import InputError, OutputError, RunDirectoryError, one_line
 from scaledown.run.atomic import read_json, write_json
@@ -24,7 +25,7 @@ from scaledown.run.storage import Storage
 
 log = logging.getLogger("scaledown")
 
-SCHEMA: Final = 2
+RUN_LAYOUT: Final = 2
 STAGES: Final = (
     "synthetic",
     "queries",
@@ -66,6 +67,10 @@ _START: Final = ".start"
 """Suffix of the note that a process leaves in a bucket while it works."""
 
 
+FINGERPRINT: Final = re.compile(r"[0-9a-f]{16}")
+"""The result of `fingerprint`."""
+
+
 def fingerprint(settings: Mapping[str, Any]) -> str:
     """Compute the fingerprint of settings.
 
@@ -87,9 +92,9 @@ def stage_fingerprint(name: str, settings: Mapping[str, Any]) -> str:
         settings: Everything that its shards depend on.
 
     Returns:
-        16 hex digits. They also depend on `SCHEMA`, the version of the shards' form.
+        16 hex digits. They also depend on `RUN_LAYOUT`, the version of the shards' form.
     """
-    return fingerprint({"schema": SCHEMA, "stage": name, **settings})
+    return fingerprint({"schema": RUN_LAYOUT, "stage": name, **settings})
 
 
 class RunDirectory:
@@ -105,7 +110,7 @@ class RunDirectory:
         OutputError: The folder cannot be created.
     """
 
-    def __init__(self, place: Path | Storage, part: Part = WHOLE, worker: str = "") -> None:
+    def __init__(self, place: Path | Storage, part: QueryPart = WHOLE, worker: str = "") -> None:
         self.storage = storage = Storage(place) if isinstance(place, Path) else place
         self.path = path = storage.root
         self.part = part

@@ -25,15 +25,15 @@ from typing import IO, Any, Final, NamedTuple, Protocol, TypeVar, cast
 from scaledown import errors
 from scaledown.devices.gpus import only
 from scaledown.errors import InputError, NoRoomError, RunDirectoryError, ScaleDownError
-from scaledown.run.leases import TRIES, Leases
+from scaledown.run.leases import SHARD_TRIES, Leases
 
 log = logging.getLogger("scaledown")
 
-_IDLE_SECONDS: Final = 30  # if this process is killed, processes of `in_order` end after this time
-_LOOK_SECONDS: Final = 0.2
+_IDLE_SECONDS: Final = 30  # if this process is killed, processes of `map_in_order` end after this time
+_POLL_SECONDS: Final = 0.2
 _EVERY_SECONDS: Final = 1.0
-_LONG_SECONDS: Final = 600.0  # a worker that lived longer did not fail at its start
-_FAILED: Final = 3  # exit status of a worker that ended with a `ScaleDownError`
+_LONG_LIFE_SECONDS: Final = 600.0  # a worker that lived longer did not fail at its start
+_FAILED_STATUS: Final = 3  # exit status of a worker that ended with a `ScaleDownError`
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -50,7 +50,9 @@ def threads_here() -> int:
     return min(cores(), int(given)) if given.isdecimal() and int(given) else cores()
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item], processes: int) -> Iterator[Result]:
+def map_in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], processes: int
+) -> Iterator[Result]:
     """Yield `map(function, items)` in order, computed by several processes a few items ahead.
 
     Args:
@@ -221,8 +223,8 @@ def supervise(  # noqa: PLR0917
                 held = [lease for own in leases for lease in own.died(name, reason)]
                 log.warning("%s is dead (%s), it held %s: replaced", name, reason, held or "no lease")
                 lived = time.monotonic() - begun[name]
-                in_vain = 0 if held or (leases and lived > _LONG_SECONDS) else in_vain + 1
-                if in_vain >= TRIES * count:
+                in_vain = 0 if held or (leases and lived > _LONG_LIFE_SECONDS) else in_vain + 1
+                if in_vain >= SHARD_TRIES * count:
                     raise RunDirectoryError(
                         f"{in_vain} workers died"
                         + (" before they began anything" if leases else "")
@@ -230,7 +232,7 @@ def supervise(  # noqa: PLR0917
                     )
                 start(place)
             look()
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
     finally:
         for _, worker in working.values():
             worker.kill()
@@ -322,7 +324,7 @@ class _Process:
         self._close()
         if status == 0:
             return Ending(well=True)
-        if status == _FAILED and sent:
+        if status == _FAILED_STATUS and sent:
             return Ending.failed(*json.loads(sent))
         if status < 0:
             known = -status in set(signal.Signals)
@@ -367,7 +369,7 @@ def main() -> int:
         order.carry_out()
     except ScaleDownError as error:
         os.write(result, json.dumps([type(error).__name__, str(error)]).encode())
-        return _FAILED
+        return _FAILED_STATUS
     return 0
 
 

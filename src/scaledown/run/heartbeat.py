@@ -25,7 +25,7 @@ SUPERVISOR: Final = "supervisor"
 """Name of a process that starts and watches workers, instead of a worker's name."""
 
 _EVERY_SECONDS: Final = 1.0
-_ENDING: Final = ".progress"
+_PROGRESS_ENDING: Final = ".progress"
 
 
 class Work(NamedTuple):
@@ -108,10 +108,10 @@ def publishing(place: Path, worker: str, *runs: RunDirectory) -> Iterator[None]:
         worker: The name of this process among the workers; empty if it has none.
         runs: The directories whose stages it opens.
     """
-    for path in place.parent.glob(f"*{_ENDING}"):
+    for path in place.parent.glob(f"*{_PROGRESS_ENDING}"):
         if not path.with_suffix(".json").exists():  # its process has ended
             path.unlink(missing_ok=True)
-    path = place.with_suffix(_ENDING)
+    path = place.with_suffix(_PROGRESS_ENDING)
     where = {"host": socket.gethostname(), "pid": os.getpid(), "run": str(runs[0].path.resolve())}
 
     def publish() -> None:
@@ -163,24 +163,28 @@ def processes(run: Path) -> list[Process]:
         ValueError: A progress file has a time that is not finite.
     """
     live = run / "live"
-    paths = sorted({path.with_suffix("") for path in live.glob("*") if path.suffix in {".json", _ENDING}})
+    paths = sorted(
+        {path.with_suffix("") for path in live.glob("*") if path.suffix in {".json", _PROGRESS_ENDING}}
+    )
     return [process for path in paths if (process := _process(path, _holds(path.with_suffix(".lock"))))]
 
 
-_KINDS: Final = {
+_FIELD_TYPES: Final = {
     **{"worker": str, "host": str, "pid": int, "run": str},
     **{"time": float, "stages": dict, "work": list},
 }
 
 
 def _process(place: Path, alive: bool | None) -> Process | None:
-    note, progress = (read_json(place.with_suffix(ending)) for ending in (".json", _ENDING))
+    note, progress = (read_json(place.with_suffix(ending)) for ending in (".json", _PROGRESS_ENDING))
     if not isinstance(note, dict) and not isinstance(progress, dict):
         return None  # it has just ended
-    found: dict[str, Any] = {name: kind() for name, kind in _KINDS.items()}
+    found: dict[str, Any] = {name: kind() for name, kind in _FIELD_TYPES.items()}
     for content in (note, progress):
         if isinstance(content, dict):
-            found |= {name: content[name] for name, kind in _KINDS.items() if type(content.get(name)) is kind}
+            found |= {
+                name: content[name] for name, kind in _FIELD_TYPES.items() if type(content.get(name)) is kind
+            }
     found["time"] = finite(found["time"])
     found["work"] = tuple(work for entry in found["work"] if (work := Work.parse(entry)))
     found["stages"] = {name: path for name, path in found["stages"].items() if isinstance(path, str)}

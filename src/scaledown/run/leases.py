@@ -25,12 +25,12 @@ from scaledown.run.atomic import read_json, write_json
 
 log = logging.getLogger("scaledown")
 
-TRIES: Final = 3
+SHARD_TRIES: Final = 3
 """Number of deaths of workers after which a shard is given up."""
 
-_DIGITS: Final = 6  # of a shard's number
+_SHARD_DIGITS: Final = 6  # of a shard's number
 
-_WAIT_SECONDS: Final = 0.1
+_LOCK_WAIT_SECONDS: Final = 0.1
 _DEATHS: Final = "deaths"
 """The folder with a file for each death; the file has the cause if the shard caused the death."""
 
@@ -58,7 +58,7 @@ class Held(NamedTuple):
     def shards(self) -> int:
         """Number of its shards."""
         first, last = self.name.split("-")[-2:]
-        return int(last) - int(first) if len(first) == len(last) == _DIGITS and first.isdecimal() else 1
+        return int(last) - int(first) if len(first) == len(last) == _SHARD_DIGITS and first.isdecimal() else 1
 
 
 def _numbered(name: str) -> bool:
@@ -108,7 +108,7 @@ class Leases:
             log.info("%s: waiting for another process", name.partition("-")[0])
             while not self._take(lock, name):
                 check()
-                time.sleep(_WAIT_SECONDS)
+                time.sleep(_LOCK_WAIT_SECONDS)
         note = self._note(name)
         try:
             try:

@@ -28,7 +28,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from scaledown.errors import OutputError, ScaleDownError, is_full_disk
 from scaledown.run.atomic import atomic
 from scaledown.run.storage import Storage
-from scaledown.urls import detail, file_system, redacted, refused, state_of, status_of
+from scaledown.urls import detail, file_system, http_status, redacted, refused, state_of
 
 log = logging.getLogger("scaledown")
 
@@ -83,7 +83,7 @@ def _final(error: Exception) -> str:
     """Return the advice for an error that a retry cannot fix; empty for other errors."""
     if refused(error):
         return "access is refused ({}); check the bucket and the keys in the environment"
-    status = status_of(error)
+    status = http_status(error)
     mistaken = isinstance(status, int) and 400 <= status < 500 and status not in {408, 429}
     mistaken |= isinstance(error, ValueError) or type(error).__name__ == "ParamValidationError"
     return "{}; check the URL" if mistaken else ""

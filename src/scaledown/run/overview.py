@@ -77,17 +77,19 @@ def notes(stage: StageStatus) -> list[str]:
     return [*counted, one_line(stage.waiting, 200)] if stage.waiting else counted
 
 
-def table(status: Status) -> str:
+def status_table(status: Status) -> str:
     """Format a status as a table: the state of the run, its stages, its workers."""
-    lines = [f"{status.path}: {_state(status)}", ""]
+    lines = [f"{status.path}: {_run_state(status)}", ""]
     if status.stages:
-        lines += _columns([_HEAD, *(_row(stage, status) for stage in status.stages)])
+        lines += _aligned_lines([_HEAD, *(_row(stage, status) for stage in status.stages)])
     else:
         lines.append("no stage has begun")
     if status.workers:
         lines += [
             "",
-            *_columns([("worker", "host", "process", "at", "since"), *map(_worker, status.workers)]),
+            *_aligned_lines(
+                [("worker", "host", "process", "at", "since"), *map(_worker_cells, status.workers)]
+            ),
         ]
     return "\n".join(lines)
 
@@ -95,7 +97,7 @@ def table(status: Status) -> str:
 _HEAD: Final = ("stage", "shards", "rows", "time", "rate", "left", "")
 
 
-def _state(status: Status) -> str:
+def _run_state(status: Status) -> str:
     if status.finished:
         when = datetime.fromtimestamp(status.finished_time or 0, UTC).astimezone()
         text = f"finished {when:%Y-%m-%d %H:%M}"
@@ -128,7 +130,7 @@ def _row(stage: StageStatus, status: Status) -> tuple[str, ...]:
     )
 
 
-def _worker(worker: WorkerStatus) -> tuple[str, ...]:
+def _worker_cells(worker: WorkerStatus) -> tuple[str, ...]:
     since = "" if worker.seconds_at is None else duration(worker.seconds_at)
     if worker.alive is None:
         silent = worker.silent_seconds
@@ -142,7 +144,7 @@ def _worker(worker: WorkerStatus) -> tuple[str, ...]:
     )
 
 
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+def _aligned_lines(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

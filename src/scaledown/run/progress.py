@@ -177,7 +177,7 @@ def track(
         done: Units that an earlier run finished.
         stage: The stage. Its progress is also published for `scaledown status`.
     """
-    with _shown(name, unit, total, done, stage) as tracker:
+    with _shown_bar(name, unit, total, done, stage) as tracker:
         if stage:
             _at_work.append(tracker)
         try:
@@ -204,7 +204,7 @@ def tracked(stage: Stage, name: str, unit: str, rows: Sequence[int], each: int =
 
 
 @contextlib.contextmanager
-def _shown(name: str, unit: str, total: int | None, done: int, stage: Stage | None) -> Iterator[Tracker]:
+def _shown_bar(name: str, unit: str, total: int | None, done: int, stage: Stage | None) -> Iterator[Tracker]:
     if console.is_terminal and style().form == "text":
         with _drawing() as progress:
             yield _Bar(name, unit, total, done, stage, progress)

@@ -55,7 +55,7 @@ def metrics(status: Status) -> str:
             lines.extend(f"scaledown_{name}{_labels(labels)} {float(value)!r}" for labels, value in known)
 
     for name, kind, text, value in _OF_STAGES:
-        add(name, kind, text, [(run | _named(stage), value(stage)) for stage in status.stages])
+        add(name, kind, text, [(run | _stage_labels(stage), value(stage)) for stage in status.stages])
     working = [worker for worker in status.workers if worker.worker != SUPERVISOR]
     add("workers", "gauge", "Processes that work on the run.", [(run, len(working))])
     finished = "When the run was finished, in seconds since 1970."
@@ -63,15 +63,15 @@ def metrics(status: Status) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _named(stage: StageStatus) -> dict[str, str]:
+def _stage_labels(stage: StageStatus) -> dict[str, str]:
     return {"stage": stage.name, "unit": stage.unit, "fingerprint": stage.fingerprint}
 
 
 def _labels(labels: Mapping[str, str]) -> str:
-    return "{" + ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items()) + "}"
+    return "{" + ",".join(f'{name}="{_escaped_label(value)}"' for name, value in labels.items()) + "}"
 
 
-def _escaped(text: str) -> str:
+def _escaped_label(text: str) -> str:
     text = text.encode(errors="replace").decode()  # a path may hold bytes that are not text
     return text.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
 

@@ -173,7 +173,7 @@ def status_of(run: Path, *, elsewhere: bool = False) -> Status:
         shards[name] = _Shards.of(folder)
         source = None if name in _OWN_SHARDS else shards.get(_source(name))
         estimate = planned.get(_source(name)) if source else None
-        stages.append(_stage(folder, shards[name], source, working, estimate or 0))
+        stages.append(_stage_status(folder, shards[name], source, working, estimate or 0))
         planned[name] = stages[-1].rows_planned
     ended = _ended(run, manifest, stages, dict(opened))
     written = manifest.get("output", {}) if ended else {}
@@ -184,7 +184,7 @@ def status_of(run: Path, *, elsewhere: bool = False) -> Status:
         str(written.get("path", "")),
         examples if isinstance(examples := written.get("examples"), int) else None,
         tuple(stages),
-        tuple(_worker(process, held) for process in living),
+        tuple(_worker_status(process, held) for process in living),
     )
 
 
@@ -280,7 +280,7 @@ def _present(run: Path) -> dict[str, Path]:
     return {name: run / name / stage_fingerprint(name, found[0][name]) for name in names}
 
 
-def _stage(
+def _stage_status(
     folder: Path, own: _Shards, source: _Shards | None, working: list[Work], guess: int
 ) -> StageStatus:
     """Compute the status of a stage; `guess` estimates its rows while they are not known."""
@@ -326,13 +326,17 @@ def _stage(
         len(working),
         len(Leases(folder.parent.parent / "locks", "").deaths(f"{folder.parent.name}-{folder.name}-*")),
         sum(entry.name.endswith(ABSENT) for entry in _entries(folder)),
-        sum(_lines(path) for path in _beside(folder, "quarantine", ".jsonl") if "given-up" not in path.name),
+        sum(
+            _line_count(path)
+            for path in _beside(folder, "quarantine", ".jsonl")
+            if "given-up" not in path.name
+        ),
         own.finished,
         next((work.waiting for work in working if work.waiting), ""),
     )
 
 
-def _worker(process: Process, held: list[Held]) -> WorkerStatus:
+def _worker_status(process: Process, held: list[Held]) -> WorkerStatus:
     own = [one for one in held if (one.host, one.pid) == (process.host, process.pid)]
     at = ", ".join(re.sub("-[0-9a-f]{16}-", " ", one.name) for one in own)
     now = time.time()
@@ -369,15 +373,15 @@ def _journal(folder: Path) -> Iterator[dict[str, Any]]:
                         yield event
 
 
-def _lines(path: Path) -> int:
+def _line_count(path: Path) -> int:
     try:
         state = path.stat()
     except OSError:
         return 0
-    return _counted(path, state.st_size, state.st_mtime_ns)
+    return _count_lines(path, state.st_size, state.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=4096)
-def _counted(path: Path, _size: int, _changed: int) -> int:
+def _count_lines(path: Path, _size: int, _changed: int) -> int:
     with path.open("rb") as file:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))

@@ -31,7 +31,7 @@ log = logging.getLogger("scaledown")
 
 _CHAT: Final = "/v1/chat/completions"
 _RERANK: Final = "/v1/rerank"
-_OPEN: Final = "/health"  # needs no key: load balancers have none
+_KEYLESS_PATH: Final = "/health"  # needs no key: load balancers have none
 _AWAY: Final = 499  # nginx's status for a client that closed the connection
 _LEFT: Final = "the client closed the connection"
 _ID_HEADER: Final = "x-request-id"
@@ -45,7 +45,7 @@ _UNBUFFERED: Final = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }  # proxies must not wait
-_LOOK_SECONDS: Final = 0.5  # between two checks that the client is still connected
+_CONNECTION_SECONDS: Final = 0.5  # between two checks that the client is still connected
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Server:
             ("POST", _RERANK, self._rerank),
             ("GET", "/v1/models", self._models),
             ("GET", "/metrics", self._metrics_text),
-            ("GET", _OPEN, self._health),
+            ("GET", _KEYLESS_PATH, self._health),
         )
         for method, path, route in routes:
             app.add_api_route(path, self._guarded(path, route), methods=[method])
@@ -125,12 +125,12 @@ class Server:
         async def guarded(request: Request) -> Response:
             call = _Call(request, path, _identity(request))
             try:
-                if path != _OPEN:
+                if path != _KEYLESS_PATH:
                     self._check_key(request)
                 response = await route(call)
             except (Exception, asyncio.CancelledError) as error:
                 failure = _failure(call, error)
-                response = _json(failure.body(), failure.status)
+                response = _json_response(failure.body(), failure.status)
                 if failure.status in {429, 503}:
                     response.headers["Retry-After"] = str(_RETRY_SECONDS)
                 if failure.status == 401:
@@ -164,14 +164,14 @@ class Server:
 
     async def _health(self, _: _Call) -> Response:
         failed = self._engine.failed
-        return _json({"status": failed or "ok"}, 503 if failed else 200)
+        return _json_response({"status": failed or "ok"}, 503 if failed else 200)
 
     async def _metrics_text(self, _: _Call) -> Response:
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _models(self, _: _Call) -> Response:
         model = {"id": self._name, "object": "model", "created": self._started, "owned_by": "scaledown"}
-        return _json({"object": "list", "data": [model]})
+        return _json_response({"object": "list", "data": [model]})
 
     async def _chat(self, call: _Call) -> Response:
         asked = parsed(await self._body(call.request), ChatRequest)
@@ -199,7 +199,7 @@ class Server:
             "logprobs": None,
             "finish_reason": reason,
         }
-        return _json(
+        return _json_response(
             {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(waiting.usage)}
         )
 
@@ -259,7 +259,7 @@ class Server:
             for place in order[: asked.top_n]
         ]
         self._done(call, 200, waiting.usage)
-        return _json(
+        return _json_response(
             {
                 "id": f"rerank-{call.identity}",
                 "model": self._name,
@@ -362,12 +362,12 @@ class Server:
     async def _event(request: Request, waiting: _Waiting) -> Event:
         loop = asyncio.get_running_loop()
         while (left := waiting.deadline - loop.time()) > 0:
-            if loop.time() - waiting.looked >= _LOOK_SECONDS:
+            if loop.time() - waiting.looked >= _CONNECTION_SECONDS:
                 waiting.looked = loop.time()
                 if await request.is_disconnected():
                     raise ClientDisconnect
             with suppress(TimeoutError):
-                return await asyncio.wait_for(waiting.events.get(), min(left, _LOOK_SECONDS))
+                return await asyncio.wait_for(waiting.events.get(), min(left, _CONNECTION_SECONDS))
         raise RequestError("the answer took too long: ask for less, or try again", 504)
 
     def _first(self, text: str, call: _Call) -> None:
@@ -417,15 +417,15 @@ def _event(content: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(content) + b"\n\n"
 
 
-def _json(content: dict[str, Any], status: int = 200) -> Response:
+def _json_response(content: dict[str, Any], status: int = 200) -> Response:
     return Response(orjson.dumps(content), status, media_type="application/json")
 
 
 async def _not_found(request: Request, error: Exception) -> Response:
     """Paths and methods that are not served, in OpenAI's error format."""
     status = getattr(error, "status_code", 500)
-    served = f"POST {_CHAT}, POST {_RERANK}, GET /v1/models, GET /metrics, GET {_OPEN}"
+    served = f"POST {_CHAT}, POST {_RERANK}, GET /v1/models, GET /metrics, GET {_KEYLESS_PATH}"
     words = {404: f"there is no such path: the server has {served}", 405: "this path has another method"}
-    response = _json(RequestError(words.get(status, str(error)), status).body(), status)
+    response = _json_response(RequestError(words.get(status, str(error)), status).body(), status)
     response.headers[_ID_HEADER] = _identity(request)
     return response

@@ -24,7 +24,7 @@ from scaledown.serving.answer_text import AnswerText
 from scaledown.serving.embedding_cache import EmbeddingCache, key_of
 from scaledown.serving.jobs import End, Job, Piece, Scores, Usage
 from scaledown.serving.protocol import RequestError
-from scaledown.student.batch import Document, Encoded, Question
+from scaledown.student.batch import Encoded, EncodedDocument, EncodedQuestion
 from scaledown.student.decoding import Decoding
 from scaledown.student.engines.base import Generation, Sampling
 from scaledown.student.engines.steps import StepGeneration
@@ -32,7 +32,7 @@ from scaledown.student.engines.steps import StepGeneration
 log = logging.getLogger("scaledown")
 
 SHUTTING_DOWN: Final = "the server is shutting down"
-_FAILED: Final = "the model failed on this request"
+_FAILED_MESSAGE: Final = "the model failed on this request"
 _TOO_LARGE: Final = "this request does not fit into memory: ask for less"
 _FAILURES: Final = 3  # consecutive failures of the model after which the engine gives up
 _TRY_AGAIN: Final = 100  # answers, after which a larger batch than the last that fitted is tried
@@ -50,11 +50,11 @@ class _Row:
     written: int = 0
 
 
-class _Asked(NamedTuple):
+class _EncodedRequest(NamedTuple):
     """A request and its documents in the compressor's tokens; no documents if their text is read instead."""
 
     job: Job
-    documents: list[Document]
+    documents: list[EncodedDocument]
     cut: tuple[int, int]
     """Documents, and queries, that were cut because they are longer than the compressor's limit."""
 
@@ -198,7 +198,7 @@ class Engine:
 
     def _drop_rows(self, error: Exception, *, alone: bool = False) -> None:
         """Fail all requests whose answers are being written; `alone` if there is only one such request."""
-        failure = RequestError(_FAILED, 500)
+        failure = RequestError(_FAILED_MESSAGE, 500)
         if is_out_of_memory(error) and alone:
             self._cache.clear()
             failure = RequestError(_TOO_LARGE, 413)
@@ -250,7 +250,7 @@ class Engine:
             left = [job for job in self._admitted if not (job.settled or job in writing)]
             if not is_out_of_memory(error):
                 for job in left:
-                    job.finish(RequestError(_FAILED, 500))
+                    job.finish(RequestError(_FAILED_MESSAGE, 500))
                 self._count_failure()
                 return False
             self._begin_later(left, len(writing))
@@ -272,13 +272,13 @@ class Engine:
         self._allow(self._config.batch_size if alone else (len(jobs) + running) // 2)
 
     def _begin(self, jobs: Sequence[Job]) -> None:
-        read: list[_Asked] = []
+        read: list[_EncodedRequest] = []
         for job in jobs:
             with _blamed(job):
                 read.append(self._read(job))
         with self._model.using():
             made = self._compressed(read)
-        begun: list[tuple[_Row, Question]] = []
+        begun: list[tuple[_Row, EncodedQuestion]] = []
         for asked in read:
             job, own = asked.job, made[asked.job]
             tokens = sum(one.stop - one.start for one in asked.documents)
@@ -299,15 +299,15 @@ class Engine:
         with self._changed:  # requests that could not join are the next ones in the queue
             self._waiting.extendleft(row.job for part in reversed(parts) for row, _ in reversed(part))
 
-    def _read(self, job: Job) -> "_Asked":
+    def _read(self, job: Job) -> "_EncodedRequest":
         if not (job.documents and (job.compressed or job.ranks)):
-            return _Asked(job, [], (0, 0))
+            return _EncodedRequest(job, [], (0, 0))
         reader = self._model.reader
         before, before_queries = reader.cut, reader.cut_queries
         documents = reader.read(job.query, job.documents, rate=job.rate)
-        return _Asked(job, documents, (reader.cut - before, reader.cut_queries - before_queries))
+        return _EncodedRequest(job, documents, (reader.cut - before, reader.cut_queries - before_queries))
 
-    def _compressed(self, read: Sequence["_Asked"]) -> dict[Job, "_Made"]:
+    def _compressed(self, read: Sequence["_EncodedRequest"]) -> dict[Job, "_Made"]:
         """Compress the documents of each request."""
         found = self._by_pair([own for own in read if own.job.budget == "each" and not own.job.ranks])
         for budget in BUDGETS:
@@ -319,7 +319,7 @@ class Engine:
                     found[asked.job] = _Made(list(torch.split(own.embeddings, own.counts)), relevance)
         return found
 
-    def _by_pair(self, read: Sequence["_Asked"]) -> dict[Job, "_Made"]:
+    def _by_pair(self, read: Sequence["_EncodedRequest"]) -> dict[Job, "_Made"]:
         """Compress each document by itself. Embeddings that are in the cache are taken from there."""
         pairs = {
             asked.job: [
@@ -343,7 +343,7 @@ class Engine:
             asked.job: _Made([embeddings[key] for key, _ in pairs.get(asked.job, ())], []) for asked in read
         }
 
-    def _question(self, asked: "_Asked", made: "_Made") -> tuple[Question, int]:
+    def _question(self, asked: "_EncodedRequest", made: "_Made") -> tuple[EncodedQuestion, int]:
         """Return the prompt, and the number of document tokens that were left out of it."""
         reader, job = self._model.reader, asked.job
         if not asked.documents:
@@ -351,8 +351,8 @@ class Engine:
             if isinstance(fitted, Rejection):
                 raise InputError(f"{fitted.reason}: shorten the question or the system message")
             ids, cut = fitted
-            return Question(Encoded([], [ids], [], None), None), cut
-        laid = [Document([], 0, 0, len(own)) for own in made.embeddings]
+            return EncodedQuestion(Encoded([], [ids], [], None), None), cut
+        laid = [EncodedDocument([], 0, 0, len(own)) for own in made.embeddings]
         encoded = Encoded(laid, reader.prompt_parts(job.query, len(laid), job.system), [], None)
         if encoded.prompt_length + job.max_new_tokens > reader.context:
             raise InputError(
@@ -360,7 +360,7 @@ class Engine:
                 f"are asked for; the model takes {reader.context:,}: give fewer documents or ask for fewer "
                 "tokens"
             )
-        return Question(encoded, torch.cat(made.embeddings)), 0
+        return EncodedQuestion(encoded, torch.cat(made.embeddings)), 0
 
     def _advance(self) -> None:
         """Write the next tokens of each running answer."""
@@ -370,7 +370,7 @@ class Engine:
                 continue
             if isinstance(tokens, Exception):
                 log.error("request %s failed", row.job.identity, exc_info=tokens)
-                row.job.finish(RequestError(_FAILED, 500))
+                row.job.finish(RequestError(_FAILED_MESSAGE, 500))
             elif self._goes_on(row, tokens):
                 going.append(place)
         self._rows = [self._rows[place] for place in going]
@@ -414,16 +414,16 @@ def _blamed(job: Job) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         log.exception("request %s failed", job.identity)
-        job.finish(RequestError(_FAILED, 500))
+        job.finish(RequestError(_FAILED_MESSAGE, 500))
 
 
 def _sampling(job: Job) -> Sampling:
     return Sampling(job.max_new_tokens, job.temperature, job.top_p, job.seed)
 
 
-def _alike(begun: Sequence[tuple[_Row, Question]]) -> list[list[tuple[_Row, Question]]]:
+def _alike(begun: Sequence[tuple[_Row, EncodedQuestion]]) -> list[list[tuple[_Row, EncodedQuestion]]]:
     """Group prompts of similar length for prefill, at most `_POSITIONS` each; the oldest group first."""
-    parts: list[list[tuple[_Row, Question]]] = []
+    parts: list[list[tuple[_Row, EncodedQuestion]]] = []
     for row, question in sorted(begun, key=lambda own: own[1].encoded.prompt_length):
         longest = question.encoded.prompt_length
         if not parts or (len(parts[-1]) + 1) * longest > _POSITIONS:

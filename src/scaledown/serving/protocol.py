@@ -154,11 +154,15 @@ _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "echo": (False,),
 }
 
-_CLOSE: Final = 0.85  # `document` is close to `documents` (0.94); `min_tokens` is not to `max_tokens` (0.80)
+_SIMILARITY: Final = (
+    0.85  # `document` is close to `documents` (0.94); `min_tokens` is not to `max_tokens` (0.80)
+)
 _CLOSE_SHORT: Final = 0.8  # `titel` and `Title` are close to `title` (0.80); `subtitle` is not (0.77)
 _OTHERS: Final = frozenset({"models", "mode", "document_ids"})  # of other servers; none is a misspelt one
-_COMPARED: Final = 50  # unknown fields, and first documents, that are compared: a request should cost little
-_LONGEST: Final = 40  # characters of their names
+_FIELDS_COMPARED: Final = (
+    50  # unknown fields, and first documents, that are compared: a request should cost little
+)
+_LONGEST_NAME: Final = 40  # characters of their names
 
 Request = TypeVar("Request", ChatRequest, RerankRequest)
 
@@ -184,13 +188,15 @@ def parsed(body: bytes, kind: type[Request]) -> Request:
         raise RequestError("the body must be a JSON object")
     if kind is ChatRequest:
         for name, allowed in _UNSUPPORTED.items():
-            if content.get(name) is not None and not any(_same(content[name], value) for value in allowed):
+            if content.get(name) is not None and not any(
+                _is_equal(content[name], value) for value in allowed
+            ):
                 raise RequestError(f"{name} is not supported here: leave it out", param=name)
     _refuse_misspelt(
         content, kind.model_fields.keys() | (_UNSUPPORTED.keys() if kind is ChatRequest else set())
     )
     documents = content.get("documents")
-    for number, document in enumerate(documents[:_COMPARED] if isinstance(documents, list) else ()):
+    for number, document in enumerate(documents[:_FIELDS_COMPARED] if isinstance(documents, list) else ()):
         if isinstance(document, dict):
             _refuse_misspelt(document, Document.model_fields.keys(), f"documents.{number}.", _CLOSE_SHORT)
     try:
@@ -200,19 +206,19 @@ def parsed(body: bytes, kind: type[Request]) -> Request:
 
 
 def _refuse_misspelt(
-    content: Mapping[str, Any], known: Set[str], place: str = "", close: float = _CLOSE
+    content: Mapping[str, Any], known: Set[str], place: str = "", close: float = _SIMILARITY
 ) -> None:
     """Raise `RequestError` if the name of an unknown field is close to a known one that is not given."""
     unknown = [name for name, value in content.items() if value is not None and name not in known | _OTHERS]
-    for name in unknown[:_COMPARED]:
-        meant = difflib.get_close_matches(name[:_LONGEST], known - content.keys(), 1, close)
+    for name in unknown[:_FIELDS_COMPARED]:
+        meant = difflib.get_close_matches(name[:_LONGEST_NAME], known - content.keys(), 1, close)
         if meant:
             raise RequestError(
                 f"{place}{name} is not known here: did you mean {place}{meant[0]}?", param=f"{place}{name}"
             )
 
 
-def _same(value: object, other: object) -> bool:
+def _is_equal(value: object, other: object) -> bool:
     """Whether two values are equal, where True is not 1 and False is not 0."""
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 

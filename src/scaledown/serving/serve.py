@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from scaledown.command import Usage, run_cli
+from scaledown.command import CommandHelp, run_cli
 from scaledown.config.serve import GROUPS, ServeConfig, api_key
 from scaledown.devices.choice import choose_device, dtype_to_run
 from scaledown.errors import MissingExtraError, UsageError, install_command
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown serve") ->
     Returns:
         The exit status, see `run_command`.
     """
-    usage = Usage(
+    usage = CommandHelp(
         program,
         "--model DIR",
         "Serve a trained model over HTTP, for clients of OpenAI's chat completions.",
@@ -77,7 +77,7 @@ def serve(config: ServeConfig) -> int:
         settings = ScaleDownConfig.read(source)
         settings.check_rate(config.compression_rate or settings.compression_rate)
         settings.check_budget(config.budget)
-        model, generation, writer = _load(config, source)
+        model, generation, writer = _load_model(config, source)
         name = Path(config.model).resolve().name if Path(config.model).is_dir() else config.model
         engine = Engine(model, config, generation)
         app = Server(engine, model.config, name, config, key).app()
@@ -154,7 +154,7 @@ def _address_errors(config: ServeConfig) -> Iterator[None]:
         ) from error
 
 
-def _load(config: ServeConfig, source: ModelSource) -> tuple[Any, Any, str]:
+def _load_model(config: ServeConfig, source: ModelSource) -> tuple[Any, Any, str]:
     """Return the model, the `Generation` of its engine (None: the model's own), and the engine's name."""
     quiet_libraries()
     from scaledown.models.openvino import keeps_positions

@@ -15,11 +15,11 @@ import orjson
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from scaledown.command import Usage, run_cli
+from scaledown.command import CommandHelp, run_cli
 from scaledown.config.answer import GROUPS, AnswerConfig
 from scaledown.data.input.training_files import Entry, entries, is_unicode, unanswerable
 from scaledown.data.output.writers import write_examples
-from scaledown.data.prompts import VERSION as PROMPT_VERSION
+from scaledown.data.prompts import PROMPT_VERSION
 from scaledown.devices.choice import choose_device, dtype_to_run
 from scaledown.errors import InputError, NoRoomError, OutputError, RunDirectoryError, each_or_error
 from scaledown.models.sources import ModelSource, resolve
@@ -31,7 +31,7 @@ from scaledown.run.stage import Stage
 
 log = logging.getLogger("scaledown")
 
-_ROWS: Final = 64  # records in a shard, at least; a crash loses at most one shard
+_RECORDS_PER_SHARD: Final = 64  # records in a shard, at least; a crash loses at most one shard
 _PARTIAL: Final = ".partial"
 """Suffix of the run directory beside an unfinished file of answers."""
 _COLUMNS: Final = pa.schema(
@@ -90,7 +90,7 @@ def answer(config: AnswerConfig, *, overwrite: bool = False) -> Answered:
         if config.output_file:
             return _answer_query(model(), config)
         for piece in model().stream(
-            config.query, list(config.document), max_new_tokens=config.max_new_tokens, **_way(config)
+            config.query, list(config.document), max_new_tokens=config.max_new_tokens, **_reading(config)
         ):
             print(piece, end="", flush=True)
         print()
@@ -125,7 +125,7 @@ def _loader(source: ModelSource, config: AnswerConfig) -> tuple[Callable[[], Any
     return load, engine.title, replace(config, batch_size=batch_size, device=device, dtype=settled)
 
 
-def _way(config: AnswerConfig) -> dict[str, Any]:
+def _reading(config: AnswerConfig) -> dict[str, Any]:
     """Return the arguments of `answer` and `stream` that decide how documents are read."""
     return {
         "compressed": not config.uncompressed,
@@ -138,7 +138,7 @@ def _answer_query(model: Any, config: AnswerConfig) -> Answered:
     """Write the answer to one query to a file."""
     output = Path(config.output_file)
     entry = Entry(1, {"query": config.query, "documents": list(config.document)})
-    (record,) = _records(model, [entry], config)
+    (record,) = _answered_records(model, [entry], config)
     write_examples(output, [record], _COLUMNS)
     note_made(output, "answer")
     return Answered(1, "error" in record)
@@ -176,7 +176,7 @@ def _answer_data(load: Callable[[], Any], source: ModelSource, engine: str, conf
 def _write_answers(
     run: RunDirectory, load: Callable[[], Any], source: ModelSource, engine: str, config: AnswerConfig
 ) -> Answered:
-    rows = max(_ROWS, config.batch_size)
+    rows = max(_RECORDS_PER_SHARD, config.batch_size)
     depends = {name: getattr(config, name) for name in config.named("result")}
     depends |= {"model": source.identity(run.content_hash), "data": run.content_hash(Path(config.data))}
     depends |= {"device": config.device.partition(":")[0], "engine": engine, "prompts": PROMPT_VERSION}
@@ -190,7 +190,7 @@ def _write_answers(
                     tracker.skip(len(block))
                 else:
                     began = time.perf_counter()
-                    lines = [orjson.dumps(record) for record in _records(load(), block, config)]
+                    lines = [orjson.dumps(record) for record in _answered_records(load(), block, config)]
                     stage.write(shards, pa.table({"record": lines}), time.perf_counter() - began)
                     tracker.advance(len(block))
                 shards += 1
@@ -215,7 +215,7 @@ def _write_answers(
     return Answered(count, failed)
 
 
-def _records(model: Any, block: Sequence[Entry], config: AnswerConfig) -> list[dict[str, Any]]:
+def _answered_records(model: Any, block: Sequence[Entry], config: AnswerConfig) -> list[dict[str, Any]]:
     """Return query and answer, or error, of each entry."""
     wrong = {place: reason for place, entry in enumerate(block) if (reason := unanswerable(entry))}
     valid = [entry.record for place, entry in enumerate(block) if place not in wrong]
@@ -254,7 +254,7 @@ def _answers(model: Any, records: list[dict[str, Any]], config: AnswerConfig) ->
             given,
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
-            **_way(config),
+            **_reading(config),
         )
         made: list[dict[str, Any]] = [{"answer": text} for text in texts]
         if model.config.kind.rates and not config.uncompressed:
@@ -268,7 +268,7 @@ def _answers(model: Any, records: list[dict[str, Any]], config: AnswerConfig) ->
     return [{"error": str(own)} if isinstance(own, InputError) else own for own in found]
 
 
-def summary(result: Answered, config: AnswerConfig) -> str:
+def answer_summary(result: Answered, config: AnswerConfig) -> str:
     """Return what the finished command prints about the file of answers.
 
     Args:
@@ -294,7 +294,7 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown answer") -
     Returns:
         The exit status, see `run_command`.
     """
-    usage = Usage(
+    usage = CommandHelp(
         program,
         "--model DIR --query TEXT | --data FILE --output_file FILE",
         "Answer a query about documents, or the queries of a file, with a trained model.",
@@ -303,7 +303,7 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown answer") -
     return run_cli(
         AnswerConfig,
         answer,
-        summary,
+        answer_summary,
         failure=lambda result, config: "" if config.output_file and result.failed == result.records else None,
         usage=usage,
         argv=argv,

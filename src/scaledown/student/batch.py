@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple, NotRequired, TypedDict
 import torch
 
 from scaledown.data.prompts import CLOSED_BOOK, Prompt, answer_prompt
-from scaledown.data.teacher.base import Generation, Rejection
+from scaledown.data.teacher.base import Rejection, TeacherSettings
 from scaledown.data.teacher.context import Context
 from scaledown.errors import InputError, ModelError
 from scaledown.records import document_text
@@ -17,13 +17,13 @@ IGNORED: Final = -100  # a label without loss, by the convention of transformers
 SEPARATOR: Final = "\n\n"  # between documents, as in `Prompt.user`
 
 # Marks the place of the documents while the chat template is applied. It is removed from texts of users.
-_DOCUMENTS: Final = "\ue000documents\ue000"
+_DOCUMENTS_MARK: Final = "\ue000documents\ue000"
 FIXED_TOKENS: Final = 128  # tokens that take as long as a pass itself; more on a GPU, fewer on two CPU cores
 PASS_TOKENS: Final = 1 << 15  # in one forward pass of the compressor, at most: bounds its memory
 CPU_PASS_TOKENS: Final = 1 << 12  # more do not fit into a CPU's caches
 
 
-class Document(NamedTuple):
+class EncodedDocument(NamedTuple):
     """A query with one document, in the compressor's tokens."""
 
     ids: list[int]
@@ -38,14 +38,14 @@ class Document(NamedTuple):
     """For each of the document's tokens, whether the answer copies it; empty if that is not known."""
 
 
-_STAND_IN: Final = Document([0], 0, 1, 1)
+_STAND_IN: Final = EncodedDocument([0], 0, 1, 1)
 """One token, for a pass without documents."""
 
 
 class Encoded(NamedTuple):
     """One example as token ids."""
 
-    documents: list[Document]
+    documents: list[EncodedDocument]
     prompt_parts: list[list[int]]
     """The generator's tokens before, between and after the documents; empty in a pointer's pretraining."""
     answer_ids: list[int]
@@ -60,7 +60,7 @@ class Encoded(NamedTuple):
         return sum(map(len, self.prompt_parts)) + embeddings
 
 
-class Question(NamedTuple):
+class EncodedQuestion(NamedTuple):
     """A prompt, and the embeddings of its documents if they are already compressed."""
 
     encoded: Encoded
@@ -140,7 +140,7 @@ def collate(examples: Sequence[Encoded], *, one_group: bool = False) -> Batch:
         labels[row, place : place + len(answer)] = answer
         scores += example.scores if example.scores is not None else [float("nan")] * len(example.documents)
     documents = [document for example in examples for document in example.documents]
-    groups = [_grouped(documents or [_STAND_IN])] if one_group else group(documents)
+    groups = [_one_group(documents or [_STAND_IN])] if one_group else group(documents)
     copied = torch.zeros(len(documents), max((one.stop - one.start for one in documents), default=1) or 1)
     for row, document in enumerate(documents):
         copied[row, : len(document.copied)] = torch.tensor(document.copied, dtype=torch.float32)
@@ -156,7 +156,7 @@ def collate(examples: Sequence[Encoded], *, one_group: bool = False) -> Batch:
 
 
 def group(
-    documents: Sequence[Document], most_tokens: int = PASS_TOKENS, *, after_queries: int = 0
+    documents: Sequence[EncodedDocument], most_tokens: int = PASS_TOKENS, *, after_queries: int = 0
 ) -> list[Group]:
     """Group documents of similar length, so that padding and forward passes together cost least.
 
@@ -174,12 +174,12 @@ def group(
     read = [len(document.ids) - (document.start if after_queries else 0) for document in documents]
     kept = [after_queries + length for length in read]
     for places in _partition(read, kept, most_tokens):
-        own = _grouped([documents[place] for place in places])
+        own = _one_group([documents[place] for place in places])
         groups.append(own | {"places": torch.tensor(places)})
     return groups
 
 
-def _grouped(documents: Sequence[Document]) -> Group:
+def _one_group(documents: Sequence[EncodedDocument]) -> Group:
     """Make one group of all documents, in their order."""
     lengths = torch.tensor([len(document.ids) for document in documents])
     ids = torch.zeros(len(documents), int(lengths.max()), dtype=torch.long)  # [documents, length]
@@ -235,17 +235,17 @@ class _Pieces(Context):
 
     def spelled(self, text: str) -> str:
         """Remove the mark of the documents, then neutralize special tokens: the mark may have split one."""
-        return self.spelled_apart(text.replace(_DOCUMENTS[0], ""))
+        return self.spelled_apart(text.replace(_DOCUMENTS_MARK[0], ""))
 
     def around(self, prompt: Prompt, documents: int) -> list[list[int]]:
         """Return the token ids before, between and after `documents` documents, tokenized piece by piece."""
-        user = self.spelled(prompt.before) + _DOCUMENTS + self.spelled(prompt.after)
+        user = self.spelled(prompt.before) + _DOCUMENTS_MARK + self.spelled(prompt.after)
         special = self._tokenizer.chat_template is None
         if special:
             text = f"{prompt.system}\n\n{user}\nAnswer:".lstrip()
         else:
             text = self._render(prompt.system, user, fold=self._folds_system)
-        before, _, after = text.partition(_DOCUMENTS)
+        before, _, after = text.partition(_DOCUMENTS_MARK)
         pieces = [before, *[SEPARATOR] * (documents - 1), after]
         return [
             self._tokenizer(piece, add_special_tokens=special and not number, verbose=False)["input_ids"]
@@ -276,7 +276,7 @@ class Reader:
         self._config = config
         self._tokenizer = tokenizer
         self._compressor = compressor_tokenizer
-        self._pieces = _Pieces(config.generator_name, tokenizer, context, Generation(max_new_tokens=1))
+        self._pieces = _Pieces(config.generator_name, tokenizer, context, TeacherSettings(max_new_tokens=1))
         special = compressor_tokenizer("")["input_ids"]
         first = {compressor_tokenizer.cls_token_id, compressor_tokenizer.bos_token_id}
         self._start = [token for token in special[:1] if token in first]
@@ -363,12 +363,12 @@ class Reader:
         texts = [document_text(document) for document in documents]
         template = self._config.template if texts else CLOSED_BOOK
         prompt = self._instructed(answer_prompt("", query, texts, 0.0, template), system)
-        generation = Generation(max_new_tokens=max_new_tokens)
+        generation = TeacherSettings(max_new_tokens=max_new_tokens)
         return Context(self._config.generator_name, self._tokenizer, self.context, generation).fit(prompt)
 
     def read(
         self, query: str, documents: Sequence[object], answer: str = "", *, rate: int = 0
-    ) -> list[Document]:
+    ) -> list[EncodedDocument]:
         """Tokenize the query with each document for the compressor.
 
         Args:
@@ -403,7 +403,7 @@ class Reader:
             tokens = tokens[: config.doc_max_length]
             memory = config.memory_tokens_of(len(tokens), rate or config.compression_rate)
             ids = [*self._start, *asked, *tokens, *self._end]
-            found.append(Document(ids, start, start + len(tokens), memory))
+            found.append(EncodedDocument(ids, start, start + len(tokens), memory))
             if answer:
                 offsets.append(read["offset_mapping"][: len(tokens)])
                 texts.append(

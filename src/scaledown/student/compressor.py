@@ -144,19 +144,19 @@ class Compressor:
             All documents in the order of their `places`.
         """
         if not groups:
-            return nothing(model)
+            return no_documents(model)
         states = torch.cat([self.states(model, group) for group in groups])
-        return self.embed(model, states[in_order(groups).to(states.device)])
+        return self.embed(model, states[document_order(groups).to(states.device)])
 
 
-def nothing(model: Any) -> Compressed:
+def no_documents(model: Any) -> Compressed:
     """Return the result of compressing no documents."""
     embeddings = model.get_input_embeddings()
     none = embeddings.weight.new_zeros(0, embeddings.embedding_dim)
     return Compressed(none, [], none[:, 0].float() if model.config.ranks else None)
 
 
-def in_order(groups: Sequence[Any]) -> torch.Tensor:
+def document_order(groups: Sequence[Any]) -> torch.Tensor:
     """Return the permutation that sorts the documents of all groups, concatenated, by their `places`.
 
     Args:

@@ -57,7 +57,7 @@ class Decoding:
         places = places[:, -1:]
         if len(self):
             length = max(self._mask.shape[1], mask.shape[1])
-            mask = torch.cat([_widened(self._mask, length, 1), _widened(mask, length, 1)])
+            mask = torch.cat([_padded_rows(self._mask, length, 1), _padded_rows(mask, length, 1)])
             places = torch.cat([self._places, places])
             logits = torch.cat([self.logits, logits])
             try:
@@ -108,12 +108,12 @@ def _join(first: DynamicCache, second: DynamicCache) -> None:
     """Append the second cache's rows to the first, layer by layer: all at once needs twice the memory."""
     for own, other in zip(first.layers, second.layers, strict=True):
         length = max(own.keys.shape[2], other.keys.shape[2])
-        own.keys = torch.cat([_widened(layer.keys, length, 2) for layer in (own, other)])
-        own.values = torch.cat([_widened(layer.values, length, 2) for layer in (own, other)])
+        own.keys = torch.cat([_padded_rows(layer.keys, length, 2) for layer in (own, other)])
+        own.values = torch.cat([_padded_rows(layer.values, length, 2) for layer in (own, other)])
         other.keys = other.values = None
 
 
-def _widened(rows: torch.Tensor, length: int, axis: int) -> torch.Tensor:
+def _padded_rows(rows: torch.Tensor, length: int, axis: int) -> torch.Tensor:
     """Pad `rows` with zeros in front to `length` entries along an axis."""
     after = [0, 0] * (rows.ndim - 1 - axis)  # torch counts axes from the last
     return nn.functional.pad(rows, [*after, length - rows.shape[axis], 0])

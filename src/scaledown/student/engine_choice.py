@@ -1,9 +1,10 @@
 """The choice of the engine that writes a student's answers."""
 
+from scaledown.config.shared import AUTO
 from scaledown.errors import UsageError, install_command
 from scaledown.extensions import STUDENT_ENGINES
 from scaledown.models.sources import ModelSource
-from scaledown.student.engines.base import AUTO, StudentEngine
+from scaledown.student.engines.base import StudentEngine
 
 
 def choose_engine(name: str, device: str, source: ModelSource, *, eight_bits: bool = False) -> StudentEngine:

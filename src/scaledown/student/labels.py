@@ -30,7 +30,7 @@ def copied_spans(query: str, documents: Sequence[str], answer: str) -> list[list
     whole = [occurrences(document, answer) for document in documents]
     if any(whole):
         return whole
-    words = _content(answer) - _content(query)
+    words = _content_words(answer) - _content_words(query)
     found = [
         [match.span() for match in WORD.finditer(document) if match.group().lower() in words]
         for document in documents
@@ -59,14 +59,14 @@ def occurrences(document: str, answer: str) -> list[Span]:
         The places of the answer, in order.
     """
     text = answer.strip().strip(".").strip()
-    if not _content(text):
+    if not _content_words(text):
         return []
     # Not a part of another word ("Man" in "Spider-Man") or of another number ("1" in "1,000").
     pattern = re.compile(rf"(?<![\w-])(?<!\d[.,]){re.escape(text)}(?![\w-])(?![.,]\d)", re.IGNORECASE)
     return [match.span() for match in pattern.finditer(document)]
 
 
-def _content(text: str) -> set[str]:
+def _content_words(text: str) -> set[str]:
     """Return the content words of a text, without yes, no and single letters."""
     words = set(content_words(text)) - {"yes", "no"}
     return {word for word in words if not (len(word) == 1 and word.isascii() and word.isalpha())}

@@ -29,7 +29,7 @@ from scaledown.student.compressors import layers
 from scaledown.student.inference.answering import Answering
 from scaledown.student.settings import ScaleDownConfig
 
-WEIGHTS: Final = {"answer_loss": 1.0, "rerank_loss": 0.05, "pointer_loss": 1.0}
+LOSS_WEIGHTS: Final = {"answer_loss": 1.0, "rerank_loss": 0.05, "pointer_loss": 1.0}
 """Weights of the losses; those of answers and of the reranking head are from arXiv 2504.07109, section 3."""
 COMPRESSOR_FOLDER: Final = "compressor"  # the tokenizer of a separate compressor, in a model's folder
 
@@ -39,7 +39,7 @@ class Output(ModelOutput):  # type: ignore[misc]  # transformers has no types
     """Losses of one batch, scalars. A loss that the model does not have is 0."""
 
     loss: torch.Tensor | None = None
-    """The sum of the others, weighted by `WEIGHTS`."""
+    """The sum of the others, weighted by `LOSS_WEIGHTS`."""
     answer_loss: torch.Tensor | None = None
     """Cross-entropy on the answers' tokens; the mean over the tokens of the batch."""
     rerank_loss: torch.Tensor | None = None
@@ -262,7 +262,7 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
         """
         compressed = self.compress_ids(groups)
         zero = torch.zeros((), device=ids.device)
-        losses = dict.fromkeys(WEIGHTS, zero)
+        losses = dict.fromkeys(LOSS_WEIGHTS, zero)
         if ids.shape[1]:
             losses["answer_loss"] = self._answer_loss(compressed.embeddings, ids, is_memory, labels)
         if self.config.enable_reranking and compressed.relevance is not None and scores is not None:
@@ -273,7 +273,7 @@ class ScaleDownModel(Answering, PreTrainedModel):  # type: ignore[misc]  # trans
             own = self.config.kind.loss(compressed, copied, sizes.tolist())
             if own is not None:
                 losses["pointer_loss"] = own / len(ids)
-        weighted = [WEIGHTS[name] * value for name, value in losses.items()]
+        weighted = [LOSS_WEIGHTS[name] * value for name, value in losses.items()]
         return Output(loss=torch.stack(weighted).sum(), **losses)
 
     def _answer_loss(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from scaledown.command import Usage, run_cli
+from scaledown.command import CommandHelp, run_cli
 from scaledown.config.train import GROUPS, PretrainConfig
 
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown pretrain")
     Returns:
         The exit status, see `run_command`.
     """
-    usage = Usage(
+    usage = CommandHelp(
         program,
         "--corpus_path PATH",
         "Train a compressor and a generator together on passages of any text, before `scaledown train`: the "
@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown pretrain")
         return train(config, overwrite=overwrite)
 
     def shown(result: Any, _config: PretrainConfig) -> str:
-        from scaledown.student.training.summary import summary
+        from scaledown.student.training.summary import training_summary
 
-        return summary(result, pretrained=True)
+        return training_summary(result, pretrained=True)
 
     return run_cli(PretrainConfig, run, shown, usage=usage, argv=argv)

@@ -12,8 +12,8 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from scaledown.data.input.training_files import format_of, sound_records
-from scaledown.data.output.columns import columns_of
+from scaledown.data.input.training_files import output_format, sound_records
+from scaledown.data.output.columns import columns_of_files
 from scaledown.data.output.writers import write_examples
 from scaledown.errors import OutputError, UsageError
 from scaledown.records import title_of
@@ -121,7 +121,7 @@ def split(keys: Keys, fraction: float, seed: int) -> Split:
         ("question", everything, questions),
     )
     for by, rows, values in attempts:
-        chosen = _choose(_groups(rows, values, count), wanted, seed)
+        chosen = _choose(_group_of_rows(rows, values, count), wanted, seed)
         if chosen.sum() * 2 >= wanted:
             held_out = np.flatnonzero(chosen)
             of_training = documents[~chosen[owners]]
@@ -168,11 +168,11 @@ def split_files(
             f"the {number:,} records cannot be split: records with one question stay together, and each "
             "question has more of them than the part to hold out: give a larger --fraction, or more records"
         )
-    columns = columns_of(files) if format_of(Path(names[0])).needs_columns else None
+    columns = columns_of_files(files) if output_format(Path(names[0])).needs_columns else None
     with atomic_folder(output) as folder:
         folder.mkdir()
         for name, rows in zip(names, (parts.train, parts.held_out), strict=True):
-            write_examples(folder / name, _chosen(files, set(rows.tolist())), columns)
+            write_examples(folder / name, _chosen_records(files, set(rows.tolist())), columns)
         same = made and all(filecmp.cmp(folder / name, output / name, shallow=False) for name in names)
         if made and not same and not overwrite:
             raise OutputError(
@@ -181,7 +181,7 @@ def split_files(
     return parts
 
 
-def _chosen(files: Sequence[Path], rows: Collection[int]) -> Iterator[Mapping[str, Any]]:
+def _chosen_records(files: Sequence[Path], rows: Collection[int]) -> Iterator[Mapping[str, Any]]:
     return (record for row, record in enumerate(sound_records(files)) if row in rows)
 
 
@@ -196,7 +196,7 @@ def _owners(keys: Keys) -> np.ndarray:
     return np.searchsorted(ends, np.arange(len(keys.documents)), side="right")
 
 
-def _groups(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+def _group_of_rows(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
     """Return the group of each of `count` rows.
 
     Rows that share a value, directly or indirectly, are a group.

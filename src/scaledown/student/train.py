@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from scaledown.command import Usage, run_cli
+from scaledown.command import CommandHelp, run_cli
 from scaledown.config.train import GROUPS, TrainConfig
 
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown train") ->
     Returns:
         The exit status, see `run_command`.
     """
-    usage = Usage(
+    usage = CommandHelp(
         program,
         "--train_data FILE",
         "Train OSCAR: a compressor of documents, and a generator that answers from the compressed documents. "
@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None, program: str = "scaledown train") ->
         return train(config, overwrite=overwrite)
 
     def shown(result: Any, _config: TrainConfig) -> str:
-        from scaledown.student.training.summary import summary
+        from scaledown.student.training.summary import training_summary
 
-        return summary(result)
+        return training_summary(result)
 
     return run_cli(TrainConfig, run, shown, usage=usage, argv=argv)

@@ -14,13 +14,13 @@ from tokenizers import Tokenizer
 import tiny
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.input import files, tables
-from scaledown.data.input.chunking import Chunker, Words, sentences, splits_at_spaces
+from scaledown.data.input.chunking import Chunker, Words, sentence_spans, splits_at_spaces
 from scaledown.data.input.corpus import (
     PassageTable,
     build_passages,
+    bundled_corpus,
     parse_article,
     parse_block,
-    sample_corpus,
 )
 from scaledown.errors import InputError
 from scaledown.models.sources import resolve
@@ -145,7 +145,7 @@ def test_other_passage_modes(tokenizer) -> None:
 
 def test_sentences_cover_the_text() -> None:
     text = 'He said "Stop!" Then he left. Did he? 東京です。大阪です。 End'
-    pieces = [text[start:end] for start, end in sentences(text)]
+    pieces = [text[start:end] for start, end in sentence_spans(text)]
     assert "".join(pieces) == text
     assert [piece.strip() for piece in pieces] == [
         'He said "Stop!"',
@@ -270,7 +270,7 @@ def test_a_file_cut_short_is_an_error_and_not_an_end(kind: str, tmp_path: Path, 
 
 
 def test_max_corpus_size_counts_articles(tmp_path: Path, models) -> None:
-    stage = passages_of(sample_corpus(), tmp_path / "w", models, max_corpus_size=7)
+    stage = passages_of(bundled_corpus(), tmp_path / "w", models, max_corpus_size=7)
     assert stage.finished().counts["articles"] == 7
     table = PassageTable(stage)
     assert len({table[row].doc_id for row in range(len(table))}) == 7
@@ -278,9 +278,9 @@ def test_max_corpus_size_counts_articles(tmp_path: Path, models) -> None:
 
 
 def test_shards_hold_whole_articles(tmp_path: Path, models) -> None:
-    whole = passages_of(sample_corpus(), tmp_path / "a", models)
+    whole = passages_of(bundled_corpus(), tmp_path / "a", models)
     expected = [tuple(row.values()) for table in whole.tables() for row in table.to_pylist()]
-    parts = passages_of(sample_corpus(), tmp_path / "b", models, passages_per_shard=20)
+    parts = passages_of(bundled_corpus(), tmp_path / "b", models, passages_per_shard=20)
     assert len(parts.finished().rows) == 4
     articles = [set(table.column("doc_id").to_pylist()) for table in parts.tables()]
     assert sum(map(len, articles)) == len(set().union(*articles)) == 60
@@ -360,7 +360,7 @@ def test_lines_are_numbered_across_chunks(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("kind", ["jsonl", "gz", "parquet", "csv", "folder"])
 def test_the_share_that_was_read_grows_to_the_whole(kind: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(files, "_CHUNK_BYTES", 64)
-    meter = files.Meter(files.input_files(_write(tmp_path, kind), "corpus"))
+    meter = files.ReadingMeter(files.input_files(_write(tmp_path, kind), "corpus"))
     seen = [meter.fraction()]
     for path in meter.paths:
         seen += [meter.fraction() for _ in tables.rows(path, tables.CORPUS, meter=meter)]

@@ -172,7 +172,7 @@ def test_a_file_url_is_a_local_path(tmp_path: Path) -> None:
 def test_the_share_that_was_read_grows_to_the_whole(kind: str, server: Server, monkeypatch) -> None:
     monkeypatch.setattr(files, "_CHUNK_BYTES", 64)
     server.files[f"c.{kind}"] = packed(kind)
-    meter = files.Meter([files.locate(server.url(f"c.{kind}"), "--corpus_path")])
+    meter = files.ReadingMeter([files.locate(server.url(f"c.{kind}"), "--corpus_path")])
     assert meter.size == len(packed(kind))
     seen = [
         meter.fraction(),
@@ -187,7 +187,7 @@ def test_an_unknown_size_is_no_obstacle(server: Server) -> None:
     server.length = False
     server.files["c.jsonl.gz"] = packed("jsonl.gz")
     source = files.locate(server.url("c.jsonl.gz"), "--corpus_path")
-    meter = files.Meter([source])
+    meter = files.ReadingMeter([source])
     assert len([meter.fraction() for _ in tables.rows(source, tables.CORPUS, meter=meter)]) == len(RECORDS)
 
 

@@ -2,7 +2,7 @@
 
 import random
 
-from scaledown.data.input.seen import Ids, Seen
+from scaledown.data.input.seen import Seen, UniqueIds
 
 
 def test_it_is_a_set() -> None:
@@ -25,7 +25,7 @@ def test_spaces_around_a_query_do_not_count() -> None:
 
 
 def test_each_gets_an_id_of_its_own() -> None:
-    ids = Ids()
+    ids = UniqueIds()
     given = ["a", "b", "a", "a#2", "a", "x y", "x_y", "", "b"]
     assert [ids.own(one) for one in given] == ["a", "b", "a#2", "a#2#2", "a#3", "x y", "x_y#2", "", "b#2"]
     assert ids.renamed == 5

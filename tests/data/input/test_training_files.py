@@ -15,7 +15,7 @@ from scaledown.cli import main
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.input import training_files
 from scaledown.data.input.training_files import entries, problems, validate
-from scaledown.data.output.merge import _COMPARED, merge
+from scaledown.data.output.merge import _COMPARED_SETTINGS, merge
 from scaledown.data.output.writers import write_examples
 from scaledown.errors import InputError, OutputError, UsageError
 from scaledown.run import progress
@@ -355,7 +355,7 @@ def test_merge_compares_only_what_changes_the_examples(tmp_path: Path, caplog) -
     first, second = made(tmp_path / "a.json", numbered([1])), made(tmp_path / "b.json", numbered([2]), **own)
     assert merge([first, second], tmp_path / "full.json").records == 2
     assert not caplog.records
-    assert set(_COMPARED) <= {field.name for field in dataclasses.fields(PrepareConfig)}
+    assert set(_COMPARED_SETTINGS) <= {field.name for field in dataclasses.fields(PrepareConfig)}
 
 
 def test_merge_finds_the_manifest_of_a_run_directory_of_another_name(tmp_path: Path, caplog) -> None:

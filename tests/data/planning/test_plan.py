@@ -140,7 +140,7 @@ def test_corpora_that_cannot_be_entered_midway(kind: str, tmp_path, monkeypatch,
     import pyarrow.parquet
 
     from scaledown.data.input import files
-    from scaledown.data.input.corpus import load_tokenizer
+    from scaledown.data.input.corpus import load_retriever_tokenizer
     from scaledown.models.sources import resolve
 
     monkeypatch.setattr(sampling, "_BYTES_A_PLACE", 1 << 11)
@@ -166,7 +166,7 @@ def test_corpora_that_cannot_be_entered_midway(kind: str, tmp_path, monkeypatch,
     config = PrepareConfig(
         retriever_model=str(models["splade"]), queries_file=("q.txt",), output_file="o.json"
     )
-    tokenizer = load_tokenizer(resolve(config.retriever_model), config)
+    tokenizer = load_retriever_tokenizer(resolve(config.retriever_model), config)
     found = sampling.sample_corpus(config, [path], tokenizer)
     with monkeypatch.context() as patch:
         patch.setattr(sampling, "_BYTES_A_PLACE", 1 << 30)
@@ -206,7 +206,7 @@ def test_a_full_disk_is_listed(flags, monkeypatch, capsys) -> None:
 
 
 def test_a_run_of_days_without_a_gpu_says_so(flags, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(planning, "_LONG_SECONDS", 0.0)
+    monkeypatch.setattr(planning, "_LONG_RUN_SECONDS", 0.0)
     assert cli.main(["plan", *flags]) == 1
     assert "missing: a GPU: " in capsys.readouterr().out
 

@@ -9,9 +9,9 @@ import pytest
 
 from scaledown.data.input.gold import Gold
 from scaledown.data.report import audit as room
-from scaledown.data.report.audit import audit, marked, recall
+from scaledown.data.report.audit import audit, marked, recall_by_depth
 from scaledown.errors import InputError
-from scaledown.report.page import Piece
+from scaledown.report.page import MarkedText
 from scaledown.text import question_key
 
 Write = Callable[..., Path]
@@ -70,7 +70,7 @@ def test_place_of_the_answer_in_the_documents(write: Write) -> None:
     found = audit(write(*records, lost), gold(who_was_ada="countess", who="Countess", why="honey"))
     assert found.gold_places == [1, 2, 0]
     assert found.answer_places == [1, 2, 0]
-    assert recall(found.gold_places, 2) == pytest.approx([1 / 3, 2 / 3])
+    assert recall_by_depth(found.gold_places, 2) == pytest.approx([1 / 3, 2 / 3])
     assert found.tags["right"] == 2
     assert found.tags["wrong"] == 1
     assert found.tags["right answer in no document"] == 1
@@ -96,7 +96,7 @@ def test_a_large_file_is_sampled_and_counted_whole(write: Write) -> None:
 
 
 def test_what_has_problems_is_shown_first(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "SHOWN", 5)
+    monkeypatch.setattr(room, "SHOWN_EXAMPLES", 5)
     records = [SOUND | {"query": f"Who was number {n}?"} for n in range(40)]
     records[31] = records[31] | {"answer": "I'm sorry."}
     shown = audit(write(*records)).shown
@@ -131,11 +131,19 @@ def test_a_sample_is_bounded_by_its_size(write: Write, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("phrases", "words", "expected"),
     [
-        (["the Sun"], ["sun"], [Piece("Under ", False), Piece("the sun", True), Piece(", sunny.", False)]),
-        (["Moon"], ["sun"], [Piece("Under the ", False), Piece("sun", True), Piece(", sunny.", False)]),
-        ([""], [], [Piece("Under the sun, sunny.", False)]),
-        (["(.*"], ["\\w"], [Piece("Under the sun, sunny.", False)]),
+        (
+            ["the Sun"],
+            ["sun"],
+            [MarkedText("Under ", False), MarkedText("the sun", True), MarkedText(", sunny.", False)],
+        ),
+        (
+            ["Moon"],
+            ["sun"],
+            [MarkedText("Under the ", False), MarkedText("sun", True), MarkedText(", sunny.", False)],
+        ),
+        ([""], [], [MarkedText("Under the sun, sunny.", False)]),
+        (["(.*"], ["\\w"], [MarkedText("Under the sun, sunny.", False)]),
     ],
 )
-def test_marking(phrases: list[str], words: list[str], expected: list[Piece]) -> None:
+def test_marking(phrases: list[str], words: list[str], expected: list[MarkedText]) -> None:
     assert marked("Under the sun, sunny.", phrases, words) == expected

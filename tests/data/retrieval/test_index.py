@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.retrieval import index, search_kernels, stages
-from scaledown.data.retrieval.index import Ranking, nothing, pack, postings, search, unpack
+from scaledown.data.retrieval.index import Ranking, pack, postings, search, unpack, zero_vectors
 from scaledown.data.retrieval.stages import SearchPlan, find_exactly
 from scaledown.errors import RunDirectoryError
 from scaledown.run.directory import RunDirectory
@@ -359,6 +359,6 @@ def test_passages_of_a_given_up_shard_are_not_found(kind: str) -> None:
     assert {*found.rows.ravel()} == {0, 1, 2, 3, 8, 9, 10, 11}
     scores = np.asarray((vectors @ queries.T).todense() if kind == "sparse" else vectors @ queries.T).T
     np.testing.assert_allclose(found.scores, np.take_along_axis(scores, found.rows, 1), rtol=1e-5)
-    stand_in = nothing(tables[0], 4)
+    stand_in = zero_vectors(tables[0], 4)
     assert unpack(stand_in).shape == (4, 30)
     assert stand_in.schema.equals(tables[0].schema)

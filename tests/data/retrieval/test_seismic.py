@@ -10,7 +10,7 @@ import scipy.sparse as sp
 
 from scaledown.data.retrieval.index import Ranking, pack, search
 from scaledown.data.retrieval.parts import open_stage
-from scaledown.data.retrieval.seismic import CARES, SeismicIndex, recall
+from scaledown.data.retrieval.seismic import CARES, SeismicIndex, recall_of_search
 from scaledown.errors import install_command
 from scaledown.run.directory import RunDirectory
 from scaledown.run.stage import Stage
@@ -48,7 +48,7 @@ def test_search_finds_most_of_the_exact_top_k_for_any_number_of_groups(stage, tm
     queries = vectors(50, 99)
     best = exact(stage, queries, 10)
     found = index.search(queries, 10, CARES[-1])
-    assert recall(found, best) > 0.8  # many scores are nearly the same
+    assert recall_of_search(found, best) > 0.8  # many scores are nearly the same
     assert found.scores.sum() > 0.98 * best.scores.sum()
     same = found.rows == best.rows
     np.testing.assert_allclose(found.scores[same], best.scores[same], rtol=1e-3)
@@ -64,15 +64,15 @@ def test_index_is_built_once(stage, tmp_path, monkeypatch) -> None:
 def test_recall_is_the_share_of_the_exact_top_k() -> None:
     scores = np.zeros((2, 3), np.float32)
     best = Ranking(np.array([[1, 2, 3], [4, 5, 6]]), scores)
-    assert recall(best, best) == 1
-    assert recall(Ranking(np.array([[3, 1, 9], [7, 8, 9]]), scores), best) == pytest.approx(1 / 3)
+    assert recall_of_search(best, best) == 1
+    assert recall_of_search(Ranking(np.array([[3, 1, 9], [7, 8, 9]]), scores), best) == pytest.approx(1 / 3)
 
 
 def test_prepare_records_the_recall_and_stops_below_min_recall(prepare, capsys, monkeypatch) -> None:
     flags = ("--search", "approximate", "--top_k_retrieval", "5")
     assert prepare(*flags) == 0
     stages = json.loads((prepare.work / "manifest.json").read_text())["stages"]
-    assert stages["candidates"]["measured"]["recall"] >= 0.99
+    assert stages["candidates"]["measured"]["recall_of_search"] >= 0.99
     assert "recall 1.0000" in capsys.readouterr().out
     approximate = json.loads(prepare.output.read_text())
     assert prepare("--top_k_retrieval", "5", "--output_file", str(prepare.output) + ".exact.json") == 0
@@ -121,7 +121,7 @@ def test_removed_passages_are_replaced_or_the_query_is_marked_unsure(stage, tmp_
         if number == 0:
             assert whole.mean() > 0.8
             sure = [Ranking(*(own[whole] for own in ranking)) for ranking in (found, expected)]
-            assert recall(*sure) > 0.8
+            assert recall_of_search(*sure) > 0.8
         else:
             assert not whole.all(), "a caller searches the others exactly"
     assert len({path.parent for path in (tmp_path / "home").rglob("*.seismic")}) == 1, (

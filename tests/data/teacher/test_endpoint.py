@@ -23,7 +23,7 @@ from misbehaving import FAULTS, Misbehaving, answer_to, mixture
 from scaledown.data.input.training_files import validate
 from scaledown.data.prompts import Prompt
 from scaledown.data.teacher import dispatch, rate_limit, servers
-from scaledown.data.teacher.base import Generation, Rejection
+from scaledown.data.teacher.base import Rejection, TeacherSettings
 from scaledown.data.teacher.chat import Chat
 from scaledown.data.teacher.engines.endpoint import EndpointTeacher
 from scaledown.data.teacher.rate_limit import Endpoint, Fault, Rate, retry_after
@@ -73,7 +73,7 @@ def serve() -> Iterator[Callable[..., Misbehaving]]:
 
 
 def teacher(*servers: Misbehaving | str, model: str = "wise-owl", **settings: Any) -> EndpointTeacher:
-    generation = settings.pop("generation", Generation(max_new_tokens=16, seed=5))
+    generation = settings.pop("generation", TeacherSettings(max_new_tokens=16, seed=5))
     urls = [server if isinstance(server, str) else server.url for server in servers]
     return EndpointTeacher(model, urls, generation, **{"request_timeout": 5.0} | settings)
 
@@ -327,7 +327,7 @@ def test_a_hopeless_prompt_is_rejected_and_the_others_are_answered(serve: Any, f
     assert results[2].reason.startswith("given up after 8 tries: ")
     if fault == "model":
         assert results[2].reason.endswith("answered by another model: impostor")
-    assert server.asked["Question 2"] == servers.TRIES
+    assert server.asked["Question 2"] == servers.REQUEST_TRIES
     assert sum(isinstance(result, Answer) for result in results.values()) == 5
 
 
@@ -520,7 +520,7 @@ def test_a_message_without_content_is_no_answer(end: str, said: str) -> None:
                 "usage": {"completion_tokens": 10},
             },
         )
-        chat = Chat("m", Generation(max_new_tokens=16), "")
+        chat = Chat("m", TeacherSettings(max_new_tokens=16), "")
         result = chat.read(chat.draft(prompt(0)), response).result
         assert isinstance(result, Rejection)
         assert result.reason.startswith(said)
@@ -539,7 +539,7 @@ def test_a_message_without_content_is_no_answer(end: str, said: str) -> None:
 )
 def test_what_waiting_does_not_mend_in_any_words(status: int, error: Any, spent: bool) -> None:
     response = httpx2.Response(status, json={"error": error})
-    assert Chat("m", Generation(), "").is_spent(response) == spent
+    assert Chat("m", TeacherSettings(), "").is_spent(response) == spent
 
 
 @pytest.mark.parametrize(
@@ -552,7 +552,7 @@ def test_what_waiting_does_not_mend_in_any_words(status: int, error: Any, spent:
     ],
 )
 def test_the_status_of_an_error_without_one(error: Any, status: int) -> None:
-    assert Chat("m", Generation(), "").status(httpx2.Response(200, json={"error": error})) == status
+    assert Chat("m", TeacherSettings(), "").status(httpx2.Response(200, json={"error": error})) == status
 
 
 @pytest.mark.parametrize(
@@ -571,7 +571,7 @@ def test_the_status_of_an_error_without_one(error: Any, status: int) -> None:
 def test_fields_that_a_server_refuses_are_left_out(
     temperature: float, reply: str, gone: str, warning: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    chat = Chat("m", Generation(temperature=temperature), "")
+    chat = Chat("m", TeacherSettings(temperature=temperature), "")
     draft = chat.draft(prompt(0, temperature=temperature))
     body = chat.body(draft)
     assert gone in body
@@ -581,7 +581,7 @@ def test_fields_that_a_server_refuses_are_left_out(
 
 
 def test_a_limit_of_input_and_output_together_shortens_the_documents() -> None:
-    chat = Chat("m", Generation(), "")
+    chat = Chat("m", TeacherSettings(), "")
     draft = chat.draft(prompt(0, DOCUMENTS))
     said = "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 4100 `inputs` tokens"
     assert chat.adapts(chat.body(draft), draft, httpx2.Response(422, text=said))
@@ -634,7 +634,7 @@ def test_a_server_with_one_temperature_names_the_flag_or_gets_none(
 ) -> None:
     server = serve()
     server.only_temperature = 1.0
-    flagged = Generation(max_new_tokens=16, temperature=0.0)
+    flagged = TeacherSettings(max_new_tokens=16, temperature=0.0)
     with pytest.raises(
         ModelError, match=r"--temperature 0: .*Only the default \(1\)\): give --temperature 1"
     ):
@@ -771,7 +771,9 @@ def test_a_question_that_is_too_long_alone_is_rejected(serve: Any) -> None:
 
 def test_documents_are_cut_to_the_tokens_that_are_shown(serve: Any) -> None:
     server = serve()
-    [(_, answer)] = teacher(server, generation=Generation(document_tokens=10)).answers([prompt(0, DOCUMENTS)])
+    [(_, answer)] = teacher(server, generation=TeacherSettings(document_tokens=10)).answers(
+        [prompt(0, DOCUMENTS)]
+    )
     sent = server.bodies[0]["messages"][-1]["content"]
     parts = sent.removeprefix("Background:\n").split("\n\n")[:3]
     assert parts == [f"Document {i}. word0 word1 word2 word3" for i in range(3)]
@@ -920,7 +922,7 @@ def test_log_probabilities_are_cut_with_the_thoughts(serve: Any) -> None:
     assert len(answer.answer_logprobs["top_logprobs"]) == 4
 
 
-ASKED = Generation(max_new_tokens=16, seed=5, logprobs=3)
+ASKED = TeacherSettings(max_new_tokens=16, seed=5, logprobs=3)
 
 
 def test_log_probabilities_are_asked_for_and_kept(serve: Any) -> None:

@@ -20,11 +20,11 @@ import pytest
 
 from scaledown.cli import main
 from scaledown.data.prompts import answer_prompt
-from scaledown.data.teacher.base import Engine, Generation, Rejection, Setup
+from scaledown.data.teacher.base import EngineSettings, Rejection, Setup, TeacherSettings
 from scaledown.data.teacher.engines import openvino as engine
 from scaledown.data.teacher.engines.openvino import (
     OpenVINOTeacher,
-    export,
+    export_teacher,
     exported,
     is_exported,
     openvino_genai,
@@ -139,7 +139,7 @@ def library(monkeypatch, tmp_path, models) -> type[Pipeline]:
 
 @pytest.fixture
 def teacher(library, models, monkeypatch) -> OpenVINOTeacher:
-    one = OpenVINOTeacher(resolve(str(models["causal_lm"])), Generation(max_new_tokens=8))
+    one = OpenVINOTeacher(resolve(str(models["causal_lm"])), TeacherSettings(max_new_tokens=8))
     monkeypatch.setattr(library, "tokenizer", one._tokenizer, raising=False)
     return one
 
@@ -254,7 +254,7 @@ needs_openvino = pytest.mark.skipif(
 def test_first_use_exports_once(models, tmp_path, monkeypatch, caplog) -> None:
     monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path))
     caplog.set_level("INFO")
-    source, generation = resolve(str(models["causal_lm"])), Generation(max_new_tokens=5)
+    source, generation = resolve(str(models["causal_lm"])), TeacherSettings(max_new_tokens=5)
     asked = [answer_prompt(str(n), "Why?", ["It is."], 0.0) for n in range(3)]
     for _ in range(2):
         given = [answer for _, answer in OpenVINOTeacher(source, generation).answers(asked)]
@@ -277,15 +277,15 @@ def test_interrupted_export_is_made_again_by_one_of_two(models, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr("scaledown.models.openvino.write_graph", half)
         with pytest.raises(KeyboardInterrupt):
-            export(source)
+            export_teacher(source)
     assert not is_exported(source)
     caplog.clear()
     with ThreadPoolExecutor(2) as both:
-        first, second = both.map(export, [source, source])
+        first, second = both.map(export_teacher, [source, source])
     assert first == second == exported(source)
     assert caplog.text.count("is exported once") == 1
     assert not [*first.parent.glob("*.tmp")]
-    assert OpenVINOTeacher(source, Generation(max_new_tokens=2))
+    assert OpenVINOTeacher(source, TeacherSettings(max_new_tokens=2))
 
 
 @needs_openvino
@@ -298,13 +298,15 @@ def test_export_that_the_engine_cannot_run_is_not_kept(models, tmp_path, monkeyp
 
     monkeypatch.setattr(engine, "_pipeline", refused)
     with pytest.raises(ModelError, match=r"cannot run it \(no paged attention\): use --teacher_"):
-        export(source)
+        export_teacher(source)
     assert not is_exported(source)
 
 
 @needs_openvino
 def test_other_devices_than_a_cpu_are_refused(models) -> None:
-    setup = Setup(resolve(str(models["causal_lm"])), "cuda", Generation(), Engine(backend="openvino"))
+    setup = Setup(
+        resolve(str(models["causal_lm"])), "cuda", TeacherSettings(), EngineSettings(backend="openvino")
+    )
     with pytest.raises(UsageError, match="runs on a CPU only"):
         engine.ENGINE.preflight(setup)
 
@@ -317,7 +319,7 @@ def test_teacher_that_reads_a_window_is_refused_before_any_work(models, tmp_path
     config = json.loads((model / "config.json").read_text())
     changed = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4}
     (model / "config.json").write_text(json.dumps(config | changed))
-    setup = Setup(resolve(str(model)), "cpu", Generation(), Engine(backend="openvino"))
+    setup = Setup(resolve(str(model)), "cpu", TeacherSettings(), EngineSettings(backend="openvino"))
     with pytest.raises(ModelError, match="does not keep all positions.*use --teacher_backend transformers"):
         engine.ENGINE.preflight(setup)
 
@@ -327,7 +329,7 @@ def test_teacher_that_reads_a_window_is_refused_before_any_work(models, tmp_path
 def test_engine_that_is_stopped_early_prints_nothing(models, tmp_path, monkeypatch, capfd) -> None:
     """It said `[ERROR] BlockManager leaked sequence block tables` after Ctrl-C."""
     monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path))
-    teacher = OpenVINOTeacher(resolve(str(models["causal_lm"])), Generation(max_new_tokens=40))
+    teacher = OpenVINOTeacher(resolve(str(models["causal_lm"])), TeacherSettings(max_new_tokens=40))
     asked = [answer_prompt(str(n), f"Who is {n}?", ["She wrote it. " * n], 0.0) for n in range(12)]
     answers = teacher.answers(asked)
     assert next(answers)
@@ -385,7 +387,7 @@ def test_answers_agree_with_those_of_transformers(monkeypatch) -> None:
     chosen = short[:: len(short) // 8][:8]
     questions = [one for one, _ in chosen]
     asked = [answer_prompt(one["id"], one["question"], [paragraph], 0.0) for one, paragraph in chosen]
-    generation = Generation(max_new_tokens=24, batch_size=8)
+    generation = TeacherSettings(max_new_tokens=24, batch_size=8)
     texts = [
         [normalised(answer.text) for _, answer in sorted(one.answers(asked))]
         for one in (

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from scaledown.data.logprobs import for_part
-from scaledown.data.teacher.base import Generation, Rejection
+from scaledown.data.teacher.base import Rejection, TeacherSettings
 from scaledown.data.teacher.reply import heard, spoken
 from scaledown.records import Answer
 
@@ -82,7 +82,7 @@ def test_no_reply_takes_long(text: str) -> None:
 
 def test_an_empty_answer_stays_one_and_nothing_but_thoughts_is_none() -> None:
     empty = Answer("", "stop", 5, 0, 0)
-    judge = Generation(if_cut_short="take another judge")
+    judge = TeacherSettings(if_cut_short="take another judge")
     assert heard(empty, judge) == empty
     assert isinstance(heard(empty, judge, thought=True), Rejection)
     assert heard(Answer("<think>Hm", "length", 5, 32, 0), judge) == Rejection(

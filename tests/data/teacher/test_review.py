@@ -1,6 +1,12 @@
 import pytest
 
-from scaledown.data.teacher.review import groundedness, problem, review, sentences, whole_sentences
+from scaledown.data.teacher.review import (
+    answer_problem,
+    groundedness,
+    review_answer,
+    sentences,
+    whole_sentences,
+)
 
 QUERY = "When was the bridge over the Vltava finished?"
 
@@ -27,11 +33,11 @@ QUERY = "When was the bridge over the Vltava finished?"
     ],
 )
 def test_answers_that_teach_nothing_are_found(text: str, expected: str) -> None:
-    assert problem(text, QUERY) == expected
+    assert answer_problem(text, QUERY) == expected
 
 
 def test_a_short_question_may_begin_its_answer() -> None:
-    assert problem("Who wrote it is unknown: the author signed as M.", "Who wrote it") == ""
+    assert answer_problem("Who wrote it is unknown: the author signed as M.", "Who wrote it") == ""
 
 
 @pytest.mark.parametrize(
@@ -61,9 +67,9 @@ def test_a_text_in_sentences() -> None:
 
 def test_only_a_truncated_answer_is_cut() -> None:
     text = "It was built. Then it fell because"
-    assert review(text, "stop", QUERY, [], cut=True).text == text
-    assert review(text, "length", QUERY, [], cut=False).text == text
-    assert review(text, "length", QUERY, [], cut=True).text == "It was built."
+    assert review_answer(text, "stop", QUERY, [], cut=True).text == text
+    assert review_answer(text, "length", QUERY, [], cut=False).text == text
+    assert review_answer(text, "length", QUERY, [], cut=True).text == "It was built."
 
 
 def test_groundedness_is_the_share_of_content_words_that_the_documents_have() -> None:
@@ -78,5 +84,5 @@ def test_groundedness_is_the_share_of_content_words_that_the_documents_have() ->
 
 def test_an_answer_may_begin_with_its_question() -> None:
     query = "average salary of a nurse in texas"
-    assert problem("The average salary of a nurse in Texas is $70,000.", query) == ""
-    assert problem("The average salary of a nurse in Texas.", query) == "echo"
+    assert answer_problem("The average salary of a nurse in Texas is $70,000.", query) == ""
+    assert answer_problem("The average salary of a nurse in Texas.", query) == "echo"

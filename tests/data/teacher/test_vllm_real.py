@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 from scaledown.data.prompts import answer_prompt
 from scaledown.data.teacher.api import choose_backend, load_teacher
-from scaledown.data.teacher.base import Engine, Generation, Rejection, Teacher, answer_all
+from scaledown.data.teacher.base import EngineSettings, Rejection, Teacher, TeacherSettings, answer_all
 from scaledown.errors import ModelError
 from scaledown.models.sources import resolve
 from scaledown.records import Answer
@@ -41,8 +41,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def teacher() -> Iterator[Teacher]:
-    generation = Generation(max_new_tokens=16, logprobs=3)
-    made = load_teacher(resolve(MODEL), "cpu", DTYPE, generation, Engine(backend="vllm"))
+    generation = TeacherSettings(max_new_tokens=16, logprobs=3)
+    made = load_teacher(resolve(MODEL), "cpu", DTYPE, generation, EngineSettings(backend="vllm"))
     yield made
     made.close()  # type: ignore[attr-defined]
 
@@ -59,7 +59,7 @@ def given(answers: Sequence[Answer | Rejection]) -> list[Answer]:
 
 
 def test_vllm_is_the_engine_of_a_cpu_where_it_is_installed() -> None:
-    assert choose_backend(Engine(), resolve(MODEL), "cpu", Generation()) == "vllm"
+    assert choose_backend(EngineSettings(), resolve(MODEL), "cpu", TeacherSettings()) == "vllm"
 
 
 def test_answers_come_from_the_documents_with_log_probabilities(teacher: Teacher) -> None:
@@ -108,8 +108,8 @@ def test_many_long_prompts_are_sampled_with_seeds(teacher: Teacher) -> None:
 
 def test_an_engine_that_is_killed_is_an_error_and_no_run_waits_for_it() -> None:
     others = set(multiprocessing.active_children())
-    generation = Generation(max_new_tokens=400)
-    one = load_teacher(resolve(MODEL), "cpu", DTYPE, generation, Engine(backend="vllm"))
+    generation = TeacherSettings(max_new_tokens=400)
+    one = load_teacher(resolve(MODEL), "cpu", DTYPE, generation, EngineSettings(backend="vllm"))
     many = [answer_prompt(str(n), f"Write a long story about {n}.", [DOCUMENT], 1.0) for n in range(64)]
     answers = one.answers(many)
     next(answers)

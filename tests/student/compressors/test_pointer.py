@@ -136,7 +136,7 @@ def test_choosing_is_a_sort_by_the_probability_of_a_token_and_those_around_it(se
     chosen = pointer.choose(scores, counts, lengths)
     for row in range(4):
         assert chosen[row].nonzero()[:, 0].tolist() == best_places(values[row], int(counts[row]))
-    shared = pointer.share(scores, counts, lengths, [3, 1])
+    shared = pointer.choose_shared(scores, counts, lengths, [3, 1])
     for rows in (range(3), range(3, 4)):
         together = [(value, row, place) for row in rows for place, value in enumerate(values[row])]
         expected = sorted(together, reverse=True)[: int(counts[rows.start : rows.stop].sum())]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scaledown.models.sources import resolve
-from scaledown.student.batch import Document, group
+from scaledown.student.batch import EncodedDocument, group
 from scaledown.student.compressors import queries
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
@@ -53,7 +53,7 @@ def tokens_read(model: ScaleDownModel) -> Iterator[list[int]]:
     handle.remove()
 
 
-def documents_of(model: ScaleDownModel) -> list[Document]:
+def documents_of(model: ScaleDownModel) -> list[EncodedDocument]:
     return [
         one for query, own in zip(QUERIES, DOCUMENTS, strict=True) for one in model.reader.read(query, own)
     ]
@@ -98,7 +98,9 @@ def test_documents_together_have_the_results_of_each_alone(model: ScaleDownModel
 def test_nothing_is_read_ahead_where_it_saves_little(model: ScaleDownModel) -> None:
     short = model.reader.read("Why?", ["Tides come.", "Tides go."])
     assert all("queries" not in own for own in queries.grouped(model.compressor, short, 4096, "cpu"))
-    without = [Document(own.ids[own.start :], 0, own.stop - own.start, 1) for own in documents_of(model)]
+    without = [
+        EncodedDocument(own.ids[own.start :], 0, own.stop - own.start, 1) for own in documents_of(model)
+    ]
     assert all("queries" not in own for own in queries.grouped(model.compressor, without, 4096, "cpu"))
 
 
@@ -120,7 +122,7 @@ def model_of(kind: str, **settings: Any) -> Any:
     return made
 
 
-def asked(query: int, documents: Sequence[int], seed: int) -> list[Document]:
+def asked(query: int, documents: Sequence[int], seed: int) -> list[EncodedDocument]:
     """Documents of so many tokens behind one query of `query` tokens."""
     random = torch.Generator().manual_seed(seed)
 
@@ -128,7 +130,7 @@ def asked(query: int, documents: Sequence[int], seed: int) -> list[Document]:
         return torch.randint(1, 64, (count,), generator=random).tolist()
 
     before = tokens(query)
-    return [Document(before + tokens(count), query, query + count, 1) for count in documents]
+    return [EncodedDocument(before + tokens(count), query, query + count, 1) for count in documents]
 
 
 READ = [*asked(80, [0, 7, 14, 7], 0), *asked(20, [30, 70, 74, 3, 0], 1), *asked(50, [9, 30], 2)]
@@ -208,5 +210,5 @@ def test_layers_that_drop_keys_read_query_and_document_together(kind: str) -> No
 
         def forward(self, position_ids: torch.Tensor) -> None: ...
 
-    read = [Document([3] * 40 + [number], 40, 41, 1) for number in range(9)]
+    read = [EncodedDocument([3] * 40 + [number], 40, 41, 1) for number in range(9)]
     assert all("queries" not in own for own in queries.grouped(Compressor(), read, 4096, "cpu"))

@@ -22,7 +22,7 @@ from scaledown.student.model import ScaleDownModel
 from scaledown.student.training.origin import find_origin
 from scaledown.student.training.pretraining_data import _LeftOut, pretraining_examples, pretraining_parts
 from scaledown.student.training.run import train
-from scaledown.student.training.summary import summary
+from scaledown.student.training.summary import training_summary
 from web import Server
 
 Setting = Callable[..., PretrainConfig]
@@ -398,9 +398,9 @@ def test_another_pretrained_model_is_another_run(pretrained: str, data: str, tmp
 
 def test_summary_names_the_next_command(setting: Setting) -> None:
     result = train(setting(max_steps=1))
-    last = summary(result, pretrained=True).splitlines()[-1]
+    last = training_summary(result, pretrained=True).splitlines()[-1]
     assert f"train --pretrained_model {result.output} --train_data FILE" in last
-    last = summary(result).splitlines()[-1]
+    last = training_summary(result).splitlines()[-1]
     assert f"evaluate --model {result.output} --data FILE" in last
 
 

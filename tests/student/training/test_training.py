@@ -22,7 +22,7 @@ from scaledown.config.train import TrainConfig
 from scaledown.errors import InputError, MissingExtraError, ModelError, RunDirectoryError, UsageError
 from scaledown.models.sources import resolve
 from scaledown.student.batch import collate
-from scaledown.student.model import WEIGHTS, ScaleDownModel
+from scaledown.student.model import LOSS_WEIGHTS, ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig
 from scaledown.student.train import main
 from scaledown.student.training import setup
@@ -33,7 +33,7 @@ from scaledown.student.training.run import Trained, train
 from scaledown.student.training.run import _device as device_of
 from scaledown.student.training.schedule import Schedule
 from scaledown.student.training.setup import make_trainer, reporters
-from scaledown.student.training.summary import summary
+from scaledown.student.training.summary import training_summary
 from scaledown.student.training.trainer import StudentTrainer
 from scaledown.student.training.training_data import load_parts
 from web import Server
@@ -293,7 +293,7 @@ def test_accumulated_gradients_are_those_of_one_batch(micro: int, setting: Setti
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     losses = trainer.passes.gradients(examples, rehearses=True)
-    loss = sum(WEIGHTS[name] * value for name, value in losses.items())
+    loss = sum(LOSS_WEIGHTS[name] * value for name, value in losses.items())
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -431,7 +431,7 @@ def test_early_stopping_keeps_the_best(save_steps: int, setting: Setting) -> Non
     result = train(config)
     assert result.steps < result.planned_steps == 60
     losses = {entry["step"]: entry["eval_loss"] for entry in history(result) if "eval_loss" in entry}
-    assert "stopped early" in summary(result)
+    assert "stopped early" in training_summary(result)
     best = min((loss, step) for step, loss in losses.items())
     if best[1]:
         assert result.held_out_loss == best[0]
@@ -650,7 +650,7 @@ def test_cut_documents_are_reported(setting: Setting, caplog: pytest.LogCaptureF
         result = train(setting(doc_max_length=10, max_steps=1, eval_fraction=0.0))
     assert result.documents.cut > 0
     assert re.search(r"\d+ of \d+ documents have more than --doc_max_length 10 tokens", caplog.text)
-    assert "cut to 10" in summary(result)
+    assert "cut to 10" in training_summary(result)
     config = json.loads((Path(result.output) / "config.json").read_text())
     assert config["doc_max_length"] == 10
 
@@ -684,10 +684,10 @@ def test_progress_does_not_exceed_the_examples(
 
 def test_summary_has_the_size_of_checkpoints(setting: Setting) -> None:
     result = train(setting(max_steps=1))
-    assert re.search(r"MB in .*/checkpoint-\*, which you can delete now", summary(result))
+    assert re.search(r"MB in .*/checkpoint-\*, which you can delete now", training_summary(result))
     for folder in Path(result.output).glob("checkpoint-*"):
         shutil.rmtree(folder)
-    assert "checkpoint-" not in summary(result)
+    assert "checkpoint-" not in training_summary(result)
     assert train(setting(max_steps=1)).already_done
 
 
@@ -697,7 +697,7 @@ def test_finished_run_is_left_alone(
     monkeypatch.setattr("scaledown.student.training.run._train", lambda *_: pytest.fail("it trains again"))
     again = train(setting("undisturbed"))
     assert again == undisturbed._replace(already_done=True)
-    assert summary(again).startswith("nothing to do: this run is finished")
+    assert training_summary(again).startswith("nothing to do: this run is finished")
 
 
 def test_other_settings_in_the_same_folder_are_refused(

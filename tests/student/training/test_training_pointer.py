@@ -17,10 +17,10 @@ from scaledown.models.sources import resolve
 from scaledown.student.batch import collate
 from scaledown.student.compressors.pointer import RATES
 from scaledown.student.labels import copied_spans
-from scaledown.student.model import WEIGHTS, ScaleDownModel, load_tokenizer
+from scaledown.student.model import LOSS_WEIGHTS, ScaleDownModel, load_tokenizer
 from scaledown.student.settings import ScaleDownConfig
 from scaledown.student.training.checkpoints import newest_checkpoint
-from scaledown.student.training.cloze import ASK
+from scaledown.student.training.cloze import CLOZE_PROMPT
 from scaledown.student.training.encoded_examples import EncodedExamples
 from scaledown.student.training.origin import find_origin
 from scaledown.student.training.passes import Passes
@@ -168,7 +168,7 @@ def test_gradients_do_not_depend_on_micro_batches(micro: int, setting: Setting, 
     wanted = {name: own.grad.clone() for name, own in model.named_parameters() if own.grad is not None}
     model.zero_grad()
     losses = trainer.passes.gradients(examples)
-    loss = sum(WEIGHTS[name] * value for name, value in losses.items())
+    loss = sum(LOSS_WEIGHTS[name] * value for name, value in losses.items())
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     for name, own in model.named_parameters():
         if name in wanted:
@@ -305,11 +305,11 @@ def test_pretraining_learns_from_records_too(
     parts = pretraining_parts(config, tokenizer, tmp_path)
     examples = parts.train.examples
     found = [examples[row] for row in range(len(examples))]
-    cloze = [place for place, one in enumerate(found) if one.query.startswith(ASK)]
+    cloze = [place for place, one in enumerate(found) if one.query.startswith(CLOZE_PROMPT)]
     count = len(cloze)
     assert 0 < count < 40
     assert cloze == list(range(0, 2 * count, 2)), "one of each in turn, then the rest"
-    asked_records = [one.query for one in found if not one.query.startswith(ASK)]
+    asked_records = [one.query for one in found if not one.query.startswith(CLOZE_PROMPT)]
     assert asked_records == [record["query"] for record in content], "what is copied from nowhere is left out"
     spans = copied_spans(asked, content[0]["documents"], content[0]["answer"])
     assert examples[1].documents == [

@@ -18,13 +18,13 @@ from scaledown.urls import is_url, redacted
 
 log = logging.getLogger("scaledown")
 
-VERSION: Final = 3  # of the rules for a match
+MATCH_VERSION: Final = 3  # of the rules for a match
 # Least similarity of a match. Both were chosen from data (docs/cleaning.md): 0.6 is one word of four
 # replaced, 0.8 is one word of nine.
 _LIKE_EVALUATION: Final = 0.6
 _LIKE_EARLIER: Final = 0.8
 _NGRAM: Final = 8  # words; unrelated texts seldom share eight consecutive ones
-_BLOCK: Final = 1024
+_TEXTS_A_BLOCK: Final = 1024
 
 Exclusion = dict[str, Any]
 """Why something is left out: a `reason`, the `problem` (`contaminated` or `duplicate`), and its `match`."""
@@ -122,7 +122,7 @@ class Cleaner:
         for file, question in self._questions(self.counts):
             block.append(writable(question.query))
             origins.append({"query_id": question.query_id, "file": file})
-            if len(block) == _BLOCK:
+            if len(block) == _TEXTS_A_BLOCK:
                 known.add(block)
                 block = []
         known.add(block)

@@ -1,15 +1,14 @@
 """The compiled loops that compare questions: candidates from bands of MinHash, then Jaccard similarity."""
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numba import njit
-
-Array: TypeAlias = np.ndarray[Any, Any]
+from numpy.typing import NDArray
 
 
 @njit(nogil=True, cache=True)
-def jaccard(left: Array, right: Array) -> float:
+def jaccard(left: NDArray[Any], right: NDArray[Any]) -> float:
     """Compute the Jaccard similarity of two sets.
 
     Args:
@@ -34,21 +33,21 @@ def jaccard(left: Array, right: Array) -> float:
 
 @njit(nogil=True, cache=True)
 def match(  # noqa: PLR0917
-    slots: Array,
-    starts: Array,
-    items: Array,
-    numbers: Array,
+    slots: NDArray[Any],
+    starts: NDArray[Any],
+    items: NDArray[Any],
+    numbers: NDArray[Any],
     least: float,
     find: bool,
     add: bool,
-    heads: Array,
-    links: Array,
-    known_starts: Array,
-    known_items: Array,
-    known_numbers: Array,
+    heads: NDArray[Any],
+    links: NDArray[Any],
+    known_starts: NDArray[Any],
+    known_items: NDArray[Any],
+    known_numbers: NDArray[Any],
     count: int,
-    rows: Array,
-    scores: Array,
+    rows: NDArray[Any],
+    scores: NDArray[Any],
 ) -> None:
     """Compare questions with the known ones, in order.
 

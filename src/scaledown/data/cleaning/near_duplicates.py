@@ -5,24 +5,23 @@ so no result depends on a hash alone.
 """
 
 import functools
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from scaledown.text import words
-
-Array: TypeAlias = np.ndarray[Any, Any]
+from scaledown.text import text_hash, words
 
 EXACT: Final = 1.0
 _MISSED: Final = 1e-6  # of the pairs at the least similarity, the share that has no band in common
 _BAND_ROWS: Final = {EXACT: 1, 0.8: 5, 0.6: 3}
 _SLOT_BITS: Final = 18  # of a hash; questions that share a slot by chance cost one comparison
 _MIX: Final = np.uint64(0x9E3779B97F4A7C15)
-_BLOCK: Final = 1024
+_TEXTS_TOGETHER: Final = 1024
+_word_hash = functools.lru_cache(1 << 16)(text_hash)  # most words come again
 
 
 class Found(NamedTuple):
@@ -68,7 +67,7 @@ class Questions:
         return self._match(texts, find=True, add=True)
 
     def _match(self, texts: Sequence[str], *, find: bool, add: bool) -> list[Found | None]:
-        blocks = (texts[low : low + _BLOCK] for low in range(0, len(texts), _BLOCK))
+        blocks = (texts[low : low + _TEXTS_TOGETHER] for low in range(0, len(texts), _TEXTS_TOGETHER))
         return [found for block in blocks for found in self._match_block(block, find=find, add=add)]
 
     def _match_block(self, texts: Sequence[str], *, find: bool, add: bool) -> list[Found | None]:
@@ -93,21 +92,21 @@ class Questions:
             for row, score in zip(rows.tolist(), scores.tolist(), strict=True)
         ]
 
-    def _set(self, text: str) -> tuple[Array, int]:
+    def _set(self, text: str) -> tuple[NDArray[Any], int]:
         """The sorted set of a text, uint64, and a hash of its numbers."""
         found = words(text)
         if self._least == EXACT:
-            return np.array([_hash(" ".join(found))], np.uint64), 0
+            return np.array([_word_hash(" ".join(found))], np.uint64), 0
         counts = Counter(found)
         each = {
-            _hash(f"{word} {time}" if time else word): any(map(str.isdigit, word))
+            _word_hash(f"{word} {time}" if time else word): any(map(str.isdigit, word))
             for word, times in counts.items()
             for time in range(times)
         }
         numbers = sum(item for item, is_number in each.items() if is_number)
         return np.array(sorted(each), np.uint64), numbers % (1 << 64)
 
-    def _slots(self, sets: Sequence[tuple[Array, int]], numbers: Array) -> Array:
+    def _slots(self, sets: Sequence[tuple[NDArray[Any], int]], numbers: NDArray[Any]) -> NDArray[Any]:
         """The slot of each set in each band, int64 [sets, bands]."""
         if self._least == EXACT:
             rows = np.array([items for items, _ in sets]).reshape(-1, 1, 1)
@@ -129,20 +128,13 @@ class Questions:
             ("_starts", len(self.texts) + questions + 1),
             ("_items", used + items),
         ):
-            array: Array = getattr(self, name)
+            array: NDArray[Any] = getattr(self, name)
             if size > len(array):
                 more = max(size, len(array) + len(array) // 4)
                 array.resize((more, *array.shape[1:]), refcheck=False)  # in place, without a second copy
 
 
-@functools.lru_cache(1 << 16)
-def _hash(text: str) -> int:
-    """A hash of a text, 64 bits."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
-def _signatures(sets: Iterable[Array], size: int) -> Array:
+def _signatures(sets: Iterable[NDArray[Any]], size: int) -> NDArray[Any]:
     """MinHash of sets, uint64 [sets, size]."""
     from datasketch import MinHash
 

@@ -15,16 +15,16 @@ from scaledown.records import Article, Passage, full_text
 # space. An abbreviation only adds a place where a passage may end; no text depends on it.
 _SENTENCE_END: Final = re.compile(r"[.!?…]+[\"'”’»)\]]*\s+|[。！？]+[」』”’)]*\s*")
 # What BERT's tokenizers take for white space; str.split() knows more, so texts with _ODD are split by this.
-_WORD: Final = re.compile(r"[^\t\n\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
-_ODD: Final = re.compile(r"[\x0b\x0c\x1c-\x1f\x85]")
+_SPACE_SEPARATED: Final = re.compile(r"[^\t\n\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
+_UNUSUAL_BREAK: Final = re.compile(r"[\x0b\x0c\x1c-\x1f\x85]")
 _CACHED_WORDS: Final = 1 << 18
 _LONGEST_CACHED: Final = 32  # characters; longer words rarely repeat
 _MOST_CHARACTERS_A_TOKEN: Final = 64  # an unbroken string of a million characters can be a single [UNK]
 
-Ids: TypeAlias = Sequence[int]
+TokenIds: TypeAlias = Sequence[int]
 
 
-def sentences(text: str) -> list[tuple[int, int]]:
+def sentence_spans(text: str) -> list[tuple[int, int]]:
     """Character spans of the sentences of `text`; together they cover it without gaps."""
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
     if not ends or ends[-1] != len(text):
@@ -32,7 +32,7 @@ def sentences(text: str) -> list[tuple[int, int]]:
     return list(itertools.pairwise([0, *ends]))
 
 
-class Words(dict[str, Ids]):
+class Words(dict[str, TokenIds]):
     """Caches the token ids of words, because a few words make up most of a text.
 
     Only for tokenizers whose tokens never cross white space (`splits_at_spaces`).
@@ -42,15 +42,15 @@ class Words(dict[str, Ids]):
         super().__init__()
         self._tokenizer = tokenizer
 
-    def __missing__(self, word: str) -> Ids:
-        ids: Ids = tuple(self._tokenizer.encode(word, add_special_tokens=False).ids)
+    def __missing__(self, word: str) -> TokenIds:
+        ids: TokenIds = tuple(self._tokenizer.encode(word, add_special_tokens=False).ids)
         if len(word) <= _LONGEST_CACHED and len(self) < _CACHED_WORDS:
             self[word] = ids
         return ids
 
     def ids(self, text: str) -> list[int]:
         """The token ids of a text, without special tokens."""
-        words = _WORD.findall(text) if _ODD.search(text) else text.split()
+        words = _SPACE_SEPARATED.findall(text) if _UNUSUAL_BREAK.search(text) else text.split()
         return list(itertools.chain.from_iterable(map(self.__getitem__, words)))
 
 
@@ -66,11 +66,11 @@ def splits_at_spaces(tokenizer: Tokenizer) -> bool:
     )
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """A passage's text before it has a name, and its token ids, title included."""
 
     text: str
-    ids: Ids
+    ids: TokenIds
 
 
 class _Span(NamedTuple):
@@ -79,7 +79,7 @@ class _Span(NamedTuple):
     block: int
     start: int
     end: int
-    ids: Ids
+    ids: TokenIds
 
 
 class Chunker:
@@ -101,7 +101,7 @@ class Chunker:
         self._words = Words(tokenizer) if tokenizer and splits_at_spaces(tokenizer) else None
         self._exact = False  # whether the ids of a passage's parts are those of the passage
 
-    def passages(self, articles: Sequence[Article]) -> list[list[tuple[Passage, Ids]]]:
+    def passages(self, articles: Sequence[Article]) -> list[list[tuple[Passage, TokenIds]]]:
         """Cut articles.
 
         Args:
@@ -120,7 +120,9 @@ class Chunker:
                 packed.append(self._pack(article, blocks, self._ids([title])[0]))
         else:
             titles = [article.title for article in articles]
-            packed = [[Piece(text, ()) for text in _whole(article, self._mode)] for article in articles]
+            packed = [
+                [Chunk(text, ()) for text in _whole_article(article, self._mode)] for article in articles
+            ]
         if not self._exact:
             packed = self._tokenised(titles, packed)
         return [
@@ -131,7 +133,7 @@ class Chunker:
             for article, title, pieces in zip(articles, titles, packed, strict=True)
         ]
 
-    def _ids(self, texts: list[str]) -> list[Ids]:
+    def _ids(self, texts: list[str]) -> list[TokenIds]:
         if self._words is not None:
             return [self._words.ids(text) for text in texts]
         if not self._tokenizer:
@@ -146,17 +148,17 @@ class Chunker:
             words = words[: max(1, len(words) * 3 // 4)] if len(words) > 1 else []
         return " ".join(words)
 
-    def _pack(self, article: Article, blocks: list[Ids], title: Ids) -> list[Piece]:
+    def _pack(self, article: Article, blocks: list[TokenIds], title: TokenIds) -> list[Chunk]:
         """Fill passages in reading order; a paragraph that does not fit whole begins a passage of its own."""
         budget = self._limit - len(title)
-        pieces: list[Piece] = []
+        pieces: list[Chunk] = []
         current: list[_Span] = []
         size = 0
 
         def flush() -> None:
             nonlocal current, size
-            if text := _text(article, current):  # a text of unusual spaces only is not a passage
-                pieces.append(Piece(text, [*title, *itertools.chain.from_iterable(s.ids for s in current)]))
+            if text := _text_of_spans(article, current):  # a text of unusual spaces only is not a passage
+                pieces.append(Chunk(text, [*title, *itertools.chain.from_iterable(s.ids for s in current)]))
             current, size = [], 0
 
         for paragraph in _paragraphs(article, blocks):
@@ -179,7 +181,7 @@ class Chunker:
         *headings, body = paragraph
         text = article.blocks[body.block].text
         is_heading = article.blocks[body.block].is_heading
-        parts = [body] if is_heading else self._spans(body.block, text, sentences(text))
+        parts = [body] if is_heading else self._spans(body.block, text, sentence_spans(text))
         first, *rest = [small for part in parts for small in self._cut(text, part, budget)]
         together = [*headings, first]
         if sum(len(span.ids) for span in together) <= budget:
@@ -202,7 +204,7 @@ class Chunker:
         if len(span.ids) <= budget and span.end - span.start <= budget * _MOST_CHARACTERS_A_TOKEN:
             return [span]
         middle = (span.start + span.end) // 2
-        starts = [match.start() for match in _WORD.finditer(text, span.start, span.end)]
+        starts = [match.start() for match in _SPACE_SEPARATED.finditer(text, span.start, span.end)]
         ends = [*starts[1:], span.end]
         if len(starts) < 2:
             self._exact = False  # half of a word has other tokens than the word
@@ -218,7 +220,7 @@ class Chunker:
                 parts.append(part)
         return parts
 
-    def _tokenised(self, titles: list[str], packed: list[list[Piece]]) -> list[list[Piece]]:
+    def _tokenised(self, titles: list[str], packed: list[list[Chunk]]) -> list[list[Chunk]]:
         """Return the pieces with the ids of their whole text; a piece that is still too long is halved.
 
         If tokens can cross white space, the text of a piece may have other tokens than its parts.
@@ -232,10 +234,10 @@ class Chunker:
             for title, pieces in zip(titles, packed, strict=True)
         ]
 
-    def _halved(self, title: str, text: str, ids: Ids) -> list[Piece]:
+    def _halved(self, title: str, text: str, ids: TokenIds) -> list[Chunk]:
         short = len(ids) <= self._limit and len(text) <= self._limit * _MOST_CHARACTERS_A_TOKEN
         if self._mode != "tokens" or short or len(text) < 2:
-            return [Piece(text, ids)]
+            return [Chunk(text, ids)]
         middle = len(text) // 2
         space = text.rfind(" ", 1, middle)
         cut = space if space > 0 else middle
@@ -248,7 +250,7 @@ class Chunker:
         ]
 
 
-def _paragraphs(article: Article, blocks: list[Ids]) -> Iterator[list[_Span]]:
+def _paragraphs(article: Article, blocks: list[TokenIds]) -> Iterator[list[_Span]]:
     """Each paragraph as one span, after the headings that stand before it."""
     spans: list[_Span] = []
     for number, (block, ids) in enumerate(zip(article.blocks, blocks, strict=True)):
@@ -260,7 +262,7 @@ def _paragraphs(article: Article, blocks: list[Ids]) -> Iterator[list[_Span]]:
         yield spans
 
 
-def _text(article: Article, spans: list[_Span]) -> str:
+def _text_of_spans(article: Article, spans: list[_Span]) -> str:
     parts = []
     for number, group in itertools.groupby(spans, key=lambda span: span.block):
         members = list(group)
@@ -268,7 +270,7 @@ def _text(article: Article, spans: list[_Span]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _whole(article: Article, mode: str) -> list[str]:
+def _whole_article(article: Article, mode: str) -> list[str]:
     if mode == "article":
         return ["\n".join(block.text for block in article.blocks)] if article.blocks else []
     texts: list[str] = []

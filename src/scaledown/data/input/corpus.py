@@ -19,12 +19,12 @@ from scaledown.config.index import IndexConfig
 from scaledown.data.input import files, tables, values
 from scaledown.data.input.chunking import Chunker
 from scaledown.data.input.rows import parse
-from scaledown.data.input.seen import Ids
+from scaledown.data.input.seen import UniqueIds
 from scaledown.errors import InputError, ModelError
 from scaledown.models.sources import ModelSource
 from scaledown.models.weights import loadable, loading
 from scaledown.records import Article, Block, Passage, full_text
-from scaledown.run.executor import cores, in_order
+from scaledown.run.executor import cores, map_in_order
 from scaledown.run.progress import track
 from scaledown.run.stage import Stage
 from scaledown.urls import without_query
@@ -32,13 +32,13 @@ from scaledown.urls import without_query
 log = logging.getLogger("scaledown")
 
 RENAMED: Final = "ids_made_unique"
-_TEXTS: Final = tuple((name, pa.large_string()) for name in Passage._fields)
+_PASSAGE_COLUMNS: Final = tuple((name, pa.large_string()) for name in Passage._fields)
 ROWS_AT_ONCE: Final = 16
 _BYTES_WORTH_A_PROCESS: Final = 1 << 25
 _REJECTED_AT_ONCE: Final = 10_000
 
 
-def sample_corpus() -> Path:
+def bundled_corpus() -> Path:
     """The corpus that ships with the project: about 60 short articles in KILT's format."""
     package = Path(__file__).parents[2]
     inside = package / "examples" / "corpus.jsonl"
@@ -133,7 +133,7 @@ def build_passages(
             return
         rows: list[int] = []
         counts = {"lines": 0, "articles": 0, "passages": 0, "bad": 0, "empty": 0}
-        ids = Ids()
+        ids = UniqueIds()
         while stage.has(len(rows)):
             table = stage.table(len(rows))
             for doc_id, _ in itertools.groupby(table.column("doc_id").to_pylist()):
@@ -141,7 +141,7 @@ def build_passages(
             rows.append(table.num_rows)
             counts = json.loads(table.schema.metadata[b"counts"])
         started = time.perf_counter()
-        meter = files.Meter(files.every(corpus, "--corpus_path"))
+        meter = files.ReadingMeter(files.every(corpus, "--corpus_path"))
         shown = ", ".join(map(str, corpus))
         limit = config.max_corpus_size
         with track("passages", "passages", None, counts["passages"], stage) as tracker:
@@ -173,11 +173,11 @@ def build_passages(
 
 def _shards(  # noqa: PLR0917
     corpus: Sequence[files.Source],
-    meter: files.Meter,
+    meter: files.ReadingMeter,
     config: IndexConfig,
     retriever: ModelSource,
     counts: dict[str, int],
-    ids: Ids,
+    ids: UniqueIds,
     check: Callable[[], None],
 ) -> Iterator[tuple[pa.Table, dict[str, int], list[dict[str, Any]]]]:
     """Yield the passages of each shard, the counts after it, and rejected rows; a table may be empty."""
@@ -186,7 +186,7 @@ def _shards(  # noqa: PLR0917
     before = counts.get(RENAMED, 0) - ids.renamed
     limit = config.max_corpus_size
     waiting: list[pa.Table] = []
-    nothing = pa.schema(_TEXTS).empty_table()
+    nothing = pa.schema(_PASSAGE_COLUMNS).empty_table()
 
     def state() -> dict[str, int]:
         renamed = {RENAMED: before + ids.renamed} if before + ids.renamed else {}
@@ -213,10 +213,10 @@ def _shards(  # noqa: PLR0917
     processes = cutting_processes(meter.size)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = Path(folder) / "tokenizer.json"
-        load_tokenizer(retriever, config).save(str(tokenizer))
+        load_retriever_tokenizer(retriever, config).save(str(tokenizer))
         cutter = _Cutter(tokenizer, config, files.folders_of(corpus))
         enough = bool(limit) and articles >= limit  # the earlier run ended just before it recorded this
-        for cut in in_order(cutter, () if enough else batches, processes):
+        for cut in map_in_order(cutter, () if enough else batches, processes):
             check()
             table, pieces = cut.passages, cut.pieces
             if limit and articles + len(pieces) >= limit:
@@ -239,7 +239,7 @@ def _shards(  # noqa: PLR0917
     intake.close()
 
 
-def _with_own_ids(table: pa.Table, pieces: list[int], ids: Ids) -> pa.Table:
+def _with_own_ids(table: pa.Table, pieces: list[int], ids: UniqueIds) -> pa.Table:
     """Return the passages of articles, with an id of its own for each article."""
     given = table.column("doc_id").to_pylist()
     places = [place for place, count in zip(np.cumsum([0, *pieces]), pieces, strict=False) if count]
@@ -294,7 +294,7 @@ def cut_rows(
     for row in rows:
         try:
             record = parse(row)
-            articles.append(parse_article(record, _name(folders, row), text_column))
+            articles.append(parse_article(record, _article_id(folders, row), text_column))
         except ValueError as error:
             rejected.append((row, str(error)))
     cut = chunker.passages(articles)
@@ -307,14 +307,14 @@ def cut_rows(
     tokens = pa.LargeListArray.from_arrays(np.cumsum(lengths), pa.array(flat))
     arrays = [*(pa.array(column, pa.large_string()) for column in columns), tokens]
     return Cut(
-        pa.Table.from_arrays(arrays, schema=pa.schema([*_TEXTS, ("tokens", tokens.type)])),
+        pa.Table.from_arrays(arrays, schema=pa.schema([*_PASSAGE_COLUMNS, ("tokens", tokens.type)])),
         [len(pieces) for pieces in cut],
         rejected,
         len(rows),
     )
 
 
-def _name(folders: Sequence[str], row: files.Row) -> str:
+def _article_id(folders: Sequence[str], row: files.Row) -> str:
     """An id for an article without one: its file within the corpus, and its line unless it fills the file."""
     path = Path(without_query(row.source))
     folder = next((one for one in folders if path.is_relative_to(one)), None)
@@ -322,7 +322,7 @@ def _name(folders: Sequence[str], row: files.Row) -> str:
     return f"{name}:{row.line}" if isinstance(row.content, bytes) or row.line > 1 else name
 
 
-def load_tokenizer(source: ModelSource, config: IndexConfig) -> Tokenizer:
+def load_retriever_tokenizer(source: ModelSource, config: IndexConfig) -> Tokenizer:
     """Load the retriever's tokenizer, without truncation or padding.
 
     Args:

@@ -11,10 +11,10 @@ from typing import Any, Final, NamedTuple
 
 DELIMITERS: Final = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
 _MOST_CHARACTERS: Final = 1 << 24  # in a record; the reader takes several times as much
-_NONE: Final = "\x1f"  # a delimiter that no text has: one column
-_REGULAR: Final = 0.9  # if this share of records agrees, the other records are mistakes
+_NO_DELIMITER: Final = "\x1f"  # a delimiter that no text has: one column
+_AGREEING_RECORDS: Final = 0.9  # if this share of records agrees, the other records are mistakes
 _QUOTED: Final = re.compile(r'"(?:[^"]|"")*"')
-_NUMBER: Final = re.compile(r"\s*[-+]?[\d.,]*\d\s*")
+_NUMBER_CELL: Final = re.compile(r"\s*[-+]?[\d.,]*\d\s*")
 _CLOSED: Final = r'(?:^|{delimiter} *)"(?:[^"]|"")*"(?= *(?:{delimiter}|[\r\n]|\Z))'
 DECLARED: Final = re.compile(r"\"?sep=([\t,;|])\"?[ \t,;|]*(?:\r\n?|\n)", re.IGNORECASE)
 """The line in which Excel names the delimiter; it is not a row."""
@@ -63,7 +63,7 @@ class Dialect(NamedTuple):
         )
 
 
-class Sample(NamedTuple):
+class FirstRecords(NamedTuple):
     """The first records of a file, read in a dialect."""
 
     dialect: Dialect
@@ -86,7 +86,7 @@ def _width(records: Sequence[Sequence[str]]) -> int:
     return max(widths, key=lambda width: (widths[width], width), default=0)
 
 
-def samples(text: str, *, whole: bool) -> dict[str, Sample]:
+def samples(text: str, *, whole: bool) -> dict[str, FirstRecords]:
     """Read the first lines of a file with each delimiter, in the dialect that fits best.
 
     Args:
@@ -96,16 +96,18 @@ def samples(text: str, *, whole: bool) -> dict[str, Sample]:
     Returns:
         The records by delimiter.
     """
-    lines = [line.lstrip("\ufeff") for line in _lines(text)]
-    return {delimiter: _best(lines, delimiter, whole=whole) for delimiter in (*DELIMITERS, _NONE)}
+    lines = [line.lstrip("\ufeff") for line in _lines_with_ends(text)]
+    return {
+        delimiter: _best_dialect(lines, delimiter, whole=whole) for delimiter in (*DELIMITERS, _NO_DELIMITER)
+    }
 
 
-def _lines(text: str) -> list[str]:
+def _lines_with_ends(text: str) -> list[str]:
     """The lines of a text with their ends; `str.splitlines` knows more ends than a file has."""
     return re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+\Z", text)
 
 
-def _best(lines: Sequence[str], delimiter: str, *, whole: bool) -> Sample:
+def _best_dialect(lines: Sequence[str], delimiter: str, *, whole: bool) -> FirstRecords:
     """The sample in the dialect that fits.
 
     A dialect is certain if the records, written in it, give the same text, and if this needs its quotes.
@@ -115,7 +117,7 @@ def _best(lines: Sequence[str], delimiter: str, *, whole: bool) -> Sample:
     kinds = [Dialect(delimiter, quote, escape) for escape in ("", "\\") for quote in "\"'"]
     found = [_sample(lines, kind, whole=whole) for kind in kinds]
     text = "".join(lines)
-    plain = _unquoted(text, delimiter, whole=whole)
+    plain = _unquoted_sample(text, delimiter, whole=whole)
     if len(plain.records) == 1 and not whole:
         return plain
     sure = []
@@ -132,21 +134,25 @@ def _best(lines: Sequence[str], delimiter: str, *, whole: bool) -> Sample:
     closed = len(re.findall(_CLOSED.format(delimiter=re.escape(delimiter)), text, re.MULTILINE))
     if delimiter != "\t" and 0 < closed >= found[0].unclosed:  # quotes that are not closed are mistakes
         likely = found
-    return max(likely, key=lambda one: min(one.regular, _REGULAR))
+    return max(likely, key=lambda one: min(one.regular, _AGREEING_RECORDS))
 
 
-def _would_write(sample: Sample, text: str) -> bool:
+def _would_write(sample: FirstRecords, text: str) -> bool:
     """Whether a writer in this dialect reproduces the text, and needs quotes or escapes to do so."""
     delimiter, quote, escape, _ = sample.dialect
     if not re.search(rf"\\[{quote}{re.escape(delimiter)}\r\n]" if escape else quote, text):
         return False
     try:
-        read = list(itertools.islice(sample.dialect.reader(_lines(text), spaces=True), len(sample.records)))
+        read = list(
+            itertools.islice(sample.dialect.reader(_lines_with_ends(text), spaces=True), len(sample.records))
+        )
     except csv.Error:
         return False
     end = next(iter(re.findall(r"\r\n|\r|\n", text)), "\n")
     text = text if text.endswith(("\r", "\n")) else text + end
-    numbers = [[_Written(cell) if _NUMBER.fullmatch(cell) else cell for cell in record] for record in read]
+    numbers = [
+        [_WrittenNumber(cell) if _NUMBER_CELL.fullmatch(cell) else cell for cell in record] for record in read
+    ]
     ways: list[tuple[Any, Sequence[Sequence[Any]]]]
     ways = [(csv.QUOTE_MINIMAL, read), (csv.QUOTE_ALL, read), (csv.QUOTE_NONNUMERIC, numbers)]
     for quoting, rows in [*ways, *([(csv.QUOTE_NONE, read)] if escape else [])]:
@@ -167,10 +173,10 @@ def _would_write(sample: Sample, text: str) -> bool:
     return False
 
 
-class _Written(float):
+class _WrittenNumber(float):
     """A number that is written as it was read."""
 
-    def __new__(cls, text: str) -> "_Written":
+    def __new__(cls, text: str) -> "_WrittenNumber":
         number = super().__new__(cls, 0)
         number.text = text
         return number
@@ -181,7 +187,7 @@ class _Written(float):
         return self.text
 
 
-def _sample(lines: Sequence[str], dialect: Dialect, *, whole: bool) -> Sample:
+def _sample(lines: Sequence[str], dialect: Dialect, *, whole: bool) -> FirstRecords:
     found: list[list[str]] = []
     unclosed = 0
     for _, _, fields in records(enumerate(lines, 1), dialect):
@@ -194,16 +200,16 @@ def _sample(lines: Sequence[str], dialect: Dialect, *, whole: bool) -> Sample:
     else:
         if not whole and len(found) > 1:
             found.pop()
-    return _counted(dialect, found, unclosed)
+    return _sample_of_records(dialect, found, unclosed)
 
 
-def _counted(dialect: Dialect, found: list[list[str]], unclosed: int = 0) -> Sample:
+def _sample_of_records(dialect: Dialect, found: list[list[str]], unclosed: int = 0) -> FirstRecords:
     width = _width(found)
     regular = sum(len(record) == width for record in found) / max(1, len(found) + unclosed)
-    return Sample(dialect, found, regular, unclosed)
+    return FirstRecords(dialect, found, regular, unclosed)
 
 
-def _unquoted(text: str, delimiter: str, *, whole: bool) -> Sample:
+def _unquoted_sample(text: str, delimiter: str, *, whole: bool) -> FirstRecords:
     """The sample of a text without quoting, its lines as `files.raw_lines` has them."""
     lines = [line for line in text.split("\n" if "\n" in text else "\r") if line.strip()]
     lines = [line.removesuffix("\r") for line in (lines if whole or len(lines) < 2 else lines[:-1])]
@@ -212,7 +218,7 @@ def _unquoted(text: str, delimiter: str, *, whole: bool) -> Sample:
         columns.update(place for place, cell in enumerate(line.split(delimiter)) if _QUOTED.fullmatch(cell))
     throughout = (place for place, count in columns.items() if count == len(lines) - 1 > 1)
     dialect = Dialect(delimiter, quoted=frozenset(throughout))
-    return _counted(dialect, [dialect.split(line) for line in lines])
+    return _sample_of_records(dialect, [dialect.split(line) for line in lines])
 
 
 def records(

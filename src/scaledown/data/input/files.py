@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any, Final, NamedTuple, NoReturn
 
 from scaledown.data.input import first_bytes, folders
-from scaledown.data.input.remote import Remote, find
+from scaledown.data.input.remote import Remote, find_remote
 from scaledown.errors import InputError
 from scaledown.urls import check_exists, is_url, local
 
@@ -17,7 +17,7 @@ _CHUNK_BYTES: Final = 1 << 22
 _MAX_LINE_BYTES: Final = 1 << 26
 HEAD_BYTES: Final = 1 << 18
 """How much of the start of a file can be looked at without reading it twice."""
-_MARK: Final = b"\xef\xbb\xbf"
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 _LONGEST_WINDOW: Final = 31  # of zstd, as a power of 2: what `zstd --ultra --long=31` writes
 
 Source = Path | Remote
@@ -90,7 +90,7 @@ def pure(source: Source | PurePath) -> PurePath:
     return source.path if isinstance(source, Remote) else source
 
 
-def inner_suffix(source: Source | PurePath) -> str:
+def format_suffix(source: Source | PurePath) -> str:
     """The ending that names the format, without that of the compression: `a.jsonl.gz` -> `.jsonl`."""
     return folders.inner_suffix(pure(source))
 
@@ -110,12 +110,12 @@ def locate(name: str, what: str) -> Source:
     if not is_url(local(name)):
         path = Path(local(name))
     else:
-        remote = find(name, what)
+        remote = find_remote(name, what)
         if remote.files is None:
             return remote
         files: dict[PurePath, Remote] = {file.path.relative_to(remote.path): file for file in remote.files}
         found = folders.chosen(files, what)
-        folders.tell(what, remote, found.passed_over)
+        folders.log_unread_files(what, remote, found.passed_over)
         if not found.files:
             _no_data(remote, what)
         inside = tuple(files[name] for name in found.files)
@@ -201,8 +201,8 @@ def input_files(path: Path, what: str) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise _read_once(f"{what} {path}")
-    found = folders.listed(path, what)
-    folders.tell(what, path, found.passed_over)
+    found = folders.list_folder(path, what)
+    folders.log_unread_files(what, path, found.passed_over)
     return [path / name for name in found.files] or _no_data(path, what)
 
 
@@ -218,14 +218,14 @@ def passed_over(source: Source, what: str) -> dict[str, str]:
     """
     if isinstance(source, Remote):
         return dict(source.passed_over)
-    return folders.listed(source, what).passed_over if source.is_dir() else {}
+    return folders.list_folder(source, what).passed_over if source.is_dir() else {}
 
 
 def _no_data(folder: Source, what: str) -> NoReturn:
     raise InputError(f"{what} {folder}: the folder holds none of {', '.join(sorted(folders.KNOWN))}")
 
 
-class Meter:
+class ReadingMeter:
     """Measures the progress of reading files one after the other.
 
     Args:
@@ -263,7 +263,7 @@ def size_of(source: Source) -> int:
     return source.size or 0 if isinstance(source, Remote) else source.stat().st_size
 
 
-def open_stream(path: Source, meter: Meter | None = None) -> io.BufferedReader:
+def open_stream(path: Source, meter: ReadingMeter | None = None) -> io.BufferedReader:
     """Open a file for reading; it is decompressed if its first bytes are those of gzip, bzip2 or zstd.
 
     Args:
@@ -371,7 +371,7 @@ def damaged(path: Source, line: int, error: OSError) -> InputError:
     )
 
 
-def lines(path: Source, meter: Meter | None = None) -> Iterator[tuple[int, bytes]]:
+def lines(path: Source, meter: ReadingMeter | None = None) -> Iterator[tuple[int, bytes]]:
     """Yield the lines of a file that are not blank, without white space around them.
 
     Args:
@@ -419,25 +419,25 @@ def raw_lines(path: Source, stream: io.BufferedReader) -> Iterator[tuple[int, by
         rest = pieces.pop() if chunk else b""
         for piece in pieces:
             number += 1
-            odd = piece[:3] == _MARK or piece[:1] == b"\0"
-            yield number, _cleaned(path, number, piece) if odd else piece
+            odd = piece[:3] == _BYTE_ORDER_MARK or piece[:1] == b"\0"
+            yield number, _without_marks(path, number, piece) if odd else piece
         if not chunk:
             return
         if len(rest) > _MAX_LINE_BYTES:
-            _cleaned(path, number + 1, rest[:HEAD_BYTES])
+            _without_marks(path, number + 1, rest[:HEAD_BYTES])
             raise InputError(
                 f"{path}: line {number + 1:,} is longer than {_MAX_LINE_BYTES >> 20} MB; "
                 "expected one record a line"
             )
 
 
-def _cleaned(path: Source, number: int, line: bytes) -> bytes:
+def _without_marks(path: Source, number: int, line: bytes) -> bytes:
     """Remove the byte order marks before a line; each of several files that were joined may have one."""
     if line and not line.strip(b"\0"):
         raise InputError(
             f"{path}: holds NUL bytes alone from line {number:,} on: a download or copy that did not finish; "
             "fetch it again"
         )
-    while line.startswith(_MARK):
-        line = line.removeprefix(_MARK)
+    while line.startswith(_BYTE_ORDER_MARK):
+        line = line.removeprefix(_BYTE_ORDER_MARK)
     return line

@@ -97,15 +97,15 @@ _HTML_TYPES: Final = ("text/html", "application/xhtml")
 
 def compression(head: bytes) -> str:
     """Return the compression of a file: gzip, zstd or bz2; empty if it is not compressed."""
-    return _first(_COMPRESSED, head)
+    return _first_match(_COMPRESSED, head)
 
 
-def format_of(head: bytes) -> str:
+def binary_format(head: bytes) -> str:
     """Return `PARQUET`, `ARROW` or `TOPICS`; empty if the first bytes do not show the format."""
-    return _first(_FORMATS, head)
+    return _first_match(_FORMATS, head)
 
 
-def _first(table: tuple[tuple[bytes, str], ...], head: bytes) -> str:
+def _first_match(table: tuple[tuple[bytes, str], ...], head: bytes) -> str:
     return next((name for magic, name in table if re.match(magic, _unmarked(head), re.DOTALL)), "")
 
 
@@ -139,7 +139,7 @@ def check(source: Path | Remote, head: bytes) -> None:
         raise InputError(
             f"{source}: begins with NUL bytes alone: a download or copy that did not finish; fetch it again"
         )
-    if not _first(_FORMATS, head):
+    if not _first_match(_FORMATS, head):
         for magic, kind, way in _OTHER:
             if re.match(magic, _unmarked(head), re.DOTALL | (re.IGNORECASE if b"html" in magic else 0)):
                 raise InputError(f"{source}: is {kind}; {fetch}{way.replace('{name}', quoted)}")

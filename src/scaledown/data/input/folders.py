@@ -14,7 +14,7 @@ from scaledown.errors import InputError, one_line
 
 log = logging.getLogger("scaledown")
 
-COMPRESSED: Final = {".gz", ".zst", ".zstd", ".bz2"}
+COMPRESSED_SUFFIXES: Final = {".gz", ".zst", ".zstd", ".bz2"}
 TEXT: Final = {".txt", ".md"}
 LINES: Final = {".json", ".jsonl", ".ndjson"}
 TABLES: Final = {".csv", ".tsv"}
@@ -26,14 +26,14 @@ _ABOUT: Final = re.compile(
     r"checksums?|md5(sums?)?|sha\d+(sums?)?|requirements|robots)([-_.].*)?",
     re.IGNORECASE,
 )
-_DOCUMENTS: Final = {".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".html", ".htm"}
-_STATE: Final = re.compile(r"(state|dataset_info|dataset_dict)\.json|(cache|indices|tmp).*\.arrow")
+_UNREAD_DOCUMENTS: Final = {".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".html", ".htm"}
+_DATASETS_STATE: Final = re.compile(r"(state|dataset_info|dataset_dict)\.json|(cache|indices|tmp).*\.arrow")
 _INFOS: Final = "dataset_infos.json"  # beside data of the hub
 _TABLE_STATE: Final = {"_temporary", "_delta_log", "_spark_metadata", "__MACOSX"}
 # A folder of BEIR has the corpus, the queries and the judgements side by side.
 _CORPUS: Final = ("--corpus_path", "corpus", "holds no corpus, as its name says", {"queries", "qrels"})
 _QUERIES: Final = ("--queries_file", "queries", "holds no queries, as its name says", {"corpus", "qrels"})
-_NAMED: Final = 20  # files in the log; all are in the manifest
+_FILES_IN_LOG: Final = 20  # files in the log; all are in the manifest
 _SUMMED: Final = 5  # files in a summary
 
 
@@ -48,7 +48,9 @@ class Folder(NamedTuple):
 
 def inner_suffix(path: PurePath) -> str:
     """The ending of the format, without the ending of the compression: `a.jsonl.gz` -> `.jsonl`."""
-    return Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSED else path.suffix.lower()
+    return (
+        Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSED_SUFFIXES else path.suffix.lower()
+    )
 
 
 def chosen(names: Iterable[PurePath], what: str) -> Folder:
@@ -107,7 +109,7 @@ def _unread(path: PurePath) -> str:
         return ""
     if not path.suffix:
         return "has no ending, which would tell its format"
-    if path.suffix.lower() in _DOCUMENTS:
+    if path.suffix.lower() in _UNREAD_DOCUMENTS:
         return "its text is not extracted here: save it as .txt"
     return f"its ending {path.suffix} names no format that is read"
 
@@ -117,7 +119,7 @@ def _is_state(path: PurePath, saved: set[PurePath]) -> bool:
     if path.name == _INFOS:
         return True
     beside = path.parent in saved or any(folder.parent == path.parent for folder in saved)
-    return beside and bool(_STATE.fullmatch(path.name))
+    return beside and bool(_DATASETS_STATE.fullmatch(path.name))
 
 
 def _is_about(path: PurePath, *, texts_only: bool) -> bool:
@@ -127,7 +129,7 @@ def _is_about(path: PurePath, *, texts_only: bool) -> bool:
     return not texts_only or re.split(r"[-_.]", path.name)[0].isupper()
 
 
-def listed(folder: Path, what: str) -> Folder:
+def list_folder(folder: Path, what: str) -> Folder:
     """List the data files of a local folder. Links are followed; each file or folder is read once.
 
     Args:
@@ -191,7 +193,7 @@ def guessed_line(flag: str, files: Mapping[str, str]) -> str:
     return f"read by its content, {flag}: {'; '.join(named + ['…'] * (len(files) > _SUMMED))}"
 
 
-def tell(what: str, folder: object, passed_over: dict[str, str]) -> None:
+def log_unread_files(what: str, folder: object, passed_over: dict[str, str]) -> None:
     """Log the files of a folder that are not read; equal calls log once.
 
     Args:
@@ -205,6 +207,6 @@ def tell(what: str, folder: object, passed_over: dict[str, str]) -> None:
 @functools.cache
 def _tell(shown: str, passed_over: tuple[tuple[str, str], ...]) -> None:
     if passed_over:
-        more = f", and {len(passed_over) - _NAMED:,} more" if len(passed_over) > _NAMED else ""
-        named = ", ".join(one_line(f"{name} ({reason})") for name, reason in passed_over[:_NAMED])
+        more = f", and {len(passed_over) - _FILES_IN_LOG:,} more" if len(passed_over) > _FILES_IN_LOG else ""
+        named = ", ".join(one_line(f"{name} ({reason})") for name, reason in passed_over[:_FILES_IN_LOG])
         log.warning("%s: passed over %s: %s%s", shown, f"{len(passed_over):,}", named, more)

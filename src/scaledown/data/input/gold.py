@@ -38,12 +38,12 @@ _BRACKETS: Final = "[](){}<>. "
 _UNANSWERED: Final = {"answerable": False, "is_impossible": True}
 """A field that says that a record has no answer."""
 _DOTS: Final = ".\u2026-\u2013\u2014?_ "
-_QUOTED: Final = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-_ITEM: Final = rf"(?:{_QUOTED}|-?\d+(?:\.\d*)?)"
+_QUOTED_TEXT: Final = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_ITEM: Final = rf"(?:{_QUOTED_TEXT}|-?\d+(?:\.\d*)?)"
 _SCALAR: Final = re.compile(rf"\bnp\.\w+\(({_ITEM})\)")  # as NumPy 2 prints the values of a list
 _NUMPY: Final = re.compile(rf"\[\s*{_ITEM}(?:\s+{_ITEM})*\s*\]")
 _ARRAY: Final = re.compile(r"array\((\[[^\]]*\])(?:,\s*dtype=[^()]*)?\)")
-_WHOLE: Final = re.compile(r"(-?\d+)\.0")
+_WHOLE_NUMBER: Final = re.compile(r"(-?\d+)\.0")
 
 
 class GoldQuestion(NamedTuple):
@@ -99,10 +99,10 @@ def gold_questions(
     counts = Counter() if counts is None else counts
     counts["passed_over"] += len(files.passed_over(located, flag))
     for source in files.sources(located, flag):
-        for line, read in _records(source, counts):
-            for record in _each(read):
+        for line, read in _record_lines(source, counts):
+            for record in _each_question(read):
                 number = found
-                for question in _questions(record):
+                for question in _wordings(record):
                     found += 1
                     yield question
                 if found == number:
@@ -153,12 +153,12 @@ def read_gold(names: Iterable[str], flag: str, *, needed: bool = True) -> Gold:
     return gold._replace(counts={f"gold_{what}": count for what, count in sorted(counts.items()) if count})
 
 
-def _records(source: files.Source, counts: Counter[str]) -> Iterator[tuple[int, Any]]:
+def _record_lines(source: files.Source, counts: Counter[str]) -> Iterator[tuple[int, Any]]:
     """Yield each line with its record, or with the reason why it has none."""
-    if isinstance(source, Path) and source.suffix == ".json" and _is_list(source):
+    if isinstance(source, Path) and source.suffix == ".json" and _is_json_list(source):
         for entry in entries(source):
             yield entry.line, entry.problem or _asked(entry.record)
-    elif _begins_as_json(source) and (whole := _whole(source)) is not None:
+    elif _begins_as_json(source) and (whole := _whole_file(source)) is not None:
         for record in whole if isinstance(whole, list) else [whole]:
             yield 1, _asked(record)
     else:
@@ -175,7 +175,7 @@ def _asked(record: Any) -> Any:
     return {"question": record} if isinstance(record, str) else record
 
 
-def _is_list(path: Path) -> bool:
+def _is_json_list(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
@@ -185,7 +185,7 @@ def _begins_as_json(source: files.Source) -> bool:
         return stream.peek()[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"["))
 
 
-def _whole(source: files.Source) -> Any:
+def _whole_file(source: files.Source) -> Any:
     """Return the list, or the object on several lines, of a file; None if it has one record a line."""
     first = next(iter(files.lines(source)), (0, b""))[1].strip()
     with contextlib.suppress(ValueError):
@@ -197,7 +197,7 @@ def _whole(source: files.Source) -> Any:
     return None
 
 
-def _each(record: Any) -> Iterator[Any]:
+def _each_question(record: Any) -> Iterator[Any]:
     """Return the questions of a record that has several, each with their passage; else the record."""
     if not isinstance(record, Mapping):
         yield record
@@ -215,15 +215,15 @@ def _each(record: Any) -> Iterator[Any]:
         return
     shared = {key: record[key] for key in tables.PASSAGE_KEYS if key in record}
     for one in inside:
-        yield from _each({**shared, **one} if isinstance(one, Mapping) else one)
+        yield from _each_question({**shared, **one} if isinstance(one, Mapping) else one)
 
 
-def _questions(record: Any) -> Iterator[GoldQuestion]:
+def _wordings(record: Any) -> Iterator[GoldQuestion]:
     """Return the question of a record, in each of its wordings."""
     if not isinstance(record, Mapping):
         return
     told = (record.get(key) for key in tables.QUERY_KEYS)
-    every = (list(_texts(value)) for value in told if not isinstance(value, int | float))
+    every = (list(_nested_texts(value)) for value in told if not isinstance(value, int | float))
     asked = [text for text in next(filter(None, every), []) if has_content(text)]
     if not asked:
         return
@@ -236,8 +236,10 @@ def _questions(record: Any) -> Iterator[GoldQuestion]:
         keys = ("reference",)
     if any(record.get(name) is value for name, value in _UNANSWERED.items()):
         keys = ()
-    answers = dict.fromkeys(text for key in keys for text in _texts(record.get(key)) if not _is_none(text))
-    passages = dict.fromkeys(text for key in tables.PASSAGE_KEYS for text in _texts(record.get(key)))
+    answers = dict.fromkeys(
+        text for key in keys for text in _nested_texts(record.get(key)) if not _is_none(text)
+    )
+    passages = dict.fromkeys(text for key in tables.PASSAGE_KEYS for text in _nested_texts(record.get(key)))
     for text in dict.fromkeys(" ".join(text.split()) for text in asked):
         yield GoldQuestion(query_id, text, tuple(answers), tuple(passages))
 
@@ -259,7 +261,7 @@ def _is_none(text: str) -> bool:
     return plain in _NO_ANSWER or plain.strip(_BRACKETS) in _NO_ANSWER or not text.strip(_DOTS)
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _nested_texts(value: Any) -> Iterator[str]:
     """Yield all texts in a nested value. Numbers become texts."""
     if isinstance(value, bool):
         yield "yes" if value else "no"
@@ -267,10 +269,10 @@ def _texts(value: Any) -> Iterator[str]:
         if math.isfinite(value):
             yield f"{int(value) if value == int(value) else value}"
     elif isinstance(value, str):
-        read = _read(value.strip())
+        read = _parsed(value.strip())
         if not isinstance(read, str):
-            yield from _texts(read)
-        elif whole := _WHOLE.fullmatch(read):  # because its column had an empty cell
+            yield from _nested_texts(read)
+        elif whole := _WHOLE_NUMBER.fullmatch(read):  # because its column had an empty cell
             yield whole[1]
             if len(whole[1]) < 3:  # or it is a version, a grade
                 yield read
@@ -279,13 +281,13 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, Mapping):
         lower = {str(key).lower(): own for key, own in value.items()}
         for key in _TEXT_KEYS:
-            yield from _texts(lower.get(key))
+            yield from _nested_texts(lower.get(key))
     elif isinstance(value, Iterable) and not isinstance(value, bytes):
         for one in value:
-            yield from _texts(one)
+            yield from _nested_texts(one)
 
 
-def _read(text: str) -> Any:
+def _parsed(text: str) -> Any:
     """Return the list or record that a text contains in the form of JSON, Python or NumPy; else the text."""
     if array := _ARRAY.fullmatch(text):
         text = array[1]

@@ -14,9 +14,9 @@ import pyarrow as pa
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.input import files, tables, values
 from scaledown.data.input.corpus import RENAMED
-from scaledown.data.input.query_sources import named
+from scaledown.data.input.query_sources import named_dataset
 from scaledown.data.input.rows import parse
-from scaledown.data.input.seen import Ids
+from scaledown.data.input.seen import UniqueIds
 from scaledown.errors import InputError
 from scaledown.models.hub import hub_errors
 from scaledown.records import Query
@@ -27,7 +27,7 @@ from scaledown.text import has_content, question_key
 
 log = logging.getLogger("scaledown")
 
-SCHEMA: Final = pa.schema([("query_id", pa.large_string()), ("query", pa.large_string())])
+QUERY_SCHEMA: Final = pa.schema([("query_id", pa.large_string()), ("query", pa.large_string())])
 MS_MARCO_QUERIES: Final = 6_980
 UNREAD: Final = "evaluation_rows_unread"
 
@@ -125,7 +125,7 @@ def collect_queries(
         InputError: There is no query, all are left out, or there are too many malformed rows.
     """
     if done := stage.done():
-        rows_read = sum(done.counts.get(name, 0) for name in ("queries", "bad", *_COUNTED.values()))
+        rows_read = sum(done.counts.get(name, 0) for name in ("queries", "bad", *_EXCLUSION_COUNTS.values()))
         files.Intake("the queries", config.max_bad_fraction, rows_read, done.counts["bad"]).close()
         return
     with stage.lease("all", wait=True):
@@ -135,8 +135,8 @@ def collect_queries(
         if synthetic is None:
             given = itertools.chain(from_files(config, intake), from_dataset(config, intake))
         else:
-            given = itertools.chain(_written(synthetic, config.num_synthetic_queries))
-        ids = Ids()
+            given = itertools.chain(_finished_questions(synthetic, config.num_synthetic_queries))
+        ids = UniqueIds()
         source: Iterator[Query] = (
             query._replace(query_id=ids.own(query.query_id or f"q{number}"))
             for number, query in enumerate(given, 1)
@@ -148,7 +148,7 @@ def collect_queries(
         started = time.perf_counter()
         while queries := list(itertools.islice(source, config.queries_per_shard)):
             columns = [list(column) for column in zip(*queries, strict=True)]
-            stage.write(len(rows), pa.table(columns, schema=SCHEMA), time.perf_counter() - started)
+            stage.write(len(rows), pa.table(columns, schema=QUERY_SCHEMA), time.perf_counter() - started)
             rows.append(len(queries))
             started = time.perf_counter()
         stage.quarantine("all", intake.rejected)
@@ -160,7 +160,7 @@ def collect_queries(
             )
         if not rows:
             raise InputError("there are no queries in what was given: expected one query a line")
-        named = {_COUNTED[problem]: count for problem, count in sorted(counts.items())}
+        named = {_EXCLUSION_COUNTS[problem]: count for problem, count in sorted(counts.items())}
         if ids.renamed:
             log.warning("%s queries have the id of another: told apart by #2, #3 …", f"{ids.renamed:,}")
             named[RENAMED] = ids.renamed
@@ -169,7 +169,7 @@ def collect_queries(
         stage.finish(rows, {"queries": sum(rows), "bad": intake.bad, **named})
 
 
-_COUNTED: Final = {"contaminated": "contaminated", "duplicate": "duplicates"}
+_EXCLUSION_COUNTS: Final = {"contaminated": "contaminated", "duplicate": "duplicates"}
 _LEFT_AT_ONCE: Final = 1 << 14
 
 
@@ -247,7 +247,7 @@ def from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query]
     """
     if not config.query_dataset or Path(config.query_dataset).is_file():
         return
-    name, source, revision = named(config.query_dataset)
+    name, source, revision = named_dataset(config.query_dataset)
     with hub_errors(name, "dataset"):
         data: Any = source.load(config.query_split, revision)
         column = config.query_column or source.column
@@ -261,11 +261,11 @@ def from_dataset(config: PrepareConfig, intake: files.Intake) -> Iterator[Query]
 
 def dataset_size(config: PrepareConfig) -> int | None:
     """Return the number of rows of `--query_dataset`, or None if its source does not report it."""
-    _, source, revision = named(config.query_dataset)
+    _, source, revision = named_dataset(config.query_dataset)
     return source.size(config.query_split, revision)
 
 
-def _written(stage: Stage, wanted: int) -> list[Query]:
+def _finished_questions(stage: Stage, wanted: int) -> list[Query]:
     """The first `wanted` different questions of a finished stage."""
     different: dict[str, str] = {}
     for table in stage.tables():

@@ -115,7 +115,7 @@ class Named(NamedTuple):
     """The text after an @; empty if there is none."""
 
 
-def named(dataset: str) -> Named:
+def named_dataset(dataset: str) -> Named:
     """Find the dataset that a value of `--query_dataset` names.
 
     Args:

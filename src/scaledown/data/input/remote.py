@@ -22,10 +22,10 @@ from scaledown.urls import (
     LOGIN,
     detail,
     file_system,
+    http_status,
     redacted,
     refused,
     state_of,
-    status_of,
     without_query,
 )
 
@@ -90,7 +90,7 @@ def _warn_once(label: str) -> None:
     log.warning("%s: the server sends neither ETag nor time, so changes of the file are not noticed", label)
 
 
-def find(url: str, what: str) -> Remote:
+def find_remote(url: str, what: str) -> Remote:
     """Find the file or folder at a URL.
 
     Args:
@@ -115,7 +115,7 @@ def find(url: str, what: str) -> Remote:
         with _failures(shown, url), requests.Session() as session, _get(session, url, {}) as response:
             headers = response.headers
             kind = headers.get("Content-Type", "").lower()
-            return Remote(url, label, _size(headers), state_of(headers), kind)
+            return Remote(url, label, _content_length(headers), state_of(headers), kind)
     with _failures(shown, url):
         system = file_system(url, shown)
         info = system.info(url)
@@ -132,7 +132,7 @@ def find(url: str, what: str) -> Remote:
         return Remote(url, label, files=files)
 
 
-def _size(headers: Mapping[str, str]) -> int | None:
+def _content_length(headers: Mapping[str, str]) -> int | None:
     length = headers.get("Content-Length", "")
     return int(length) if length.isdigit() else None
 
@@ -265,7 +265,7 @@ def _failures(shown: str, url: str, read: int | None = None) -> Iterator[None]:
 
 
 def _fail(shown: str, url: str, read: int | None, error: Exception) -> NoReturn:
-    told = status_of(error)
+    told = http_status(error)
     if isinstance(error, FileNotFoundError) or told in {404, 410}:
         problem = "there is no such file; check the URL"
     elif refused(error):

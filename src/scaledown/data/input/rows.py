@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from scaledown.data.input import delimited, files, first_bytes
 from scaledown.data.input.delimited import Dialect
-from scaledown.data.input.files import Meter, Row, Source
+from scaledown.data.input.files import ReadingMeter, Row, Source
 from scaledown.data.input.remote import Remote
 from scaledown.errors import InputError
 
@@ -27,7 +27,7 @@ log = logging.getLogger("scaledown")
 
 _NOT_FINITE: Final = re.compile(rb"\b(NaN|Infinity)\b")
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
-_LARGE: Final = 1 << 53  # from here on a float does not hold every whole number
+_LARGEST_WHOLE_FLOAT: Final = 1 << 53  # from here on a float does not hold every whole number
 _BATCH_ROWS: Final = 1024
 _LONGEST_TOPIC: Final = 10_000  # lines
 _TOPIC_START: Final = re.compile(
@@ -35,7 +35,7 @@ _TOPIC_START: Final = re.compile(
 )
 _TOPIC_END: Final = re.compile(r"</top(ic)?>", re.I)
 _FIELD: Final = re.compile(r"<(\w+)[^>]*>([^<]*)")
-_LABEL: Final = re.compile(r"\s*(number|topic|title|description|narrative|domain|summary)\s*:", re.I)
+_TOPIC_LABEL: Final = re.compile(r"\s*(number|topic|title|description|narrative|domain|summary)\s*:", re.I)
 
 
 def json_rows(path: Source, stream: io.BufferedReader) -> Iterator[Row]:
@@ -97,11 +97,11 @@ def article(path: Source, stream: io.BufferedReader) -> Iterator[Row]:
         text = stream.read()
     except OSError as error:
         raise files.damaged(path, 0, error) from error
-    name = files.pure(path).stem.removesuffix(files.inner_suffix(path))
+    name = files.pure(path).stem.removesuffix(files.format_suffix(path))
     yield Row(str(path), 1, {"title": name, "text": text})
 
 
-class Batches(NamedTuple):
+class ColumnFile(NamedTuple):
     """A file of columns."""
 
     names: list[str]
@@ -110,7 +110,7 @@ class Batches(NamedTuple):
     """Yields its rows, with the columns that are given."""
 
 
-def batches(path: Source, kind: str, meter: Meter | None) -> Batches:
+def batches(path: Source, kind: str, meter: ReadingMeter | None) -> ColumnFile:
     """Open a Parquet or Arrow file.
 
     Args:
@@ -124,7 +124,7 @@ def batches(path: Source, kind: str, meter: Meter | None) -> Batches:
     return (_parquet if kind == first_bytes.PARQUET else _arrow)(path, meter)
 
 
-def _parquet(path: Source, meter: Meter | None) -> Batches:
+def _parquet(path: Source, meter: ReadingMeter | None) -> ColumnFile:
     try:
         raw = path.open() if isinstance(path, Remote) else pa.OSFile(str(path))
         file = pq.ParquetFile(raw)
@@ -145,10 +145,10 @@ def _parquet(path: Source, meter: Meter | None) -> Batches:
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise _not_whole(path, "Parquet", error) from error
 
-    return Batches(file.schema_arrow.names, read)
+    return ColumnFile(file.schema_arrow.names, read)
 
 
-def _arrow(path: Source, meter: Meter | None) -> Batches:
+def _arrow(path: Source, meter: ReadingMeter | None) -> ColumnFile:
     """An Arrow file (Feather 2), or a stream of batches, as `datasets` saves them."""
     try:
         raw = path.open() if isinstance(path, Remote) else pa.OSFile(str(path))
@@ -177,14 +177,14 @@ def _arrow(path: Source, meter: Meter | None) -> Batches:
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise _not_whole(path, "Arrow", error) from error
 
-    return Batches(schema.names, read)
+    return ColumnFile(schema.names, read)
 
 
 def _not_whole(path: Source, kind: str, error: Exception) -> InputError:
     return InputError(f"{path}: is not a whole {kind} file ({error}); fetch or write it again")
 
 
-class Columns(NamedTuple):
+class DelimitedColumns(NamedTuple):
     """The columns of a delimited text that are read."""
 
     names: Mapping[str, int]
@@ -200,7 +200,7 @@ class Columns(NamedTuple):
 
 
 def delimited_rows(
-    path: Source, stream: io.BufferedReader, dialect: Dialect, columns: Columns
+    path: Source, stream: io.BufferedReader, dialect: Dialect, columns: DelimitedColumns
 ) -> Iterator[Row]:
     """Yield the rows of a delimited text after its header.
 
@@ -299,7 +299,7 @@ def _topic(path: Source, number: int, lines: Sequence[str]) -> Row:
     if (start := _TOPIC_START.match(text)) and start[1]:
         found["num"] = start[1]
     for tag, value in _FIELD.findall(text):
-        if said := html.unescape(_LABEL.sub("", value, count=1)).strip():
+        if said := html.unescape(_TOPIC_LABEL.sub("", value, count=1)).strip():
             found.setdefault(tag.lower(), said)
     return Row(str(path), number, found)
 
@@ -324,11 +324,11 @@ def parse(row: Row) -> dict[str, Any]:
 
 def _record(row: Row) -> dict[str, Any]:
     if isinstance(row.content, bytes):
-        record = _loaded(row.content)
+        record = _parsed_json(row.content)
         if not isinstance(record, dict):
             raise ValueError(f"expected a JSON object, found {type(record).__name__}")
         # orjson reads whole numbers of more than 64 bits as floats, which would change their digits.
-        if any(type(value) is float and abs(value) >= _LARGE for value in record.values()):
+        if any(type(value) is float and abs(value) >= _LARGEST_WHOLE_FLOAT for value in record.values()):
             record |= {name: value for name, value in json.loads(row.content).items() if type(value) is int}
         return record
     record = {}
@@ -342,7 +342,7 @@ def _record(row: Row) -> dict[str, Any]:
     return record
 
 
-def _loaded(content: bytes) -> Any:
+def _parsed_json(content: bytes) -> Any:
     try:
         return orjson.loads(content)
     except orjson.JSONDecodeError as error:

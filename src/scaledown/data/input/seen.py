@@ -22,7 +22,7 @@ class Seen:
         return len(self._hashes) > before
 
 
-class Ids:
+class UniqueIds:
     """Gives each query or article a unique id. It stays unique as one word, as TREC's formats need it."""
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from scaledown.config.options import OUTPUT_SUFFIXES
 from scaledown.data.input import files
 from scaledown.data.input.seen import Seen
-from scaledown.data.logprobs import problem as logprobs_problem
+from scaledown.data.logprobs import logprobs_problem
 from scaledown.errors import InputError
 from scaledown.extensions import OUTPUT_FORMATS
 from scaledown.records import Example, document_text
@@ -62,7 +62,7 @@ class OutputFormat(NamedTuple):
     """What `datasets.load_dataset` calls the format."""
 
 
-def format_of(path: Path) -> OutputFormat:
+def output_format(path: Path) -> OutputFormat:
     """Return the format of a file by its suffix, which must be one of `OUTPUT_FORMATS`."""
     found: OutputFormat = OUTPUT_FORMATS[path.suffix.removeprefix(".")]
     return found
@@ -78,7 +78,7 @@ def entries(path: Path) -> Iterator[Entry]:
         InputError: The file is missing, is of another kind, or cannot be read.
     """
     check_file(path)
-    yield from format_of(path).read(path)
+    yield from output_format(path).read(path)
 
 
 def read_json_lines(path: Path) -> Iterator[Entry]:
@@ -90,7 +90,7 @@ def read_json_lines(path: Path) -> Iterator[Entry]:
             yield Entry(number, None, f"invalid JSON: {error}")
 
 
-def read_json(path: Path) -> Iterator[Entry]:
+def read_json_list(path: Path) -> Iterator[Entry]:
     """The records of a file with one JSON list."""
     with path.open(encoding="utf-8") as file:
         try:

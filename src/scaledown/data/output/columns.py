@@ -7,12 +7,12 @@ from typing import Any, Final
 import pyarrow as pa
 
 from scaledown.data.input.training_files import entries, problems
-from scaledown.data.logprobs import ARROW
+from scaledown.data.logprobs import LOGPROBS_TYPE
 from scaledown.errors import InputError
 from scaledown.run.progress import track
 
-_TEXTS: Final = pa.list_(pa.string())
-_NEEDED: Final = {"query": pa.string(), "documents": _TEXTS, "answer": pa.string()}
+_LIST_OF_TEXTS: Final = pa.list_(pa.string())
+_NEEDED: Final = {"query": pa.string(), "documents": _LIST_OF_TEXTS, "answer": pa.string()}
 _OPTIONAL: Final = {
     "reranking_scores": pa.list_(pa.float64()),
     "query_id": pa.string(),
@@ -24,7 +24,7 @@ _OPTIONAL: Final = {
     "prompt_hash": pa.string(),
     "second_answer": pa.string(),
     "agreement": pa.float64(),
-    "answer_logprobs": ARROW,
+    "answer_logprobs": LOGPROBS_TYPE,
 }
 _PLAIN: Final = {bool: pa.bool_(), float: pa.float64(), str: pa.string(), type(None): pa.null()}
 
@@ -55,7 +55,7 @@ class Columns:
             fixed = _OPTIONAL.get(name)
             if fixed is not None:
                 self._own[name] = fixed
-                if name == "reranking_scores" or fixed in {pa.string(), ARROW}:
+                if name == "reranking_scores" or fixed in {pa.string(), LOGPROBS_TYPE}:
                     continue  # scores are checked with the record; other values are written as text
             known = fixed if fixed is not None else self._others.get(name, pa.null())
             try:
@@ -85,7 +85,7 @@ def _joined(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
         return None
 
 
-def columns_of(paths: Sequence[Path]) -> pa.Schema:
+def columns_of_files(paths: Sequence[Path]) -> pa.Schema:
     """Return the columns of all records of training files.
 
     Args:

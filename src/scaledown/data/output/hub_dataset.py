@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scaledown.config.options import OUTPUT_SUFFIXES
-from scaledown.data.input.training_files import format_of, sound_records
-from scaledown.data.output.columns import columns_of
+from scaledown.data.input.training_files import output_format, sound_records
+from scaledown.data.output.columns import columns_of_files
 from scaledown.data.output.writers import write_examples
 from scaledown.data.report.page import MADE, write_report
 from scaledown.errors import InputError, OutputError, UsageError
@@ -36,12 +36,12 @@ def export_dataset(files: Sequence[Path], form: str, output: Path, *, overwrite:
         OutputError: The folder cannot be written, or has other data and `overwrite` is off.
     """
     earlier = output / f"train.{form}"
-    made = _is_made(output)
+    made = _is_own_dataset(output)
     check_folder(output, files, made=made)
     with atomic_folder(output) as whole:
         whole.mkdir()
         data = whole / f"train.{form}"
-        columns = columns_of(files) if format_of(data).needs_columns else None
+        columns = columns_of_files(files) if output_format(data).needs_columns else None
         count = write_examples(data, sound_records(files), columns)
         if not count:
             raise InputError(f"{files[0]}: the file has no record; give another file")
@@ -54,7 +54,7 @@ def export_dataset(files: Sequence[Path], form: str, output: Path, *, overwrite:
     return count
 
 
-def _is_made(folder: Path) -> bool:
+def _is_own_dataset(folder: Path) -> bool:
     """Whether a folder has the files of an export and no others."""
     card = folder / "README.md"
     if not card.is_file() or MADE not in card.read_text(encoding="utf-8", errors="replace"):

@@ -15,9 +15,9 @@ from scaledown.config.prepare import PrepareConfig
 from scaledown.config.shared import CleanConfig
 from scaledown.data.cleaning.decontaminate import Cleaner, Exclusion
 from scaledown.data.input.seen import Seen
-from scaledown.data.input.training_files import check_file, format_of, sound_records
+from scaledown.data.input.training_files import check_file, output_format, sound_records
 from scaledown.data.manifest import dtypes_of, manifest_of
-from scaledown.data.output.columns import columns_of
+from scaledown.data.output.columns import columns_of_files
 from scaledown.data.output.writers import write_examples
 from scaledown.errors import UsageError
 from scaledown.records import Example
@@ -27,8 +27,8 @@ from scaledown.run.outputs import check_output, note_made
 log = logging.getLogger("scaledown")
 
 # Settings that must be equal for runs to be merged. Corpus and models must be equal, too, by their content.
-_COMPARED: Final = tuple(name for name, about in PrepareConfig.options().items() if about.in_records)
-_BLOCK: Final = 256  # records cleaned at once
+_COMPARED_SETTINGS: Final = tuple(name for name, about in PrepareConfig.options().items() if about.in_records)
+_RECORDS_AT_ONCE: Final = 256  # records cleaned at once
 
 
 class Merged(NamedTuple):
@@ -93,7 +93,7 @@ def merge(
             record_removed = stack.enter_context(temporary.open("wb")).write
 
         def kept() -> Iterator[Example]:
-            for record, why in _cleaned(sound_records(paths, task="merge", alike=True), cleaner):
+            for record, why in _with_exclusions(sound_records(paths, task="merge", alike=True), cleaner):
                 if why is None:
                     yield record
                 else:
@@ -101,17 +101,19 @@ def merge(
                     removed = {"query": record["query"], **why, "answer": record["answer"]}
                     record_removed(orjson.dumps(removed) + b"\n")
 
-        columns = columns_of(paths) if format_of(output).needs_columns else None
+        columns = columns_of_files(paths) if output_format(output).needs_columns else None
         number = write_examples(output, kept(), columns)
     for path in written:
         note_made(path, "merge")
     return Merged(number, counts["duplicate"], counts["contaminated"], cleaner.counts["unread"])
 
 
-def _cleaned(records: Iterator[Example], cleaner: Cleaner) -> Iterator[tuple[Example, Exclusion | None]]:
+def _with_exclusions(
+    records: Iterator[Example], cleaner: Cleaner
+) -> Iterator[tuple[Example, Exclusion | None]]:
     """Records, each with the reason why it is left out, or None if it is kept."""
     seen = Seen()
-    while block := list(itertools.islice(records, _BLOCK)):
+    while block := list(itertools.islice(records, _RECORDS_AT_ONCE)):
         for record, unwanted in zip(block, cleaner.queries([one["query"] for one in block]), strict=True):
             why = unwanted or cleaner.answer(record["answer"], _passages(record["documents"]))
             if not seen.add(record["query"]) and why is None:
@@ -134,7 +136,7 @@ def _check_same_settings(paths: Sequence[Path]) -> None:
             log.warning("%s: it has no run directory, so its settings are not compared", path)
             continue
         manifest, _ = found
-        settings = {name: manifest["parameters"].get(name) for name in _COMPARED}
+        settings = {name: manifest["parameters"].get(name) for name in _COMPARED_SETTINGS}
         settings |= {f"{name} (weights)": identity for name, identity in manifest["models"].items()}
         settings["corpus (content)"] = manifest["inputs"].get("corpus")
         settings["prompt (content)"] = manifest["inputs"].get("prompt")

@@ -32,7 +32,7 @@ def export_pisco(files: Sequence[Path], output: Path, *, overwrite: bool = False
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    made = _is_made(output)
+    made = _is_pisco_dataset(output)
     check_folder(output, files, made=made)
     if made and not overwrite:
         raise OutputError(f"--output_dir {output} already exists: name a new folder, or give --overwrite")
@@ -42,7 +42,7 @@ def export_pisco(files: Sequence[Path], output: Path, *, overwrite: bool = False
         cache = str(whole.with_name("cache"))
         try:
             dataset = Dataset.from_generator(
-                _records, features=features, gen_kwargs={"files": list(files)}, cache_dir=cache
+                _pisco_records, features=features, gen_kwargs={"files": list(files)}, cache_dir=cache
             )
         except ValueError as error:  # `datasets` raises it for a split without rows
             raise InputError(f"{files[0]}: the file has no record; give another file") from error
@@ -52,13 +52,13 @@ def export_pisco(files: Sequence[Path], output: Path, *, overwrite: bool = False
     return len(dataset)
 
 
-def _is_made(folder: Path) -> bool:
+def _is_pisco_dataset(folder: Path) -> bool:
     """Whether a folder has the files of such a dataset and no others."""
     own = {"dataset_dict.json", "train"}
     return folder.is_dir() and {entry.name for entry in folder.iterdir()} == own
 
 
-def _records(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+def _pisco_records(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
     for record in sound_records(files):
         # The trainer's collator uses these names; its README has `queries` and `mistral_labels`.
         yield {"query": record["query"], "docs": record["documents"], "mistral_label": record["answer"]}

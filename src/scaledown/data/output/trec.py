@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Final
 
 from scaledown.data.input.corpus import PassageTable
-from scaledown.data.input.seen import Ids, one_word
+from scaledown.data.input.seen import UniqueIds, one_word
 from scaledown.data.manifest import manifest_of
 from scaledown.data.report.rerank_effect import finished_stages
 from scaledown.errors import InputError
@@ -52,21 +52,21 @@ def export_trec(data: Path, output: Path, *, overwrite: bool = False) -> dict[st
         )
     written = {}
     for path, (stages, column) in found.items():
-        written[str(path)] = _write(path, stages[0], PassageTable(stages[1]), column)
+        written[str(path)] = _write_rows(path, stages[0], PassageTable(stages[1]), column)
         note_made(path, "export")
     return written
 
 
-def _write(path: Path, stage: Stage, passages: PassageTable, column: str) -> int:
+def _write_rows(path: Path, stage: Stage, passages: PassageTable, column: str) -> int:
     lines = 0
-    queries, again = Ids(), 0
+    queries, again = UniqueIds(), 0
     with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for table in stage.tables():
             for record in table.to_pylist():
                 query = one_word(queries.own(record["query_id"]))
                 places = [one_word(passages[row].passage_id) for row in record["rows"]]
                 if len(set(places)) < len(places):
-                    found = Ids()
+                    found = UniqueIds()
                     places = [found.own(place) for place in places]
                     again += found.renamed
                 for rank, (place, score) in enumerate(zip(places, record[column], strict=True), 1):

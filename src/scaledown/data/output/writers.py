@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 from scaledown.data.input.corpus import PassageTable
 from scaledown.data.input.training_files import (
     OutputFormat,
-    format_of,
-    read_json,
+    output_format,
     read_json_lines,
+    read_json_list,
     read_parquet,
 )
 from scaledown.data.output.columns import Columns
@@ -24,7 +24,7 @@ from scaledown.records import Example, full_text
 from scaledown.run.atomic import atomic
 from scaledown.run.stage import Stage
 
-_BLOCK: Final = 1000
+_ROW_GROUP: Final = 1000
 
 
 def examples(
@@ -74,7 +74,7 @@ def write_examples(path: Path, records: Iterable[Mapping[str, Any]], columns: pa
         OutputError: Parquet cannot hold a value.
     """
     with atomic(path.resolve()) as temporary:
-        return format_of(path).write(temporary, records, columns)
+        return output_format(path).write(temporary, records, columns)
 
 
 def _write_json(path: Path, records: Iterable[Mapping[str, Any]], schema: pa.Schema | None) -> int:
@@ -101,8 +101,8 @@ def _write_json_lines(path: Path, records: Iterable[Mapping[str, Any]], schema: 
 
 def _write_parquet(path: Path, records: Iterable[Mapping[str, Any]], schema: pa.Schema | None) -> int:
     source = iter(records)
-    block = list(itertools.islice(source, _BLOCK))
-    schema = schema or _columns(block)
+    block = list(itertools.islice(source, _ROW_GROUP))
+    schema = schema or _record_columns(block)
     count = 0
     try:
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
@@ -110,7 +110,7 @@ def _write_parquet(path: Path, records: Iterable[Mapping[str, Any]], schema: pa.
                 rows = [_fitted(record, schema) for record in block]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                 count += len(block)
-                block = list(itertools.islice(source, _BLOCK))
+                block = list(itertools.islice(source, _ROW_GROUP))
     except pa.ArrowException as error:
         raise OutputError(
             f"Parquet cannot hold a record after the first {count:,} ({error}): write .json or .jsonl"
@@ -118,7 +118,7 @@ def _write_parquet(path: Path, records: Iterable[Mapping[str, Any]], schema: pa.
     return count
 
 
-def _columns(records: Sequence[Mapping[str, Any]]) -> pa.Schema:
+def _record_columns(records: Sequence[Mapping[str, Any]]) -> pa.Schema:
     columns = Columns()
     for record in records:
         if problem := columns.add(record):
@@ -132,13 +132,13 @@ def _fitted(record: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
     for name, value in record.items():
         if name not in schema.names:
             raise OutputError(
-                f"column {name} is in some records, but not in the first {_BLOCK:,}: write .jsonl"
+                f"column {name} is in some records, but not in the first {_ROW_GROUP:,}: write .jsonl"
             )
         if pa.types.is_string(schema.field(name).type) and not isinstance(value, str | None):
             fitted[name] = str(value)
     return fitted
 
 
-JSON: Final = OutputFormat(_write_json, read_json)
-JSONL: Final = OutputFormat(_write_json_lines, read_json_lines)
-PARQUET: Final = OutputFormat(_write_parquet, read_parquet, needs_columns=True, builder="parquet")
+JSON_FORMAT: Final = OutputFormat(_write_json, read_json_list)
+JSONL_FORMAT: Final = OutputFormat(_write_json_lines, read_json_lines)
+PARQUET_FORMAT: Final = OutputFormat(_write_parquet, read_parquet, needs_columns=True, builder="parquet")

@@ -16,13 +16,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.input import files
-from scaledown.data.input.corpus import ROWS_AT_ONCE, cutting_processes, load_tokenizer
+from scaledown.data.input.corpus import ROWS_AT_ONCE, cutting_processes, load_retriever_tokenizer
 from scaledown.data.input.queries import MS_MARCO_QUERIES, dataset_size, from_dataset, from_files
-from scaledown.data.planning.sample import Sample, sample_corpus, sample_index
-from scaledown.data.planning.trial import UNKNOWN, Cost, Trials, listed, peak
+from scaledown.data.planning.sample import CorpusSample, sample_corpus, sample_index
+from scaledown.data.planning.trial import UNKNOWN_COST, StageCost, Trials, listing_missing, peak
 from scaledown.data.retrieval.stages import TokenLists
 from scaledown.data.teacher.api import find_teacher
-from scaledown.data.teacher.base import Engine
+from scaledown.data.teacher.base import EngineSettings
 from scaledown.data.workers import gpu_workers
 from scaledown.devices.choice import choose_device
 from scaledown.errors import InputError
@@ -35,10 +35,10 @@ from scaledown.run.locations import index_of, output_of, run_of
 from scaledown.run.progress import duration
 from scaledown.run.stage import StageResult
 
-_TEXTS: Final = 1000  # the most queries that are read
+_MOST_QUERIES: Final = 1000  # the most queries that are read
 _BYTES_A_WORKER: Final = 200_000_000  # memory of a process that cuts passages: libraries and a cache of words
 _COPIES_OF_A_SHARD: Final = 3  # texts or vectors as read, in work, and packed
-_LONG_SECONDS: Final = 24 * 3600.0
+_LONG_RUN_SECONDS: Final = 24 * 3600.0
 _SHOWN_AS: Final = {
     "synthetic": "prompts",
     "passages": "passages",
@@ -99,47 +99,49 @@ def make_plan(config: PrepareConfig, corpus: Sequence[files.Source]) -> Plan:  #
     """
     missing: list[str] = []
     device = "cpu"
-    with listed(missing):
+    with listing_missing(missing):
         device = choose_device(config.device)
     queries = _count_queries(config, missing)
-    reading = Cost(math.inf if queries.seconds is None else queries.seconds, 0, peak("cpu"))
-    tokenizer = _words()
-    with listed(missing):
-        tokenizer = load_tokenizer(resolve(config.retriever_model), config)
+    reading = StageCost(math.inf if queries.seconds is None else queries.seconds, 0, peak("cpu"))
+    tokenizer = _word_tokenizer()
+    with listing_missing(missing):
+        tokenizer = load_retriever_tokenizer(resolve(config.retriever_model), config)
     sample = sample_corpus(config, corpus, tokenizer) if corpus else sample_index(config)
     table = sample.cut.passages
     passages = round(table.num_rows * sample.whole)
     size = sum(map(files.size_of, files.every(corpus, "--corpus_path")))
     processes = cutting_processes(size)
     workers = processes * _BYTES_A_WORKER if processes > 1 else 0
-    cutting = Cost(0, sample.seconds / table.num_rows / processes, peak("cpu") + workers)
+    cutting = StageCost(0, sample.seconds / table.num_rows / processes, peak("cpu") + workers)
     found = [Passage(**record) for record in table.select(Passage._fields).to_pylist()]
     trials = Trials(
         config=config.sized(device),
         texts=queries.texts
-        or [f"What is {passage.title or passage.text[:40]}?" for passage in found[:_TEXTS]],
+        or [f"What is {passage.title or passage.text[:40]}?" for passage in found[:_MOST_QUERIES]],
         passages=found,
         tokens=TokenLists(table.column("tokens")),
         top_k=min(config.top_k_retrieval, passages),
         documents_per_query=min(config.documents_per_query, passages),
-        most=_TEXTS if queries.number is None else queries.number,
+        most=_MOST_QUERIES if queries.number is None else queries.number,
         missing=missing,
     )
 
-    def of_queries(name: str, like: pa.Table, cost: Cost) -> StagePlan:
-        return _stage(name, queries.number, config.queries_per_shard, like, cost)
+    def of_queries(name: str, like: pa.Table, cost: StageCost) -> StagePlan:
+        return _planned_stage(name, queries.number, config.queries_per_shard, like, cost)
 
     stages = []
     if wanted := config.num_synthetic_queries:
         written, cost = trials.questions()
         usable = sum(map(bool, written.column("question").to_pylist())) if written else 0
         asked = round(wanted * len(written) / usable) if written and usable else None
-        stages.append(_stage("synthetic", asked, min(config.queries_per_shard, wanted), written, cost))
+        stages.append(
+            _planned_stage("synthetic", asked, min(config.queries_per_shard, wanted), written, cost)
+        )
     stages.append(of_queries("queries", trials.queries(), reading))
     per_shard = _passages_a_shard(config, sample)
-    stages.append(_stage("passages", passages, per_shard, table, cutting))
+    stages.append(_planned_stage("passages", passages, per_shard, table, cutting))
     vectors, encoding, searching = trials.vectors(math.ceil(passages / per_shard))
-    stages.append(_stage("vectors", passages, per_shard, vectors, encoding))
+    stages.append(_planned_stage("vectors", passages, per_shard, vectors, encoding))
     searching = searching._replace(each=searching.each * passages)
     stages.append(of_queries("candidates", trials.candidates(trials.top_k), searching))
     if config.reranks:
@@ -147,14 +149,14 @@ def make_plan(config: PrepareConfig, corpus: Sequence[files.Source]) -> Plan:  #
     answers, cost = trials.answers()
     stages.append(of_queries("answers", answers, cost))
     if config.second_teacher_model:
-        with listed(missing):
-            find_teacher(config.second_teacher_model, Engine.of(config))
+        with listing_missing(missing):
+            find_teacher(config.second_teacher_model, EngineSettings.of(config))
         stages.append(
             of_queries(
-                "second", answers.select(sorted({*answers.column_names} - {"answer_logprobs"})), UNKNOWN
+                "second", answers.select(sorted({*answers.column_names} - {"answer_logprobs"})), UNKNOWN_COST
             )
         )
-    stages.append(of_queries("reviewed", trials.reviewed(answers), Cost(0, 0, peak("cpu"))))
+    stages.append(of_queries("reviewed", trials.reviewed(answers), StageCost(0, 0, peak("cpu"))))
     output = None if queries.number is None else queries.number * trials.record_bytes(answers)
     stages.append(StagePlan("output", queries.number, 1, output, 0, 0.0))
     on_gpus = device.startswith("cuda")
@@ -170,7 +172,9 @@ def make_plan(config: PrepareConfig, corpus: Sequence[files.Source]) -> Plan:  #
     return Plan(stages, missing, sampled, device)
 
 
-def _stage(name: str, rows: int | None, per_shard: int, like: pa.Table | None, cost: Cost) -> StagePlan:
+def _planned_stage(
+    name: str, rows: int | None, per_shard: int, like: pa.Table | None, cost: StageCost
+) -> StagePlan:
     """Plan a stage of `rows` rows like those of `like`."""
     if rows is None:
         return StagePlan(name, None, None, None, cost.memory or None, None)
@@ -216,12 +220,12 @@ def _count_queries(config: PrepareConfig, missing: list[str]) -> Queries:
     elsewhere = config.query_dataset and not Path(config.query_dataset).exists()
     if not elsewhere:
         source = itertools.chain(source, from_dataset(config, intake))
-    texts = [query.text for query in itertools.islice(source, _TEXTS)]
+    texts = [query.text for query in itertools.islice(source, _MOST_QUERIES)]
     number = len(texts) + sum(1 for _ in source) + (MS_MARCO_QUERIES if config.download_ms_marco else 0)
     intake.close()
     if elsewhere:
         size = None
-        with listed(missing):
+        with listing_missing(missing):
             size = dataset_size(config)
         return Queries(None if size is None else number + size, texts, None)
     if not number:
@@ -229,14 +233,14 @@ def _count_queries(config: PrepareConfig, missing: list[str]) -> Queries:
     return Queries(number, texts, time.perf_counter() - started)
 
 
-def _words() -> Tokenizer:
+def _word_tokenizer() -> Tokenizer:
     """Return a function that counts words and punctuation, to replace a missing tokenizer."""
     words = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))  # noqa: S106
     words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     return words
 
 
-def _passages_a_shard(config: PrepareConfig, sample: Sample) -> int:
+def _passages_a_shard(config: PrepareConfig, sample: CorpusSample) -> int:
     """Passages of a shard: a shard is whole batches of rows, and ends with the one that fills it."""
     batch = float(sample.cut.passages.num_rows / sample.cut.rows * ROWS_AT_ONCE)
     return max(1, round(math.ceil(config.passages_per_shard / batch) * batch))
@@ -260,8 +264,8 @@ def _missing_disk(config: PrepareConfig, stages: Sequence[StagePlan]) -> list[st
         needed[system] = needed.get(system, 0) + (stage.disk or 0)
         where.setdefault(system, there)
     return [
-        f"disk: {_size(needed[system])} needed in {folder}, {_size(free)} free: free some, or put "
-        "--work_dir, --index_dir, --output_file or --cache_dir elsewhere"
+        f"disk: {_bytes_shown(needed[system])} needed in {folder}, {_bytes_shown(free)} free: free some, or "
+        "put --work_dir, --index_dir, --output_file or --cache_dir elsewhere"
         for system, folder in where.items()
         if (free := shutil.disk_usage(folder).free) < needed[system]
     ]
@@ -269,7 +273,7 @@ def _missing_disk(config: PrepareConfig, stages: Sequence[StagePlan]) -> list[st
 
 def _missing_gpu(stages: Sequence[StagePlan], device: str) -> list[str]:
     seconds = {stage.name: stage.seconds for stage in stages if stage.seconds is not None}
-    if device != "cpu" or total_seconds(seconds) < _LONG_SECONDS:
+    if device != "cpu" or total_seconds(seconds) < _LONG_RUN_SECONDS:
         return []
     slowest = max(seconds, key=lambda name: seconds[name])
     return [f"a GPU: {slowest} alone takes {duration(seconds[slowest])} here"]
@@ -294,15 +298,15 @@ def report(plan: Plan) -> str:
                 stage.name,
                 "unknown" if stage.rows is None else f"{stage.rows:,} {_SHOWN_AS.get(stage.name, 'queries')}",
                 "" if output else "unknown" if stage.shards is None else f"{stage.shards:,}",
-                "unknown" if stage.disk is None else _size(stage.disk),
-                "" if output else "unknown" if stage.memory is None else _size(stage.memory) + gpu,
+                "unknown" if stage.disk is None else _bytes_shown(stage.disk),
+                "" if output else "unknown" if stage.memory is None else _bytes_shown(stage.memory) + gpu,
                 "" if output else "unknown" if stage.seconds is None else duration(stage.seconds),
             )
         )
     known = {stage.name: stage.seconds for stage in plan.stages if stage.seconds is not None}
     disk = sum(stage.disk or 0 for stage in plan.stages)
     at_least = "" if len(known) == len(plan.stages) else "at least "
-    rows.append(("total", "", "", _size(disk), "", at_least + duration(total_seconds(known))))
+    rows.append(("total", "", "", _bytes_shown(disk), "", at_least + duration(total_seconds(known))))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"from {plan.sampled}", ""]
     for name, *cells in rows:
@@ -312,14 +316,14 @@ def report(plan: Plan) -> str:
     return "\n".join(lines if plan.missing else lines[:-1])
 
 
-def _size(count: int) -> str:
+def _bytes_shown(count: int) -> str:
     unit, name = next(
         ((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if count >= unit), (1e3, "kB")
     )
     return f"{count / unit:,.1f} {name}"
 
 
-def keep(plan: Plan, config: PrepareConfig) -> None:
+def keep_plan(plan: Plan, config: PrepareConfig) -> None:
     """Write the plan into the run directory, for the run's summary.
 
     Args:

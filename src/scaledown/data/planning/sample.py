@@ -26,7 +26,7 @@ _PASSAGES: Final = 1000  # of an index
 _BYTES_A_PLACE: Final = 1 << 17
 
 
-class Sample(NamedTuple):
+class CorpusSample(NamedTuple):
     """Rows from the whole corpus, cut into passages."""
 
     cut: Cut
@@ -39,7 +39,7 @@ class Sample(NamedTuple):
     """`corpus` or `index`, for messages."""
 
 
-def sample_index(config: PrepareConfig) -> Sample:
+def sample_index(config: PrepareConfig) -> CorpusSample:
     """Sample passages from the whole index in `--index_dir`; cutting takes no time."""
     storage = index_of(config)
     passages = open_stage(RunDirectory(storage), "passages", only_state(storage).passages)
@@ -55,10 +55,12 @@ def sample_index(config: PrepareConfig) -> Sample:
     ]
     share = counts["passages"] / number
     found = Cut(pa.concat_tables(tables), [], [], max(1, round(counts["articles"] / share)))
-    return Sample(found, share, 0.0, "index")
+    return CorpusSample(found, share, 0.0, "index")
 
 
-def sample_corpus(config: PrepareConfig, corpus: Sequence[files.Source], tokenizer: Tokenizer) -> Sample:
+def sample_corpus(
+    config: PrepareConfig, corpus: Sequence[files.Source], tokenizer: Tokenizer
+) -> CorpusSample:
     """Cut a sample of rows from the whole corpus into passages.
 
     Args:
@@ -88,7 +90,7 @@ def sample_corpus(config: PrepareConfig, corpus: Sequence[files.Source], tokeniz
             f"{shown}: no article with text among {cut.rows:,} rows; expected KILT lines, or id, title and "
             "text in each record"
         )
-    return Sample(cut, whole, seconds)
+    return CorpusSample(cut, whole, seconds)
 
 
 class _Place(NamedTuple):
@@ -116,7 +118,7 @@ def _sample_rows(paths: Sequence[files.Source], limit: int, read: _Reader) -> tu
         places = []
         for path, start, end in zip(paths, [0, *ends], ends, strict=False):
             if here := [offset - start for offset in offsets if start <= offset < end]:
-                places += _places(path, here, span / _PLACES, read)
+                places += _places_at(path, here, span / _PLACES, read)
         if not last:
             span = min(ends[-1], round(_reach(places, limit)))
     return [row for place in places for row in place.rows], span / max(1.0, sum(p.read for p in places))
@@ -134,7 +136,7 @@ def _reach(places: Sequence[_Place], rows: int) -> float:
     return reach + left * each
 
 
-def _places(path: files.Source, offsets: Sequence[int], width: float, read: _Reader) -> list[_Place]:
+def _places_at(path: files.Source, offsets: Sequence[int], width: float, read: _Reader) -> list[_Place]:
     """Read some rows of a file at each of `offsets`."""
     first, length = _first_rows(path, _BYTES_A_PLACE * len(offsets), read)
     head = [_Place(first, length, width * len(offsets))]
@@ -163,7 +165,7 @@ def _first_rows(path: files.Source, enough: int, read: _Reader) -> tuple[list[fi
 
     Returns them and their size in the (compressed) file.
     """
-    meter = files.Meter([path])
+    meter = files.ReadingMeter([path])
     rows: list[files.Row] = []
     length, before = 0, 0.0
     for row in read(path, meter=meter):

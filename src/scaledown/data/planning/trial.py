@@ -15,8 +15,8 @@ import orjson
 import pyarrow as pa
 
 from scaledown.config.prepare import PrepareConfig
-from scaledown.data.input.queries import SCHEMA
-from scaledown.data.logprobs import ARROW
+from scaledown.data.input.queries import QUERY_SCHEMA
+from scaledown.data.logprobs import LOGPROBS_TYPE
 from scaledown.data.prompts import answer_prompt, load_template
 from scaledown.data.reranker.api import load_reranker, resolve_reranker
 from scaledown.data.reranker.base import Pair, Reranker
@@ -24,7 +24,7 @@ from scaledown.data.retrieval.encoders import Encoder, load_encoder
 from scaledown.data.retrieval.index import Ranking, Vectors, pack, search, stacked
 from scaledown.data.retrieval.stages import Candidates, TokenLists, candidates_table
 from scaledown.data.teacher.api import choose_backend, engine_of, find_teacher, is_served, load_teacher
-from scaledown.data.teacher.base import Engine, Generation, Rejection, Teacher, answer_all
+from scaledown.data.teacher.base import EngineSettings, Rejection, Teacher, TeacherSettings, answer_all
 from scaledown.data.teacher.questions import questions_about
 from scaledown.devices.choice import choose_device
 from scaledown.devices.gpus import OnDevice, index
@@ -44,7 +44,7 @@ Made = TypeVar("Made")
 Used = TypeVar("Used")
 
 
-class Cost(NamedTuple):
+class StageCost(NamedTuple):
     """Seconds before the first row, seconds for each row, bytes of memory; infinite seconds are not known."""
 
     start: float
@@ -52,7 +52,7 @@ class Cost(NamedTuple):
     memory: int
 
 
-UNKNOWN: Final = Cost(math.inf, math.inf, 0)
+UNKNOWN_COST: Final = StageCost(math.inf, math.inf, 0)
 
 
 class Trials(NamedTuple):
@@ -69,7 +69,7 @@ class Trials(NamedTuple):
 
     def queries(self) -> pa.Table:
         """Return a table of queries, as in a shard."""
-        return pa.table([[f"q{n}" for n in range(len(self.texts))], self.texts], schema=SCHEMA)
+        return pa.table([[f"q{n}" for n in range(len(self.texts))], self.texts], schema=QUERY_SCHEMA)
 
     def candidates(self, top_k: int, *, ranked: bool = False) -> pa.Table:
         """Return a table of candidates, as in a shard. All scores are 0.
@@ -82,7 +82,7 @@ class Trials(NamedTuple):
         table = candidates_table(self.queries(), [Candidates(nothing, nothing)] * len(self.texts))
         return table.append_column("reranking_scores", table.column("scores")) if ranked else table
 
-    def questions(self) -> tuple[pa.Table | None, Cost]:
+    def questions(self) -> tuple[pa.Table | None, StageCost]:
         """Let the teacher write questions about sampled passages."""
         rows = self._by_length()
 
@@ -96,7 +96,7 @@ class Trials(NamedTuple):
         cost, made = self._try_teacher(write)
         return pa.concat_tables(made) if made else None, cost
 
-    def vectors(self, shards: int) -> tuple[pa.Table | None, Cost, Cost]:
+    def vectors(self, shards: int) -> tuple[pa.Table | None, StageCost, StageCost]:
         """Encode sampled passages and search them.
 
         Args:
@@ -111,7 +111,7 @@ class Trials(NamedTuple):
         def load(device: str) -> Encoder:
             return load_encoder(resolve(config.retriever_model), device, config.dtype, config.batch_size)
 
-        def encode(encoder: Encoder) -> tuple[float, tuple[Vectors, Cost]]:
+        def encode(encoder: Encoder) -> tuple[float, tuple[Vectors, StageCost]]:
             def documents(batch: Sequence[int]) -> Vectors:
                 return encoder.documents(
                     [self._document(row) for row in batch], no_progress, [self.tokens[row] for row in batch]
@@ -121,13 +121,13 @@ class Trials(NamedTuple):
             each, parts = _timed(rows, size, documents)
             vectors = stacked(parts)
             # The cost of an approximate search is not known before its index exists.
-            searching = self._search(encoder, vectors, shards) if config.search == "exact" else UNKNOWN
+            searching = self._search(encoder, vectors, shards) if config.search == "exact" else UNKNOWN_COST
             return each, (vectors, searching)
 
         cost, made = self._try(load, encode)
-        return (pack(made[0], config.weights), cost, made[1]) if made else (None, cost, UNKNOWN)
+        return (pack(made[0], config.weights), cost, made[1]) if made else (None, cost, UNKNOWN_COST)
 
-    def _search(self, encoder: Encoder, vectors: Vectors, shards: int) -> Cost:
+    def _search(self, encoder: Encoder, vectors: Vectors, shards: int) -> StageCost:
         texts = self.texts[:_QUERIES_SEARCHED]
         queries, encoding = _clocked(lambda: encoder.queries(texts, no_progress))
         copies = math.ceil(min(self.config.passages_per_shard, _PASSAGES_SEARCHED) / vectors.shape[0])
@@ -142,9 +142,9 @@ class Trials(NamedTuple):
         look(1)  # compiles
         _, searching = _clocked(lambda: look(count))
         each = (searching + encoding) / len(texts) / (count * shard.num_rows)
-        return Cost(0, each, peak("cpu") + round(self.config.search_memory * 1e9))
+        return StageCost(0, each, peak("cpu") + round(self.config.search_memory * 1e9))
 
-    def ranked(self) -> tuple[pa.Table, Cost]:
+    def ranked(self) -> tuple[pa.Table, StageCost]:
         """Score pairs of queries and sampled passages. The cost is for a query with all its passages."""
         config, chance = self.config, random.Random(self.config.seed)  # noqa: S311
         count = 3 * config.reranker_batch_size * batches_at_once("cpu")
@@ -163,7 +163,7 @@ class Trials(NamedTuple):
         cost, _ = self._try(load, score)
         return self.candidates(self.top_k, ranked=True), cost._replace(each=cost.each * self.top_k)
 
-    def answers(self) -> tuple[pa.Table, Cost]:
+    def answers(self) -> tuple[pa.Table, StageCost]:
         """Let the teacher answer queries with sampled documents."""
         config, chance = self.config, random.Random(self.config.seed)  # noqa: S311
         size = max(self._full_load(), config.teacher_batch_size)
@@ -187,7 +187,7 @@ class Trials(NamedTuple):
             if name != "answer_logprobs" or config.teacher_logprobs:
                 values = [getattr(given[row % len(given)], name) for row in range(len(table))]
                 table = table.append_column(
-                    name, pa.array(values, ARROW if name == "answer_logprobs" else None)
+                    name, pa.array(values, LOGPROBS_TYPE if name == "answer_logprobs" else None)
                 )
         hashes = pa.array([prompts[row % len(prompts)].digest for row in range(len(table))])
         return table.append_column("prompt_hash", hashes), cost
@@ -223,19 +223,19 @@ class Trials(NamedTuple):
     def _by_length(self) -> list[int]:
         return sorted(range(len(self.passages)), key=lambda row: len(self.passages[row].text))
 
-    def _try_teacher(self, use: Callable[[Teacher], tuple[float, Used]]) -> tuple[Cost, Used | None]:
-        if is_served(Engine.of(self.config)):  # a server's answers may cost money
-            return UNKNOWN, None
+    def _try_teacher(self, use: Callable[[Teacher], tuple[float, Used]]) -> tuple[StageCost, Used | None]:
+        if is_served(EngineSettings.of(self.config)):  # a server's answers may cost money
+            return UNKNOWN_COST, None
         return self._try(self._load_teacher, use)
 
     def _full_load(self) -> int:
         """Return how many prompts keep the teacher's engine busy, if that is more than a batch."""
-        engine = Engine.of(self.config)
+        engine = EngineSettings.of(self.config)
         if is_served(engine):
             return 0
         try:
             source = find_teacher(self.config.teacher_model, engine)
-            generation = Generation.of(self.config)
+            generation = TeacherSettings.of(self.config)
             backend = choose_backend(engine, source, choose_device(self.config.device), generation)
         except ScaleDownError:  # the error is listed when the teacher is loaded
             return 0
@@ -243,17 +243,17 @@ class Trials(NamedTuple):
 
     def _load_teacher(self, device: str) -> Teacher:
         config = self.config
-        engine = Engine.of(config)
+        engine = EngineSettings.of(config)
         source = find_teacher(config.teacher_model, engine)
-        return load_teacher(source, device, config.dtype, Generation.of(config), engine)
+        return load_teacher(source, device, config.dtype, TeacherSettings.of(config), engine)
 
     def _try(
         self, load: Callable[[str], Made], use: Callable[[Made], tuple[float, Used]]
-    ) -> tuple[Cost, Used | None]:
+    ) -> tuple[StageCost, Used | None]:
         """Load a model, and measure its seconds per row by `use`. A missing model is listed."""
-        cost: Cost = UNKNOWN
+        cost: StageCost = UNKNOWN_COST
         made: Used | None = None
-        with listed(self.missing):
+        with listing_missing(self.missing):
             device = choose_device(self.config.device)
             if device.startswith("cuda"):
                 import torch
@@ -263,7 +263,7 @@ class Trials(NamedTuple):
             model = OnDevice("the model that was tried", device, lambda: load(device))
             _, start = _clocked(model)
             each, made = use(model())
-            cost = Cost(start, each, peak(device))
+            cost = StageCost(start, each, peak(device))
             model.release()
         return cost, made
 
@@ -322,7 +322,7 @@ def peak(device: str) -> int:
 
 
 @contextlib.contextmanager
-def listed(missing: list[str]) -> Iterator[None]:
+def listing_missing(missing: list[str]) -> Iterator[None]:
     """Add a missing model to the list, once, and continue."""
     try:
         yield

@@ -8,7 +8,6 @@ import random
 import re
 from array import array
 from collections.abc import Iterable, Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -16,16 +15,16 @@ import numpy as np
 
 from scaledown.data.input.gold import Gold
 from scaledown.data.input.training_files import entries, problems
-from scaledown.data.teacher.review import content_words, groundedness, problem
+from scaledown.data.teacher.review import answer_problem, content_words, groundedness
 from scaledown.errors import InputError
 from scaledown.metrics import accuracy
 from scaledown.records import document_text
-from scaledown.report.page import Piece
+from scaledown.report.page import MarkedText
 from scaledown.run.progress import track
-from scaledown.text import question_key
+from scaledown.text import question_key, text_hash
 
 SAMPLE: Final = 20_000
-SHOWN: Final = 200  # examples to browse, those with problems first
+SHOWN_EXAMPLES: Final = 200  # examples to browse, those with problems first
 _SHOWN_OF_A_PROBLEM: Final = 15
 _TOP: Final = 20
 _MESSAGES: Final = 5
@@ -147,9 +146,9 @@ def audit(path: Path, gold: Gold | None = None, *, sample: int = SAMPLE, seed: i
                 sample = (len(chosen) + 1) // 2
                 chosen = draw.sample(chosen, sample)
                 size = sum(map(_characters, chosen))
-            queries.append(_hash(question_key(record["query"])))
+            queries.append(text_hash(question_key(record["query"])))
             total += len(record["documents"])
-            documents.extend({_hash(text) for text in record["documents"]})
+            documents.extend({text_hash(text) for text in record["documents"]})
     if not queries:
         raise InputError(f"{path}: holds no valid record; `scaledown validate {path}` says why")
     looked = [_look(record, gold) for record in chosen]
@@ -170,7 +169,7 @@ def audit(path: Path, gold: Gold | None = None, *, sample: int = SAMPLE, seed: i
         gold_places=[_gold_place(one) for one in looked if one.right],
         answer_places=[_answer_place(one.record) for one in looked],
         finish_known=any("finish_reason" in record for record in chosen),
-        shown=_shown(looked),
+        shown=_examples_to_show(looked),
     )
 
 
@@ -178,15 +177,10 @@ def _characters(record: dict[str, Any]) -> int:
     return len(record["query"]) + len(record["answer"]) + sum(map(len, record["documents"]))
 
 
-def _hash(text: str) -> int:
-    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
 def _look(record: dict[str, Any], gold: Gold | None) -> Looked:
     answer, documents = record["answer"], record["documents"]
     right = gold.answers(record["query"]) if gold else ()
-    tags = [problem(answer, record["query"])]
+    tags = [answer_problem(answer, record["query"])]
     if record.get("finish_reason") == "length":
         tags.append("truncated")
     if groundedness(answer, documents) < UNGROUNDED:
@@ -201,19 +195,19 @@ def _look(record: dict[str, Any], gold: Gold | None) -> Looked:
 
 
 def _gold_place(looked: Looked) -> int:
-    return _first(accuracy(document, looked.right) for document in looked.record["documents"])
+    return _first_hit(accuracy(document, looked.right) for document in looked.record["documents"])
 
 
 def _answer_place(record: dict[str, Any]) -> int:
     words = set(content_words(record["answer"]))
-    return _first(bool(words) and words <= set(content_words(one)) for one in record["documents"])
+    return _first_hit(bool(words) and words <= set(content_words(one)) for one in record["documents"])
 
 
-def _first(found: Iterable[float]) -> int:
+def _first_hit(found: Iterable[float]) -> int:
     return next((place for place, value in enumerate(found, 1) if value), 0)
 
 
-def recall(places: Sequence[int], depth: int) -> list[float]:
+def recall_by_depth(places: Sequence[int], depth: int) -> list[float]:
     """Compute R@1 to R@depth: the share of queries whose first k documents contain a right answer.
 
     Args:
@@ -270,27 +264,27 @@ def _frequent(hashes: np.ndarray, counts: np.ndarray, records: Sequence[dict[str
     for text in (text for record in records for text in record["documents"]):
         if wanted.keys() <= texts.keys():
             break
-        if (key := _hash(text)) in wanted:
+        if (key := text_hash(text)) in wanted:
             texts[key] = text
     return [Frequent(count, texts.get(key, "")) for key, count in wanted.items()]
 
 
-def _shown(looked: Sequence[Looked]) -> list[Looked]:
+def _examples_to_show(looked: Sequence[Looked]) -> list[Looked]:
     """Choose examples to show: first some with each tag, then any others."""
     of_tag: collections.Counter[str] = collections.Counter()
     chosen: dict[int, None] = {}
     for number, one in enumerate(looked):
-        if len(chosen) < SHOWN and any(of_tag[tag] < _SHOWN_OF_A_PROBLEM for tag in one.tags):
+        if len(chosen) < SHOWN_EXAMPLES and any(of_tag[tag] < _SHOWN_OF_A_PROBLEM for tag in one.tags):
             chosen[number] = None
             of_tag.update(one.tags)
     for number in range(len(looked)):
-        if len(chosen) >= SHOWN:
+        if len(chosen) >= SHOWN_EXAMPLES:
             break
         chosen.setdefault(number)
     return [looked[number] for number in chosen]
 
 
-def marked(text: str, phrases: Sequence[str], words: Iterable[str]) -> list[Piece]:
+def marked(text: str, phrases: Sequence[str], words: Iterable[str]) -> list[MarkedText]:
     """Split a text into marked and other parts.
 
     Args:
@@ -304,10 +298,12 @@ def marked(text: str, phrases: Sequence[str], words: Iterable[str]) -> list[Piec
     for wanted in (sorted(filter(None, phrases), key=len, reverse=True), sorted(set(words))):
         if wanted:
             pattern = re.compile(f"({'|'.join(map(_bounded, wanted))})", re.IGNORECASE)
-            parts = [Piece(part, place % 2 == 1) for place, part in enumerate(pattern.split(text)) if part]
+            parts = [
+                MarkedText(part, place % 2 == 1) for place, part in enumerate(pattern.split(text)) if part
+            ]
             if any(part.marked for part in parts):
                 return parts
-    return [Piece(text, marked=False)]
+    return [MarkedText(text, marked=False)]
 
 
 def _bounded(phrase: str) -> str:

@@ -64,13 +64,13 @@ def fidelity(manifest: Mapping[str, Any]) -> list[Setting]:
         Setting("sources of the queries", "393k of PISCO's, 500k of MS MARCO", _sources(used), None),
         Setting("corpus", "Wikipedia-KILT, 5,903,530 articles", f"{corpus}, {articles:,} articles", None),
         _setting("passages", "128 tokens", passages, same=passages.startswith("128 ")),
-        _same("retriever", "naver/splade-v3", used.get("retriever_model")),
-        _same(
+        _compared_setting("retriever", "naver/splade-v3", used.get("retriever_model")),
+        _compared_setting(
             "reranker",
             "naver/trecdl22-crossencoder-debertav3",
             used.get("reranker_model") if reranks else "none",
         ),
-        _same("teacher", "mistralai/Mistral-7B-Instruct-v0.2", used.get("teacher_model")),
+        _compared_setting("teacher", "mistralai/Mistral-7B-Instruct-v0.2", used.get("teacher_model")),
         _setting("weights of the teacher", "16 bits", _bits(used), same=None),
         _setting("documents to a query", "5", str(documents), same=documents == 5),
         _setting(
@@ -80,7 +80,10 @@ def fidelity(manifest: Mapping[str, Any]) -> list[Setting]:
             same=used.get("max_new_tokens") == 128,
         ),
         _setting(
-            "prompt", "figure 14", local_name(prompt), same=prompt == "paper" if prompt in TEMPLATES else None
+            "prompt",
+            "figure 14",
+            without_folders(prompt),
+            same=prompt == "paper" if prompt in TEMPLATES else None,
         ),
         Setting("passages retrieved", "not stated", str(used.get("top_k_retrieval")), None),
         _setting(
@@ -124,7 +127,9 @@ def _ours(used: Mapping[str, Any]) -> list[Setting]:
         value = used.get(name)
         if value and value != "keep":
             names = value if isinstance(value, list | tuple) else [value]
-            found.append(Setting(what, "not stated", ", ".join(local_name(str(one)) for one in names), None))
+            found.append(
+                Setting(what, "not stated", ", ".join(without_folders(str(one)) for one in names), None)
+            )
     return found
 
 
@@ -132,11 +137,11 @@ def _setting(name: str, paper: str, here: str, *, same: bool | None) -> Setting:
     return Setting(name, paper, here, same)
 
 
-def _same(name: str, paper: str, here: Any) -> Setting:
-    return Setting(name, paper, local_name(str(here)), str(here).partition("@")[0] == paper)
+def _compared_setting(name: str, paper: str, here: Any) -> Setting:
+    return Setting(name, paper, without_folders(str(here)), str(here).partition("@")[0] == paper)
 
 
-def local_name(name: str) -> str:
+def without_folders(name: str) -> str:
     """Return a name without this machine's folders, which are private."""
     prefix, path = (
         (LIKELIHOOD_PREFIX, name.removeprefix(LIKELIHOOD_PREFIX))
@@ -155,7 +160,7 @@ def _documents(used: Mapping[str, Any], *, reranks: bool) -> int:
 def _sources(used: Mapping[str, Any]) -> str:
     names = [Path(str(name)).name for name in used.get("queries_file") or ()]
     names += ["MS MARCO dev"] if used.get("download_ms_marco") else []
-    names += [local_name(str(used["query_dataset"]))] if used.get("query_dataset") else []
+    names += [without_folders(str(used["query_dataset"]))] if used.get("query_dataset") else []
     names += ["written by the teacher"] if used.get("num_synthetic_queries") else []
     return ", ".join(names)
 
@@ -167,7 +172,7 @@ def _bits(used: Mapping[str, Any]) -> str:
 
 
 # By their cards on the hub, as of 2026-11-23. A card in the local cache takes precedence.
-_KNOWN: Final = {
+_LICENSES: Final = {
     "naver/splade-v3": "cc-by-nc-sa-4.0",
     "naver/splade-cocondenser-ensembledistil": "cc-by-nc-sa-4.0",
     "naver/trecdl22-crossencoder-debertav3": "cc-by-nc-sa-4.0",
@@ -208,17 +213,19 @@ def licences(manifest: Mapping[str, Any]) -> list[Licence]:
     for part, identity in (manifest.get("models") or {}).items():
         name = str(used.get(f"{part}_model") or used.get(f"teacher_{part}") or part)
         licence = licence_of(name.removeprefix(LIKELIHOOD_PREFIX))
-        shown = local_name(name)
-        found.append(Licence(part.replace("_", " "), shown, _short(str(identity)), licence, allows(licence)))
+        shown = without_folders(name)
+        found.append(
+            Licence(part.replace("_", " "), shown, _short_identity(str(identity)), licence, allows(licence))
+        )
     for name in [*(["ms_marco"] if used.get("download_ms_marco") else []), used.get("query_dataset")]:
         if name:
             licence = _KNOWN_QUERIES.get(str(name), UNKNOWN)
-            found.append(Licence("queries", local_name(str(name)), "", licence, allows(licence)))
+            found.append(Licence("queries", without_folders(str(name)), "", licence, allows(licence)))
     corpus = (manifest.get("inputs") or {}).get("corpus")
     name = _corpus(used)
     licence = UNKNOWN if used.get("corpus_path") else "Apache-2.0"
     allowed = "the data contains its passages, so its licence applies to them (Wikipedia: cc-by-sa)"
-    return [*found, Licence("corpus", name, _short(str(corpus)), licence, allowed)]
+    return [*found, Licence("corpus", name, _short_identity(str(corpus)), licence, allowed)]
 
 
 def licence_of(model: str) -> str:
@@ -250,7 +257,7 @@ def licence_of(model: str) -> str:
     text = card.read_text(encoding="utf-8", errors="replace")[:10_000] if card.is_file() else ""
     head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     found = re.search(r"^license:\s*(?:\n\s*-\s*)?['\"]?([\w.+-]+)", head[1], re.MULTILINE) if head else None
-    return found[1] if found else _KNOWN.get(name, UNKNOWN)
+    return found[1] if found else _LICENSES.get(name, UNKNOWN)
 
 
 def allows(licence: str) -> str:
@@ -258,6 +265,6 @@ def allows(licence: str) -> str:
     return next((use for pattern, use in _ALLOWS if pattern.search(licence)), "read its card")
 
 
-def _short(identity: str) -> str:
+def _short_identity(identity: str) -> str:
     kind, _, rest = identity.partition(":")
     return f"{kind}:{rest[:12]}" if len(rest) > 12 else identity[:20]

@@ -14,7 +14,7 @@ from scaledown.run.locations import storage_at
 from scaledown.run.stage import Stage
 from scaledown.run.storage import Storage
 
-QUERIES: Final = 2_000  # the most queries that are read
+MOST_QUERIES: Final = 2_000  # the most queries that are read
 
 
 class Reordering(NamedTuple):
@@ -70,7 +70,7 @@ def reordering(manifest: Mapping[str, Any], work: Storage, gold: Gold | None = N
         right = gold.answers(new["query"]) if gold else ()
         if right:
             for found, order in zip(golds, (old["rows"], new["rows"]), strict=True):
-                found.append(_place(order, texts, right))
+                found.append(_first_right(order, texts, right))
         queries += 1
     mean_before, mean_after = (
         [total / count for total, count in zip(sums, there, strict=True)] for sums in (before, after)
@@ -78,7 +78,7 @@ def reordering(manifest: Mapping[str, Any], work: Storage, gold: Gold | None = N
     return Reordering(queries, firsts, mean_before, mean_after, *golds)
 
 
-def _place(rows: list[int], texts: PassageTable, right: tuple[str, ...]) -> int:
+def _first_right(rows: list[int], texts: PassageTable, right: tuple[str, ...]) -> int:
     for place, row in enumerate(rows, 1):
         passage = texts[row]
         if accuracy(full_text(passage.title, passage.text), right):
@@ -123,5 +123,5 @@ def _pairs(candidates: Stage, ranked: Stage) -> Iterator[tuple[dict[str, Any], d
         for pair in zip(old.to_pylist(), new.to_pylist(), strict=True):
             yield pair
             number += 1
-            if number == QUERIES:
+            if number == MOST_QUERIES:
                 return

@@ -150,7 +150,7 @@ def add_reranking_scores(
     return result  # type: ignore[return-value]  # the record's own further keys stay
 
 
-def rerank(
+def rerank_candidates(
     stage: Stage, candidates: Stage, passages: Stage, load: Callable[[], Reranker], per_query: int
 ) -> None:
     """Score the candidates of each shard and sort them, best first.

@@ -26,7 +26,7 @@ log = logging.getLogger("scaledown")
 
 _SORTED: Final = 16
 """Batches whose pairs are sorted by their tokens. Sorted by characters alone, a fifth would be padding."""
-_ODD: Final = "Été: 東京's 🗼, x<y [SEP] 2.5%"
+_UNUSUAL_TEXT: Final = "Été: 東京's 🗼, x<y [SEP] 2.5%"
 
 
 class CrossEncoderReranker:
@@ -70,8 +70,10 @@ class CrossEncoderReranker:
             raise ModelError(f"model {source.name} gives {labels} scores for a pair: use a model with one")
         _score_in_float32(model)
         if self._tokens:
-            self._tokens.read(("", _ODD))
-            pack_linear_layers(model, self._tokens.features([("", _ODD), (_ODD, _ODD)]))
+            self._tokens.read(("", _UNUSUAL_TEXT))
+            pack_linear_layers(
+                model, self._tokens.features([("", _UNUSUAL_TEXT), (_UNUSUAL_TEXT, _UNUSUAL_TEXT)])
+            )
             self._tokens.forget()
 
     def score(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[float]:
@@ -146,7 +148,13 @@ def _pair_tokens(source: ModelSource) -> tuple[PairTokens | None, str]:
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     try:
         tokens = PairTokens(tokenizer)
-        texts = ("a", "", _ODD, f"{_ODD}\n{_ODD}", f"{_ODD} " * (tokenizer.model_max_length // 8 + 1))
+        texts = (
+            "a",
+            "",
+            _UNUSUAL_TEXT,
+            f"{_UNUSUAL_TEXT}\n{_UNUSUAL_TEXT}",
+            f"{_UNUSUAL_TEXT} " * (tokenizer.model_max_length // 8 + 1),
+        )
         pairs = list(itertools.product(texts, texts))
         tokens.read(texts)
         ones, others = map(list, zip(*pairs, strict=True))

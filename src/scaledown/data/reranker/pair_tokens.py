@@ -8,7 +8,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-_LONGEST: Final = 1 << 16  # tokens; the limit of a tokenizer without one is 1e30
+_LONGEST_PAIR: Final = 1 << 16  # tokens; the limit of a tokenizer without one is 1e30
 
 
 class PairTokens:
@@ -27,15 +27,15 @@ class PairTokens:
         one, other = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "b"))
         pair = tokenizer("a", "b")
         ids, types = pair["input_ids"], pair.get("token_type_ids")
-        first = _place(ids, one, 0)
-        second = _place(ids, other, first + len(one))
+        first = _find_part(ids, one, 0)
+        second = _find_part(ids, other, first + len(one))
         spans = (slice(first), slice(first + len(one), second), slice(second + len(other), None))
         self._around = [ids[span] for span in spans]
         self._types: _Types | None = None
         if types is not None:
             self._types = _Types([types[span] for span in spans], types[first], types[second])
         self._longest = tokenizer.model_max_length
-        if self._longest > _LONGEST:
+        if self._longest > _LONGEST_PAIR:
             raise ValueError("its tokenizer has no limit")
         self._room = self._longest - sum(map(len, self._around))
 
@@ -112,7 +112,7 @@ class _Types(NamedTuple):
     second: int
 
 
-def _place(ids: list[int], part: list[int], start: int) -> int:
+def _find_part(ids: list[int], part: list[int], start: int) -> int:
     places = range(start, len(ids) - len(part) + 1)
     found = next((i for i in places if ids[i : i + len(part)] == part), None)
     if found is None or not part:

@@ -23,11 +23,11 @@ log = logging.getLogger("scaledown")
 SCORING: Final = 2
 """Version of the computation: the last bits of scores differ between versions."""
 _TOGETHER: Final = 256  # tokens of questions after one passage: attention grows with their square
-_CHECKED_ON: Final = ("The tower is 330 metres tall.", " How tall is the tower?", " Who built it?")
+_CHECKED_PROMPT: Final = ("The tower is 330 metres tall.", " How tall is the tower?", " Who built it?")
 _TOLERANCE: Final = {"torch.float32": 1e-3, "torch.bfloat16": 0.1, "torch.float16": 0.05}
 
 
-class _Asked(NamedTuple):
+class _PairTokens(NamedTuple):
     """A pair as token ids. Pairs with the same prompt object share a row of the batch."""
 
     prompt: list[int]
@@ -114,14 +114,14 @@ class QueryLikelihoodReranker:
             passage = passages[LIKELIHOOD_BEFORE + pair.document]
             kept = min(len(passage), self._limit - len(question) - len(self._after))
             prompt = prompts.setdefault((pair.document, kept), passage[:kept] + self._after)
-            asked.append(_Asked(prompt, question))
+            asked.append(_PairTokens(prompt, question))
 
         def launch(batch: Sequence[int]) -> _Launched:
             return self._launch([asked[i] for i in batch])
 
         return scores_of(self, self._batches(asked), launch, _means, self._device, advance)
 
-    def _batches(self, asked: Sequence["_Asked"]) -> list[list[int]]:
+    def _batches(self, asked: Sequence["_PairTokens"]) -> list[list[int]]:
         """Return batches of indices of `asked`; the rows of a batch have similar lengths."""
         by_prompt: dict[int, list[int]] = {}
         for i, one in enumerate(asked):
@@ -136,7 +136,7 @@ class QueryLikelihoodReranker:
                 batches.append(list(rows[n]))
         return batches
 
-    def _rows(self, asked: Sequence["_Asked"], order: Iterable[int]) -> list[list[int]]:
+    def _rows(self, asked: Sequence["_PairTokens"], order: Iterable[int]) -> list[list[int]]:
         """Return rows of indices of `asked`, taken in `order`; the pairs of a row share a passage."""
         rows: list[list[int]] = []
         tokens = 0
@@ -151,7 +151,7 @@ class QueryLikelihoodReranker:
             tokens += len(question)
         return rows
 
-    def _launch(self, asked: Sequence["_Asked"]) -> "_Launched":
+    def _launch(self, asked: Sequence["_PairTokens"]) -> "_Launched":
         """Launch a batch; neighbours with the same prompt share a row: prompt, question, question, ..."""
         import torch
 
@@ -199,9 +199,13 @@ class QueryLikelihoodReranker:
 
     def _differs(self) -> str:
         """Return why this model cannot read several questions in a row; empty if it can."""
-        prompt, *questions = self._ids([LIKELIHOOD_BEFORE + _CHECKED_ON[0], *_CHECKED_ON[1:]]).values()
+        prompt, *questions = self._ids(
+            [LIKELIHOOD_BEFORE + _CHECKED_PROMPT[0], *_CHECKED_PROMPT[1:]]
+        ).values()
         prompt = prompt + self._after
-        asked = [_Asked(prompt, question) for question in (questions[0], *questions)]  # the first one twice
+        asked = [
+            _PairTokens(prompt, question) for question in (questions[0], *questions)
+        ]  # the first one twice
         try:
             together = _means(self._launch(asked))
             alone = [_means(self._launch([one]))[0] for one in asked]

@@ -26,8 +26,8 @@ from scaledown.run.executor import cores
 Array: TypeAlias = np.ndarray[Any, Any]
 Vectors: TypeAlias = sp.csr_matrix | Array
 
-_NONE: Final[Array] = np.empty(0, np.int64)
-_BLOCK: Final = 4096  # passages; their scores fit into the processor's first-level cache
+_NO_ROWS: Final[Array] = np.empty(0, np.int64)
+_BLOCK_PASSAGES: Final = 4096  # passages; their scores fit into the processor's first-level cache
 # A term of a block becomes a row of weights, which is added without looking up passages, if at least one in
 # `_ROW_SHARE` passages has it and `_ROW_USES` queries use it. The rows of a block take at most 5 MB.
 _ROW_SHARE: Final = 8
@@ -63,8 +63,8 @@ def pack(vectors: Vectors, weights: str = "float16") -> pa.Table:
         csr = sp.csr_matrix((np.rint(csr.data / step), csr.indices, csr.indptr), shape=csr.shape)
         csr.eliminate_zeros()
     count, dimensions = csr.shape
-    firsts = range(0, count, _BLOCK)
-    blocks = [_inverted(csr[first : first + _BLOCK]) for first in firsts]
+    firsts = range(0, count, _BLOCK_PASSAGES)
+    blocks = [_inverted(csr[first : first + _BLOCK_PASSAGES]) for first in firsts]
 
     def lists(**fields: tuple[Sequence[Array], str]) -> pa.LargeListArray:
         """A list for each passage: that of its block for the first passage of a block, else an empty one."""
@@ -91,7 +91,7 @@ def pack(vectors: Vectors, weights: str = "float16") -> pa.Table:
             ),
         }
     )
-    described = {"dimensions": dimensions, "step": step, "block": _BLOCK}
+    described = {"dimensions": dimensions, "step": step, "block": _BLOCK_PASSAGES}
     return table.replace_schema_metadata({name: repr(own) for name, own in described.items()})
 
 
@@ -121,7 +121,7 @@ def _inverted(rows: sp.csr_matrix) -> _Block:
     return _Block(terms, counts[terms], columns.indices.astype(np.uint16), columns.data)
 
 
-def nothing(like: pa.Table, count: int) -> pa.Table:
+def zero_vectors(like: pa.Table, count: int) -> pa.Table:
     """Return a shard of vectors that are all zero.
 
     Args:
@@ -161,8 +161,8 @@ def unpack(shard: pa.Table) -> Vectors:
         column = shard.column("dense").combine_chunks()
         return column.flatten().to_numpy().reshape(len(column), column.type.list_size)
     if "weights" in shard.column_names:
-        return _rows(shard)
-    count, dimensions, size = _shape(shard)
+        return _rows_of_shard(shard)
+    count, dimensions, size = _shard_shape(shard)
     rows = [sp.csr_matrix((0, dimensions), dtype=np.float32)]
     for first, block in _blocks(shard, range(math.ceil(count / size)), _Room()):
         parts = (block.weights, block.passages.astype(np.int32), block.starts(dimensions))
@@ -170,12 +170,12 @@ def unpack(shard: pa.Table) -> Vectors:
     return sp.vstack(rows, format="csr")
 
 
-def _rows(shard: pa.Table) -> sp.csr_matrix:
+def _rows_of_shard(shard: pa.Table) -> sp.csr_matrix:
     """The vectors of a sparse shard of version 0.6 and before, which has them row by row."""
     terms, weights = (shard.column(name).combine_chunks() for name in ("terms", "weights"))
     values = _float32(weights.values.to_numpy(), shard, _Room())
     parts = (values, terms.values.to_numpy().astype(np.int32), terms.offsets.to_numpy())
-    return sp.csr_matrix(parts, shape=_shape(shard)[:2])
+    return sp.csr_matrix(parts, shape=_shard_shape(shard)[:2])
 
 
 def postings(shard: pa.Table) -> int:
@@ -184,10 +184,10 @@ def postings(shard: pa.Table) -> int:
     return len(lists.flatten())
 
 
-def _shape(shard: pa.Table) -> tuple[int, int, int]:
+def _shard_shape(shard: pa.Table) -> tuple[int, int, int]:
     """The passages of a sparse shard, its dimensions, and the passages of a block."""
     metadata = shard.schema.metadata
-    return shard.num_rows, int(metadata[b"dimensions"]), int(metadata.get(b"block", _BLOCK))
+    return shard.num_rows, int(metadata[b"dimensions"]), int(metadata.get(b"block", _BLOCK_PASSAGES))
 
 
 class _Room:
@@ -212,12 +212,12 @@ def _float32(weights: Array, shard: pa.Table, room: _Room) -> Array:
         return weights
     found = room.take("weights", len(weights), np.float32)
     codes = weights.view(np.uint8 if weights.itemsize == 1 else np.uint16)
-    look_up(_table(weights.dtype, shard.schema.metadata[b"step"]), codes, found)
+    look_up(_weight_table(weights.dtype, shard.schema.metadata[b"step"]), codes, found)
     return found
 
 
 @functools.lru_cache(maxsize=8)
-def _table(kind: "np.dtype[Any]", step: bytes) -> Array:
+def _weight_table(kind: "np.dtype[Any]", step: bytes) -> Array:
     """The numbers that all codes of a type of weights mean, in multiples of `step`."""
     codes = np.arange(1 << 8 * kind.itemsize, dtype=f"u{kind.itemsize}")
     with np.errstate(invalid="ignore"):  # not a number, which no weight is
@@ -230,9 +230,9 @@ def _blocks(shard: pa.Table, numbers: range, room: _Room) -> Iterator[tuple[int,
 
     A block is valid until the next one is taken.
     """
-    size = _shape(shard)[2]
+    size = _shard_shape(shard)[2]
     if "weights" in shard.column_names:
-        rows = _rows(shard)
+        rows = _rows_of_shard(shard)
         for number in numbers:
             block = _inverted(rows[number * size : (number + 1) * size])
             block.passages.flags.writeable = False  # as in a mapped file: else the kernels are compiled twice
@@ -267,7 +267,7 @@ def search(
     k: int,
     *,
     threads: int = 0,
-    removed: Array = _NONE,
+    removed: Array = _NO_ROWS,
     advance: Callable[[float], None] = lambda _: None,
 ) -> Ranking:
     """The `k` best passages of each query by inner product.
@@ -315,7 +315,7 @@ def search(
             if "dense" in shard.column_names:
                 best = _dense(queries, unpack(shard), first, own, best)
             else:
-                blocks = math.ceil(shard.num_rows / _shape(shard)[2])
+                blocks = math.ceil(shard.num_rows / _shard_shape(shard)[2])
                 mine = range(blocks * part // parts, blocks * (part + 1) // parts)
                 _sparse(queries, shard, mine, best, room, first=first, removed=own)
             with lock:
@@ -397,7 +397,7 @@ def _sparse(
     """Search some blocks of a shard of sparse vectors that follow those in `best`, which changes."""
     from scaledown.data.retrieval.search_kernels import round_up, search_block
 
-    count, dimensions, size = _shape(shard)
+    count, dimensions, size = _shard_shape(shard)
     uses = np.bincount(queries.indices, minlength=dimensions)
     for low, block in _blocks(shard, blocks, room):
         high = min(low + size, count)

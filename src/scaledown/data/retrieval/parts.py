@@ -12,7 +12,6 @@ import functools
 import hashlib
 import itertools
 import logging
-import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,16 +24,15 @@ from scaledown.data.retrieval.index import Array
 from scaledown.devices.choice import is_slow_in_bfloat16
 from scaledown.errors import InputError, UsageError
 from scaledown.run.atomic import write_json
-from scaledown.run.directory import RunDirectory
+from scaledown.run.directory import FINGERPRINT, RunDirectory
 from scaledown.run.stage import Stage
 from scaledown.run.storage import Storage
 
 log = logging.getLogger("scaledown")
 
-FILE: Final = "index.json"
+INDEX_FILE: Final = "index.json"
 _NO_INDEX: Final = "there is no index in {}: scaledown index --corpus_path PATH makes one"
-_FINGERPRINT: Final = re.compile(r"[0-9a-f]{16}")
-_NAMED: Final = 5  # ids that an error lists
+_IDS_IN_ERROR: Final = 5  # ids that an error lists
 # A new index is recommended above this share of removed passages, or above this number of parts.
 _REMOVED_SHARE: Final = 0.2
 _PARTS: Final = 100
@@ -74,7 +72,7 @@ class IndexState(NamedTuple):
             return None
         state = cls(**content)
         sound = isinstance(state.passages, dict) and isinstance(state.vectors, dict)
-        return state if sound and _FINGERPRINT.fullmatch(str(state.base)) else None
+        return state if sound and FINGERPRINT.fullmatch(str(state.base)) else None
 
     def write(self, storage: Storage, path: Path) -> None:
         """Write the state in one step."""
@@ -84,12 +82,12 @@ class IndexState(NamedTuple):
 
 def state_file(home: Path, base: str) -> Path:
     """The path of the file with the present state of the index in `home` that begins with the part `base`."""
-    return home / "vectors" / base / FILE
+    return home / "vectors" / base / INDEX_FILE
 
 
 def states(storage: Storage) -> list[IndexState]:
     """The present state of each index in a directory."""
-    paths = storage.glob(storage.root / "vectors", f"*/{FILE}")
+    paths = storage.glob(storage.root / "vectors", f"*/{INDEX_FILE}")
     found = ((path, IndexState.read(storage, path)) for path in paths)
     return [state for path, state in found if state and state.base == path.parent.name]
 
@@ -217,7 +215,7 @@ def began_with(run: RunDirectory, present: IndexState) -> IndexState:
     Returns:
         The state that the run began with; `present` for a new run.
     """
-    path = run.path / FILE
+    path = run.path / INDEX_FILE
     began = IndexState.read(run.storage, path)
     if began and began.base == present.base:
         return began
@@ -232,7 +230,7 @@ def warn_about_changes(run: RunDirectory, home: RunDirectory) -> None:
         run: The run directory.
         home: The directory of the index.
     """
-    began = IndexState.read(run.storage, run.path / FILE)
+    began = IndexState.read(run.storage, run.path / INDEX_FILE)
     present = began and IndexState.read(home.storage, state_file(home.path, began.base))
     if began and present and present != began:
         log.warning(
@@ -242,7 +240,7 @@ def warn_about_changes(run: RunDirectory, home: RunDirectory) -> None:
         )
 
 
-class Part(NamedTuple):
+class IndexPart(NamedTuple):
     """The finished stages of one corpus."""
 
     source: str
@@ -253,7 +251,7 @@ class Part(NamedTuple):
     """The stage of their vectors."""
 
 
-def change(home: RunDirectory, base: Stage, remove: Collection[str], add: Sequence[Part]) -> IndexState:
+def change(home: RunDirectory, base: Stage, remove: Collection[str], add: Sequence[IndexPart]) -> IndexState:
     """Remove articles from an index, then add parts; both in one step.
 
     An added article replaces an earlier one with the same id, and its passages come last. A part is not added
@@ -277,10 +275,10 @@ def change(home: RunDirectory, base: Stage, remove: Collection[str], add: Sequen
         if state is None:
             raise UsageError(_NO_INDEX.format(home.storage))
         now = open_stage(home, "passages", state.passages)
-        parts = [Part("", *own) for own in zip(parts_of(now), _vectors_of(home, state), strict=True)]
+        parts = [IndexPart("", *own) for own in zip(parts_of(now), _vectors_of(home, state), strict=True)]
         removed, articles = removed_rows(now), now.finished().counts["articles"]
         if remove:
-            found = _rows(parts, set(remove), removed)
+            found = _rows_of_articles(parts, set(remove), removed)
             _check_found(set(remove) - found.keys(), home)
             removed, articles = _union(removed, found.values()), articles - len(found)
             log.info("%s articles removed", f"{len(found):,}")
@@ -289,7 +287,7 @@ def change(home: RunDirectory, base: Stage, remove: Collection[str], add: Sequen
                 log.info("%s: all of its articles are in the index already", part.source)
                 continue
             ids = {doc for table in part.passages.tables() for doc in table.column("doc_id").to_pylist()}
-            found = _rows(parts, ids, removed)
+            found = _rows_of_articles(parts, ids, removed)
             removed, articles = _union(removed, found.values()), articles - len(found)
             parts.append(part)
             counts = part.passages.finished().counts
@@ -308,7 +306,7 @@ def change(home: RunDirectory, base: Stage, remove: Collection[str], add: Sequen
         )
         if len(parts) == len(parts_of(now)) and np.array_equal(removed, removed_rows(now)):
             return state
-        _finish(home, new, articles, len(removed))
+        _finish_state(home, new, articles, len(removed))
         new.write(home.storage, path)
     return new
 
@@ -317,7 +315,9 @@ def _vectors_of(home: RunDirectory, state: IndexState) -> list[Stage]:
     return parts_of(open_stage(home, "vectors", state.vectors))
 
 
-def _rows(parts: Iterable[Part], ids: Collection[str], removed: Array) -> dict[str, list[int]]:
+def _rows_of_articles(
+    parts: Iterable[IndexPart], ids: Collection[str], removed: Array
+) -> dict[str, list[int]]:
     """The rows of articles with one of `ids`, by id, without removed ones."""
     found: dict[str, list[int]] = defaultdict(list)
     first = 0
@@ -340,7 +340,7 @@ def _union(removed: Array, more: Iterable[Sequence[int]]) -> Array:
     return np.union1d(removed, np.fromiter(itertools.chain.from_iterable(more), np.int64))
 
 
-def _has_all(parts: Sequence[Part], new: Part, removed: Array) -> bool:
+def _has_all(parts: Sequence[IndexPart], new: IndexPart, removed: Array) -> bool:
     """Whether a part is in the index already, and none of its passages was removed."""
     first = 0
     for part in parts:
@@ -353,7 +353,9 @@ def _has_all(parts: Sequence[Part], new: Part, removed: Array) -> bool:
 
 def _check_found(missing: set[str], home: RunDirectory) -> None:
     if missing:
-        named = ", ".join([*sorted(missing)[:_NAMED], *(["…"] if len(missing) > _NAMED else [])])
+        named = ", ".join(
+            [*sorted(missing)[:_IDS_IN_ERROR], *(["…"] if len(missing) > _IDS_IN_ERROR else [])]
+        )
         raise InputError(
             f"--remove: {len(missing):,} ids not found in the index in {home.storage}: {named}: leave them "
             "out; nothing was changed"
@@ -372,7 +374,7 @@ def _keep_removed(home: RunDirectory, rows: Array) -> str | None:
     return name
 
 
-def _finish(home: RunDirectory, state: IndexState, articles: int, removed: int) -> None:
+def _finish_state(home: RunDirectory, state: IndexState, articles: int, removed: int) -> None:
     """Finish the two stages of a new state: write their counts and the number of rows of each shard."""
     for name, settings in (("passages", state.passages), ("vectors", state.vectors)):
         stage = open_stage(home, name, settings)

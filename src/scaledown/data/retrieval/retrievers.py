@@ -71,7 +71,7 @@ class DenseRetriever:
             InputError: A document has no text.
             ModelError: The model gave vectors that are not numbers, or a text alone does not fit into memory.
         """
-        _check(queries, top_k)
+        _check_queries(queries, top_k)
         if not corpus or not queries:
             return [[] for _ in queries]
         warn_about_top_k(top_k, len(corpus))
@@ -180,7 +180,7 @@ class IndexRetriever:
             ModelError: The model gave vectors that are not numbers, or a query does not fit into memory.
             RunDirectoryError: A shard of the index is missing or damaged.
         """
-        _check(queries, top_k)
+        _check_queries(queries, top_k)
         if not queries:
             return []
         warn_about_top_k(top_k, self._count)
@@ -205,7 +205,7 @@ class IndexRetriever:
         return {"id": passage.passage_id, "title": passage.title, "text": passage.text, "score": score}
 
 
-def _check(queries: Sequence[str], top_k: int) -> None:
+def _check_queries(queries: Sequence[str], top_k: int) -> None:
     if top_k < 1:
         raise UsageError(f"top_k {top_k}: must be at least 1")
     if isinstance(queries, str):

@@ -9,21 +9,20 @@ a row of such weights, and 32 of them are added at once. (Block-Max Pruning, Mal
 bound for several passages together.)
 """
 
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import numpy as np
 from numba import njit
-
-Array: TypeAlias = np.ndarray[Any, Any]
+from numpy.typing import NDArray
 
 _STRIDE: Final = 64  # passages that are compared at once
-_FEW: Final = 8  # passages of a block that are scored one by one; for more of them all are scored
+_FEW_PASSAGES: Final = 8  # passages of a block that are scored one by one; for more of them all are scored
 _STEPS: Final = 257  # the largest 16-bit integer divided by the largest 8-bit weight
 _MOST_TERMS: Final = 128  # of a query that has bounds; for more of them the steps would be too rough
 
 
 @njit(nogil=True, cache=True)
-def look_up(table: Array, codes: Array, found: Array) -> None:
+def look_up(table: NDArray[Any], codes: NDArray[Any], found: NDArray[Any]) -> None:
     """Write `table[codes]` to `found`, in a fifth of NumPy's time.
 
     Args:
@@ -37,15 +36,15 @@ def look_up(table: Array, codes: Array, found: Array) -> None:
 
 @njit(nogil=True, cache=True)
 def round_up(
-    uses: Array,
-    starts: Array,
-    passages: Array,
-    weights: Array,
-    row_of: Array,
-    small: Array,
-    full_rows: Array,
-    small_rows: Array,
-) -> Array:
+    uses: NDArray[Any],
+    starts: NDArray[Any],
+    passages: NDArray[Any],
+    weights: NDArray[Any],
+    row_of: NDArray[Any],
+    small: NDArray[Any],
+    full_rows: NDArray[Any],
+    small_rows: NDArray[Any],
+) -> NDArray[Any]:
     """Round weights up to 255ths of the largest weight of their term; write some terms as rows of weights.
 
     Args:
@@ -85,22 +84,22 @@ def round_up(
 
 @njit(nogil=True, cache=True)
 def search_block(
-    query_starts: Array,
-    query_terms: Array,
-    query_weights: Array,
-    starts: Array,
-    passages: Array,
-    weights: Array,
-    row_of: Array,
-    largest: Array,
-    small: Array,
-    full_rows: Array,
-    small_rows: Array,
+    query_starts: NDArray[Any],
+    query_terms: NDArray[Any],
+    query_weights: NDArray[Any],
+    starts: NDArray[Any],
+    passages: NDArray[Any],
+    weights: NDArray[Any],
+    row_of: NDArray[Any],
+    largest: NDArray[Any],
+    small: NDArray[Any],
+    full_rows: NDArray[Any],
+    small_rows: NDArray[Any],
     count: int,
     first: int,
-    removed: Array,
-    rows: Array,
-    scores: Array,
+    removed: NDArray[Any],
+    rows: NDArray[Any],
+    scores: NDArray[Any],
 ) -> None:
     """Update the top-k of each query with a block of passages.
 
@@ -127,7 +126,7 @@ def search_block(
     width = full_rows.shape[1]
     sums = np.empty(width, np.float32)
     steps = np.empty(width, np.uint16)
-    few, every = np.empty(_FEW, np.int64), np.empty(width, np.int64)
+    few, every = np.empty(_FEW_PASSAGES, np.int64), np.empty(width, np.int64)
     size = largest.max()
     for query in range(len(query_starts) - 1):
         own = slice(query_starts[query], query_starts[query + 1])
@@ -151,12 +150,14 @@ def search_block(
             continue
         for place in range(found):
             passage = few[place]
-            sums[passage] = _score(passage, terms, factors, starts, passages, weights, row_of, full_rows)
+            sums[passage] = _passage_score(
+                passage, terms, factors, starts, passages, weights, row_of, full_rows
+            )
         _take(sums, few[:found], first, rows[query], scores[query])
 
 
 @njit(nogil=True, cache=True)
-def _unit(terms: Array, factors: Array, largest: Array) -> float:
+def _unit(terms: NDArray[Any], factors: NDArray[Any], largest: NDArray[Any]) -> float:
     """What a step of the bounds of a query is worth; 0 if the query has no bounds."""
     most = 0.0
     for place in range(len(terms)):
@@ -170,15 +171,15 @@ def _unit(terms: Array, factors: Array, largest: Array) -> float:
 
 @njit(nogil=True, cache=True)
 def _add_steps(
-    steps: Array,
-    terms: Array,
-    factors: Array,
-    starts: Array,
-    passages: Array,
-    row_of: Array,
-    largest: Array,
-    small: Array,
-    small_rows: Array,
+    steps: NDArray[Any],
+    terms: NDArray[Any],
+    factors: NDArray[Any],
+    starts: NDArray[Any],
+    passages: NDArray[Any],
+    row_of: NDArray[Any],
+    largest: NDArray[Any],
+    small: NDArray[Any],
+    small_rows: NDArray[Any],
     unit: float,
 ) -> None:
     """Write the bounds of all passages of the block, in units. None is above 65,535."""
@@ -202,14 +203,14 @@ def _add_steps(
 
 @njit(nogil=True, cache=True)
 def _add(
-    sums: Array,
-    terms: Array,
-    factors: Array,
-    starts: Array,
-    passages: Array,
-    weights: Array,
-    row_of: Array,
-    full_rows: Array,
+    sums: NDArray[Any],
+    terms: NDArray[Any],
+    factors: NDArray[Any],
+    starts: NDArray[Any],
+    passages: NDArray[Any],
+    weights: NDArray[Any],
+    row_of: NDArray[Any],
+    full_rows: NDArray[Any],
 ) -> None:
     """Write the scores of all passages of the block."""
     sums[:] = 0
@@ -227,15 +228,15 @@ def _add(
 
 
 @njit(nogil=True, cache=True)
-def _score(
+def _passage_score(
     passage: int,
-    terms: Array,
-    factors: Array,
-    starts: Array,
-    passages: Array,
-    weights: Array,
-    row_of: Array,
-    full_rows: Array,
+    terms: NDArray[Any],
+    factors: NDArray[Any],
+    starts: NDArray[Any],
+    passages: NDArray[Any],
+    weights: NDArray[Any],
+    row_of: NDArray[Any],
+    full_rows: NDArray[Any],
 ) -> Any:
     """The score of one passage: the same sum as that of `_add`."""
     score = np.float32(0)
@@ -256,7 +257,7 @@ def _score(
 
 
 @njit(nogil=True, cache=True)
-def _above(values: Array, lowest: Any, found: Array) -> int:
+def _above(values: NDArray[Any], lowest: Any, found: NDArray[Any]) -> int:
     """Write the places of the values above `lowest`, and give their number; -1 if they are too many."""
     count = 0
     for start in range(0, len(values), _STRIDE):
@@ -275,7 +276,9 @@ def _above(values: Array, lowest: Any, found: Array) -> int:
 
 
 @njit(nogil=True, cache=True)
-def _take(sums: Array, places: Array, first: int, rows: Array, scores: Array) -> None:
+def _take(
+    sums: NDArray[Any], places: NDArray[Any], first: int, rows: NDArray[Any], scores: NDArray[Any]
+) -> None:
     """Put passages of a block into the top-k of a query; the first row of the block is `first`."""
     last = len(scores) - 1
     lowest = scores[last]

@@ -28,8 +28,8 @@ from scaledown.run.stage import Stage
 log = logging.getLogger("scaledown")
 
 _BYTES_A_POSTING: Final = 24  # while an index is built: the vectors as integers and floats, and the index
-_QUERIES_AT_ONCE: Final = 1024  # few, because Seismic takes each term of a query as a string of 120 bytes
-_ENDING: Final = ".index.seismic"
+_SEISMIC_QUERIES: Final = 1024  # few, because Seismic takes each term of a query as a string of 120 bytes
+_INDEX_ENDING: Final = ".index.seismic"
 
 
 class Care(NamedTuple):
@@ -74,7 +74,7 @@ class _Group(NamedTuple):
     @property
     def path(self) -> Path:
         """The file of its Seismic index."""
-        return self.stage.folder / f"{self.number:06d}{_ENDING}"
+        return self.stage.folder / f"{self.number:06d}{_INDEX_ENDING}"
 
     def is_made(self) -> bool:
         """Whether its Seismic index is finished."""
@@ -91,7 +91,7 @@ class SeismicIndex:
     """
 
     def __init__(self, home: RunDirectory, vectors: Stage, memory: float) -> None:
-        self._groups = list(_groups(home, vectors, memory))
+        self._groups = list(_groups_of_parts(home, vectors, memory))
         self._part = home.part
         self._removed = removed_rows(vectors)
         self._dimensions = int(vectors.table(0).schema.metadata[b"dimensions"])
@@ -131,7 +131,7 @@ class SeismicIndex:
         with _silence():
             index = kind.build_from_dataset(dataset)
         with atomic(group.path) as temporary:
-            written = temporary.with_name(temporary.name + _ENDING)
+            written = temporary.with_name(temporary.name + _INDEX_ENDING)
             try:
                 with _silence():
                     index.save(str(temporary))
@@ -163,8 +163,8 @@ class SeismicIndex:
             own = self._removed[low:high]
             depth = k + min(k, len(own))
             parts = [
-                self._search(index, queries[first : first + _QUERIES_AT_ONCE], depth, care)
-                for first in range(0, count, _QUERIES_AT_ONCE)
+                self._search(index, queries[first : first + _SEISMIC_QUERIES], depth, care)
+                for first in range(0, count, _SEISMIC_QUERIES)
             ]
             rows, scores = map(np.concatenate, zip(*parts, strict=True))
             rows = np.where(rows < 0, -1, rows - group.start + group.first)
@@ -185,7 +185,7 @@ class SeismicIndex:
     @functools.cached_property
     def _words(self) -> Array:
         """Numbers as Seismic's strings, for terms and for positions of queries."""
-        return np.arange(max(self._dimensions, _QUERIES_AT_ONCE)).astype(seismic().get_seismic_string())
+        return np.arange(max(self._dimensions, _SEISMIC_QUERIES)).astype(seismic().get_seismic_string())
 
     def _load(self, group: _Group) -> Any:
         """The Seismic index of a group. One index is in memory at a time; it stays for the next search."""
@@ -198,7 +198,7 @@ class SeismicIndex:
         return self._loaded[1]
 
 
-def _groups(home: RunDirectory, vectors: Stage, memory: float) -> Iterator[_Group]:
+def _groups_of_parts(home: RunDirectory, vectors: Stage, memory: float) -> Iterator[_Group]:
     """The groups of all parts. A Seismic index takes at most half of `memory` (GB) while it is built."""
     first = 0
     for part in parts_of(vectors):
@@ -207,13 +207,13 @@ def _groups(home: RunDirectory, vectors: Stage, memory: float) -> Iterator[_Grou
             settings["without"] = lost
         stage = Stage(home, "approximate", {**settings, "seismic": version("pyseismic-lsr")}, beside=True)
         rows = part.finished().rows
-        for number, shards in enumerate(_grouped(part, len(rows), memory * 1e9 / 2)):
+        for number, shards in enumerate(_shard_ranges(part, len(rows), memory * 1e9 / 2)):
             start, count = sum(rows[: shards.start]), sum(rows[shards.start : shards.stop])
             yield _Group(part, shards, start, first + start, count, stage, number)
         first += sum(rows)
 
 
-def _grouped(vectors: Stage, shards: int, memory: float) -> Iterator[range]:
+def _shard_ranges(vectors: Stage, shards: int, memory: float) -> Iterator[range]:
     """Split the shards into ranges whose Seismic index fits into `memory` bytes while it is built."""
     first, held = 0, 0.0
     for shard in range(shards):
@@ -237,7 +237,7 @@ def _ranking(answers: Sequence[Sequence[tuple[str, float, str]]], queries: int, 
     return best_of([Ranking(rows, scores)], k)
 
 
-def recall(found: Ranking, exact: Ranking) -> float:
+def recall_of_search(found: Ranking, exact: Ranking) -> float:
     """Compute recall@k: the share of the exact top k that was found, averaged over queries.
 
     Args:

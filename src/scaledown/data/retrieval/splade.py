@@ -29,7 +29,7 @@ log = logging.getLogger("scaledown")
 
 _TEXTS_AT_ONCE: Final = 8
 _TILE_ELEMENTS: Final = 1 << 20  # logits in a tile; they fit into the processor's cache
-_CHECKED_ON: Final = ("How tall is the tower?", "The tower is 330 metres tall. It was built in 1889.")
+_CHECKED_TEXTS: Final = ("How tall is the tower?", "The tower is 330 metres tall. It was built in 1889.")
 _TOLERANCE: Final = {"torch.float32": 1e-3, "torch.bfloat16": 0.2, "torch.float16": 0.05}
 
 
@@ -299,7 +299,7 @@ class _Parts(NamedTuple):
 
 
 # Settings of sentence-transformers' models. With other values it does something that our head does not do.
-_KNOWN: Final[dict[str, tuple[Any, ...]]] = {
+_DEFAULT_SETTINGS: Final[dict[str, tuple[Any, ...]]] = {
     "do_lower_case": (False, None),
     "transformer_task": ("fill-mask",),
     "query_length": (None,),
@@ -336,7 +336,7 @@ def _from_files(source: ModelSource, device: str, dtype: str) -> tuple[str, _Par
     if any((whole.get("prompts") or {}).values()) or whole.get("max_active_dims"):
         return "it has prompts or limits the number of active terms", None
     for name, value in kept.items():
-        if name not in _IRRELEVANT and value not in _KNOWN.get(name, ()):
+        if name not in _IRRELEVANT and value not in _DEFAULT_SETTINGS.get(name, ()):
             return f"its {name} is {value}", None
     name, pinned = loadable(source)
     with loading(source):
@@ -385,13 +385,13 @@ def _fast(parts: _Parts) -> tuple[str, _Fast | None]:
         longest=parts.longest,
         twice=parts.twice,
     )
-    expected = [_by_definition(parts, text) for text in _CHECKED_ON]
+    expected = [_by_definition(parts, text) for text in _CHECKED_TEXTS]
     decoder.forward = lambda hidden: hidden
     try:
-        found = fast.read(fast.launch(fast.tokenised(_CHECKED_ON))).toarray()
+        found = fast.read(fast.launch(fast.tokenised(_CHECKED_TEXTS))).toarray()
         difference = abs(np.stack(expected) - found).max()
         if difference <= _TOLERANCE[str(decoder.weight.dtype)]:
-            pack_linear_layers(masked, dict(tokenizer(_CHECKED_ON[1], return_tensors="pt")))
+            pack_linear_layers(masked, dict(tokenizer(_CHECKED_TEXTS[1], return_tensors="pt")))
             return "", fast
         reason = f"its vectors differ by {difference:.2g}"
     except ModelError:

@@ -32,7 +32,7 @@ def whole(real, TOKENS, REST):  # type: ignore[no-untyped-def]  # noqa: N803
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _best(  # type: ignore[no-untyped-def]  # noqa: PLR0917
+def _tile_maximum(  # type: ignore[no-untyped-def]  # noqa: PLR0917
     states,
     rows,
     first,
@@ -102,9 +102,9 @@ def kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0917
     best = tl.full([TERMS], float("-inf"), tl.float32)
     end = whole(real, TOKENS, REST)
     for first in range(0, end, TOKENS):
-        best = tl.maximum(best, _best(states, rows, first, real, width, known, TERMS, TOKENS, WIDTH))
+        best = tl.maximum(best, _tile_maximum(states, rows, first, real, width, known, TERMS, TOKENS, WIDTH))
     for first in range(end, real, REST):
-        best = tl.maximum(best, _best(states, rows, first, real, width, known, TERMS, REST, WIDTH))
+        best = tl.maximum(best, _tile_maximum(states, rows, first, real, width, known, TERMS, REST, WIDTH))
     tl.store(result + text * vocabulary + terms, best, mask=known)
 
 

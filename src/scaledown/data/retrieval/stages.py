@@ -20,15 +20,15 @@ from scaledown.data.retrieval.index import (
     Ranking,
     Vectors,
     check_finite,
-    nothing,
     pack,
     postings,
     search,
     stacked,
     warn_about_top_k,
+    zero_vectors,
 )
 from scaledown.data.retrieval.parts import removed_rows
-from scaledown.data.retrieval.seismic import CARES, Care, SeismicIndex, recall
+from scaledown.data.retrieval.seismic import CARES, Care, SeismicIndex, recall_of_search
 from scaledown.errors import InputError, ScaleDownError
 from scaledown.records import full_text
 from scaledown.run.executor import threads_here
@@ -44,8 +44,8 @@ _QUERIES_AT_ONCE: Final = 8192
 _DENSE_QUERIES_AT_ONCE: Final = 4096  # the last bits of dense scores depend on it
 # The fewest queries in a search of a large index: reading it takes as long as a search of 600 queries.
 _QUERIES_AT_LEAST: Final = 1024
-_LARGE: Final = 100_000  # passages
-_COMPARED: Final = 256  # queries whose candidates' texts are compared at once
+_LARGE_INDEX: Final = 100_000  # passages
+_QUERIES_COMPARED: Final = 256  # queries whose candidates' texts are compared at once
 _RESULTS: Final = 1 << 22  # results in memory at once, where more passages than `top_k` are ranked
 _COLLAPSED: Final = b"collapsed"
 _SAMPLED: Final = 256  # queries on which the recall of approximate search is measured
@@ -84,7 +84,7 @@ def encode_passages(
 
         with _behind(make) as check:
             stage.complete_behind(
-                passages, work, check, lambda like, shard: nothing(like, passages.table(shard).num_rows)
+                passages, work, check, lambda like, shard: zero_vectors(like, passages.table(shard).num_rows)
             )
         tracker.total = _total(passages)
     rows = passages.finished().rows
@@ -116,7 +116,7 @@ def _behind(make: Callable[[Check], None]) -> Iterator[Check]:
 
     def check() -> None:
         if leave.is_set():
-            raise _Stopped
+            raise _EncodingStopped
 
     with ThreadPoolExecutor(1) as executor:
         making = executor.submit(make, check)
@@ -127,11 +127,11 @@ def _behind(make: Callable[[Check], None]) -> Iterator[Check]:
             leave.set()
 
 
-class _Stopped(ScaleDownError):  # noqa: N818 (not an error)
+class _EncodingStopped(ScaleDownError):  # noqa: N818 (not an error)
     """Making passages was stopped, because encoding has failed."""
 
 
-def retrieve(
+def rank_passages(
     stage: Stage,
     queries: Stage,
     passages: Stage,
@@ -172,7 +172,7 @@ def retrieve(
     depth = top_k + top_k // 4  # with some more, repeated texts seldom need a second search
     if config.search == "approximate":
         index = approximate(config.search_memory)
-        sample = functools.cache(lambda: _sample(queries, load))
+        sample = functools.cache(lambda: _sample_queries(queries, load))
         care = _care(stage, index, exact, sample, config)
         find, depth = functools.partial(_approximate, index, care, exact), top_k
     with tracked(stage, "retrieve", "queries", rows) as tracker:
@@ -249,8 +249,8 @@ def distinct(
     def keep(places: Sequence[int], ranking: Ranking) -> list[int]:
         """Keep passages with different texts; returns the positions of the queries that need more."""
         short = []
-        for start in range(0, len(places), _COMPARED):
-            block = slice(start, start + _COMPARED)
+        for start in range(0, len(places), _QUERIES_COMPARED):
+            block = slice(start, start + _QUERIES_COMPARED)
             names = texts.same(np.unique(ranking.rows[block]))
             parts = (places[block], ranking.rows[block], ranking.scores[block])
             for place, rows, scores in zip(*parts, strict=True):
@@ -306,12 +306,12 @@ def _care(
     top_k = config.top_k_retrieval
     with stage.lease("recall", wait=True):
         known = [event for event in stage.journal() if "recall" in event]
-        if known and known[-1]["recall"] >= config.min_recall:
+        if known and known[-1]["recall_of_search"] >= config.min_recall:
             return Care(known[-1]["query_cut"], known[-1]["heap_factor"])
         best = exact(sample(), top_k, no_progress)
         count = len(best.rows)
         for care in CARES:
-            found = recall(_approximate(index, care, exact, sample(), top_k, no_progress), best)
+            found = recall_of_search(_approximate(index, care, exact, sample(), top_k, no_progress), best)
             if found >= config.min_recall:
                 log.info("approximate search: recall@%s %.4f on %s queries", top_k, found, count)
                 stage.note({"recall": round(found, 6), "sample": count, **care._asdict()})
@@ -342,7 +342,7 @@ def _approximate(  # noqa: PLR0917
     return ranking
 
 
-def _sample(queries: Stage, load: Callable[[], Encoder]) -> Vectors:
+def _sample_queries(queries: Stage, load: Callable[[], Encoder]) -> Vectors:
     """Vectors of a sample of queries, evenly spaced."""
     rows = queries.finished().rows
     wanted = np.unique(np.linspace(0, sum(rows) - 1, min(sum(rows), _SAMPLED)).astype(int))
@@ -391,7 +391,7 @@ class SearchPlan(NamedTuple):
         at_once = int(max(1, queries // config.queries_per_shard))
         if dense:
             return cls(threads, at_once)
-        least = math.ceil(_QUERIES_AT_LEAST / config.queries_per_shard) if sum(rows) >= _LARGE else 1
+        least = math.ceil(_QUERIES_AT_LEAST / config.queries_per_shard) if sum(rows) >= _LARGE_INDEX else 1
         return cls(threads, max(together(shards, at_once), min(at_once, least, shards)))
 
 

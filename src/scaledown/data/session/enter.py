@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from scaledown.config.prepare import PrepareConfig
-from scaledown.data.build_index import corpus_identity, file_identity, machine, settled
-from scaledown.data.cleaning.decontaminate import VERSION as CLEAN_VERSION
+from scaledown.data.build_index import corpus_identity, file_identity, machine_settings, settled
+from scaledown.data.cleaning.decontaminate import MATCH_VERSION as CLEAN_VERSION
 from scaledown.data.input.files import Source
 from scaledown.data.input.remote import Remote
 from scaledown.data.manifest import (
@@ -21,10 +21,10 @@ from scaledown.data.manifest import (
 from scaledown.data.prompts import load_template
 from scaledown.data.retrieval.parts import warn_about_changes
 from scaledown.data.session.parts import check_parts, is_indexed
-from scaledown.data.session.resolve import find
-from scaledown.data.workers import share, share_teachers, supervised
+from scaledown.data.session.resolve import find_sources
+from scaledown.data.workers import share_teachers, share_work, supervised
 from scaledown.devices.choice import choose_device, same_bits
-from scaledown.run.directory import SCHEMA, RunDirectory, fingerprint
+from scaledown.run.directory import RUN_LAYOUT, RunDirectory, fingerprint
 from scaledown.run.heartbeat import publishing
 from scaledown.run.locations import index_of, output_of, run_of
 from scaledown.run.prometheus import metrics_file
@@ -66,7 +66,7 @@ class Session:
         """The settings, with batch sizes and a dtype for the device."""
         found = settled(self.given, self.run, self.device, self.run)
         if self.repeats:
-            warn_about_dtype(self.repeats, machine(found))
+            warn_about_dtype(self.repeats, machine_settings(found))
         return found
 
     @functools.cached_property
@@ -79,7 +79,7 @@ class Session:
     @property
     def machine(self) -> dict[str, str]:
         """Device and dtype, which influence the last bits of a model's output."""
-        return machine(self.config)
+        return machine_settings(self.config)
 
     @property
     def cleaning(self) -> dict[str, Any]:
@@ -111,10 +111,10 @@ class Session:
         runs = [self.run] if self.home is self.run else [self.run, self.home]
         if share_teachers(self.given):
             if self.given.num_synthetic_queries:
-                share(self.given, ask, runs)
-            share(self.given, find, runs, gpus_each=1)
+                share_work(self.given, ask, runs)
+            share_work(self.given, find, runs, gpus_each=1)
         if supervised(self.given):
-            share(self.given, work, runs)
+            share_work(self.given, work, runs)
 
     def parts(self) -> Iterator["Session"]:
         """Yield the part of the queries that this process makes; then all parts, if the others are finished.
@@ -169,7 +169,7 @@ def open_session(
 @contextlib.contextmanager
 def _entered(config: PrepareConfig, repeats: Path | None, worker: str) -> Iterator[Session]:
     same_bits()
-    sources = find(config)
+    sources = find_sources(config)
     run = RunDirectory(run_of(config), config.part, worker)
     home = RunDirectory(index_of(config), config.part, worker) if config.index_dir else run
     identities = {name: model.identity(run.content_hash) for name, model in sources.models().items()}
@@ -191,7 +191,12 @@ def _entered(config: PrepareConfig, repeats: Path | None, worker: str) -> Iterat
     indexed = home.storage.in_bucket and is_indexed(config, sources, run, home, identities["retriever"])
     check_parts(config, run, home, indexed=indexed)
     request = fingerprint(
-        {"schema": SCHEMA, "parameters": compared_settings(config), "models": identities, "inputs": inputs}
+        {
+            "schema": RUN_LAYOUT,
+            "parameters": compared_settings(config),
+            "models": identities,
+            "inputs": inputs,
+        }
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(publishing(stack.enter_context(run.claim(request)), worker, run, home))

@@ -18,7 +18,7 @@ from scaledown.data.reranker.api import resolve_reranker
 from scaledown.data.retrieval.encoders import is_sparse
 from scaledown.data.retrieval.seismic import seismic
 from scaledown.data.teacher.api import check_options, check_teacher, find_teacher
-from scaledown.data.teacher.base import Engine, Generation
+from scaledown.data.teacher.base import EngineSettings, TeacherSettings
 from scaledown.errors import UsageError
 from scaledown.models.sources import resolve
 from scaledown.run.outputs import check_apart, lies_in
@@ -29,7 +29,7 @@ log = logging.getLogger("scaledown")
 _REMOTE_FILES: Final = 20  # checked in advance; each takes a request
 
 
-def find(config: PrepareConfig) -> Sources:
+def find_sources(config: PrepareConfig) -> Sources:
     """Find inputs and models. A missing one is an error here, before any work.
 
     Args:
@@ -42,8 +42,8 @@ def find(config: PrepareConfig) -> Sources:
     if not config.reranks and config.reranker_model != PrepareConfig.reranker_model:
         log.warning("--reranker_model is not used: add --enable_reranking or --top_k_reranking")
     load_template(config.prompt)
-    engine = Engine.of(config)
-    check_options(engine, Generation.of(config))
+    engine = EngineSettings.of(config)
+    check_options(engine, TeacherSettings.of(config))
     retriever, teacher = resolve(config.retriever_model), find_teacher(config.teacher_model, engine)
     second = find_teacher(config.second_teacher_model, engine) if config.second_teacher_model else None
     if config.search == "approximate":

@@ -9,7 +9,7 @@ from scaledown.data.input.training_files import validate
 from scaledown.data.manifest import write_manifest
 from scaledown.data.report.page import write_report
 from scaledown.data.session.enter import Session
-from scaledown.data.session.summary import Result
+from scaledown.data.session.summary import PrepareResult
 from scaledown.errors import OutputError
 from scaledown.records import Example
 from scaledown.run.directory import RunDirectory
@@ -21,7 +21,7 @@ from scaledown.run.stage import StageResult
 log = logging.getLogger("scaledown")
 
 
-def earlier_or_free(session: Session, *, overwrite: bool) -> Result | None:
+def earlier_or_free(session: Session, *, overwrite: bool) -> PrepareResult | None:
     """Return the result of an earlier run if it is finished; otherwise check that the output may be written.
 
     Args:
@@ -57,7 +57,7 @@ def _check_replacing(session: Session, output: File, *, overwrite: bool) -> None
     state = output.storage.state(output.path)
     if not state or output.storage.address(output.path) != written["path"]:
         return
-    changed = state != written.get("state") and _content(run, output) != written.get("sha256")
+    changed = state != written.get("state") and _output_hash(run, output) != written.get("sha256")
     if changed and not state.startswith("0 ") and not overwrite:  # an empty file may be replaced
         raise OutputError(
             f"--output_file {output} was changed after a run with other settings wrote it: name another, or "
@@ -71,22 +71,24 @@ def _check_replacing(session: Session, output: File, *, overwrite: bool) -> None
         )
 
 
-def part_result(session: Session) -> Result | None:
+def part_result(session: Session) -> PrepareResult | None:
     """Return the result of a part or a worker; None if the run has all shards and can be exported."""
     path = output_of(session.given).path
     if session.worker:
-        return Result(path, 0, {}, 0)
+        return PrepareResult(path, 0, {}, 0)
     last = next(reversed(session.stages.values()))
     missing = 0 if last.done() else last.missing()
     if not missing:
         return None
     done = {name: result for name, stage in session.stages.items() if (result := stage.done())}
-    return Result(path, 0, done, quarantined(done), given_up=session.given_up(own=True), missing=missing)
+    return PrepareResult(
+        path, 0, done, quarantined(done), given_up=session.given_up(own=True), missing=missing
+    )
 
 
 def write_output(
     session: Session, records: Iterable[Example], write: Callable[[Path, Iterable[Example]], int]
-) -> Result:
+) -> PrepareResult:
     """Write the training data, then the manifest and the report, unless another process has just done so.
 
     Args:
@@ -121,7 +123,9 @@ def write_output(
             *(made, written),
         )
         report_of(run, output)
-    return Result(output.path, count, results, quarantined(results), given_up=given_up, documents=documents)
+    return PrepareResult(
+        output.path, count, results, quarantined(results), given_up=given_up, documents=documents
+    )
 
 
 def _measured(records: Iterable[Example], numbers: set[int]) -> Iterator[Example]:
@@ -150,7 +154,7 @@ def report_of(run: RunDirectory, output: File) -> None:
         log.warning("no report (%s); `scaledown report %s` tries again", error, shlex.quote(str(output.path)))
 
 
-def earlier_result(run: RunDirectory, request: str, output: File) -> Result | None:
+def earlier_result(run: RunDirectory, request: str, output: File) -> PrepareResult | None:
     """Find the result of an earlier run with the same settings, models and inputs.
 
     Args:
@@ -169,7 +173,7 @@ def earlier_result(run: RunDirectory, request: str, output: File) -> Result | No
     if any("given_up" in stage["counts"] for stage in manifest["stages"].values()):
         return None  # the run retries these shards
     written = manifest["output"]
-    if state != written.get("state") and _content(run, output) != written["sha256"]:
+    if state != written.get("state") and _output_hash(run, output) != written["sha256"]:
         if written["path"] != output.storage.address(output.path):
             return None
         if validate(output.path).problems:
@@ -183,7 +187,7 @@ def earlier_result(run: RunDirectory, request: str, output: File) -> Result | No
         for name, stage in manifest["stages"].items()
     }
     examples = manifest["output"]["examples"]
-    return Result(
+    return PrepareResult(
         output.path,
         examples,
         stages,
@@ -193,7 +197,7 @@ def earlier_result(run: RunDirectory, request: str, output: File) -> Result | No
     )
 
 
-def _content(run: RunDirectory, output: File) -> str:
+def _output_hash(run: RunDirectory, output: File) -> str:
     output.storage.fetch(output.path)
     return run.content_hash(output.path)
 
@@ -204,7 +208,7 @@ def is_ours(run: RunDirectory, output: File) -> bool:
     written = manifest.get("output") if isinstance(manifest, dict) else None
     if isinstance(written, dict):
         named = output.storage.address(output.path) == written.get("path")
-        return named or _content(run, output) == written.get("sha256")
+        return named or _output_hash(run, output) == written.get("sha256")
     # a run that was killed after it wrote the output and before the manifest
     return bool(run.storage.glob(run.path, "answers/*/done.json"))
 

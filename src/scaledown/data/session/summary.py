@@ -15,7 +15,7 @@ from scaledown.data.input.queries import UNREAD
 from scaledown.data.input.training_files import entries
 from scaledown.data.planning.plan import compared, planned_seconds
 from scaledown.data.teacher.api import is_served
-from scaledown.data.teacher.base import Engine
+from scaledown.data.teacher.base import EngineSettings
 from scaledown.errors import one_line
 from scaledown.records import Example
 from scaledown.run.locations import File, output_of, run_of
@@ -23,13 +23,13 @@ from scaledown.run.progress import counted, duration
 from scaledown.run.stage import StageResult
 from scaledown.urls import is_url
 
-_FEW: Final = 10_000
+_FEW_EXAMPLES: Final = 10_000
 """Examples. With 3,520 the paper's compressor learned nothing that shows in answers (docs/results.md)."""
 _SPLIT: Final = 10
 """Number of examples from which it is worth holding out a part."""
 
 
-class Result(NamedTuple):
+class PrepareResult(NamedTuple):
     """The result of a run."""
 
     output: Path
@@ -53,7 +53,7 @@ class Result(NamedTuple):
     """Shards that other parts of the run have not made yet; until then there is no output."""
 
 
-def summary(result: Result, config: PrepareConfig) -> str:
+def run_summary(result: PrepareResult, config: PrepareConfig) -> str:
     """Return what the finished command prints: counts and seconds of each stage, examples, next command."""
     if result.missing:
         return (
@@ -64,7 +64,9 @@ def summary(result: Result, config: PrepareConfig) -> str:
     if result.already_done:
         lines.append("nothing to do: this run is finished")
     output = output_of(config)
-    lines.append(f"{output}: {counted(result.examples, 'examples')}{_each(sorted({*result.documents}))}")
+    lines.append(
+        f"{output}: {counted(result.examples, 'examples')}{_documents_each(sorted({*result.documents}))}"
+    )
     lines.append("")
     planned = planned_seconds(config)
     for name, stage in result.stages.items():
@@ -80,20 +82,22 @@ def summary(result: Result, config: PrepareConfig) -> str:
     if result.output.exists():
         records = (entry.record for entry in itertools.islice(entries(result.output), 3))
         for number, record in enumerate(records, 1):
-            lines += _shown(number, record)
+            lines += _example_lines(number, record)
     if (report := run_of(config).root / "report.html").exists():
         lines.append(f"look: {report}")
     if is_url(config.output_file) or result.examples < _SPLIT:
-        return "\n".join([*lines, f"next: {program_name()} {_training(config, output, result.examples)}"])
+        return "\n".join(
+            [*lines, f"next: {program_name()} {_training_command(config, output, result.examples)}"]
+        )
     folder = output.path.parent / "split"
     splitting = shlex.join(["split", str(output), "--output_dir", str(folder)])
     lines.append(f"next, to hold out a part for an evaluation: {program_name()} {splitting}")
-    training = _training(config, folder / f"train{output.path.suffix}", result.examples)
+    training = _training_command(config, folder / f"train{output.path.suffix}", result.examples)
     lines.append(f"then: {program_name()} {training}")
     return "\n".join(lines)
 
 
-def _each(numbers: Sequence[int]) -> str:
+def _documents_each(numbers: Sequence[int]) -> str:
     """Return how many documents the records have; `numbers` are the least and the most."""
     *least, most = numbers or [0]
     return (
@@ -101,7 +105,7 @@ def _each(numbers: Sequence[int]) -> str:
     )
 
 
-def _missing(result: Result, config: PrepareConfig) -> Iterator[str]:
+def _missing(result: PrepareResult, config: PrepareConfig) -> Iterator[str]:
     """Yield what is not in the output, and where the reasons are."""
     run = run_of(config)
     where = run.shown(run.root / "quarantine")
@@ -127,7 +131,7 @@ def _missing(result: Result, config: PrepareConfig) -> Iterator[str]:
         yield f"left out: {left_out:,} queries or answers, each with what it matches, in {where}"
 
 
-def failure(result: Result, config: PrepareConfig) -> str | None:
+def run_failure(result: PrepareResult, config: PrepareConfig) -> str | None:
     """Return why a run that has a summary failed; None if it did not."""
     run = run_of(config)
     if result.given_up:
@@ -144,15 +148,15 @@ def failure(result: Result, config: PrepareConfig) -> str | None:
     return f"--strict: {number} in {where}, each with its reason: correct them"
 
 
-def _training(config: PrepareConfig, data: File | Path, examples: int) -> str:
+def _training_command(config: PrepareConfig, data: File | Path, examples: int) -> str:
     """The command that trains on data: a generator that answers like its teacher is the teacher itself.
 
     Only a pointer learns from few examples; it ranks documents by its own scores.
     """
     words = ["train", "--train_data", str(data), "--output_dir", _model_folder(config)]
-    if config.teacher_model != PrepareConfig.teacher_model and not is_served(Engine.of(config)):
+    if config.teacher_model != PrepareConfig.teacher_model and not is_served(EngineSettings.of(config)):
         words += ["--generator_model", config.teacher_model]
-    if examples < _FEW:
+    if examples < _FEW_EXAMPLES:
         words += ["--compressor", "pointer", "--batch_size", "8", "--learning_rate_generator", "5e-4"]
     elif config.enable_reranking:
         words.append("--enable_reranking")
@@ -164,7 +168,7 @@ def _model_folder(config: PrepareConfig) -> str:
     return "model" if is_url(config.output_file) else str(output_of(config).path.parent / "model")
 
 
-def _shown(number: int, example: Example) -> list[str]:
+def _example_lines(number: int, example: Example) -> list[str]:
     width = min(shutil.get_terminal_size((100, 24)).columns, 120) - 15
     rows = [(f"{number}. query", example["query"]), ("   answer", example["answer"])]
     scores = example.get("reranking_scores")

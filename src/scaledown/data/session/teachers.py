@@ -2,11 +2,11 @@
 
 from typing import Any, NamedTuple
 
-from scaledown.data.prompts import VERSION as PROMPT_VERSION
-from scaledown.data.prompts import Template, load_template
+from scaledown.config.shared import AUTO
+from scaledown.data.prompts import PROMPT_VERSION, Template, load_template
 from scaledown.data.session.enter import Session
-from scaledown.data.teacher.api import AUTO, choose_backend, engine_of, load_teacher, preflight
-from scaledown.data.teacher.base import Engine, Generation, Teacher
+from scaledown.data.teacher.api import choose_backend, engine_of, load_teacher, preflight
+from scaledown.data.teacher.base import EngineSettings, Teacher, TeacherSettings
 from scaledown.models.sources import ModelSource
 from scaledown.run.atomic import write_json
 
@@ -14,9 +14,9 @@ from scaledown.run.atomic import write_json
 class Teachers(NamedTuple):
     """How the teachers of a run are loaded and asked."""
 
-    engine: Engine
+    engine: EngineSettings
     """The engine, with its backend chosen."""
-    generation: Generation
+    generation: TeacherSettings
     """How a teacher decodes."""
     template: Template
     """The text around question and documents."""
@@ -54,7 +54,7 @@ def find_teachers(session: Session) -> Teachers:
         ScaleDownError: The engine does not support the settings, or cannot load a teacher here.
     """
     config, sources, run = session.config, session.sources, session.run
-    engine, generation = Engine.of(config), Generation.of(config)
+    engine, generation = EngineSettings.of(config), TeacherSettings.of(config)
     engine = engine._replace(backend=_keep_backend(session, engine, generation))
     template = load_template(config.prompt)
     settings = {
@@ -78,7 +78,7 @@ def find_teachers(session: Session) -> Teachers:
     return Teachers(engine, generation, template, session.device, dtype, settings)
 
 
-def _keep_backend(session: Session, engine: Engine, generation: Generation) -> str:
+def _keep_backend(session: Session, engine: EngineSettings, generation: TeacherSettings) -> str:
     """Return the engine that `auto` chose when this run began; for a new run, the best one for both teachers.
 
     Another engine, for example one that was installed since, would make all answers again.

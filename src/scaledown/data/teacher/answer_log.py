@@ -17,11 +17,11 @@ from scaledown.records import Answer
 from scaledown.run.stage import Stage
 from scaledown.run.storage import Storage
 
-_ENDING: Final = ".part.jsonl"
+_LOG_ENDING: Final = ".part.jsonl"
 _PUBLISH_SECONDS: Final = 30
 
 
-_NAME: Final = re.compile(r"\d{6}(-\d{6})?\.part\.jsonl")
+_LOG_NAME: Final = re.compile(r"\d{6}(-\d{6})?\.part\.jsonl")
 
 
 class AnswerLog:
@@ -48,13 +48,13 @@ class AnswerLog:
             flush_seconds: Seconds after which an answer is on the disk at the latest.
         """
         last = f"-{shards.stop:06d}" if len(shards) > 1 else ""
-        return cls(stage.folder / f"{shards.start:06d}{last}{_ENDING}", flush_seconds, stage.storage)
+        return cls(stage.folder / f"{shards.start:06d}{last}{_LOG_ENDING}", flush_seconds, stage.storage)
 
     @classmethod
     def every(cls, stage: Stage) -> list["AnswerLog"]:
         """Return all logs of a stage, for reading."""
-        logs = stage.storage.logs(stage.folder, f"*{_ENDING}")
-        return [cls(path, 0, stage.storage) for path in sorted(logs) if _NAME.fullmatch(path.name)]
+        logs = stage.storage.logs(stage.folder, f"*{_LOG_ENDING}")
+        return [cls(path, 0, stage.storage) for path in sorted(logs) if _LOG_NAME.fullmatch(path.name)]
 
     @classmethod
     def others(cls, stage: Stage, shards: range, prompts: Sequence[Prompt]) -> dict[int, Answer]:
@@ -81,7 +81,7 @@ class AnswerLog:
     @property
     def shards(self) -> range:
         """The shards of its answers."""
-        first, _, stop = self.path.name.removesuffix(_ENDING).partition("-")
+        first, _, stop = self.path.name.removesuffix(_LOG_ENDING).partition("-")
         return range(int(first), int(stop or int(first) + 1))
 
     def read(self, prompts: Sequence[Prompt]) -> dict[int, Answer]:
@@ -150,7 +150,9 @@ class AnswerLog:
 
     def tokens(self, without: Collection[str] = ()) -> int:
         """Count the tokens of logged prompts and answers, except for prompts with hashes in `without`."""
-        return sum(_tokens(record) for record in self._records() if record.get("prompt_hash") not in without)
+        return sum(
+            _token_count(record) for record in self._records() if record.get("prompt_hash") not in without
+        )
 
     def remove(self) -> None:
         """Delete the log, when the shard is complete."""
@@ -160,7 +162,7 @@ class AnswerLog:
     def _records(self) -> Iterator[dict[str, Any]]:
         for path in self._storage.owned(self.path):
             self._storage.fetch_log(path)
-            yield from _records(path)
+            yield from _logged(path)
 
 
 class Writer:
@@ -186,7 +188,7 @@ class Writer:
         self._write(json.dumps(record, ensure_ascii=True).encode() + b"\n")
 
 
-def ask(
+def answer_prompts(
     teacher: Teacher,
     prompts: Sequence[Prompt],
     log: AnswerLog,
@@ -218,7 +220,7 @@ def ask(
     return [answers[place] for place in range(len(prompts))]
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
+def _logged(path: Path) -> Iterator[dict[str, Any]]:
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         for line in file:
             with contextlib.suppress(ValueError, RecursionError):  # cut short by a crash
@@ -226,5 +228,5 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
                     yield record
 
 
-def _tokens(record: Mapping[str, Any]) -> int:
+def _token_count(record: Mapping[str, Any]) -> int:
     return int(record.get("prompt_tokens", 0)) + int(record.get("answer_tokens", 0))

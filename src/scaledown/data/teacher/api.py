@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from typing import Final
 
 from scaledown.config.prepare import PrepareConfig
+from scaledown.config.shared import AUTO
 from scaledown.data.prompts import answer_prompt, load_template
 from scaledown.data.teacher.base import (
-    Engine,
-    Generation,
+    EngineSettings,
     Rejection,
     Setup,
     Teacher,
     TeacherEngine,
+    TeacherSettings,
     answer_all,
 )
 from scaledown.devices.choice import choose_device
@@ -28,7 +29,6 @@ from scaledown.run.progress import track
 
 log = logging.getLogger("scaledown")
 
-AUTO: Final = "auto"
 _WRITERS: Final = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "ForConditionalGeneration")
 
 
@@ -75,12 +75,12 @@ def engine_of(backend: str) -> TeacherEngine:
     return engine
 
 
-def is_served(engine: Engine) -> bool:
+def is_served(engine: EngineSettings) -> bool:
     """Whether the teacher is behind a server."""
     return bool(engine.endpoints) if engine.backend == AUTO else engine_of(engine.backend).served
 
 
-def find_teacher(name: str, engine: Engine) -> ModelSource:
+def find_teacher(name: str, engine: EngineSettings) -> ModelSource:
     """Find the teacher's weights; for a server only its name.
 
     Args:
@@ -94,7 +94,7 @@ def find_teacher(name: str, engine: Engine) -> ModelSource:
     return ModelSource(name, "") if is_served(engine) else resolve(name)
 
 
-def check_options(engine: Engine, generation: Generation) -> None:
+def check_options(engine: EngineSettings, generation: TeacherSettings) -> None:
     """Check that an engine supports the settings.
 
     Args:
@@ -124,7 +124,7 @@ def check_options(engine: Engine, generation: Generation) -> None:
         raise UsageError(f"--teacher_logprobs: {backend} gives none: use one of {others}")
 
 
-def _able(engine: Engine, generation: Generation) -> dict[str, TeacherEngine]:
+def _able(engine: EngineSettings, generation: TeacherSettings) -> dict[str, TeacherEngine]:
     """Return the engines that support the settings, by name."""
     engines = {name: engine_of(name) for name in TEACHER_ENGINES}
     return {
@@ -137,7 +137,9 @@ def _able(engine: Engine, generation: Generation) -> dict[str, TeacherEngine]:
     }
 
 
-def choose_backend(engine: Engine, source: ModelSource, device: str, generation: Generation) -> str:
+def choose_backend(
+    engine: EngineSettings, source: ModelSource, device: str, generation: TeacherSettings
+) -> str:
     """Choose the engine. `auto` chooses the last one that supports the settings and suits the device.
 
     Args:
@@ -160,7 +162,7 @@ def choose_backend(engine: Engine, source: ModelSource, device: str, generation:
     return next(suited, [*able][-1])  # if none suits, the check of the last says why
 
 
-def preflight(engine: Engine, source: ModelSource, device: str, generation: Generation) -> None:
+def preflight(engine: EngineSettings, source: ModelSource, device: str, generation: TeacherSettings) -> None:
     """Check before any work that the engine can load the teacher here.
 
     Args:
@@ -179,8 +181,8 @@ def load_teacher(  # noqa: PLR0917
     source: ModelSource,
     device: str,
     dtype: str,
-    generation: Generation,
-    engine: Engine = Engine(),  # noqa: B008 (never changed)
+    generation: TeacherSettings,
+    engine: EngineSettings = EngineSettings(),  # noqa: B008 (never changed)
     spent_tokens: int = 0,
 ) -> Teacher:
     """Load the teacher of `--teacher_model`, on the engine that `choose_backend` returns.
@@ -257,8 +259,8 @@ def generate_teacher_answers(
         raise UsageError("batch_size must not be negative, max_new_tokens at least 1")
     queries_with_docs = list(queries_with_docs)
     check_records(queries_with_docs)
-    generation = Generation(max_new_tokens, seed, batch_size, load_in_8bit, load_in_4bit)
-    engine = Engine(backend, tuple(endpoints))
+    generation = TeacherSettings(max_new_tokens, seed, batch_size, load_in_8bit, load_in_4bit)
+    engine = EngineSettings(backend, tuple(endpoints))
     source = find_teacher(teacher_model, engine)
     device = choose_device(device)
     teacher = OnDevice("the teacher", device, lambda: load_teacher(source, device, dtype, generation, engine))

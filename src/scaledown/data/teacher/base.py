@@ -13,7 +13,7 @@ from scaledown.models.sources import ModelSource
 from scaledown.records import Answer
 
 
-class Generation(NamedTuple):
+class TeacherSettings(NamedTuple):
     """How a teacher is loaded and decodes."""
 
     max_new_tokens: int = PrepareConfig.max_new_tokens
@@ -46,7 +46,7 @@ class Generation(NamedTuple):
         return 8 if self.load_in_8bit else 4 if self.load_in_4bit else 0
 
     @classmethod
-    def of(cls, config: PrepareConfig) -> "Generation":
+    def of(cls, config: PrepareConfig) -> "TeacherSettings":
         """Create it from the settings of a run."""
         return cls(
             max_new_tokens=config.max_new_tokens,
@@ -74,7 +74,7 @@ def seed_of(seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:4], "little") >> 1
 
 
-class Engine(NamedTuple):
+class EngineSettings(NamedTuple):
     """The choice of an engine, and settings that only one engine needs."""
 
     backend: str = PrepareConfig.teacher_backend
@@ -95,7 +95,7 @@ class Engine(NamedTuple):
     """The share of GPU memory that vLLM uses; 0 is all free memory."""
 
     @classmethod
-    def of(cls, config: EngineConfig) -> "Engine":
+    def of(cls, config: EngineConfig) -> "EngineSettings":
         """Create it from the settings of a run."""
         return cls(
             config.teacher_backend,
@@ -150,9 +150,9 @@ class Setup(NamedTuple):
     """The weights; without a location if the engine uses a server."""
     device: str
     """cpu, cuda, cuda:N or mps."""
-    generation: Generation
+    generation: TeacherSettings
     """How it decodes."""
-    engine: Engine
+    engine: EngineSettings
     """The values of the flags for engines."""
     dtype: str = "auto"
     """auto, float32, bfloat16 or float16."""

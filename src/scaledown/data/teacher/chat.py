@@ -9,7 +9,7 @@ import httpx2
 
 from scaledown.data.logprobs import for_answer, from_server
 from scaledown.data.prompts import Prompt
-from scaledown.data.teacher.base import Generation, Rejection, seed_of
+from scaledown.data.teacher.base import Rejection, TeacherSettings, seed_of
 from scaledown.data.teacher.rate_limit import Fault
 from scaledown.data.teacher.reply import CONTROL, heard
 from scaledown.errors import ModelError, one_line
@@ -114,7 +114,7 @@ class Chat:
         secret: The key; it is removed from all messages. May be empty.
     """
 
-    def __init__(self, model: str, generation: Generation, secret: str) -> None:
+    def __init__(self, model: str, generation: TeacherSettings, secret: str) -> None:
         self.model = model
         self.logprobs = generation.logprobs
         """Number of log probabilities requested for each token."""
@@ -229,7 +229,7 @@ class Chat:
             content = message.get("content") if thought or ended else message["content"]
             thought |= _holds_thoughts(content)
             # JSON may hold halves of characters, which no file does.
-            text = _text(content).strip().encode(errors="replace").decode()
+            text = _message_text(content).strip().encode(errors="replace").decode()
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             reason = f"{type(error).__name__}: {self.error_text(response)}"
             raise ValueError(f"the reply is not a chat completion ({reason})") from None
@@ -239,8 +239,8 @@ class Chat:
         answer = Answer(
             text,
             self._end(choice.get("finish_reason")),
-            _tokens(usage.get("prompt_tokens"), prompt),
-            _tokens(usage.get("completion_tokens"), text),
+            _reported_tokens(usage.get("prompt_tokens"), prompt),
+            _reported_tokens(usage.get("completion_tokens"), text),
             draft.dropped_tokens,
         )
         model = str(reply.get("model") or self.model)
@@ -313,7 +313,7 @@ def _error(response: httpx2.Response) -> Any:
     return content.get("error") or (None if response.is_success else content)
 
 
-def _text(content: Any) -> str:
+def _message_text(content: Any) -> str:
     """Return the text of a message, which may be in parts; parts with thoughts are left out."""
     if isinstance(content, list):
         return "".join(part if isinstance(part, str) else part.get("text") or "" for part in content)
@@ -338,7 +338,7 @@ def _logprobs(given: Any, count: int) -> Logprobs:
     return found
 
 
-def listed(response: httpx2.Response) -> list[str]:
+def served_models(response: httpx2.Response) -> list[str]:
     """Return the models in the reply to GET /models; empty if the server has no such list."""
     try:
         return [str(entry["id"]) for entry in response.json()["data"]] if response.is_success else []
@@ -354,7 +354,7 @@ def _head(text: str, size: int) -> str:
     return (words[0] if len(words) > 1 else text[: max(0, size)]).rstrip()
 
 
-def _tokens(count: object, text: str) -> int:
+def _reported_tokens(count: object, text: str) -> int:
     if isinstance(count, int | float) and not isinstance(count, bool) and 0 <= count < _MOST_TOKENS:
         return int(count)
     return len(text) // _CHARACTERS_A_TOKEN

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from scaledown.data.prompts import Prompt
-from scaledown.data.teacher.base import Generation, Rejection
+from scaledown.data.teacher.base import Rejection, TeacherSettings
 from scaledown.errors import ModelError
 
 _SEPARATOR_TOKENS: Final = (
@@ -25,7 +25,7 @@ class Context:
         ModelError: Less than 32 tokens are left for a prompt.
     """
 
-    def __init__(self, name: str, tokenizer: Any, tokens: int, generation: Generation) -> None:
+    def __init__(self, name: str, tokenizer: Any, tokens: int, generation: TeacherSettings) -> None:
         self._tokenizer = tokenizer
         self._document_tokens = generation.document_tokens
         tokens = min(tokens, generation.context or tokens)

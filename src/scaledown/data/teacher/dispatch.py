@@ -14,7 +14,7 @@ from scaledown.data.prompts import Prompt
 from scaledown.data.teacher.base import Rejection
 from scaledown.data.teacher.chat import Draft, NoLogprobsError
 from scaledown.data.teacher.rate_limit import LOUD_WAIT, MOST_IN_FLIGHT, Endpoint, Fault, retry_after
-from scaledown.data.teacher.servers import GATEWAY, LOOK_TIMEOUT, TRIES, Servers, path, unreachable
+from scaledown.data.teacher.servers import GATEWAY, LOOK_TIMEOUT, REQUEST_TRIES, Servers, path, unreachable
 from scaledown.errors import ModelError
 from scaledown.records import Answer
 from scaledown.run.progress import at_work
@@ -112,7 +112,7 @@ class Dispatcher:
                 continue
             job.faults += 1
             self._last_fault = result.reason
-            if job.tries >= TRIES:
+            if job.tries >= REQUEST_TRIES:
                 self._servers.refused("answers no prompt", result.reason)
                 return number, Rejection(f"given up after {job.tries} tries: {result.reason}")
             if not result.wait:  # with it, the server's own pause applies to all its requests

@@ -14,7 +14,7 @@ from scaledown.config.prepare import PrepareConfig
 from scaledown.data.input.corpus import PassageTable
 from scaledown.data.prompts import Prompt, question_prompt
 from scaledown.data.retrieval.parts import kept_rows, removed_rows
-from scaledown.data.teacher.answer_log import AnswerLog, ask
+from scaledown.data.teacher.answer_log import AnswerLog, answer_prompts
 from scaledown.data.teacher.base import Rejection, Teacher
 from scaledown.errors import InputError
 from scaledown.records import Answer, Passage, full_text
@@ -24,7 +24,7 @@ from scaledown.text import question_key
 
 log = logging.getLogger("scaledown")
 
-_ASKS: Final = frozenset(
+_QUESTION_WORDS: Final = frozenset(
     [
         *("who", "whom", "whose", "what", "when", "where", "which", "why", "how"),
         *("is", "are", "was", "were", "do", "does", "did", "has", "have", "had"),
@@ -37,7 +37,7 @@ _ABOUT_THE_TEXT: Final = re.compile(
     r"|\bexample topic\b",
     re.IGNORECASE,
 )
-_LABEL: Final = re.compile(r"^\s*(?:[-•]|\d+[.)]|(?:question|q)(?: ?\d+)?\s*[:.])\s*", re.IGNORECASE)
+_LIST_LABEL: Final = re.compile(r"^\s*(?:[-•]|\d+[.)]|(?:question|q)(?: ?\d+)?\s*[:.])\s*", re.IGNORECASE)
 PASSES: Final = 4
 LATER_TEMPERATURE: Final = 0.8
 
@@ -57,15 +57,15 @@ def as_question(text: str, passage: str) -> str | None:
     """
     known = set(re.findall(r"\w+", passage.lower()))
     for line in text.splitlines():
-        question = _LABEL.sub("", line.replace("*", "")).strip().strip("\"'“”").strip()
+        question = _LIST_LABEL.sub("", line.replace("*", "")).strip().strip("\"'“”").strip()
         head, mark, _ = question.partition("?")
         question = head + mark
         words = re.findall(r"\w+", question.lower())
-        longer = [word for word in words if len(word) > 3 and word not in _ASKS]
+        longer = [word for word in words if len(word) > 3 and word not in _QUESTION_WORDS]
         if (
             mark
             and 3 <= len(words) <= 40
-            and (words[0] in _ASKS or not _ASKS.isdisjoint(words[:6]))
+            and (words[0] in _QUESTION_WORDS or not _QUESTION_WORDS.isdisjoint(words[:6]))
             and not _ABOUT_THE_TEXT.search(question)
             and sum(word in known for word in longer) * 2 >= max(1, len(longer))
         ):
@@ -111,7 +111,7 @@ def write_questions(
                     teacher = load()
                     with stage.noting(len(rows), lambda: teacher.halving.count):  # noqa: B023
                         kept = AnswerLog.of(stage, range(len(rows), len(rows) + 1), config.flush_seconds)
-                        answer = functools.partial(ask, teacher, log=kept)
+                        answer = functools.partial(answer_prompts, teacher, log=kept)
                         questions = questions_about(turn, table, answer)
                     stage.write(len(rows), questions, time.perf_counter() - started)
                     kept.remove()

@@ -4,7 +4,7 @@ import re
 from typing import Final
 
 from scaledown.data.logprobs import for_part
-from scaledown.data.teacher.base import Generation, Rejection
+from scaledown.data.teacher.base import Rejection, TeacherSettings
 from scaledown.records import Answer
 
 CONTROL: Final = re.compile(
@@ -21,34 +21,34 @@ def _unquoted(pattern: str) -> str:
     return f"(?:(?<!{_QUOTE})(?:{pattern})|(?:{pattern})(?!{_QUOTE}))"
 
 
-_MARK: Final = f"(?:{CONTROL.pattern})"
+_CHAT_MARKER: Final = f"(?:{CONTROL.pattern})"
 _THINK: Final = r"(?:\w+:)?(?:think(?:ing)?|thoughts?|reasoning|reflection|analysis|scratchpad)"
 # As R1 and most others, Magistral, Kimi, Cohere and OpenThinker, MedGemma, and Granite write it.
-_OPEN: Final = _unquoted(
+_OPENING_TAG: Final = _unquoted(
     rf"<{_THINK}(?:\s[^<>]*)?>|\[think\]|\u25c1think\u25b7|<\|(?:(?:begin|start)_(?:of_)?)?{_THINK}\|>|"
     r"<unused94>|Here is my thought process:"
 )
-_CLOSE: Final = _unquoted(
+_CLOSING_TAG: Final = _unquoted(
     rf"</{_THINK}\s*>|\[/think\]|\u25c1/think\u25b7|<\|(?:/|end_(?:of_)?){_THINK}\|>|"
     r"<unused95>|Here is my response:"
 )
 _FLAGS: Final = re.IGNORECASE | re.DOTALL
-_THOUGHT: Final = re.compile(f"{_OPEN}.*?{_CLOSE}", _FLAGS)
-_OPENED_BEFORE: Final = re.compile(rf"\A.*{_CLOSE}", _FLAGS)  # by the chat template, in the prompt
-_UNENDED: Final = re.compile(rf"(?:\A|\n)\s*{_OPEN}.*", _FLAGS)
+_THOUGHT: Final = re.compile(f"{_OPENING_TAG}.*?{_CLOSING_TAG}", _FLAGS)
+_OPENED_BEFORE: Final = re.compile(rf"\A.*{_CLOSING_TAG}", _FLAGS)  # by the chat template, in the prompt
+_UNENDED: Final = re.compile(rf"(?:\A|\n)\s*{_OPENING_TAG}.*", _FLAGS)
 # gpt-oss: thoughts and answer are separate messages.
 _CHANNELS: Final = re.compile(r".*<\|channel\|>|analysis(?=[A-Z\s]).*assistantfinal", re.DOTALL)
 _FINAL: Final = re.compile(r".*(?:<\|channel\|>final.*?<\|message\|>|assistantfinal)", re.DOTALL)
 _FRAME: Final = re.compile(r"\s*<(answer|final_answer|response|solution)>(.*?)(?:</\1>)?\s*", _FLAGS)
 _BEGINNING: Final = re.compile(
-    rf"((?:(?!{_OPEN}){_MARK}\s*)+)?"
-    rf"(?:(?:assistant|model)[ \t]*(?:\n|(?={_MARK})|(?(1)\Z|(?!)))|[#*]* ?assistant[ \t]*:\**)?\s*"
-    rf"(?:(?!{_OPEN}){_MARK}\s*)*",
+    rf"((?:(?!{_OPENING_TAG}){_CHAT_MARKER}\s*)+)?"
+    rf"(?:(?:assistant|model)[ \t]*(?:\n|(?={_CHAT_MARKER})|(?(1)\Z|(?!)))|[#*]* ?assistant[ \t]*:\**)?\s*"
+    rf"(?:(?!{_OPENING_TAG}){_CHAT_MARKER}\s*)*",
     re.IGNORECASE,
 )
 _END: Final = re.compile(
-    rf"(?<!\s)(?<!{_QUOTE})(?!<s>){_MARK}|"
-    rf"{_unquoted(_MARK)}(?=\s*(?:\Z|\n|{_MARK}|(?:assistant|model|system|user)\b))|<[|\uff5c]\w*[|\uff5c]?\Z"
+    rf"(?<!\s)(?<!{_QUOTE})(?!<s>){_CHAT_MARKER}|"
+    rf"{_unquoted(_CHAT_MARKER)}(?=\s*(?:\Z|\n|{_CHAT_MARKER}|(?:assistant|model|system|user)\b))|<[|\uff5c]\w*[|\uff5c]?\Z"
 )
 
 
@@ -67,7 +67,7 @@ def spoken(text: str) -> str:
     return (answer[: end.start()] if (end := _END.search(answer)) else answer).strip()
 
 
-def heard(answer: Answer, generation: Generation, *, thought: bool = False) -> Answer | Rejection:
+def heard(answer: Answer, generation: TeacherSettings, *, thought: bool = False) -> Answer | Rejection:
     """Return the answer in a reply, with the log probabilities of its remaining tokens.
 
     Args:

@@ -14,14 +14,14 @@ import pyarrow as pa
 
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.input.corpus import PassageTable
-from scaledown.data.logprobs import ARROW, for_answer
+from scaledown.data.logprobs import LOGPROBS_TYPE, for_answer
 from scaledown.errors import InputError
 from scaledown.metrics import f1
 from scaledown.records import full_text
 from scaledown.run.stage import Stage
 from scaledown.text import normalized
 
-VERSION: Final = 2
+REVIEW_VERSION: Final = 2
 """Of what a problem and an agreement is: the stages that depend on it name it."""
 
 # Refusals: openings that are common to current chat models.
@@ -36,7 +36,7 @@ _REFUSAL: Final = re.compile(
     re.IGNORECASE,
 )
 # Not after an initial or a title; Chinese and Japanese have no space after a sentence.
-_SENTENCE_END: Final = re.compile(
+_END_OF_SENTENCE: Final = re.compile(
     r"(?:(?<!\b[A-Z])(?<!\b[DMS]r)(?<!\bMrs)(?<!\b[SM]t)(?<!\bvs)(?<!\bNo)\.|[!?\u2026])[\"'\u201d\u2019)\]]*(?=\s|$)"
     r"|[\u3002\uff01\uff1f][\u300d\u300f\u201d]?"
 )
@@ -66,7 +66,9 @@ class Review(NamedTuple):
     2023, arXiv 2307.16877, here without function words); 1 if it has no content words."""
 
 
-def review(text: str, finish_reason: str, query: str, documents: Iterable[str], *, cut: bool) -> Review:
+def review_answer(
+    text: str, finish_reason: str, query: str, documents: Iterable[str], *, cut: bool
+) -> Review:
     """Review an answer.
 
     Args:
@@ -78,12 +80,12 @@ def review(text: str, finish_reason: str, query: str, documents: Iterable[str], 
     """
     if cut and finish_reason == "length":
         text = whole_sentences(text)
-    return Review(text, problem(text, query), groundedness(text, documents))
+    return Review(text, answer_problem(text, query), groundedness(text, documents))
 
 
 def whole_sentences(text: str) -> str:
     """Return the text up to its last end of a sentence; the whole text if there is none."""
-    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    ends = [match.end() for match in _END_OF_SENTENCE.finditer(text)]
     return text[: ends[-1]] if ends else text
 
 
@@ -91,12 +93,12 @@ def sentences(text: str) -> list[str]:
     """Split a text into sentences; the end of a line ends a sentence too."""
     found = []
     for line in text.splitlines():
-        ends = [0, *(match.end() for match in _SENTENCE_END.finditer(line)), len(line)]
+        ends = [0, *(match.end() for match in _END_OF_SENTENCE.finditer(line)), len(line)]
         found += [line[start:end].strip() for start, end in itertools.pairwise(ends)]
     return [sentence for sentence in found if sentence]
 
 
-def problem(text: str, query: str) -> str:
+def answer_problem(text: str, query: str) -> str:
     """Find out why an answer is useless.
 
     Args:
@@ -172,23 +174,26 @@ def review_answers(  # noqa: PLR0917
     def work(shard: int) -> pa.Table:
         texts = PassageTable(passages)
         table = answers.table(shard)
-        others = dict(_answered(second, shard)) if second else {}
+        others = dict(_second_answers(second, shard)) if second else {}
         seen: collections.Counter[str] = collections.Counter()
         reviews, rejected, kept = [], [], []
         for number, record in enumerate(table.to_pylist()):
             found = [texts[row] for row in record["rows"]]
             documents = [full_text(passage.title, passage.text) for passage in found]
             cut = config.truncated_answers == "cut"
-            own = review(record["text"], record["finish_reason"], record["query"], documents, cut=cut)
+            own = review_answer(record["text"], record["finish_reason"], record["query"], documents, cut=cut)
             why: dict[str, Any] | None = None
             if own.problem in dropped:
-                why = {"reason": f"the teacher's answer is {_SAID[own.problem]}", "problem": own.problem}
+                why = {
+                    "reason": f"the teacher's answer is {_FLAG_TEXTS[own.problem]}",
+                    "problem": own.problem,
+                }
             elif own.groundedness < config.min_groundedness:
                 reason = f"groundedness {own.groundedness:.2f} is below --min_groundedness"
                 why = {"reason": reason, "problem": own.problem or "ungrounded"}
             else:
                 why = left_out(own.text, [passage.text for passage in found])
-            seen[why["problem"] if why else own.problem] += 1
+            seen[why["answer_problem"] if why else own.problem] += 1
             if why:
                 rejected.append({"query_id": record["query_id"], **why, "answer": record["text"]})
             else:
@@ -211,7 +216,7 @@ def review_answers(  # noqa: PLR0917
             given = table.column("answer_logprobs").to_pylist()
             of_kept = [one and for_answer(one, own.text) for one, own in zip(given, reviews, strict=True)]
             place = table.column_names.index("answer_logprobs")
-            table = table.set_column(place, "answer_logprobs", pa.array(of_kept, ARROW))
+            table = table.set_column(place, "answer_logprobs", pa.array(of_kept, LOGPROBS_TYPE))
         cut_texts = pa.array([own.text for own in reviews], pa.large_string())
         table = table.set_column(table.column_names.index("text"), "text", cut_texts)
         for name, values in columns.items():
@@ -219,25 +224,25 @@ def review_answers(  # noqa: PLR0917
         return table.replace_schema_metadata({"seen": json.dumps(seen)})
 
     if stage.complete(len(rows), work, nothing={"seen": "{}"}):
-        _finish(stage, stage.made(), second)
+        _finish_review(stage, stage.made(), second)
 
 
-_COUNTED: Final = {
+_REVIEW_COUNTS: Final = {
     "empty": "empty",
     "refusal": "refusals",
     "echo": "echoes",
     "ungrounded": "ungrounded",
     "contaminated": "contaminated",
 }
-_SAID: Final = {"empty": "empty", "refusal": "a refusal", "echo": "an echo of the prompt"}
+_FLAG_TEXTS: Final = {"empty": "empty", "refusal": "a refusal", "echo": "an echo of the prompt"}
 
 
-def _answered(second: Stage, shard: int) -> Iterable[tuple[str, str]]:
+def _second_answers(second: Stage, shard: int) -> Iterable[tuple[str, str]]:
     table = second.table(shard)
     return zip(table.column("query_id").to_pylist(), table.column("text").to_pylist(), strict=True)
 
 
-def _finish(stage: Stage, rows: list[int], second: Stage | None) -> None:
+def _finish_review(stage: Stage, rows: list[int], second: Stage | None) -> None:
     kept: list[int] = []
     bare = 0
     problems: collections.Counter[str] = collections.Counter()
@@ -264,7 +269,7 @@ def _finish(stage: Stage, rows: list[int], second: Stage | None) -> None:
         measured["agreement"] = round(sums["agreement"] / agreeing, 4)
     rejected = sum(rows) - sum(kept) - problems["contaminated"]
     counts = {"kept": sum(kept), "rejected": rejected}
-    counts |= {_COUNTED[name]: problems[name] for name in _COUNTED if problems[name]}
+    counts |= {_REVIEW_COUNTS[name]: problems[name] for name in _REVIEW_COUNTS if problems[name]}
     if bare:
         counts["without_logprobs"] = bare
     stage.finish(kept, counts, measured)

@@ -1,6 +1,5 @@
 """OpenAI-compatible servers: which are available, whether they have the model, what they refuse."""
 
-import ipaddress
 import logging
 import os
 import time
@@ -10,16 +9,17 @@ from typing import Any, Final, NoReturn
 
 import httpx2
 
-from scaledown.data.teacher.base import Generation
-from scaledown.data.teacher.chat import Chat, listed
+from scaledown.data.teacher.base import TeacherSettings
+from scaledown.data.teacher.chat import Chat, served_models
 from scaledown.data.teacher.rate_limit import Endpoint, Rate
 from scaledown.errors import ModelError, one_line
+from scaledown.urls import is_loopback
 
 log = logging.getLogger("scaledown")
 
 KEY: Final = "OPENAI_API_KEY"
 
-TRIES: Final = 8
+REQUEST_TRIES: Final = 8
 """Attempts for one prompt, at faults that it may cause itself."""
 REFUSALS: Final = 20
 """Consecutive refusals with one status, without any answer, after which the server is the cause."""
@@ -54,7 +54,7 @@ class Servers:
         self,
         model: str,
         endpoints: Sequence[str],
-        generation: Generation,
+        generation: TeacherSettings,
         *,
         max_total_tokens: int = 0,
         max_requests_per_minute: int = 0,
@@ -82,7 +82,11 @@ class Servers:
         self._named: set[str] = set()
         self._aliased: set[str] = set()
         for endpoint in self.endpoints:
-            if self._key and endpoint.url.startswith("http://") and not _is_loopback(endpoint.url):
+            if (
+                self._key
+                and endpoint.url.startswith("http://")
+                and not is_loopback(httpx2.URL(endpoint.url).host)
+            ):
                 log.warning("%s goes to %s unencrypted: use https:// where others listen", KEY, endpoint.url)
         self._look()
 
@@ -90,7 +94,7 @@ class Servers:
         """Return the client's settings for a server."""
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         # Other servers may need a proxy; a server on this machine cannot be reached by it.
-        return {"headers": headers, "trust_env": not _is_loopback(url)}
+        return {"headers": headers, "trust_env": not is_loopback(httpx2.URL(url).host)}
 
     def _refusal(self, client: httpx2.Client, url: str) -> str:
         """Ask for one token.
@@ -156,7 +160,7 @@ class Servers:
             model: The name in the reply.
 
         Raises:
-            ModelError: No answer was accepted so far, after `TRIES` answers under other names.
+            ModelError: No answer was accepted so far, after `REQUEST_TRIES` answers under other names.
         """
         if url in self._aliased:
             return True
@@ -168,7 +172,7 @@ class Servers:
             log.warning("%s answers for %s under the name %s: both are kept", *names)
             self._aliased.add(url)
             return True
-        if self._others.total() >= TRIES and not self.answered:
+        if self._others.total() >= REQUEST_TRIES and not self.answered:
             raise ModelError(
                 f"the server answers for --teacher_model {self.chat.model} with {self.chat.plain(model)}: if "
                 "that is the one you want, name it"
@@ -183,11 +187,11 @@ class Servers:
             of_answer: Whether they belong to the answer's own tokens.
 
         Raises:
-            ModelError: None of the first `TRIES` answers had usable ones.
+            ModelError: None of the first `REQUEST_TRIES` answers had usable ones.
         """
         self.has_logprobs |= of_answer
         self._without += not of_answer
-        if self._without >= TRIES and not self.has_logprobs:
+        if self._without >= REQUEST_TRIES and not self.has_logprobs:
             self.refuse_logprobs(url, "gives those of other tokens than the answer's")
 
     def refuse_logprobs(self, url: str, why: str) -> NoReturn:
@@ -220,7 +224,7 @@ class Servers:
         try:
             with httpx2.Client(timeout=LOOK_TIMEOUT, **self.connection(url)) as client:
                 response = client.get(path(url, "models"))
-                models = listed(response)
+                models = served_models(response)
                 unlisted = bool(models) and not self.chat.is_among(models)
                 if models and not unlisted:
                     self._lists.add(url)
@@ -250,11 +254,3 @@ def path(url: str, name: str) -> str:
 def unreachable(error: httpx2.HTTPError) -> str:
     """Return why there is no connection."""
     return one_line(f"out of reach ({str(error) or type(error).__name__})", 200)
-
-
-def _is_loopback(url: str) -> bool:
-    host = httpx2.URL(url).host
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

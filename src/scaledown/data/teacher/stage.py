@@ -13,18 +13,22 @@ import pyarrow as pa
 
 from scaledown.config.prepare import PrepareConfig
 from scaledown.data.input.corpus import PassageTable
-from scaledown.data.logprobs import ARROW
+from scaledown.data.logprobs import LOGPROBS_TYPE
 from scaledown.data.prompts import PAPER, Prompt, Template, answer_prompt
-from scaledown.data.teacher.answer_log import AnswerLog, ask
+from scaledown.data.teacher.answer_log import AnswerLog, answer_prompts
 from scaledown.data.teacher.base import Rejection, Teacher
-from scaledown.data.teacher.review import problem
+from scaledown.data.teacher.review import answer_problem
 from scaledown.errors import InputError
 from scaledown.records import Answer, full_text
 from scaledown.run.progress import Tracker, tracked
 from scaledown.run.stage import Stage
 
 _AGAIN_TEMPERATURE: Final = 0.7
-_KINDS: Final = {"text": pa.large_string(), "finish_reason": pa.large_string(), "answer_logprobs": ARROW}
+_COLUMN_TYPES: Final = {
+    "text": pa.large_string(),
+    "finish_reason": pa.large_string(),
+    "answer_logprobs": LOGPROBS_TYPE,
+}
 """Types of the columns of `Answer` that are not counts."""
 _HEARD: Final = {"left_out", "model"}
 """Fields of `Answer` that are counted and have no column."""
@@ -49,7 +53,7 @@ class Teaching(NamedTuple):
     """Whether answers come with log probabilities."""
 
 
-def teach(
+def answer_queries(
     stage: Stage, ranked: Stage, passages: Stage, load: Callable[[], Teacher], teaching: Teaching
 ) -> None:
     """Let the teacher answer each shard of queries from their first documents.
@@ -70,7 +74,7 @@ def teach(
         return
     rows = ranked.planned()
     with tracked(stage, "teach", "answers", rows) as tracker:
-        meter = Meter(tracker, teaching.prices)
+        meter = AnswerMeter(tracker, teaching.prices)
 
         def work(group: range) -> Iterator[pa.Table]:
             texts = PassageTable(passages)
@@ -78,16 +82,18 @@ def teach(
             records = [record for table in tables for record in table.to_pylist()]
             prompts = [_prompt(record, texts, teaching) for record in records]
             log = AnswerLog.of(stage, group, teaching.flush_seconds)
-            written = AnswerLog.others(stage, group, prompts) | _written(stage, group, tables, prompts)
+            written = AnswerLog.others(stage, group, prompts) | _finished_answers(
+                stage, group, tables, prompts
+            )
             tracker.skip(len(log.read(prompts).keys() - written.keys()))
             teacher = load()
             with stage.noting(group.start, lambda: teacher.halving.count):
-                answers = ask(teacher, prompts, log, meter.add, written)
+                answers = answer_prompts(teacher, prompts, log, meter.add, written)
             first = 0
             for shard, table in zip(group, tables, strict=True):
                 last = first + table.num_rows
                 both = list(zip(prompts[first:last], answers[first:last], strict=True))
-                yield _answered(stage, shard, table, both, logprobs=teaching.logprobs)
+                yield _answered_queries(stage, shard, table, both, logprobs=teaching.logprobs)
                 first = last
             log.remove()
 
@@ -133,13 +139,15 @@ def retry(
         return
     rows = answers.planned()
     with tracked(stage, "retry", "answers", rows) as tracker:
-        meter = Meter(tracker, teaching.prices)
+        meter = AnswerMeter(tracker, teaching.prices)
 
         def work(group: range) -> Iterator[pa.Table]:
             texts = PassageTable(passages)
             tables = [answers.table(shard) for shard in group]
             records = [record for table in tables for record in table.to_pylist()]
-            places = [n for n, record in enumerate(records) if problem(record["text"], record["query"])]
+            places = [
+                n for n, record in enumerate(records) if answer_problem(record["text"], record["query"])
+            ]
             tracker.advance(len(records) - len(places))
             prompts = [_prompt(records[place], texts, teaching) for place in places]
             again = [
@@ -153,11 +161,13 @@ def retry(
             if again:
                 teacher = load()
                 with stage.noting(group.start, lambda: teacher.halving.count):
-                    second = ask(teacher, again, log, meter.add, AnswerLog.others(stage, group, again))
+                    second = answer_prompts(
+                        teacher, again, log, meter.add, AnswerLog.others(stage, group, again)
+                    )
                 better = {
                     place: answer
                     for place, answer in zip(places, second, strict=True)
-                    if isinstance(answer, Answer) and not problem(answer.text, records[place]["query"])
+                    if isinstance(answer, Answer) and not answer_problem(answer.text, records[place]["query"])
                 }
             first = 0
             for table in tables:
@@ -213,7 +223,7 @@ def spent_tokens(stage: Stage) -> int:
     return total
 
 
-class Meter:
+class AnswerMeter:
     """Shows the progress of answers: tokens per second, and the cost so far."""
 
     def __init__(self, tracker: Tracker, prices: tuple[float, float]) -> None:
@@ -238,7 +248,7 @@ class Meter:
         self._tracker.advance(1)
 
 
-def _written(
+def _finished_answers(
     stage: Stage, group: range, tables: Sequence[pa.Table], prompts: Sequence[Prompt]
 ) -> dict[int, Answer]:
     """Return the answers in complete shards of a group, by the place of their prompt."""
@@ -255,7 +265,7 @@ def _written(
     return found
 
 
-def _answered(
+def _answered_queries(
     stage: Stage,
     shard: int,
     table: pa.Table,
@@ -277,7 +287,7 @@ def _answered(
     for name in Answer._fields:
         if name not in _HEARD and (name != "answer_logprobs" or logprobs):
             values = [getattr(answer, name) for answer in given]
-            table = table.append_column(name, pa.array(values, _KINDS.get(name, pa.int64())))
+            table = table.append_column(name, pa.array(values, _COLUMN_TYPES.get(name, pa.int64())))
     hashes = [prompt.digest for prompt, answer in both if isinstance(answer, Answer)]
     table = table.append_column("prompt_hash", pa.array(hashes, pa.string()))
     return with_heard(table, given)

@@ -1,21 +1,19 @@
 """The settings of a stage, kept beside its shards, and how they differ from those of earlier results."""
 
-import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from scaledown.run.atomic import read_json, write_json
+from scaledown.run.atomic import as_json, read_json, write_json
+from scaledown.run.directory import FINGERPRINT
 
 SETTINGS: Final = "settings.json"
 """The file in a stage's folder that has what its fingerprint is a hash of."""
 
 _SHOWN_CHARACTERS: Final = 40
-_FINGERPRINT: Final = re.compile("[0-9a-f]{16}")
 
 
-def keep(settings: Mapping[str, Any], folder: Path) -> Path:
+def keep_settings(settings: Mapping[str, Any], folder: Path) -> Path:
     """Write the settings of a stage into its folder.
 
     Args:
@@ -26,7 +24,7 @@ def keep(settings: Mapping[str, Any], folder: Path) -> Path:
         The path of the file.
     """
     path = folder / SETTINGS
-    write_json(path, _as_json(settings))
+    write_json(path, as_json(settings))
     return path
 
 
@@ -44,18 +42,12 @@ def why_new(settings: Mapping[str, Any], stage: Path) -> str:
     """
     files = sorted(stage.glob(f"*/{SETTINGS}"), key=lambda file: file.stat().st_mtime, reverse=True)
     earlier = [kept for file in files if isinstance(kept := read_json(file), dict)]
-    wanted = _as_json(settings)
-    nearest = min((_differences(kept, wanted) for kept in earlier), key=len, default=[])
+    wanted = as_json(settings)
+    nearest = min((_setting_differences(kept, wanted) for kept in earlier), key=len, default=[])
     return ", ".join(nearest) or "a setting, an input or a model changed"
 
 
-def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings as a JSON file gives them back."""
-    read: dict[str, Any] = json.loads(json.dumps(settings, default=str))
-    return read
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _setting_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     names = [name for name in {**now, **before} if now.get(name) != before.get(name)]
     return [_difference(name, before.get(name), now.get(name)) for name in names]
 
@@ -63,15 +55,15 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 def _difference(name: str, before: Any, now: Any) -> str:
     """Name a setting, with both values unless one of them says nothing to a reader."""
     if _is_shown(before) and _is_shown(now):
-        return f"{name} is {_shown(now)} (was {_shown(before)})"
+        return f"{name} is {_shown_value(now)} (was {_shown_value(before)})"
     return f"{name} changed"
 
 
 def _is_shown(value: Any) -> bool:
     if isinstance(value, str):
-        return len(value) <= _SHOWN_CHARACTERS and value.isprintable() and not _FINGERPRINT.fullmatch(value)
+        return len(value) <= _SHOWN_CHARACTERS and value.isprintable() and not FINGERPRINT.fullmatch(value)
     return value is None or isinstance(value, int | float)
 
 
-def _shown(value: Any) -> str:
+def _shown_value(value: Any) -> str:
     return "not set" if value is None or value == "" else str(value)

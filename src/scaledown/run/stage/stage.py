@@ -14,8 +14,8 @@ import pyarrow as pa
 from scaledown.errors import RunDirectoryError
 from scaledown.run.atomic import atomic, write_json
 from scaledown.run.directory import ABSENT, GIVEN_UP, RunDirectory, stage_fingerprint
-from scaledown.run.leases import TRIES
-from scaledown.run.stage.settings import SETTINGS, keep, why_new
+from scaledown.run.leases import SHARD_TRIES
+from scaledown.run.stage.settings import SETTINGS, keep_settings, why_new
 from scaledown.run.stage.shard_file import read_rows, write_rows
 
 log = logging.getLogger("scaledown")
@@ -144,7 +144,7 @@ class Stage:
     def _keep_settings(self) -> None:
         """Write the settings beside the shards, for readers and for `why_new` of later runs."""
         if not self._settings_kept and not (self.folder / SETTINGS).exists():
-            self.storage.publish(keep(self.settings, self.folder), once=True)
+            self.storage.publish(keep_settings(self.settings, self.folder), once=True)
         self._settings_kept = True
 
     def note(self, event: Mapping[str, Any]) -> None:
@@ -354,7 +354,7 @@ class Stage:
                         made.append(self._make(range(shard, shard + 1), shards, work))
                     self._run.leases.renew(name)
                 return any(made)
-            if len(deaths) >= TRIES:
+            if len(deaths) >= SHARD_TRIES:
                 self._give_up(group.start, deaths)
             if self._settled(group.start) and len(group) == 1:
                 return True
@@ -415,10 +415,10 @@ class Stage:
             check: Called while waiting; it may raise an error to stop waiting.
 
         Raises:
-            RunDirectoryError: `TRIES` workers that held it have died.
+            RunDirectoryError: `SHARD_TRIES` workers that held it have died.
         """
         name = f"{self._key}-{what}"
-        if len(deaths := self._run.leases.deaths(name)) >= TRIES:
+        if len(deaths := self._run.leases.deaths(name)) >= SHARD_TRIES:
             raise RunDirectoryError(
                 f"{self.name}: {len(deaths)} workers died of it, the last of {deaths[-1]}: see their logs in "
                 f"{self._run.path / 'live'}"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from scaledown.student.batch import Group
-from scaledown.student.compressor import Compressed, Compressor, in_order, nothing
+from scaledown.student.compressor import Compressed, Compressor, document_order, no_documents
 from scaledown.student.compressors.queries import states_after_queries
 
 NO_WORD: Final = -1
@@ -185,9 +185,9 @@ class PicksTokens(Compressor):
             All documents in the order of their `places`. A document's relevance is its best token's score.
         """
         if not groups:
-            return nothing(model)
-        scored = [_score(model, group) for group in groups]
-        order = in_order(groups)
+            return no_documents(model)
+        scored = [_token_scores(model, group) for group in groups]
+        order = document_order(groups)
         longest = max(own.scores.shape[1] for own in scored)
         scores = torch.cat(
             [
@@ -200,7 +200,7 @@ class PicksTokens(Compressor):
         )
         if shared:  # choose among all documents of a question, in their order
             chosen = torch.empty_like(scores, dtype=torch.bool)
-            chosen[order] = share(scores[order], counts[order], lengths[order], shared)
+            chosen[order] = choose_shared(scores[order], counts[order], lengths[order], shared)
         else:
             chosen = choose(scores, counts, lengths)
         picked: list[torch.Tensor] = []
@@ -220,7 +220,7 @@ class PicksTokens(Compressor):
         )
 
 
-def _score(model: Any, group: Group) -> _Scored:
+def _token_scores(model: Any, group: Group) -> _Scored:
     ids, starts = group["ids"].to(model.device), group["starts"].to(model.device)
     lengths = group["stops"].to(model.device) - starts
     steps = torch.arange(max(1, int(lengths.max())), device=ids.device)
@@ -306,7 +306,7 @@ def choose(scores: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor) ->
     return (ranks < counts[:, None]) & inside
 
 
-def share(
+def choose_shared(
     scores: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor, sizes: Sequence[int]
 ) -> torch.Tensor:
     """Choose tokens like `choose`, but the documents of a question share the sum of their counts.

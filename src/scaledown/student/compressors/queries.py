@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from scaledown.student.batch import FIXED_TOKENS, Document, Group, group
+from scaledown.student.batch import FIXED_TOKENS, EncodedDocument, Group, group
 from scaledown.student.compressors import layers
 
 
@@ -28,7 +28,9 @@ class ReadQueries(NamedTuple):
     """[queries, length]: 0 at padding, else 1."""
 
 
-def grouped(compressor: Any, documents: Sequence[Document], most_tokens: int, device: Any) -> list[Group]:
+def grouped(
+    compressor: Any, documents: Sequence[EncodedDocument], most_tokens: int, device: Any
+) -> list[Group]:
     """Group documents as `group` does; if it saves work, read their queries first.
 
     Args:
@@ -55,7 +57,7 @@ def grouped(compressor: Any, documents: Sequence[Document], most_tokens: int, de
         part = dict(itertools.islice(places_of.items(), first, first + at_once))
         places = [place for own in part.values() for place in own]
         asked = torch.tensor([number for number, own in enumerate(part.values()) for _ in own])
-        queries = _read(compressor, list(part), longest, device)
+        queries = _read_queries(compressor, list(part), longest, device)
         for own in group([documents[place] for place in places], most_tokens, after_queries=longest):
             own["queries"], own["asked"] = queries, asked[own["places"]]
             own["places"] = torch.tensor(places)[own["places"]]
@@ -99,7 +101,9 @@ def states_after_queries(compressor: Any, own: Group, extra: torch.Tensor | None
     return states
 
 
-def _read(compressor: Any, queries: Sequence[Sequence[int]], longest: int, device: Any) -> ReadQueries:
+def _read_queries(
+    compressor: Any, queries: Sequence[Sequence[int]], longest: int, device: Any
+) -> ReadQueries:
     ids = torch.zeros(len(queries), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, tokens in enumerate(queries):

@@ -2,15 +2,14 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from scaledown.config.shared import AUTO
 from scaledown.errors import ModelError
 from scaledown.models.sources import ModelSource
-from scaledown.student.batch import Question
+from scaledown.student.batch import EncodedQuestion
 
 log = logging.getLogger("scaledown")
-
-AUTO: Final = "auto"
 
 
 class Sampling(NamedTuple):
@@ -39,7 +38,7 @@ class Generation(Protocol):
     def can_grow(self) -> bool:
         """Whether rows may join now."""
 
-    def join(self, questions: Sequence[Question], samplings: Sequence[Sampling]) -> None:
+    def join(self, questions: Sequence[EncodedQuestion], samplings: Sequence[Sampling]) -> None:
         """Begin answers, which become the last rows.
 
         Args:

@@ -115,7 +115,7 @@ class OpenVINODecoding:
         except BaseException:  # some layers may have the new rows while others do not
             self._clear()
             raise
-        self._mask = np.concatenate([_widened(old, length), _widened(new, length)])
+        self._mask = np.concatenate([_padded_mask(old, length), _padded_mask(new, length)])
         self._places = np.concatenate([self._places, places[:, -1:]])
         self._rows = np.arange(len(self._mask), dtype=np.int32)
         self.logits = torch.cat([self.logits, logits])
@@ -173,7 +173,7 @@ def _forward(
     return torch.from_numpy(request.infer(given)["logits"][:, -1].copy())
 
 
-def _widened(mask: np.ndarray, length: int) -> np.ndarray:
+def _padded_mask(mask: np.ndarray, length: int) -> np.ndarray:
     """Pad a mask with zeros in front to `length` columns."""
     return np.pad(mask, ((0, 0), (length - mask.shape[1], 0)))
 

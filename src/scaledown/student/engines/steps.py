@@ -6,7 +6,7 @@ from typing import Any, Final, Protocol
 import torch
 
 from scaledown.devices.halving import is_out_of_memory
-from scaledown.student.batch import Question
+from scaledown.student.batch import EncodedQuestion
 from scaledown.student.engines.base import Sampling
 
 _COLDEST: Final = 1e-4  # lowest temperature: here only the most probable token has a chance
@@ -72,7 +72,7 @@ class StepGeneration:
         """Whether rows may join now."""
         return self._decoding.can_grow
 
-    def join(self, questions: Sequence[Question], samplings: Sequence[Sampling]) -> None:
+    def join(self, questions: Sequence[EncodedQuestion], samplings: Sequence[Sampling]) -> None:
         """Read prompts, which become the last rows. After an error there may be no rows left."""
         with self._model.using():
             self._decoding.join(*self._model.prompts(questions))

@@ -10,7 +10,7 @@ from scaledown.devices.gpus import give_back
 from scaledown.devices.vllm import VllmEngine, check_vllm, runs_on
 from scaledown.models.sources import ModelSource, kept_folder, written_once
 from scaledown.models.weights import loading
-from scaledown.student.batch import Question
+from scaledown.student.batch import EncodedQuestion
 from scaledown.student.engines.base import Sampling, StudentEngine
 
 log = logging.getLogger("scaledown")
@@ -69,7 +69,7 @@ class VllmGeneration:
         """True: vLLM schedules requests itself."""
         return True
 
-    def join(self, questions: Sequence[Question], samplings: Sequence[Sampling]) -> None:
+    def join(self, questions: Sequence[EncodedQuestion], samplings: Sequence[Sampling]) -> None:
         """Request answers, which become the last rows. `tokens` returns the error of a refused prompt.
 
         Raises:
@@ -114,7 +114,7 @@ class VllmGeneration:
         """End vLLM."""
         self._engine.close()
 
-    def _prompt(self, question: Question) -> Any:
+    def _prompt(self, question: EncodedQuestion) -> Any:
         from vllm import TokensPrompt
         from vllm.inputs import EmbedsPrompt
 

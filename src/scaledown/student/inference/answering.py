@@ -7,7 +7,7 @@ from typing import Any, overload
 import torch
 
 from scaledown.errors import InputError, ModelError
-from scaledown.student.batch import Document, Encoded, Question, check_documents, collate
+from scaledown.student.batch import Encoded, EncodedDocument, EncodedQuestion, check_documents, collate
 from scaledown.student.decoding import Decoding
 from scaledown.student.engines.base import Generation, Sampling
 from scaledown.student.engines.steps import StepGeneration
@@ -198,7 +198,7 @@ class Answering(Compressing):
         way: Compression = OWN_WAY,
         *,
         compressed: bool,
-    ) -> Question:
+    ) -> EncodedQuestion:
         check_documents(documents)
         embeddings = None
         given = [isinstance(document, torch.Tensor) for document in documents]
@@ -208,13 +208,13 @@ class Answering(Compressing):
             if not all(given):
                 raise InputError("embeddings and texts are mixed: compress all documents, or none")
             embeddings, counts = self._joined(documents)
-            read = [Document([], 0, 0, count) for count in counts]
+            read = [EncodedDocument([], 0, 0, count) for count in counts]
             parts = self.reader.prompt_parts(query, len(documents))
-            question = Question(Encoded(read, parts, [], None), embeddings)
+            question = EncodedQuestion(Encoded(read, parts, [], None), embeddings)
         elif compressed and len(documents):
-            question = Question(self.reader.encode(query, documents, rate=way.rate), None)
+            question = EncodedQuestion(self.reader.encode(query, documents, rate=way.rate), None)
         else:
-            return Question(self.reader.encode_text(query, documents, max_new_tokens), None)
+            return EncodedQuestion(self.reader.encode_text(query, documents, max_new_tokens), None)
         length = question.encoded.prompt_length
         if length + max_new_tokens > self.reader.context:
             raise InputError(
@@ -242,7 +242,7 @@ class Answering(Compressing):
         return torch.cat(list(documents)), [len(own) for own in documents]
 
     def _generate(
-        self, questions: Sequence[Question], max_new_tokens: int, budget: str = "each"
+        self, questions: Sequence[EncodedQuestion], max_new_tokens: int, budget: str = "each"
     ) -> list[str]:
         written: list[list[int]] = [[] for _ in questions]
         for place, token in self._tokens(questions, max_new_tokens, budget):
@@ -256,7 +256,7 @@ class Answering(Compressing):
         ]
 
     def _tokens(
-        self, questions: Sequence[Question], max_new_tokens: int, budget: str
+        self, questions: Sequence[EncodedQuestion], max_new_tokens: int, budget: str
     ) -> Iterator[tuple[int, int]]:
         """Yield the tokens of all answers as they are written, each with the index of its question."""
         engine: Generation | None = self.engine
@@ -290,7 +290,7 @@ class Answering(Compressing):
         stops: list[int] = self.generator.generation_config.eos_token_id
         return stops
 
-    def compressed(self, questions: Sequence[Question], budget: str = "each") -> list[Question]:
+    def compressed(self, questions: Sequence[EncodedQuestion], budget: str = "each") -> list[EncodedQuestion]:
         """Compress the documents of all questions together.
 
         Args:
@@ -302,19 +302,19 @@ class Answering(Compressing):
         """
         new = [question.encoded.documents for question in questions if _is_new(question)]
         found = iter(self.compress_read(new, budget) if new else [])
-        made: list[Question] = []
+        made: list[EncodedQuestion] = []
         for question in questions:
             if _is_new(question):
                 own = next(found)
                 documents = zip(question.encoded.documents, own.counts, strict=True)
                 laid = [read._replace(memory=count) for read, count in documents]
-                made.append(Question(question.encoded._replace(documents=laid), own.embeddings))
+                made.append(EncodedQuestion(question.encoded._replace(documents=laid), own.embeddings))
             else:
                 made.append(question)
         return made
 
     def prompts(
-        self, questions: Sequence[Question], budget: str = "each"
+        self, questions: Sequence[EncodedQuestion], budget: str = "each"
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return embeddings of whole prompts, for the generator.
 
@@ -343,11 +343,11 @@ class Answering(Compressing):
         return left, mask
 
 
-def _is_new(question: Question) -> bool:
+def _is_new(question: EncodedQuestion) -> bool:
     """Whether a question has documents that are not compressed yet."""
     return question.embeddings is None and bool(question.encoded.documents)
 
 
-def _laid(read: Document) -> Document:
+def _laid(read: EncodedDocument) -> EncodedDocument:
     """Return a document without tokens, which only reserves the place of its embeddings in a prompt."""
-    return Document([], 0, 0, read.memory)
+    return EncodedDocument([], 0, 0, read.memory)

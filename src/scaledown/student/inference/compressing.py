@@ -10,7 +10,7 @@ import torch
 
 from scaledown.devices.halving import Halving
 from scaledown.errors import InputError, UsageError
-from scaledown.student.batch import CPU_PASS_TOKENS, PASS_TOKENS, Document, Group, Reader, group
+from scaledown.student.batch import CPU_PASS_TOKENS, PASS_TOKENS, EncodedDocument, Group, Reader, group
 from scaledown.student.compressors.queries import grouped
 from scaledown.student.settings import ScaleDownConfig
 
@@ -278,7 +278,7 @@ class Compressing:
                 self.reader.read(text, own, rate=way.rate) for text, own in zip(queries, many, strict=True)
             ]
 
-        def work(batch: Sequence[list[Document]]) -> list[StandIns]:
+        def work(batch: Sequence[list[EncodedDocument]]) -> list[StandIns]:
             return self.compress_read(batch, way.budget)
 
         return [
@@ -288,7 +288,7 @@ class Compressing:
             for found in part
         ]
 
-    def compress_read(self, read: Sequence[list[Document]], budget: str) -> list[StandIns]:
+    def compress_read(self, read: Sequence[list[EncodedDocument]], budget: str) -> list[StandIns]:
         """Compress the tokenized documents of several queries together.
 
         Args:
@@ -310,7 +310,7 @@ class Compressing:
         relevance = [None] * len(sizes) if found.relevance is None else torch.split(found.relevance, sizes)
         return [StandIns(*own) for own in zip(embeddings, counts, relevance, strict=True)]
 
-    def _groups(self, documents: Sequence[Document]) -> list[Group]:
+    def _groups(self, documents: Sequence[EncodedDocument]) -> list[Group]:
         """Group documents for `compress_ids`; a causal compressor reads each query once."""
         most = CPU_PASS_TOKENS if self.device.type == "cpu" else PASS_TOKENS
         if self.config.kind.reads_queries_once:

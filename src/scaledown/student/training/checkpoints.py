@@ -24,7 +24,7 @@ from scaledown.student.training.schedule import Log
 
 CHECKPOINTS: Final = 2  # kept; one of them is the best
 
-_STATE: Final = "training.json"
+_STATE_FILE: Final = "training.json"
 _OPTIMIZER: Final = "optimizer.safetensors"
 _SHARDS: Final = "shards"
 _CODES: Final = ("qmap1", "qmap2")  # the tables of 8-bit values, the same for all weights
@@ -49,7 +49,7 @@ def newest_checkpoint(output: Path) -> Path | None:
         RunDirectoryError: All checkpoints are of version 0.6.
     """
     steps = sorted(_steps(output), reverse=True)
-    whole = [place for step in steps if read_json((place := checkpoint_folder(output, step)) / _STATE)]
+    whole = [place for step in steps if read_json((place := checkpoint_folder(output, step)) / _STATE_FILE)]
     earlier = [place for step in steps if ((place := checkpoint_folder(output, step)) / _EARLIER).exists()]
     if earlier and not whole:
         raise RunDirectoryError(
@@ -87,7 +87,7 @@ def write_state(folder: Path, passes: Passes, step: int, log: Log) -> None:
     """
     scaler = passes.accelerator.scaler  # scales losses in float16
     state = {"step": step, "micro_batch": passes.micro_batch, "scaler": scaler and scaler.state_dict()}
-    write_json(folder / _STATE, state | {"log": log})
+    write_json(folder / _STATE_FILE, state | {"log": log})
 
 
 def read_state(folder: Path, passes: Passes) -> tuple[int, Log]:
@@ -100,7 +100,7 @@ def read_state(folder: Path, passes: Passes) -> tuple[int, Log]:
     Returns:
         The number of finished steps, and the log.
     """
-    state = read_json(folder / _STATE)
+    state = read_json(folder / _STATE_FILE)
     passes.micro_batch = min(passes.micro_batch, state["micro_batch"])
     if passes.accelerator.scaler is not None:
         passes.accelerator.scaler.load_state_dict(state["scaler"])
@@ -173,7 +173,7 @@ def copy_model(folder: Path, output: Path) -> None:
         folder: The checkpoint.
         output: Where to copy to; may exist.
     """
-    others = shutil.ignore_patterns(_STATE, _OPTIMIZER, _random_file("*"), _SHARDS)
+    others = shutil.ignore_patterns(_STATE_FILE, _OPTIMIZER, _random_file("*"), _SHARDS)
     shutil.copytree(folder, output, ignore=others, dirs_exist_ok=True)
 
 

@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from scaledown.data.teacher.review import sentences
 
-ASK: Final = "Fill the gap:"
+CLOZE_PROMPT: Final = "Fill the gap:"
 GAP: Final = "____"
 
 # Capitalised words, also several ("University of Oxford"); numbers; dates. The first word of a sentence is
@@ -16,7 +16,7 @@ _NAME: Final = r"[A-Z][\w'’-]+(?: (?:of |the |de |von )?[A-Z][\w'’-]+){0,3}"
 _NUMBER: Final = r"\d+(?:[.,]\d+)*(?:st|nd|rd|th|%)?"
 _MONTH: Final = r"(?:January|February|March|April|May|June|July|August|September|October|November|December)"
 _DATE: Final = rf"(?:\d{{1,2}} {_MONTH} \d{{4}}|{_MONTH} \d{{1,2}}, \d{{4}}|{_MONTH} \d{{4}})"
-_HIDDEN: Final = re.compile(rf"(?<!\w)(?:{_DATE}|{_NAME}|{_NUMBER})(?!\w)")
+_HIDDEN_TEXT: Final = re.compile(rf"(?<!\w)(?:{_DATE}|{_NAME}|{_NUMBER})(?!\w)")
 _WORDS: Final = range(6, 41)  # in a sentence that becomes a question
 _BEFORE: Final = (4, 9)  # words kept before the gap, at least and at most
 _AFTER: Final = (3, 8)
@@ -26,7 +26,7 @@ class Cloze(NamedTuple):
     """A question and its answer."""
 
     query: str
-    """`ASK`, then words of a sentence with a `GAP`."""
+    """`CLOZE_PROMPT`, then words of a sentence with a `GAP`."""
     answer: str
     """The words of the gap."""
 
@@ -50,11 +50,11 @@ def cloze_questions(text: str, random: Random, title: str = "") -> Iterator[Cloz
             continue
         found = [
             match
-            for match in _HIDDEN.finditer(sentence)
+            for match in _HIDDEN_TEXT.finditer(sentence)
             if match.start() and whole.count(match.group().lower()) == 1
         ]
         if found:
             match = random.choice(found)
             before = sentence[: match.start()].split()[-random.randint(*_BEFORE) :]
             after = sentence[match.end() :].split()[: random.randint(*_AFTER)]
-            yield Cloze(" ".join([ASK, *before, GAP, *after]), match.group())
+            yield Cloze(" ".join([CLOZE_PROMPT, *before, GAP, *after]), match.group())

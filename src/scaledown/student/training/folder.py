@@ -1,7 +1,6 @@
 """The output folder of a training run, and its record of the run that writes into it."""
 
-import json
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -16,12 +15,12 @@ from scaledown.data.build_index import corpus_identity
 from scaledown.data.input.files import locate
 from scaledown.errors import RunDirectoryError
 from scaledown.models.sources import ModelSource
-from scaledown.run.atomic import read_json
+from scaledown.run.atomic import as_json, read_json
 from scaledown.run.directory import RunDirectory
 from scaledown.student.training.origin import Origin
 from scaledown.urls import without_secrets
 
-Config = TrainConfig | PretrainConfig
+TrainingConfig = TrainConfig | PretrainConfig
 
 SETTINGS_FILE: Final = "settings.json"
 OWN_FOLDER: Final = ".train"
@@ -65,7 +64,9 @@ def alone(home: RunDirectory) -> Iterator[None]:
         lock.release()
 
 
-def identity_of(given: Config, config: Config, home: RunDirectory, origin: Origin) -> dict[str, Any]:
+def identity_of(
+    given: TrainingConfig, config: TrainingConfig, home: RunDirectory, origin: Origin
+) -> dict[str, Any]:
     """Return everything that a run depends on.
 
     Args:
@@ -80,12 +81,12 @@ def identity_of(given: Config, config: Config, home: RunDirectory, origin: Origi
     return {
         "scaledown": scaledown.__version__,
         "parameters": without_secrets(asdict(given)) | origin.settled,
-        "inputs": _inputs(config, home),
+        "inputs": _input_identities(config, home),
         "models": origin.identity(home.content_hash),
     }
 
 
-def _inputs(config: Config, home: RunDirectory) -> dict[str, Any]:
+def _input_identities(config: TrainingConfig, home: RunDirectory) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     if isinstance(config, PretrainConfig):
         inputs["corpus_path"] = corpus_identity(
@@ -129,11 +130,11 @@ def training_of(source: ModelSource) -> Training:
     return Training(data, None if share is None else bool(share))
 
 
-def recall(
+def read_record(
     output: Path,
     identity: dict[str, Any],
     settled: Container[str],
-    kind: type[Config],
+    kind: type[TrainingConfig],
     *,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -169,7 +170,7 @@ def recall(
         {
             **{
                 name: value
-                for name, value in (_as_json(defaults) | side["parameters"]).items()
+                for name, value in (as_json(defaults) | side["parameters"]).items()
                 if name not in _FREE and name not in settled
             },
             "train_data": [],
@@ -178,7 +179,7 @@ def recall(
             **side["inputs"],
             **side["models"],
         }
-        for side in (_as_json(memory), _as_json(identity))
+        for side in (as_json(memory), as_json(identity))
     ]
     there, here = compared
     different = sorted(name for name in there | here if there.get(name) != here.get(name))
@@ -195,9 +196,3 @@ def recall(
     if different:  # the other run ended before its first checkpoint: there is nothing to lose
         return identity
     return memory | {"parameters": identity["parameters"]}
-
-
-def _as_json(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content as it would be read back from JSON."""
-    plain: dict[str, Any] = json.loads(json.dumps(content))
-    return plain

@@ -5,7 +5,7 @@ from typing import Any, Final, NamedTuple
 
 # Constants of bitsandbytes: smaller weights are not in 8 bits; a block of weights shares a scale.
 _LEAST_IN_8_BITS: Final = 4096
-_BLOCK: Final = 256
+_VALUES_A_SCALE: Final = 256
 
 
 class Memory(NamedTuple):
@@ -53,4 +53,4 @@ def _moment_bytes(weights: int, optimizer: str) -> int:
     """
     if optimizer == "adamw" or weights < _LEAST_IN_8_BITS:
         return 4 * weights
-    return weights + 4 * math.ceil(weights / _BLOCK)
+    return weights + 4 * math.ceil(weights / _VALUES_A_SCALE)

@@ -14,7 +14,7 @@ from accelerate.utils.memory import clear_device_cache
 from scaledown.devices.halving import is_out_of_memory
 from scaledown.errors import ModelError
 from scaledown.student.batch import Encoded, collate
-from scaledown.student.model import WEIGHTS
+from scaledown.student.model import LOSS_WEIGHTS
 
 log = logging.getLogger("scaledown")
 
@@ -95,7 +95,7 @@ class Passes:
         """
         self.model.train()
         examples = sorted(examples, key=_length)  # micro batches of similar length need less padding
-        whole = Size(*self.sum(*_size(examples)))
+        whole = Size(*self.sum(*_size_of(examples)))
         most = math.ceil(whole.examples / self.ranks)
         if rehearses and most > self.micro_batch and not self.is_shared:
             before = random_state(self.device)
@@ -105,7 +105,7 @@ class Passes:
         losses = self._fitting(lambda: self._pass(examples, most, whole))
         if self.ranks > 1 and self._trained:
             self._add_up_gradients()
-        return dict(zip(WEIGHTS, self.sum(*losses.tolist()), strict=True))
+        return dict(zip(LOSS_WEIGHTS, self.sum(*losses.tolist()), strict=True))
 
     def losses(self, batches: Iterable[Sequence[Encoded]], most: Iterable[int]) -> dict[str, float]:
         """Compute the losses over all batches and processes. The state of random numbers is restored.
@@ -119,18 +119,20 @@ class Passes:
         """
         before = random_state(self.device)
         self.model.eval()
-        sums, size = torch.zeros(len(WEIGHTS), device=self.device), Size(0, 0)
+        sums, size = torch.zeros(len(LOSS_WEIGHTS), device=self.device), Size(0, 0)
         try:
             with torch.no_grad():
                 for unsorted, count in zip(batches, most, strict=True):
                     examples = sorted(unsorted, key=_length)
                     sums += self._fitting(partial(self._pass, examples, count, Size(1, 1)))
-                    size = Size(*map(sum, zip(size, _size(examples), strict=True)))
+                    size = Size(*map(sum, zip(size, _size_of(examples), strict=True)))
         finally:
             set_random_state(before, self.device)
         *totals, tokens, number = self.sum(*sums.tolist(), *size)
         counts = {"answer_loss": max(1, tokens)}
-        return {name: total / counts.get(name, number) for name, total in zip(WEIGHTS, totals, strict=True)}
+        return {
+            name: total / counts.get(name, number) for name, total in zip(LOSS_WEIGHTS, totals, strict=True)
+        }
 
     def sum(self, *values: float) -> list[float]:
         """Return the sum of each value over all processes, which must call it together."""
@@ -182,8 +184,8 @@ class Passes:
         Processes that share a model must make the same number of passes: as many as the process with the most
         examples needs, which has `most`.
         """
-        sums = torch.zeros(len(WEIGHTS), device=self.device)
-        weights = sums.new_tensor(list(WEIGHTS.values()))
+        sums = torch.zeros(len(LOSS_WEIGHTS), device=self.device)
+        weights = sums.new_tensor(list(LOSS_WEIGHTS.values()))
         for start in range(0, most if self.is_shared else len(examples), self.micro_batch):
             part = examples[start : start + self.micro_batch]
             self._before(len(part))
@@ -204,10 +206,10 @@ class Passes:
         """
         batch = collate(part or [self._stand_in], one_group=self.is_shared)
         output = self.model(**_moved(batch, self.device))
-        mine = _size(part)
+        mine = _size_of(part)
         shares = {"answer_loss": mine.tokens / max(1, whole.tokens)}
         return torch.stack(
-            [output[name] * shares.get(name, mine.examples / whole.examples) for name in WEIGHTS]
+            [output[name] * shares.get(name, mine.examples / whole.examples) for name in LOSS_WEIGHTS]
         )
 
     def _add_up_gradients(self) -> None:
@@ -257,7 +259,7 @@ def _length(example: Encoded) -> int:
     return example.prompt_length + len(example.answer_ids)
 
 
-def _size(examples: Sequence[Encoded]) -> Size:
+def _size_of(examples: Sequence[Encoded]) -> Size:
     return Size(sum(len(example.answer_ids) for example in examples), len(examples))
 
 

@@ -27,10 +27,10 @@ from scaledown.student.training.training_data import (
     Examples,
     Parts,
     TrainingExample,
-    named,
     read_examples,
     split_parts,
     store_examples,
+    with_key,
 )
 
 log = logging.getLogger("scaledown")
@@ -144,14 +144,14 @@ def _alternating(
     for question in questions:
         yield question
         if (record := _next_copied(records, places, teaching)) is not None:
-            yield named(record)
+            yield with_key(record)
         elif teaching:
             record = _copied(records[teaching[again % len(teaching)]])
             again += 1
             if record is not None:
-                yield named(record)
+                yield with_key(record)
     while (record := _next_copied(records, places, teaching)) is not None:
-        yield named(record)
+        yield with_key(record)
 
 
 def _next_copied(records: Examples, places: Iterator[int], teaching: "array[int]") -> TrainingExample | None:
@@ -190,7 +190,7 @@ def pretraining_examples(
         left_out: The articles to leave out; counts them.
     """
     kind: Compressor = COMPRESSORS.find(config.compressor)
-    examples = _questions if kind.picks_tokens else _of_article
+    examples = _cloze_questions if kind.picks_tokens else _of_article
     corpus = [files.locate(name, "--corpus_path") for name in config.corpus_path]
     meaning = tables.CORPUS._replace(flag="")
     paths = files.every(corpus, "--corpus_path")
@@ -219,7 +219,7 @@ def _of_article(passages: list[Passage], seed: int) -> Iterator[tuple[str, Train
         yield name, TrainingExample(task, [text], answer, None)
 
 
-def _questions(passages: list[Passage], seed: int) -> Iterator[tuple[str, TrainingExample]]:
+def _cloze_questions(passages: list[Passage], seed: int) -> Iterator[tuple[str, TrainingExample]]:
     for passage in passages:
         name = passage.passage_id
         random = Random(f"{seed} {name}")  # noqa: S311

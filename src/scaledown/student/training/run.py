@@ -30,10 +30,10 @@ from scaledown.student.labels import copied_spans
 from scaledown.student.training.folder import (
     OWN_FOLDER,
     SETTINGS_FILE,
-    Config,
+    TrainingConfig,
     alone,
     identity_of,
-    recall,
+    read_record,
     training_of,
 )
 from scaledown.student.training.origin import Origin, find_origin
@@ -88,7 +88,7 @@ class Trained(NamedTuple):
     """Whether the run was finished before, so that nothing was done."""
 
 
-def train(config: Config, *, overwrite: bool = False, command: str = "") -> Trained:
+def train(config: TrainingConfig, *, overwrite: bool = False, command: str = "") -> Trained:
     """Train a model into `config.output_dir`. Ctrl-C writes a checkpoint before it ends the run.
 
     Args:
@@ -115,7 +115,7 @@ def train(config: Config, *, overwrite: bool = False, command: str = "") -> Trai
         raise OutputError(f"--output_dir {output} cannot be written: choose another") from error
     with alone(home):
         identity = identity_of(given, config, home, origin)
-        memory = recall(output, identity, origin.settled, type(config), overwrite=overwrite)
+        memory = read_record(output, identity, origin.settled, type(config), overwrite=overwrite)
         if result := memory.get("result"):
             documents = Lengths(**result.pop("documents"))
             return Trained(**result, documents=documents)._replace(
@@ -124,7 +124,7 @@ def train(config: Config, *, overwrite: bool = False, command: str = "") -> Trai
         return _train(config, memory, origin, command)
 
 
-def _here(config: Config) -> Config:
+def _here(config: TrainingConfig) -> TrainingConfig:
     """Download training data behind URLs. Returns settings that name the local files."""
     files = {
         name: tuple(str(fetched(file, f"--{name}")) for file in getattr(config, name))
@@ -137,7 +137,7 @@ def _here(config: Config) -> Config:
     return replace(config, **files)  # type: ignore[arg-type]
 
 
-def _train(config: Config, memory: dict[str, Any], origin: Origin, command: str) -> Trained:
+def _train(config: TrainingConfig, memory: dict[str, Any], origin: Origin, command: str) -> Trained:
     output = Path(config.output_dir)
     device = _device(config, command)
     dtype = dtype_to_train(config.dtype, device)
@@ -166,7 +166,7 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin, command: str)
     sources = [taught.examples]
     if held and held.examples is not taught.examples:
         sources.append(held.examples)
-    documents = _lengths(sources, tokenizer, memory, origin)
+    documents = _measured_lengths(sources, tokenizer, memory, origin)
     if not isinstance(config, PretrainConfig) and held and not config.eval_data:
         _warn_of_seen_data(origin, memory["inputs"]["train_data"])
     if settings.kind.picks_tokens:
@@ -217,7 +217,9 @@ def _train(config: Config, memory: dict[str, Any], origin: Origin, command: str)
     return result
 
 
-def _lengths(sources: Sequence[Examples], tokenizer: Any, memory: dict[str, Any], origin: Origin) -> Lengths:
+def _measured_lengths(
+    sources: Sequence[Examples], tokenizer: Any, memory: dict[str, Any], origin: Origin
+) -> Lengths:
     """Measure the documents, unless the run has done so, and settle `doc_max_length`."""
     settings = origin.settings
     if "documents" not in memory:
@@ -263,7 +265,7 @@ def _log_labels(part: Subset) -> None:
         )
 
 
-def _device(config: Config, command: str = "") -> str:
+def _device(config: TrainingConfig, command: str = "") -> str:
     """Return the device of this process. Raises `UsageError` if it cannot train there."""
     device = choose_device(config.device)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -299,7 +301,7 @@ def _is_one_of_several() -> bool:
     return "RANK" in os.environ
 
 
-def _warn_of_idle_gpus(config: Config, command: str) -> None:
+def _warn_of_idle_gpus(config: TrainingConfig, command: str) -> None:
     import torch
 
     if (count := torch.cuda.device_count()) > 1:

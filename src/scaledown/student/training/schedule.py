@@ -55,7 +55,7 @@ class Schedule:
             log: All values logged so far.
         """
         losses = [entry["step"] for entry in evaluations(log)]
-        in_vain = len(losses) - 1 - losses.index(best(log)["step"]) if losses else 0
+        in_vain = len(losses) - 1 - losses.index(best_evaluation(log)["step"]) if losses else 0
         return step >= self.steps or 0 < self.patience <= in_vain
 
     @property
@@ -68,7 +68,7 @@ def evaluations(log: Log) -> Log:
     return [entry for entry in log if "eval_loss" in entry]
 
 
-def best(log: Log) -> dict[str, Any]:
+def best_evaluation(log: Log) -> dict[str, Any]:
     """Return the first evaluation with the lowest loss; `{"step": 0}` if there is no evaluation."""
     found: Iterable[dict[str, Any]] = evaluations(log)
     return min(found, key=lambda entry: _order(entry["eval_loss"]), default={"step": 0})

@@ -62,7 +62,7 @@ def make_trainer(
     torch.empty(
         (), dtype=torch.int64
     ).random_()  # as earlier versions did, so that a seed gives the same weights
-    batches = _batches(model, config, train, accelerator.process_index, ranks)
+    batches = _batches_of_rank(model, config, train, accelerator.process_index, ranks)
     return StudentTrainer(
         model,
         accelerator,
@@ -118,7 +118,7 @@ def _accelerator(config: StudentConfig, device: str, *, recomputes: bool) -> Acc
     return accelerator
 
 
-def _batches(model: Any, config: StudentConfig, train: Subset, rank: int, ranks: int) -> Batches:
+def _batches_of_rank(model: Any, config: StudentConfig, train: Subset, rank: int, ranks: int) -> Batches:
     """Return the examples of each step for process `rank` of `ranks`."""
     total = config.max_steps * config.batch_size or max(1, round(config.num_epochs * len(train.rows)))
     order = training_order(np.asarray(train.rows), total, config.seed)

@@ -8,11 +8,11 @@ from scaledown.command import program_name
 from scaledown.run.progress import counted, duration
 from scaledown.student.training.run import Trained
 
-_FEW: Final = 50
+_FEW_STEPS: Final = 50
 """Steps below which the summary says that a training was short."""
 
 
-def summary(result: Trained, *, pretrained: bool = False) -> str:
+def training_summary(result: Trained, *, pretrained: bool = False) -> str:
     """Return what the finished command prints: data, losses, speed, the next command.
 
     Args:
@@ -40,7 +40,7 @@ def summary(result: Trained, *, pretrained: bool = False) -> str:
     )
     read = min(result.batch_size, result.examples)
     lines.append(f"  step        {duration(result.seconds_per_step)} for {counted(read, 'examples')}")
-    if result.steps < _FEW:
+    if result.steps < _FEW_STEPS:
         few = f"{counted(result.steps, 'steps')} {'is' if result.steps == 1 else 'are'}"
         lines.append(f"              {few} not enough to learn from: --max_steps N takes more")
     checkpoints = [file for file in Path(result.output).glob("checkpoint-*/**/*") if file.is_file()]

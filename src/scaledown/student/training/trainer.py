@@ -13,12 +13,12 @@ from accelerate import Accelerator
 
 from scaledown.errors import ModelError, RunDirectoryError
 from scaledown.run.progress import Tracker, track
-from scaledown.student.model import WEIGHTS
+from scaledown.student.model import LOSS_WEIGHTS
 from scaledown.student.training import checkpoints
 from scaledown.student.training.checkpoints import checkpoint_folder
 from scaledown.student.training.encoded_examples import Batches
 from scaledown.student.training.passes import Passes
-from scaledown.student.training.schedule import Log, Schedule, best, evaluations
+from scaledown.student.training.schedule import Log, Schedule, best_evaluation, evaluations
 from scaledown.student.training.signals import noticing_signals
 
 log = logging.getLogger("scaledown")
@@ -26,7 +26,7 @@ log = logging.getLogger("scaledown")
 GRADIENT_NORM: Final = 1.0  # the paper's (arXiv 2504.07109, table 7)
 
 
-class _Stopped(Exception):  # noqa: N818 (no error)
+class _TrainingStopped(Exception):  # noqa: N818 (no error)
     """Ctrl-C or SIGTERM has arrived; raised at a point where training can stop."""
 
 
@@ -111,7 +111,7 @@ class StudentTrainer:
         with noticing_signals() as self._noticed, track("train", "examples", total, done) as self._tracker:
             try:
                 self._loop()
-            except _Stopped:
+            except _TrainingStopped:
                 self._count()
                 message = self._keep()
             else:
@@ -129,7 +129,7 @@ class StudentTrainer:
         while True:  # a resumed run first makes the evaluation and checkpoint that were due
             if self._held_out and self._owes_evaluation():
                 self._evaluate(self._held_out)
-            is_best = self.schedule.patience > 0 and self.step == best(self.log)["step"] > 0
+            is_best = self.schedule.patience > 0 and self.step == best_evaluation(self.log)["step"] > 0
             if is_best or self.schedule.saves(self.step):
                 self._save()
             if self.schedule.is_finished(self.step, self.log):
@@ -139,7 +139,7 @@ class StudentTrainer:
     def _step(self) -> None:
         started = time.perf_counter()
         if self.passes.sum(len(self._noticed)) != [0]:
-            raise _Stopped
+            raise _TrainingStopped
         optimizer = self.passes.optimizer
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self.schedule.rate(self.step)
@@ -204,7 +204,7 @@ class StudentTrainer:
     @property
     def _best(self) -> int:
         """The step with the lowest held-out loss; 0 is before training, also without evaluations."""
-        step: int = best(self.log)["step"]
+        step: int = best_evaluation(self.log)["step"]
         return step
 
     def _kept(self) -> int:
@@ -219,7 +219,7 @@ class StudentTrainer:
             self._saved = self.step
         if self._accelerator.is_main_process:
             checkpoints.write_state(folder, self.passes, self.step, self.log)
-            checkpoints.delete_old(self._output, self.step, best(self.log)["step"])
+            checkpoints.delete_old(self._output, self.step, best_evaluation(self.log)["step"])
 
     def _keep(self) -> str:
         """Write a checkpoint of the last complete step, if it has none. Returns a message about it."""
@@ -252,7 +252,7 @@ class StudentTrainer:
         Several processes stop together, between steps.
         """
         if self._noticed and self.passes.ranks == 1:
-            raise _Stopped
+            raise _TrainingStopped
         if self._tracker is None:
             return
         if not torch.is_grad_enabled():
@@ -269,4 +269,4 @@ class StudentTrainer:
 
 
 def _weighted(losses: dict[str, float]) -> float:
-    return sum(WEIGHTS[name] * value for name, value in losses.items())
+    return sum(LOSS_WEIGHTS[name] * value for name, value in losses.items())

@@ -23,9 +23,9 @@ from scaledown.student.split import Keys, Split, question, split
 
 log = logging.getLogger("scaledown")
 
-_ROWS: Final = 1024  # in a batch on disk
+_ROWS_PER_BATCH: Final = 1024  # in a batch on disk
 _MESSAGES: Final = 20  # about unusable records; the others are counted
-_SCHEMA: Final = pa.schema(
+_EXAMPLE_COLUMNS: Final = pa.schema(
     {
         "query": pa.string(),
         "documents": pa.list_(pa.string()),
@@ -60,8 +60,8 @@ class Examples:
         return len(self._keys.questions)
 
     def __getitem__(self, row: int) -> TrainingExample:
-        batch = self._content.get_batch(row // _ROWS)
-        return TrainingExample(**batch.slice(row % _ROWS, 1).to_pylist()[0])
+        batch = self._content.get_batch(row // _ROWS_PER_BATCH)
+        return TrainingExample(**batch.slice(row % _ROWS_PER_BATCH, 1).to_pylist()[0])
 
     def documents(self) -> Iterator[list[str]]:
         """Yield all documents, those of about a thousand examples at a time."""
@@ -128,7 +128,7 @@ def read_examples(
                     unscored += 1
                 if not wrong:
                     known += bool(gold and gold.answers(entry.record["query"]))
-                    yield _example(entry.record, gold)
+                    yield _keyed_example(entry.record, gold)
                     continue
                 bad += 1
                 if bad <= _MESSAGES:
@@ -157,17 +157,17 @@ def read_examples(
     return examples
 
 
-def _example(record: dict[str, Any], gold: Gold | None) -> tuple[str, TrainingExample]:
+def _keyed_example(record: dict[str, Any], gold: Gold | None) -> tuple[str, TrainingExample]:
     documents = [document_text(document) for document in record["documents"]]
     answer = record["answer"]
     if gold is not None and (right := gold.answers(record["query"])):
         # The first right answer that occurs in a document: a pointer learns its place there.
         occurring = (text for text in right if any(occurrences(document, text) for document in documents))
         answer = next(occurring, right[0])
-    return named(TrainingExample(record["query"], documents, answer, record.get("reranking_scores")))
+    return with_key(TrainingExample(record["query"], documents, answer, record.get("reranking_scores")))
 
 
-def named(example: TrainingExample) -> tuple[str, TrainingExample]:
+def with_key(example: TrainingExample) -> tuple[str, TrainingExample]:
     """Return an example with a key; examples with the same question have equal keys."""
     return question(example.query), example
 
@@ -178,7 +178,7 @@ def store_examples(found: Iterable[tuple[str, TrainingExample]], folder: Path) -
     The file has no name in the folder, so that it is deleted when the process ends.
 
     Args:
-        found: Examples with their keys, see `named`. Examples with equal keys are never on both sides of a
+        found: Examples with their keys, see `with_key`. Examples with equal keys are never on both sides of a
             split.
         folder: Must have room for all examples.
 
@@ -193,14 +193,14 @@ def store_examples(found: Iterable[tuple[str, TrainingExample]], folder: Path) -
         with (
             track("read", "records", None) as tracker,
             pa.OSFile(str(path), "wb") as sink,
-            pa.ipc.new_file(sink, _SCHEMA) as writer,
+            pa.ipc.new_file(sink, _EXAMPLE_COLUMNS) as writer,
         ):
             source = iter(found)
-            while block := list(itertools.islice(source, _ROWS)):
+            while block := list(itertools.islice(source, _ROWS_PER_BATCH)):
                 for text, example in block:
                     keys.add(text, example.documents, example.scores)
                 rows = [example._asdict() for _, example in block]
-                writer.write_batch(pa.RecordBatch.from_pylist(rows, _SCHEMA))
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, _EXAMPLE_COLUMNS))
                 tracker.advance(len(block))
         return Examples(pa.ipc.open_file(pa.memory_map(str(path))), keys)
     finally:

@@ -8,10 +8,10 @@ from scaledown.data.input.tables.meaning import EXAMPLE, MANY_KEYS, Meaning
 from scaledown.data.input.values import has, is_full
 from scaledown.errors import InputError, one_line
 
-_NAMED: Final = 20  # columns in a message
+_COLUMNS_IN_MESSAGE: Final = 20  # columns in a message
 
 
-def columns_of(
+def find_columns(
     shown: str,
     records: Sequence[Mapping[str, Any]],
     meaning: Meaning,
@@ -69,7 +69,7 @@ def check_rivals(shown: str, records: Sequence[Mapping[str, Any]], meaning: Mean
     if rivals:
         raise InputError(
             f"{shown}: either of the columns {key} and {rivals[0]} may hold the question; "
-            f"{_way(meaning, key, 'question')}"
+            f"{_column_of_flag(meaning, key, 'question')}"
         )
 
 
@@ -116,11 +116,11 @@ def no_main(shown: str, names: Sequence[str], meaning: Meaning, column: str) -> 
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = [one_line(name, 40) or "(no name)" for name in names[:_NAMED]]
-    return ", ".join([*shown, *["…"] * (len(names) > _NAMED)]) or "none"
+    shown = [one_line(name, 40) or "(no name)" for name in names[:_COLUMNS_IN_MESSAGE]]
+    return ", ".join([*shown, *["…"] * (len(names) > _COLUMNS_IN_MESSAGE)]) or "none"
 
 
-def _way(meaning: Meaning, column: str, part: str) -> str:
+def _column_of_flag(meaning: Meaning, column: str, part: str) -> str:
     if meaning.flag:
         return f"name one with {meaning.flag}, as {meaning.flag} {column}"
     return f"call the right one {part}"

@@ -6,16 +6,16 @@ from typing import Any, Final
 
 from scaledown.data.input import delimited, folders
 from scaledown.data.input import rows as formats
-from scaledown.data.input.delimited import Sample
+from scaledown.data.input.delimited import FirstRecords
 from scaledown.data.input.files import Source
 from scaledown.data.input.tables.columns import check_doubled, check_rivals, no_main, number_of, places_of
-from scaledown.data.input.tables.meaning import Meaning, Reading, Table
+from scaledown.data.input.tables.meaning import Meaning, Reading, ReadTable
 from scaledown.data.input.tables.unnamed import NAME, main_column, may_be_names
 from scaledown.data.input.tables.unnamed import places as places_of_parts
 from scaledown.data.input.values import is_full
 from scaledown.errors import InputError, one_line
 
-_REGULAR: Final = 0.9  # if this share of the lines has the same number of columns, the text is a table
+_REGULAR_LINES: Final = 0.9  # if this share of the lines has the same number of columns, the text is a table
 _ABOVE: Final = 10  # rows that are searched for names of columns if the first row has none
 
 
@@ -29,7 +29,7 @@ def read_delimited(  # noqa: PLR0917
     *,
     whole: bool,
     above: int,
-) -> Table | None:
+) -> ReadTable | None:
     """Read a text as CSV or TSV, if its suffix, a header or tabs show that it is a table.
 
     Args:
@@ -53,7 +53,7 @@ def read_delimited(  # noqa: PLR0917
     if not is_table and not _looks_like_a_table(found, meaning, column):
         return None
     usual = "," if suffix == ".csv" else "\t"
-    sample = _chosen(found, usual, meaning, column)
+    sample = _chosen_delimiter(found, usual, meaning, column)
     dialect, records = sample.dialect, sample.records
     if not records:
         return None
@@ -63,7 +63,7 @@ def read_delimited(  # noqa: PLR0917
     if header is None:
         _check_above(source, found, meaning)
     if header is not None:
-        named = _named(shown, header, meaning, column)
+        named = _named_columns(shown, header, meaning, column)
         columns = _of_header(shown, header, named, records[1:], meaning, column)
         needed, width = columns[meaning.main], len(header)
     else:
@@ -81,8 +81,8 @@ def read_delimited(  # noqa: PLR0917
         header is not None,
         guessed=header is None or dialect.delimiter != usual or not is_table,
     )
-    wanted = formats.Columns(named, needed, width, header, above)
-    return Table(reading, lambda: formats.delimited_rows(source, stream, dialect, wanted))
+    wanted = formats.DelimitedColumns(named, needed, width, header, above)
+    return ReadTable(reading, lambda: formats.delimited_rows(source, stream, dialect, wanted))
 
 
 def may_be_a_table(text: str, meaning: Meaning, column: str) -> bool:
@@ -99,7 +99,7 @@ def may_be_a_table(text: str, meaning: Meaning, column: str) -> bool:
     return "\t" in first or any(cell.strip(" \"'").lower() in main for cell in cells)
 
 
-def _check_above(source: Source, found: Mapping[str, Sample], meaning: Meaning) -> None:
+def _check_above(source: Source, found: Mapping[str, FirstRecords], meaning: Meaning) -> None:
     """Raise `InputError` if lines above the header would be read as rows."""
     sure = set(meaning.parts[meaning.main]) - set(meaning.rivals)
     for sample in found.values():
@@ -137,7 +137,7 @@ def check_first_line(source: Source, text: str, meaning: Meaning) -> None:
             )
 
 
-def _looks_like_a_table(found: Mapping[str, Sample], meaning: Meaning, column: str) -> bool:
+def _looks_like_a_table(found: Mapping[str, FirstRecords], meaning: Meaning, column: str) -> bool:
     """Whether a text has a header, or tabs in each line, although its ending is not that of a table."""
     for sample in found.values():
         first = sample.records[0] if sample.records else []
@@ -145,7 +145,7 @@ def _looks_like_a_table(found: Mapping[str, Sample], meaning: Meaning, column: s
         if len(first) == 1:
             sure = [name for name in sure if meaning.main == "question" and name not in meaning.rivals]
             sure = sure if len(sample.records) > 1 else []
-        if meaning.main == "text" and sample.regular < _REGULAR:
+        if meaning.main == "text" and sample.regular < _REGULAR_LINES:
             continue  # an article may begin with such a word
         if (sure or (len(first) > 1 and column.lower() in _plain_names(first))) and _is_header(
             first, meaning, column
@@ -159,15 +159,17 @@ def _plain_names(cells: Sequence[str]) -> list[str]:
     return [cell.strip().lower() for cell in cells]
 
 
-def _chosen(found: Mapping[str, Sample], usual: str, meaning: Meaning, column: str) -> Sample:
+def _chosen_delimiter(
+    found: Mapping[str, FirstRecords], usual: str, meaning: Meaning, column: str
+) -> FirstRecords:
     """Choose the delimiter: with known column names, else with regular columns, else the usual one."""
 
-    def sense(item: tuple[str, Sample]) -> tuple[bool, bool, bool, bool, float, bool, int]:
+    def sense(item: tuple[str, FirstRecords]) -> tuple[bool, bool, bool, bool, float, bool, int]:
         delimiter, sample = item
         header = bool(sample.records) and _is_header(sample.records[0], meaning, column)
         names = set(_plain_names(sample.records[0])) if sample.records else set()
         main = {*meaning.parts[meaning.main], *([column.lower()] if column else [])}
-        regular = sample.regular >= _REGULAR and sample.width > 1
+        regular = sample.regular >= _REGULAR_LINES and sample.width > 1
         codes = all(re.fullmatch(r"[\w.-]+", record[0].strip()) for record in sample.records)
         return (
             header and not names.isdisjoint(main),
@@ -191,7 +193,7 @@ def _is_header(cells: Sequence[str], meaning: Meaning, column: str) -> bool:
     return not numbers and not meaning.known().isdisjoint(names)
 
 
-def _named(shown: str, header: Sequence[str], meaning: Meaning, column: str) -> dict[str, int]:
+def _named_columns(shown: str, header: Sequence[str], meaning: Meaning, column: str) -> dict[str, int]:
     """Return the index of each column whose name is known, and of the column that the flag names."""
     names = [name.strip() for name in header]
     flagged = places_of(column, names) if column else []
@@ -238,7 +240,7 @@ def _of_header(  # noqa: PLR0917
     return columns
 
 
-def _places_by_cells(shown: str, sample: Sample, meaning: Meaning, column: str) -> dict[str, int]:
+def _places_by_cells(shown: str, sample: FirstRecords, meaning: Meaning, column: str) -> dict[str, int]:
     """Find the places of the parts in a table without names, by the cells of the columns."""
     records, width = sample.records, sample.width
     first = [one_line(cell.strip(), 30) for cell in records[0]]

@@ -101,7 +101,7 @@ class Reading(NamedTuple):
         return ", ".join([*words, *(f"{part} = {column}" for part, column in self.columns.items())])
 
 
-class Table(NamedTuple):
+class ReadTable(NamedTuple):
     """How a file is read, and its rows."""
 
     reading: Reading

@@ -10,26 +10,28 @@ from typing import Any, Final
 
 from scaledown.data.input import delimited, files, first_bytes, folders
 from scaledown.data.input import rows as formats
-from scaledown.data.input.files import Meter, Row, Source
-from scaledown.data.input.tables.columns import check_doubled, columns_of, no_main
+from scaledown.data.input.files import ReadingMeter, Row, Source
+from scaledown.data.input.tables.columns import check_doubled, find_columns, no_main
 from scaledown.data.input.tables.delimited_text import (
     check_first_line,
     first_line,
     may_be_a_table,
     read_delimited,
 )
-from scaledown.data.input.tables.meaning import MANY_KEYS, Meaning, Reading, Table
+from scaledown.data.input.tables.meaning import MANY_KEYS, Meaning, Reading, ReadTable
 from scaledown.errors import InputError, one_line
 
 log = logging.getLogger("scaledown")
 
-VERSION: Final = 1  # changes when delimited text is read in another way
+READER_VERSION: Final = 1  # changes when delimited text is read in another way
 _BEGINS: Final = re.compile(r"\s*(\[\s*[\[{]|[\[{]\s*[\r\n]\s*[\"\[{\]}])")
 """The start of a JSON value that has several lines."""
 _SAMPLE_ROWS: Final = 200
 
 
-def rows(source: Source, meaning: Meaning, column: str = "", meter: Meter | None = None) -> Iterator[Row]:
+def rows(
+    source: Source, meaning: Meaning, column: str = "", meter: ReadingMeter | None = None
+) -> Iterator[Row]:
     """Yield the rows of a file, with the columns that have a meaning. The log has one line about each file.
 
     Args:
@@ -42,7 +44,7 @@ def rows(source: Source, meaning: Meaning, column: str = "", meter: Meter | None
         InputError: The file has no known format, or it is not clear what its columns are.
     """
     with files.open_stream(source, meter) as stream:
-        table = _table(source, stream, meaning, column, meter)
+        table = _found_table(source, stream, meaning, column, meter)
         if table.reading.format:
             _log_once(str(source), str(table.reading))
         yield from table.rows()
@@ -57,8 +59,8 @@ def version_of(sources: Iterable[Source]) -> dict[str, int]:
     Returns:
         The version, as `{"tables": number}`; empty if no file is CSV or TSV by its suffix.
     """
-    tables = any(files.inner_suffix(source) in folders.TABLES for source in sources)
-    return {"tables": VERSION} if tables else {}
+    tables = any(files.format_suffix(source) in folders.TABLES for source in sources)
+    return {"tables": READER_VERSION} if tables else {}
 
 
 def reading(source: Source, meaning: Meaning, column: str = "") -> Reading:
@@ -73,7 +75,7 @@ def reading(source: Source, meaning: Meaning, column: str = "") -> Reading:
         InputError: The file has no known format, or it is not clear what its columns are.
     """
     with files.open_stream(source) as stream:
-        return _table(source, stream, meaning, column, None).reading
+        return _found_table(source, stream, meaning, column, None).reading
 
 
 @functools.cache
@@ -81,27 +83,27 @@ def _log_once(source: str, text: str) -> None:
     log.info("%s: %s", source, text)
 
 
-def _table(  # noqa: PLR0911
-    source: Source, stream: Any, meaning: Meaning, column: str, meter: Meter | None
-) -> Table:
+def _found_table(  # noqa: PLR0911
+    source: Source, stream: Any, meaning: Meaning, column: str, meter: ReadingMeter | None
+) -> ReadTable:
     """Find the kind of a file from its first bytes, its ending and its first lines."""
     try:
         head = stream.peek()
     except OSError as error:
         raise files.damaged(source, 0, error) from error
-    suffix = files.inner_suffix(source)
-    kind = first_bytes.format_of(head)
+    suffix = files.format_suffix(source)
+    kind = first_bytes.binary_format(head)
     if kind == first_bytes.TOPICS:
         return _topics(source, stream, meaning, column)
     if kind or suffix == ".parquet":
-        return _batches(source, stream, kind or first_bytes.PARQUET, meaning, column, meter)
+        return _column_batches(source, stream, kind or first_bytes.PARQUET, meaning, column, meter)
     whole = len(head) < files.HEAD_BYTES
     text = head.rstrip(b"\0").decode("utf-8", "surrogateescape").lstrip("\ufeff")
     declared = delimited.DECLARED.match(text)
     if declared:
         suffix, text = ".tsv" if declared[1] == "\t" else ".csv", text[declared.end() :]
     if suffix in folders.LINES or _is_json(text, whole=whole) or _BEGINS.match(text):
-        return _json(source, stream, text, meaning, column, certain=suffix in folders.LINES)
+        return _json_table(source, stream, text, meaning, column, certain=suffix in folders.LINES)
     is_table = suffix in folders.TABLES
     looked = text.strip() and (is_table or may_be_a_table(text, meaning, column))
     above = int(bool(declared))
@@ -114,11 +116,11 @@ def _table(  # noqa: PLR0911
     check_first_line(source, text, meaning)
     if meaning.main != "text":
         reading = Reading("text, one question a line", {}, None, guessed=False)
-        return Table(reading, lambda: formats.line_rows(source, stream, column or meaning.main))
+        return ReadTable(reading, lambda: formats.line_rows(source, stream, column or meaning.main))
     if suffix in folders.TEXT:
-        return Table(Reading("", {}, None, guessed=False), lambda: formats.article(source, stream))
+        return ReadTable(Reading("", {}, None, guessed=False), lambda: formats.article(source, stream))
     if not text.strip():
-        return Table(Reading("", {}, None, guessed=False), lambda: iter(()))
+        return ReadTable(Reading("", {}, None, guessed=False), lambda: iter(()))
     raise InputError(
         f"{source}: neither its ending nor its first line ({one_line(text.splitlines()[0], 60)}) says what "
         "it is; expected JSON lines, Parquet, Arrow, CSV or TSV, or the ending .txt for an article"
@@ -137,7 +139,9 @@ def _is_json(text: str, *, whole: bool) -> bool:
     return True
 
 
-def _json(source: Source, stream: Any, text: str, meaning: Meaning, column: str, *, certain: bool) -> Table:
+def _json_table(
+    source: Source, stream: Any, text: str, meaning: Meaning, column: str, *, certain: bool
+) -> ReadTable:
     seen = []
     for line in re.split(r"[\r\n]+", text.strip())[:_SAMPLE_ROWS]:
         try:
@@ -145,14 +149,14 @@ def _json(source: Source, stream: Any, text: str, meaning: Meaning, column: str,
         except ValueError:
             if not seen:  # it may be one value on many lines
                 break
-    columns = columns_of(str(source), seen, meaning, column)
+    columns = find_columns(str(source), seen, meaning, column)
     reading = Reading("JSON lines", columns, None, guessed=not certain)
-    return Table(reading, lambda: formats.json_rows(source, stream))
+    return ReadTable(reading, lambda: formats.json_rows(source, stream))
 
 
-def _batches(  # noqa: PLR0917
-    source: Source, stream: Any, kind: str, meaning: Meaning, column: str, meter: Meter | None
-) -> Table:
+def _column_batches(  # noqa: PLR0917
+    source: Source, stream: Any, kind: str, meaning: Meaning, column: str, meter: ReadingMeter | None
+) -> ReadTable:
     if files.is_compressed(stream):
         raise InputError(f"{source}: is a {kind} file that was compressed again; unpack it and give that")
     found = formats.batches(source, kind, meter)
@@ -173,12 +177,12 @@ def _batches(  # noqa: PLR0917
     for row in again:
         with contextlib.suppress(ValueError):  # the line is rejected when it is read
             seen.append(formats.parse(row))
-    columns = columns_of(str(source), seen, meaning, column, found.names)
-    reading = Reading(kind, columns, None, guessed=files.inner_suffix(source) not in folders.BATCHES)
-    return Table(reading, lambda: found.read(used))
+    columns = find_columns(str(source), seen, meaning, column, found.names)
+    reading = Reading(kind, columns, None, guessed=files.format_suffix(source) not in folders.BATCHES)
+    return ReadTable(reading, lambda: found.read(used))
 
 
-def _topics(source: Source, stream: Any, meaning: Meaning, column: str) -> Table:
+def _topics(source: Source, stream: Any, meaning: Meaning, column: str) -> ReadTable:
     if meaning.main != "question":
         raise InputError(f"{source}: holds TREC topics, which are questions, no corpus; give the documents")
 
@@ -194,7 +198,7 @@ def _topics(source: Source, stream: Any, meaning: Meaning, column: str) -> Table
 
     columns = {"id": "num", "question": column or "title"}
     reading = Reading(first_bytes.TOPICS, columns, None, guessed=True)
-    return Table(reading, lambda: map(named, formats.topic_rows(source, stream)))
+    return ReadTable(reading, lambda: map(named, formats.topic_rows(source, stream)))
 
 
 def of_records(name: str, given: Iterator[Row], meaning: Meaning, column: str) -> Iterator[Row]:
@@ -212,6 +216,6 @@ def of_records(name: str, given: Iterator[Row], meaning: Meaning, column: str) -
     first = list(itertools.islice(given, _SAMPLE_ROWS))
     seen = [row.content for row in first if isinstance(row.content, dict)]
     lower = [{str(key).lower(): value for key, value in record.items()} for record in seen]
-    columns = columns_of(name, lower, meaning, column)
+    columns = find_columns(name, lower, meaning, column)
     _log_once(name, str(Reading("records", columns, None, guessed=False)))
     return itertools.chain(first, given)

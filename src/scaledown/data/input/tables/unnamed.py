@@ -10,7 +10,7 @@ _LONGEST_TITLE: Final = 200  # characters
 _LIST: Final = re.compile(r"\s*(\[.*\]|\{.*\}|array\(.*\))\s*", re.DOTALL)
 _ADDRESS: Final = re.compile(r"\s*\w+://\S+\s*")
 _CODE: Final = re.compile(r"\S*\d\S*")
-_ASKS: Final = re.compile(
+_LOOKS_LIKE_QUESTION: Final = re.compile(
     r".*[?？؟]\s*$|\s*(who|whose|whom|what|when|where|which|why|how|is|are|was|were|do|does|did|can|could|in "
     r"(what|which)|on (what|which)|name the)\b",
     re.IGNORECASE | re.DOTALL,
@@ -54,7 +54,10 @@ def main_column(cells: Sequence[Sequence[str]], main: str) -> int | None:
         length = {place: sum(map(len, cells[place])) / len(cells[place]) for place in likely}
         longest, second = sorted(likely, key=length.__getitem__, reverse=True)[:2]
         return longest if length[longest] >= _LONGER * length[second] else None
-    asks = {place: sum(map(bool, map(_ASKS.match, cells[place]))) / len(cells[place]) for place in likely}
+    asks = {
+        place: sum(map(bool, map(_LOOKS_LIKE_QUESTION.match, cells[place]))) / len(cells[place])
+        for place in likely
+    }
     most, second = sorted(likely, key=asks.__getitem__, reverse=True)[:2]
     return most if asks[most] >= 0.5 and asks[second] < asks[most] / 2 else None
 
@@ -89,7 +92,7 @@ def _title(cells: Sequence[Sequence[str]], main: int, ids: Sequence[int]) -> int
     return others[0]
 
 
-def _answers(cells: Sequence[Sequence[str]], main: int) -> int | None:
+def _answers_column(cells: Sequence[Sequence[str]], main: int) -> int | None:
     """Return the column of lists, or the only column after the question."""
     lists = [place for place, own in enumerate(cells) if place != main and own and _are(own, _LIST)]
     behind = [place for place in range(main + 1, len(cells)) if cells[place]]
@@ -119,6 +122,6 @@ def places(cells: Sequence[Sequence[str]], main: int, parts: Collection[str]) ->
     if "title" in parts and (title := _title(cells, main, ids)) is not None:
         found["title"] = title
     found["text" if "text" in parts else "question"] = main
-    if "answers" in parts and (answers := _answers(cells, main)) is not None:
+    if "answers" in parts and (answers := _answers_column(cells, main)) is not None:
         found["answers"] = answers
     return found

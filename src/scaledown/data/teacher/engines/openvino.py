@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from scaledown.data.prompts import Prompt
-from scaledown.data.teacher.base import Generation, Rejection, Setup, TeacherEngine, seed_of
+from scaledown.data.teacher.base import Rejection, Setup, TeacherEngine, TeacherSettings, seed_of
 from scaledown.data.teacher.context import Context, context_tokens
 from scaledown.data.teacher.reply import heard
 from scaledown.devices.halving import Halving
@@ -52,7 +52,7 @@ def is_exported(source: ModelSource) -> bool:
     return (exported(source) / "openvino_model.xml").exists()
 
 
-def export(source: ModelSource) -> Path:
+def export_teacher(source: ModelSource) -> Path:
     """Return the folder of the exported model, with weights at 8 bits; the first call makes it.
 
     Args:
@@ -124,7 +124,7 @@ def _pipeline(library: Any, folder: Path) -> Any:
         return library.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", WHOLE_STATES)
 
 
-class _Asked(NamedTuple):
+class _RunningPrompt(NamedTuple):
     """A prompt that the engine works on."""
 
     place: int
@@ -137,7 +137,7 @@ class OpenVINOTeacher:
     """A causal LM in OpenVINO's engine, which schedules prompts itself.
 
     Args:
-        source: The model. It is exported to the cache once, see `export`.
+        source: The model. It is exported to the cache once, see `export_teacher`.
         generation: How it decodes.
 
     Raises:
@@ -145,9 +145,9 @@ class OpenVINOTeacher:
         ModelError: The model cannot be loaded, or OpenVINO cannot run it.
     """
 
-    def __init__(self, source: ModelSource, generation: Generation) -> None:
+    def __init__(self, source: ModelSource, generation: TeacherSettings) -> None:
         library = openvino_genai()
-        folder = export(source)
+        folder = export_teacher(source)
         from transformers import AutoConfig, AutoTokenizer
 
         quiet_libraries()
@@ -184,7 +184,7 @@ class OpenVINOTeacher:
             A place in `prompts` with its answer or rejection.
         """
         waiting = iter([place for place in range(len(prompts)) if place not in have])
-        asked: list[_Asked] = []
+        asked: list[_RunningPrompt] = []
         again: list[int] = []  # prompts that ran when the engine failed: one of them may be the cause
         try:
             while True:
@@ -217,7 +217,7 @@ class OpenVINOTeacher:
         finally:
             self._cancel(asked)  # if the caller has stopped early
 
-    def _cancel(self, asked: Sequence[_Asked]) -> None:
+    def _cancel(self, asked: Sequence[_RunningPrompt]) -> None:
         for one in asked:
             one.handle.cancel()
         if asked and not sys.is_finalizing():
@@ -243,10 +243,10 @@ class OpenVINOTeacher:
             "holds: lower --teacher_document_tokens or use --teacher_backend transformers"
         )
 
-    def _is_running(self, asked: _Asked) -> bool:
+    def _is_running(self, asked: _RunningPrompt) -> bool:
         return bool(asked.handle.get_status() == self._library.GenerationStatus.RUNNING)
 
-    def _is_finished(self, asked: _Asked) -> bool:
+    def _is_finished(self, asked: _RunningPrompt) -> bool:
         return bool(asked.handle.get_status() == self._library.GenerationStatus.FINISHED)
 
     def _restart(self) -> None:
@@ -259,7 +259,7 @@ class OpenVINOTeacher:
         # When the engine ends, it frees the stack on which this thread handles signals: Ctrl-C would crash.
         SignalStack().exchange(self._signals)
 
-    def _ask(self, place: int, prompt: Prompt) -> _Asked | Rejection:
+    def _ask(self, place: int, prompt: Prompt) -> _RunningPrompt | Rejection:
         from openvino import Tensor
 
         fitted = self._context.fit(prompt)
@@ -281,9 +281,9 @@ class OpenVINOTeacher:
             )
         except (RuntimeError, ValueError) as error:
             return Rejection(f"OpenVINO refused the prompt: {_first_line(error)}")
-        return _Asked(place, handle, len(ids), dropped)
+        return _RunningPrompt(place, handle, len(ids), dropped)
 
-    def _answer(self, asked: _Asked) -> Answer | Rejection:
+    def _answer(self, asked: _RunningPrompt) -> Answer | Rejection:
         (output,) = asked.handle.read_all()
         tokens = list(output.generated_ids)
         stop = next((i for i, token in enumerate(tokens) if token in self._stops), len(tokens))

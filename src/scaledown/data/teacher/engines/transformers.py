@@ -9,7 +9,7 @@ import numpy as np
 from scaledown.config.shared import EngineConfig
 from scaledown.data.logprobs import from_ids
 from scaledown.data.prompts import Prompt
-from scaledown.data.teacher.base import Generation, Rejection, Setup, TeacherEngine, seed_of
+from scaledown.data.teacher.base import Rejection, Setup, TeacherEngine, TeacherSettings, seed_of
 from scaledown.data.teacher.context import Context, context_tokens
 from scaledown.data.teacher.reply import heard
 from scaledown.devices.choice import dtype_to_run
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class _Written(NamedTuple):
+class _WrittenTokens(NamedTuple):
     """The tokens that the model wrote after a prompt, including those after its end."""
 
     tokens: list[int]
@@ -45,7 +45,7 @@ class TransformersTeacher:
         ModelError: The model cannot be loaded, or its context is too small for `max_new_tokens`.
     """
 
-    def __init__(self, source: ModelSource, device: str, dtype: str, generation: Generation) -> None:
+    def __init__(self, source: ModelSource, device: str, dtype: str, generation: TeacherSettings) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
         name, pinned = loadable(source)
@@ -105,7 +105,7 @@ class TransformersTeacher:
         order = sorted(inputs, key=lambda number: -len(inputs[number][0]))
         size = self._batch_size
 
-        def generate(batch: Sequence[int]) -> list[_Written]:
+        def generate(batch: Sequence[int]) -> list[_WrittenTokens]:
             return self._generate(
                 [inputs[number][0] for number in batch], [prompts[number] for number in batch]
             )
@@ -119,7 +119,7 @@ class TransformersTeacher:
                 ids, dropped = inputs[number]
                 yield number, heard(self._answer(written, len(ids), dropped), self._generation)
 
-    def _answer(self, written: _Written, prompt_tokens: int, dropped: int) -> Answer:
+    def _answer(self, written: _WrittenTokens, prompt_tokens: int, dropped: int) -> Answer:
         stop = next((i for i, token in enumerate(written.tokens) if token in self._stops), None)
         tokens = written.tokens[:stop]
         text = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
@@ -129,7 +129,7 @@ class TransformersTeacher:
         reason = "length" if stop is None else "stop"
         return Answer(text, reason, prompt_tokens, len(tokens), dropped, logprobs)
 
-    def _generate(self, batch: list[list[int]], prompts: Sequence[Prompt]) -> list[_Written]:
+    def _generate(self, batch: list[list[int]], prompts: Sequence[Prompt]) -> list[_WrittenTokens]:
         import torch
         from transformers import LogitsProcessorList
 
@@ -153,8 +153,8 @@ class TransformersTeacher:
             )
         generated: list[list[int]] = output[:, length:].tolist()
         if not likeliest:
-            return [_Written(tokens, [], []) for tokens in generated]
-        return [_Written(*row) for row in zip(generated, *likeliest.rows(), strict=True)]
+            return [_WrittenTokens(tokens, [], []) for tokens in generated]
+        return [_WrittenTokens(*row) for row in zip(generated, *likeliest.rows(), strict=True)]
 
 
 class TopLogprobs:
@@ -204,7 +204,7 @@ class GumbelSampling:
         return perturbed
 
 
-def _quantization(generation: Generation, device: str, dtype: str) -> Any:
+def _quantization(generation: TeacherSettings, device: str, dtype: str) -> Any:
     if not (generation.load_in_8bit or generation.load_in_4bit):
         return None
     flag = "--teacher_8bit" if generation.load_in_8bit else "--teacher_4bit"

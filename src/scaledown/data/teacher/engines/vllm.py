@@ -8,7 +8,7 @@ from typing import Any, Final, TypeAlias
 
 from scaledown.data.logprobs import from_ids
 from scaledown.data.prompts import Prompt
-from scaledown.data.teacher.base import Generation, Rejection, Setup, TeacherEngine, seed_of
+from scaledown.data.teacher.base import Rejection, Setup, TeacherEngine, TeacherSettings, seed_of
 from scaledown.data.teacher.context import Context, context_tokens
 from scaledown.data.teacher.reply import heard
 from scaledown.devices.halving import Halving
@@ -51,7 +51,7 @@ class VllmTeacher:
         source: ModelSource,
         device: str,
         dtype: str,
-        generation: Generation,
+        generation: TeacherSettings,
         *,
         lora: str,
         tensor_parallel: int,
