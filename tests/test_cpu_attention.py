@@ -28,7 +28,7 @@ def inputs(tokens: int) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("scaling", [None, 0.3])
-def test_matrix_products_give_what_torch_gives(scaling: float | None) -> None:
+def test_matrix_products_equal_torchs_attention(scaling: float | None) -> None:
     *tensors, mask = inputs(11)
     found = []
     for compute in (attention.attention, sdpa_attention_forward):

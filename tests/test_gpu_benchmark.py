@@ -62,7 +62,7 @@ def test_plan_is_met_within_a_factor_of_two(text: str, met: bool, gpu: ModuleTyp
     assert not gpu.plan("error: no such file").met
 
 
-def test_how_busy_a_device_is_by_what_it_computes(gpu: ModuleType) -> None:
+def test_busy_share_of_a_device_follows_its_work(gpu: ModuleType) -> None:
     def work() -> None:
         time.sleep(0.3)
         started = time.perf_counter()
@@ -109,13 +109,13 @@ def test_check_that_fails_is_a_failed_row(gpu: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("met", [True, False])
-def test_exit_status_tells_whether_all_rows_passed(
+def test_exit_status_is_0_if_all_rows_passed(
     met: bool, gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [gpu.Check("one", "1", "1", met=True), gpu.Check("two", "2", "?", met=met)]
     chosen: list[object] = []
     monkeypatch.setattr(gpu, "run", lambda scale, checks: chosen.extend(checks) or rows)
-    monkeypatch.setattr(gpu, "machine", lambda: "a machine")
+    monkeypatch.setattr(gpu, "describe_machine", lambda: "a machine")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(
         sys, "argv", ["gpu.py", "--json", str(tmp_path / "gpu.json"), "--checks", "kernel", "device"]

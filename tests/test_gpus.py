@@ -257,7 +257,7 @@ def test_a_batch_without_room_beside_another_is_done_again_alone(monkeypatch: py
         (RuntimeError("device-side assert triggered"), RuntimeError),
     ],
 )
-def test_what_fails_on_a_gpu_ends_the_work(
+def test_failure_on_a_gpu_ends_the_work(
     error: Exception, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

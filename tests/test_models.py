@@ -234,7 +234,7 @@ def test_cpu_runs_and_trains_in_bfloat16_if_it_multiplies_it(
     assert dtype_to_train("auto", "cpu") is runs
 
 
-def test_cache_drops_what_was_made_from_weights_that_are_gone_or_changed(tmp_path, monkeypatch) -> None:
+def test_cache_drops_exports_of_deleted_or_changed_weights(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path / "cache"))
     models = {name: tmp_path / name for name in ("kept", "changed", "gone", "new")}
     sources = {name: ModelSource(name, str(folder)) for name, folder in models.items()}

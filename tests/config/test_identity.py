@@ -87,7 +87,7 @@ def test_evaluation_continues_with_its_original_settings(name: str) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_batches_of_zero_stand_for_what_suits_the_device(device: str) -> None:
+def test_batch_size_of_zero_is_the_default_of_the_device(device: str) -> None:
     sized, recorded = asdict(PREPARE["defaults"]().sized(device)), RECORDED["sized"][device]
     assert {setting: as_recorded(sized[setting], Path()) for setting in recorded} == recorded
 

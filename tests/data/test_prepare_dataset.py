@@ -794,7 +794,7 @@ def test_malformed_lines_are_counted_and_the_run_continues(prepare, corpus, caps
 def test_unwritable_output_is_refused_before_any_model_is_loaded(
     place, prepare, tmp_path, capsys, monkeypatch
 ):
-    for module, name in ((enter, "find"), (command, "load_encoder")):
+    for module, name in ((enter, "find_sources"), (command, "load_encoder")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("a model was looked for"))
     if place == "folder":
         output = tmp_path / "o.json"

@@ -136,7 +136,7 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-def test_another_rate_budget_or_seed_answers_anew_only_what_it_changes(
+def test_another_rate_budget_or_seed_repeats_only_its_systems(
     evaluate: Evaluate, answered: list[str]
 ) -> None:
     everything = ["--systems", *SYSTEMS]
@@ -233,7 +233,7 @@ def test_stages_of_other_models_keep_their_fingerprints(
         (["--systems", "keywords", "--keyword_model", "/no/model"], "or give --keyword_model"),
     ],
 )
-def test_what_the_model_does_not_have_is_refused(
+def test_systems_that_the_model_cannot_run_are_refused(
     evaluate: Evaluate,
     student: Path,
     models: dict[str, Path],
@@ -378,7 +378,9 @@ def test_random_tokens_are_those_of_the_seed_and_the_question() -> None:
     assert len({tuple(kept(seed, query)) for seed in (1, 2) for query in ("Why?", "Who?")}) == 4
 
 
-def test_echoes_are_what_the_pointer_finds(evaluate: Evaluate, pointer: Path, tmp_path: Path) -> None:
+def test_echoes_are_the_tokens_that_the_pointer_picks(
+    evaluate: Evaluate, pointer: Path, tmp_path: Path
+) -> None:
     assert evaluate("--systems", "echo", "echo_span", "--compression_rate", "4", "--budget", "shared") == 0
     model = ScaleDownModel.from_pretrained(str(pointer))
     for record, found in zip(RECORDS, answers(tmp_path / "out"), strict=True):

@@ -134,7 +134,7 @@ def test_all_runs_are_computed_in_the_dtype_of_the_first(
     assert found == ["torch.bfloat16"] * 2
 
 
-def test_batches_that_do_not_fit_as_a_whole_are_left_out_and_the_page_says_so(
+def test_page_names_batches_left_out_for_memory(
     compare: Compare, students: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure = command.costs

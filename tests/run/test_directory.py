@@ -85,7 +85,7 @@ def test_stages_keep_their_shards_by_settings(tmp_path: Path) -> None:
         ({"a": 1, "b": 1}, {"a": 2, "b": 2}, "a is 2 (was 1), b is 2 (was 1)"),
     ],
 )
-def test_log_says_why_a_stage_is_made_again(before, now, why, tmp_path: Path, caplog) -> None:
+def test_log_has_the_reason_why_a_stage_is_made_again(before, now, why, tmp_path: Path, caplog) -> None:
     Stage(RunDirectory(tmp_path), "ranked", before).complete(1, table)
     with caplog.at_level("INFO", "scaledown"):
         Stage(RunDirectory(tmp_path), "ranked", now)
@@ -138,7 +138,7 @@ def test_only_missing_shards_are_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [None, 0, 60])
-def test_a_damaged_shard_says_what_to_delete(kept, tmp_path: Path) -> None:
+def test_damaged_shard_is_reported_with_the_file_to_delete(kept, tmp_path: Path) -> None:
     stage = Stage(RunDirectory(tmp_path), "ranked", {})
     stage.write(0, table(0))
     if kept is None:
@@ -241,7 +241,7 @@ def test_halved_batches_are_counted(tmp_path: Path) -> None:
     assert stage.finish([1], {"rows": 1}).counts == {"rows": 1, "halved_batches": 2}
 
 
-def test_one_text_that_does_not_fit_says_so() -> None:
+def test_single_text_that_does_not_fit_is_an_error() -> None:
     def work(_: Sequence[int]) -> int:
         raise RuntimeError("CUDA out of memory")
 

@@ -274,7 +274,7 @@ def test_each_place_has_gpus_of_its_own(visible: str, place: int, each: int, own
     assert shown == {"CUDA_VISIBLE_DEVICES": ",".join(own)}
 
 
-def test_a_process_says_why_it_died(tmp_path: Path) -> None:
+def test_death_of_a_process_is_reported_with_its_reason(tmp_path: Path) -> None:
     pool = LocalPool(1, tmp_path / "live")
     endings = {}
     orders = {"lost": "no_such_module:f", "well": "time:strftime_", "content": "json:loads"}
@@ -573,7 +573,7 @@ def test_workers_on_ray_take_their_gpus(
     ("gpus_there", "device", "each", "says"),
     [(2, "auto", 2, "no node of the cluster has that many"), (2, "cuda:0", 1, "leave out the number")],
 )
-def test_what_a_cluster_cannot_do(
+def test_unsupported_settings_of_a_cluster_are_refused(
     gpus_there: int, device: str, each: int, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", FakeRay(gpus_there))

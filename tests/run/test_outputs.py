@@ -47,7 +47,7 @@ COMMANDS += [("page", "x.html"), ("card", "x.md")]
 
 
 @pytest.mark.parametrize(("command", "name"), COMMANDS)
-def test_what_a_command_did_not_make_stays(
+def test_files_of_others_are_not_replaced(
     command: str, name: str, data: Path, tmp_path: Path, capsys
 ) -> None:
     output = tmp_path / name
@@ -78,7 +78,7 @@ def test_a_command_makes_its_own_file_again_until_that_is_changed(
     assert written(command, output).read_text(errors="replace").endswith(MINE)
 
 
-def test_what_another_command_made_stays(data: Path, tmp_path: Path) -> None:
+def test_files_of_another_command_are_not_replaced(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "full.json"
     assert main(words("merge", data, output)) == 0
     assert main(words("page", data, output)) == 1

@@ -78,7 +78,7 @@ def test_compressed_answers_are_those_of_the_model(
     assert engine.hits == (sum(map(len, documents)) if budget == "each" else 0)
 
 
-def test_usage_counts_positions_and_what_compression_did(engine: Engine, model: ScaleDownModel) -> None:
+def test_usage_counts_positions_and_compression(engine: Engine, model: ScaleDownModel) -> None:
     documents = ["The tower by the river is old.", "A bird."]
     read = model.reader.encode("Why?", documents, rate=4)
     end = Asked(engine, "Why?", documents, rate=4, max_new_tokens=3).all()[-1]
@@ -219,9 +219,7 @@ def test_failure_ends_its_requests_and_the_engine_continues(
     assert Asked(engine, "Why?", ["No."]).text() == model.answer("Why?", ["No."], max_new_tokens=6)
 
 
-def test_an_engine_that_fails_again_and_again_says_so(
-    model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engine_that_keeps_failing_is_logged(model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(model, monkeypatch, lambda _: ValueError("broken"))
     failed = threading.Event()
     engine = Engine(model, ServeConfig(model="x"))
@@ -304,7 +302,7 @@ def test_a_step_without_memory_ends_running_answers(
         engine.stop(10)
 
 
-def test_memory_that_does_not_suffice_to_join_ends_what_was_written(
+def test_running_answers_end_if_memory_does_not_suffice_to_join(
     model: ScaleDownModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model.generator.generation_config, "eos_token_id", [])  # no answer ends by itself
@@ -442,7 +440,7 @@ def test_pieces_are_the_text_before_the_stop(tokenizer: Any, text: str, stop: st
     assert shown == (whole.partition(stop)[0] if stop else whole).strip()
 
 
-def test_the_cache_forgets_what_was_not_used_for_longest() -> None:
+def test_cache_drops_the_least_recently_used() -> None:
     cache = EmbeddingCache(1e-9 * 4 * 100)  # a hundred numbers
     for name in (b"a", b"b"):
         cache.put(name, torch.ones(4, 10))

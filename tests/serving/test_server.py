@@ -257,7 +257,7 @@ REFUSED: list[tuple[str, Any, int, str]] = [
 
 
 @pytest.mark.parametrize(("path", "body", "status", "message"), REFUSED)
-def test_what_cannot_be_answered_gets_one_clear_sentence(
+def test_wrong_requests_get_one_clear_sentence(
     server: Running, path: str, body: Any, status: int, message: str
 ) -> None:
     found, content, _ = server.ask(path, body)
@@ -293,7 +293,7 @@ def test_log_has_the_reason_of_a_refusal(server: Running, caplog: pytest.LogCapt
     assert "tokens 0: document is not known here: did you mean documents?" in caplog.text
 
 
-def test_what_was_not_read_is_reported_and_logged(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+def test_unread_tokens_are_reported_and_logged(server: Running, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "scaledown")
     _, content, _ = server.ask(CHAT, chat("why " * 200, documents=["very " * 200, "No."]))
     found = content["usage"]["compression"]
@@ -548,7 +548,7 @@ def test_an_engine_that_gave_up_ends_the_server(
         assert server.engine.failed
 
 
-def test_metrics_tell_what_was_done(model: ScaleDownModel) -> None:
+def test_metrics_count_requests_and_tokens(model: ScaleDownModel) -> None:
     with running(model) as server:
         server.ask(CHAT, chat(documents=DOCUMENTS))
         server.ask(CHAT, chat(documents=DOCUMENTS))
@@ -668,7 +668,7 @@ def test_command_of_the_page_starts_a_server_of_the_model(monkeypatch: pytest.Mo
     assert [(settings.model, settings.port) for settings in started] == [("model", 8000)]
 
 
-def test_the_page_tells_every_field() -> None:
+def test_page_documents_every_field() -> None:
     content = set(re.findall(r"`([a-z_]+)`", PAGE))
     assert set(ChatRequest.model_fields) | set(RerankRequest.model_fields) <= content | {
         "model",
@@ -754,7 +754,7 @@ def served(model: ScaleDownModel, folder: Path, *flags: str) -> Iterator[tuple[s
 
 
 @pytest.mark.slow
-def test_sigterm_finishes_what_was_asked(
+def test_sigterm_finishes_running_requests(
     model: ScaleDownModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> None:
     monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path / "cache"))
@@ -776,7 +776,7 @@ def test_sigterm_finishes_what_was_asked(
 
 
 @pytest.mark.slow
-def test_what_is_not_finished_in_time_gets_503(
+def test_requests_not_finished_in_time_get_503(
     model: ScaleDownModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> None:
     monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path / "cache"))

@@ -191,7 +191,7 @@ def test_the_command_answers_on_standard_output_alone(
     assert sum(ours == theirs for ours, theirs in zip(found, expected, strict=True)) >= len(expected) - 1
 
 
-def test_sigterm_finishes_what_was_asked(folder: Path) -> None:
+def test_sigterm_finishes_running_requests(folder: Path) -> None:
     words = [sys.executable, "-m", "scaledown", "serve", "--model", str(folder), "--port", "0"]
     words += ["--device", "cpu", "--engine", "vllm"]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:

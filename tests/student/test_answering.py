@@ -191,7 +191,7 @@ def test_answers_are_those_of_generate(model: ScaleDownModel, compressed: bool) 
         ("Why?", ["No."] * 3000, "give fewer documents"),
     ],
 )
-def test_what_cannot_be_asked_says_what_to_do(
+def test_unusable_questions_are_refused_with_the_next_step(
     model: ScaleDownModel, query: Any, documents: Any, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
@@ -221,7 +221,7 @@ def test_wrong_options_are_refused(models: dict[str, Path]) -> None:
         model.answer("Why?", ["No."], max_new_tokens=0)
 
 
-def test_one_text_too_many_for_the_memory_says_so(
+def test_single_text_without_enough_memory_is_an_error(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = student(models)

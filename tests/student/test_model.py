@@ -388,7 +388,9 @@ def test_bfloat16_from_build_to_folder(models: dict[str, Path], tmp_path: Path) 
     assert {p.dtype for p in wide.parameters()} == {torch.float32}
 
 
-def test_parts_that_do_not_fit_say_what_to_do(build: Any, models: dict[str, Path], tmp_path: Path) -> None:
+def test_parts_that_do_not_fit_together_are_refused(
+    build: Any, models: dict[str, Path], tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match="--num_layers 3: .* has 2; use fewer"):
         build(num_layers=3)
     with pytest.raises(ModelError, match="reads 512 tokens; .* lower --doc_max_length"):

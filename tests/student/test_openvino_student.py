@@ -367,7 +367,7 @@ def test_command_takes_the_engine(
 
 
 @pytest.mark.slow
-def test_server_says_its_engine_and_ends(folder: Path, cache: Path) -> None:
+def test_server_logs_its_engine_and_ends(folder: Path, cache: Path) -> None:
     words = [sys.executable, "-m", "scaledown", "serve", "--model", str(folder), "--port", "0"]
     environment = os.environ | {"SCALEDOWN_CACHE": str(cache)}
     with subprocess.Popen(

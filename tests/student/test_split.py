@@ -78,7 +78,7 @@ def test_several_files_of_other_formats(data: Path, tmp_path: Path) -> None:
     assert held == sorted(held, key=lambda name: int(name[1:])), "in the order of the files"
 
 
-def test_connected_records_are_split_by_their_best_documents_and_it_says_so(
+def test_connected_records_are_split_by_their_best_documents(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "data.json"
@@ -116,7 +116,7 @@ def test_default_part_of_large_data_is_limited(
         ([{"query": "q"}, record(3)], [], "scaledown validate"),
     ],
 )
-def test_what_cannot_be_split_is_one_line(
+def test_data_that_cannot_be_split_is_refused_in_one_line(
     content: list[Any], flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "data.json"

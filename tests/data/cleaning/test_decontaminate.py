@@ -280,7 +280,7 @@ def test_run_leaves_out_and_reports_evaluation_questions(prepare, queries, tmp_p
     assert prepare.output.read_bytes() == before
 
 
-def test_changed_evaluation_file_repeats_only_what_depends_on_it(prepare, tmp_path, monkeypatch) -> None:
+def test_changed_evaluation_file_repeats_only_dependent_stages(prepare, tmp_path, monkeypatch) -> None:
     assert prepare("--top_k_retrieval", "2") == 0
     whole = prepare.output.read_bytes()
     file = tmp_path / "dev.jsonl"

@@ -123,7 +123,7 @@ def test_passages_end_at_sentence_ends(tokenizer) -> None:
     assert all(passage.text.endswith(".") for passage in passages)
 
 
-def test_heading_stays_with_what_follows(tokenizer) -> None:
+def test_heading_stays_with_the_next_paragraph(tokenizer) -> None:
     blocks = (
         Block("First words here. " * 5),
         Block("History", is_heading=True),
@@ -207,7 +207,7 @@ RECORDS = [{"id": str(i), "title": f"Title {i}", "text": f"Text number {i}."} fo
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
 
 
-def test_articles_that_share_an_id_are_told_apart_also_after_a_crash(tmp_path: Path, models) -> None:
+def test_articles_with_equal_ids_get_a_number_also_after_a_crash(tmp_path: Path, models) -> None:
     path = tmp_path / "c.jsonl"
     records = [RECORDS[0], RECORDS[1], RECORDS[0], {"id": "2", "text": ""}, RECORDS[2], RECORDS[0]] * 20
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -341,7 +341,7 @@ def test_a_corpus_without_text_is_an_error(content: bytes, tmp_path: Path, model
         passages_of(path, tmp_path / "w", models)
 
 
-def test_a_json_array_says_how_to_convert_it(tmp_path: Path, models) -> None:
+def test_json_array_is_refused_with_the_command_that_converts_it(tmp_path: Path, models) -> None:
     path = tmp_path / "my corpus.json"
     path.write_text(json.dumps(RECORDS))
     with pytest.raises(

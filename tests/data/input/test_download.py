@@ -51,7 +51,7 @@ def test_a_file_is_fetched_once_and_again_when_it_is_another(server: Server, cac
     assert not [found for found in cache.rglob("*") if "secret" in str(found)]
 
 
-def test_where_nothing_tells_of_changes_it_is_fetched_each_time(server: Server, caplog, monkeypatch) -> None:
+def test_file_without_etag_and_date_is_fetched_each_time(server: Server, caplog, monkeypatch) -> None:
     server.files["train.jsonl"], server.headers = b"one", {}
     path = again(server.url("train.jsonl"))
     server.files["train.jsonl"] = b"two"
@@ -92,7 +92,7 @@ def test_a_file_cut_short_is_not_kept(server: Server, cache: Path) -> None:
     assert again(server.url("train.json")).read_bytes() == CONTENT
 
 
-def test_what_cannot_be_fetched(server: Server, cache: Path) -> None:
+def test_failed_downloads_are_one_line(server: Server, cache: Path) -> None:
     fsspec.filesystem("memory").pipe_file("/fetching/train.json", CONTENT)
     assert again("memory://fetching/train.json").read_bytes() == CONTENT
     server.files["train.json.gz"] = b"no matter"

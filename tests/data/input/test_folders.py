@@ -96,7 +96,7 @@ def test_a_link_that_leads_nowhere_is_an_error(target: str, folder: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["README.md", "readme.txt", "LICENSE.txt", "LICENSE-APACHE.md", "Notice.md"])
-def test_what_tells_of_the_data_is_no_article(name: str, folder: Path) -> None:
+def test_readme_and_licence_are_no_articles(name: str, folder: Path) -> None:
     (folder / "deep").mkdir()
     for place in (folder, folder / "deep"):
         (place / name).write_text("All rights reserved.")
@@ -104,7 +104,7 @@ def test_what_tells_of_the_data_is_no_article(name: str, folder: Path) -> None:
     assert passed(folder) == {name: "is about the data", f"deep/{name}": "is about the data"}
 
 
-def test_what_programs_leave_beside_data_is_no_data(folder: Path) -> None:
+def test_files_that_programs_leave_beside_data_are_not_read(folder: Path) -> None:
     left = ("_temporary/0/part-1.json", "_delta_log/000.json", "__MACOSX/a.jsonl", "_spark_metadata/0")
     about = ("dataset_infos.json", "SHA256SUMS.txt", "requirements.txt", "CODE_OF_CONDUCT.md")
     for name in (*left, *about):
@@ -131,7 +131,7 @@ def test_queries_and_judgements_beside_a_corpus_are_no_articles(folder: Path) ->
     assert list(files.passed_over(folder, "--queries_file")) == ["corpus.jsonl", "qrels/test.tsv"]
 
 
-def test_among_texts_only_capitals_tell(folder: Path) -> None:
+def test_among_texts_only_names_in_capitals_are_left_out(folder: Path) -> None:
     (folder / "part1.jsonl").unlink()
     for name in ("README.md", "LICENSE", "Notice.md", "License.txt", "readme first.txt", "Tides.md"):
         (folder / name).write_text("A text.")
@@ -153,7 +153,7 @@ def test_documents_whose_text_is_not_extracted_are_passed_over(folder: Path) -> 
     assert {name: why for name, why in passed(folder).items() if why == reason}.keys() == {"a.PDF", "b.docx"}
 
 
-def test_folders_of_stores_are_told_alike(caplog) -> None:
+def test_folders_of_stores_are_listed_like_local_ones(caplog) -> None:
     memory = fsspec.filesystem("memory")
     for name in ("part1.jsonl", "README.md", "part5.jsonl.xz", ".cache/x.jsonl"):
         memory.pipe(f"/passed/corpus/{name}", ARTICLE.encode())
@@ -163,7 +163,7 @@ def test_folders_of_stores_are_told_alike(caplog) -> None:
     assert "passed over 3" in caplog.text
 
 
-def test_a_run_tells_what_it_passed_over(prepare, folder: Path, corpus: Path, capsys) -> None:
+def test_run_reports_files_that_it_did_not_read(prepare, folder: Path, corpus: Path, capsys) -> None:
     shutil.copy(corpus, folder / "part1.jsonl")
     (folder / "part5.jsonl.xz").write_bytes(b"\xfd7zXZ")
     (folder / "LICENSE.txt").write_text("All rights reserved.")
@@ -183,7 +183,7 @@ def test_a_run_tells_what_it_passed_over(prepare, folder: Path, corpus: Path, ca
         assert "names no format that is read" in text
 
 
-def test_an_index_tells_what_it_passed_over(tiny_flags, folder: Path, tmp_path: Path, capsys) -> None:
+def test_index_reports_files_that_it_did_not_read(tiny_flags, folder: Path, tmp_path: Path, capsys) -> None:
     (folder / "part5.jsonl.xz").write_bytes(b"\xfd7zXZ")
     (folder / "part6.tsv").write_text("7\tA text of some words, and more.\n8\tAnother text.\n")
     words = ["index", "--corpus_path", str(folder), "--index_dir", str(tmp_path / "index"), *tiny_flags[:2]]
@@ -228,7 +228,7 @@ def test_the_same_text_is_one_candidate(
     assert counts["counts"]["collapsed"] >= 4 * 16, "two others of each but the last"
 
 
-def test_where_there_are_fewer_texts_the_summary_says_what_there_is(
+def test_summary_has_the_number_of_documents_if_texts_are_few(
     prepare, folder: Path, capsys, tmp_path: Path
 ) -> None:
     lines = [json.dumps({"id": str(n), "title": "T", "text": f"Text {n % 3}."}) for n in range(30)]

@@ -152,6 +152,6 @@ def test_each_cell_of_the_table_is_so(kind: str, flag: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("squeeze", [bz2.compress, gzip.compress])
-def test_compression_is_told_by_content(squeeze: Callable[[bytes], bytes], tmp_path: Path) -> None:
+def test_compression_is_found_by_content(squeeze: Callable[[bytes], bytes], tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_bytes(squeeze(line(ANSWERS)))
     queries(str(tmp_path / "d.jsonl"))

@@ -133,7 +133,7 @@ def test_every_wording_of_a_question_counts(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_to_be_known_of_the_files_is_counted(tmp_path: Path) -> None:
+def test_rows_of_gold_files_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "gold.jsonl"
     lines = ('{"question": "who?", "answer": "a"}', '{"question": "Who", "answer": "b"}', '{"title": "x"}')
     path.write_text("\n".join((*lines, "no json", '{"question": "why?", "answer": "..."}')))
@@ -223,7 +223,7 @@ def test_official_files(content: dict, answers: tuple, name: str, indent: int | 
         ("['<unk>', 'a']", ("a",)),
     ],
 )
-def test_what_a_cell_of_a_table_says(cell: str, answers: tuple, tmp_path: Path) -> None:
+def test_cell_of_a_table_has_answers_in_many_forms(cell: str, answers: tuple, tmp_path: Path) -> None:
     path = tmp_path / "gold.csv"
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([["question", "answer"], ["who?", cell]])
@@ -279,7 +279,7 @@ def test_answers_are_found_by_words_not_by_id(tmp_path: Path) -> None:
     assert gold.answers("who was she?") == (), "another set may well have an id 3"
 
 
-def test_bad_rows_are_told_and_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_rows_are_logged_and_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "gold.jsonl"
     path.write_text('{"question": "who?", "answer": "a"}\n{"title": "x"}\nnot json\n')
     with caplog.at_level("WARNING", logger="scaledown"):

@@ -72,7 +72,7 @@ def test_several_files_in_the_order_given(tmp_path: Path) -> None:
     assert collected(tmp_path, queries_file=files) == [("q1", "second first"), ("7", "then this")]
 
 
-def test_ids_that_come_again_are_told_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_repeated_ids_get_a_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     one = write(tmp_path / "a.tsv", "7\tWho is it?\nq4\tWho was it?\n")
     other = write(tmp_path / "b.jsonl", '{"id": 7, "query": "What is it?"}\n{"query": "What was it?"}\n')
     found = collected(tmp_path, queries_file=(one, other))
@@ -111,7 +111,9 @@ def test_a_text_that_begins_like_a_bzip2_file_is_a_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("name", ["q.txt", "q.csv", "q.jsonl.gz"])
-def test_utf_16_says_how_to_convert_it(encoding: str, name: str, tmp_path: Path) -> None:
+def test_utf_16_is_refused_with_the_command_that_converts_it(
+    encoding: str, name: str, tmp_path: Path
+) -> None:
     content = "query\nWhat is naïve?\n".encode(encoding)
     path = tmp_path / "my data" / name
     path.parent.mkdir()
@@ -337,7 +339,7 @@ def test_ms_marco_is_downloaded_once_and_checked(server, tmp_path: Path, monkeyp
         (200, b"1 moved\n" * 6980, "not qid<TAB>query"),
     ],
 )
-def test_a_failed_download_says_what_to_do_by_hand(
+def test_failed_download_names_the_file_to_fetch_by_hand(
     status, body, reason, server, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setenv("SCALEDOWN_CACHE", str(tmp_path / "cache"))

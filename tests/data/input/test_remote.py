@@ -115,7 +115,7 @@ def test_a_stream_is_one_request_and_parquet_is_read_in_pieces(server: Server) -
     assert server.requests == [("/c.jsonl.gz", None)] * 2  # to find it, to read it
 
 
-def test_parquet_without_ranges_says_what_to_do(server: Server, monkeypatch) -> None:
+def test_parquet_without_ranges_names_the_next_step(server: Server, monkeypatch) -> None:
     monkeypatch.setattr(remote, "_BUFFER_BYTES", 64)
     large = io.BytesIO()
     texts = [f"{number}{number * 7919 % 10007}" * 5 for number in range(30_000)]
@@ -201,7 +201,7 @@ def identity(url: str) -> str:
 
 
 @pytest.mark.parametrize("header", ["ETag", "Last-Modified"])
-def test_the_fingerprint_changes_with_what_the_server_says(header: str, server: Server) -> None:
+def test_fingerprint_changes_with_the_servers_headers(header: str, server: Server) -> None:
     server.files["c.jsonl"] = LINES
     server.headers = {header: "one"}
     before = identity(server.url("c.jsonl"))
@@ -214,7 +214,7 @@ def test_the_fingerprint_changes_with_what_the_server_says(header: str, server: 
     assert [wanted for _, wanted in server.requests] == [None] * len(server.requests)
 
 
-def test_without_a_state_the_log_says_so_once(server: Server, caplog) -> None:
+def test_missing_etag_and_date_are_logged_once(server: Server, caplog) -> None:
     server.files |= {"c.jsonl": LINES, "d.jsonl": LINES}
     server.headers = {}
     before = identity(server.url("c.jsonl"))
@@ -310,7 +310,7 @@ def test_another_file_system_that_ends_early_is_noticed(memory) -> None:
         (503, "the server answers HTTP 503; try again later"),
     ],
 )
-def test_what_the_server_refuses_is_one_line(status: int, message: str, server: Server) -> None:
+def test_refusals_of_a_server_are_one_line(status: int, message: str, server: Server) -> None:
     server.status["c.jsonl"] = status
     assert f"--corpus_path {server.url('c.jsonl')}: {message}" in failure(server.url("c.jsonl"))
 

@@ -169,7 +169,7 @@ def test_tsv_that_is_quoted_nevertheless(quoting: int, tmp_path: Path) -> None:
         ("q.jsonl", '{"prompt": "Who?"}\n', "the columns are prompt: name one with --query_column"),
     ],
 )
-def test_what_cannot_be_told_is_refused(name: str, text: str, message: str, tmp_path: Path) -> None:
+def test_ambiguous_tables_are_refused(name: str, text: str, message: str, tmp_path: Path) -> None:
     path = write(tmp_path / name, text)
     with pytest.raises(InputError, match=message):
         queries(path)
@@ -209,7 +209,7 @@ def test_names_below_other_lines_are_refused(name: str, text: str, rows: int, tm
             read(path)
 
 
-def test_a_first_line_of_unknown_names_is_told_with_the_likely_column(tmp_path: Path) -> None:
+def test_unknown_column_names_are_refused_with_the_likely_column(tmp_path: Path) -> None:
     path = write(tmp_path / "q.csv", "Nr;Frage;Antwort\n1;Wer schrieb Faust?;Goethe\n2;Was ist das?;x\n")
     with pytest.raises(InputError, match="give --query_column Frage if it names columns, --query_column 2 "):
         queries(path)
@@ -247,7 +247,9 @@ def test_line_ends_of_several_kinds_in_one_file(name: str, text: str, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["q.json", "q.jsonl", "q.txt", "q"])
-def test_json_of_several_lines_says_how_to_convert_it(name: str, tmp_path: Path) -> None:
+def test_json_over_several_lines_is_refused_with_the_command_that_converts_it(
+    name: str, tmp_path: Path
+) -> None:
     records = [{"query": "Who?", "text": "T"}, {"query": "Why?", "text": "T"}]
     for text, how in (
         (
@@ -269,7 +271,7 @@ def test_a_list_in_the_place_of_a_question_is_named(tmp_path: Path) -> None:
         queries(path)
 
 
-def test_text_in_another_encoding_is_told(tmp_path: Path) -> None:
+def test_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "q.csv", "id;query\n1;Wer schrieb über Köln?\n".encode("latin-1"))
     with pytest.raises(InputError, match=r"invalid UTF-8 \(.*\): save it as UTF-8"):
         queries(path)
@@ -504,7 +506,7 @@ def batches(kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["parquet", "feather", "arrow stream"])
 @pytest.mark.parametrize("name", ["part-00000", "data.bin", "data.arrow"])
-def test_tables_of_columns_whatever_their_name(kind: str, name: str, tmp_path: Path) -> None:
+def test_columnar_files_are_read_with_any_suffix(kind: str, name: str, tmp_path: Path) -> None:
     path = write(tmp_path / name, batches(kind))
     assert articles(path) == [("1", "T", "Some text.")]
     assert queries(path, column="query") == [("1", "Who?")]
@@ -618,7 +620,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c9
     ],
 )
 @pytest.mark.parametrize("name", ["q.jsonl", "q.parquet", "q.txt", "q.tsv", "q"])
-def test_what_is_no_data_is_known_by_its_first_bytes(
+def test_other_file_types_are_refused_by_their_first_bytes(
     name: str, content: bytes, message: str, tmp_path: Path
 ) -> None:
     path = write(tmp_path / name, content)
@@ -705,7 +707,7 @@ def test_sound_compressed_files_of_any_writer(squeeze, tmp_path: Path) -> None:
         articles(path)
 
 
-def test_what_was_compressed_twice_or_otherwise_is_told(tmp_path: Path) -> None:
+def test_double_and_unknown_compression_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "q.txt.gz", gzip.compress(gzip.compress(b"Who?\n")))
     with pytest.raises(InputError, match="is gzip within gzip; unpack it once and give that"):
         queries(path)

@@ -30,7 +30,7 @@ example = st.fixed_dictionaries({"query": text, "documents": st.lists(text, max_
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".parquet"])
 @settings(max_examples=40, deadline=None)
 @given(records=st.lists(example, max_size=6), scored=st.booleans(), chunk=st.integers(1, 40))
-def test_what_is_written_is_read_again(ending, records, scored, chunk, tmp_path_factory) -> None:
+def test_written_records_are_read_unchanged(ending, records, scored, chunk, tmp_path_factory) -> None:
     path = tmp_path_factory.mktemp("f") / f"data{ending}"
     if scored:
         records = [{**r, "reranking_scores": [float(i) for i in range(len(r["documents"]))]} for r in records]
@@ -108,7 +108,7 @@ def test_sound_records_have_no_problems() -> None:
         assert problems(record) == []
 
 
-def test_validate_says_line_by_line_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_validate_reports_each_wrong_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps([GOOD, {**GOOD, "answer": ""}, GOOD, {"query": "x"}], indent=2))
     assert main(["validate", str(path)]) == 1
@@ -162,7 +162,7 @@ def test_queries_that_come_again_are_counted_and_no_problem(tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(("name", "match"), [("", "is a folder; name"), ("none.json", "no such file")])
-def test_what_cannot_be_validated_is_one_line(name: str, match: str, tmp_path: Path, capsys) -> None:
+def test_validate_refuses_unreadable_files_in_one_line(name: str, match: str, tmp_path: Path, capsys) -> None:
     assert main(["validate", str(tmp_path / name)]) == 1
     err = capsys.readouterr().err
     assert err.startswith(f"error: {tmp_path / name}: ")
@@ -182,7 +182,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize(("value", "problem"), HOSTILE)
 @pytest.mark.parametrize("column", ["extra", "title"])
-def test_what_json_cannot_hold_is_refused_by_name(
+def test_values_that_json_lacks_are_refused_by_name(
     value: str, problem: str, column: str, tmp_path: Path
 ) -> None:
     path, output = tmp_path / "my a.json", tmp_path / "full.json"
@@ -293,7 +293,7 @@ def test_merge_looks_for_all_files_before_it_reads_one(tmp_path: Path, capsys) -
     assert "gone.json: there is no such file" in capsys.readouterr().err
 
 
-def test_merge_says_how_far_it_is(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_merge_shows_its_progress(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0.0)
     paths = [tmp_path / f"{number}.jsonl" for number in range(2)]
     for number, path in enumerate(paths):
@@ -335,7 +335,7 @@ def test_merge_writes_through_a_link(tmp_path: Path) -> None:
     assert json.loads(target.read_text()) == numbered([1])
 
 
-def test_merge_refuses_different_settings_unless_told(tmp_path: Path) -> None:
+def test_merge_refuses_different_settings_without_the_flag(tmp_path: Path) -> None:
     first = made(tmp_path / "a.json", numbered([1]))
     second = made(tmp_path / "b.json", numbered([2]), top_k_retrieval=20)
     with pytest.raises(UsageError, match="top_k_retrieval: 20 and 5"):
@@ -344,7 +344,7 @@ def test_merge_refuses_different_settings_unless_told(tmp_path: Path) -> None:
     assert merge([first, second], tmp_path / "full.json", allow_different_settings=True).records == 2
 
 
-def test_merge_compares_only_what_changes_the_examples(tmp_path: Path, caplog) -> None:
+def test_merge_compares_only_settings_that_change_examples(tmp_path: Path, caplog) -> None:
     own = {
         "max_bad_fraction": 0.5,
         "passages_per_shard": 9,
@@ -410,7 +410,7 @@ def test_extra_columns_of_other_origin_fit_or_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / "b.parquet").exists()
 
 
-def test_merge_refuses_what_is_not_sound(tmp_path: Path) -> None:
+def test_merge_refuses_unsound_records(tmp_path: Path) -> None:
     plain, scored = made(tmp_path / "a.json", numbered([1])), made(tmp_path / "b.json", numbered([2], SCORED))
     with pytest.raises(InputError, match="some have none"):
         merge([plain, scored], tmp_path / "full.json")

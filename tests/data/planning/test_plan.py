@@ -59,7 +59,7 @@ def off(estimate: float, real: float) -> float:
     return abs(estimate / real - 1)
 
 
-def test_the_plan_of_a_small_run_says_what_the_run_does(flags, work, capsys) -> None:
+def test_plan_of_a_small_run_equals_the_run(flags, work, capsys) -> None:
     assert cli.main(["plan", *flags]) == 0
     shown = capsys.readouterr().out
     estimate = planned(work)
@@ -98,7 +98,7 @@ def test_the_plan_of_a_small_run_says_what_the_run_does(flags, work, capsys) -> 
     assert "\x1b" not in shown
 
 
-def test_a_finished_run_says_how_far_the_plan_was_off(flags, queries, capsys) -> None:
+def test_summary_has_the_error_of_the_plan(flags, queries, capsys) -> None:
     cli.main(["plan", *flags])
     capsys.readouterr()
     assert cli.main(["prepare", *flags]) == 0
@@ -205,7 +205,7 @@ def test_a_full_disk_is_listed(flags, monkeypatch, capsys) -> None:
     assert "missing: disk: " in capsys.readouterr().out
 
 
-def test_a_run_of_days_without_a_gpu_says_so(flags, monkeypatch, capsys) -> None:
+def test_plan_warns_of_days_without_a_gpu(flags, monkeypatch, capsys) -> None:
     monkeypatch.setattr(planning, "_LONG_RUN_SECONDS", 0.0)
     assert cli.main(["plan", *flags]) == 1
     assert "missing: a GPU: " in capsys.readouterr().out

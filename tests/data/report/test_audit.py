@@ -95,7 +95,7 @@ def test_a_large_file_is_sampled_and_counted_whole(write: Write) -> None:
     assert audit(path, sample=50) == found, "the same sample every time"
 
 
-def test_what_has_problems_is_shown_first(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_with_problems_are_shown_first(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "SHOWN_EXAMPLES", 5)
     records = [SOUND | {"query": f"Who was number {n}?"} for n in range(40)]
     records[31] = records[31] | {"answer": "I'm sorry."}

@@ -38,7 +38,7 @@ def test_a_run_ends_with_its_page_and_card(prepare, capsys) -> None:
         assert f"| {name} |" in card
 
 
-def test_what_was_left_out_is_shown_with_its_reason(prepare, queries: Path) -> None:
+def test_left_out_records_are_shown_with_their_reason(prepare, queries: Path) -> None:
     more = prepare.output.parent / "more.txt"
     more.write_text("What is photosynthesis?\nSomething <b>else</b>?\n")
     assert (

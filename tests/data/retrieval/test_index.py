@@ -27,7 +27,7 @@ def in_memory(tables, queries, k: int, threads: int = 0, removed=()) -> Ranking:
 
 def in_blocks(passages: int):
     """Pack with blocks of so few passages, and search with rows of weights for terms of any query."""
-    return mock.patch.multiple(index, _BLOCK=passages, _ROW_USES=1)
+    return mock.patch.multiple(index, _BLOCK_PASSAGES=passages, _ROW_USES=1)
 
 
 def by_rows(vectors: sp.csr_matrix, weights: str = "float16", step: float = 1.0) -> pa.Table:
@@ -213,13 +213,13 @@ def test_no_score_is_above_its_bound_and_few_bounds_are_far_above() -> None:
 
 def test_most_passages_are_left_out_by_their_bounds() -> None:
     passages, queries = text_like(6000, 0), text_like(4, 1)[1:]
-    names = ("search_block", "_take", "_above", "_add", "_add_steps", "_unit", "_score")
+    names = ("search_block", "_take", "_above", "_add", "_add_steps", "_unit", "_passage_score")
     plain = {name: getattr(search_kernels, name).py_func for name in names}
-    counted = {name: mock.Mock(side_effect=plain[name]) for name in ("_add", "_score")}
+    counted = {name: mock.Mock(side_effect=plain[name]) for name in ("_add", "_passage_score")}
     with in_blocks(512), mock.patch.multiple(search_kernels, **{**plain, **counted}):
         assert_same(in_memory([pack(passages)], queries, 3, 1), summed_in_order(queries, passages, 3))
     assert counted["_add"].call_count <= 9, "of 3 queries in 12 blocks"
-    assert 0 < counted["_score"].call_count < 100
+    assert 0 < counted["_passage_score"].call_count < 100
 
 
 @pytest.mark.parametrize(("weights", "error"), [("float16", 1e-3), ("uint8", 4e-3), ("float32", 0)])

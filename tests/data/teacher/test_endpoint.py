@@ -537,7 +537,7 @@ def test_a_message_without_content_is_no_answer(end: str, said: str) -> None:
         (400, "the prompt speaks of credit", False),
     ],
 )
-def test_what_waiting_does_not_mend_in_any_words(status: int, error: Any, spent: bool) -> None:
+def test_lasting_errors_are_known_in_many_wordings(status: int, error: Any, spent: bool) -> None:
     response = httpx2.Response(status, json={"error": error})
     assert Chat("m", TeacherSettings(), "").is_spent(response) == spent
 
@@ -589,7 +589,7 @@ def test_a_limit_of_input_and_output_together_shortens_the_documents() -> None:
 
 
 @pytest.mark.parametrize("usage", [[], [1], "many", {"prompt_tokens": 1e30}, {"prompt_tokens": -1}, 7])
-def test_an_answer_is_kept_whatever_its_bookkeeping(serve: Any, usage: Any) -> None:
+def test_answer_with_odd_usage_fields_is_kept(serve: Any, usage: Any) -> None:
     server = serve()
     server.usage = usage
     assert right(dict(teacher(server).answers(prompts(2))), 2)
@@ -647,7 +647,7 @@ def test_a_server_with_one_temperature_names_the_flag_or_gets_none(
     assert "temperature" not in server.bodies[-1]
 
 
-def test_what_waiting_does_not_mend_ends_the_run_at_once(serve: Any) -> None:
+def test_lasting_errors_end_the_run_at_once(serve: Any) -> None:
     server = serve(lambda _: "429")
     server.error_text, server.retry_after = "insufficient_quota: check your plan", "7200"
     started = time.monotonic()
@@ -982,7 +982,7 @@ def test_a_prompt_refused_in_words_about_them_is_its_own_affair_later(serve: Any
 FLAGS = ("--teacher_model", "wise-owl", "--flush_seconds", "0.05")
 
 
-def test_a_run_without_an_answer_says_why(serve: Any, prepare: Any, capsys: Any) -> None:
+def test_run_without_an_answer_names_the_reason(serve: Any, prepare: Any, capsys: Any) -> None:
     server = serve()
     server.message, server.finish_reason = {"content": None, "reasoning_content": "Well."}, "length"
     assert prepare(*FLAGS, "--teacher_endpoint", server.url) == 1

@@ -21,7 +21,7 @@ def answer(text: str = "yes") -> Answer:
     return Answer(text, "stop", 10, 2, 0)
 
 
-def test_answer_log_returns_what_was_written(tmp_path: Path) -> None:
+def test_answer_log_returns_written_answers(tmp_path: Path) -> None:
     log = AnswerLog(tmp_path / "log.jsonl", 60, Storage(tmp_path))
     with log.writing() as writer:
         writer.add(3, PROMPTS[3], answer("line\n\u2028 \U0001f600"))
@@ -85,7 +85,7 @@ class Recorded:
 
 
 @pytest.mark.parametrize("lives", [1, 3])
-def test_what_was_answered_is_not_asked_again(lives: int, prepare, monkeypatch, tmp_path) -> None:
+def test_answered_prompts_are_not_asked_again(lives: int, prepare, monkeypatch, tmp_path) -> None:
     whole = tmp_path / "whole.json"
     monkeypatch.setattr("scaledown.data.session.teachers.load_teacher", lambda *_: Recorded())
     assert prepare("--output_file", str(whole)) == 0

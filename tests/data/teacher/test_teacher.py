@@ -75,7 +75,7 @@ def test_greedy_by_default_and_equal_to_plain_generate(models) -> None:
     assert answer.prompt_tokens == ids.shape[1]
 
 
-def test_sampling_is_seeded_per_query_whatever_its_batch(models) -> None:
+def test_sampling_is_seeded_per_query_in_any_batch(models) -> None:
     prompts = [prompt(str(n), f"How tall {n}?", temperature=0.9) for n in range(4)]
     path = models["causal_lm"]
     alone = answer_all(teacher(path, seed=5, batch_size=1), prompts)

@@ -366,7 +366,7 @@ def test_many_requests_at_once_as_for_whole_files(teacher) -> None:
     assert FakeEngine.made.usage_context == "LLM_CLASS"
 
 
-def test_its_context_is_what_the_prompts_need_and_grows_with_them(teacher) -> None:
+def test_context_is_as_long_as_the_prompts_and_grows(teacher) -> None:
     one = teacher()
     assert not FakeEngine.every, "before any prompt is known"
     short, long = prompts(5), [answer_prompt(f"l{n}", "Why?", ["word " * 150], 0.0) for n in range(3)]

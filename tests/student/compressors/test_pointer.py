@@ -282,7 +282,7 @@ def test_an_answer_copies_its_whole_occurrences() -> None:
     assert occurrences("There is 1, or 1.", "1") == [(9, 10), (15, 16)]
 
 
-def test_a_longer_answer_copies_content_words_of_what_supports_it() -> None:
+def test_longer_answer_copies_content_words_of_supporting_documents() -> None:
     documents = ["Gravity of the Moon pulls oceans.", "Oceans are wet.", "Wind makes waves."]
     spans = copied_spans("What pulls tides?", documents, "Tides are pulled since lunar gravity moves oceans.")
     found = [[text[a:b] for a, b in own] for text, own in zip(documents, spans, strict=True)]

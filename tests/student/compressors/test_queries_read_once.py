@@ -186,7 +186,7 @@ def test_more_positions_than_the_model_has_are_not_used() -> None:
 
 
 @torch.no_grad()
-def test_most_tokens_bound_what_is_read_and_kept() -> None:
+def test_most_tokens_bound_a_group() -> None:
     made = model_of("qwen2", **LLAMA)
     many = [one for seed in range(12) for one in asked(40, [2, 3, 50, 1], seed)]
     read: list[int] = []

@@ -275,7 +275,7 @@ def test_data_that_pretraining_has_learned_is_reported(
         assert (message in caplog.text) == (known and fraction > 0)
 
 
-def test_training_begins_with_what_was_pretrained(pretrained: str, data: str, tmp_path: Path) -> None:
+def test_training_begins_with_pretrained_weights(pretrained: str, data: str, tmp_path: Path) -> None:
     config = training(data, pretrained, tmp_path, max_steps=3)
     begun = find_origin(config).load(torch.float32, "cpu").state_dict()
     saved = load_file(Path(pretrained) / "model.safetensors")
@@ -291,7 +291,7 @@ def test_training_begins_with_what_was_pretrained(pretrained: str, data: str, tm
     assert isinstance(model.answer("Who?", ["A\ntext"], max_new_tokens=3), str)
 
 
-def test_reranking_is_added_to_what_was_pretrained(pretrained: str, data: str, tmp_path: Path) -> None:
+def test_reranking_head_is_added_to_a_pretrained_model(pretrained: str, data: str, tmp_path: Path) -> None:
     result = train(training(data, pretrained, tmp_path, enable_reranking=True))
     model = ScaleDownModel.from_pretrained(result.output)
     assert len(model.rerank("Who?", ["A\ntext", "B\nother"])) == 2

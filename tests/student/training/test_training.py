@@ -790,7 +790,9 @@ def test_contradictions_name_their_flags(setting: Setting, changes: dict[str, An
         ({"dtype": "float16"}, "--dtype float16 trains on CUDA only"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(setting: Setting, changes: dict[str, Any], match: str) -> None:
+def test_unusable_settings_and_data_are_refused(
+    setting: Setting, changes: dict[str, Any], match: str
+) -> None:
     with pytest.raises((UsageError, ModelError), match=match):
         train(setting(**changes))
 
