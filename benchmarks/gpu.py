@@ -33,6 +33,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from scaledown.config.evaluate import COMPRESSED, UNCOMPRESSED
 from scaledown.config.prepare import PrepareConfig
 from scaledown.config.train import TrainConfig
 from scaledown.data.prompts import answer_prompt
@@ -45,7 +46,7 @@ from scaledown.data.teacher.engines.transformers import TransformersTeacher
 from scaledown.devices.choice import choose_device, dtype_to_run, dtype_to_train
 from scaledown.devices.gpus import GIB, OnDevice, give_back, index
 from scaledown.errors import ModelError
-from scaledown.evaluation.efficiency import COMPRESSED, UNCOMPRESSED, Shape, costs, describe_machine
+from scaledown.evaluation.efficiency import Shape, costs, describe_machine
 from scaledown.models.sources import resolve
 from scaledown.models.weights import loadable
 from scaledown.student.model import ScaleDownModel

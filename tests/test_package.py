@@ -46,7 +46,7 @@ def test_wheel_installs_and_is_typed(tmp_path: Path) -> None:
     subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
     code = (
         "import scaledown.data.input.corpus as corpus, scaledown; print(scaledown.__file__); "
-        "print(corpus.sample_corpus()); assert corpus.sample_corpus().exists()"
+        "print(corpus.bundled_corpus()); assert corpus.bundled_corpus().exists()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -146,7 +146,7 @@ def test_queries_that_the_teacher_writes_come_before_the_other_gpus_work(
     def share(config: Any, target: str, runs: Any, gpus_each: int = 0) -> None:
         shared.append((target.partition(":")[2], gpus_each))
 
-    monkeypatch.setattr("scaledown.data.session.enter.share", share)
+    monkeypatch.setattr("scaledown.data.session.enter.share_work", share)
     monkeypatch.setattr(workers, "gpus_here", lambda _: gpus)
     inputs = ("--corpus_path", str(corpus)) if "--num_synthetic_queries" in flags else ()
     prepare(*flags, *inputs, "--teacher_backend", "transformers", inputs=not inputs)

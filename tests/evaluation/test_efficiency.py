@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from scaledown.config.evaluate import COMPRESSED, UNCOMPRESSED
 from scaledown.evaluation import efficiency
-from scaledown.evaluation.efficiency import COMPRESSED, UNCOMPRESSED, Seconds, Shape, costs, inputs
+from scaledown.evaluation.efficiency import Seconds, Shape, costs, inputs
 from scaledown.models.sources import resolve
 from scaledown.student.model import ScaleDownModel
 from scaledown.student.settings import ScaleDownConfig

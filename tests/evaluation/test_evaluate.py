@@ -310,12 +310,12 @@ def test_killed_midway_the_same_command_continues(
     script.write_text(
         "import os, signal, sys\n"
         "from scaledown.evaluation import systems\n"
-        "answer = systems.answer\n"
+        "answer = systems.answer_shards\n"
         "def dying(stage, *rest):\n"
         "    if stage.name == 'closed_book':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    answer(stage, *rest)\n"
-        "systems.answer = dying\n"
+        "systems.answer_shards = dying\n"
         "from scaledown.cli import main\n"
         "main(sys.argv[1:])\n"
     )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
-from scaledown.config.evaluate import SYSTEMS, EvaluateConfig
+from scaledown.config.evaluate import COMPRESSED, SYSTEMS, UNCOMPRESSED, EvaluateConfig
 from scaledown.config.options import Options, Range, check_output_dir, option
 from scaledown.config.shared import AUTO_DTYPE, DTYPES, MACHINE, OUTPUT
 from scaledown.config.train import BUDGETS
@@ -29,11 +29,11 @@ class CompareConfig(Options):
         (), QUALITY, "right answers, as for scaledown evaluate", role="input", metavar="FILE"
     )
     baselines: tuple[str, ...] = option(
-        ("uncompressed", "closed_book"),
+        (UNCOMPRESSED, "closed_book"),
         QUALITY,
         "baselines, answered by the first run's model",
         role="result",
-        choices=tuple(system for system in SYSTEMS if system != "compressed"),
+        choices=tuple(system for system in SYSTEMS if system != COMPRESSED),
     )
     compression_rates: tuple[str, ...] = option(
         (),

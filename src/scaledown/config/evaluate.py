@@ -1,7 +1,7 @@
 """Settings of `scaledown evaluate`. The text of each field is its `--help`."""
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from scaledown.config.options import Range, check_output_dir, option
 from scaledown.config.prepare import PrepareConfig
@@ -23,10 +23,37 @@ RANKINGS: Final = "or rankings"
 JUDGE: Final = "judge, run as a teacher is"
 GROUPS: Final = (MODEL_ANSWERS, RANKINGS, JUDGE, TEACHER_ENGINE, ENDPOINT, OUTPUT, MACHINE)
 
-DEFAULT_SYSTEMS: Final = ("compressed", "uncompressed", "closed_book", "pruned")
-"""The systems that `scaledown evaluate` compares by default."""
-SYSTEMS: Final = (*DEFAULT_SYSTEMS, "first", "keywords", "random", "echo", "echo_span")
-"""All systems that it can compare; the answers of each are a stage."""
+COMPRESSED: Final = "compressed"
+UNCOMPRESSED: Final = "uncompressed"
+
+
+class System(NamedTuple):
+    """What answers the questions of an evaluation: a way to read the documents."""
+
+    has_rate: bool = False
+    """Whether the number of tokens that are read depends on the compression rate."""
+    has_budget: bool = False
+    """Whether documents can share a budget of tokens."""
+    reads_tokens: bool = False
+    """Whether the generator reads some tokens of the documents, chosen without the model's compressor."""
+    echoes: bool = False
+    """Whether the answer is text that a pointer picks, without a generator."""
+    is_default: bool = False
+    """Whether `scaledown evaluate` measures it by default."""
+
+
+SYSTEMS: Final = {
+    COMPRESSED: System(has_rate=True, has_budget=True, is_default=True),
+    UNCOMPRESSED: System(is_default=True),
+    "closed_book": System(is_default=True),
+    "pruned": System(has_rate=True, is_default=True),
+    "first": System(has_rate=True, reads_tokens=True),
+    "keywords": System(has_rate=True, reads_tokens=True),
+    "random": System(has_rate=True, reads_tokens=True),
+    "echo": System(has_rate=True, has_budget=True, echoes=True),
+    "echo_span": System(echoes=True),
+}
+"""All systems by name; the answers of each are a stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +80,7 @@ class EvaluateConfig(EngineConfig):
         metavar="FILE",
     )
     systems: tuple[str, ...] = option(
-        DEFAULT_SYSTEMS,
+        tuple(name for name, system in SYSTEMS.items() if system.is_default),
         MODEL_ANSWERS,
         "systems that answer: the model (compressed); its generator with the documents' text (uncompressed), "
         "without documents (closed_book), with sentences that a reranker keeps, in as many tokens as there "
@@ -61,7 +88,7 @@ class EvaluateConfig(EngineConfig):
         "highest weight for the query (keywords), or random ones; without a generator, the tokens that a "
         "pointer picks (echo), or its best span (echo_span)",
         role="result",
-        choices=SYSTEMS,
+        choices=tuple(SYSTEMS),
     )
     pruning_reranker: str = option(
         PrepareConfig.reranker_model,
@@ -169,7 +196,7 @@ class EvaluateConfig(EngineConfig):
     @property
     def baseline(self) -> str:
         """The system that all others are compared with."""
-        return "uncompressed" if "uncompressed" in self.systems else self.systems[0]
+        return UNCOMPRESSED if UNCOMPRESSED in self.systems else self.systems[0]
 
     def compared(self) -> dict[str, Any]:
         """Return the settings that must be equal for two evaluations in one directory."""

@@ -26,6 +26,7 @@ from scaledown.data.input.files import (
 from scaledown.data.input.folders import guessed_line, passed_over_line
 from scaledown.data.input.remote import Remote
 from scaledown.data.retrieval.encoders import Encoder, is_sparse, load_encoder
+from scaledown.data.retrieval.index import is_dense
 from scaledown.data.retrieval.parts import (
     IndexPart,
     IndexState,
@@ -111,7 +112,7 @@ class Index(NamedTuple):
     @property
     def is_dense(self) -> bool:
         """Whether the finished vectors are from a dense bi-encoder."""
-        return "dense" in self.vectors.table(0).column_names
+        return is_dense(self.vectors.table(0))
 
     def approximate(self, memory: float) -> SeismicIndex:
         """The Seismic indexes of the finished vectors, for a search memory of `memory` GB."""

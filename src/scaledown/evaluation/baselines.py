@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
-from scaledown.config.evaluate import EvaluateConfig
+from scaledown.config.evaluate import SYSTEMS, EvaluateConfig
 from scaledown.data.retrieval.encoders import load_encoder
 from scaledown.devices.choice import choose_device
 from scaledown.models.sources import ModelSource, resolve
@@ -22,12 +22,8 @@ from scaledown.models.sources import ModelSource, resolve
 if TYPE_CHECKING:
     from scaledown.student.model import ScaleDownModel
 
-READERS: Final = ("first", "keywords", "random")
-"""Systems whose generator reads some tokens of the documents."""
-ECHOES: Final = ("echo", "echo_span")
-"""Systems without a generator; they need a pointer."""
-OF_A_RATE: Final = ("pruned", *READERS, "echo")
-"""Systems that use as many tokens of the documents as compression has memory tokens."""
+READERS: Final = tuple(name for name, system in SYSTEMS.items() if system.reads_tokens)
+ECHOES: Final = tuple(name for name, system in SYSTEMS.items() if system.echoes)
 
 _LONGEST_SPAN: Final = 8  # tokens
 _LEAST_SHARE: Final = 1 / 4  # of the best token's probability

@@ -15,7 +15,7 @@ import orjson
 
 from scaledown.command import CommandHelp, program_name, run_cli
 from scaledown.config.compare import GROUPS, CompareConfig
-from scaledown.config.evaluate import EvaluateConfig
+from scaledown.config.evaluate import COMPRESSED, SYSTEMS, EvaluateConfig
 from scaledown.config.flags import Parser, from_flags, path_or_url, read_settings
 from scaledown.config.train import TrainConfig
 from scaledown.data.input.download import fetched
@@ -25,7 +25,7 @@ from scaledown.data.reranker.api import resolve_reranker
 from scaledown.devices.choice import choose_device, dtype_to_run
 from scaledown.devices.gpus import OnDevice
 from scaledown.errors import InputError, UsageError
-from scaledown.evaluation.baselines import ECHOES, OF_A_RATE
+from scaledown.evaluation.baselines import ECHOES
 from scaledown.evaluation.efficiency import AS_THE_PAPER, Cost, Seconds, Shape, costs, describe_machine
 from scaledown.evaluation.results import Comparison, Results, Run
 from scaledown.evaluation.run import ANSWERS_FILE, WORK_FOLDER, evaluate
@@ -96,13 +96,13 @@ def compare(names: Sequence[str], config: CompareConfig, *, overwrite: bool = Fa
         log.info("compare: %s", name)
         baselines = config.baselines
         if runs:  # baselines use the first model alone; those that no rate changes are evaluated once
-            baselines = tuple(name for name in baselines if name in OF_A_RATE and folder == folders[0])
+            baselines = tuple(name for name in baselines if SYSTEMS[name].has_rate and folder == folders[0])
         results = evaluate(
             EvaluateConfig(
                 model=folder,
                 data=config.data,
                 gold=config.gold,
-                systems=("compressed", *baselines),
+                systems=(COMPRESSED, *baselines),
                 compression_rate=rate,
                 budget=budget,
                 keyword_model=config.keyword_model,
@@ -122,7 +122,7 @@ def compare(names: Sequence[str], config: CompareConfig, *, overwrite: bool = Fa
     reference = runs[0].results.baseline
     answered = [_read_scores(output / _EVALUATIONS / run.name / ANSWERS_FILE) for run in runs]
     for run, own in zip(runs, answered, strict=True):
-        if run is not runs[0] or reference != "compressed":
+        if run is not runs[0] or reference != COMPRESSED:
             run.differences.update(_paired_differences(own, answered[0], reference, config.seed))
     batches = sorted({int(size) for size in config.cost_batches})
     comparison = Comparison(runs, reference, describe_machine(), _shape(config), batches)
@@ -264,7 +264,7 @@ def _paired_differences(
     """Return paired differences for the measures that every answer has; empty if the questions differ."""
     if own.queries != first.queries:
         return {}
-    left, right = own.scores["compressed"], first.scores[reference]
+    left, right = own.scores[COMPRESSED], first.scores[reference]
     return {
         measure: difference(
             [one[measure] for one in left], [one[measure] for one in right], own.articles, seed=seed
@@ -356,7 +356,7 @@ def numbers(comparison: Comparison) -> str:
         facts = run.results.model
         layers = facts["num_layers"] if run.kind.of_generator else ""
         model = [layers if name == "num_layers" else facts.get(name, "") for name in made]
-        mine = [run.name, *model, "compressed", ""]
+        mine = [run.name, *model, COMPRESSED, ""]
         for system, own in run.results.systems.items():
             for measure, estimate in own.measures.items():
                 writer.writerow([run.name, *model, system, "", measure, *estimate])

@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from scaledown.config.evaluate import COMPRESSED, UNCOMPRESSED
+
 if TYPE_CHECKING:
     import torch
 
     from scaledown.student.model import ScaleDownModel
 
 log = logging.getLogger("scaledown")
-
-COMPRESSED: Final = "compressed"
-UNCOMPRESSED: Final = "uncompressed"
 
 
 class Shape(NamedTuple):

@@ -7,8 +7,8 @@ from typing import Final
 
 import orjson
 
-from scaledown.evaluation.baselines import OF_A_RATE
-from scaledown.evaluation.efficiency import COMPRESSED, UNCOMPRESSED, Cost, Seconds
+from scaledown.config.evaluate import COMPRESSED, SYSTEMS, UNCOMPRESSED
+from scaledown.evaluation.efficiency import Cost, Seconds
 from scaledown.evaluation.results import Comparison, Results, Run, held_rows, remarks
 from scaledown.evaluation.scoring import LENGTH
 from scaledown.evaluation.statistics import Estimate
@@ -120,7 +120,7 @@ def _answer_examples(path: Path, systems: Sequence[str]) -> PageExamples:
             own = record["answers"]
             right = {name for name in systems if own[name].get(_QUALITY)}
             tags = [f"{name} {'right' if name in right else 'wrong'}" for name in systems]
-            if "compressed" in right and len(right) == 1:
+            if COMPRESSED in right and len(right) == 1:
                 tags.append("only compressed right")
             fields = [Field("right answers", [MarkedText(" / ".join(record["gold"]))])]
             fields += [Field(name, [MarkedText(own[name]["answer"] or "(none)")]) for name in systems]
@@ -167,7 +167,7 @@ def quality_rows(comparison: Comparison) -> tuple[Sequence[str], list[list[Cell]
         for system, own in run.results.systems.items():
             if system != COMPRESSED:
                 measured = [str(own.measures[name]) for name in (_QUALITY, "F1")]
-                rate = f"{run.results.model['compression_rate']}x" if system in OF_A_RATE else ""
+                rate = f"{run.results.model['compression_rate']}x" if SYSTEMS[system].has_rate else ""
                 rows.append([system, "", rate, *measured, *[""] * (len(columns) - 5)])
     for run in comparison.runs:
         own = run.results.systems[COMPRESSED]
@@ -211,7 +211,7 @@ def _against_cost(comparison: Comparison) -> list[PageBlock]:
                     continue
                 mean, low, high = _bounds(own.measures[_QUALITY])
                 label = run.name if system == COMPRESSED else "text"
-                group = _compressor(run) if system == COMPRESSED else "uncompressed"
+                group = _compressor(run) if system == COMPRESSED else UNCOMPRESSED
                 point = plots.Point(label, getattr(cost, what) / unit, mean, low, high)
                 series.setdefault(group, []).append(point)
                 rows.append((label, group, point.x, mean, low, high))

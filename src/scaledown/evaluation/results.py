@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import scaledown
+from scaledown.config.evaluate import UNCOMPRESSED
 from scaledown.errors import InputError, one_line
 from scaledown.evaluation.efficiency import Cost, Shape
 from scaledown.evaluation.judge import PREFERRED
@@ -301,7 +302,7 @@ def remarks(results: Results) -> Iterator[str]:
     if counts.get("without_right_answer"):
         without = f"{counts['without_right_answer']:,} of {counts['records']:,} records"
         yield f"{without} have no right answer: left out"
-    if counts.get("trained_without_text") and "uncompressed" in results.systems:
+    if counts.get("trained_without_text") and UNCOMPRESSED in results.systems:
         yield (
             "the generator was trained without text (--text_fraction 0): before, it may have answered better "
             "from text"

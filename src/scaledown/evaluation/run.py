@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from scaledown.config.evaluate import EvaluateConfig
+from scaledown.config.evaluate import SYSTEMS, EvaluateConfig
 from scaledown.data.input.download import fetched
 from scaledown.data.input.files import locate
 from scaledown.data.input.gold import read_gold
@@ -24,7 +24,7 @@ from scaledown.devices.choice import choose_device, dtype_to_run
 from scaledown.devices.gpus import OnDevice
 from scaledown.errors import ModelError, OutputError, RunDirectoryError, UsageError
 from scaledown.evaluation import questions, ranking, systems
-from scaledown.evaluation.baselines import ECHOES, READERS
+from scaledown.evaluation.baselines import ECHOES
 from scaledown.evaluation.judge import Judging, judge
 from scaledown.evaluation.pages import evaluation_page
 from scaledown.evaluation.pruning import TokenCodec, prune
@@ -260,9 +260,9 @@ def _evaluate_model(
         for system in config.systems:
             pruned = sentences if system == "pruned" else None
             depends: dict[str, Any] = {"sentences": pruned.fingerprint} if pruned else {}
-            if settings.kind.rates and system in {"compressed", "echo", *READERS}:
+            if settings.kind.rates and SYSTEMS[system].has_rate and not pruned:  # its sentences depend on it
                 depends["compression_rate"] = rate
-            if settings.kind.rates and system in {"compressed", "echo"}:
+            if settings.kind.rates and SYSTEMS[system].has_budget:
                 depends["budget"] = config.budget
             if system == "keywords":
                 depends["keyword_model"] = identities["keyword_model"]

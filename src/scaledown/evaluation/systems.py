@@ -5,7 +5,7 @@ from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 
-from scaledown.config.evaluate import EvaluateConfig
+from scaledown.config.evaluate import COMPRESSED, EvaluateConfig
 from scaledown.devices.choice import choose_device
 from scaledown.devices.gpus import OnDevice
 from scaledown.errors import InputError, each_or_error
@@ -44,7 +44,7 @@ def answer_shards(
     if stage.done():
         return
     rows = asked.finished().rows
-    compressed = stage.name == "compressed"
+    compressed = stage.name == COMPRESSED
     weigh = OnDevice(
         "the model that weighs tokens",
         choose_device(config.device),
@@ -105,7 +105,7 @@ def read_answers(stage: Stage, shard: int) -> list[str]:
     """Return the answers of one shard.
 
     Args:
-        stage: A stage that `answer_by_baseline` has filled.
+        stage: A stage that `answer_shards` has filled.
         shard: The number of the shard.
 
     Returns:

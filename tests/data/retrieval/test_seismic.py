@@ -72,7 +72,7 @@ def test_prepare_records_the_recall_and_stops_below_min_recall(prepare, capsys, 
     flags = ("--search", "approximate", "--top_k_retrieval", "5")
     assert prepare(*flags) == 0
     stages = json.loads((prepare.work / "manifest.json").read_text())["stages"]
-    assert stages["candidates"]["measured"]["recall_of_search"] >= 0.99
+    assert stages["candidates"]["measured"]["recall"] >= 0.99
     assert "recall 1.0000" in capsys.readouterr().out
     approximate = json.loads(prepare.output.read_text())
     assert prepare("--top_k_retrieval", "5", "--output_file", str(prepare.output) + ".exact.json") == 0

@@ -27,6 +27,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 Vectors: TypeAlias = sp.csr_matrix | Array
 
 _NO_ROWS: Final[Array] = np.empty(0, np.int64)
+_DENSE: Final = "dense"  # the column of dense vectors
 _BLOCK_PASSAGES: Final = 4096  # passages; their scores fit into the processor's first-level cache
 # A term of a block becomes a row of weights, which is added without looking up passages, if at least one in
 # `_ROW_SHARE` passages has it and `_ROW_USES` queries use it. The rows of a block take at most 5 MB.
@@ -54,7 +55,7 @@ def pack(vectors: Vectors, weights: str = "float16") -> pa.Table:
     check_finite(vectors)
     if not sp.issparse(vectors):
         values = pa.array(np.ascontiguousarray(vectors, dtype=np.float32).ravel())
-        return pa.table({"dense": pa.FixedSizeListArray.from_arrays(values, vectors.shape[1])})
+        return pa.table({_DENSE: pa.FixedSizeListArray.from_arrays(values, vectors.shape[1])})
     csr = sp.csr_matrix(vectors, copy=True)
     csr.sum_duplicates()
     step = 1.0
@@ -148,6 +149,11 @@ def check_finite(vectors: Vectors) -> None:
         raise ModelError("the retriever gave vectors that are not numbers: try --dtype float32")
 
 
+def is_dense(shard: pa.Table) -> bool:
+    """Whether the vectors of a shard are from a dense bi-encoder."""
+    return _DENSE in shard.column_names
+
+
 def unpack(shard: pa.Table) -> Vectors:
     """Return the vectors of a shard; the inverse of `pack`.
 
@@ -157,8 +163,8 @@ def unpack(shard: pa.Table) -> Vectors:
     Returns:
         float32 [n, dimensions]: CSR for sparse vectors, else an array.
     """
-    if "dense" in shard.column_names:
-        column = shard.column("dense").combine_chunks()
+    if is_dense(shard):
+        column = shard.column(_DENSE).combine_chunks()
         return column.flatten().to_numpy().reshape(len(column), column.type.list_size)
     if "weights" in shard.column_names:
         return _rows_of_shard(shard)
@@ -312,7 +318,7 @@ def search(
             shard = load()
             first, end = map(int, firsts[number : number + 2])
             own = _within(removed, first, end)
-            if "dense" in shard.column_names:
+            if is_dense(shard):
                 best = _dense(queries, unpack(shard), first, own, best)
             else:
                 blocks = math.ceil(shard.num_rows / _shard_shape(shard)[2])

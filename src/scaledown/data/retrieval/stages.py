@@ -20,6 +20,7 @@ from scaledown.data.retrieval.index import (
     Ranking,
     Vectors,
     check_finite,
+    is_dense,
     pack,
     postings,
     search,
@@ -306,7 +307,7 @@ def _care(
     top_k = config.top_k_retrieval
     with stage.lease("recall", wait=True):
         known = [event for event in stage.journal() if "recall" in event]
-        if known and known[-1]["recall_of_search"] >= config.min_recall:
+        if known and known[-1]["recall"] >= config.min_recall:
             return Care(known[-1]["query_cut"], known[-1]["heap_factor"])
         best = exact(sample(), top_k, no_progress)
         count = len(best.rows)
@@ -379,7 +380,7 @@ class SearchPlan(NamedTuple):
         half = config.search_memory * 1e9 / 2
         rows = vectors.finished().rows
         shard = max(vectors.size(number) for number in range(len(rows)))
-        dense = "dense" in vectors.table(0).column_names  # a dense product uses all cores itself
+        dense = is_dense(vectors.table(0))  # a dense product uses all cores itself
         per_thread = _UNPACKED * shard + _BYTES_OF_ROWS
         threads = 1 if dense else int(max(1, min(threads_here(), half // per_thread)))
         per_query = config.top_k_retrieval * _BYTES_A_RESULT * (threads + 2) + _BYTES_A_QUERY

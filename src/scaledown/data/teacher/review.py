@@ -193,7 +193,7 @@ def review_answers(  # noqa: PLR0917
                 why = {"reason": reason, "problem": own.problem or "ungrounded"}
             else:
                 why = left_out(own.text, [passage.text for passage in found])
-            seen[why["answer_problem"] if why else own.problem] += 1
+            seen[why["problem"] if why else own.problem] += 1
             if why:
                 rejected.append({"query_id": record["query_id"], **why, "answer": record["text"]})
             else:

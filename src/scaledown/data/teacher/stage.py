@@ -124,7 +124,7 @@ def answer_queries(
 def retry(
     stage: Stage, answers: Stage, passages: Stage, load: Callable[[], Teacher], teaching: Teaching
 ) -> None:
-    """Ask again, with sampling, for answers that have a problem (see `review.problem`).
+    """Ask again, with sampling, for answers that have a problem (see `review.answer_problem`).
 
     A second answer without a problem replaces the first.
 
